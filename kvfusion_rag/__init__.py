@@ -1,0 +1,63 @@
+"""kvfusion-rag: answers that do not change when the retriever shuffles its documents (arXiv 2501.07523).
+
+Public names only. Each is imported on first use, so that ``import kvfusion_rag`` costs no torch import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Answer": "schema",
+    "AnswerStream": "generator",
+    "Check": "schema",
+    "Citation": "schema",
+    "ContextLimitError": "errors",
+    "ControlTokenError": "errors",
+    "Document": "schema",
+    "DocumentIndex": "retrieval",
+    "GateReport": "schema",
+    "InvalidInputError": "errors",
+    "InvarianceReport": "schema",
+    "KVFusionError": "errors",
+    "KVFusionGenerator": "generator",
+    "MemoryStore": "store",
+    "MissingDependencyError": "errors",
+    "ModelLoadError": "errors",
+    "RetrievalError": "errors",
+    "Source": "schema",
+    "Timings": "schema",
+    "UnsupportedModelError": "errors",
+    "Usage": "schema",
+}
+
+__all__ = list(_HOME)
+
+if TYPE_CHECKING:
+    from .errors import (
+        ContextLimitError,
+        ControlTokenError,
+        InvalidInputError,
+        KVFusionError,
+        MissingDependencyError,
+        ModelLoadError,
+        RetrievalError,
+        UnsupportedModelError,
+    )
+    from .generator import AnswerStream, KVFusionGenerator
+    from .retrieval import DocumentIndex
+    from .schema import Answer, Check, Citation, Document, GateReport, InvarianceReport, Source, Timings, Usage
+    from .store import MemoryStore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,247 @@
+"""From checked requests to answers: store, prefill, fusion and decoding in their order, tokens counted, times taken.
+
+The facade (``generator.py``) turns a caller's arguments into requests; everything that happens to a request
+happens here. One engine serves all threads: it keeps no state of a request outside its ``Run``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import torch
+
+from .backbone import Backbone
+from .citations import find_citations
+from .decoding import DecodingOptions, Question, Row, decode
+from .errors import ContextLimitError, InvalidInputError
+from .fusion import FusedContext, fuse
+from .positions import question_start
+from .prefill import TOKENS_PER_PASS, prefill, prefill_prefix
+from .prompts import PromptEncoder
+from .reading import Limits, Reading, read_documents
+from .schema import Answer, Document, DocumentKV, Mode, Origin, Timings, Usage
+from .settings import ModelSettings
+from .store import MemoryStore, document_key
+
+logger = logging.getLogger(__name__)
+
+UNLIMITED = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question with its documents, encoded and checked against the limits."""
+
+    reading: Reading
+    question: Question
+    mode: Mode
+
+
+class Run:
+    """Requests of one mode being decoded together: fused context, origins of document KVs, rows and times."""
+
+    def __init__(
+        self, requests: Sequence[Request], origins: dict[str, Origin], context: FusedContext, began: float
+    ) -> None:
+        self.requests = requests
+        self.origins = origins
+        self.context = context
+        self.began = began
+        self.prefill_seconds = time.perf_counter() - began
+        self.first_token_seconds = 0.0
+        self.rows: list[Row] = []
+
+
+class Engine:
+    """One backbone with its templates, prefix and store.
+
+    Args:
+        settings: templates, lengths and mode; the backbone's own or the caller's changes of them.
+        store: where document KVs are kept, or ``None``.
+        namespace: part of every key.
+        max_fused_tokens: most document tokens of one question.
+        tokens_per_pass: padded tokens of one prefill pass; ``None`` for the device's default.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        settings: ModelSettings,
+        *,
+        store: MemoryStore | None,
+        namespace: str,
+        max_fused_tokens: int,
+        tokens_per_pass: int | None,
+    ) -> None:
+        self.backbone = backbone
+        self.settings = settings
+        self.store = store
+        self.encoder = PromptEncoder(backbone.tokenizer, settings)
+        kind = "cpu" if backbone.device.type == "cpu" else "accelerator"
+        self._tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
+        self.prefix = prefill_prefix(backbone, self.encoder.prefix_ids)
+        self._namespace = namespace
+        self._max_fused_tokens = max_fused_tokens
+        self._fingerprint = self._make_fingerprint()
+        self._warned: set[str] = set()
+
+    def key(self, token_ids: tuple[int, ...]) -> str:
+        """Store key of a document's ids under this model, prefix and namespace."""
+        return document_key(self._fingerprint, self._namespace, token_ids)
+
+    def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
+        """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
+        window = self.backbone.context_window
+        # One position is kept for the question and one for the answer.
+        room = UNLIMITED if window is None else window - len(self.encoder.prefix_ids) - 2
+        longest = self.settings.max_document_tokens
+        limits = Limits(
+            document=room if longest is None else min(room, longest),
+            total=self._max_fused_tokens if max_tokens is None else max_tokens,
+            long_documents=self.settings.long_documents,
+        )
+        return read_documents(documents, self.encoder, limits, self.key)
+
+    def request(
+        self,
+        question: str,
+        documents: Sequence[Document | str],
+        prompt: str | None,
+        mode: Mode | None,
+        options: DecodingOptions,
+    ) -> Request:
+        """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
+        mode = mode or self.settings.mode
+        if mode not in ("fusion", "concat"):
+            raise InvalidInputError(f"mode is {mode!r}, but it must be 'fusion' or 'concat'.")
+        if not isinstance(question, str) or not question.strip():
+            raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
+        reading = self.read(documents)
+        if not reading.keys:
+            self._warn_once("no documents: this is plain generation over the question alone")
+        if prompt is not None and not self.encoder.follows_instructions:
+            name = self.backbone.model_id
+            self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
+        ids = self.encoder.encode_question(question, prompt)
+        prefix = self.encoder.prefix_ids
+        if mode == "concat":
+            joined = [i for document in reading.documents for piece in document.pieces for i in piece]
+            row = Question((*prefix, *joined, *ids), 0)
+        else:
+            row = Question(ids, question_start(len(prefix), self.settings.passage_length, reading.longest))
+        self._require_room(row, len(ids), mode, options)
+        self._log_mode(mode)
+        return Request(reading, row, mode)
+
+    def document_kvs(
+        self, keys: Mapping[str, tuple[int, ...]], *, progress: bool = False
+    ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
+        """KV of every key, from the store or computed now (and then kept), and where each came from."""
+        kvs: dict[str, DocumentKV] = {}
+        if self.store is not None:
+            kvs = {key: kv for key, ids in keys.items() if (kv := self.store.get(key, ids)) is not None}
+        origins: dict[str, Origin] = {key: "memory" if key in kvs else "computed" for key in keys}
+        missing = [key for key in keys if key not in kvs]
+        computed = prefill(
+            self.backbone,
+            [keys[key] for key in missing],
+            self.prefix,
+            tokens_per_pass=self._tokens_per_pass,
+            progress=progress,
+        )
+        for key, kv in zip(missing, computed, strict=True):
+            kvs[key] = kv
+            if self.store is not None:
+                self.store.put(key, kv)
+        return kvs, origins
+
+    def start(self, requests: Sequence[Request], began: float) -> Run:
+        """Prefill what is missing and fuse each request's documents in canonical order."""
+        keys = {key: ids for r in requests if r.mode == "fusion" for key, ids in r.reading.keys.items()}
+        kvs, origins = self.document_kvs(keys)
+        head = [self.prefix] if self.prefix else []
+        rows = [[*head, *(kvs[key] for key in r.reading.keys)] if r.mode == "fusion" else [] for r in requests]
+        return Run(requests, origins, fuse(rows, self.backbone.config, self.backbone.device), began)
+
+    def decode(
+        self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
+    ) -> Generator[None, None, None]:
+        """Decode ``run`` step by step, filling its rows and times."""
+        steps = decode(
+            self.backbone,
+            run.context,
+            [request.question for request in run.requests],
+            options,
+            self.encoder.decode,
+            adapter=run.requests[0].mode == "fusion",
+            on_logits=on_logits,
+        )
+        with closing(steps):
+            for rows in steps:
+                run.first_token_seconds = run.first_token_seconds or time.perf_counter() - run.began
+                run.rows = rows
+                yield
+
+    def answer(self, run: Run, number: int) -> Answer:
+        """The answer of row ``number`` of a run whose decoding has ended."""
+        request, row = run.requests[number], run.rows[number]
+        reading = request.reading
+        fused = request.mode == "fusion"
+        origins: dict[str, Origin] = run.origins if fused else dict.fromkeys(reading.keys, "prompt")
+        cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
+        read_before = reading.tokens + len(self.encoder.prefix_ids) if fused else 0
+        return Answer(
+            text=row.text,
+            mode=request.mode,
+            sources=reading.sources(origins, self.key),
+            citations=find_citations(row.text, reading.cited_order(self.key)),
+            usage=Usage(
+                prompt_tokens=read_before + len(request.question.ids),
+                document_tokens=reading.tokens if fused else sum(d.tokens for d in reading.documents),
+                cached_document_tokens=cached,
+                completion_tokens=len(row.ids),
+            ),
+            timings=Timings(run.prefill_seconds, run.first_token_seconds, time.perf_counter() - run.began),
+            finish_reason=row.finish_reason or "length",
+            token_ids=tuple(row.ids),
+        )
+
+    def _require_room(self, row: Question, question_tokens: int, mode: Mode, options: DecodingOptions) -> None:
+        window = self.backbone.context_window
+        before = row.start + len(row.ids) - question_tokens
+        if window is not None and before + question_tokens + options.max_new_tokens > window:
+            hint = "; mode 'fusion' lets documents share positions" if mode == "concat" else ""
+            raise ContextLimitError(
+                f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
+                f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."
+            )
+
+    def _make_fingerprint(self) -> str:
+        """What besides the ids changes a document's KV: model, prefix, shape of a prefill pass, number of threads."""
+        facts = [
+            self.backbone.fingerprint(),
+            list(self.encoder.prefix_ids),
+            self._tokens_per_pass,
+            torch.get_num_threads(),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _log_mode(self, mode: Mode) -> None:
+        name, adapter = self.backbone.model_id, self.backbone.has_adapter
+        logger.info("mode %s, model %s, adapter %s", mode, name, "on" if adapter and mode == "fusion" else "off")
+        if mode == "fusion" and not (adapter or self.settings.tuned):
+            self._warn_once(
+                f"{name} was not trained to read fused documents and has no adapter; "
+                "answers can be worse than in mode 'concat'"
+            )
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)

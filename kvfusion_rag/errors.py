@@ -1,0 +1,37 @@
+"""The exceptions that kvfusion-rag raises on purpose.
+
+Every message names the wrong value, the allowed one and the likely cause in one sentence, because the
+command line prints it as its only line. Nothing here imports anything.
+"""
+
+
+class KVFusionError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidInputError(KVFusionError, ValueError):
+    """An argument, option, document or question is outside what is allowed."""
+
+
+class ModelLoadError(KVFusionError):
+    """A model, tokenizer, adapter or ``kvfusion.json`` cannot be read."""
+
+
+class UnsupportedModelError(KVFusionError):
+    """The architecture cannot be fused exactly; the message names the cause."""
+
+
+class ContextLimitError(InvalidInputError):
+    """A document, a question or all of them together pass a limit of the model."""
+
+
+class ControlTokenError(KVFusionError):
+    """Untrusted text was about to become a control token; nothing was sent to the model."""
+
+
+class RetrievalError(KVFusionError):
+    """A file, folder or index cannot be read, split, embedded or searched."""
+
+
+class MissingDependencyError(KVFusionError, ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""

@@ -1,0 +1,122 @@
+"""The numeric half of the support gate: a model is used only if fusion is exact on it, measured at load.
+
+Four laws on a few random ordinary tokens. A model that ignores explicit positions, biases attention by cache
+slots, or rotates keys late fails one of them, whatever its configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import DynamicCache
+
+from .backbone import Backbone
+from .errors import UnsupportedModelError
+from .fusion import fuse
+from .positions import block_mask, fused_positions, question_start
+from .prefill import prefill
+from .schema import Check, DocumentKV, GateReport
+from .support import configuration_checks
+
+DOCUMENT_LENGTHS = (11, 7)
+QUESTION_LENGTH = 5
+# Relative error of logits: rounding alone, at the precision of each dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def run_gate(backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int]) -> GateReport:
+    """Measure the four laws.
+
+    Args:
+        prefix: the model's shared prefix.
+        ordinary_ids: token ids without control tokens to draw from.
+
+    Raises:
+        UnsupportedModelError: a law does not hold; the message names it with the numbers.
+    """
+    probe = _Probe(backbone, prefix, ordinary_ids)
+    checks = (
+        *configuration_checks(backbone.model.config),
+        probe.one_document_is_an_ordinary_pass(),
+        probe.two_documents_are_one_block_masked_pass(),
+        probe.order_does_not_matter(),
+        probe.positions_are_honoured(),
+    )
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise UnsupportedModelError(
+            f"{backbone.model_id!r} ({backbone.config.model_type}) failed the support gate: "
+            f"{failed[0].name}: {failed[0].detail}."
+        )
+    return GateReport(backbone.model_id, checks)
+
+
+class _Probe:
+    """Two random documents and a question, fused and unfused."""
+
+    def __init__(self, backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int]) -> None:
+        rng = torch.Generator().manual_seed(0)
+        pool = torch.tensor(ordinary_ids)
+        total = sum(DOCUMENT_LENGTHS) + QUESTION_LENGTH
+        drawn = pool[torch.randint(len(pool), (total,), generator=rng)].tolist()
+        first, second = DOCUMENT_LENGTHS
+        self.documents = [tuple(drawn[:first]), tuple(drawn[first : first + second])]
+        self.question = drawn[first + second :]
+        self.backbone, self.prefix = backbone, prefix
+        self.prefix_ids = list(prefix.token_ids) if prefix else []
+        self.kvs = prefill(backbone, self.documents, prefix, tokens_per_pass=1)
+        self.tolerance = TOLERANCE.get(backbone.dtype, TOLERANCE[torch.float16])
+
+    def one_document_is_an_ordinary_pass(self) -> Check:
+        document = self.documents[0]
+        ids = [*self.prefix_ids, *document, *self.question]
+        ordinary = self._forward(
+            ids, torch.arange(len(ids)), torch.ones(1, len(ids)), DynamicCache(config=self.backbone.config)
+        )
+        return self._compare("one fused document = ordinary pass", self._fused(self.kvs[:1]), ordinary)
+
+    def two_documents_are_one_block_masked_pass(self) -> Check:
+        ids = [*self.prefix_ids, *self.documents[0], *self.documents[1], *self.question]
+        p = len(self.prefix_ids)
+        positions = fused_positions(
+            p, DOCUMENT_LENGTHS, question_start(p, None, max(DOCUMENT_LENGTHS)), QUESTION_LENGTH
+        )
+        mask = block_mask(p, DOCUMENT_LENGTHS, QUESTION_LENGTH)[None, None]
+        single = self._forward(ids, positions, mask, DynamicCache(config=self.backbone.config))
+        return self._compare("two fused documents = one block-masked pass", self._fused(self.kvs), single)
+
+    def order_does_not_matter(self) -> Check:
+        return self._compare("order of documents does not matter", self._fused(self.kvs), self._fused(self.kvs[::-1]))
+
+    def positions_are_honoured(self) -> Check:
+        moved = not torch.equal(self._fused(self.kvs), self._fused(self.kvs, shift=3))
+        detail = "the question's position changes the logits" if moved else "it ignores explicit position ids"
+        return Check("explicit positions are honoured", moved, detail)
+
+    def _fused(self, kvs: list[DocumentKV], shift: int = 0) -> torch.Tensor:
+        row = [self.prefix, *kvs] if self.prefix else kvs
+        context = fuse([row], self.backbone.config, self.backbone.device)
+        start = question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs)) + shift
+        positions = torch.arange(start, start + QUESTION_LENGTH)
+        mask = torch.ones(1, context.mask.shape[1] + QUESTION_LENGTH)
+        return self._forward(self.question, positions, mask, context.cache)
+
+    def _forward(
+        self, ids: list[int], positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        place = self.backbone.device
+        mask = mask.to(place) if mask.dtype == torch.bool else mask.long().to(place)
+        return self.backbone.forward(
+            torch.tensor([ids], device=place),
+            positions[None].to(place),
+            mask,
+            cache,
+            torch.tensor([len(ids) - 1], device=place),
+            adapter=True,
+        )
+
+    def _compare(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> Check:
+        error = float((found - expected).norm() / expected.norm())
+        passed = error <= self.tolerance  # NaN fails
+        return Check(name, passed, f"relative error {error:.1e}, allowed {self.tolerance:.0e}")

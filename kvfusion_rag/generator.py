@@ -1,0 +1,368 @@
+"""KVFusionGenerator: the facade. Documents and a question in, an answer out.
+
+Checks arguments and names things; what happens to a request is ``engine.py``'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
+
+import torch
+
+from . import __version__
+from .backbone import Backbone
+from .decoding import DecodingOptions
+from .engine import UNLIMITED, Engine, Request
+from .errors import InvalidInputError
+from .gate import run_gate
+from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
+from .settings import LongDocuments, ModelSettings
+from .store import MemoryStore
+
+EMBEDDED_MODEL = Path(__file__).parent / "pretrained"
+MAX_FUSED_TOKENS = 200_000  # slots; a guard against filling the memory by mistake
+
+
+class DecodingKwargs(TypedDict, total=False):
+    """Options of one call, as ``DecodingOptions`` describes them."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    stop: Sequence[str]
+    seed: int | None
+
+
+class AnswerStream(Iterator[str]):
+    """Pieces of one answer as they become certain; joined they are ``answer.text``.
+
+    ``answer`` is ``None`` until the stream is exhausted. Closing it early stops decoding.
+    """
+
+    def __init__(self, pieces: Generator[str | Answer, None, None]) -> None:
+        self._pieces = pieces
+        self.answer: Answer | None = None
+
+    def __next__(self) -> str:
+        for piece in self._pieces:
+            if isinstance(piece, str):
+                return piece
+            self.answer = piece
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop decoding and let its memory go."""
+        self._pieces.close()
+
+
+class KVFusionGenerator:
+    """Answers questions from separately prefilled documents (KV-Fusion, arXiv 2501.07523).
+
+    Made by :meth:`from_pretrained`. Safe from several threads: forward passes take turns.
+
+    Raises:
+        UnsupportedModelError: the support gate measured that fusion is not exact on this model.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        store: MemoryStore | None,
+        settings: ModelSettings | None = None,
+        namespace: str = "",
+        max_fused_tokens: int = MAX_FUSED_TOKENS,
+        tokens_per_pass: int | None = None,
+    ) -> None:
+        self._backbone = backbone
+        self._engine = Engine(
+            backbone,
+            settings or backbone.settings,
+            store=store,
+            namespace=namespace,
+            max_fused_tokens=max_fused_tokens,
+            tokens_per_pass=tokens_per_pass,
+        )
+        self._encoder = self._engine.encoder
+        ordinary = sorted(set(range(backbone.config.vocab_size)) - self._encoder.plain.control_ids)
+        self.gate: GateReport = run_gate(backbone, self._engine.prefix, ordinary)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        adapter: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        store: MemoryStore | Literal["memory"] | None = "memory",
+        mode: Mode | None = None,
+        namespace: str = "",
+        prefix: str | None = None,
+        passage_length: int | None = None,
+        long_documents: LongDocuments | None = None,
+        max_fused_tokens: int = MAX_FUSED_TOKENS,
+        tokens_per_pass: int | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> KVFusionGenerator:
+        """Load a model and prove that fusion is exact on it.
+
+        Args:
+            model: hub name or folder; by default the small model that ships with the package.
+            revision: branch, tag or commit of a hub model.
+            adapter: peft adapter (LoRA) of the answering decoder; documents are prefilled without it.
+            device: "cpu", "cuda", ...; by default an accelerator if there is one.
+            dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU, else the checkpoint's.
+            store: where document KVs are kept; "memory" is a new memory store of 1 GiB, ``None`` is nowhere.
+            mode: "fusion" or "concat"; by default the model's own (``kvfusion.json``).
+            namespace: keeps tenants' documents apart in a shared store.
+            prefix, passage_length, long_documents: in place of the model's own settings.
+            max_fused_tokens: most document tokens of one question.
+            tokens_per_pass: padded tokens of one prefill pass.
+            model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+        Raises:
+            ModelLoadError: something cannot be read.
+            UnsupportedModelError: fusion would not be exact on this architecture; the message has the cause.
+            InvalidInputError: an argument is outside what is allowed.
+        """
+        if isinstance(store, str):
+            if store != "memory":
+                raise InvalidInputError(f"store is {store!r}, but it must be a MemoryStore, 'memory' or None.")
+            store = MemoryStore()
+        path = str(EMBEDDED_MODEL if model is None else model)
+        model_id = "kvfusion-embedded" if model is None else Path(path).name if Path(path).exists() else path
+        backbone = Backbone.load(
+            path,
+            model_id=model_id,
+            revision=revision,
+            adapter=adapter,
+            device=device,
+            dtype=dtype,
+            model_kwargs=model_kwargs,
+        )
+        changes = {"mode": mode, "prefix": prefix, "passage_length": passage_length, "long_documents": long_documents}
+        return cls(
+            backbone,
+            store=store,
+            settings=replace(backbone.settings, **{k: v for k, v in changes.items() if v is not None}),
+            namespace=namespace,
+            max_fused_tokens=max_fused_tokens,
+            tokens_per_pass=tokens_per_pass,
+        )
+
+    # What the generator is
+
+    @property
+    def model_id(self) -> str:
+        return self._backbone.model_id
+
+    @property
+    def settings(self) -> ModelSettings:
+        return self._engine.settings
+
+    @property
+    def mode(self) -> Mode:
+        """Mode of calls that name none."""
+        return self.settings.mode
+
+    @property
+    def follows_instructions(self) -> bool:
+        """Whether ``prompt=`` is read; a model trained on bare questions reads ``question`` alone."""
+        return self._encoder.follows_instructions
+
+    @property
+    def context_window(self) -> int | None:
+        """Positions that the model knows, in tokens; with fusion, documents share them."""
+        return self._backbone.context_window
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.settings.max_new_tokens
+
+    @property
+    def store(self) -> MemoryStore | None:
+        return self._engine.store
+
+    def identity(self) -> dict[str, str | int | None]:
+        """Everything that changes an answer besides question, documents and options; no paths, no secrets."""
+        settings = json.dumps(self.settings.to_dict(), sort_keys=True)
+        return {
+            "model_id": self.model_id,
+            "revision": self._backbone.revision,
+            "weights": self._backbone.weights_digest,
+            "adapter": self._backbone.adapter_digest,
+            "dtype": str(self._backbone.dtype).removeprefix("torch."),
+            "settings": hashlib.sha256(settings.encode()).hexdigest(),
+            "mode": self.mode,
+            "version": __version__,
+        }
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of plain text, without control tokens."""
+        return self._encoder.plain.encode(text)
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.encode_text(text))
+
+    # What it does
+
+    def answer(
+        self,
+        question: str,
+        documents: Sequence[Document | str] = (),
+        *,
+        prompt: str | None = None,
+        mode: Mode | None = None,
+        **options: Unpack[DecodingKwargs],
+    ) -> Answer:
+        """Answer ``question`` from ``documents``, whose order does not matter in mode ``fusion``.
+
+        Args:
+            question: the bare question.
+            documents: retrieved documents; strings are documents without id and title. None at all means
+                plain generation; blank ones are skipped; repeated ones are fused once.
+            prompt: the caller's complete wording without the documents, read in place of the question by
+                models that follow instructions.
+            mode: "fusion" or "concat" (one joined prompt in the caller's order, adapter off).
+            options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
+
+        Raises:
+            InvalidInputError: a bad argument; ContextLimitError where something is too long.
+            ControlTokenError: untrusted text would have become a control token.
+        """
+        decoding = self._options(options)
+        began = time.perf_counter()
+        return self._answer_all([self._engine.request(question, documents, prompt, mode, decoding)], decoding, began)[
+            0
+        ]
+
+    def answer_batch(
+        self,
+        questions: Sequence[str],
+        documents: Sequence[Sequence[Document | str]],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        mode: Mode | None = None,
+        **options: Unpack[DecodingKwargs],
+    ) -> list[Answer]:
+        """Answer several questions, each from its own documents, in one padded batch.
+
+        Arguments are those of :meth:`answer`, one question, document list and prompt a row. Times are the
+        batch's. Nothing is computed when one row is wrong.
+        """
+        prompts = [None] * len(questions) if prompts is None else prompts
+        if not len(questions) == len(documents) == len(prompts):
+            raise InvalidInputError(
+                f"there are {len(questions)} questions, {len(documents)} document lists and {len(prompts)} prompts, "
+                "but there must be as many of each."
+            )
+        decoding = self._options(options)
+        began = time.perf_counter()
+        rows = zip(questions, documents, prompts, strict=True)
+        requests = [self._engine.request(question, row, prompt, mode, decoding) for question, row, prompt in rows]
+        return self._answer_all(requests, decoding, began) if requests else []
+
+    def stream(
+        self,
+        question: str,
+        documents: Sequence[Document | str] = (),
+        *,
+        prompt: str | None = None,
+        mode: Mode | None = None,
+        **options: Unpack[DecodingKwargs],
+    ) -> AnswerStream:
+        """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
+        decoding = self._options(options)
+        began = time.perf_counter()
+        request = self._engine.request(question, documents, prompt, mode, decoding)
+        return AnswerStream(self._pieces(request, decoding, began))
+
+    def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
+        """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
+
+        Args:
+            documents: any number; the limit on what one question may fuse does not apply.
+            progress: show a bar once this takes longer than a second.
+
+        Raises:
+            InvalidInputError: the generator has no store to keep them in.
+        """
+        if self.store is None:
+            raise InvalidInputError(
+                "prefill keeps document KVs in a store, but this generator was made with store=None; give it one."
+            )
+        reading = self._engine.read(documents, max_tokens=UNLIMITED)
+        _, origins = self._engine.document_kvs(reading.keys, progress=progress)
+        return list(reading.sources(origins, self._engine.key))
+
+    def check_invariance(
+        self,
+        question: str,
+        documents: Sequence[Document | str],
+        *,
+        permutations: int = 10,
+        mode: Mode | None = None,
+        seed: int = 0,
+    ) -> InvarianceReport:
+        """Answer once as given and then in ``permutations`` shuffled orders; compare texts and bits of all logits.
+
+        In mode ``fusion`` the first pass may compute what later ones find in the store, so this also checks
+        that stored and computed KVs are the same.
+        """
+        decoding = self._options({})
+        shuffled, rng = list(documents), random.Random(seed)
+        answers: list[str] = []
+        expected: list[torch.Tensor] = []
+        difference = 0.0
+        for _ in range(permutations + 1):
+            logits: list[torch.Tensor] = []
+            run = self._engine.start(
+                [self._engine.request(question, shuffled, None, mode, decoding)], time.perf_counter()
+            )
+            for _ in self._engine.decode(run, decoding, on_logits=logits.append):
+                pass
+            expected = expected or logits
+            difference = max(difference, _logit_difference(expected, logits))
+            if run.rows[0].text not in answers:
+                answers.append(run.rows[0].text)
+            rng.shuffle(shuffled)
+        return InvarianceReport(mode or self.mode, permutations, tuple(answers), difference)
+
+    def _options(self, options: DecodingKwargs) -> DecodingOptions:
+        allowed = DecodingKwargs.__annotations__
+        if unknown := sorted(options.keys() - allowed.keys()):
+            raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
+        wanted = options.get("max_new_tokens")
+        return DecodingOptions(**{**options, "max_new_tokens": self.max_new_tokens if wanted is None else wanted})
+
+    def _answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
+        run = self._engine.start(requests, began)
+        for _ in self._engine.decode(run, options):
+            pass
+        return [self._engine.answer(run, number) for number in range(len(requests))]
+
+    def _pieces(self, request: Request, options: DecodingOptions, began: float) -> Generator[str | Answer, None, None]:
+        run = self._engine.start([request], began)
+        with closing(self._engine.decode(run, options)) as steps:
+            for _ in steps:
+                if piece := run.rows[0].take():
+                    yield piece
+        yield self._engine.answer(run, 0)
+
+
+def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    """Largest difference over all steps; infinite where one answer has more steps than the other."""
+    if len(expected) != len(found):
+        return float("inf")
+    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))

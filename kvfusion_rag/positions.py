@@ -1,0 +1,53 @@
+"""Where tokens stand: RoPE or learned position ids, and the mask that fusion is equal to.
+
+Pure functions on numbers, used by training, evaluation and inference alike, so that the three cannot
+disagree (paper section 3.2: every document at p_1..p_n, the question from p_{n+1} on). A *slot* is an index
+in the cache, a *position* is what the model is told; the two are independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def document_positions(prefix_length: int, num_tokens: int) -> torch.Tensor:
+    """Positions (T,) of one document: right after the shared prefix, whatever other documents there are."""
+    return torch.arange(prefix_length, prefix_length + num_tokens)
+
+
+def question_start(prefix_length: int, passage_length: int | None, longest_document: int) -> int:
+    """Position of the question's first token.
+
+    ``passage_length`` (tokens) if every document fits into it, else the longest document's length. Without
+    documents the question follows the prefix at once, as in plain generation.
+    """
+    if longest_document == 0:
+        return prefix_length
+    return prefix_length + max(passage_length or 0, longest_document)
+
+
+def fused_positions(
+    prefix_length: int, document_lengths: Sequence[int], start: int, question_length: int
+) -> torch.Tensor:
+    """Positions (K + Q,) of prefix, documents and question laid out in one row."""
+    documents = [document_positions(prefix_length, n) for n in document_lengths]
+    return torch.cat([torch.arange(prefix_length), *documents, torch.arange(start, start + question_length)])
+
+
+def block_mask(prefix_length: int, document_lengths: Sequence[int], question_length: int) -> torch.Tensor:
+    """What may attend to what, (K + Q, K + Q) bool, in the single pass that fusion is equal to.
+
+    Causal everywhere; a document sees the prefix and itself; the question sees everything before it.
+    """
+    blocks = [-1] * prefix_length
+    for block, length in enumerate(document_lengths):
+        blocks += [block] * length
+    blocks += [len(document_lengths)] * question_length
+    owner = torch.tensor(blocks)
+    same_block = owner[:, None] == owner[None, :]
+    seen_by_all = (owner == -1)[None, :]
+    is_question = (owner == len(document_lengths))[:, None]
+    causal = torch.ones(len(blocks), len(blocks), dtype=torch.bool).tril()
+    return causal & (same_block | seen_by_all | is_question)  # (K + Q, K + Q)

@@ -1,0 +1,84 @@
+"""Dp: token ids -> document KVs, by the frozen base model (adapter off), without the LM head.
+
+Matrix kernels round differently for different shapes, so a document's bits would depend on how many others
+were prefilled beside it. Here every forward pass over a length bucket has one fixed shape: a document's
+keys and values are then a function of its own ids alone, whatever stood in the store before. Padding is on
+the right, where causal attention cannot see it, and is cut off again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from .backbone import Backbone
+from .schema import DocumentKV
+
+LENGTH_BUCKET = 32  # tokens; padded lengths are multiples of it
+TOKENS_PER_PASS = {"cpu": 128, "accelerator": 4096}  # below these a pass is not much cheaper (benchmarks/)
+
+
+def prefill(
+    backbone: Backbone,
+    token_ids: Sequence[tuple[int, ...]],
+    prefix: DocumentKV | None,
+    *,
+    tokens_per_pass: int,
+    progress: bool = False,
+) -> list[DocumentKV]:
+    """Prefill each document alone at the positions after the prefix (paper section 3.2).
+
+    Args:
+        token_ids: ids (T_i,) of each document, none empty, each within the model's window.
+        prefix: KV that every document sees, or ``None``.
+        tokens_per_pass: padded tokens that one forward pass aims at.
+        progress: show a bar once this takes longer than a second.
+
+    Returns:
+        One DocumentKV each, in the order given, with tensors of their own.
+    """
+    buckets: defaultdict[int, list[int]] = defaultdict(list)
+    for index, ids in enumerate(token_ids):
+        buckets[padded_length(len(ids), backbone, prefix)].append(index)
+    done: dict[int, DocumentKV] = {}
+    with tqdm(total=len(token_ids), desc="prefill", unit="doc", delay=1, disable=not progress) as bar:
+        for length, members in sorted(buckets.items()):
+            rows = max(1, tokens_per_pass // length)
+            for start in range(0, len(members), rows):
+                batch = members[start : start + rows]
+                kvs = _prefill_pass(backbone, [token_ids[i] for i in batch], prefix, rows, length)
+                done.update(zip(batch, kvs, strict=True))
+                bar.update(len(batch))
+    return [done[index] for index in range(len(token_ids))]
+
+
+def prefill_prefix(backbone: Backbone, prefix_ids: tuple[int, ...]) -> DocumentKV | None:
+    """KV of the shared prefix at positions 0..p-1, or ``None`` for an empty one."""
+    if not prefix_ids:
+        return None
+    return _prefill_pass(backbone, [prefix_ids], None, 1, len(prefix_ids))[0]
+
+
+def padded_length(num_tokens: int, backbone: Backbone, prefix: DocumentKV | None) -> int:
+    """Length of the bucket (tokens) for a document: a multiple of 32, cut at the model's last position."""
+    length = -(-num_tokens // LENGTH_BUCKET) * LENGTH_BUCKET
+    if backbone.context_window is None:
+        return length
+    return min(length, backbone.context_window - (prefix.num_tokens if prefix else 0))
+
+
+def _prefill_pass(
+    backbone: Backbone, documents: list[tuple[int, ...]], prefix: DocumentKV | None, rows: int, length: int
+) -> list[DocumentKV]:
+    """One forward pass of exactly (rows, length) tokens; rows beyond the documents are filler."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.tensor(document)
+    keys, values = backbone.prefill(ids, prefix)  # (L, rows, H_kv, length, d) each
+    return [
+        DocumentKV(keys[:, row, :, : len(document)].clone(), values[:, row, :, : len(document)].clone(), document)
+        for row, document in enumerate(documents)
+    ]

@@ -1,0 +1,211 @@
+"""The only place where text becomes token ids, and ids become text again.
+
+Documents, titles, questions and prompts are untrusted: they are encoded by a second tokenizer that has no
+control tokens at all, and the result is checked once more before it is handed on. Control tokens come from
+the model's own templates alone, as constant ids. This module knows no model weights and no positions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from .errors import ControlTokenError, UnsupportedModelError
+from .schema import Document
+from .settings import ModelSettings
+
+_FIELD = re.compile(r"\{(text|title|question|prompt)\}")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_PAST_ANY_TOKEN = 64  # characters; more than the longest vocabulary entry that matters for finding a cut
+
+
+class PlainEncoder:
+    """Encodes untrusted text; cannot emit a control token.
+
+    Control tokens are all added tokens that are not white space (special or not: ``<tool_call>`` is not),
+    save the one that the tokenization model itself puts in for unknown characters.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UnsupportedModelError(
+                f"the tokenizer is a {type(tokenizer).__name__}, but only those backed by the tokenizers library "
+                "can be made safe against control tokens in documents; convert it to a tokenizer.json."
+            )
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        control = {t["id"]: t["content"] for t in spec["added_tokens"] if not t["content"].isspace()}
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"].isspace()]
+        spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+        unknown_id = _unknown_id(spec["model"])
+        self.control_ids = frozenset(control.keys() | set(tokenizer.all_special_ids)) - {unknown_id}
+        _remove_pieces(spec["model"], {control[i] for i in control if i != unknown_id})
+        self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``; lone surrogates read as U+FFFD.
+
+        Raises:
+            ControlTokenError: a control id came out all the same, so nothing may be sent to the model.
+        """
+        return self._checked(self._encoding(text).ids, text)
+
+    def cut(self, text: str, max_tokens: int) -> int:
+        """Character offset at which to cut ``text`` so that the first part has at most ``max_tokens`` ids.
+
+        The cut falls at a sentence's end in the second half of the part if there is one, else at a space.
+        """
+        encoding = self._encoding(text)
+        if len(encoding.ids) <= max_tokens:
+            return len(text)
+        end = max(1, encoding.offsets[max_tokens][0])
+        sentence_ends = [m.end() for m in _SENTENCE_END.finditer(text, end // 2, end)]
+        if sentence_ends:
+            return sentence_ends[-1]
+        space = text.rfind(" ", end // 2, end)
+        return space + 1 if space > 0 else end
+
+    def _encoding(self, text: str) -> Any:
+        return self._tokenizer.encode(_LONE_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
+
+    def _checked(self, ids: list[int], text: str) -> list[int]:
+        if leaked := self.control_ids.intersection(ids):
+            raise ControlTokenError(
+                f"a text of {len(text)} characters became the control token id {min(leaked)}; nothing was sent to "
+                "the model, because its tokenizer cannot be made safe for this text."
+            )
+        return ids
+
+
+def _unknown_id(model: Mapping[str, Any]) -> int | None:
+    """Id that the tokenization model emits for what it cannot spell, if it has one."""
+    if model["type"] == "Unigram":
+        return model["unk_id"]
+    unknown = model.get("unk_token")
+    return None if unknown is None else model["vocab"].get(unknown)
+
+
+def _remove_pieces(model: dict[str, Any], pieces: set[str]) -> None:
+    """Make it impossible for the tokenization model to produce ``pieces`` (SentencePiece lists them as pieces)."""
+    if model["type"] == "Unigram":  # ids are list places, so the piece is renamed to what no text can guess
+        nonce = secrets.token_hex(16)
+        model["vocab"] = [
+            [f"\ufdd0{nonce}{i}" if piece in pieces else piece, score]
+            for i, (piece, score) in enumerate(model["vocab"])
+        ]
+        return
+    model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in pieces}
+    if model["type"] == "BPE":
+        model["merges"] = [m for m in model["merges"] if pieces.isdisjoint(_merge_parts(m))]
+
+
+def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right, left + right
+
+
+@dataclass(frozen=True, slots=True)
+class _Control:
+    """A control token of a template, by its constant id."""
+
+    token_id: int
+
+
+class Template:
+    """A template of the model's owner, cut into control tokens and plain text with fields."""
+
+    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder) -> None:
+        self._encoder = encoder
+        self._parts = _split_at_control_tokens(text, tokenizer, encoder.control_ids)
+
+    def encode(self, **values: str) -> list[int]:
+        """Ids with the fields filled in. A value that looks like a field or a control token stays plain text."""
+        ids: list[int] = []
+        for part in self._parts:
+            if isinstance(part, _Control):
+                ids.append(part.token_id)
+            else:
+                ids += self._encoder.encode(_FIELD.sub(lambda match: values[match[1]], part))
+        return ids
+
+
+def _split_at_control_tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, control_ids: frozenset[int]
+) -> list[_Control | str]:
+    tokens = {str(t): (i, t) for i, t in tokenizer.added_tokens_decoder.items() if i in control_ids}
+    if not tokens:
+        return [text] if text else []
+    pattern = "|".join(re.escape(content) for content in sorted(tokens, key=len, reverse=True))
+    parts: list[_Control | str] = []
+    strip_next = False
+    for piece in re.split(f"({pattern})", text):
+        if piece in tokens:
+            token_id, token = tokens[piece]
+            if token.lstrip and parts and isinstance(parts[-1], str):
+                parts[-1] = parts[-1].rstrip()
+            parts.append(_Control(token_id))
+            strip_next = token.rstrip
+        elif piece:
+            parts.append(piece.lstrip() if strip_next else piece)
+            strip_next = False
+    return [part for part in parts if part != ""]
+
+
+class PromptEncoder:
+    """Encodes the prefix, documents and questions of one model, and decodes its answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
+        self.plain = PlainEncoder(tokenizer)
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._document = Template(settings.document_template, tokenizer, self.plain)
+        self._titled = Template(settings.titled_document_template, tokenizer, self.plain)
+        self._question = Template(settings.question_template, tokenizer, self.plain)
+        prompt = settings.prompt_template
+        self._prompt = None if prompt is None else Template(prompt, tokenizer, self.plain)
+        self.prefix_ids = tuple(Template(settings.prefix, tokenizer, self.plain).encode())
+
+    @property
+    def follows_instructions(self) -> bool:
+        """Whether the model reads a caller's own wording; otherwise it reads the bare question."""
+        return self._prompt is not None
+
+    def encode_document(self, document: Document) -> tuple[int, ...]:
+        """Ids (T,) of one document in its template; ``()`` for a blank one."""
+        if not document.text.strip():
+            return ()
+        if document.title:
+            return tuple(self._titled.encode(title=document.title, text=document.text))
+        return tuple(self._document.encode(text=document.text))
+
+    def split_document(self, document: Document, max_tokens: int) -> list[tuple[int, ...]]:
+        """Ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template."""
+        frame = len(self.encode_document(Document("x", title=document.title)))  # upper bound of the template's share
+        room = max(1, max_tokens - frame)
+        pieces, rest = [], document.text
+        while rest.strip():
+            cut = self.plain.cut(rest[: room * _PAST_ANY_TOKEN], room)
+            piece = self.encode_document(Document(rest[:cut].strip(), title=document.title))
+            while len(piece) > max_tokens and cut > 1:  # a cut inside a word can spell it with more tokens
+                cut = cut * 3 // 4
+                piece = self.encode_document(Document(rest[:cut].strip(), title=document.title))
+            pieces.append(piece)
+            rest = rest[cut:]
+        return [piece for piece in pieces if piece]
+
+    def encode_question(self, question: str, prompt: str | None = None) -> tuple[int, ...]:
+        """Ids (Q,) of the question, or of the caller's ``prompt`` where the model follows instructions."""
+        if prompt is not None and self._prompt is not None:
+            return tuple(self._prompt.encode(prompt=prompt))
+        return tuple(self._question.encode(question=question))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

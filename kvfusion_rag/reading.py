@@ -1,0 +1,146 @@
+"""The caller's documents made ready: checked, encoded, split, deduplicated, in canonical order.
+
+Sits between the facade and the engine. Knows templates and limits, but neither weights nor tensors.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from .errors import ContextLimitError, InvalidInputError
+from .prompts import PromptEncoder
+from .schema import Document, Origin, Source
+from .settings import LongDocuments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDocument:
+    """One of the caller's documents with its encoded pieces (none if it is blank)."""
+
+    document: Document
+    id: str
+    pieces: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.pieces))
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """All documents of one question, in the caller's order, and their distinct pieces in canonical order.
+
+    Canonical order is that of the content keys. It makes every permutation the same computation, bit for
+    bit; that no place is favoured comes from the uniform positions.
+    """
+
+    documents: tuple[ReadDocument, ...]
+    keys: dict[str, tuple[int, ...]] = field(repr=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest piece, 0 without documents."""
+        return max(map(len, self.keys.values()), default=0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the distinct pieces together."""
+        return sum(map(len, self.keys.values()))
+
+    def cited_order(self, key_of: Callable[[tuple[int, ...]], str]) -> list[tuple[str, Document]]:
+        """(id, document) pairs with text, in an order that does not depend on the caller's."""
+        full = [d for d in self.documents if d.pieces]
+        full.sort(key=lambda d: (key_of(d.pieces[0]), d.document.text, d.id))
+        return [(d.id, d.document) for d in full]
+
+    def sources(self, origins: dict[str, Origin], key_of: Callable[[tuple[int, ...]], str]) -> tuple[Source, ...]:
+        """What became of each of the caller's documents, in the caller's order."""
+        first_with: dict[tuple[tuple[int, ...], ...], str] = {}
+        sources = []
+        for read in self.documents:
+            found = [origins[key_of(piece)] for piece in read.pieces]
+            origin: Origin = "blank"
+            if found:
+                origin = "computed" if "computed" in found else found[0]
+            twin = first_with.get(read.pieces) if read.pieces else None
+            first_with.setdefault(read.pieces, read.id)
+            sources.append(
+                Source(
+                    id=read.id,
+                    origin=origin,
+                    tokens=read.tokens,
+                    title=read.document.title,
+                    pieces=len(read.pieces),
+                    duplicate_of=twin,
+                    metadata=read.document.metadata,
+                )
+            )
+        return tuple(sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Token limits of one model: ``document`` for one piece, ``total`` for all that are fused together."""
+
+    document: int
+    total: int
+    long_documents: LongDocuments
+
+
+def read_documents(
+    documents: Sequence[Document | str],
+    encoder: PromptEncoder,
+    limits: Limits,
+    key_of: Callable[[tuple[int, ...]], str],
+) -> Reading:
+    """Encode the documents of one question.
+
+    Raises:
+        InvalidInputError: ``documents`` is one string, or holds something that is no document.
+        ContextLimitError: a document is longer than the model reads, or all together than may be fused.
+    """
+    if isinstance(documents, str | Document):
+        raise InvalidInputError(
+            f"documents is one {type(documents).__name__}, but it must be a sequence of documents: pass a list, "
+            "with a joined context cut back into its documents."
+        )
+    read = tuple(_read(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
+    if blank := [r.id for r in read if not r.pieces]:
+        logger.warning("skipped %d blank document(s): %s", len(blank), ", ".join(map(repr, blank[:5])))
+    keys = dict(sorted((key_of(piece), piece) for r in read for piece in r.pieces))
+    reading = Reading(read, keys)
+    if reading.tokens > limits.total:
+        raise ContextLimitError(
+            f"the {len(read)} documents have {reading.tokens} tokens together, but at most {limits.total} may be "
+            "fused; pass fewer documents, or raise max_fused_tokens if the memory is there."
+        )
+    return reading
+
+
+def _read(document: Document | str, number: int, encoder: PromptEncoder, limits: Limits) -> ReadDocument:
+    if isinstance(document, str):
+        document = Document(document)
+    if not isinstance(document, Document) or not isinstance(document.text, str):
+        raise InvalidInputError(
+            f"document {number} is a {type(document).__name__}, but it must be a string or a kvfusion_rag.Document "
+            "with a string as text."
+        )
+    document_id = document.id if document.id is not None else str(number)
+    if len(document.text) > 64 * limits.total:  # no vocabulary packs more characters into a token
+        raise ContextLimitError(
+            f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens may be "
+            "fused; cut it."
+        )
+    ids = encoder.encode_document(document)
+    if len(ids) <= limits.document:
+        return ReadDocument(document, document_id, (ids,) if ids else ())
+    if limits.long_documents == "split":
+        return ReadDocument(document, document_id, tuple(encoder.split_document(document, limits.document)))
+    raise ContextLimitError(
+        f"document {document_id!r} has {len(ids)} tokens, but the model reads at most {limits.document} in one "
+        "document; split it, or pass long_documents='split'."
+    )

@@ -1,0 +1,179 @@
+"""The data that passes between the parts: documents in, answers out, and one document's keys and values.
+
+Frozen dataclasses without behaviour beyond small derived properties. This module knows no model, no
+tokenizer and no store. Shape letters follow the project's glossary: L layers, H_kv key/value heads,
+T document tokens, d head dimension.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+
+Mode = Literal["fusion", "concat"]
+FinishReason = Literal["stop", "length"]
+Origin = Literal["memory", "computed", "prompt", "blank"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One retrieved passage: the unit that is prefilled alone.
+
+    ``id`` names it in sources and citations (the caller's order number where it is missing); ``title``
+    is read by the model when its template has a place for it; ``metadata`` is carried, never read.
+    """
+
+    text: str
+    id: str | None = None
+    title: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DocumentKV:
+    """Keys (already rotated) and values of one document, each of shape (L, H_kv, T, d).
+
+    ``token_ids`` are the T ids that made them; a store compares them after a hit.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    token_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values together."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What became of one of the caller's documents.
+
+    ``origin`` says where its keys and values came from: ``memory`` (the store), ``computed`` (prefilled
+    now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
+    ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
+    the same tokens, which was fused in its place.
+    """
+
+    id: str
+    origin: Origin
+    tokens: int
+    title: str | None = None
+    pieces: int = 1
+    duplicate_of: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A place where the answer stands: ``document.text[start:end] == text``, in the source's spelling."""
+
+    document_id: str
+    start: int
+    end: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts. ``prompt_tokens`` holds everything that the model read, documents included."""
+
+    prompt_tokens: int
+    document_tokens: int
+    cached_document_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds since the call began: documents ready and fused, first token known, whole answer known."""
+
+    prefill: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with everything needed to trust it: what was read, where it stands, what it cost."""
+
+    text: str
+    mode: Mode
+    sources: tuple[Source, ...]
+    citations: tuple[Citation, ...]
+    usage: Usage
+    timings: Timings
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...] = ()
+
+    @property
+    def cited_text(self) -> str:
+        """The answer as the first cited document spells it, or ``text`` where nothing is cited."""
+        return self.citations[0].text if self.citations else self.text
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; metadata of documents is carried as it is."""
+        return asdict(self) | {"cited_text": self.cited_text}
+
+    def _repr_html_(self) -> str:
+        """Rich output in notebooks. Documents and answers are untrusted text, so all of it is escaped."""
+        cited = {c.document_id for c in self.citations}
+        rows = "".join(
+            f"<tr><td>{'&#10003;' if s.id in cited else ''}</td><td>{html.escape(s.id)}</td>"
+            f"<td>{html.escape(s.title or '')}</td><td>{s.origin}</td><td>{s.tokens}</td></tr>"
+            for s in self.sources
+        )
+        return (
+            f"<p><b>{html.escape(self.cited_text)}</b> <small>({self.mode}, "
+            f"{self.timings.total:.2f} s)</small></p><table><tr><th>cited</th><th>document</th><th>title</th>"
+            f"<th>KV from</th><th>tokens</th></tr>{rows}</table>"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InvarianceReport:
+    """What came of answering one question with the same documents in several orders."""
+
+    mode: Mode
+    permutations: int
+    answers: tuple[str, ...]
+    max_logit_difference: float
+
+    @property
+    def identical(self) -> bool:
+        """True when every order gave the same tokens and the same logits, bit for bit."""
+        return len(self.answers) == 1 and self.max_logit_difference == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the support gate: its name, whether it held, and the measured detail or the cause."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class GateReport:
+    """All checks that the support gate made on one model."""
+
+    model_id: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
