@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -143,11 +143,10 @@ class Backbone:
                 past_key_values=cache,
                 use_cache=True,
             )
-        filled = [(keys, values) for keys, values, *_ in cache]  # one pair (R, H_kv, p + T, d) a layer
-        return (
-            torch.stack([keys[:, :, past:] for keys, _ in filled]),  # (L, R, H_kv, T, d)
-            torch.stack([values[:, :, past:] for _, values in filled]),
-        )
+        filled = cast(list[tuple[torch.Tensor, ...]], list(cache))  # keys, values (R, H_kv, p + T, d) of each layer
+        keys = torch.stack([layer[0][:, :, past:] for layer in filled])  # (L, R, H_kv, T, d)
+        values = torch.stack([layer[1][:, :, past:] for layer in filled])
+        return keys, values
 
     @torch.inference_mode()
     def forward(

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from .schema import Citation, Document
 
-_LEADING_ARTICLES = re.compile(r"^(?:(?:a|an|the)\s+)+", re.IGNORECASE)
+_LEADING_ARTICLES = re.compile(r"^(?:(?:a|an|the)(?:\s+|$))+", re.IGNORECASE)
 
 
 def find_citations(answer: str, documents: Iterable[tuple[str, Document]]) -> tuple[Citation, ...]:
@@ -45,6 +45,8 @@ def _find(wanted: str, text: str) -> tuple[int, int] | None:
     found = reduced.find(wanted)
     while found >= 0:
         start, end = origins[found], origins[found + len(wanted) - 1] + 1
+        while end < len(text) and unicodedata.combining(text[end]):
+            end += 1
         if _is_border(text, start) and _is_border(text, end):
             return start, end
         found = reduced.find(wanted, found + 1)
@@ -58,7 +60,7 @@ def _is_border(text: str, index: int) -> bool:
     before, after = text[index - 1], text[index]
     if "Lo" in (unicodedata.category(before), unicodedata.category(after)):  # scripts without spaces
         return True
-    return not (before.isalnum() and (after.isalnum() or unicodedata.combining(after)))
+    return not (before.isalnum() and after.isalnum())
 
 
 def _reduce(text: str) -> str:

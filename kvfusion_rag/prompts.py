@@ -42,7 +42,7 @@ class PlainEncoder:
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         control = {t["id"]: t["content"] for t in spec["added_tokens"] if not t["content"].isspace()}
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"].isspace()]
+        spec["added_tokens"] = _keep_white_space(spec["added_tokens"], spec["model"])
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         unknown_id = _unknown_id(spec["model"])
         self.control_ids = frozenset(control.keys() | set(tokenizer.all_special_ids)) - {unknown_id}
@@ -90,6 +90,17 @@ def _unknown_id(model: Mapping[str, Any]) -> int | None:
         return model["unk_id"]
     unknown = model.get("unk_token")
     return None if unknown is None else model["vocab"].get(unknown)
+
+
+def _keep_white_space(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Added tokens of white space alone, each with its own id still: ids are given anew to tokens not in the vocabulary."""
+    kept = [token for token in added if token["content"].isspace()]
+    if model["type"] == "Unigram":
+        pieces = {piece for piece, _ in model["vocab"]}
+        return [token for token in kept if token["content"] in pieces]
+    for token in kept:
+        model["vocab"].setdefault(token["content"], token["id"])
+    return kept
 
 
 def _remove_pieces(model: dict[str, Any], pieces: set[str]) -> None:

@@ -62,7 +62,7 @@ class Reading:
         first_with: dict[tuple[tuple[int, ...], ...], str] = {}
         sources = []
         for read in self.documents:
-            found = [origins[key_of(piece)] for piece in read.pieces]
+            found: list[Origin] = [origins[key_of(piece)] for piece in read.pieces]
             origin: Origin = "blank"
             if found:
                 origin = "computed" if "computed" in found else found[0]

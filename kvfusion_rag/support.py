@@ -22,8 +22,13 @@ LENGTH_DEPENDENT_ROPE = {
 
 
 def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
-    """The checks that a configuration alone can fail, each with its cause."""
-    return (_decoder_check(config), _attention_check(config), _rope_check(config))
+    """The checks that a configuration alone can fail, each with its cause; the first failed one is the last."""
+    checks: list[Check] = []
+    for check in (_decoder_check, _attention_check, _rope_check):
+        checks.append(check(config))
+        if not checks[-1].passed:  # later checks read fields that this configuration need not have
+            break
+    return tuple(checks)
 
 
 def require_supported(config: PretrainedConfig, model_id: str) -> None:

@@ -1,0 +1,23 @@
+"""KV-Fusion for LlamaIndex: an LLM and a response synthesizer that keep documents apart.
+
+`KVFusionSynthesizer` takes the place of the stock synthesizers, which join all node texts into one prompt.
+This package uses only the public names of `kvfusion_rag` and needs the extra `llama-index`.
+"""
+
+from __future__ import annotations
+
+from kvfusion_rag import MissingDependencyError
+
+try:
+    import llama_index.core  # noqa: F401 - the one place that says which extra is missing
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        f"llama_index_kvfusion cannot import {error.name}; LlamaIndex comes with "
+        'pip install "kvfusion-rag[llama-index]".'
+    ) from error
+
+from .documents import DocumentLike
+from .llm import KVFusionLlamaIndexLLM
+from .synthesizer import KVFusionSynthesizer
+
+__all__ = ["DocumentLike", "KVFusionLlamaIndexLLM", "KVFusionSynthesizer"]

@@ -1,0 +1,216 @@
+"""`KVFusionLlamaIndexLLM`: a KVFusionGenerator as a LlamaIndex LLM.
+
+Turns LlamaIndex's calls (complete, stream, chat, each sync and async) into one generator request: question,
+wording, separate documents and options. It knows neither retrieval nor the shape of responses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    MessageRole,
+)
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
+from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.prompts import BasePromptTemplate
+
+from kvfusion_rag import InvalidInputError
+
+from .documents import to_documents
+from .responses import (
+    achat_chunks,
+    acompletion_chunks,
+    chat_chunks,
+    chat_response,
+    completion_chunks,
+    completion_response,
+)
+
+if TYPE_CHECKING:
+    from kvfusion_rag import KVFusionGenerator
+
+_OPTIONS = ("temperature", "max_new_tokens", "top_p", "top_k", "stop", "seed", "mode")
+_ARGUMENTS = ("documents", "question", "max_tokens", *_OPTIONS)
+
+
+class KVFusionLlamaIndexLLM(CustomLLM):
+    """An LLM that takes separate documents: ``llm.complete("Who ...?", documents=["...", node])``.
+
+    Every call also takes the options below (``max_tokens`` is another name for ``max_new_tokens``),
+    ``question`` (the bare question, where the prompt is a longer wording of it) and ``documents``: a list of
+    `kvfusion_rag.Document`, str or LlamaIndex nodes, one item for each document. An option given as None
+    keeps the value set here; an unknown one raises InvalidInputError. Token counts stand in
+    `additional_kwargs`, sources and citations in `raw`, in streams on the last chunk. LlamaIndex's events
+    show documents in full to whoever listens.
+
+    Without documents, or where the prompt says more than the question, a model that follows instructions
+    reads the prompt as it stands; a bare question over documents is put into the model's own question
+    template. A model trained on bare questions reads the question alone.
+    """
+
+    temperature: float = Field(default=0.0, description="0 is greedy decoding.")
+    max_new_tokens: int | None = Field(default=None, description="None: the generator's default.")
+    top_p: float = Field(default=1.0, description="Nucleus sampling, used above temperature 0.")
+    top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
+    stop: str | Sequence[str] = Field(default=(), description="Strings that end the answer, left out of it.")
+    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    mode: str | None = Field(default=None, description="'fusion' or 'concat'; None: the generator's mode.")
+
+    _generator: KVFusionGenerator = PrivateAttr()
+
+    def __init__(self, generator: KVFusionGenerator, **fields: Any) -> None:
+        """A ready `generator`, and any of the options above or of LlamaIndex's LLM fields
+        (callback_manager, system_prompt, messages_to_prompt, completion_to_prompt)."""
+        unknown = sorted(set(fields) - set(type(self).model_fields))
+        if unknown:
+            raise InvalidInputError(
+                f"Unknown option {unknown[0]!r} for KVFusionLlamaIndexLLM; allowed are "
+                f"{', '.join(_OPTIONS)} and the fields of LlamaIndex's LLM."
+            )
+        super().__init__(**fields)
+        self._generator = generator
+
+    @classmethod
+    def from_model_id(
+        cls, model_id: str | Path | None = None, *, model_options: Mapping[str, Any] | None = None, **fields: Any
+    ) -> KVFusionLlamaIndexLLM:
+        """Load a model and wrap it. None is the small model that comes with the package.
+
+        `model_options` go to `KVFusionGenerator.from_pretrained` (revision, adapter, device, dtype, store,
+        ...), everything else to the constructor. Raises what from_pretrained raises.
+        """
+        from kvfusion_rag import KVFusionGenerator
+
+        return cls(KVFusionGenerator.from_pretrained(model_id, **(model_options or {})), **fields)
+
+    @classmethod
+    def class_name(cls) -> str:
+        return "KVFusionLlamaIndexLLM"
+
+    @property
+    def generator(self) -> KVFusionGenerator:
+        """The generator that answers, for prefill, check_invariance and the like."""
+        return self._generator
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata(
+            context_window=self._generator.context_window or DEFAULT_CONTEXT_WINDOW,
+            num_output=self.max_new_tokens or self._generator.max_new_tokens,
+            model_name=self._generator.model_id,
+            is_chat_model=False,
+        )
+
+    def fill(self, template: BasePromptTemplate, **values: Any) -> str:
+        """The template's complete wording with this LLM's system prompt and wrappers, ready to send."""
+        return self._get_prompt(template, **values)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer `prompt`; see the class for what `kwargs` may hold."""
+        return completion_response(self._generator.answer(**self._request(prompt, formatted, kwargs)))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Like `complete`, piece by piece. Wrong arguments raise here, not at the first piece."""
+        return completion_chunks(self._generator.stream(**self._request(prompt, formatted, kwargs)))
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Like `complete`, in a worker thread."""
+        request = self._request(prompt, formatted, kwargs)
+        return completion_response(await asyncio.to_thread(self._generator.answer, **request))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self, prompt: str, formatted: bool = False, **kwargs: Any
+    ) -> CompletionResponseAsyncGen:
+        """Like `stream_complete`; each piece is computed in a worker thread."""
+        request = self._request(prompt, formatted, kwargs)
+        return acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request))
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer the last user message; the wording is ``messages_to_prompt(messages)``."""
+        request = self._chat_request(messages, kwargs)
+        return chat_response(completion_response(self._generator.answer(**request)))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Like `chat`, piece by piece."""
+        return chat_chunks(completion_chunks(self._generator.stream(**self._chat_request(messages, kwargs))))
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Like `chat`, in a worker thread."""
+        request = self._chat_request(messages, kwargs)
+        return chat_response(completion_response(await asyncio.to_thread(self._generator.answer, **request)))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """Like `stream_chat`; each piece is computed in a worker thread."""
+        request = self._chat_request(messages, kwargs)
+        return achat_chunks(acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request)))
+
+    def _chat_request(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.messages_to_prompt is not None  # the parent's validator fills it in
+        wording = self.messages_to_prompt(messages)
+        asked = [message.content for message in messages if message.role == MessageRole.USER]
+        question = asked[-1] if asked else None
+        return self._request(wording, True, {"question": question, **kwargs})
+
+    def _request(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The generator's arguments for one call."""
+        unknown = sorted(set(kwargs) - set(_ARGUMENTS))
+        if unknown:
+            raise InvalidInputError(f"Unknown option {unknown[0]!r}; allowed are {', '.join(_ARGUMENTS)}.")
+        given = kwargs.get("documents")
+        documents = [] if given is None else to_documents(given)
+        question = kwargs.get("question") or prompt
+        assert self.completion_to_prompt is not None  # the parent's validator fills it in
+        wording = prompt if formatted else self.completion_to_prompt(prompt)
+        # A wording that adds nothing is left to the model's question template, the one it was tuned with;
+        # without documents that template makes no sense, and the prompt is sent as it stands.
+        templated = wording == question and (bool(documents) or not self._generator.follows_instructions)
+        return {
+            "question": question,
+            "documents": documents,
+            "prompt": None if templated else wording,
+            **self._options(kwargs),
+        }
+
+    def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if "max_tokens" in given:
+            if "max_new_tokens" in given:
+                raise InvalidInputError("max_tokens and max_new_tokens are two names for one option; give one.")
+            given["max_new_tokens"] = given.pop("max_tokens")
+        options = {name: given.get(name, value) for name, value in self._defaults().items()}
+        if isinstance(options["stop"], str):
+            options["stop"] = (options["stop"],)
+        return options
+
+    def _defaults(self) -> dict[str, Any]:
+        return {
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "stop": self.stop,
+            "seed": self.seed,
+            "mode": self.mode,
+        }

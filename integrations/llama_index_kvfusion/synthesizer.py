@@ -1,0 +1,220 @@
+"""`KVFusionSynthesizer`: a LlamaIndex response synthesizer that hands each node over as a separate document.
+
+It overrides as little as it can, so that LlamaIndex's events, callbacks and empty responses stay as they are.
+It decides what is asked; how the model is called is the LLM's business, how a node is read `documents`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
+from typing import Any, cast
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.llms.types import CompletionResponse
+from llama_index.core.base.response.schema import RESPONSE_TYPE
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.indices.base import BaseIndex
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType
+from llama_index.core.settings import Settings
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+
+from kvfusion_rag import Document, InvalidInputError
+
+from .documents import to_documents
+from .llm import KVFusionLlamaIndexLLM
+
+METADATA_KEY = "kvfusion"
+"""Where `response.metadata` holds the answer's record, beside LlamaIndex's node ids."""
+
+_DEFAULT_QUERY_TEMPLATE = "{query_str}"
+
+
+class KVFusionSynthesizer(BaseSynthesizer):
+    """Answers a query from nodes that are read apart, whatever order they come in.
+
+    ``response.metadata["kvfusion"]`` holds mode, sources, citations, usage and timings; documents are named
+    by node id. In streams it is empty until the last piece was read.
+    """
+
+    def __init__(
+        self,
+        llm: KVFusionLlamaIndexLLM,
+        *,
+        query_template: BasePromptTemplate | str = _DEFAULT_QUERY_TEMPLATE,
+        metadata_mode: MetadataMode = MetadataMode.NONE,
+        streaming: bool = False,
+        callback_manager: CallbackManager | None = None,
+        empty_response: str | None = None,
+    ) -> None:
+        """`llm` is required and has to be ours: another one would read no separate documents.
+
+        query_template: the complete wording around ``{query_str}``, without the documents. The default adds
+            nothing, so that the model's own question template (the one it was tuned with) is used.
+        metadata_mode: NONE gives the model the bare passage, plus ``metadata["title"]`` where its template
+            has a place for a title. That is what KV-Fusion models are trained on; citations are then offsets
+            into the node's text, and equal passages share one stored KV. LLM puts LlamaIndex's "key: value"
+            header before each passage, for models that follow instructions and need dates or authors.
+        callback_manager: also set on the LLM. None: the LLM keeps its own if it has handlers, else both take
+            the one in `Settings`, as LlamaIndex's own synthesizers do.
+        """
+        if not isinstance(llm, KVFusionLlamaIndexLLM):
+            raise InvalidInputError(
+                f"llm is a {type(llm).__name__}; KVFusionSynthesizer needs a KVFusionLlamaIndexLLM, because "
+                "only that reads separate documents."
+            )
+        shared = None if llm.callback_manager.handlers else Settings.callback_manager
+        super().__init__(
+            llm=llm, callback_manager=callback_manager or shared, streaming=streaming, empty_response=empty_response
+        )
+        self._fusion_llm = llm
+        self._metadata_mode = metadata_mode
+        self._query_template = PromptTemplate(query_template) if isinstance(query_template, str) else query_template
+
+    @property
+    def llm(self) -> KVFusionLlamaIndexLLM:
+        """The LLM, for ``index.as_query_engine(response_synthesizer=s, llm=s.llm)``."""
+        return self._fusion_llm
+
+    def as_query_engine(
+        self,
+        index_or_retriever: BaseIndex[Any] | BaseRetriever,
+        *,
+        node_postprocessors: list[BaseNodePostprocessor] | None = None,
+        callback_manager: CallbackManager | None = None,
+        **retriever_options: Any,
+    ) -> RetrieverQueryEngine:
+        """A query engine over an index (`retriever_options` such as similarity_top_k go to as_retriever) or a
+        ready retriever (which takes none). Unlike ``index.as_query_engine`` it asks for no default LLM."""
+        if isinstance(index_or_retriever, BaseIndex):
+            retriever = index_or_retriever.as_retriever(**retriever_options)
+        elif retriever_options:
+            raise InvalidInputError(
+                f"Option {min(retriever_options)!r} is for an index; set it on the retriever itself."
+            )
+        else:
+            retriever = index_or_retriever
+        return RetrieverQueryEngine(
+            retriever,
+            response_synthesizer=self,
+            node_postprocessors=node_postprocessors,
+            callback_manager=callback_manager,
+        )
+
+    def synthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """LlamaIndex's synthesize, with the nodes' ids, titles and scores kept for the answer's record."""
+        record: dict[str, Any] = {}
+        documents = to_documents(nodes, self._metadata_mode)
+        response = super().synthesize(
+            query, nodes, additional_source_nodes, documents=documents, record=record, **response_kwargs
+        )
+        return _with_record(response, nodes, record)
+
+    async def asynthesize(
+        self,
+        query: QueryType,
+        nodes: list[NodeWithScore],
+        additional_source_nodes: Sequence[NodeWithScore] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TYPE:
+        """Like `synthesize`, without blocking the event loop."""
+        record: dict[str, Any] = {}
+        documents = to_documents(nodes, self._metadata_mode)
+        response = await super().asynthesize(
+            query, nodes, additional_source_nodes, documents=documents, record=record, **response_kwargs
+        )
+        return _with_record(response, nodes, record)
+
+    def get_response(
+        self,
+        query_str: str,
+        text_chunks: Sequence[str],
+        *,
+        documents: Sequence[Document] | None = None,
+        record: dict[str, Any] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TEXT_TYPE:
+        """The answer's text, or a generator of its pieces when streaming.
+
+        `documents` stand in for `text_chunks` where given; `record` is filled when the answer is complete;
+        `response_kwargs` are further variables of the query template.
+        """
+        call = self._call(query_str, text_chunks if documents is None else documents, response_kwargs)
+        record = {} if record is None else record
+        # Chat engines flip this attribute between two calls, so it is read here and not kept.
+        if self._streaming:
+            return _pieces(self._fusion_llm.stream_complete(**call), record)
+        return _text(self._fusion_llm.complete(**call), record)
+
+    async def aget_response(
+        self,
+        query_str: str,
+        text_chunks: Sequence[str],
+        *,
+        documents: Sequence[Document] | None = None,
+        record: dict[str, Any] | None = None,
+        **response_kwargs: Any,
+    ) -> RESPONSE_TEXT_TYPE:
+        """Like `get_response`; when streaming, an async generator."""
+        call = self._call(query_str, text_chunks if documents is None else documents, response_kwargs)
+        record = {} if record is None else record
+        if self._streaming:
+            return _apieces(await self._fusion_llm.astream_complete(**call), record)
+        return _text(await self._fusion_llm.acomplete(**call), record)
+
+    def _call(
+        self, query_str: str, documents: Sequence[Document | str], template_values: dict[str, Any]
+    ) -> dict[str, Any]:
+        wording = self._fusion_llm.fill(self._query_template, query_str=query_str, **template_values)
+        return {"prompt": wording, "formatted": True, "question": query_str, "documents": list(documents)}
+
+    def _get_prompts(self) -> PromptDictType:
+        return {"query_template": self._query_template}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        self._query_template = prompts.get("query_template", self._query_template)
+
+
+def _text(response: CompletionResponse, record: dict[str, Any]) -> str:
+    _fill(record, response)
+    return response.text
+
+
+def _pieces(chunks: Generator[CompletionResponse, None, None], record: dict[str, Any]) -> Generator[str, None, None]:
+    with closing(chunks):
+        for chunk in chunks:
+            _fill(record, chunk)
+            if chunk.delta:
+                yield chunk.delta
+
+
+async def _apieces(
+    chunks: AsyncGenerator[CompletionResponse, None], record: dict[str, Any]
+) -> AsyncGenerator[str, None]:
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            _fill(record, chunk)
+            if chunk.delta:
+                yield chunk.delta
+
+
+def _fill(record: dict[str, Any], response: CompletionResponse) -> None:
+    """Take over what the last (or only) response says of the answer; earlier chunks say nothing."""
+    record.update(cast("dict[str, Any] | None", response.raw) or {})
+
+
+def _with_record(response: RESPONSE_TYPE, nodes: list[NodeWithScore], record: dict[str, Any]) -> RESPONSE_TYPE:
+    if nodes:
+        response.metadata = {**(response.metadata or {}), METADATA_KEY: record}
+    return response

