@@ -95,6 +95,7 @@ class Backbone:
             UnsupportedModelError: the architecture cannot be fused exactly.
         """
         place = choose_device(device)
+        precision = choose_dtype(dtype, place)
         kwargs = dict(model_kwargs or {})
         try:
             config = AutoConfig.from_pretrained(model, revision=revision)
@@ -104,7 +105,7 @@ class Backbone:
             require_supported(config, model_id)  # before gigabytes are read
             tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
             network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                model, config=config, revision=revision, dtype=choose_dtype(dtype, place), **kwargs
+                model, config=config, revision=revision, dtype=precision, **kwargs
             )
         except (OSError, ValueError, KeyError) as error:
             raise ModelLoadError(f"cannot load the model {model_id!r}: {_first_line(error)}") from error

@@ -123,7 +123,7 @@ class _Probe:
             mask,
             cache,
             torch.tensor([len(ids) - 1], device=place),
-            adapter=True,
+            adapter=False,  # the base model's laws; an adapter changes the decoder alone
         )
 
     def _compare(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> Check:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvfusion_rag import Answer, Citation, Document, InvalidInputError, Source, Timings, Usage
@@ -190,3 +190,24 @@ def _citations(text: str, sources: Sequence[Source], call: Call) -> Iterator[Cit
         start = body.lower().find(text)
         if start >= 0:
             yield Citation(source.id, start, start + len(text), body[start : start + len(text)])
+
+
+@dataclass
+class EchoGenerator(RecordingGenerator):
+    """Answers with what it received, so that an answer tells which call it belongs to."""
+
+    def stream(
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any
+    ) -> RecordingStream:
+        call = self._record("stream", question, documents, prompt, options)
+        before, space, after = echo(call).partition(" ")
+        self.streams.append(RecordingStream(replace(self, pieces=(before, space, after)), call))
+        return self.streams[-1]
+
+    def answer_to(self, call: Call) -> Answer:
+        return replace(super().answer_to(call), text=echo(call))
+
+
+def echo(call: Call) -> str:
+    """The text that EchoGenerator answers to ``call``."""
+    return f"{call.question} <- {' + '.join(call.texts)} at {call.options.get('temperature')}"

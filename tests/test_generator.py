@@ -1,0 +1,333 @@
+"""The facade: what each call returns, and the defined outcome of every kind of bad input."""
+
+import logging
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny import generator, model, tokenizer
+
+from kvfusion_rag import ContextLimitError, Document, InvalidInputError, KVFusionGenerator, MemoryStore, ModelLoadError
+
+DOCUMENTS = [
+    Document("the river runs past an old mill", id="river", title="River"),
+    "two grey doves sleep",
+    "rain falls",
+]
+
+
+@pytest.fixture(scope="module")
+def gen() -> KVFusionGenerator:
+    return generator("llama")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model("llama").save_pretrained(folder)
+    tokenizer("byte-bpe").save_pretrained(folder)
+    return folder
+
+
+def test_an_answer_says_what_was_read():
+    gen = generator("llama")
+    answer = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
+    assert [s.id for s in answer.sources] == ["river", "2", "3"]
+    assert [s.origin for s in answer.sources] == ["computed"] * 3
+    assert answer.sources[0].title == "River"
+    usage = answer.usage
+    assert usage.document_tokens == sum(s.tokens for s in answer.sources) and usage.cached_document_tokens == 0
+    assert usage.completion_tokens == len(answer.token_ids) <= 5
+    prefix, question = len(gen._encoder.prefix_ids), len(gen._encoder.encode_question("who?"))
+    assert usage.prompt_tokens == prefix + usage.document_tokens + question
+    assert 0 < answer.timings.prefill <= answer.timings.first_token <= answer.timings.total
+    again = gen.answer("why?", [*DOCUMENTS[::-1], "and one more"], max_new_tokens=5)
+    assert [s.origin for s in again.sources] == ["memory"] * 3 + ["computed"]
+    assert again.usage.cached_document_tokens == usage.document_tokens
+
+
+def test_stream_is_the_answer_in_pieces(gen):
+    for temperature in (0.0, 1.0):
+        stream = gen.stream("who?", DOCUMENTS, max_new_tokens=12, temperature=temperature, seed=1)
+        pieces = []
+        for piece in stream:
+            assert stream.answer is None and piece
+            pieces.append(piece)
+        answer = gen.answer("who?", DOCUMENTS, max_new_tokens=12, temperature=temperature, seed=1)
+        assert stream.answer is not None
+        assert "".join(pieces) == stream.answer.text == answer.text
+        assert len(pieces) > 1
+        assert stream.answer.token_ids == answer.token_ids and stream.answer.usage.completion_tokens == 12
+
+
+def test_a_closed_stream_ends_and_the_next_call_is_right(gen):
+    stream = gen.stream("who?", DOCUMENTS, max_new_tokens=12)
+    next(stream)
+    stream.close()
+    assert list(stream) == [] and stream.answer is None
+    assert gen.answer("who?", DOCUMENTS, max_new_tokens=3).text
+
+
+def test_stop_strings_end_answer_stream_and_batch(gen):
+    whole = gen.answer("who?", DOCUMENTS, max_new_tokens=12).text
+    stop = whole[len(whole) // 2 :][:3]
+    cut = gen.answer("who?", DOCUMENTS, max_new_tokens=12, stop=[stop])
+    assert cut.text == whole[: whole.index(stop)].rstrip() and cut.finish_reason == "stop"
+    assert "".join(gen.stream("who?", DOCUMENTS, max_new_tokens=12, stop=[stop])) == cut.text
+    batch = gen.answer_batch(["who?", "why?"], [DOCUMENTS, []], max_new_tokens=12, stop=[stop])
+    assert batch[0].text == cut.text
+
+
+def test_duplicates_are_fused_once_and_reported(gen):
+    once = gen.answer("who?", ["a mill", "a river"], max_new_tokens=4)
+    many = gen.answer(
+        "who?", ["a mill", Document("a river", id="r"), Document("a mill", id="x"), "a river"], max_new_tokens=4
+    )
+    assert many.token_ids == once.token_ids and many.usage.prompt_tokens == once.usage.prompt_tokens
+    assert [s.duplicate_of for s in many.sources] == [None, None, "1", "r"]
+
+
+def test_no_documents_is_plain_generation_with_one_warning(caplog):
+    gen = generator("llama")
+    with caplog.at_level(logging.WARNING):
+        answer = gen.answer("who?", [], max_new_tokens=4)
+        gen.answer("who?", [], max_new_tokens=4)
+    assert sum("no documents" in r.message for r in caplog.records) == 1
+    assert answer.sources == () and answer.token_ids == gen.answer("who?", [" ", "\n"], max_new_tokens=4).token_ids
+    ids = [*gen._encoder.prefix_ids, *gen._encoder.encode_question("who?")]
+    plain = gen._backbone.model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=4, do_sample=False, pad_token_id=0
+    )
+    assert list(answer.token_ids) == plain[0, len(ids) :].tolist()
+
+
+def test_blank_documents_are_skipped_and_reported(gen, caplog):
+    answer = gen.answer("who?", ["", "a blank's neighbour", Document(" \n\t", id="empty")], max_new_tokens=4)
+    assert [(s.id, s.origin, s.tokens > 0) for s in answer.sources] == [
+        ("1", "blank", False), ("2", "computed", True), ("empty", "blank", False),
+    ]  # fmt: skip
+    assert answer.token_ids == gen.answer("who?", ["a blank's neighbour"], max_new_tokens=4).token_ids
+    assert "empty" in caplog.text
+
+
+def test_a_document_over_the_limit_is_named_or_split(gen):
+    huge = Document("the river runs past an old mill. " * 200, id="huge")
+    with pytest.raises(ContextLimitError, match=r"'huge' has \d+ tokens, but the model reads at most \d+"):
+        gen.answer("who?", ["small", huge])
+    splitting = generator("llama", max_document_tokens=60, long_documents="split")
+    source = splitting.answer("who?", ["small", huge], max_new_tokens=2).sources[1]
+    assert source.pieces > 1 and source.tokens > 60
+
+
+def test_a_thousand_documents(gen):
+    documents = [f"the mill has {i} sacks" for i in range(1000)]
+    answer = gen.answer("who?", documents, max_new_tokens=2)
+    assert len(answer.sources) == 1000 and len({s.id for s in answer.sources}) == 1000
+    with pytest.raises(ContextLimitError, match=r"1000 documents have \d+ tokens together, but at most 500"):
+        KVFusionGenerator(gen._backbone, store=None, max_fused_tokens=500).answer("who?", documents)
+
+
+def test_concat_over_the_window_names_the_numbers(gen):
+    with pytest.raises(ContextLimitError, match="has 512"):
+        gen.answer("who?", [f"the mill has {i} sacks of flour" for i in range(100)], mode="concat")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\x00b", "lone \ud800 surrogate", "emoji 🌊🗼", "שלום עולם \u202e rtl", "\u200b\ufeff", "é e\u0301", "a\r\nb",
+     "<|im_end|><|im_start|>system", "<tool_call>", "Question: ignore the above\nAnswer:", "{text}{title}{question}"],
+)  # fmt: skip
+def test_strange_text_anywhere(gen, embedded, text):
+    for some in (gen, embedded):
+        documents = [Document(text, id=text, title=text), f"mill {text}"]
+        answer = some.answer(f"who {text}?", documents, prompt=f"{text} who?", max_new_tokens=3)
+        reverse = some.answer(f"who {text}?", documents[::-1], prompt=f"{text} who?", max_new_tokens=3)
+        assert answer.token_ids == reverse.token_ids
+        assert len(answer.sources) == 2
+
+
+@settings(max_examples=40)
+@given(
+    documents=st.lists(st.text(st.characters(codec=None, categories=None), max_size=60), max_size=4),
+    question=st.text(max_size=30),
+)
+def test_no_text_crashes(documents, question):
+    gen = generator_for_any_text()
+    if not question.strip():
+        with pytest.raises(InvalidInputError, match="question"):
+            gen.answer(question, documents)
+    else:
+        answer = gen.answer(question, documents, max_new_tokens=2)
+        assert len(answer.sources) == len(documents)
+        answer.to_dict()
+
+
+def generator_for_any_text(_made: list = []) -> KVFusionGenerator:  # noqa: B006 - one model for all examples
+    if not _made:
+        _made.append(generator("llama", tokens="bpe-byte-fallback"))
+    return _made[0]
+
+
+def test_html_of_an_answer_escapes_untrusted_text(gen):
+    answer = gen.answer("who?", [Document("mill", id="<b>id", title="<script>x</script>")], max_new_tokens=2)
+    assert "<script>" not in answer._repr_html_() and "&lt;script&gt;" in answer._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda g: g.answer("  ", DOCUMENTS), "question"),
+        (lambda g: g.answer(None, DOCUMENTS), "question"),
+        (lambda g: g.answer("who?", "one joined context"), "joined context"),
+        (lambda g: g.answer("who?", Document("x")), "sequence of documents"),
+        (lambda g: g.answer("who?", [3]), "document 1 is a int"),
+        (lambda g: g.answer("who?", [Document(None)]), "document 1"),
+        (lambda g: g.answer("who?", DOCUMENTS, mode="fused"), "mode"),
+        (lambda g: g.answer("who?", DOCUMENTS, max_tokens=3), "'max_tokens' is no option"),
+        (lambda g: g.answer("who?", DOCUMENTS, max_new_tokens=0), "max_new_tokens"),
+        (lambda g: g.answer("who?", DOCUMENTS, stop="END"), "stop"),
+        (lambda g: g.answer("who?", DOCUMENTS, max_new_tokens=600), "has 512"),
+        (lambda g: g.answer("who? " * 600, DOCUMENTS), "has 512"),
+        (lambda g: g.answer_batch(["a", "b"], [DOCUMENTS]), "2 questions, 1 document lists"),
+        (lambda g: g.answer_batch(["a", ""], [DOCUMENTS, []]), "question"),
+        (lambda g: g.stream("who?", DOCUMENTS, top_p=2), "top_p"),
+        (lambda g: KVFusionGenerator.from_pretrained(store="some/path"), "store"),
+        (lambda g: KVFusionGenerator.from_pretrained(device="gpu"), "device"),
+        (lambda g: KVFusionGenerator.from_pretrained(dtype="fp8"), "dtype"),
+    ],
+)
+def test_bad_input_is_one_clear_error(gen, call, named):
+    with pytest.raises(InvalidInputError, match=named) as caught:
+        call(gen)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_batch_is_an_empty_list(gen):
+    assert gen.answer_batch([], []) == []
+
+
+def test_prefill_fills_the_store_and_needs_one():
+    gen = generator("llama")
+    assert [s.origin for s in gen.prefill(DOCUMENTS)] == ["computed"] * 3
+    assert [s.origin for s in gen.answer("who?", DOCUMENTS, max_new_tokens=1).sources] == ["memory"] * 3
+    with pytest.raises(InvalidInputError, match="store=None"):
+        generator("llama", store=None).prefill(DOCUMENTS)
+
+
+def test_a_store_may_be_shared_by_models_and_tenants():
+    """Other weights, settings, precision or namespace: other keys, so never another's KV."""
+    store = MemoryStore()
+    gens = [
+        generator("llama", store=store),
+        generator("llama", torch.bfloat16, store=store),
+        generator("qwen2", store=store),
+        generator("llama", store=store, prefix="other prefix", document_template="{text}\n\n"),
+        KVFusionGenerator(generator("llama")._backbone, store=store, namespace="tenant"),
+    ]
+    for gen in gens:
+        assert gen.answer("who?", ["the mill"], max_new_tokens=1).sources[0].origin == "computed"
+        assert gen.answer("who?", ["the mill"], max_new_tokens=1).sources[0].origin == "memory"
+    assert len(store) == len(gens)
+
+
+def test_check_invariance_tells_fusion_from_concat(gen):
+    fused = gen.check_invariance("who?", DOCUMENTS, permutations=5)
+    joined = gen.check_invariance("who?", DOCUMENTS, permutations=5, mode="concat")
+    assert fused.identical and fused.max_logit_difference == 0.0
+    assert not joined.identical and joined.max_logit_difference > 0
+
+
+def test_concat_is_ordinary_generation_in_the_callers_order(gen):
+    answer = gen.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=6)
+    encoder = gen._encoder
+    documents = [encoder.encode_document(d if isinstance(d, Document) else Document(d)) for d in DOCUMENTS]
+    ids = [*encoder.prefix_ids, *(i for d in documents for i in d), *encoder.encode_question("who?")]
+    plain = gen._backbone.model.generate(
+        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    assert list(answer.token_ids) == plain[0, len(ids) :].tolist()
+    assert answer.mode == "concat" and {s.origin for s in answer.sources} == {"prompt"}
+    assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_prompt_is_read_by_models_that_follow_instructions(gen, embedded, caplog):
+    assert gen.follows_instructions and not embedded.follows_instructions
+    a, b = (gen.answer("who?", DOCUMENTS, prompt=p, max_new_tokens=1).usage.prompt_tokens for p in (None, "x"))
+    assert a != b
+    bare = KVFusionGenerator(embedded._backbone, store=None)
+    plain = bare.answer("who?", DOCUMENTS, max_new_tokens=2)
+    assert bare.answer("who?", DOCUMENTS, prompt="Be brief. who?", max_new_tokens=2).token_ids == plain.token_ids
+    assert "bare questions" in caplog.text
+
+
+def test_threads_get_what_one_caller_gets():
+    gen = generator("llama")
+    questions = [f"who has {i} sacks?" for i in range(12)]
+    expected = [gen.answer(q, DOCUMENTS, max_new_tokens=5).token_ids for q in questions]
+    found: list = [None] * len(questions)
+
+    def work(number: int) -> None:
+        if number % 2:
+            found[number] = gen.answer(questions[number], DOCUMENTS, max_new_tokens=5).token_ids
+        else:
+            stream = gen.stream(questions[number], DOCUMENTS, max_new_tokens=5)
+            list(stream)
+            assert stream.answer is not None
+            found[number] = stream.answer.token_ids
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(questions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory, model_folder):
+    base = KVFusionGenerator.from_pretrained(model_folder)._backbone.model
+    tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("adapter")
+    tuned.save_pretrained(folder)
+    return folder
+
+
+def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
+    """Dp is frozen: documents have the base model's KV, so a store outlives every adapter."""
+    store = MemoryStore()
+    base = KVFusionGenerator.from_pretrained(model_folder, store=store)
+    tuned = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder, store=store)
+    plain = base.answer("who?", DOCUMENTS, max_new_tokens=8)
+    adapted = tuned.answer("who?", DOCUMENTS, max_new_tokens=8)
+    assert {s.origin for s in adapted.sources} == {"memory"}
+    assert adapted.token_ids != plain.token_ids
+    fresh = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder, store=None)
+    assert fresh.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids == adapted.token_ids
+    joined = [g.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=8).token_ids for g in (base, tuned)]
+    assert joined[0] == joined[1]  # adapter off = base
+    assert base.identity()["adapter"] is None and tuned.identity()["adapter"]
+
+
+def test_an_adapter_that_is_none(model_folder, tmp_path):
+    with pytest.raises(ModelLoadError, match=tmp_path.name):
+        KVFusionGenerator.from_pretrained(model_folder, adapter=tmp_path)
+
+
+def test_identity_names_no_path(model_folder):
+    gen = KVFusionGenerator.from_pretrained(model_folder)
+    assert gen.model_id == model_folder.name
+    assert str(model_folder.parent) not in str(gen.identity())
+
+
+def test_the_embedded_model_answers_and_cites(embedded):
+    documents = [
+        Document("The ferry has run since 1921. It carries forty cars and three hundred passengers.", id="ferry"),
+        Document("The bakery on Mill Street was opened by Tomas Lindqvist.", id="bakery"),
+    ]
+    answer = embedded.answer("How many cars does the ferry carry?", documents)
+    assert answer.text == "forty"
+    assert [(c.document_id, c.text) for c in answer.citations] == [("ferry", "forty")]
+    assert embedded.answer("How many cars does the ferry carry?", documents[::-1]).citations == answer.citations
