@@ -93,7 +93,7 @@ def _unknown_id(model: Mapping[str, Any]) -> int | None:
 
 
 def _keep_white_space(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens of white space alone, each with its own id still: ids are given anew to tokens not in the vocabulary."""
+    """Added tokens of white space alone, put into the vocabulary, since others would be given new ids."""
     kept = [token for token in added if token["content"].isspace()]
     if model["type"] == "Unigram":
         pieces = {piece for piece, _ in model["vocab"]}

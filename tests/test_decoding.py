@@ -12,8 +12,9 @@ from kvfusion_rag.decoding import DecodingOptions, Row, _sampler
 CPU = torch.device("cpu")
 
 
-def grow(text: str, stop: list[str], size: int, tok=tokenizer("byte-bpe")) -> tuple[Row, list[str]]:
+def grow(text: str, stop: list[str], size: int) -> tuple[Row, list[str]]:
     """Feed ``text`` to a row token by token, ``size`` tokens between two takings."""
+    tok = tokenizer("byte-bpe")
     ids = tok(text, add_special_tokens=False)["input_ids"]
     row, pieces = Row(lambda ids: tok.decode(ids), stop), []
     for number, token in enumerate(ids, start=1):
@@ -52,15 +53,15 @@ def test_a_character_whose_bytes_have_not_all_come_is_held_back():
     tok = tokenizer("byte-bpe")
     ids = tok("東", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1
-    row, pieces = grow("a東b", [], 1)
+    _, pieces = grow("a東b", [], 1)
     assert "\ufffd" not in "".join(pieces) and "".join(pieces) == "a東b"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"temperature": -1}, {"temperature": "0"},
-        {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": "END"}, {"stop": [""]}, {"seed": "1"},
+        {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"temperature": -1},
+        {"temperature": "0"}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": "END"}, {"stop": [""]}, {"seed": "1"},
     ],
     ids=str,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Text to ids: no untrusted text becomes a control token, and plain text reads as the model's own tokenizer reads it."""
+"""Text to ids: no untrusted text becomes a control token; plain text reads as the model's own tokenizer has it."""
 
 import pytest
 from hypothesis import given
@@ -8,7 +8,7 @@ from tiny import TOKENIZER_KINDS, WORDS, generator, tokenizer
 from kvfusion_rag import Document, KVFusionGenerator
 from kvfusion_rag.errors import ControlTokenError, ModelLoadError
 from kvfusion_rag.prompts import PlainEncoder, PromptEncoder
-from kvfusion_rag.settings import ModelSettings, default_settings
+from kvfusion_rag.settings import DEFAULT_INSTRUCTION, ModelSettings, default_settings
 
 kinds = pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 SURROUNDINGS = ("{}", "a{}b", " {} ", "{}{}", "Title: {}\n", "{}\n{}")
@@ -98,17 +98,8 @@ def test_chat_template_becomes_prefix_and_question():
     encoder = PromptEncoder(tok, default_settings(tok))
     document, question = Document("the mill", title="Mill"), "who built it?"
     ids = [*encoder.prefix_ids, *encoder.encode_document(document), *encoder.encode_question(question)]
-    whole = tok.apply_chat_template(
-        [
-            {
-                "role": "user",
-                "content": "Documents:\n\nTitle: Mill\nthe mill\n\nAnswer the question from the documents above, in as few words as "
-                "possible.\nQuestion: who built it?",
-            }
-        ],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    content = f"Documents:\n\nTitle: Mill\nthe mill\n\n{DEFAULT_INSTRUCTION}\nQuestion: who built it?"
+    whole = tok.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     assert tok.decode(ids) == whole
 
 

@@ -1,4 +1,4 @@
-"""Exact match, F1 and answer-in-text with the normalisation of SQuAD (Rajpurkar et al. 2016). Pure functions on text."""
+"""Exact match, F1 and answer-in-text, normalised as in SQuAD (Rajpurkar et al. 2016). Pure functions on text."""
 
 from __future__ import annotations
 

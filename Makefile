@@ -1,0 +1,42 @@
+# Every target sets up what it needs: a virtual environment in $(VENV) with the tested versions.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUESTION ?= Who designed the Harrow Point Lighthouse?
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check format build clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(READY) ## answer a question over examples/lighthouse (QUESTION="..." for another)
+	$(BIN)/kvfusion ask "$(QUESTION)" --docs examples/lighthouse
+
+test: $(READY) ## all tests and notebooks but the slow ones and those that need a GPU
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: $(READY) ## the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(READY) ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY) ## put the code into shape
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+build: $(READY) ## wheel and source distribution into dist/
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build
+
+clean: ## remove what can be made again
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache
