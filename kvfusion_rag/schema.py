@@ -106,7 +106,7 @@ class Timings:
     total: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Answer:
     """An answer with everything needed to trust it: what was read, where it stands, what it cost."""
 
@@ -123,6 +123,10 @@ class Answer:
     def cited_text(self) -> str:
         """The answer as the first cited document spells it, or ``text`` where nothing is cited."""
         return self.citations[0].text if self.citations else self.text
+
+    def __repr__(self) -> str:
+        cited = [citation.document_id for citation in self.citations]
+        return f"Answer({self.text!r}, mode={self.mode!r}, documents={len(self.sources)}, cited={cited!r})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; metadata of documents is carried as it is."""
