@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -160,6 +160,20 @@ class Engine:
             if self.store is not None:
                 self.store.put(key, kv)
         return kvs, origins
+
+    def groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+        """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
+        group: list[Request] = []
+        longest = 0
+        for request in requests:
+            tokens = (request.reading.tokens if request.mode == "fusion" else 0) + len(request.question.ids)
+            if group and max(longest, tokens) * (len(group) + 1) > self._max_fused_tokens:
+                yield group
+                group, longest = [], 0
+            group.append(request)
+            longest = max(longest, tokens)
+        if group:
+            yield group
 
     def start(self, requests: Sequence[Request], began: float) -> Run:
         """Prefill what is missing and fuse each request's documents in canonical order."""

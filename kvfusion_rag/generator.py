@@ -259,7 +259,8 @@ class KVFusionGenerator:
         """Answer several questions, each from its own documents, in one padded batch.
 
         Arguments are those of :meth:`answer`, one question, document list and prompt a row. Times are the
-        batch's. Nothing is computed when one row is wrong.
+        batch's. Nothing is computed when one row is wrong. Where all rows together would pass
+        ``max_fused_tokens``, they are decoded in several batches, in order.
         """
         prompts = [None] * len(questions) if prompts is None else prompts
         if not len(questions) == len(documents) == len(prompts):
@@ -271,7 +272,7 @@ class KVFusionGenerator:
         began = time.perf_counter()
         rows = zip(questions, documents, prompts, strict=True)
         requests = [self._engine.request(question, row, prompt, mode, decoding) for question, row, prompt in rows]
-        return self._answer_all(requests, decoding, began) if requests else []
+        return self._answer_all(requests, decoding, began)
 
     def stream(
         self,
@@ -347,10 +348,13 @@ class KVFusionGenerator:
         return DecodingOptions(**{**options, "max_new_tokens": self.max_new_tokens if wanted is None else wanted})
 
     def _answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
-        run = self._engine.start(requests, began)
-        for _ in self._engine.decode(run, options):
-            pass
-        return [self._engine.answer(run, number) for number in range(len(requests))]
+        answers: list[Answer] = []
+        for group in self._engine.groups(requests):
+            run = self._engine.start(group, began)
+            for _ in self._engine.decode(run, options):
+                pass
+            answers += [self._engine.answer(run, number) for number in range(len(group))]
+        return answers
 
     def _pieces(self, request: Request, options: DecodingOptions, began: float) -> Generator[str | Answer, None, None]:
         run = self._engine.start([request], began)

@@ -209,6 +209,21 @@ def test_an_empty_batch_is_an_empty_list(gen):
     assert gen.answer_batch([], []) == []
 
 
+def test_a_batch_over_the_limit_is_decoded_in_several(gen):
+    small = KVFusionGenerator(gen._backbone, store=None, max_fused_tokens=400)
+    questions = [f"who has {i} sacks?" for i in range(9)]
+    documents = [["the river runs past an old mill " * (1 + i % 3)] for i in range(9)]
+    options = small._options({"max_new_tokens": 3})
+    requests = [small._engine.request(q, d, None, None, options) for q, d in zip(questions, documents, strict=True)]
+    groups = list(small._engine.groups(requests))
+    assert 1 < len(groups) < 9 and [r for group in groups for r in group] == requests
+    for group in groups:
+        longest = max(r.reading.tokens + len(r.question.ids) for r in group)
+        assert longest * len(group) <= 400
+    expected = [a.token_ids for a in gen.answer_batch(questions, documents, max_new_tokens=3)]
+    assert [a.token_ids for a in small.answer_batch(questions, documents, max_new_tokens=3)] == expected
+
+
 def test_prefill_fills_the_store_and_needs_one():
     gen = generator("llama")
     assert [s.origin for s in gen.prefill(DOCUMENTS)] == ["computed"] * 3
