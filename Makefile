@@ -28,7 +28,7 @@ test-all: $(READY) ## the slow tests too
 check: $(READY) ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(READY) ## put the code into shape
 	$(BIN)/ruff format .

@@ -34,7 +34,7 @@ _HOME = {
     "Usage": "schema",
 }
 
-__all__ = list(_HOME)
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from .errors import (

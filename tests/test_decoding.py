@@ -61,7 +61,8 @@ def test_a_character_whose_bytes_have_not_all_come_is_held_back():
     "wrong",
     [
         {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"temperature": -1},
-        {"temperature": "0"}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": "END"}, {"stop": [""]}, {"seed": "1"},
+        {"temperature": "0"}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": "END"}, {"stop": [""]},
+        {"seed": "1"},
     ],
     ids=str,
 )  # fmt: skip

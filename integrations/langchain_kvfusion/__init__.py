@@ -1,0 +1,35 @@
+"""KV-Fusion for LangChain: an LLM, prompts and a documents chain that keep retrieved documents apart.
+
+Stock chains join all documents into one prompt; these hand them over one by one. This package uses only the
+public names of `kvfusion_rag` and needs the extra `langchain`.
+"""
+
+from __future__ import annotations
+
+from kvfusion_rag import MissingDependencyError
+
+try:
+    import langchain_core  # noqa: F401 - the one place that says which extra is missing
+except ModuleNotFoundError as error:
+    raise MissingDependencyError(
+        f'langchain_kvfusion cannot import {error.name}; LangChain comes with pip install "kvfusion-rag[langchain]".'
+    ) from error
+
+from .chains import create_kvfusion_documents_chain
+from .documents import DocumentLike
+from .framing import KVFusionDocumentPrompt
+from .fused import FusedPrompt
+from .llm import KVFusionLLM
+from .prompts import KVFusionPrompt, KVFusionPromptValue
+from .questions import bare_question
+
+__all__ = [
+    "DocumentLike",
+    "FusedPrompt",
+    "KVFusionDocumentPrompt",
+    "KVFusionLLM",
+    "KVFusionPrompt",
+    "KVFusionPromptValue",
+    "bare_question",
+    "create_kvfusion_documents_chain",
+]

@@ -1,0 +1,401 @@
+"""KVFusionLLM: a KVFusionGenerator as a LangChain LLM that takes separate documents.
+
+Turns LangChain's calls (invoke, batch, stream, each sync and async) into generator calls: documents, bare
+question, wording and options. Templates, frames and cache keys are the neighbouring modules' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.caches import BaseCache
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.globals import get_llm_cache
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.llms import BaseLLM
+from langchain_core.messages import convert_to_messages
+from langchain_core.outputs import Generation, GenerationChunk, LLMResult
+from langchain_core.prompt_values import ChatPromptValue, PromptValue
+from langchain_core.runnables import RunnableConfig
+from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
+
+from kvfusion_rag import Answer, InvalidInputError, KVFusionError, __version__
+
+from .cache import DocumentAwareCache
+from .documents import DocumentLike, documents_per_prompt, is_nested
+from .fused import FusedPrompt, FusedPromptValue, fuse_prompt
+from .messages import fuse_messages
+from .options import OPTION_NAMES, call_options, generation_info, total_usage
+from .streams import StreamReader
+
+if TYPE_CHECKING:
+    from kvfusion_rag import AnswerStream, KVFusionGenerator
+
+DocumentsArgument = Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]]
+_RUN_NAMES = ("tags", "metadata", "run_name", "run_id")  # what BaseLLM.generate takes beside options
+
+
+class KVFusionLLM(BaseLLM):
+    """An LLM that reads every document apart. Made by :meth:`from_model_id`, or from a ready ``generator``.
+
+    Documents come with the prompt (``KVFusionPrompt``, ``create_kvfusion_documents_chain``, chat messages,
+    ``KVFusionDocumentPrompt`` in stock chains) or with the call: ``llm.invoke("Who ...?", documents=[...])``,
+    where a list of lists gives each prompt of a batch its own. Every call also takes ``stop``,
+    ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``, ``seed`` and ``mode``; None
+    keeps the value set here, and an unknown name raises InvalidInputError.
+
+    Token counts, sources and citations stand in each generation's ``generation_info``, in streams on the last
+    chunk. Traces and callbacks show the documents inside the prompt, as with any other model.
+    """
+
+    generator: Any = Field(default=None, exclude=True, repr=False, description="The KVFusionGenerator.")
+    model_id: str = Field(default="", description="The generator's name for its model.")
+    temperature: float = Field(default=0.0, description="0 is greedy decoding.")
+    max_tokens: int | None = Field(
+        default=None,
+        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
+        description="Longest answer in tokens; None: the generator's default.",
+    )
+    top_p: float = Field(default=1.0, description="Nucleus sampling, used above temperature 0.")
+    top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
+    stop: list[str] | None = Field(default=None, description="Strings that end the answer, left out of it.")
+    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
+    mode: str | None = Field(default=None, description="'fusion' or 'concat'; None: the generator's mode.")
+    streaming: bool = Field(default=False, description="Report tokens to callbacks on a single prompt's invoke too.")
+    strict: bool = Field(default=False, description="Refuse prompts that come without documents.")
+
+    _call_options: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    def __init__(self, *, generator: KVFusionGenerator, **fields: Any) -> None:
+        """A ready ``generator``, and any field of this class or of BaseLLM (cache, callbacks, tags, ...).
+
+        Raises:
+            InvalidInputError: ``model_id`` names another model than the generator's.
+        """
+        if fields.setdefault("model_id", generator.model_id) != generator.model_id:
+            raise InvalidInputError(
+                f"model_id is {fields['model_id']!r}, but the generator's is {generator.model_id!r}; leave it out, or "
+                "load another model with KVFusionLLM.from_model_id."
+            )
+        everything: dict[str, Any] = {**fields, "generator": generator}
+        super().__init__(**everything)
+        metadata = self.metadata or {}
+        versions = {**metadata.get("lc_versions", {}), "kvfusion-rag": __version__}
+        self.metadata = {**metadata, "lc_versions": versions}
+
+    @classmethod
+    def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> KVFusionLLM:
+        """Load a model: the embedded one, or a hub name or folder.
+
+        Args:
+            model_id: as ``KVFusionGenerator.from_pretrained`` takes it.
+            options: fields of this class, and options of ``from_pretrained`` (revision, adapter, device, ...).
+
+        Raises:
+            TypeError: an option that neither knows; otherwise what ``from_pretrained`` raises.
+        """
+        from kvfusion_rag import KVFusionGenerator  # the model's libraries take seconds to import
+
+        names = {*cls.model_fields, "max_new_tokens"} - {"generator", "model_id"}
+        fields = {name: value for name, value in options.items() if name in names}
+        loading = {name: value for name, value in options.items() if name not in names}
+        return cls(generator=KVFusionGenerator.from_pretrained(model_id, **loading), **fields)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()  # a pickled LLM keeps its settings, never the model
+        return {**state, "__dict__": {**state["__dict__"], "generator": None}}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> KVFusionLLM:
+        return self.model_copy()  # its settings are never changed in place, and the model is shared
+
+    # What it is
+
+    @property
+    def _llm_type(self) -> str:
+        return "kvfusion"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in (*OPTION_NAMES, "stop", "strict")}
+        identity = None if self.generator is None else self.generator.identity()
+        return {"generator": identity, "model_id": self.model_id, **own, **self._call_options}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = "kvfusion"
+        params["ls_model_name"] = self.model_id
+        longest = kwargs.get("max_tokens") or kwargs.get("max_new_tokens") or self.max_tokens
+        if longest is not None:
+            params["ls_max_tokens"] = longest
+        return params
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of ``text`` as plain text, by the model's own tokenizer."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return self._engine().encode_text(text)
+
+    # From LangChain's inputs to prompts with documents
+
+    def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        if isinstance(model_input, FusedPrompt):
+            return FusedPromptValue(fused=model_input)
+        if isinstance(model_input, ChatPromptValue):
+            return FusedPromptValue(fused=fuse_messages(model_input.messages))
+        if isinstance(model_input, Sequence) and not isinstance(model_input, str):
+            return FusedPromptValue(fused=fuse_messages(convert_to_messages(model_input)))
+        return super()._convert_input(model_input)
+
+    def _with_documents(
+        self, inputs: Sequence[LanguageModelInput], documents: DocumentsArgument | None
+    ) -> list[FusedPromptValue]:
+        texts = [self._convert_input(model_input).to_string() for model_input in inputs]
+        return [FusedPromptValue(fused=fused) for fused in self._fuse(texts, documents)]
+
+    def _fuse(self, prompts: Sequence[str], documents: DocumentsArgument | None = None) -> list[FusedPrompt]:
+        shares = documents_per_prompt(documents, len(prompts))
+        fused = [fuse_prompt(prompt, share) for prompt, share in zip(prompts, shares, strict=True)]
+        if self.strict and not all(prompt.documents for prompt in fused):
+            raise InvalidInputError(
+                "a prompt came without documents, but this KVFusionLLM is strict; pass documents= or use "
+                "KVFusionPrompt, unless the retriever found nothing."
+            )
+        return fused
+
+    def generate_prompt(
+        self,
+        prompts: list[PromptValue],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return super().generate_prompt([self._convert_input(p) for p in prompts], stop, callbacks, **kwargs)
+
+    async def agenerate_prompt(
+        self,
+        prompts: list[PromptValue],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        return await super().agenerate_prompt([self._convert_input(p) for p in prompts], stop, callbacks, **kwargs)
+
+    def generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        *,
+        documents: DocumentsArgument | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As BaseLLM's, with ``documents``: one list for every prompt, or a list of lists, one for each."""
+        fused: list[Any] = self._fuse(prompts, documents)
+        return super(KVFusionLLM, self._for_call(kwargs)).generate(fused, stop, callbacks, **kwargs)
+
+    async def agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        callbacks: Callbacks | list[Callbacks] | None = None,
+        *,
+        documents: DocumentsArgument | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        """As :meth:`generate`; the event loop stays free."""
+        fused: list[Any] = self._fuse(prompts, documents)
+        return await super(KVFusionLLM, self._for_call(kwargs)).agenerate(fused, stop, callbacks, **kwargs)
+
+    def _for_call(self, given: dict[str, Any]) -> KVFusionLLM:
+        """A copy for one call: its options are part of what identifies it, and its cache knows documents."""
+        options = call_options({name: value for name, value in given.items() if name not in _RUN_NAMES})
+        cache = get_llm_cache() if self.cache is None or self.cache is True else self.cache
+        update = {"cache": DocumentAwareCache(cache)} if isinstance(cache, BaseCache) else {}
+        call = self.model_copy(update=update)
+        call._call_options = options
+        return call
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        documents: DocumentsArgument | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As BaseLLM's; all prompts are one padded batch, or one of ``max_concurrency`` prompts each."""
+        try:
+            dealt, rest = self._deal(inputs, documents, kwargs)
+        except KVFusionError as error:
+            if return_exceptions:
+                return [error for _ in inputs]  # pyright: ignore[reportReturnType]
+            raise
+        return super().batch(dealt, config, return_exceptions=return_exceptions, **rest)
+
+    async def abatch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        documents: DocumentsArgument | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """As :meth:`batch`; the event loop stays free."""
+        try:
+            dealt, rest = self._deal(inputs, documents, kwargs)
+        except KVFusionError as error:
+            if return_exceptions:
+                return [error for _ in inputs]  # pyright: ignore[reportReturnType]
+            raise
+        return await super().abatch(dealt, config, return_exceptions=return_exceptions, **rest)
+
+    def _deal(
+        self, inputs: list[LanguageModelInput], documents: DocumentsArgument | None, given: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        if is_nested(documents):  # dealt out at once, because BaseLLM may cut the prompts into several batches
+            return list(self._with_documents(inputs, documents)), given
+        return inputs, given if documents is None else {**given, "documents": documents}
+
+    def stream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        documents: DocumentsArgument | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """Pieces of the answer; joined they are the answer."""
+        call_options(kwargs)
+        [value] = self._with_documents([input], documents)
+        yield from super().stream(value, config, stop=stop, **kwargs)
+
+    async def astream(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        documents: DocumentsArgument | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[str]:
+        """As :meth:`stream`; the event loop stays free."""
+        call_options(kwargs)
+        [value] = self._with_documents([input], documents)
+        pieces: Any = super().astream(value, config, stop=stop, **kwargs)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+    # From prompts with documents to answers
+
+    def _generate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        fused = self._fuse(prompts)
+        if self.streaming and len(fused) == 1:
+            return self._result([_whole(list(self._stream(fused[0], stop, run_manager, **kwargs)))])
+        answers = self._engine().answer_batch(
+            [prompt.question for prompt in fused],
+            [prompt.documents for prompt in fused],
+            prompts=[_wording(prompt) for prompt in fused],
+            **self._decoding(stop, kwargs),
+        )
+        return self._result([Generation(text=a.text, generation_info=generation_info(a)) for a in answers])
+
+    def _stream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[GenerationChunk]:
+        stream = self._open(prompt, stop, kwargs)
+        try:
+            for piece in stream:
+                chunk = GenerationChunk(text=piece)
+                if run_manager is not None:
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+            last = _last_chunk(stream.answer)
+            if run_manager is not None:
+                run_manager.on_llm_new_token(last.text, chunk=last)
+            yield last
+        finally:
+            stream.close()
+
+    async def _astream(
+        self,
+        prompt: str,
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        stream = await asyncio.to_thread(self._open, prompt, stop, kwargs)
+        reader = StreamReader(stream)
+        try:
+            async for piece in reader:
+                chunk = GenerationChunk(text=piece)
+                if run_manager is not None:
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
+                yield chunk
+            last = _last_chunk(stream.answer)
+            if run_manager is not None:
+                await run_manager.on_llm_new_token(last.text, chunk=last)
+            yield last
+        finally:
+            reader.close()
+
+    def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
+        [fused] = self._fuse([prompt])
+        options = self._decoding(stop, given)
+        return self._engine().stream(fused.question, fused.documents, prompt=_wording(fused), **options)
+
+    def _decoding(self, stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in OPTION_NAMES} | call_options(given)
+        options["max_new_tokens"] = options.pop("max_tokens")
+        options["stop"] = (self.stop or []) if stop is None else stop
+        return options
+
+    def _result(self, generations: list[Generation]) -> LLMResult:
+        usage = total_usage([generation.generation_info or {} for generation in generations])
+        return LLMResult(
+            generations=[[generation] for generation in generations],
+            llm_output={"token_usage": usage, "model_name": self.model_id},
+        )
+
+    def _engine(self) -> KVFusionGenerator:
+        if self.generator is None:
+            raise InvalidInputError(
+                "this KVFusionLLM has no generator, because pickling leaves the model out; make a new one with "
+                "KVFusionLLM.from_model_id or KVFusionLLM(generator=...)."
+            )
+        return self.generator
+
+
+def _wording(fused: FusedPrompt) -> str | None:
+    # A question over documents without any wording of its own is put into the model's own template.
+    is_bare = bool(fused.documents) and fused.prompt.strip() == fused.question.strip()
+    return None if is_bare else fused.prompt
+
+
+def _last_chunk(answer: Answer | None) -> GenerationChunk:
+    assert answer is not None, "an exhausted stream has its answer"
+    return GenerationChunk(text="", generation_info=generation_info(answer))
+
+
+def _whole(chunks: list[GenerationChunk]) -> Generation:
+    return Generation(text="".join(chunk.text for chunk in chunks), generation_info=chunks[-1].generation_info)

@@ -1,0 +1,76 @@
+"""The options of one call and what an answer reports back, in LangChain's words.
+
+Knows the names that a call may use and the plain, JSON-ready form of an Answer. No model, no prompt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvfusion_rag import Answer, InvalidInputError
+
+OPTION_NAMES = ("temperature", "max_tokens", "top_p", "top_k", "seed", "mode")
+_ALIAS = "max_new_tokens"
+
+
+def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that one call sets itself, under our names; those given as None are left out.
+
+    Raises:
+        InvalidInputError: an unknown name, or ``max_tokens`` together with ``max_new_tokens``.
+    """
+    unknown = sorted(set(given) - {*OPTION_NAMES, _ALIAS})
+    if unknown:
+        raise InvalidInputError(
+            f"unknown options {unknown}; a call takes documents, stop, {', '.join(OPTION_NAMES)} and {_ALIAS} "
+            "(another name for max_tokens)."
+        )
+    if given.get(_ALIAS) is not None and given.get("max_tokens") is not None:
+        raise InvalidInputError(
+            f"max_tokens is {given['max_tokens']} and {_ALIAS} is {given[_ALIAS]}, but they are one option; set one."
+        )
+    named = {("max_tokens" if name == _ALIAS else name): value for name, value in given.items() if value is not None}
+    return dict(sorted(named.items()))
+
+
+def generation_info(answer: Answer) -> dict[str, Any]:
+    """What stands beside the text of one answer: plain data without document texts or metadata.
+
+    ``usage["prompt_tokens"]`` has the documents in it.
+    """
+    usage = answer.usage
+    return {
+        "finish_reason": answer.finish_reason,
+        "mode": answer.mode,
+        "usage": {
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "total_tokens": usage.total_tokens,
+            "document_tokens": usage.document_tokens,
+            "cached_document_tokens": usage.cached_document_tokens,
+        },
+        "sources": [
+            {
+                "id": source.id,
+                "title": source.title,
+                "origin": source.origin,
+                "tokens": source.tokens,
+                "duplicate_of": source.duplicate_of,
+            }
+            for source in answer.sources
+        ],
+        "citations": [
+            {"document_id": c.document_id, "start": c.start, "end": c.end, "text": c.text} for c in answer.citations
+        ],
+        "cited_text": answer.cited_text,
+    }
+
+
+def total_usage(infos: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Token counts of a whole batch, from the ``generation_info`` of each prompt."""
+    total: Counter[str] = Counter()
+    for info in infos:
+        total.update(info["usage"])
+    return dict(total)

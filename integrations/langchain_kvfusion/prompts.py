@@ -1,0 +1,232 @@
+"""KVFusionPrompt: any LangChain prompt template, with the documents kept apart from its wording.
+
+Formats the wrapped template around a random marker in the place of the documents, so the template's own
+syntax (f-string, mustache, chat messages) does not matter. Knows no model and no generator.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+from uuid import uuid4
+
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.prompt_values import ChatPromptValue, PromptValue
+from langchain_core.prompts import BasePromptTemplate, PromptTemplate
+from pydantic import model_validator
+
+from kvfusion_rag import Document, InvalidInputError
+
+from .documents import joined_text, to_document, to_documents
+from .framing import close_gap, split_frames
+from .fused import FusedPrompt
+from .messages import last_human_text, lifted_documents, map_text, render
+from .questions import bare_question, labelled_question
+
+logger = logging.getLogger(__name__)
+
+QUESTION_KEYS = ("question", "input", "query")
+
+
+class KVFusionPromptValue(PromptValue):
+    """A formatted prompt: ``text`` as usual, and beside it documents, bare question and wording without documents.
+
+    A KVFusionLLM takes ``to_string()``, which carries all of it; any other model reads the ordinary prompt
+    from ``to_string()`` or ``to_messages()``.
+    """
+
+    text: str
+    wording: str
+    question: str
+    documents: list[Document]
+    messages: list[BaseMessage]
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        return ["langchain_kvfusion", "prompts"]
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        return {"documents": [asdict(document) for document in self.documents]}
+
+    def to_string(self) -> FusedPrompt:
+        return FusedPrompt(self.text, documents=self.documents, question=self.question, prompt=self.wording)
+
+    def to_messages(self) -> list[BaseMessage]:
+        return list(self.messages)
+
+
+class KVFusionPrompt(BasePromptTemplate[str]):
+    """A prompt template whose documents reach a KVFusionLLM apart; made by :meth:`from_prompt`.
+
+    ``{"context": retriever, "question": RunnablePassthrough()} | KVFusionPrompt.from_template(...) | llm``
+
+    Attributes:
+        prompt: the wrapped template. It must show the documents' variable somewhere.
+        documents_key: the variable that holds the documents: a list of LangChain documents, Documents, strings
+            or mappings with "text". A joined string counts as one document, with a warning.
+        question_key: the variable that holds the bare question; by default "question", "input" or "query",
+            whichever the template has first. A template with none of them is searched for the question,
+            see ``bare_question``.
+        strict: refuse joined strings.
+    """
+
+    prompt: BasePromptTemplate
+    documents_key: str = "context"
+    question_key: str | None = None
+    strict: bool = False
+
+    @classmethod
+    def from_prompt(
+        cls,
+        prompt: BasePromptTemplate,
+        documents_key: str = "context",
+        question_key: str | None = None,
+        *,
+        strict: bool = False,
+    ) -> KVFusionPrompt:
+        """Wrap ``prompt``.
+
+        Raises:
+            InvalidInputError: it has no variable of the name ``documents_key`` or ``question_key``.
+        """
+        known = sorted({*prompt.input_variables, *prompt.optional_variables, *prompt.partial_variables})
+        for key in (documents_key, question_key):
+            if key is not None and key not in known:
+                raise InvalidInputError(
+                    f"the prompt has no variable {key!r}, but {known}; name the one that holds the documents with "
+                    "documents_key= and the one that holds the question with question_key=."
+                )
+        return cls(
+            input_variables=list(prompt.input_variables),
+            prompt=prompt,
+            documents_key=documents_key,
+            question_key=question_key,
+            strict=strict,
+        )
+
+    @classmethod
+    def from_template(
+        cls, template: str, documents_key: str = "context", question_key: str | None = None, *, strict: bool = False
+    ) -> KVFusionPrompt:
+        """Wrap an f-string template, as ``PromptTemplate.from_template`` reads it."""
+        return cls.from_prompt(PromptTemplate.from_template(template), documents_key, question_key, strict=strict)
+
+    @model_validator(mode="after")
+    def _describe_inputs(self) -> KVFusionPrompt:
+        own = {self.documents_key: Sequence[Any]}
+        self.input_types = {**self.prompt.input_types, **own, **self.input_types}
+        return self
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        return ["langchain_kvfusion", "prompts"]
+
+    @property
+    def _prompt_type(self) -> str:
+        return "kvfusion"
+
+    def format(self, **kwargs: Any) -> FusedPrompt:
+        return self.format_prompt(**kwargs).to_string()
+
+    async def aformat(self, **kwargs: Any) -> FusedPrompt:
+        return (await self.aformat_prompt(**kwargs)).to_string()
+
+    def format_prompt(self, **kwargs: Any) -> KVFusionPromptValue:
+        """The prompt value for the template's variables.
+
+        Raises:
+            InvalidInputError: the documents cannot be read as documents, or the template hides them.
+        """
+        documents, marker, variables = self._marked(kwargs)
+        return self._assemble(self.prompt.format_prompt(**variables), documents, marker, variables)
+
+    async def aformat_prompt(self, **kwargs: Any) -> KVFusionPromptValue:
+        documents, marker, variables = self._marked(kwargs)
+        return self._assemble(await self.prompt.aformat_prompt(**variables), documents, marker, variables)
+
+    def _marked(self, given: Mapping[str, Any]) -> tuple[list[Document], str, dict[str, Any]]:
+        variables = self._merge_partial_and_user_variables(**given)
+        documents = self._read_documents(variables[self.documents_key])
+        marker = f"kvfusion{uuid4().hex}"
+        return documents, marker, {**variables, self.documents_key: marker}
+
+    def _read_documents(self, value: Any) -> list[Document]:
+        if isinstance(value, str):
+            return self._read_joined(value)
+        if isinstance(value, Document | LangChainDocument | Mapping):
+            return [to_document(value)]
+        return list(to_documents(value))
+
+    def _read_joined(self, text: str) -> list[Document]:
+        before, documents, after = split_frames(text)
+        if documents and not (before + after).strip():
+            return list(documents)
+        if not text.strip():
+            return []
+        problem = (
+            f"{self.documents_key!r} is a string of {len(text)} characters, so its documents cannot be told apart; "
+            "pass the list of documents itself, or build the chain with create_kvfusion_documents_chain."
+        )
+        if documents or self.strict:
+            raise InvalidInputError(problem)
+        logger.warning("%s It is read as one document.", problem)
+        return [Document(text)]
+
+    def _assemble(
+        self, formatted: PromptValue, documents: list[Document], marker: str, variables: Mapping[str, Any]
+    ) -> KVFusionPromptValue:
+        is_chat = isinstance(formatted, ChatPromptValue)
+        messages = formatted.to_messages() if is_chat else [HumanMessage(content=formatted.to_string())]
+        if marker not in render(messages):
+            raise InvalidInputError(
+                f"the template did not show {self.documents_key!r} as it stands; templates that loop over the "
+                "documents or hide them cannot keep them apart, so write the variable once by itself."
+            )
+        full = [map_text(message, lambda text: text.replace(marker, joined_text(documents))) for message in messages]
+        bare = [map_text(message, lambda text: _without(text, marker)) for message in messages]
+        lifted = lifted_documents(messages)
+        if lifted:
+            raise InvalidInputError(
+                f"the messages carry {len(lifted)} documents beside {self.documents_key!r}; pass them one way only."
+            )
+        wording = render(bare)
+        question = self._named_question(variables)
+        if question is None:
+            question = _question_of(last_human_text(messages), marker) or bare_question(wording)
+        return KVFusionPromptValue(
+            text=render(full), wording=wording, question=question, documents=documents, messages=full
+        )
+
+    def _named_question(self, variables: Mapping[str, Any]) -> str | None:
+        known = self.prompt._merge_partial_and_user_variables(**variables)
+        if self.question_key is None:
+            return next((known[key] for key in QUESTION_KEYS if self._uses(key) and isinstance(known[key], str)), None)
+        question = known[self.question_key]
+        if not isinstance(question, str):
+            raise InvalidInputError(
+                f"{self.question_key!r} is a {type(question).__name__}, but the question must be a string; name "
+                "another variable with question_key=."
+            )
+        return question
+
+    def _uses(self, key: str) -> bool:
+        return key != self.documents_key and (
+            key in self.prompt.input_variables or key in self.prompt.partial_variables
+        )
+
+
+def _question_of(human: str | None, marker: str) -> str | None:
+    if human is None or marker in human:  # a message around the documents says more than the question
+        return human and bare_question(_without(human, marker))
+    return labelled_question(human) or human
+
+
+def _without(text: str, marker: str) -> str:
+    before, *rest = text.split(marker)
+    for after in rest:
+        before = close_gap(before, after)
+    return before

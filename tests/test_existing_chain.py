@@ -1,0 +1,38 @@
+"""An existing LCEL chain with a Chroma retriever needs two changed lines to answer by KV-Fusion."""
+
+import difflib
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("langchain_chroma")
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BEFORE, AFTER = EXAMPLES / "langchain" / "before.py", EXAMPLES / "langchain" / "after.py"
+
+
+def code_lines(path: Path) -> list[str]:
+    """Lines of code after the docstring, without imports."""
+    lines = path.read_text(encoding="utf-8").splitlines()[1:]
+    return [line for line in lines if line.strip() and not line.startswith(("import ", "from "))]
+
+
+def test_two_lines_differ():
+    changes = [line for line in difflib.ndiff(code_lines(BEFORE), code_lines(AFTER)) if line[0] in "+-"]
+    assert sum(line[0] == "-" for line in changes) == sum(line[0] == "+" for line in changes) == 2
+
+
+def test_the_changed_chain_answers_the_example_questions():
+    chain = runpy.run_path(str(AFTER))["chain"]
+    rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = [row for row in rows if row["source"].endswith((".md", ".txt"))]
+    answers = chain.batch([row["question"] for row in asked])
+    right = [
+        row["question"]
+        for row, answer in zip(asked, answers, strict=True)
+        if answer.casefold() in [a.casefold() for a in row["answers"]]
+    ]
+    assert "Who designed the Harrow Point Lighthouse?" in right
+    assert len(right) >= 5, f"only {right} of {len(asked)} questions were answered"

