@@ -17,6 +17,7 @@ from .options import (
     INDEX_FOLDER,
     add_index_arguments,
     add_model_arguments,
+    folder_of,
     load_generator,
     open_index,
     positive,
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--docs", nargs="+", metavar="PATH", default=[], help="files and folders (txt, md, html, pdf)")
-    parser.add_argument("--index", metavar="DIR", help=f"index on disk (default: PATH/{INDEX_FOLDER} if there is one)")
+    parser.add_argument(
+        "--index", metavar="DIR", help=f"index on disk (default: {INDEX_FOLDER} beside the documents if there is one)"
+    )
     parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="documents to read (default: 5)")
     parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: the small embedded model)")
     add_model_arguments(parser)
@@ -95,7 +98,7 @@ def _index_folder(args: argparse.Namespace) -> Path | None:
     """Folder of the index to use, or ``None`` for one in memory."""
     if args.index is not None:
         return Path(args.index)
-    beside = (Path(path).expanduser() / INDEX_FOLDER for path in args.docs)
+    beside = (folder_of(path) / INDEX_FOLDER for path in args.docs)
     return next((folder for folder in beside if folder.is_dir()), None)
 
 

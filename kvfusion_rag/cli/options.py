@@ -95,7 +95,13 @@ def require_paths(paths: Sequence[str]) -> None:
             raise RetrievalError(f"{path!r} does not exist.")
 
 
+def folder_of(path: str) -> Path:
+    """A folder itself, or the folder around a file."""
+    place = Path(path).expanduser()
+    return place if place.is_dir() else place.parent
+
+
 def first_folder(paths: Sequence[str]) -> Path:
-    """The first folder among ``paths``, else the folder of the first file."""
-    folders = [path for path in (Path(p).expanduser() for p in paths) if path.is_dir()]
-    return folders[0] if folders else Path(paths[0]).expanduser().parent
+    """The first folder among ``paths``, else the folder around the first file."""
+    folders = [path for path in paths if Path(path).expanduser().is_dir()]
+    return folder_of((folders or paths)[0])
