@@ -28,13 +28,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import InvalidInputError, ModelLoadError
+from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .schema import DocumentKV
 from .settings import ModelSettings, load_settings
 from .support import require_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAMPLED_ELEMENTS = 4096  # per weight tensor, for the fingerprint; training changes nearly every element
+# Options of from_pretrained that say where to find a model; configuration, tokenizer and kvfusion.json need them too.
+HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+OWN_OPTIONS = ("config", "dtype", "torch_dtype", "revision")  # have arguments of their own, or would be lost
 
 
 class Backbone:
@@ -97,22 +99,33 @@ class Backbone:
         place = choose_device(device)
         precision = choose_dtype(dtype, place)
         kwargs = dict(model_kwargs or {})
-        try:
-            config = AutoConfig.from_pretrained(model, revision=revision)
-            config_overrides = {k: kwargs.pop(k) for k in list(kwargs) if k in config.to_dict()}
-            for name, value in config_overrides.items():
-                setattr(config, name, value)
-            require_supported(config, model_id)  # before gigabytes are read
-            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-            network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                model, config=config, revision=revision, dtype=precision, **kwargs
+        if wrong := sorted(kwargs.keys() & set(OWN_OPTIONS)):
+            raise InvalidInputError(
+                f"model_kwargs holds {wrong[0]!r}, but that is no place for it; see from_pretrained."
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelLoadError(f"cannot load the model {model_id!r}: {_first_line(error)}") from error
-        settings = load_settings(model, revision, tokenizer)
+        hub = {"revision": revision, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}}
+        with _loading(f"the configuration of {model_id!r}"):
+            config = AutoConfig.from_pretrained(model, **hub)
+            for name in kwargs.keys() & config.to_dict().keys():
+                setattr(config, name, kwargs.pop(name))
+        require_supported(config, model_id)  # before gigabytes are read
+        with _loading(f"the tokenizer of {model_id!r}"):
+            tokenizer = AutoTokenizer.from_pretrained(model, **hub)
+        with _loading(f"the settings of {model_id!r}"):
+            settings = load_settings(model, tokenizer, model_id=model_id, **hub)
+        with _loading(f"the weights of {model_id!r}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model, config=config, dtype=precision, output_loading_info=True, **hub, **kwargs
+            )
+            network, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+            if "device_map" not in kwargs:
+                network.to(device=place)  # type: ignore[call-arg]  # in place
+        if missing := sorted(found["missing_keys"]):
+            raise ModelLoadError(
+                f"cannot load the weights of {model_id!r}: {len(missing)} are missing in the checkpoint, the first "
+                f"{missing[0]!r}; it is incomplete, or belongs to another architecture."
+            )
         commit = getattr(config, "_commit_hash", None) or revision
-        if "device_map" not in kwargs:
-            network.to(device=place)  # type: ignore[call-arg]  # in place
         return cls(network, tokenizer, settings, model_id=model_id, revision=commit, adapter=adapter)
 
     @torch.inference_mode()
@@ -189,8 +202,8 @@ class Backbone:
     def fingerprint(self) -> str:
         """Hex digest of everything about this model that changes a document's keys and values.
 
-        Weights are sampled (4,096 elements of each tensor); configuration, dtype, attention implementation,
-        RoPE settings and library versions are taken whole. Tokenizer and templates act through the token ids.
+        All bytes of the weights, the configuration with its RoPE settings, dtype, device, attention implementation
+        and library versions. Tokenizer and templates act through the token ids.
         """
         config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")}
         facts = {
@@ -212,7 +225,8 @@ class Backbone:
     @contextmanager
     def _turn(self, *, adapter: bool) -> Iterator[None]:
         """The model for one forward pass, with the adapter (if any) on or off."""
-        with self._lock:
+        # A caller's autocast would change the bits under an unchanged key.
+        with self._lock, torch.autocast(self.device.type, enabled=False):
             wanted = adapter and self.has_adapter
             if wanted != self._adapter_on:
                 self.model.enable_adapters() if wanted else self.model.disable_adapters()
@@ -220,14 +234,19 @@ class Backbone:
             yield
 
     def _load_adapter(self, adapter: str) -> str:
-        try:
-            self.model.load_adapter(adapter)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        name = Path(adapter).resolve().name
+        with _loading(f"the adapter {name!r} onto {self.model_id!r}"):
+            found = self.model.load_adapter(adapter)
+        misfits = (*found.missing_keys, *found.unexpected_keys, *found.mismatched_keys)
+        if wrong := sorted(map(str, misfits)):
             raise ModelLoadError(
-                f"cannot load the adapter {Path(adapter).name!r} onto {self.model_id!r}: {_first_line(error)}"
-            ) from error
+                f"cannot load the adapter {name!r} onto {self.model_id!r}: {len(wrong)} weights do not fit, the first "
+                f"{wrong[0]!r}; it was trained on another base model."
+            )
         self.model.eval()
-        return _digest(sorted(self.model.get_adapter_state_dict().items()))
+        settings = {key: vars(value) for key, value in self.model.peft_config.items()}
+        facts = json.dumps(settings, sort_keys=True, default=_sorted_if_set)
+        return _digest(sorted(self.model.get_adapter_state_dict().items(), key=lambda item: item[0]), facts)
 
 
 def choose_device(device: str | None) -> torch.device:
@@ -236,18 +255,23 @@ def choose_device(device: str | None) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
         raise InvalidInputError(
             f"device is {device!r}, but it must be a torch device such as 'cpu', 'cuda' or 'cuda:1'."
         ) from error
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    present = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+    if found.type not in present:
+        raise InvalidInputError(f"device is {device!r}, but this machine and this torch have only {sorted(present)}.")
+    return found
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     """``dtype`` as torch knows it; by default float32 on the CPU, where it is exact and runs everywhere."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InvalidInputError(f"dtype is {dtype!r}, but it must be one of {sorted(DTYPES)}.")
     return DTYPES[dtype]
 
@@ -260,21 +284,30 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 
 def _weights_digest(model: PreTrainedModel) -> str:
-    return _digest(sorted(model.state_dict().items()))
+    return _digest(sorted(model.state_dict().items(), key=lambda item: item[0]))
 
 
-def _digest(tensors: list[tuple[str, torch.Tensor]]) -> str:
-    """xxh3-128 over names, shapes, dtypes and evenly spaced elements of each tensor."""
-    digest = xxhash.xxh3_128()
+def _digest(tensors: list[tuple[str, torch.Tensor]], facts: str = "") -> str:
+    """xxh3-128 over ``facts`` and the names, shapes, dtypes and bytes of all tensors."""
+    digest = xxhash.xxh3_128(facts.encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        step = max(1, tensor.numel() // _SAMPLED_ELEMENTS)
-        sample = tensor.detach().reshape(-1)[::step].contiguous().cpu()
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    """The libraries' messages run over many lines; the first says what is wrong."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _sorted_if_set(value: object) -> object:
+    """For JSON: sets in an order that does not change from run to run, anything else as text."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Third-party loaders of untrusted files raise anything; all of it becomes ModelLoadError."""
+    try:
+        yield
+    except KVFusionError:
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300] or "no reason was given"
+        raise ModelLoadError(f"cannot load {what}: {type(error).__name__}: {cause}") from error

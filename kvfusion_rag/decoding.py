@@ -23,7 +23,9 @@ from .backbone import Backbone
 from .errors import InvalidInputError
 from .fusion import FusedContext
 from .schema import FinishReason
+from .settings import is_count
 
+GREEDY_BELOW = 1e-4  # temperatures at which logits would overflow and the likeliest token is all but certain
 _INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes have not all come
 
 
@@ -37,7 +39,7 @@ class DecodingOptions:
         top_p: keep the likeliest tokens that hold this share of the probability.
         top_k: keep this many likeliest tokens; ``None`` for all.
         stop: strings that end an answer wherever their letters fall on tokens; not part of it.
-        seed: of the random generator of each row; ``None`` for a fresh one.
+        seed: of the random generator of each row, below 2**63; ``None`` for a fresh one.
     """
 
     max_new_tokens: int
@@ -48,15 +50,17 @@ class DecodingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require(_is_count(self.max_new_tokens), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
+        _require(is_count(self.max_new_tokens), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
         _require(
             _is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
         )
         _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(self.top_k is None or _is_count(self.top_k), "top_k", self.top_k, "a whole number from 1, or None")
-        _require(not isinstance(self.stop, str), "stop", self.stop, "a list of strings; put a single one into a list")
+        _require(self.top_k is None or is_count(self.top_k), "top_k", self.top_k, "a whole number from 1, or None")
+        is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        _require(is_list, "stop", self.stop, "a list of strings; put a single one into a list")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
-        _require(self.seed is None or isinstance(self.seed, int), "seed", self.seed, "a whole number or None")
+        is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 63
+        _require(self.seed is None or is_seed, "seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,13 @@ class Row:
     White space around an answer is dropped, in front of it before stop strings are looked for.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str]) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], stop: Sequence[str], unsettling_ids: frozenset[int] = frozenset()
+    ) -> None:
         self._decode = decode
         self._stop = stop
-        self._emitted = 0
+        self._unsettling_ids = unsettling_ids
+        self._emitted = self._settled = 0
         self.ids: list[int] = []
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -94,11 +101,13 @@ class Row:
         elif is_last:
             self.finish_reason = "length"
         self.text = text.rstrip()
+        if token not in self._unsettling_ids:
+            self._settled = len(self.text)
 
     def take(self) -> str:
         """Text that is certain by now and was not taken before.
 
-        Held back: a character still incomplete, and an ending that may become a stop string.
+        Held back: a character still incomplete, a run of byte tokens, and an ending that may become a stop string.
         """
         ready = len(self.text) if self.finish_reason else len(self.text) - self._uncertain()
         piece = self.text[self._emitted : max(ready, self._emitted)]
@@ -107,7 +116,7 @@ class Row:
 
     def _uncertain(self) -> int:
         """Length of the ending that may still change."""
-        text = self.text.rstrip(_INCOMPLETE)
+        text = self.text[: self._settled].rstrip(_INCOMPLETE)
         open_stop = max((_overlap(text, stop) for stop in self._stop), default=0)
         return len(self.text) - len(text) + open_stop
 
@@ -121,6 +130,7 @@ def decode(
     decode_ids: Callable[[list[int]], str],
     *,
     adapter: bool,
+    unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> Generator[list[Row], None, None]:
     """Answer every row of ``context``, yielding all rows after each step.
@@ -131,10 +141,11 @@ def decode(
         options: one set for all rows.
         decode_ids: ids -> text.
         adapter: whether the adapter takes part.
+        unsettling_ids: tokens after which the text so far may still be read anew.
         on_logits: called with the logits (B, V) of each step.
     """
     device = backbone.device
-    rows = [Row(decode_ids, options.stop) for _ in questions]
+    rows = [Row(decode_ids, options.stop, unsettling_ids) for _ in questions]
     choose = _sampler(options, len(rows), device)
     ids, positions, mask, last = _first_step(questions, context.mask)
     next_position = (positions[torch.arange(len(rows), device=device), last] + 1)[:, None]  # (B, 1)
@@ -175,7 +186,7 @@ def _first_step(
 
 def _sampler(options: DecodingOptions, rows: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """Function from logits (B, V) to the next tokens (B,)."""
-    if options.temperature == 0:
+    if options.temperature < GREEDY_BELOW:
         return lambda logits: logits.argmax(dim=-1)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
     if options.top_k is not None:
@@ -202,10 +213,6 @@ def _sampler(options: DecodingOptions, rows: int, device: torch.device) -> Calla
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest ending of ``text`` that begins ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: object) -> bool:

@@ -19,7 +19,7 @@ import torch
 from .backbone import Backbone
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
-from .errors import ContextLimitError, InvalidInputError
+from .errors import ContextLimitError, InvalidInputError, UnsupportedModelError
 from .fusion import FusedContext, fuse
 from .positions import question_start
 from .prefill import TOKENS_PER_PASS, prefill, prefill_prefix
@@ -32,6 +32,7 @@ from .store import MemoryStore, document_key
 logger = logging.getLogger(__name__)
 
 UNLIMITED = 1 << 62
+MAX_BATCH = 32  # rows; the first step computes logits for every row at every distinct question length
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +85,23 @@ class Engine:
         self.store = store
         self.encoder = PromptEncoder(backbone.tokenizer, settings)
         kind = "cpu" if backbone.device.type == "cpu" else "accelerator"
-        self._tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
+        self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
+        self._require_fit()
         self.prefix = prefill_prefix(backbone, self.encoder.prefix_ids)
         self._namespace = namespace
         self._max_fused_tokens = max_fused_tokens
-        self._fingerprint = self._make_fingerprint()
+        facts = [backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
+        self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._warned: set[str] = set()
 
     def key(self, token_ids: tuple[int, ...]) -> str:
-        """Store key of a document's ids under this model, prefix and namespace."""
-        return document_key(self._fingerprint, self._namespace, token_ids)
+        """Store key of a document's ids: everything that changes the bits of its KV, and the namespace.
+
+        That is the model, the prefix, the shape of a prefill pass, and what the process may change at any time:
+        the number of threads and the precision of matrix products.
+        """
+        numerics = f"{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
+        return document_key(f"{self._fingerprint}/{numerics}", self._namespace, token_ids)
 
     def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
         """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
@@ -122,6 +130,8 @@ class Engine:
             raise InvalidInputError(f"mode is {mode!r}, but it must be 'fusion' or 'concat'.")
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
+        if not isinstance(prompt, str | None):
+            raise InvalidInputError(f"the prompt is {prompt!r}, but it must be a text or None.")
         reading = self.read(documents)
         if not reading.keys:
             self._warn_once("no documents: this is plain generation over the question alone")
@@ -140,9 +150,12 @@ class Engine:
         return Request(reading, row, mode)
 
     def document_kvs(
-        self, keys: Mapping[str, tuple[int, ...]], *, progress: bool = False
+        self, keys: Mapping[str, tuple[int, ...]], *, keep: bool = True, progress: bool = False
     ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
-        """KV of every key, from the store or computed now (and then kept), and where each came from."""
+        """KV of every key, from the store or computed now (and then stored), and where each came from.
+
+        With ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its cap.
+        """
         kvs: dict[str, DocumentKV] = {}
         if self.store is not None:
             kvs = {key: kv for key, ids in keys.items() if (kv := self.store.get(key, ids)) is not None}
@@ -152,26 +165,27 @@ class Engine:
             self.backbone,
             [keys[key] for key in missing],
             self.prefix,
-            tokens_per_pass=self._tokens_per_pass,
+            tokens_per_pass=self.tokens_per_pass,
             progress=progress,
         )
-        for key, kv in zip(missing, computed, strict=True):
-            kvs[key] = kv
+        for index, kv in computed:
             if self.store is not None:
-                self.store.put(key, kv)
+                self.store.put(missing[index], kv)
+            if keep:
+                kvs[missing[index]] = kv
         return kvs, origins
 
     def groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
         group: list[Request] = []
-        longest = 0
+        context = question = 0  # longest of the group, in slots; the two are padded apart
         for request in requests:
-            tokens = (request.reading.tokens if request.mode == "fusion" else 0) + len(request.question.ids)
-            if group and max(longest, tokens) * (len(group) + 1) > self._max_fused_tokens:
+            fused = self._fused_tokens(request)
+            context, question = max(context, fused), max(question, len(request.question.ids))
+            if group and (len(group) == MAX_BATCH or (context + question) * (len(group) + 1) > self._max_fused_tokens):
                 yield group
-                group, longest = [], 0
+                group, context, question = [], fused, len(request.question.ids)
             group.append(request)
-            longest = max(longest, tokens)
         if group:
             yield group
 
@@ -194,6 +208,7 @@ class Engine:
             options,
             self.encoder.decode,
             adapter=run.requests[0].mode == "fusion",
+            unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
         )
         with closing(steps):
@@ -209,14 +224,13 @@ class Engine:
         fused = request.mode == "fusion"
         origins: dict[str, Origin] = run.origins if fused else dict.fromkeys(reading.keys, "prompt")
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
-        read_before = reading.tokens + len(self.encoder.prefix_ids) if fused else 0
         return Answer(
             text=row.text,
             mode=request.mode,
             sources=reading.sources(origins, self.key),
             citations=find_citations(row.text, reading.cited_order(self.key)),
             usage=Usage(
-                prompt_tokens=read_before + len(request.question.ids),
+                prompt_tokens=self._fused_tokens(request) + len(request.question.ids),
                 document_tokens=reading.tokens if fused else sum(d.tokens for d in reading.documents),
                 cached_document_tokens=cached,
                 completion_tokens=len(row.ids),
@@ -225,6 +239,25 @@ class Engine:
             finish_reason=row.finish_reason or "length",
             token_ids=tuple(row.ids),
         )
+
+    def _fused_tokens(self, request: Request) -> int:
+        """Slots that prefix and documents take before the question is read."""
+        return len(self.encoder.prefix_ids) + request.reading.tokens if request.mode == "fusion" else 0
+
+    def _require_fit(self) -> None:
+        """Refuse settings and tokenizers that no question could be asked with."""
+        window, rows = self.backbone.context_window, self.backbone.config.vocab_size
+        prefix, passage = len(self.encoder.prefix_ids), self.settings.passage_length or 1
+        if window is not None and prefix + passage + 2 > window:
+            raise InvalidInputError(
+                f"the prefix has {prefix} tokens and passage_length is {passage}, but {self.backbone.model_id} has "
+                f"{window} positions for them, the question and the answer."
+            )
+        if self.encoder.plain.largest_id >= rows:
+            raise UnsupportedModelError(
+                f"the tokenizer of {self.backbone.model_id!r} gives ids up to {self.encoder.plain.largest_id}, but "
+                f"the model has {rows} embeddings; it belongs to another model."
+            )
 
     def _require_room(self, row: Question, question_tokens: int, mode: Mode, options: DecodingOptions) -> None:
         window = self.backbone.context_window
@@ -235,16 +268,6 @@ class Engine:
                 f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
                 f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."
             )
-
-    def _make_fingerprint(self) -> str:
-        """What besides the ids changes a document's KV: model, prefix, shape of a prefill pass, number of threads."""
-        facts = [
-            self.backbone.fingerprint(),
-            list(self.encoder.prefix_ids),
-            self._tokens_per_pass,
-            torch.get_num_threads(),
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def _log_mode(self, mode: Mode) -> None:
         name, adapter = self.backbone.model_id, self.backbone.has_adapter

@@ -43,22 +43,22 @@ def fuse(rows: Sequence[Sequence[DocumentKV]], config: PretrainedConfig, device:
         mask[row, :length] = 1
     if slots == 0:
         return FusedContext(DynamicCache(config=config), mask)
-    some = next(kv for row in rows for kv in row)
-    keys = _join([[kv.keys for kv in row] for row in rows], slots, some.keys)
-    values = _join([[kv.values for kv in row] for row in rows], slots, some.values)
     cache = DynamicCache(config=config)
-    for layer, (layer_keys, layer_values) in enumerate(zip(keys, values, strict=True)):
-        cache.update(layer_keys, layer_values, layer)
+    layers = next(kv for row in rows for kv in row).keys.shape[0]
+    for layer in range(layers):  # one at a time, since the cache makes a copy
+        keys = _join([[kv.keys[layer] for kv in row] for row in rows], slots)
+        values = _join([[kv.values[layer] for kv in row] for row in rows], slots)
+        cache.update(keys, values, layer)
     return FusedContext(cache, mask)
 
 
-def _join(rows: Sequence[Sequence[torch.Tensor]], slots: int, like: torch.Tensor) -> torch.Tensor:
-    """Rows of (L, H_kv, T_i, d) tensors -> (L, B, H_kv, slots, d), zeros where a row is shorter."""
-    layers, heads, _, dim = like.shape
-    joined = like.new_zeros(layers, len(rows), heads, slots, dim)
+def _join(rows: Sequence[Sequence[torch.Tensor]], slots: int) -> torch.Tensor:
+    """Rows of (H_kv, T_i, d) tensors -> (B, H_kv, slots, d), zeros where a row is shorter."""
+    like = next(tensor for row in rows for tensor in row)
+    joined = like.new_zeros(len(rows), like.shape[0], slots, like.shape[2])
     for row, tensors in enumerate(rows):
         start = 0
         for tensor in tensors:
-            joined[:, row, :, start : start + tensor.shape[2]] = tensor
-            start += tensor.shape[2]
+            joined[row, :, start : start + tensor.shape[1]] = tensor
+            start += tensor.shape[1]
     return joined

@@ -1,6 +1,6 @@
 """The numeric half of the support gate: a model is used only if fusion is exact on it, measured at load.
 
-Four laws on a few random ordinary tokens. A model that ignores explicit positions, biases attention by cache
+Five laws on a few random ordinary tokens. A model that ignores explicit positions, biases attention by cache
 slots, or rotates keys late fails one of them, whatever its configuration says.
 """
 
@@ -25,17 +25,20 @@ QUESTION_LENGTH = 5
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def run_gate(backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int]) -> GateReport:
-    """Measure the four laws.
+def run_gate(
+    backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], *, tokens_per_pass: int
+) -> GateReport:
+    """Measure the five laws.
 
     Args:
         prefix: the model's shared prefix.
         ordinary_ids: token ids without control tokens to draw from.
+        tokens_per_pass: as documents will be prefilled.
 
     Raises:
         UnsupportedModelError: a law does not hold; the message names it with the numbers.
     """
-    checks = (*configuration_checks(backbone.model.config), *_measure(backbone, prefix, ordinary_ids))
+    checks = (*configuration_checks(backbone.model.config), *_measure(backbone, prefix, ordinary_ids, tokens_per_pass))
     failed = [check for check in checks if not check.passed]
     if failed:
         raise UnsupportedModelError(
@@ -45,10 +48,13 @@ def run_gate(backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequen
     return GateReport(backbone.model_id, checks)
 
 
-def _measure(backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int]) -> tuple[Check, ...]:
+def _measure(
+    backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], tokens_per_pass: int
+) -> tuple[Check, ...]:
     try:
-        probe = _Probe(backbone, prefix, ordinary_ids)
+        probe = _Probe(backbone, prefix, ordinary_ids, tokens_per_pass)
         return (
+            probe.a_documents_kv_is_its_own(),
             probe.one_document_is_an_ordinary_pass(),
             probe.two_documents_are_one_block_masked_pass(),
             probe.order_does_not_matter(),
@@ -57,13 +63,17 @@ def _measure(backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequen
     except torch.OutOfMemoryError:
         raise  # says nothing about the architecture
     except (ValueError, TypeError, RuntimeError) as error:
-        return (Check("forward passes over a fused cache", False, f"the model fails in them: {error}"),)
+        return (
+            Check("forward passes over a fused cache", False, f"the model fails in them: {str(error).rstrip('.')}"),
+        )
 
 
 class _Probe:
     """Two random documents and a question, fused and unfused."""
 
-    def __init__(self, backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int]) -> None:
+    def __init__(
+        self, backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], tokens_per_pass: int
+    ) -> None:
         rng = torch.Generator().manual_seed(0)
         pool = torch.tensor(ordinary_ids)
         total = sum(DOCUMENT_LENGTHS) + QUESTION_LENGTH
@@ -73,8 +83,15 @@ class _Probe:
         self.question = drawn[first + second :]
         self.backbone, self.prefix = backbone, prefix
         self.prefix_ids = list(prefix.token_ids) if prefix else []
-        self.kvs = prefill(backbone, self.documents, prefix, tokens_per_pass=1)
+        self.tokens_per_pass = tokens_per_pass
+        self.kvs = self._prefill(self.documents)
         self.tolerance = TOLERANCE.get(backbone.dtype, TOLERANCE[torch.float16])
+
+    def a_documents_kv_is_its_own(self) -> Check:
+        alone = self._prefill(self.documents[1:])[0]
+        same = torch.equal(alone.keys, self.kvs[1].keys) and torch.equal(alone.values, self.kvs[1].values)
+        detail = "the same bits" if same else "other bits than when it is prefilled alone; try tokens_per_pass=1"
+        return Check("a document's KV does not depend on its neighbours", same, detail)
 
     def one_document_is_an_ordinary_pass(self) -> Check:
         document = self.documents[0]
@@ -103,6 +120,10 @@ class _Probe:
         moved = not torch.equal(self._fused(self.kvs), self._fused(self.kvs, shift=3))
         detail = "the question's position changes the logits" if moved else "it ignores explicit position ids"
         return Check("explicit positions are honoured", moved, detail)
+
+    def _prefill(self, documents: list[tuple[int, ...]]) -> list[DocumentKV]:
+        done = dict(prefill(self.backbone, documents, self.prefix, tokens_per_pass=self.tokens_per_pass))
+        return [done[index] for index in range(len(documents))]
 
     def _fused(self, kvs: list[DocumentKV], shift: int = 0) -> torch.Tensor:
         row = [self.prefix, *kvs] if self.prefix else kvs

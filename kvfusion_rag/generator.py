@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 
@@ -21,11 +22,14 @@ from . import __version__
 from .backbone import Backbone
 from .decoding import DecodingOptions
 from .engine import UNLIMITED, Engine, Request
-from .errors import InvalidInputError
+from .errors import InvalidInputError, ModelLoadError
 from .gate import run_gate
+from .reading import require_sequence
 from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
-from .settings import LongDocuments, ModelSettings
+from .settings import LongDocuments, ModelSettings, is_count
 from .store import MemoryStore
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = Path(__file__).parent / "pretrained"
 MAX_FUSED_TOKENS = 200_000  # slots; a guard against filling the memory by mistake
@@ -59,6 +63,12 @@ class AnswerStream(Iterator[str]):
             self.answer = piece
         raise StopIteration
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Stop decoding and let its memory go."""
         self._pieces.close()
@@ -83,6 +93,7 @@ class KVFusionGenerator:
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
     ) -> None:
+        _require_arguments(store, namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
         self._engine = Engine(
             backbone,
@@ -94,7 +105,9 @@ class KVFusionGenerator:
         )
         self._encoder = self._engine.encoder
         ordinary = sorted(set(range(backbone.config.vocab_size)) - self._encoder.plain.control_ids)
-        self.gate: GateReport = run_gate(backbone, self._engine.prefix, ordinary)
+        self.gate: GateReport = run_gate(
+            backbone, self._engine.prefix, ordinary, tokens_per_pass=self._engine.tokens_per_pass
+        )
 
     @classmethod
     def from_pretrained(
@@ -136,12 +149,9 @@ class KVFusionGenerator:
             UnsupportedModelError: fusion would not be exact on this architecture; the message has the cause.
             InvalidInputError: an argument is outside what is allowed.
         """
-        if isinstance(store, str):
-            if store != "memory":
-                raise InvalidInputError(f"store is {store!r}, but it must be a MemoryStore, 'memory' or None.")
-            store = MemoryStore()
-        path = str(EMBEDDED_MODEL if model is None else model)
-        model_id = "kvfusion-embedded" if model is None else Path(path).name if Path(path).exists() else path
+        kept = MemoryStore() if store == "memory" else store
+        _require_arguments(kept, namespace, max_fused_tokens, tokens_per_pass)  # before a model is loaded
+        path, model_id = _locate(model)
         backbone = Backbone.load(
             path,
             model_id=model_id,
@@ -154,7 +164,7 @@ class KVFusionGenerator:
         changes = {"mode": mode, "prefix": prefix, "passage_length": passage_length, "long_documents": long_documents}
         return cls(
             backbone,
-            store=store,
+            store=kept,
             settings=replace(backbone.settings, **{k: v for k, v in changes.items() if v is not None}),
             namespace=namespace,
             max_fused_tokens=max_fused_tokens,
@@ -195,12 +205,17 @@ class KVFusionGenerator:
         return self._engine.store
 
     def identity(self) -> dict[str, str | int | None]:
-        """Everything that changes an answer besides question, documents and options; no paths, no secrets."""
-        settings = json.dumps(self.settings.to_dict(), sort_keys=True)
+        """Everything that changes an answer besides question, documents and options; no paths, no secrets.
+
+        ``model`` is a digest of weights, configuration, dtype, device and library versions, ``settings`` one of
+        templates, lengths, tokenizer and end tokens.
+        """
+        facts = [self.settings.to_dict(), self._encoder.plain.digest, sorted(self._backbone.end_ids)]
+        settings = json.dumps(facts, sort_keys=True)
         return {
             "model_id": self.model_id,
             "revision": self._backbone.revision,
-            "weights": self._backbone.weights_digest,
+            "model": self._backbone.fingerprint(),
             "adapter": self._backbone.adapter_digest,
             "dtype": str(self._backbone.dtype).removeprefix("torch."),
             "settings": hashlib.sha256(settings.encode()).hexdigest(),
@@ -262,7 +277,11 @@ class KVFusionGenerator:
         batch's. Nothing is computed when one row is wrong. Where all rows together would pass
         ``max_fused_tokens``, they are decoded in several batches, in order.
         """
-        prompts = [None] * len(questions) if prompts is None else prompts
+        prompts = [None for _ in questions] if prompts is None else prompts
+        if not all(
+            isinstance(rows, Sequence) and not isinstance(rows, str) for rows in (questions, documents, prompts)
+        ):
+            raise InvalidInputError("questions, documents and prompts must be lists, one item a row.")
         if not len(questions) == len(documents) == len(prompts):
             raise InvalidInputError(
                 f"there are {len(questions)} questions, {len(documents)} document lists and {len(prompts)} prompts, "
@@ -304,7 +323,12 @@ class KVFusionGenerator:
                 "prefill keeps document KVs in a store, but this generator was made with store=None; give it one."
             )
         reading = self._engine.read(documents, max_tokens=UNLIMITED)
-        _, origins = self._engine.document_kvs(reading.keys, progress=progress)
+        _, origins = self._engine.document_kvs(reading.keys, keep=False, progress=progress)
+        if gone := sum(key not in self.store for key in reading.keys):
+            logger.warning(
+                "the store of %d bytes is too small: %d of %d documents were computed but not kept",
+                self.store.stats.max_bytes, gone, len(reading.keys),
+            )  # fmt: skip
         return list(reading.sources(origins, self._engine.key))
 
     def check_invariance(
@@ -322,6 +346,9 @@ class KVFusionGenerator:
         that stored and computed KVs are the same.
         """
         decoding = self._options({})
+        require_sequence(documents)
+        if not is_count(permutations):
+            raise InvalidInputError(f"permutations is {permutations!r}, but it must be a whole number from 1.")
         shuffled, rng = list(documents), random.Random(seed)
         answers: list[str] = []
         expected: list[torch.Tensor] = []
@@ -345,16 +372,21 @@ class KVFusionGenerator:
         if unknown := sorted(options.keys() - allowed.keys()):
             raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
         wanted = options.get("max_new_tokens")
-        return DecodingOptions(**{**options, "max_new_tokens": self.max_new_tokens if wanted is None else wanted})
+        wanted = self.max_new_tokens if wanted is None else wanted
+        return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
     def _answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
-        answers: list[Answer] = []
-        for group in self._engine.groups(requests):
-            run = self._engine.start(group, began)
-            for _ in self._engine.decode(run, options):
-                pass
-            answers += [self._engine.answer(run, number) for number in range(len(group))]
-        return answers
+        return [
+            answer
+            for group in self._engine.groups(requests)
+            for answer in self._answer_group(group, options, began)  # a group's cache is gone before the next one's
+        ]
+
+    def _answer_group(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
+        run = self._engine.start(requests, began)
+        for _ in self._engine.decode(run, options):
+            pass
+        return [self._engine.answer(run, number) for number in range(len(requests))]
 
     def _pieces(self, request: Request, options: DecodingOptions, began: float) -> Generator[str | Answer, None, None]:
         run = self._engine.start([request], began)
@@ -363,6 +395,33 @@ class KVFusionGenerator:
                 if piece := run.rows[0].take():
                     yield piece
         yield self._engine.answer(run, 0)
+
+
+def _locate(model: str | Path | None) -> tuple[str, str]:
+    """Folder or hub name to load, and the name to show for it."""
+    if model is None:
+        return str(EMBEDDED_MODEL), "kvfusion-embedded"
+    if not isinstance(model, str | Path):
+        raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder or None.")
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return str(folder), folder.resolve().name
+    if isinstance(model, Path) or folder.is_absolute() or str(model).startswith("."):
+        raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from.")
+    return model, model
+
+
+def _require_arguments(store: object, namespace: object, max_fused_tokens: object, tokens_per_pass: object) -> None:
+    if not isinstance(store, MemoryStore | None):
+        raise InvalidInputError(f"store is {store!r}, but it must be a MemoryStore, 'memory' or None.")
+    if not isinstance(namespace, str):
+        raise InvalidInputError(f"namespace is {namespace!r}, but it must be a string.")
+    for name, value in (
+        ("max_fused_tokens", max_fused_tokens),
+        ("tokens_per_pass", 1 if tokens_per_pass is None else tokens_per_pass),
+    ):
+        if not is_count(value):
+            raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
 
 
 def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:

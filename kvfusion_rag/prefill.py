@@ -9,16 +9,17 @@ the right, where causal attention cannot see it, and is cut off again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tqdm.auto import tqdm
 
 from .backbone import Backbone
 from .schema import DocumentKV
+from .support import routes_tokens
 
 LENGTH_BUCKET = 32  # tokens; padded lengths are multiples of it
-TOKENS_PER_PASS = {"cpu": 128, "accelerator": 4096}  # below these a pass is not much cheaper (benchmarks/)
+TOKENS_PER_PASS = {"cpu": 128, "accelerator": 4096}  # from here on, wider passes gain little on a CPU
 
 
 def prefill(
@@ -28,7 +29,7 @@ def prefill(
     *,
     tokens_per_pass: int,
     progress: bool = False,
-) -> list[DocumentKV]:
+) -> Iterator[tuple[int, DocumentKV]]:
     """Prefill each document alone at the positions after the prefix (paper section 3.2).
 
     Args:
@@ -37,22 +38,22 @@ def prefill(
         tokens_per_pass: padded tokens that one forward pass aims at.
         progress: show a bar once this takes longer than a second.
 
-    Returns:
-        One DocumentKV each, in the order given, with tensors of their own.
+    Yields:
+        (index in ``token_ids``, DocumentKV) pass by pass, shortest documents first, with tensors of their own.
     """
+    if routes_tokens(backbone.config):
+        tokens_per_pass = 1  # experts are given tokens of all rows, so a document has to be a pass of its own
     buckets: defaultdict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(token_ids):
         buckets[padded_length(len(ids), backbone, prefix)].append(index)
-    done: dict[int, DocumentKV] = {}
     with tqdm(total=len(token_ids), desc="prefill", unit="doc", delay=1, disable=not progress) as bar:
         for length, members in sorted(buckets.items()):
             rows = max(1, tokens_per_pass // length)
             for start in range(0, len(members), rows):
                 batch = members[start : start + rows]
                 kvs = _prefill_pass(backbone, [token_ids[i] for i in batch], prefix, rows, length)
-                done.update(zip(batch, kvs, strict=True))
                 bar.update(len(batch))
-    return [done[index] for index in range(len(token_ids))]
+                yield from zip(batch, kvs, strict=True)
 
 
 def prefill_prefix(backbone: Backbone, prefix_ids: tuple[int, ...]) -> DocumentKV | None:

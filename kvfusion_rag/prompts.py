@@ -7,6 +7,7 @@ the model's own templates alone, as constant ids. This module knows no model wei
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import secrets
@@ -17,21 +18,21 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .errors import ControlTokenError, UnsupportedModelError
+from .errors import ContextLimitError, ControlTokenError, UnsupportedModelError
 from .schema import Document
-from .settings import ModelSettings
+from .settings import FIELD, ModelSettings
 
-_FIELD = re.compile(r"\{(text|title|question|prompt)\}")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 _PAST_ANY_TOKEN = 64  # characters; more than the longest vocabulary entry that matters for finding a cut
 
 
 class PlainEncoder:
     """Encodes untrusted text; cannot emit a control token.
 
-    Control tokens are all added tokens that are not white space (special or not: ``<tool_call>`` is not),
-    save the one that the tokenization model itself puts in for unknown characters.
+    Control tokens are all added tokens (``<tool_call>`` is one, though it is not marked special) but white space,
+    ordinary single characters, and the one that the tokenization model puts in for what it cannot spell.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -40,13 +41,21 @@ class PlainEncoder:
                 f"the tokenizer is a {type(tokenizer).__name__}, but only those backed by the tokenizers library "
                 "can be made safe against control tokens in documents; convert it to a tokenizer.json."
             )
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        control = {t["id"]: t["content"] for t in spec["added_tokens"] if not t["content"].isspace()}
-        spec["added_tokens"] = _keep_white_space(spec["added_tokens"], spec["model"])
+        whole = tokenizer.backend_tokenizer.to_str()
+        self.digest = hashlib.sha256(whole.encode()).hexdigest()
+        spec = json.loads(whole)
+        control = {t["id"]: t["content"] for t in spec["added_tokens"] if not _is_ordinary(t)}
+        spec["added_tokens"] = _kept(spec["added_tokens"], spec["model"])
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         unknown_id = _unknown_id(spec["model"])
-        self.control_ids = frozenset(control.keys() | set(tokenizer.all_special_ids)) - {unknown_id}
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
+        harmless = {unknown_id} - set(ends)  # an unknown token that also ends texts stays forbidden
+        self.control_ids = frozenset(control.keys() | set(tokenizer.all_special_ids)) - harmless
         _remove_pieces(spec["model"], {control[i] for i in control if i != unknown_id})
+        bytes_alone = {i for piece, i in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(piece)}
+        # Decoding reads a run of byte pieces as one whole and skips special tokens, so neither settles the text.
+        self.unsettling_ids = frozenset(bytes_alone.union(tokenizer.all_special_ids))
+        self.largest_id = max(tokenizer.get_vocab().values())
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
     def encode(self, text: str) -> list[int]:
@@ -92,9 +101,15 @@ def _unknown_id(model: Mapping[str, Any]) -> int | None:
     return None if unknown is None else model["vocab"].get(unknown)
 
 
-def _keep_white_space(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens of white space alone, put into the vocabulary, since others would be given new ids."""
-    kept = [token for token in added if token["content"].isspace()]
+def _is_ordinary(token: Mapping[str, Any]) -> bool:
+    """Whether an added token is text like any other: white space (``▁`` is a space), or one unmarked character."""
+    content = token["content"].replace("▁", " ")
+    return content.isspace() or (len(content) == 1 and not token["special"])
+
+
+def _kept(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ordinary added tokens, put into the vocabulary, since others would be given new ids."""
+    kept = [token for token in added if _is_ordinary(token)]
     if model["type"] == "Unigram":
         pieces = {piece for piece, _ in model["vocab"]}
         return [token for token in kept if token["content"] in pieces]
@@ -143,7 +158,7 @@ class Template:
             if isinstance(part, _Control):
                 ids.append(part.token_id)
             else:
-                ids += self._encoder.encode(_FIELD.sub(lambda match: values[match[1]], part))
+                ids += self._encoder.encode(FIELD.sub(lambda match: values[match[0][1:-1]], part))
         return ids
 
 
@@ -197,9 +212,18 @@ class PromptEncoder:
         return tuple(self._document.encode(text=document.text))
 
     def split_document(self, document: Document, max_tokens: int) -> list[tuple[int, ...]]:
-        """Ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template."""
+        """Ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template.
+
+        Raises:
+            ContextLimitError: template and title alone take more than half of ``max_tokens``.
+        """
         frame = len(self.encode_document(Document("x", title=document.title)))  # upper bound of the template's share
-        room = max(1, max_tokens - frame)
+        room = max_tokens - frame
+        if room < frame:
+            raise ContextLimitError(
+                f"template and title take {frame} tokens, more than half of the {max_tokens} that the model reads in "
+                "one document, so it cannot be split; shorten the title."
+            )
         pieces, rest = [], document.text
         while rest.strip():
             cut = self.plain.cut(rest[: room * _PAST_ANY_TOKEN], room)

@@ -76,7 +76,7 @@ class Reading:
                     title=read.document.title,
                     pieces=len(read.pieces),
                     duplicate_of=twin,
-                    metadata=read.document.metadata,
+                    metadata=dict(read.document.metadata),
                 )
             )
         return tuple(sources)
@@ -103,11 +103,7 @@ def read_documents(
         InvalidInputError: ``documents`` is one string, or holds something that is no document.
         ContextLimitError: a document is longer than the model reads, or all together than may be fused.
     """
-    if isinstance(documents, str | Document):
-        raise InvalidInputError(
-            f"documents is one {type(documents).__name__}, but it must be a sequence of documents: pass a list, "
-            "with a joined context cut back into its documents."
-        )
+    require_sequence(documents)
     read = tuple(_read(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
     if blank := [r.id for r in read if not r.pieces]:
         logger.warning("skipped %d blank document(s): %s", len(blank), ", ".join(map(repr, blank[:5])))
@@ -121,16 +117,29 @@ def read_documents(
     return reading
 
 
+def require_sequence(documents: object) -> None:
+    """Raise InvalidInputError unless ``documents`` is a sequence that is not itself one document."""
+    if isinstance(documents, str | bytes | Document) or not isinstance(documents, Sequence):
+        raise InvalidInputError(
+            f"documents is one {type(documents).__name__}, but it must be a sequence of documents: pass a list, "
+            "with a joined context cut back into its documents."
+        )
+
+
 def _read(document: Document | str, number: int, encoder: PromptEncoder, limits: Limits) -> ReadDocument:
     if isinstance(document, str):
         document = Document(document)
-    if not isinstance(document, Document) or not isinstance(document.text, str):
+    if not isinstance(document, Document):
         raise InvalidInputError(
-            f"document {number} is a {type(document).__name__}, but it must be a string or a kvfusion_rag.Document "
-            "with a string as text."
+            f"document {number} is a {type(document).__name__}, but it must be a string or a kvfusion_rag.Document."
         )
+    for name, value in (("text", document.text), ("id", document.id or ""), ("title", document.title or "")):
+        if not isinstance(value, str):
+            raise InvalidInputError(f"the {name} of document {number} is {value!r}, but it must be a string.")
     document_id = document.id if document.id is not None else str(number)
-    if len(document.text) > 64 * limits.total:  # no vocabulary packs more characters into a token
+    if not document.text.strip():
+        return ReadDocument(document, document_id, ())
+    if len(document.text) > 64 * limits.total:  # before a tokenizer spends minutes on it
         raise ContextLimitError(
             f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens may be "
             "fused; cut it."
@@ -139,7 +148,10 @@ def _read(document: Document | str, number: int, encoder: PromptEncoder, limits:
     if len(ids) <= limits.document:
         return ReadDocument(document, document_id, (ids,) if ids else ())
     if limits.long_documents == "split":
-        return ReadDocument(document, document_id, tuple(encoder.split_document(document, limits.document)))
+        try:
+            return ReadDocument(document, document_id, tuple(encoder.split_document(document, limits.document)))
+        except ContextLimitError as error:
+            raise ContextLimitError(f"of document {document_id!r}, {error}") from error
     raise ContextLimitError(
         f"document {document_id!r} has {len(ids)} tokens, but the model reads at most {limits.document} in one "
         "document; split it, or pass long_documents='split'."

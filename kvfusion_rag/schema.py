@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -30,7 +30,7 @@ class Document:
     text: str
     id: str | None = None
     title: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,7 +130,17 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; metadata of documents is carried as it is."""
-        return asdict(self) | {"cited_text": self.cited_text}
+        return {
+            "text": self.text,
+            "cited_text": self.cited_text,
+            "mode": self.mode,
+            "finish_reason": self.finish_reason,
+            "sources": [{f.name: getattr(source, f.name) for f in fields(source)} for source in self.sources],
+            "citations": [asdict(citation) for citation in self.citations],
+            "usage": asdict(self.usage),
+            "timings": asdict(self.timings),
+            "token_ids": list(self.token_ids),
+        }
 
     def _repr_html_(self) -> str:
         """Rich output in notebooks. Documents and answers are untrusted text, so all of it is escaped."""

@@ -10,6 +10,7 @@ Templates are trusted text of the model's owner: control tokens in them stand fo
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +18,11 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .errors import ModelLoadError
+from .errors import InvalidInputError, ModelLoadError
 from .schema import Mode
 
 FILE_NAME = "kvfusion.json"
+FIELD = re.compile(r"\{(?:text|title|question|prompt)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
@@ -61,26 +63,34 @@ class ModelSettings:
     tuned: bool = False
 
     def __post_init__(self) -> None:
-        _require_field("document_template", self.document_template, "{text}")
-        _require_field("titled_document_template", self.titled_document_template, "{text}")
-        _require_field("question_template", self.question_template, "{question}")
+        """Raise InvalidInputError for a value that is not allowed."""
+        _require_template("prefix", self.prefix)
+        _require_template("document_template", self.document_template, "{text}")
+        _require_template("titled_document_template", self.titled_document_template, "{text}", optional="{title}")
+        _require_template("question_template", self.question_template, "{question}")
         if self.prompt_template is not None:
-            _require_field("prompt_template", self.prompt_template, "{prompt}")
+            _require_template("prompt_template", self.prompt_template, "{prompt}")
         for name in ("passage_length", "max_document_tokens", "max_new_tokens"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ModelLoadError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
+            if not (is_count(value) or (value is None and name != "max_new_tokens")):
+                raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
         if self.long_documents not in ("error", "split"):
-            raise ModelLoadError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
+            raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
         if self.mode not in ("fusion", "concat"):
-            raise ModelLoadError(f"mode is {self.mode!r}, but it must be 'fusion' or 'concat'.")
+            raise InvalidInputError(f"mode is {self.mode!r}, but it must be 'fusion' or 'concat'.")
+        if not isinstance(self.tuned, bool):
+            raise InvalidInputError(f"tuned is {self.tuned!r}, but it must be true or false.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def load_settings(model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
+def load_settings(model: str, tokenizer: PreTrainedTokenizerBase, *, model_id: str, **hub: Any) -> ModelSettings:
     """Settings of ``model`` (a folder or a hub name): its ``kvfusion.json``, else derived defaults.
+
+    Args:
+        model_id: how the model is named in errors.
+        hub: revision, token, ... as transformers' loaders take them.
 
     Raises:
         ModelLoadError: the file is not JSON, or holds an unknown field or a wrong value.
@@ -88,25 +98,27 @@ def load_settings(model: str, revision: str | None, tokenizer: PreTrainedTokeniz
     path = cached_file(
         model,
         FILE_NAME,
-        revision=revision,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,
+        **hub,
     )
     if path is None:
         return default_settings(tokenizer)
+    where = f"{FILE_NAME} of {model_id!r}"
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{FILE_NAME} of {model!r} is not readable JSON: {error}.") from error
+        raise ModelLoadError(f"{where} is not readable JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ModelLoadError(f"{FILE_NAME} of {model!r} holds {type(found).__name__}, but it must be an object.")
+        raise ModelLoadError(f"{where} holds a {type(found).__name__}, but it must be an object.")
     allowed = {f.name for f in fields(ModelSettings)}
     if unknown := sorted(set(found) - allowed):
-        raise ModelLoadError(
-            f"{FILE_NAME} of {model!r} has the unknown field {unknown[0]!r}; allowed: {sorted(allowed)}."
-        )
-    return ModelSettings(**found)
+        raise ModelLoadError(f"{where} has the unknown field {unknown[0]!r}; allowed: {sorted(allowed)}.")
+    try:
+        return ModelSettings(**found)
+    except InvalidInputError as error:
+        raise ModelLoadError(f"in {where}, {error}") from error
 
 
 def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
@@ -142,6 +154,18 @@ def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.bos_token) if has_bos else ""
 
 
-def _require_field(name: str, template: str, field: str) -> None:
-    if not isinstance(template, str) or template.count(field) != 1:
-        raise ModelLoadError(f"{name} is {template!r}, but it must hold {field} exactly once.")
+def is_count(value: object) -> bool:
+    """Whether ``value`` is a whole number above 0."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _require_template(name: str, template: object, field: str | None = None, *, optional: str | None = None) -> None:
+    """``field`` has to stand in the template exactly once, ``optional`` at most once, and no other field at all."""
+    if not isinstance(template, str):
+        raise InvalidInputError(f"{name} is {template!r}, but it must be a text.")
+    found = FIELD.findall(template)
+    wanted = [f for f in (field, optional) if f is not None]
+    if any(f not in wanted for f in found) or len(found) != len(set(found)) or (field and field not in found):
+        needed = f"hold {field} exactly once" if field else "hold no field"
+        allowed = f", and {optional} once at most" if optional else ""
+        raise InvalidInputError(f"{name} is {template!r}, but it must {needed}{allowed}, and no other field.")

@@ -31,6 +31,12 @@ def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
     return tuple(checks)
 
 
+def routes_tokens(config: PretrainedConfig) -> bool:
+    """Whether the model has experts: the shapes of its matrix products then depend on all tokens of a pass."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
 def require_supported(config: PretrainedConfig, model_id: str) -> None:
     """Raise UnsupportedModelError with the first cause, if there is one."""
     for check in configuration_checks(config):

@@ -84,7 +84,7 @@ def run(capsys, *argv: object) -> tuple[int, str, str]:
         (["ask", "Who?", "--docs", ".", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["index"], "PATH"),
         (["index", "/no/such/path"], "does not exist"),
-        (["doctor", "/no/such/path"], "cannot load the model"),
+        (["doctor", "/no/such/path"], "to load a model from"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(capsys, monkeypatch, argv, message):

@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import generator, tokenizer
+from tiny import TOKENIZER_KINDS, generator, tokenizer
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.decoding import DecodingOptions, Row, _sampler
+from kvfusion_rag.prompts import PlainEncoder
 
 CPU = torch.device("cpu")
+STOPS = st.lists(st.text(st.sampled_from("abc .\n#"), min_size=1, max_size=4), max_size=3)
 
 
 def grow(text: str, stop: list[str], size: int) -> tuple[Row, list[str]]:
@@ -26,11 +28,7 @@ def grow(text: str, stop: list[str], size: int) -> tuple[Row, list[str]]:
     return row, pieces
 
 
-@given(
-    text=st.text(st.sampled_from("abc .\n#é東"), min_size=1, max_size=40),
-    stop=st.lists(st.text(st.sampled_from("abc .\n#"), min_size=1, max_size=4), max_size=3),
-    size=st.integers(1, 4),
-)
+@given(text=st.text(st.sampled_from("abc .\n#é東"), min_size=1, max_size=40), stop=STOPS, size=st.integers(1, 4))
 def test_streamed_pieces_join_to_the_text_and_stop_strings_never_show(text, stop, size):
     row, pieces = grow(text, stop, size)
     assert "".join(pieces) == row.text
@@ -57,12 +55,28 @@ def test_a_character_whose_bytes_have_not_all_come_is_held_back():
     assert "\ufffd" not in "".join(pieces) and "".join(pieces) == "a東b"
 
 
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
+@given(data=st.data())
+def test_pieces_of_any_tokens_join_to_the_text(kind, data):
+    """Byte pieces and broken UTF-8 too: what was emitted is never rewritten."""
+    tok = tokenizer(kind)
+    ids = data.draw(st.lists(st.integers(0, len(tok) - 1), min_size=1, max_size=25))
+    unsettling_ids = PlainEncoder(tok).unsettling_ids
+    row, pieces = Row(lambda ids: tok.decode(ids, skip_special_tokens=True), data.draw(STOPS), unsettling_ids), []
+    for number, token in enumerate(ids, start=1):
+        row.push(token, is_end=False, is_last=number == len(ids))
+        pieces.append(row.take())
+        if row.finish_reason:
+            break
+    assert "".join(pieces) == row.text
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
         {"max_new_tokens": 0}, {"max_new_tokens": 1.5}, {"max_new_tokens": True}, {"temperature": -1},
         {"temperature": "0"}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": 0}, {"stop": "END"}, {"stop": [""]},
-        {"seed": "1"},
+        {"seed": "1"}, {"seed": True}, {"seed": -1}, {"seed": 2**64}, {"stop": 3},
     ],
     ids=str,
 )  # fmt: skip
@@ -77,6 +91,12 @@ def test_sampling_keeps_to_top_k_and_top_p():
     drawn = _sampler(DecodingOptions(1, temperature=1.0, top_k=2), 200, CPU)(logits)
     assert set(drawn.tolist()) == {0, 1}
     assert set(_sampler(DecodingOptions(1, temperature=1.0, top_p=0.5), 200, CPU)(logits).tolist()) == {0}
+
+
+def test_the_smallest_temperatures_are_greedy():
+    gen = generator("llama")
+    greedy = gen.answer("who?", ["the river"], max_new_tokens=5).token_ids
+    assert gen.answer("who?", ["the river"], max_new_tokens=5, temperature=1e-40).token_ids == greedy
 
 
 def test_sampling_follows_the_probabilities():

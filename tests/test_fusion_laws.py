@@ -33,6 +33,12 @@ def random_documents(rng: random.Random, most: int = 7) -> list[Document]:
     return made + rng.choices(made, k=rng.choice([0, 0, 1, 2]))
 
 
+def prefilled(bone, documents, prefix, tokens_per_pass):
+    """Document KVs in the order of ``documents``."""
+    done = dict(prefill(bone, documents, prefix, tokens_per_pass=tokens_per_pass))
+    return [done[index] for index in range(len(documents))]
+
+
 def fused_logits(bone, prefix, kvs, question, passage_length):
     """Logits after ``question``, read over the fused ``kvs``."""
     row = [prefix, *kvs] if prefix else list(kvs)
@@ -55,7 +61,7 @@ def fused_logits(bone, prefix, kvs, question, passage_length):
 def test_fused_logits_are_one_block_masked_pass(architecture, documents, question, prefix_ids, passage_length):
     bone = backbone(architecture)
     prefix = prefill_prefix(bone, prefix_ids)
-    kvs = prefill(bone, documents, prefix, tokens_per_pass=128)
+    kvs = prefilled(bone, documents, prefix, tokens_per_pass=128)
     lengths = [len(ids) for ids in documents]
     start = question_start(len(prefix_ids), passage_length, max(lengths))
     ids = [*prefix_ids, *(i for document in documents for i in document), *question]
@@ -75,10 +81,10 @@ def test_fused_logits_are_one_block_masked_pass(architecture, documents, questio
 def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(architecture, dtype, documents, data):
     """Stored = computed: a store may hold any subset, filled by any earlier questions."""
     bone = backbone(architecture, dtype)
-    together = prefill(bone, documents, None, tokens_per_pass=128)
+    together = prefilled(bone, documents, None, tokens_per_pass=128)
     order = data.draw(st.permutations(range(len(documents))))
     some = order[: data.draw(st.integers(1, len(documents)))]
-    for index, kv in zip(some, prefill(bone, [documents[i] for i in some], None, tokens_per_pass=128), strict=True):
+    for index, kv in zip(some, prefilled(bone, [documents[i] for i in some], None, tokens_per_pass=128), strict=True):
         assert torch.equal(kv.keys, together[index].keys)
         assert torch.equal(kv.values, together[index].values)
 
@@ -87,7 +93,7 @@ def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(archit
 def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture):
     bone = backbone(architecture)
     document = tuple(range(20, 67))
-    (kv,) = prefill(bone, [document], None, tokens_per_pass=512)
+    (kv,) = prefilled(bone, [document], None, tokens_per_pass=512)
     keys, values = bone.prefill(torch.tensor([document]), None)
     torch.testing.assert_close(kv.keys, keys[:, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kv.values, values[:, 0], rtol=1e-4, atol=1e-5)
@@ -173,7 +179,7 @@ def test_batch_equals_singles(architecture):
 @architectures
 def test_padding_a_batch_does_not_move_the_logits(architecture):
     bone = backbone(architecture)
-    kvs = prefill(bone, [tuple(range(20, 60)), tuple(range(30, 41))], None, tokens_per_pass=128)
+    kvs = prefilled(bone, [tuple(range(20, 60)), tuple(range(30, 41))], None, tokens_per_pass=128)
     question = [15, 16, 17]
     alone = fused_logits(bone, None, kvs[1:], question, None)
     context = fuse([kvs, kvs[1:]], bone.config, bone.device)
@@ -189,14 +195,14 @@ def test_documents_do_not_see_each_other():
     """Changing one document leaves the other's KV untouched, to the bit (the packed-sequence trap)."""
     bone = backbone("llama")
     first, second, changed = tuple(range(20, 50)), tuple(range(60, 90)), tuple(range(100, 130))
-    before = prefill(bone, [first, second], None, tokens_per_pass=512)[0]
-    after = prefill(bone, [first, changed], None, tokens_per_pass=512)[0]
+    before = prefilled(bone, [first, second], None, tokens_per_pass=512)[0]
+    after = prefilled(bone, [first, changed], None, tokens_per_pass=512)[0]
     assert torch.equal(before.keys, after.keys)
 
 
 def test_fusing_and_decoding_leave_document_kvs_unchanged():
     bone = backbone("llama")
-    kvs = prefill(bone, [tuple(range(20, 50)), tuple(range(60, 75))], None, tokens_per_pass=128)
+    kvs = prefilled(bone, [tuple(range(20, 50)), tuple(range(60, 75))], None, tokens_per_pass=128)
     copies = [(kv.keys.clone(), kv.values.clone()) for kv in kvs]
     fused_logits(bone, None, kvs, [3, 4, 5], None)
     for kv, (keys, values) in zip(kvs, copies, strict=True):
@@ -212,5 +218,5 @@ def test_rows_without_documents_fuse_to_an_empty_cache():
 @architectures
 @dtypes
 def test_the_gate_passes_what_is_exact(architecture, dtype):
-    report = run_gate(backbone(architecture, dtype), None, range(10, 390))
-    assert report.passed and len(report.checks) == 7
+    report = run_gate(backbone(architecture, dtype), None, range(10, 390), tokens_per_pass=128)
+    assert report.passed and len(report.checks) == 8

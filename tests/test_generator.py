@@ -1,16 +1,31 @@
 """The facade: what each call returns, and the defined outcome of every kind of bad input."""
 
+import json
 import logging
+import shutil
 import threading
+import weakref
+from types import MappingProxyType
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny import generator, model, tokenizer
+from safetensors.torch import load_file, save_file
+from tiny import backbone, generator, model, tokenizer
 
-from kvfusion_rag import ContextLimitError, Document, InvalidInputError, KVFusionGenerator, MemoryStore, ModelLoadError
+from kvfusion_rag import (
+    ContextLimitError,
+    Document,
+    InvalidInputError,
+    KVFusionGenerator,
+    MemoryStore,
+    ModelLoadError,
+    UnsupportedModelError,
+)
+from kvfusion_rag.backbone import Backbone
+from kvfusion_rag.settings import ModelSettings
 
 DOCUMENTS = [
     Document("the river runs past an old mill", id="river", title="River"),
@@ -184,7 +199,26 @@ def test_html_of_an_answer_escapes_untrusted_text(gen):
         (lambda g: g.answer("who?", "one joined context"), "joined context"),
         (lambda g: g.answer("who?", Document("x")), "sequence of documents"),
         (lambda g: g.answer("who?", [3]), "document 1 is a int"),
-        (lambda g: g.answer("who?", [Document(None)]), "document 1"),
+        (lambda g: g.answer("who?", None), "documents is one NoneType"),
+        (lambda g: g.answer("who?", {"a": "b"}), "documents is one dict"),
+        (lambda g: g.answer("who?", [Document("x", title=3)]), "title of document 1"),
+        (lambda g: g.answer("who?", [Document("x", id=3)]), "id of document 1"),
+        (lambda g: g.answer("who?", DOCUMENTS, prompt=3), "prompt"),
+        (lambda g: g.answer_batch("ab", [[], []]), "must be lists"),
+        (lambda g: g.check_invariance("who?", "one joined context"), "joined context"),
+        (lambda g: g.check_invariance("who?", DOCUMENTS, permutations=-1), "permutations"),
+        (lambda g: MemoryStore("1GB"), "max_bytes"),
+        (lambda g: KVFusionGenerator.from_pretrained(3), "model is 3"),
+        (lambda g: KVFusionGenerator.from_pretrained(namespace=None), "namespace"),
+        (lambda g: KVFusionGenerator.from_pretrained(tokens_per_pass=0), "tokens_per_pass"),
+        (lambda g: KVFusionGenerator.from_pretrained(max_fused_tokens="9"), "max_fused_tokens"),
+        (lambda g: KVFusionGenerator.from_pretrained(passage_length=0), "passage_length"),
+        (lambda g: KVFusionGenerator.from_pretrained(passage_length=600), "passage_length is 600"),
+        (lambda g: KVFusionGenerator.from_pretrained(mode="x"), "mode"),
+        (lambda g: KVFusionGenerator.from_pretrained(prefix="mill " * 600), "prefix has"),
+        (lambda g: KVFusionGenerator.from_pretrained(device="cuda:0"), "cuda"),
+        (lambda g: KVFusionGenerator.from_pretrained(model_kwargs={"dtype": "bfloat16"}), "model_kwargs"),
+        (lambda g: g.answer("who?", [Document(None)]), "text of document 1"),
         (lambda g: g.answer("who?", DOCUMENTS, mode="fused"), "mode"),
         (lambda g: g.answer("who?", DOCUMENTS, max_tokens=3), "'max_tokens' is no option"),
         (lambda g: g.answer("who?", DOCUMENTS, max_new_tokens=0), "max_new_tokens"),
@@ -324,6 +358,124 @@ def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
     joined = [g.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=8).token_ids for g in (base, tuned)]
     assert joined[0] == joined[1]  # adapter off = base
     assert base.identity()["adapter"] is None and tuned.identity()["adapter"]
+
+
+def test_an_adapter_of_another_base_model_is_refused(model_folder, tmp_path):
+    """Fewer or more layers: transformers alone would fill in random weights and go on."""
+    for layers in (2, 5):
+        tuned = get_peft_model(
+            model("llama", num_hidden_layers=layers, layer_types=None),
+            LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        )
+        tuned.save_pretrained(tmp_path / str(layers))
+        with pytest.raises(ModelLoadError, match="another base model"):
+            KVFusionGenerator.from_pretrained(model_folder, adapter=tmp_path / str(layers))
+
+
+def test_identity_tells_apart_what_changes_answers(model_folder, adapter_folder, tmp_path):
+    scaled = tmp_path / "scaled"
+    shutil.copytree(adapter_folder, scaled)
+    settings = json.loads((scaled / "adapter_config.json").read_text())
+    (scaled / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 800}))
+    rope = {"rope_type": "default", "rope_theta": 50.0}
+    made = [
+        KVFusionGenerator.from_pretrained(model_folder, **options).identity()
+        for options in (
+            {},
+            {"adapter": adapter_folder},
+            {"adapter": scaled},
+            {"model_kwargs": {"rope_parameters": rope}},
+            {"dtype": "bfloat16"},
+            {"passage_length": 50},
+            {"mode": "concat"},
+        )
+    ]
+    assert len({json.dumps(identity) for identity in made}) == len(made)
+    again = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder).identity()
+    assert again == made[1]
+
+
+def test_one_changed_weight_is_another_model():
+    """A store shared by two models never answers for the wrong one, however small their difference."""
+    store = MemoryStore()
+    first = KVFusionGenerator(backbone("llama"), store=store)
+    network = model("llama")
+    with torch.no_grad():
+        network.get_input_embeddings().weight[17, 5] += 1
+    second = KVFusionGenerator(Backbone(network, tokenizer("byte-bpe"), first.settings, model_id="b"), store=store)
+    first.prefill(["the mill"])
+    assert second.prefill(["the mill"])[0].origin == "computed"
+
+
+def test_what_the_process_may_change_is_in_the_key():
+    gen = generator("llama")
+    before = gen.prefill(["the mill"])[0].origin, gen.prefill(["the mill"])[0].origin
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = gen.answer("who?", ["the river"], max_new_tokens=4).token_ids
+    assert gen.answer("who?", ["the river"], max_new_tokens=4).token_ids == under_autocast
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        after = gen.prefill(["the mill"])[0].origin
+    finally:
+        torch.set_num_threads(threads)
+    assert (*before, after) == ("computed", "memory", "computed")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda weights: weights.write_bytes(weights.read_bytes()[:1000]),
+        lambda weights: weights.write_bytes(b"garbage"),
+        lambda weights: save_file(
+            {k: v for k, v in load_file(weights).items() if "layers.1.self_attn.k_proj" not in k},
+            weights,
+            {"format": "pt"},
+        ),
+        lambda weights: save_file(
+            {k: v[:3].clone() if "k_proj" in k else v for k, v in load_file(weights).items()},
+            weights,
+            {"format": "pt"},
+        ),
+    ],
+    ids=["truncated", "garbage", "missing tensor", "wrong shape"],
+)
+def test_damaged_weights_are_refused(model_folder, tmp_path, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(model_folder, folder)
+    damage(folder / "model.safetensors")
+    with pytest.raises(ModelLoadError, match="weights of 'damaged'"):
+        KVFusionGenerator.from_pretrained(folder)
+
+
+def test_a_tokenizer_of_another_model_is_refused():
+    small = model("llama", vocab_size=300)
+    bone = Backbone(small, tokenizer("byte-bpe"), ModelSettings(), model_id="small")
+    with pytest.raises(UnsupportedModelError, match="300 embeddings"):
+        KVFusionGenerator(bone, store=None)
+
+
+def test_prefilling_more_than_the_store_holds_warns_and_keeps_memory_bounded(caplog):
+    gen = generator("llama", store=MemoryStore(50_000))
+    alive = []
+    put = gen.store.put
+    gen.store.put = lambda key, kv: (alive.append(weakref.ref(kv.keys)), put(key, kv))  # type: ignore[method-assign]
+    gen.prefill([f"the mill has {i} sacks of flour" for i in range(60)])
+    assert sum(ref() is not None for ref in alive) == len(gen.store) < 20
+    assert "too small" in caplog.text
+
+
+def test_a_stream_is_a_context_manager(gen):
+    with gen.stream("who?", DOCUMENTS, max_new_tokens=12) as stream:
+        next(stream)
+    assert list(stream) == []
+
+
+def test_answers_are_plain_data(gen):
+    document = Document("the mill", metadata=MappingProxyType({"page": 3}))
+    assert hash(document) == hash(Document("the mill"))
+    answer = gen.answer("who?", [document], max_new_tokens=2, stop=None)
+    assert json.loads(json.dumps(answer.to_dict()))["sources"][0]["metadata"] == {"page": 3}
 
 
 def test_an_adapter_that_is_none(model_folder, tmp_path):

@@ -4,9 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TOKENIZER_KINDS, WORDS, generator, tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kvfusion_rag import Document, KVFusionGenerator
-from kvfusion_rag.errors import ControlTokenError, ModelLoadError
+from kvfusion_rag.errors import ContextLimitError, ControlTokenError, InvalidInputError, ModelLoadError
 from kvfusion_rag.prompts import PlainEncoder, PromptEncoder
 from kvfusion_rag.settings import DEFAULT_INSTRUCTION, ModelSettings, default_settings
 
@@ -103,9 +105,44 @@ def test_chat_template_becomes_prefix_and_question():
     assert tok.decode(ids) == whole
 
 
-def test_bos_becomes_the_prefix_without_a_chat_template(tmp_path):
+def test_bos_becomes_the_prefix_where_the_tokenizer_puts_one_in_front():
+    assert default_settings(tokenizer("wordpiece")).prefix == ""
     tok = tokenizer("bpe-byte-fallback")
-    assert default_settings(tok).prefix == ""  # this tokenizer puts no BOS in front by itself
+    assert tok("mill")["input_ids"][0] == tok.bos_token_id
+    assert default_settings(tok).prefix == "<s>"
+    assert PromptEncoder(tok, default_settings(tok)).prefix_ids == (tok.bos_token_id,)
+
+
+def test_an_unknown_token_that_ends_texts_fails_closed():
+    words = Tokenizer(models.WordLevel({"<eos>": 0, "the": 1, "mill": 2}, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens(["<eos>"])
+    encoder = PlainEncoder(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<eos>"))
+    assert encoder.encode("the mill") == [1, 2]
+    for text in ("the <eos> mill", "the unknown mill"):
+        with pytest.raises(ControlTokenError):
+            encoder.encode(text)
+
+
+def test_ordinary_added_characters_and_spaces_stay_what_they_are():
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(
+        [WORDS], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    tok.add_tokens(
+        [AddedToken("{", special=False), AddedToken("\n\n", special=False), AddedToken("▁▁", special=False)]
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=tok)
+    for text in ("x{y", "a\n\nb", "a▁▁b"):
+        assert PlainEncoder(made).encode(text) == made(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_title_that_leaves_no_room_is_refused():
+    encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings())
+    with pytest.raises(ContextLimitError, match="title"):
+        encoder.split_document(Document("the old mill", title="a long title " * 30), 40)
 
 
 @given(words=st.lists(st.sampled_from(WORDS.split()), min_size=30, max_size=200), limit=st.integers(16, 40))
@@ -129,22 +166,49 @@ def test_split_falls_at_the_end_of_a_sentence():
     "wrong",
     [
         {"document_template": "no field"},
+        {"document_template": "{text}{title}"},
+        {"titled_document_template": "{title}"},
         {"question_template": "{question}{question}"},
+        {"question_template": "{question} {text}"},
+        {"prompt_template": 3},
+        {"prefix": "{text}"},
+        {"prefix": None},
         {"passage_length": 0},
         {"max_new_tokens": "12"},
+        {"max_new_tokens": None},
         {"mode": "fused"},
         {"long_documents": "drop"},
+        {"tuned": "no"},
     ],
+    ids=str,
 )
 def test_wrong_settings_name_the_field(wrong):
     (name,) = wrong
-    with pytest.raises(ModelLoadError, match=name):
+    with pytest.raises(InvalidInputError, match=name):
         ModelSettings(**wrong)
 
 
-def test_unknown_settings_field_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ('{"passage_lenght": 3}', "passage_lenght"),
+        ('{"passage_length": "3"}', "passage_length"),
+        ("[]", "list"),
+        ("{", "JSON"),
+    ],
+)
+def test_a_wrong_settings_file_is_refused(tmp_path, content, named):
     generator()._backbone.model.save_pretrained(tmp_path)
     tokenizer("byte-bpe").save_pretrained(tmp_path)
-    (tmp_path / "kvfusion.json").write_text('{"passage_lenght": 3}')
-    with pytest.raises(ModelLoadError, match="passage_lenght"):
+    (tmp_path / "kvfusion.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=named) as caught:
         KVFusionGenerator.from_pretrained(tmp_path)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_settings_file_is_read(tmp_path):
+    generator()._backbone.model.save_pretrained(tmp_path)
+    tokenizer("byte-bpe").save_pretrained(tmp_path)
+    (tmp_path / "kvfusion.json").write_text('\ufeff{"passage_length": 77, "tuned": true}', encoding="utf-8")
+    gen = KVFusionGenerator.from_pretrained(tmp_path, mode="concat")
+    assert (gen.settings.passage_length, gen.settings.tuned, gen.mode) == (77, True, "concat")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import backbone, config, model, tokenizer
+from tiny import SIZES, backbone, config, model, tokenizer
 from transformers import (
     BertConfig,
     BloomConfig,
@@ -14,6 +14,7 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     Qwen2VLConfig,
+    Qwen3MoeConfig,
     T5Config,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from kvfusion_rag import KVFusionGenerator, ModelLoadError, UnsupportedModelError
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.gate import run_gate
+from kvfusion_rag.prefill import prefill
 from kvfusion_rag.settings import ModelSettings
 from kvfusion_rag.support import configuration_checks, require_supported
 
@@ -67,7 +69,7 @@ def test_rope_that_does_not_depend_on_length_passes_the_whole_gate(kind):
         rope["original_max_position_embeddings"] = 256
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert run_gate(backbone("llama", rope_parameters=rope), None, range(10, 390)).passed
+    assert run_gate(backbone("llama", rope_parameters=rope), None, range(10, 390), tokens_per_pass=128).passed
 
 
 def test_a_model_that_biases_attention_by_slot_fails_the_numeric_gate():
@@ -77,7 +79,7 @@ def test_a_model_that_biases_attention_by_slot_fails_the_numeric_gate():
         torch.nn.init.normal_(parameter, std=0.15)
     bone = Backbone(bloom, tokenizer("byte-bpe"), ModelSettings(), model_id="tiny-bloom")
     with pytest.raises(UnsupportedModelError, match=r"tiny-bloom.*support gate"):
-        run_gate(bone, None, range(10, 390))
+        run_gate(bone, None, range(10, 390), tokens_per_pass=128)
 
 
 def test_a_prefill_that_leaks_between_documents_fails_the_numeric_gate(monkeypatch):
@@ -85,7 +87,7 @@ def test_a_prefill_that_leaks_between_documents_fails_the_numeric_gate(monkeypat
     honest = bone.prefill
     monkeypatch.setattr(bone, "prefill", lambda ids, prefix: tuple(t * 1.01 for t in honest(ids, prefix)))
     with pytest.raises(UnsupportedModelError, match="one fused document"):
-        run_gate(bone, None, range(10, 390))
+        run_gate(bone, None, range(10, 390), tokens_per_pass=128)
 
 
 def test_a_sliding_window_model_loads_once_the_window_is_lifted(tmp_path):
@@ -103,6 +105,24 @@ def test_a_folder_that_holds_no_model(tmp_path, files):
         (tmp_path / name).write_text(content)
     with pytest.raises(ModelLoadError, match=tmp_path.name):
         KVFusionGenerator.from_pretrained(tmp_path)
+
+
+def test_a_mixture_of_experts_prefills_each_document_in_a_pass_of_its_own():
+    """Its products have shapes that depend on all tokens of a pass, so beside others a document gets other bits."""
+    experts = Qwen3MoeConfig(
+        **SIZES, head_dim=12, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+    )
+    network = AutoModelForCausalLM.from_config(experts)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    bone = Backbone(network, tokenizer("byte-bpe"), ModelSettings(), model_id="tiny-experts")
+    assert run_gate(bone, None, range(10, 390), tokens_per_pass=128).passed
+    documents = [tuple(range(i, i + 20)) for i in range(10, 40)]
+    together = dict(prefill(bone, documents, None, tokens_per_pass=128))
+    for index, document in enumerate(documents):
+        ((_, alone),) = prefill(bone, [document], None, tokens_per_pass=128)
+        assert torch.equal(alone.keys, together[index].keys)
 
 
 def test_a_model_without_a_fast_tokenizer_is_refused():

@@ -68,7 +68,7 @@ def load_token_counter(model: str | None) -> tuple[Callable[[str], int], int | N
         cause = " ".join(str(error).split())[:300]
         raise ModelLoadError(f"the tokenizer of {name!r} cannot be loaded: {cause}") from error
     encoder = PlainEncoder(tokenizer)
-    return lambda text: len(encoder.encode(text)), load_settings(name, None, tokenizer).passage_length
+    return lambda text: len(encoder.encode(text)), load_settings(name, tokenizer, model_id=name).passage_length
 
 
 def open_index(

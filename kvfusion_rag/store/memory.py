@@ -36,9 +36,10 @@ class MemoryStore:
     """
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
-        if max_bytes < 1:
+        if not isinstance(max_bytes, int) or max_bytes < 1:
             raise InvalidInputError(
-                f"max_bytes is {max_bytes}, but a store needs at least 1 byte; pass store=None to keep nothing."
+                f"max_bytes is {max_bytes!r}, but it must be a whole number of bytes from 1; pass store=None to keep "
+                "nothing."
             )
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, DocumentKV] = OrderedDict()
