@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUESTION ?= Who designed the Harrow Point Lighthouse?
 READY := $(VENV)/.ready
+READY_TO_ASK := $(VENV)/.ready-to-ask
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check format build clean
@@ -11,12 +12,16 @@ READY := $(VENV)/.ready
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(READY): pyproject.toml constraints.txt
+$(READY_TO_ASK): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[rag]"
+	touch $@
+
+$(READY): $(READY_TO_ASK)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: $(READY) ## answer a question over examples/lighthouse (QUESTION="..." for another)
+demo: $(READY_TO_ASK) ## answer a question over examples/lighthouse (QUESTION="..." for another)
 	$(BIN)/kvfusion ask "$(QUESTION)" --docs examples/lighthouse
 
 test: $(READY) ## all tests and notebooks but the slow ones and those that need a GPU
