@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 import transformers
 import xxhash
+from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +31,7 @@ from transformers import (
 
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .schema import DocumentKV
-from .settings import ModelSettings, load_settings
+from .settings import FILE_NAME, ModelSettings, load_settings
 from .support import require_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,6 +67,8 @@ class Backbone:
         self.dtype: torch.dtype = model.dtype
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
+        ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
+        self.end_id: int | None = next((i for i in ends if i is not None), None)  # what training ends answers with
         self.weights_digest = _weights_digest(model)
         self.adapter_digest = None if adapter is None else self._load_adapter(str(adapter))
         self._lock = threading.Lock()
@@ -113,6 +116,8 @@ class Backbone:
             tokenizer = AutoTokenizer.from_pretrained(model, **hub)
         with _loading(f"the settings of {model_id!r}"):
             settings = load_settings(model, tokenizer, model_id=model_id, **hub)
+            if adapter is not None and (Path(adapter) / FILE_NAME).is_file():  # as it was trained
+                settings = load_settings(str(adapter), tokenizer, model_id=Path(adapter).resolve().name)
         with _loading(f"the weights of {model_id!r}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model, config=config, dtype=precision, output_loading_info=True, **hub, **kwargs
@@ -198,6 +203,29 @@ class Backbone:
             )
         rows = torch.arange(ids.shape[0], device=ids.device)
         return out.logits[rows, place].float()  # (B, len(wanted), V) -> (B, V)
+
+    def training_logits(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Logits (B, Q, V) of one pass of Dt with gradients; arguments as in :meth:`forward`."""
+        with self._turn(adapter=True):
+            out = self.model(
+                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            )
+        return out.logits
+
+    def add_adapter(self, settings: LoraConfig) -> None:
+        """Put a fresh LoRA adapter onto the model, to be trained; prefill goes on without it."""
+        with self._lock:
+            self.model.add_adapter(settings)
+            self.adapter_digest = "in training"
+            self._adapter_on = True
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter in peft's format, or the whole model with its tokenizer where there is none."""
+        self.model.save_pretrained(folder)
+        if not self.has_adapter:
+            self.tokenizer.save_pretrained(folder)
 
     def fingerprint(self) -> str:
         """Hex digest of everything about this model that changes a document's keys and values.

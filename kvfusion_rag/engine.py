@@ -68,6 +68,7 @@ class Engine:
         namespace: part of every key.
         max_fused_tokens: most document tokens of one question.
         tokens_per_pass: padded tokens of one prefill pass; ``None`` for the device's default.
+        decoder: Dt where its weights are its own (full fine-tuning); by default the backbone, adapter on.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class Engine:
         namespace: str,
         max_fused_tokens: int,
         tokens_per_pass: int | None,
+        decoder: Backbone | None = None,
     ) -> None:
         self.backbone = backbone
+        self.decoder = decoder or backbone
         self.settings = settings
         self.store = store
         self.encoder = PromptEncoder(backbone.tokenizer, settings)
@@ -189,6 +192,14 @@ class Engine:
         if group:
             yield group
 
+    def answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
+        """Answers of all requests, decoded in as few batches as the limit on fused tokens allows."""
+        return [
+            answer
+            for group in self.groups(requests)
+            for answer in self._answer_group(group, options, began)  # a group's cache is gone before the next one's
+        ]
+
     def start(self, requests: Sequence[Request], began: float) -> Run:
         """Prefill what is missing and fuse each request's documents in canonical order."""
         keys = {key: ids for r in requests if r.mode == "fusion" for key, ids in r.reading.keys.items()}
@@ -202,7 +213,7 @@ class Engine:
     ) -> Generator[None, None, None]:
         """Decode ``run`` step by step, filling its rows and times."""
         steps = decode(
-            self.backbone,
+            self.decoder if run.requests[0].mode == "fusion" else self.backbone,
             run.context,
             [request.question for request in run.requests],
             options,
@@ -240,6 +251,12 @@ class Engine:
             token_ids=tuple(row.ids),
         )
 
+    def _answer_group(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
+        run = self.start(requests, began)
+        for _ in self.decode(run, options):
+            pass
+        return [self.answer(run, number) for number in range(len(requests))]
+
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""
         return len(self.encoder.prefix_ids) + request.reading.tokens if request.mode == "fusion" else 0
@@ -247,6 +264,11 @@ class Engine:
     def _require_fit(self) -> None:
         """Refuse settings and tokenizers that no question could be asked with."""
         window, rows = self.backbone.context_window, self.backbone.config.vocab_size
+        if (shapes := [_cache_shape(b) for b in (self.backbone, self.decoder)])[0] != shapes[1]:
+            raise UnsupportedModelError(
+                f"{self.decoder.model_id!r} cannot read the keys and values of {self.backbone.model_id!r}: layers, "
+                f"heads, width and vocabulary are {shapes[1]} against {shapes[0]}; it was tuned from another base."
+            )
         prefix, passage = len(self.encoder.prefix_ids), self.settings.passage_length or 1
         if window is not None and prefix + passage + 2 > window:
             raise InvalidInputError(
@@ -270,9 +292,10 @@ class Engine:
             )
 
     def _log_mode(self, mode: Mode) -> None:
-        name, adapter = self.backbone.model_id, self.backbone.has_adapter
-        logger.info("mode %s, model %s, adapter %s", mode, name, "on" if adapter and mode == "fusion" else "off")
-        if mode == "fusion" and not (adapter or self.settings.tuned):
+        name = self.backbone.model_id
+        own = self.decoder is not self.backbone or self.backbone.has_adapter
+        logger.info("mode %s, model %s, tuned decoder %s", mode, name, "on" if own and mode == "fusion" else "off")
+        if mode == "fusion" and not (own or self.settings.tuned):
             self._warn_once(
                 f"{name} was not trained to read fused documents and has no adapter; "
                 "answers can be worse than in mode 'concat'"
@@ -282,3 +305,10 @@ class Engine:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning(message)
+
+
+def _cache_shape(backbone: Backbone) -> tuple[int, ...]:
+    """What two models must share for one to read the other's keys and values, and the same token ids."""
+    config = backbone.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers, heads, config.hidden_size, config.vocab_size

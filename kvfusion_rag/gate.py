@@ -114,7 +114,9 @@ class _Probe:
         return self._compare("two fused documents = one block-masked pass", self._fused(self.kvs), single)
 
     def order_does_not_matter(self) -> Check:
-        return self._compare("order of documents does not matter", self._fused(self.kvs), self._fused(self.kvs[::-1]))
+        return self._compare(
+            "an order changes logits by rounding alone", self._fused(self.kvs), self._fused(self.kvs[::-1])
+        )
 
     def positions_are_honoured(self) -> Check:
         moved = not torch.equal(self._fused(self.kvs), self._fused(self.kvs, shift=3))

@@ -92,6 +92,7 @@ class KVFusionGenerator:
         namespace: str = "",
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
+        decoder: Backbone | None = None,
     ) -> None:
         _require_arguments(store, namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
@@ -102,6 +103,7 @@ class KVFusionGenerator:
             namespace=namespace,
             max_fused_tokens=max_fused_tokens,
             tokens_per_pass=tokens_per_pass,
+            decoder=decoder,
         )
         self._encoder = self._engine.encoder
         ordinary = sorted(set(range(backbone.config.vocab_size)) - self._encoder.plain.control_ids)
@@ -116,6 +118,7 @@ class KVFusionGenerator:
         *,
         revision: str | None = None,
         adapter: str | Path | None = None,
+        decoder: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
         store: MemoryStore | Literal["memory"] | None = "memory",
@@ -134,6 +137,8 @@ class KVFusionGenerator:
             model: hub name or folder; by default the small model that ships with the package.
             revision: branch, tag or commit of a hub model.
             adapter: peft adapter (LoRA) of the answering decoder; documents are prefilled without it.
+            decoder: folder or hub name of an answering decoder with weights of its own (full fine-tuning of
+                ``model``, as in the paper), in place of an adapter.
             device: "cpu", "cuda", ...; by default an accelerator if there is one.
             dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU, else the checkpoint's.
             store: where document KVs are kept; "memory" is a new memory store of 1 GiB, ``None`` is nowhere.
@@ -151,7 +156,7 @@ class KVFusionGenerator:
         """
         kept = MemoryStore() if store == "memory" else store
         _require_arguments(kept, namespace, max_fused_tokens, tokens_per_pass)  # before a model is loaded
-        path, model_id = _locate(model)
+        path, model_id = locate_model(model)
         backbone = Backbone.load(
             path,
             model_id=model_id,
@@ -161,17 +166,33 @@ class KVFusionGenerator:
             dtype=dtype,
             model_kwargs=model_kwargs,
         )
+        tuned = None
+        if decoder is not None:
+            if adapter is not None:
+                raise InvalidInputError(
+                    "adapter and decoder are both given, but an answering decoder has one or the other."
+                )
+            folder, name = locate_model(decoder)
+            tuned = Backbone.load(folder, model_id=name, device=device, dtype=dtype, model_kwargs=model_kwargs)
         changes = {"mode": mode, "prefix": prefix, "passage_length": passage_length, "long_documents": long_documents}
+        settings = (tuned or backbone).settings
         return cls(
             backbone,
             store=kept,
-            settings=replace(backbone.settings, **{k: v for k, v in changes.items() if v is not None}),
+            settings=replace(settings, **{k: v for k, v in changes.items() if v is not None}),
             namespace=namespace,
             max_fused_tokens=max_fused_tokens,
             tokens_per_pass=tokens_per_pass,
+            decoder=tuned,
         )
 
     # What the generator is
+
+    def __repr__(self) -> str:
+        window = self.context_window
+        return (
+            f"KVFusionGenerator({self.model_id!r}, mode={self.mode!r}, context_window={window}, store={self.store!r})"
+        )
 
     @property
     def model_id(self) -> str:
@@ -210,6 +231,7 @@ class KVFusionGenerator:
         ``model`` is a digest of weights, configuration, dtype, device and library versions, ``settings`` one of
         templates, lengths, tokenizer and end tokens.
         """
+        decoder = self._engine.decoder
         facts = [self.settings.to_dict(), self._encoder.plain.digest, sorted(self._backbone.end_ids)]
         settings = json.dumps(facts, sort_keys=True)
         return {
@@ -217,6 +239,7 @@ class KVFusionGenerator:
             "revision": self._backbone.revision,
             "model": self._backbone.fingerprint(),
             "adapter": self._backbone.adapter_digest,
+            "decoder": None if decoder is self._backbone else decoder.fingerprint(),
             "dtype": str(self._backbone.dtype).removeprefix("torch."),
             "settings": hashlib.sha256(settings.encode()).hexdigest(),
             "mode": self.mode,
@@ -258,9 +281,8 @@ class KVFusionGenerator:
         """
         decoding = self._options(options)
         began = time.perf_counter()
-        return self._answer_all([self._engine.request(question, documents, prompt, mode, decoding)], decoding, began)[
-            0
-        ]
+        request = self._engine.request(question, documents, prompt, mode, decoding)
+        return self._engine.answer_all([request], decoding, began)[0]
 
     def answer_batch(
         self,
@@ -291,7 +313,7 @@ class KVFusionGenerator:
         began = time.perf_counter()
         rows = zip(questions, documents, prompts, strict=True)
         requests = [self._engine.request(question, row, prompt, mode, decoding) for question, row, prompt in rows]
-        return self._answer_all(requests, decoding, began)
+        return self._engine.answer_all(requests, decoding, began)
 
     def stream(
         self,
@@ -375,19 +397,6 @@ class KVFusionGenerator:
         wanted = self.max_new_tokens if wanted is None else wanted
         return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
-    def _answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
-        return [
-            answer
-            for group in self._engine.groups(requests)
-            for answer in self._answer_group(group, options, began)  # a group's cache is gone before the next one's
-        ]
-
-    def _answer_group(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
-        run = self._engine.start(requests, began)
-        for _ in self._engine.decode(run, options):
-            pass
-        return [self._engine.answer(run, number) for number in range(len(requests))]
-
     def _pieces(self, request: Request, options: DecodingOptions, began: float) -> Generator[str | Answer, None, None]:
         run = self._engine.start([request], began)
         with closing(self._engine.decode(run, options)) as steps:
@@ -397,7 +406,7 @@ class KVFusionGenerator:
         yield self._engine.answer(run, 0)
 
 
-def _locate(model: str | Path | None) -> tuple[str, str]:
+def locate_model(model: str | Path | None) -> tuple[str, str]:
     """Folder or hub name to load, and the name to show for it."""
     if model is None:
         return str(EMBEDDED_MODEL), "kvfusion-embedded"

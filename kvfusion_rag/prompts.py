@@ -195,6 +195,7 @@ class PromptEncoder:
         self._titled = Template(settings.titled_document_template, tokenizer, self.plain)
         self._question = Template(settings.question_template, tokenizer, self.plain)
         prompt = settings.prompt_template
+        self._answer = Template(settings.answer_template, tokenizer, self.plain)
         self._prompt = None if prompt is None else Template(prompt, tokenizer, self.plain)
         self.prefix_ids = tuple(Template(settings.prefix, tokenizer, self.plain).encode())
 
@@ -240,6 +241,10 @@ class PromptEncoder:
         if prompt is not None and self._prompt is not None:
             return tuple(self._prompt.encode(prompt=prompt))
         return tuple(self._question.encode(question=question))
+
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
+        """Ids (A,) of an answer as the model is trained to write it, without the end token."""
+        return tuple(self._answer.encode(answer=answer))
 
     def decode(self, token_ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""

@@ -130,8 +130,10 @@ def _read(document: Document | str, number: int, encoder: PromptEncoder, limits:
     if isinstance(document, str):
         document = Document(document)
     if not isinstance(document, Document):
+        found = f"{type(document).__module__}.{type(document).__name__}"
         raise InvalidInputError(
-            f"document {number} is a {type(document).__name__}, but it must be a string or a kvfusion_rag.Document."
+            f"document {number} is a {found}, but it must be a string or a kvfusion_rag.Document; make one of its "
+            "text, id and metadata."
         )
     for name, value in (("text", document.text), ("id", document.id or ""), ("title", document.title or "")):
         if not isinstance(value, str):

@@ -4,7 +4,8 @@ A model folder may carry a ``kvfusion.json``; a model without one gets settings 
 template, or plain text ones where it has none. This module reads and checks files; it does not encode text.
 
 Templates are trusted text of the model's owner: control tokens in them stand for themselves. The fields
-``{text}``, ``{title}``, ``{question}`` and ``{prompt}`` are filled with untrusted text by ``prompts.py``.
+``{text}``, ``{title}``, ``{question}``, ``{prompt}`` and ``{answer}`` are filled with untrusted text by
+``prompts.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .errors import InvalidInputError, ModelLoadError
 from .schema import Mode
 
 FILE_NAME = "kvfusion.json"
-FIELD = re.compile(r"\{(?:text|title|question|prompt)\}")  # what prompts.py fills in
+FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
@@ -45,6 +46,7 @@ class ModelSettings:
             longest document's, which makes one document equal to the ordinary joined prompt.
         max_document_tokens: longest document to prefill in one piece; ``None`` means what the window allows.
         long_documents: what happens to a longer one.
+        answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
         max_new_tokens: default length of an answer in tokens.
         mode: default mode.
         tuned: True when the weights themselves were trained to read fused caches.
@@ -55,6 +57,7 @@ class ModelSettings:
     titled_document_template: str = "Title: {title}\n{text}\n\n"
     question_template: str = "Question: {question}\nAnswer:"
     prompt_template: str | None = "{prompt}"
+    answer_template: str = " {answer}"
     passage_length: int | None = None
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "error"
@@ -70,6 +73,7 @@ class ModelSettings:
         _require_template("question_template", self.question_template, "{question}")
         if self.prompt_template is not None:
             _require_template("prompt_template", self.prompt_template, "{prompt}")
+        _require_template("answer_template", self.answer_template, "{answer}")
         for name in ("passage_length", "max_document_tokens", "max_new_tokens"):
             value = getattr(self, name)
             if not (is_count(value) or (value is None and name != "max_new_tokens")):
@@ -145,6 +149,7 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
         prefix=prefix,
         question_template=f"{DEFAULT_INSTRUCTION}\nQuestion: {{question}}{suffix}",
         prompt_template=f"{{prompt}}{suffix}",
+        answer_template="{answer}",
     )
 
 

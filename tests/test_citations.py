@@ -39,7 +39,7 @@ def test_normalised_match(answer, text, found):
 
 
 @given(
-    words=st.lists(st.text(st.sampled_from("abcXYZé12"), min_size=1, max_size=5), min_size=3, max_size=12),
+    words=st.lists(st.text(st.sampled_from("bcdXYZé12"), min_size=1, max_size=5), min_size=3, max_size=12),
     data=st.data(),
 )
 def test_any_span_of_words_is_found_again(words, data):

@@ -24,6 +24,22 @@ def test_two_lines_differ():
     assert sum(line[0] == "-" for line in changes) == sum(line[0] == "+" for line in changes) == 2
 
 
+def test_exchanging_the_llm_alone_warns_with_the_remedy(embedded, caplog):
+    from langchain_core.prompts import ChatPromptTemplate
+
+    from langchain_kvfusion import KVFusionLLM
+
+    prompt = ChatPromptTemplate.from_template("Answer from this.\n\n{context}\n\nQuestion: {question}")
+    llm = KVFusionLLM(generator=embedded)
+    for _ in range(2):
+        caplog.clear()
+        (prompt | llm).invoke({"context": "joined text", "question": "who?"})
+        assert "KVFusionPrompt.from_prompt" in caplog.text
+    caplog.clear()
+    llm.invoke("who?", documents=["the mill"])
+    assert "KVFusionPrompt" not in caplog.text
+
+
 def test_the_changed_chain_answers_the_example_questions():
     chain = runpy.run_path(str(AFTER))["chain"]
     rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]

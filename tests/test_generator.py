@@ -198,7 +198,7 @@ def test_html_of_an_answer_escapes_untrusted_text(gen):
         (lambda g: g.answer(None, DOCUMENTS), "question"),
         (lambda g: g.answer("who?", "one joined context"), "joined context"),
         (lambda g: g.answer("who?", Document("x")), "sequence of documents"),
-        (lambda g: g.answer("who?", [3]), "document 1 is a int"),
+        (lambda g: g.answer("who?", [3]), "document 1 is a builtins.int"),
         (lambda g: g.answer("who?", None), "documents is one NoneType"),
         (lambda g: g.answer("who?", {"a": "b"}), "documents is one dict"),
         (lambda g: g.answer("who?", [Document("x", title=3)]), "title of document 1"),

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
     "errors", "schema", "settings", "prompts", "positions", "support", "backbone", "prefill", "fusion", "gate",
-    "citations", "store", "reading", "decoding", "engine", "generator", "retrieval", "evaluation", "cli",
+    "citations", "store", "reading", "decoding", "engine", "generator", "qa", "retrieval", "evaluation", "training",
+    "cli",
 ]  # fmt: skip
 
 

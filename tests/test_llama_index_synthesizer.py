@@ -403,3 +403,9 @@ def test_a_ready_retriever_takes_no_retriever_options() -> None:
     synthesizer, _ = make()
     with pytest.raises(InvalidInputError, match="similarity_top_k"):
         synthesizer.as_query_engine(FixedRetriever([]), similarity_top_k=3)
+
+
+def test_streaming_as_an_engine_option_is_refused_with_the_right_place() -> None:
+    synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(RecordingGenerator()))
+    with pytest.raises(InvalidInputError, match=r"KVFusionSynthesizer\(llm, streaming=True\)"):
+        synthesizer.as_query_engine(None, streaming=True)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ question, wording and options. Templates, frames and cache keys are the neighbou
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from kvfusion_rag import AnswerStream, KVFusionGenerator
 
 DocumentsArgument = Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]]
+logger = logging.getLogger(__name__)
+
 _RUN_NAMES = ("tags", "metadata", "run_name", "run_id")  # what BaseLLM.generate takes beside options
 
 
@@ -306,6 +309,7 @@ class KVFusionLLM(BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         fused = self._fuse(prompts)
+        self._warn_of_missing_documents(fused)
         if self.streaming and len(fused) == 1:
             return self._result([_whole(list(self._stream(fused[0], stop, run_manager, **kwargs)))])
         answers = self._engine().answer_batch(
@@ -361,8 +365,18 @@ class KVFusionLLM(BaseLLM):
 
     def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         [fused] = self._fuse([prompt])
+        self._warn_of_missing_documents([fused])
         options = self._decoding(stop, given)
         return self._engine().stream(fused.question, fused.documents, prompt=_wording(fused), **options)
+
+    def _warn_of_missing_documents(self, prompts: Sequence[FusedPrompt]) -> None:
+        """A joined prompt is the likeliest mistake, and a model trained on bare questions makes nothing of it."""
+        if not self._engine().follows_instructions and not all(prompt.documents for prompt in prompts):
+            logger.warning(
+                "no separate documents reached %s: wrap the prompt in KVFusionPrompt.from_prompt(prompt) and give it "
+                "the retriever's documents, or pass document_prompt=KVFusionDocumentPrompt() to a stock chain.",
+                self.model_id,
+            )  # fmt: skip
 
     def _decoding(self, stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in OPTION_NAMES} | call_options(given)

@@ -90,7 +90,12 @@ class KVFusionSynthesizer(BaseSynthesizer):
         **retriever_options: Any,
     ) -> RetrieverQueryEngine:
         """A query engine over an index (`retriever_options` such as similarity_top_k go to as_retriever) or a
-        ready retriever (which takes none). Unlike ``index.as_query_engine`` it asks for no default LLM."""
+        ready retriever (which takes none). Unlike ``index.as_query_engine`` it asks for no default LLM. Streaming is
+        the synthesizer's: ``KVFusionSynthesizer(llm, streaming=True)``."""
+        if "streaming" in retriever_options:
+            raise InvalidInputError(
+                "'streaming' belongs to the synthesizer, not to its engine: KVFusionSynthesizer(llm, streaming=True)."
+            )
         if isinstance(index_or_retriever, BaseIndex):
             retriever = index_or_retriever.as_retriever(**retriever_options)
         elif retriever_options:

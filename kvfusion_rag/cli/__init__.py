@@ -13,10 +13,17 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import KVFusionError
-from . import ask, doctor, index
+from . import ask, build_data, doctor, evaluate, index, train
 from .console import Interruption, drop_output, print_error, quiet_libraries
 
-COMMANDS = {"ask": ask, "index": index, "doctor": doctor}
+COMMANDS = {
+    "ask": ask,
+    "index": index,
+    "doctor": doctor,
+    "build-data": build_data,
+    "train": train,
+    "evaluate": evaluate,
+}
 
 
 class UsageError(Exception):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, RetrievalError
 from .answers import answer_to_json, say_answer, say_facts, say_shuffle_check, say_sources, say_spelling
-from .console import say, say_json
+from .console import say, say_json, shown_path
 from .options import (
     INDEX_FOLDER,
     add_index_arguments,
@@ -110,6 +110,9 @@ def _retrieve(
         if not args.docs:
             return index.search(args.question, args.top_k), None
         report = index.update(args.docs)
+        if folder is not None and not args.json and (report.added or report.changed or report.removed):
+            counts = f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed"
+            say(f"index {shown_path(folder.resolve())} brought up to date: {counts}\n")
         return index.search(args.question, args.top_k, files=report.files), report
 
 

@@ -25,7 +25,6 @@ LISTED_AT_MOST = 20
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _NOISY_LOGGERS = ("chromadb", "huggingface_hub", "sentence_transformers", "transformers")
 _QUIET_ENVIRONMENT = {
-    "ANONYMIZED_TELEMETRY": "False",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",

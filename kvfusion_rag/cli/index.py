@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _say_report(report: IndexReport, folder: Path, chunk_tokens: int) -> None:
-    say(f"{shown_path(folder)}: {report.chunks} chunks of up to {chunk_tokens} tokens")
+    say(f"{shown_path(folder)}: {report.chunks} chunk{'s' * (report.chunks != 1)} of up to {chunk_tokens} tokens")
     say(
         f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed, "
         f"{len(report.unchanged)} unchanged, {len(report.skipped)} skipped"

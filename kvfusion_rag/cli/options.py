@@ -27,6 +27,7 @@ def positive(text: str) -> int:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="tuned LoRA adapter of the answering decoder")
+    parser.add_argument("--decoder", metavar="NAME", help="tuned answering decoder with weights of its own")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
 
@@ -44,12 +45,12 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_generator(args: argparse.Namespace) -> KVFusionGenerator:
-    """The generator that ``--model``, ``--adapter``, ``--device`` and ``--dtype`` name."""
+    """The generator that ``--model``, ``--adapter``, ``--decoder``, ``--device`` and ``--dtype`` name."""
     from .. import KVFusionGenerator
 
     with patient_bars():
         return KVFusionGenerator.from_pretrained(
-            args.model, adapter=args.adapter, device=args.device, dtype=args.dtype
+            args.model, adapter=args.adapter, decoder=args.decoder, device=args.device, dtype=args.dtype
         )
 
 

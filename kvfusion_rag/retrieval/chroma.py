@@ -160,8 +160,10 @@ def _lock(folder: Path) -> FileLock:
         folder.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in folder.iterdir()} - {LOCK_FILE}
         if names and DATABASE_FILE not in names:
+            inside = [name for name in sorted(names) if (folder / name / DATABASE_FILE).is_file()]
+            remedy = f"did you mean {str(folder / inside[0])!r}?" if inside else "name a new folder."
             raise RetrievalError(
-                f"{str(folder)!r} is no index: it holds {min(names)!r} but no {DATABASE_FILE}; name a new folder."
+                f"{str(folder)!r} is no index: it holds {min(names)!r} but no {DATABASE_FILE}; {remedy}"
             )
         lock = FileLock(folder / LOCK_FILE)
         lock.acquire(timeout=LOCK_SECONDS)

@@ -300,7 +300,8 @@ class DocumentIndex:
             return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
         held = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
         return RetrievalError(
-            f"the index {str(self.folder)!r} holds nothing made for this model with {wanted}, only: {held}."
+            f"the index {str(self.folder)!r} holds nothing made for this model with {wanted}, only: {held}; index the "
+            "files once more for this model and chunk size."
         )
 
 

@@ -76,6 +76,9 @@ class MemoryStore:
             self._entries.clear()
             self._bytes = 0
 
+    def __repr__(self) -> str:
+        return f"MemoryStore({len(self)} documents, {self._bytes:,} of {self._max_bytes:,} bytes)"
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -1,0 +1,158 @@
+"""Build training data: each question with its gold passage among passages that hold no answer.
+
+Questions come from this project's rows, one-context JSON lines, SQuAD, NQ-open, TriviaQA, PopQA, lost-in-the-middle
+files or a Hugging Face dataset. Whatever is left out is counted with its reason, and nothing is overwritten unasked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidInputError
+from .console import patient_bars, say, say_json, say_list, shown_path
+from .options import load_token_counter, positive
+
+if TYPE_CHECKING:
+    from ..retrieval import Embedder
+    from ..training.data import DataOptions, DataReport
+    from ..training.formats import Example
+
+NEGATIVES = ("bm25", "dense", "random")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("questions", nargs="*", metavar="FILE", help="questions: .jsonl, .json or .tsv, also with .gz")
+    parser.add_argument("--dataset", metavar="NAME", help="questions of a Hugging Face dataset (needs datasets)")
+    parser.add_argument("--dataset-config", metavar="NAME", help="its configuration, where it has several")
+    parser.add_argument("--dataset-split", metavar="NAME", default="train", help="its split (default: train)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="rows to write: .jsonl or .jsonl.gz")
+    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
+    parser.add_argument(
+        "--corpus", nargs="+", default=[], metavar="PATH",
+        help="passages to mine: rows {text, title}, questions with contexts, or a folder of documents "
+        "(default: the contexts of the questions)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="FILE",
+        help="evaluation files whose questions and contexts must not be in the output",
+    )  # fmt: skip
+    parser.add_argument(
+        "--passages", type=_passage_range, default=(20, 20), metavar="N",
+        help="passages of a row, gold one included: 20, or 5-20 to draw it for each row (default: 20)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--negatives", type=_negative_sources, default=("bm25",), metavar="NAMES",
+        help=f"where negatives come from, in turn, of {', '.join(NEGATIVES)}: bm25,random (default: bm25)",
+    )  # fmt: skip
+    parser.add_argument("--no-gold", type=_share, default=0.0, metavar="SHARE",
+                        help="share of rows without gold passage and answers, 0 to 1 (default: 0)")  # fmt: skip
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="cut passages to N tokens, title included")
+    parser.add_argument("--model", metavar="NAME", help="model that counts these tokens (default: the embedded one)")
+    parser.add_argument(
+        "--embedding-model", metavar="NAME", help="sentence-transformers model for dense (default: offline MiniLM)"
+    )
+    parser.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
+    parser.add_argument("--strict", action="store_true", help="fail at the first row that cannot be used")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..training import DataBuilder, DataOptions, check_output, read_corpus, read_examples, write_training_rows
+
+    out = Path(args.out).expanduser()
+    _check_paths(args, out)
+    files = [Path(path) for path in (*args.questions, *args.corpus, *args.exclude)]
+    check_output(out, force=args.force, inputs=files)
+    options = DataOptions(args.passages, args.negatives, args.no_gold, args.max_tokens, args.seed, args.strict)
+    builder = DataBuilder(
+        lambda: _read_questions(args),
+        options,
+        corpus=itertools.chain.from_iterable(map(read_corpus, args.corpus)) if args.corpus else None,
+        exclude=itertools.chain.from_iterable(map(read_examples, args.exclude)),
+        count_tokens=_token_counter(args),
+        embedder=_embedder(args),
+    )
+    rows = tqdm(builder.rows(), desc="rows", unit="row", delay=1, leave=False, disable=None)
+    write_training_rows(out, rows)
+    if args.json:
+        say_json({"out": str(out.resolve()), **builder.report.to_dict()})
+    else:
+        _say_report(builder.report, options, out)
+    return 0
+
+
+def _check_paths(args: argparse.Namespace, out: Path) -> None:
+    """Mistakes in the arguments that need no file to be read."""
+    if bool(args.questions) == bool(args.dataset):
+        raise InvalidInputError("questions come either from files or from --dataset; name one of the two.")
+    if out.name.removesuffix(".gz").rpartition(".")[2] != "jsonl":
+        raise InvalidInputError(f"--out is {args.out!r}, but rows are written to a .jsonl or .jsonl.gz file.")
+    for path in (*args.questions, *args.corpus, *args.exclude):
+        if not Path(path).exists():
+            raise InvalidInputError(f"{path!r} does not exist.")
+
+
+def _read_questions(args: argparse.Namespace) -> Iterator[Example]:
+    from ..training import read_dataset, read_examples
+
+    if args.dataset:
+        return read_dataset(args.dataset, args.dataset_config, args.dataset_split)
+    return itertools.chain.from_iterable(map(read_examples, args.questions))
+
+
+def _token_counter(args: argparse.Namespace) -> Callable[[str], int] | None:
+    return None if args.max_tokens is None else load_token_counter(args.model)[0]
+
+
+def _embedder(args: argparse.Namespace) -> Embedder | None:
+    if "dense" not in args.negatives:
+        return None
+    from ..retrieval import SentenceTransformerEmbedder
+
+    with patient_bars():
+        return SentenceTransformerEmbedder(args.embedding_model, device=args.device)
+
+
+def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
+    least, most = options.passages
+    size = str(least) if least == most else f"{least} to {most}"
+    say(f"{shown_path(out.resolve())}: {report.kept} rows of {size} passages, of {report.read} questions read")
+    say(f"{report.pool} distinct passages mined, {report.pool_excluded} more left out as excluded")
+    say(
+        f"{report.evidence} rows with evidence, {report.no_gold} without their gold passage, "
+        f"{report.unanswerable} that were never answerable, {report.gold_found} whose gold passage was searched for"
+    )
+    say("negatives: " + (", ".join(f"{count} {name}" for name, count in sorted(report.negatives.items())) or "none"))
+    say(f"{report.dropped.total()} questions left out")
+    say_list("!", [f"{n}: {why} (first: {report.first_dropped[why]})" for why, n in report.dropped.most_common()])
+
+
+def _passage_range(text: str) -> tuple[int, int]:
+    least, _, most = text.partition("-")
+    numbers = least, most or least
+    if not all(number.isdecimal() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor a range such as 5-20")
+    return int(numbers[0]), int(numbers[1])
+
+
+def _negative_sources(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if set(names) - set(NEGATIVES) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} does not name some of {', '.join(NEGATIVES)}, each once")
+    return names
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return share

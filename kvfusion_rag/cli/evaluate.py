@@ -1,0 +1,194 @@
+"""Measure how well questions are answered wherever the gold document stands, for several systems side by side.
+
+Rows are JSON lines (``.gz`` too) with question, answers and passages, the gold ones marked. All systems answer the
+same rows, so that their differences come with paired intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import random
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidInputError
+from ..evaluation.orders import GROUPS
+from ..evaluation.systems import SYSTEMS, Models, make_systems, require_systems
+from .console import say, say_json
+from .options import add_model_arguments, load_generator, positive
+
+if TYPE_CHECKING:
+    from .. import KVFusionGenerator
+    from ..evaluation.orders import Plan
+    from ..evaluation.runner import Predictions
+    from ..evaluation.summary import Summary
+    from ..qa import QARow
+
+logger = logging.getLogger(__name__)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", metavar="ROWS", help="JSON lines (.gz too) with question, answers and passages")
+    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: the small embedded model)")
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--systems",
+        type=names,
+        metavar="A,B",
+        help=f"out of {', '.join(SYSTEMS)}; others are compared with the first (default: all, fusion-base "
+        "only beside an adapter)",
+    )
+    parser.add_argument(
+        "--conditions",
+        type=names,
+        metavar="A,B",
+        help=f"out of {', '.join(GROUPS)}, slot:N and top:K (default: all that the rows allow)",
+    )
+    parser.add_argument(
+        "--documents", type=positive, metavar="N", help="documents of a question (default: as many as every row has)"
+    )
+    parser.add_argument(
+        "--skip-rows", action="store_true", help="leave out rows that lack passages for the conditions, and say so"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="evaluate a random sample of N rows")
+    parser.add_argument("--seed", type=seed, default=0, help="of sample, shuffled order and intervals (default: 0)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
+    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables that are printed")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw exact match by gold slot (png, svg, pdf)")
+    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer as JSON lines")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+
+
+def names(text: str) -> list[str]:
+    """Argument type: names with commas between them."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("no name is given")
+    return found
+
+
+def seed(text: str) -> int:
+    """Argument type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation.bootstrap import Bootstrap
+    from ..evaluation.report import make_report
+    from ..evaluation.runner import predict
+    from ..evaluation.summary import summarize
+    from ..evaluation.tables import markdown
+
+    chosen = args.systems or [name for name in SYSTEMS if args.adapter or args.decoder or name != "fusion-base"]
+    require_systems(chosen)
+    _require_outputs(args)
+    rows, plan = _rows_and_plan(args)
+    tuning = {"adapter": args.adapter, "decoder": args.decoder}
+    models = Models(lambda options: _load(args, options), tuning, args.max_new_tokens)
+    systems = make_systems(chosen, models)
+    predictions = predict(rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True)
+    summary = summarize(rows, predictions, Bootstrap(args.seed))
+    report = make_report(summary, plan, systems, rows, _settings(args))
+    tables = markdown(summary, report)
+    if args.json:
+        say_json(report)
+    else:
+        say(tables, end="")
+    _write(args, rows, predictions, summary, report, tables)
+    return 0
+
+
+def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
+    """The rows to ask, in the file's order, and the conditions to ask them under."""
+    from ..evaluation.orders import plan_conditions, usable_rows
+
+    rows, notes = _read(Path(args.rows)), ()
+    if args.skip_rows and rows:
+        rows, notes = usable_rows(rows, args.conditions, args.documents)
+    if args.limit is not None and args.limit < len(rows):
+        rows = [rows[index] for index in sorted(random.Random(args.seed).sample(range(len(rows)), args.limit))]
+    plan = plan_conditions(rows, args.conditions, args.documents)
+    plan = replace(plan, notes=(*notes, *plan.notes))
+    for note in plan.notes:
+        logger.warning("%s", note)
+    if args.plot and not any(condition.kind == "slot" for condition in plan.conditions):
+        raise InvalidInputError("--plot draws exact match by gold slot, but no slot is among the conditions.")
+    return rows, plan
+
+
+def _read(path: Path) -> list[QARow]:
+    from ..qa import read_rows
+
+    if not path.is_file():
+        raise InvalidInputError(f"there is no file {str(path)!r} to read rows from.")
+    try:
+        return list(read_rows(path))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InvalidInputError(f"{path.name} cannot be read: {error}.") from error
+
+
+def _load(args: argparse.Namespace, options: Mapping[str, str | None]) -> KVFusionGenerator:
+    """The generator of the command line with ``options`` in place of its own."""
+    return load_generator(argparse.Namespace(**{**vars(args), **options}))
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    return [path for path in (args.output, args.markdown, args.plot, args.predictions) if path is not None]
+
+
+def _require_outputs(args: argparse.Namespace) -> None:
+    """Fail on what could not be written before the hours that it takes to have something to write."""
+    from ..evaluation.plots import require_plotting
+
+    places = [path.resolve() for path in _outputs(args)]
+    for number, path in enumerate(places):
+        if path in [*places[:number], Path(args.rows).resolve()]:
+            raise InvalidInputError(f"{path.name} is named twice, but every file has to be another one.")
+        if path.is_dir() or (path.exists() and not args.force):
+            raise InvalidInputError(f"{str(path)!r} exists; name another file or overwrite it with --force.")
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise InvalidInputError(f"{str(path.parent)!r} is no folder that can be written to.")
+    if args.plot is not None:
+        require_plotting(args.plot)
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    from ..evaluation.report import file_digest
+
+    path = Path(args.rows)
+    facts = {"file": path.name, "file_sha256": file_digest(path), "limit": args.limit, "seed": args.seed}
+    return facts | {"batch_size": args.batch_size}
+
+
+def _write(
+    args: argparse.Namespace,
+    rows: list[QARow],
+    predictions: Predictions,
+    summary: Summary,
+    report: dict[str, Any],
+    tables: str,
+) -> None:
+    import json
+
+    from ..evaluation.plots import plot_slots
+    from ..evaluation.report import prediction_lines
+    from ..evaluation.tables import headline
+
+    if args.output is not None:
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if args.markdown is not None:
+        args.markdown.write_text(tables, encoding="utf-8")
+    if args.predictions is not None:
+        with args.predictions.open("w", encoding="utf-8") as out:
+            out.writelines(prediction_lines(rows, predictions))
+    if args.plot is not None:
+        plot_slots(summary, args.plot, title=headline(report).rstrip("."))

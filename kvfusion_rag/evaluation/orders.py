@@ -1,0 +1,190 @@
+"""Which documents a question is asked over, and in what order: the conditions of an evaluation.
+
+Pure functions on rows and numbers. ``plan_conditions`` checks what rows allow before a model is loaded; ``arrange``
+gives the places of one row's passages for one condition. Knows no model and no system.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from ..errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from ..qa import QARow
+
+Kind = Literal["slot", "original", "shuffled", "top", "no-gold"]
+T = TypeVar("T")
+
+SLOTS = (1, 5, 10, 15, 20)
+TOPS = (5, 10, 20, 40)
+GROUPS = ("slots", "original", "shuffled", "top", "no-gold")  # what can be asked for besides slot:N and top:K
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One way to lay out a row's passages; ``number`` is the slot of ``slot`` and the count of ``top``."""
+
+    kind: Kind
+    number: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}:{self.number}" if self.number else self.kind
+
+    @property
+    def label(self) -> str:
+        return self.name.replace(":", " ")
+
+
+ORIGINAL, SHUFFLED, NO_GOLD = Condition("original"), Condition("shuffled"), Condition("no-gold")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Conditions that every row allows, the number of documents, and what was left out for which reason."""
+
+    conditions: tuple[Condition, ...]
+    documents: int
+    notes: tuple[str, ...] = ()
+
+
+def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, documents: int | None = None) -> Plan:
+    """Conditions to run on ``rows``.
+
+    Args:
+        names: ``slots`` (1, 5, 10, 15, 20 and the last), ``slot:N``, ``original``, ``shuffled``, ``top`` (5, 10, 20,
+            40), ``top:K``, ``no-gold``; ``None`` for all that the rows allow, the rest becoming notes.
+        documents: documents of each question (gold ones and the first others); by default as many as every row has.
+
+    Raises:
+        InvalidInputError: an unknown name, or a condition that a row cannot give; the message names the row.
+    """
+    if not rows:
+        raise InvalidInputError("there are no rows to evaluate; the file is empty.")
+    wanted, documents = documents, _checked_documents(rows, documents)
+    conditions: list[Condition] = []
+    notes: list[str] = []
+    if wanted is None and (most := max(len(row.passages) for row in rows)) > documents:
+        notes.append(f"rows have {documents} to {most} passages, and every question gets {documents} documents.")
+    for name in GROUPS if names is None else names:
+        try:
+            found = _expand(name, documents, min(len(row.passages) for row in rows))
+            for condition in found:
+                _require_possible(rows, condition, documents)
+        except InvalidInputError as error:
+            if names is not None:
+                raise
+            notes.append(f"{name} left out: {error}")
+        else:
+            conditions += [condition for condition in found if condition not in conditions]
+    return Plan(tuple(conditions), documents, tuple(notes))
+
+
+def usable_rows(
+    rows: Sequence[QARow], names: Sequence[str] | None = None, documents: int | None = None
+) -> tuple[list[QARow], tuple[str, ...]]:
+    """Rows that allow all conditions in ``names`` (``None`` for all groups), and a note on how many do not.
+
+    Raises:
+        InvalidInputError: an unknown name, or no row is left.
+    """
+    kept: list[QARow] = []
+    reasons: list[str] = []
+    for row in rows:
+        try:
+            plan_conditions([row], GROUPS if names is None else names, documents)
+        except InvalidInputError as error:
+            reasons.append(str(error))
+        else:
+            kept.append(row)
+    if not reasons:
+        return kept, ()
+    note = f"{len(reasons)} of {len(rows)} rows left out, the first because {reasons[0]}"
+    if not kept:
+        raise InvalidInputError(note)
+    return kept, (note,)
+
+
+def arrange(row: QARow, condition: Condition, documents: int, seed: int) -> list[int]:
+    """Indices into ``row.passages`` in the order in which a system gets them.
+
+    All conditions but ``top`` start from the same set: the gold passages and the first others, ``documents`` in all,
+    in the file's order. Several gold passages stay together from the slot on, or end at the last one. The shuffled
+    order depends on the seed and the row alone.
+    """
+    if condition.kind == "top":
+        return list(range(len(row.passages)))[: condition.number]
+    gold, others = _split(row)
+    others = others[: max(documents - len(gold), 0)]
+    if condition.kind == "no-gold":
+        return others
+    if condition.kind == "slot":
+        before = min(condition.number - 1, len(others))
+        return [*others[:before], *gold, *others[before:]]
+    chosen = sorted([*gold, *others])
+    if condition.kind == "shuffled":
+        random.Random(f"{seed}/{row.id}/{row.question}").shuffle(chosen)
+    return chosen
+
+
+def long_context_order(items: Sequence[T]) -> list[T]:
+    """Best items at both ends and the worst in the middle, given best first: LangChain's ``LongContextReorder``."""
+    worst_first = list(items)[::-1]
+    return worst_first[::2][::-1] + worst_first[1::2]
+
+
+def _split(row: QARow) -> tuple[list[int], list[int]]:
+    """Indices of the gold passages and of the others."""
+    gold = [index for index, passage in enumerate(row.passages) if passage.gold]
+    return gold, [index for index, passage in enumerate(row.passages) if not passage.gold]
+
+
+def _checked_documents(rows: Sequence[QARow], documents: int | None) -> int:
+    smallest = min(rows, key=lambda row: len(row.passages))
+    fewest = len(smallest.passages)
+    if fewest == 0:
+        raise InvalidInputError(f"row {smallest.id!r} has no passages to answer from.")
+    documents = fewest if documents is None else documents
+    if not 1 <= documents <= fewest:
+        raise InvalidInputError(
+            f"{documents} documents a question are wanted, but row {smallest.id!r} has {fewest} passages."
+        )
+    for row in rows:
+        if len(row.gold) > documents:
+            raise InvalidInputError(
+                f"row {row.id!r} has {len(row.gold)} gold passages, but a question gets {documents} documents."
+            )
+    return documents
+
+
+def _expand(name: str, documents: int, fewest: int) -> list[Condition]:
+    if name in ("original", "shuffled", "no-gold"):
+        return [Condition(name)]
+    if name == "slots":
+        return [Condition("slot", slot) for slot in sorted({*SLOTS, documents}) if slot <= documents]
+    if name == "top":
+        if not (found := [Condition("top", count) for count in TOPS if count <= fewest]):
+            raise InvalidInputError(f"top starts at {TOPS[0]} documents, but a row has only {fewest} passages.")
+        return found
+    kind, _, number = name.partition(":")
+    if kind not in ("slot", "top") or not number.isdecimal():
+        raise InvalidInputError(f"{name!r} is no condition; they are {', '.join(GROUPS)}, slot:N and top:K.")
+    most = documents if kind == "slot" else fewest
+    if not 1 <= int(number) <= most:
+        raise InvalidInputError(f"{name} is outside 1 to {most}, the number of documents that every row has.")
+    return [Condition(kind, int(number))]
+
+
+def _require_possible(rows: Sequence[QARow], condition: Condition, documents: int) -> None:
+    for row in rows:
+        gold, others = _split(row)
+        if condition.kind == "slot" and not gold:
+            raise InvalidInputError(
+                f"row {row.id!r} has no passage that is marked as gold, so none can be put at a slot."
+            )
+        if condition.kind == "no-gold" and not others[: documents - len(gold)]:
+            raise InvalidInputError(f"row {row.id!r} has only gold passages, so nothing is left without them.")

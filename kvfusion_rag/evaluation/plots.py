@@ -1,0 +1,108 @@
+"""Exact match by gold slot as a picture: one line a system, 95 % intervals as bars.
+
+matplotlib is an extra (``evaluation``) and is imported when a picture is drawn; no window is opened.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import InvalidInputError, MissingDependencyError
+from .orders import SHUFFLED, Condition
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .summary import Summary
+
+SUFFIXES = (".png", ".svg", ".pdf")
+TITLE_CHARACTERS = 70  # of a line
+# Okabe and Ito's colours, told apart by colour-blind readers; shapes differ as well, for print in grey.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def require_plotting(path: Path) -> None:
+    """Fail before a long run on what would fail after it.
+
+    Raises:
+        InvalidInputError: the name does not end as a picture's.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    if path.suffix not in SUFFIXES:
+        raise InvalidInputError(f"the plot {path.name!r} must end in one of {', '.join(SUFFIXES)}.")
+    if find_spec("matplotlib") is None:
+        raise MissingDependencyError(
+            'a plot needs matplotlib, which is not installed: pip install "kvfusion-rag[evaluation]".'
+        )
+
+
+def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
+    """Draw EM by gold slot (and shuffled, where it was run) into ``path``; its ending names the format.
+
+    Raises:
+        InvalidInputError: the run has no slot, or the ending is unknown.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_plotting(path)
+    if not summary.slots:
+        raise InvalidInputError("there is nothing to plot: the run has no condition with the gold document at a slot.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = [*summary.slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
+    figure = Figure(figsize=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, system in enumerate(summary.systems):
+        shift = 0.07 * (number - (len(summary.systems) - 1) / 2)  # intervals side by side, not on top of each other
+        _draw(axes, summary, system, columns, number, shift)
+    labels = [str(column.number) if column.kind == "slot" else column.label for column in columns]
+    axes.set_xticks(range(len(columns)), labels)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    top = _top(summary, columns)
+    axes.set_ylim(-0.02 * top, top)  # a little below 0, so that points at 0 are seen whole
+    axes.set_xlabel("slot of the gold document")
+    axes.set_ylabel("exact match, % (95 % interval)")
+    axes.set_title(textwrap.fill(title, TITLE_CHARACTERS), fontsize=10, loc="left", pad=10)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=min(4, len(summary.systems)), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=160)
+
+
+def _top(summary: Summary, columns: list[Condition]) -> float:
+    """Upper end of the axis: the next ten above all intervals."""
+    figures = [summary.cell(system, column).figures for system in summary.systems for column in columns]
+    highest = max((found["em"].high for found in figures if found), default=0.0)
+    return min(10 * (highest // 10 + 1), 100.0) * 1.01
+
+
+def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], number: int, shift: float) -> None:
+    """One system: a line over the slots, and a point apart from it for the shuffled order."""
+    color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+    cells = [summary.cell(system, column) for column in columns]
+    left_out = max(cell.not_fitting for cell in cells)
+    label = system if not left_out else f"{system} ({left_out} of {cells[0].rows} do not fit)"
+    points = [
+        (place + shift, cell.figures["em"], cell.condition.kind == "slot")
+        for place, cell in enumerate(cells)
+        if cell.figures
+    ]
+    line = [(x, em.mean) for x, em, is_slot in points if is_slot]
+    axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.8)
+    axes.errorbar(
+        [x for x, _, _ in points],
+        [em.mean for _, em, _ in points],
+        yerr=[[em.mean - em.low for _, em, _ in points], [em.high - em.mean for _, em, _ in points]],
+        fmt=marker,
+        color=color,
+        markersize=5,
+        capsize=2.5,
+        elinewidth=1,
+        label=label,
+    )

@@ -1,0 +1,119 @@
+"""Question-answer rows: one question, its answers, and the passages it is to be answered from.
+
+The one format that training and evaluation share. A row without answers is one that its passages do not answer;
+a row without a gold passage was asked over distractors alone. Knows files of this format only; other formats are
+turned into rows by ``training/data.py``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from .errors import InvalidInputError
+from .schema import Document
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One document of a row; ``gold`` where it holds the answer."""
+
+    text: str
+    title: str | None = None
+    gold: bool = False
+
+    def document(self, document_id: str) -> Document:
+        return Document(self.text, id=document_id, title=self.title)
+
+
+@dataclass(frozen=True, slots=True)
+class QARow:
+    """A question with its accepted answers, its passages and, where known, the sentence that holds the answer."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[Passage, ...]
+    evidence: str | None = None
+
+    @property
+    def gold(self) -> tuple[Passage, ...]:
+        return tuple(passage for passage in self.passages if passage.gold)
+
+
+def read_rows(path: str | Path) -> Iterator[QARow]:
+    """Rows of a JSON-lines file (``.gz`` too): id, question, answers, passages [{title, text, gold}], evidence.
+
+    Raises:
+        InvalidInputError: a line is not such a row; the message names file, line and field.
+    """
+    path = Path(path)
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield parse_row(line, f"{path.name}, line {number}", number)
+
+
+def write_rows(path: str | Path, rows: Iterable[QARow]) -> int:
+    """Write rows as JSON lines (gzip where the name ends in ``.gz``); returns how many."""
+    count = 0
+    with open_text(Path(path), "wt") as out:
+        for row in rows:
+            passages = [{"title": p.title, "text": p.text, "gold": p.gold} for p in row.passages]
+            data: dict[str, Any] = {"id": row.id, "question": row.question, "answers": list(row.answers)}
+            data |= {"passages": passages} | ({"evidence": row.evidence} if row.evidence else {})
+            out.write(json.dumps(data, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def parse_row(line: str, where: str, number: int = 0) -> QARow:
+    """One JSON line as a row; ``where`` is named in errors."""
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise InvalidInputError(f"{where} is not JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise InvalidInputError(f"{where} holds a {type(data).__name__}, but a row must be an object.")
+    question, answers = data.get("question"), data.get("answers", [])
+    if not isinstance(question, str) or not question.strip():
+        raise InvalidInputError(f"{where}: question is {question!r}, but it must be a text that is not blank.")
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise InvalidInputError(f"{where}: answers is {answers!r}, but it must be a list of texts.")
+    passages = data.get("passages")
+    if not isinstance(passages, list):
+        raise InvalidInputError(f"{where}: passages is {passages!r}, but it must be a list of objects.")
+    evidence = data.get("evidence")
+    if not isinstance(evidence, str | None):
+        raise InvalidInputError(f"{where}: evidence is {evidence!r}, but it must be a text.")
+    return QARow(
+        id=str(data.get("id", number)),
+        question=question,
+        answers=tuple(answers),
+        passages=tuple(_passage(p, f"{where}: passage {n}") for n, p in enumerate(passages, start=1)),
+        evidence=evidence,
+    )
+
+
+def open_text(path: Path, mode: str = "rt") -> IO[str]:
+    """A UTF-8 text file, unpacked where its name ends in ``.gz``."""
+    if path.suffix == ".gz":
+        return cast(IO[str], gzip.open(path, mode, encoding="utf-8"))
+    return path.open(mode.replace("t", ""), encoding="utf-8")
+
+
+def _passage(data: object, where: str) -> Passage:
+    if not isinstance(data, dict):
+        raise InvalidInputError(f"{where} is a {type(data).__name__}, but it must be an object with a text.")
+    text, title, gold = data.get("text"), data.get("title"), data.get("gold", False)
+    if not isinstance(text, str):
+        raise InvalidInputError(f"{where}: text is {text!r}, but it must be a text.")
+    if not isinstance(title, str | None):
+        raise InvalidInputError(f"{where}: title is {title!r}, but it must be a text or absent.")
+    if not isinstance(gold, bool):
+        raise InvalidInputError(f"{where}: gold is {gold!r}, but it must be true or false.")
+    return Passage(text, title, gold)

@@ -1,0 +1,46 @@
+"""Training: from questions to rows with negatives, and from rows to a tuned decoder.
+
+``formats`` reads questions and passages, ``mining`` finds negatives, ``windows`` cuts passages and finds evidence,
+``data`` builds the rows, and ``writing`` puts them into a file; BM25 needs the extra ``kvfusion-rag[train]``, dense
+negatives ``kvfusion-rag[rag]``. ``examples`` encodes rows, ``loss`` is the paper's, ``trainer`` is the loop and
+``run`` one call for all of it. Names are imported on first use, so that building data costs no torch import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "PRESETS": "config",
+    "DataBuilder": "data",
+    "DataOptions": "data",
+    "DataReport": "data",
+    "Example": "formats",
+    "Progress": "trainer",
+    "Trainer": "trainer",
+    "TrainingConfig": "config",
+    "check_output": "writing",
+    "preset": "config",
+    "read_corpus": "formats",
+    "read_dataset": "formats",
+    "read_examples": "formats",
+    "train": "run",
+    "write_training_rows": "writing",
+}
+
+__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from .config import PRESETS, TrainingConfig, preset
+    from .data import DataBuilder, DataOptions, DataReport
+    from .formats import Example, read_corpus, read_dataset, read_examples
+    from .run import train
+    from .trainer import Progress, Trainer
+    from .writing import check_output, write_training_rows
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

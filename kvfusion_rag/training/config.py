@@ -1,0 +1,80 @@
+"""The settings of one training run, with the paper's as a named preset. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from ..errors import InvalidInputError
+from ..settings import is_count
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """How the answering decoder Dt is trained.
+
+    Attributes:
+        full: train all weights of a second copy (the paper), in place of a LoRA adapter.
+        rank, alpha, dropout, targets: LoRA; ``targets`` are module names, or "all-linear".
+        epochs: passes over the rows; ``max_steps`` ends a run earlier.
+        batch_size: rows of one forward pass on one process.
+        accumulation: forward passes of one optimiser step.
+        learning_rate: at its highest, after ``warmup`` (share of all steps); a cosine leads it to 0.
+        evidence: train on the sentence that holds the answer too.
+        joined_share: share of rows read as one joined prompt, so that mode ``concat`` keeps working with the
+            adapter on.
+        eval_every: steps between two evaluations on the dev rows (exact match decides which checkpoint is kept).
+        seed: of the order of rows and of everything random.
+    """
+
+    full: bool = False
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("all-linear",)
+    epochs: int = 2
+    max_steps: int | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = 1.0
+    evidence: bool = False
+    joined_share: float = 0.0
+    eval_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "epochs", "batch_size", "accumulation", "eval_every"):
+            if not is_count(getattr(self, name)):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a whole number from 1.")
+        if not (self.max_steps is None or is_count(self.max_steps)):
+            raise InvalidInputError(f"max_steps is {self.max_steps!r}, but it must be a whole number from 1, or None.")
+        for name in ("dropout", "warmup", "joined_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a share from 0 to 1.")
+        if not self.learning_rate > 0:
+            raise InvalidInputError(f"learning_rate is {self.learning_rate!r}, but it must be above 0.")
+
+
+PRESETS: dict[str, TrainingConfig] = {
+    "lora": TrainingConfig(),
+    # Paper, section 4.1: full fine-tuning, 2e-5 with cosine and 5 % warm-up, batches of 64, two epochs, evidence.
+    "paper": TrainingConfig(full=True, learning_rate=2e-5, batch_size=2, accumulation=32, epochs=2, evidence=True),
+}
+
+
+def preset(name: str, **changes: Any) -> TrainingConfig:
+    """A named preset with changes; ``None`` values change nothing.
+
+    Raises:
+        InvalidInputError: an unknown preset or setting, or a value that is not allowed.
+    """
+    if name not in PRESETS:
+        raise InvalidInputError(f"preset is {name!r}, but it must be one of {sorted(PRESETS)}.")
+    allowed = {f.name for f in fields(TrainingConfig)}
+    if unknown := sorted(changes.keys() - allowed):
+        raise InvalidInputError(f"{unknown[0]!r} is no training setting; allowed: {sorted(allowed)}.")
+    return replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})

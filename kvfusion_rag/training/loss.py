@@ -1,0 +1,42 @@
+"""The loss of KV-Fusion: next-token loss on the answer, given the question and the fused cache (paper section 3.2).
+
+The documents' keys and values come from the frozen prefill decoder Dp and carry no gradient; the gradient
+reaches the answering decoder Dt alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from ..engine import Engine
+from ..fusion import fuse
+from ..schema import DocumentKV
+from .examples import Batch
+
+
+def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
+    """Sum over the batch's target tokens of the negative log-likelihood, a float32 scalar with gradients.
+
+    The caller divides by the number of target tokens, so that accumulated batches weigh tokens alike.
+
+    Args:
+        engine: its backbone prefills (and its store keeps) the documents, its decoder is trained.
+        batch: B examples, fused or joined.
+    """
+    keys = {key: ids for example in batch.examples for key, ids in example.documents.items()}
+    kvs, _ = engine.document_kvs(keys)
+    head = [engine.prefix] if engine.prefix is not None else []
+    rows: list[list[DocumentKV]] = [
+        [] if example.joined else [*head, *(kvs[key] for key in example.documents)] for example in batch.examples
+    ]
+    decoder = engine.decoder
+    with torch.no_grad():
+        context = fuse(rows, decoder.config, decoder.device)
+    mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (B, K + Q)
+    logits = decoder.training_logits(
+        batch.ids.to(decoder.device), batch.positions.to(decoder.device), mask, context.cache
+    )
+    labels = batch.labels.to(decoder.device)
+    trained = labels != -100
+    return cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
