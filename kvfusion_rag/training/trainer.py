@@ -68,7 +68,7 @@ class Trainer:
         self, engine: Engine, rows: Sequence[QARow], dev: Sequence[QARow], config: TrainingConfig, output: Path
     ) -> None:
         self._processes = PartialState(cpu=engine.decoder.device.type == "cpu")
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed)  # fresh adapters and dropout draw from torch's own generator
         self.config = config
         self.output = output
         self._engine = engine
@@ -92,9 +92,11 @@ class Trainer:
         if resume and (self.output / "checkpoint").is_dir():
             self._load_state()
         began = time.perf_counter()
-        with tqdm(total=int(self.total_steps), initial=self.progress.step, desc="train", unit="step", delay=1) as bar:
-            for batches in self._steps():
-                loss = self._step(batches)
+        hidden = not self._processes.is_main_process
+        total, done = int(self.total_steps), self.progress.step
+        with tqdm(total=total, initial=done, desc="train", unit="step", delay=1, disable=hidden) as bar:
+            for batches, tokens in self._steps():
+                loss = self._step(batches, tokens)
                 self.progress.step += 1
                 self.progress.losses.append((self.progress.step, loss))
                 bar.set_postfix(loss=f"{loss:.3f}")
@@ -141,8 +143,8 @@ class Trainer:
             )
         decoder.model.train()
 
-    def _steps(self) -> Iterator[list[Batch]]:
-        """This process's batches of each step still to do."""
+    def _steps(self) -> Iterator[tuple[list[Batch], int]]:
+        """This process's batches of each step still to do, and the target tokens of all processes together."""
         config, world = self.config, self._processes.num_processes
         per_step = config.batch_size * config.accumulation * world
         while self.progress.step < self.total_steps:
@@ -150,15 +152,15 @@ class Trainer:
             order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(config.seed + epoch))
             chosen = [self.examples[i] for i in order[inside * per_step : (inside + 1) * per_step].tolist()]
             mine = chosen[self._processes.process_index :: world]
-            self._step_tokens = sum(len(example.target) for example in chosen)  # over all processes
-            yield [collate(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
+            batches = [collate(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
+            yield batches, sum(len(example.target) for example in chosen)
 
-    def _step(self, batches: list[Batch]) -> float:
+    def _step(self, batches: list[Batch], tokens: int) -> float:
         """One optimiser step; returns the loss in nats a token, over all processes."""
         self._optimizer.zero_grad()
         total = torch.zeros((), device=self._engine.decoder.device)
         for batch in batches:
-            loss = fusion_loss(self._engine, batch) / self._step_tokens
+            loss = fusion_loss(self._engine, batch) / tokens
             loss.backward()
             total += loss.detach()
         self._sum_over_processes([total, *self._gradients()])
