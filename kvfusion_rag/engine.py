@@ -212,13 +212,14 @@ class Engine:
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
         """Decode ``run`` step by step, filling its rows and times."""
+        tuned = self._answers_tuned(run.requests[0].mode)
         steps = decode(
-            self.decoder if run.requests[0].mode == "fusion" else self.backbone,
+            self.decoder if tuned else self.backbone,
             run.context,
             [request.question for request in run.requests],
             options,
             self.encoder.decode,
-            adapter=run.requests[0].mode == "fusion",
+            adapter=tuned,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
         )
@@ -291,10 +292,15 @@ class Engine:
                 f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."
             )
 
+    def _answers_tuned(self, mode: Mode) -> bool:
+        """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
+        return mode == "fusion" or self.settings.tuned_concat
+
     def _log_mode(self, mode: Mode) -> None:
         name = self.backbone.model_id
         own = self.decoder is not self.backbone or self.backbone.has_adapter
-        logger.info("mode %s, model %s, tuned decoder %s", mode, name, "on" if own and mode == "fusion" else "off")
+        on = own and self._answers_tuned(mode)
+        logger.info("mode %s, model %s, tuned decoder %s", mode, name, "on" if on else "off")
         if mode == "fusion" and not (own or self.settings.tuned):
             self._warn_once(
                 f"{name} was not trained to read fused documents and has no adapter; "

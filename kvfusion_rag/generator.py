@@ -272,7 +272,8 @@ class KVFusionGenerator:
                 plain generation; blank ones are skipped; repeated ones are fused once.
             prompt: the caller's complete wording without the documents, read in place of the question by
                 models that follow instructions.
-            mode: "fusion" or "concat" (one joined prompt in the caller's order, adapter off).
+            mode: "fusion" or "concat" (one joined prompt in the caller's order; the adapter takes part only if
+                it was trained on joined prompts too).
             options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
 
         Raises:

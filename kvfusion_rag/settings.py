@@ -50,6 +50,8 @@ class ModelSettings:
         max_new_tokens: default length of an answer in tokens.
         mode: default mode.
         tuned: True when the weights themselves were trained to read fused caches.
+        tuned_concat: True when the adapter or decoder was trained on joined prompts too, and so answers in mode
+            "concat" as well; otherwise the base model does.
     """
 
     prefix: str = ""
@@ -64,6 +66,7 @@ class ModelSettings:
     max_new_tokens: int = 48
     mode: Mode = "fusion"
     tuned: bool = False
+    tuned_concat: bool = False
 
     def __post_init__(self) -> None:
         """Raise InvalidInputError for a value that is not allowed."""
@@ -82,8 +85,9 @@ class ModelSettings:
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
         if self.mode not in ("fusion", "concat"):
             raise InvalidInputError(f"mode is {self.mode!r}, but it must be 'fusion' or 'concat'.")
-        if not isinstance(self.tuned, bool):
-            raise InvalidInputError(f"tuned is {self.tuned!r}, but it must be true or false.")
+        for name in ("tuned", "tuned_concat"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be true or false.")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

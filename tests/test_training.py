@@ -182,6 +182,24 @@ def test_a_run_learns_and_what_it_saves_answers_like_the_trainer(tmp_path):
         assert record["base_weights"] == loaded.weights_digest and record["config"]["full"] is full
 
 
+def test_what_was_trained_on_joined_prompts_answers_in_concat_and_nothing_else_does(tmp_path):
+    base = tmp_path / "base"
+    backbone("llama", settings=SETTINGS).model.save_pretrained(base)
+    tokenizer("byte-bpe").save_pretrained(base)
+    (base / "kvfusion.json").write_text(json.dumps(SETTINGS.to_dict()))
+    data = rows(4)
+    documents = [p.text for p in data[0].passages]
+    plain = KVFusionGenerator.from_pretrained(base).answer(data[0].question, documents, mode="concat").token_ids
+    for share, changes in ((0.0, False), (1.0, True)):
+        made = engine()
+        run = trainer(tmp_path / str(share), made, data, max_steps=4, joined_share=share, learning_rate=2e-2)
+        assert all(example.joined == changes for example in run.examples)
+        run.run()
+        gen = KVFusionGenerator.from_pretrained(base, adapter=tmp_path / str(share) / "run" / "best")
+        found = gen.answer(data[0].question, documents, mode="concat").token_ids
+        assert (found != plain) == changes == gen.settings.tuned_concat
+
+
 @pytest.mark.slow
 def test_thirty_two_rows_of_one_gold_passage_and_nineteen_others_are_learned_by_heart(tmp_path):
     data = rows(32, passages=20)

@@ -65,7 +65,7 @@ class GeneratorSystem:
         """The generator's identity with what this system changes of it."""
         found = self.generator.identity()
         return found | {
-            "adapter": found["adapter"] if self.mode == "fusion" else None,
+            "adapter": found["adapter"] if self.mode == "fusion" or self.generator.settings.tuned_concat else None,
             "mode": self.mode,
             "context_window": self.generator.context_window,
             "max_new_tokens": self.max_new_tokens or self.generator.max_new_tokens,
@@ -109,7 +109,7 @@ class Models:
 
 SystemFactory = Callable[[Models], System]
 
-# Mode "concat" switches the adapter off, so it takes the generator that "fusion" has loaded.
+# Mode "concat" needs no other model, so it takes the generator that "fusion" has loaded.
 SYSTEMS: Mapping[str, SystemFactory] = MappingProxyType(
     {
         "fusion": lambda models: models.system("fusion", "fusion"),

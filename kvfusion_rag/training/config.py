@@ -21,8 +21,8 @@ class TrainingConfig:
         accumulation: forward passes of one optimiser step.
         learning_rate: at its highest, after ``warmup`` (share of all steps); a cosine leads it to 0.
         evidence: train on the sentence that holds the answer too.
-        joined_share: share of rows read as one joined prompt, so that mode ``concat`` keeps working with the
-            adapter on.
+        joined_share: share of rows read as one joined prompt; above 0, what is trained answers mode ``concat`` too.
+            1 is ordinary fine-tuning on joined prompts, the control that the paper lacks.
         eval_every: steps between two evaluations on the dev rows (exact match decides which checkpoint is kept).
         seed: of the order of rows and of everything random.
     """

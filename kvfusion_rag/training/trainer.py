@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,8 @@ class Trainer:
             return
         record = self._record(seconds)
         if former is None or not self._dev or self.progress.scores[-1][1] > former:
-            save_decoder(self.output / "best", self._engine.decoder, self._engine.settings, record)
+            settings = replace(self._engine.settings, tuned_concat=self.config.joined_share > 0)
+            save_decoder(self.output / "best", self._engine.decoder, settings, record)
         save_state(self.output / "checkpoint", self.weights, self._optimizer, record)
 
     def _record(self, seconds: float) -> dict[str, Any]:
