@@ -14,17 +14,16 @@ import argparse
 import gzip
 import json
 import math
-import platform
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from kvfusion_rag import Document, KVFusionGenerator
 from kvfusion_rag.evaluation import answer_in_text, exact_match, normalize_answer
+from kvfusion_rag.evaluation.report import run_facts
 
 NUMBERS_OF_DOCUMENTS = (1, 5, 20)
 
@@ -50,8 +49,7 @@ def main() -> None:
         "questions": len(sample),
         "file": args.questions.name,
         "others": args.others,
-        "hardware": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        "run": run_facts(),
         "figures": figures,
     }
     print(table(figures, args.others))
