@@ -115,7 +115,7 @@ def interval(count: int, total: int, z: float = 1.96) -> dict[str, float]:
     share = count / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
-    return {"percent": 100 * share, "low": 100 * (centre - half), "high": 100 * (centre + half)}
+    return {"percent": 100 * share, "low": max(0.0, 100 * (centre - half)), "high": 100 * (centre + half)}
 
 
 def table(figures: list[dict], others: str) -> str:
