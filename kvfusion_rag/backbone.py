@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
+from .positions import additive, bidirectional_mask
 from .schema import DocumentKV
 from .settings import FILE_NAME, ModelSettings, load_settings
 from .support import require_supported
@@ -134,12 +135,16 @@ class Backbone:
         return cls(network, tokenizer, settings, model_id=model_id, revision=commit, adapter=adapter)
 
     @torch.inference_mode()
-    def prefill(self, ids: torch.Tensor, prefix: DocumentKV | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefill(
+        self, ids: torch.Tensor, prefix: DocumentKV | None, lengths: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dp: keys and values of independent rows, each row seeing the prefix and itself.
 
         Args:
-            ids: (R, T) token ids, right-padded; pads are not masked, since causal attention cannot see them.
+            ids: (R, T) token ids, right-padded; causal attention cannot see pads, so they are masked only where
+                documents are read in both directions.
             prefix: KV at positions 0..p-1, or ``None``; rows stand at p..p+T-1.
+            lengths: tokens of each row, from 1; all T by default.
 
         Returns:
             Keys and values, each (L, R, H_kv, T, d), without the prefix.
@@ -153,7 +158,11 @@ class Backbone:
                 shape = (rows, -1, -1, -1)
                 cache.update(prefix.keys[layer].expand(shape), prefix.values[layer].expand(shape), layer)
         positions = torch.arange(past, past + length, device=self.device).expand(rows, -1)
-        mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
+        if self.settings.document_attention == "bidirectional":
+            real = torch.tensor(lengths or [length] * rows, device=self.device)
+            mask = additive(bidirectional_mask(past, real, length), self.dtype)
+        else:
+            mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
         with self._turn(adapter=False):
             self.model.get_decoder()(
                 input_ids=ids.to(self.device),
@@ -240,6 +249,7 @@ class Backbone:
             "dtype": str(self.dtype),
             "device": self.device.type,
             "attention": self.config._attn_implementation,
+            "document_attention": self.settings.document_attention,
             "config": config,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

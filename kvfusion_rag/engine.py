@@ -37,11 +37,16 @@ MAX_BATCH = 32  # rows; the first step computes logits for every row at every di
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question with its documents, encoded and checked against the limits."""
+    """One question with its documents, encoded and checked against the limits.
+
+    ``fused`` are the documents that are prefilled and fused, by store key; ``None`` where all stand in the question's
+    own prompt.
+    """
 
     reading: Reading
     question: Question
     mode: Mode
+    fused: Mapping[str, tuple[int, ...]] | None
 
 
 class Run:
@@ -142,15 +147,21 @@ class Engine:
             name = self.backbone.model_id
             self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
         ids = self.encoder.encode_question(question, prompt)
-        prefix = self.encoder.prefix_ids
-        if mode == "concat":
-            joined = [i for document in reading.documents for piece in document.pieces for i in piece]
-            row = Question((*prefix, *joined, *ids), 0)
+        prefix, fused = self.encoder.prefix_ids, reading.keys
+        if mode == "concat" and self.settings.document_attention == "causal":
+            row, fused = Question((*prefix, *reading.joined, *ids), 0), None
+        elif mode == "concat":
+            fused = self.joined_document(reading)
+            row = Question(ids, len(prefix) + len(reading.joined))
         else:
             row = Question(ids, question_start(len(prefix), self.settings.passage_length, reading.longest))
         self._require_room(row, len(ids), mode, options)
         self._log_mode(mode)
-        return Request(reading, row, mode)
+        return Request(reading, row, mode, fused)
+
+    def joined_document(self, reading: Reading) -> dict[str, tuple[int, ...]]:
+        """All documents as one, in the caller's order: what bidirectional attention reads in mode ``concat``."""
+        return {self.key(reading.joined): reading.joined} if reading.joined else {}
 
     def document_kvs(
         self, keys: Mapping[str, tuple[int, ...]], *, keep: bool = True, progress: bool = False
@@ -202,10 +213,9 @@ class Engine:
 
     def start(self, requests: Sequence[Request], began: float) -> Run:
         """Prefill what is missing and fuse each request's documents in canonical order."""
-        keys = {key: ids for r in requests if r.mode == "fusion" for key, ids in r.reading.keys.items()}
-        kvs, origins = self.document_kvs(keys)
+        kvs, origins = self.document_kvs({key: ids for r in requests for key, ids in (r.fused or {}).items()})
         head = [self.prefix] if self.prefix else []
-        rows = [[*head, *(kvs[key] for key in r.reading.keys)] if r.mode == "fusion" else [] for r in requests]
+        rows = [[] if r.fused is None else [*head, *(kvs[key] for key in r.fused)] for r in requests]
         return Run(requests, origins, fuse(rows, self.backbone.config, self.backbone.device), began)
 
     def decode(
@@ -260,7 +270,7 @@ class Engine:
 
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""
-        return len(self.encoder.prefix_ids) + request.reading.tokens if request.mode == "fusion" else 0
+        return 0 if request.fused is None else len(self.encoder.prefix_ids) + sum(map(len, request.fused.values()))
 
     def _require_fit(self) -> None:
         """Refuse settings and tokenizers that no question could be asked with."""

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from .backbone import Backbone
 from .errors import UnsupportedModelError
 from .fusion import fuse
-from .positions import block_mask, fused_positions, question_start
+from .positions import additive, block_mask, fused_positions, question_start
 from .prefill import prefill
 from .schema import Check, DocumentKV, GateReport
 from .support import configuration_checks
@@ -82,6 +82,7 @@ class _Probe:
         self.documents = [tuple(drawn[:first]), tuple(drawn[first : first + second])]
         self.question = drawn[first + second :]
         self.backbone, self.prefix = backbone, prefix
+        self.bidirectional = backbone.settings.document_attention == "bidirectional"
         self.prefix_ids = list(prefix.token_ids) if prefix else []
         self.tokens_per_pass = tokens_per_pass
         self.kvs = self._prefill(self.documents)
@@ -96,9 +97,8 @@ class _Probe:
     def one_document_is_an_ordinary_pass(self) -> Check:
         document = self.documents[0]
         ids = [*self.prefix_ids, *document, *self.question]
-        ordinary = self._forward(
-            ids, torch.arange(len(ids)), torch.ones(1, len(ids)), DynamicCache(config=self.backbone.config)
-        )
+        mask = self._block_mask([len(document)]) if self.bidirectional else torch.ones(1, len(ids))
+        ordinary = self._forward(ids, torch.arange(len(ids)), mask, DynamicCache(config=self.backbone.config))
         return self._compare("one fused document = ordinary pass", self._fused(self.kvs[:1]), ordinary)
 
     def two_documents_are_one_block_masked_pass(self) -> Check:
@@ -107,9 +107,7 @@ class _Probe:
         positions = fused_positions(
             p, DOCUMENT_LENGTHS, question_start(p, None, max(DOCUMENT_LENGTHS)), QUESTION_LENGTH
         )
-        allowed = block_mask(p, DOCUMENT_LENGTHS, QUESTION_LENGTH)
-        mask = torch.zeros(allowed.shape, dtype=self.backbone.dtype)  # additive: every attention takes it
-        mask = mask.masked_fill(~allowed, torch.finfo(mask.dtype).min)[None, None]
+        mask = self._block_mask(DOCUMENT_LENGTHS)
         single = self._forward(ids, positions, mask, DynamicCache(config=self.backbone.config))
         return self._compare("two fused documents = one block-masked pass", self._fused(self.kvs), single)
 
@@ -122,6 +120,11 @@ class _Probe:
         moved = not torch.equal(self._fused(self.kvs), self._fused(self.kvs, shift=3))
         detail = "the question's position changes the logits" if moved else "it ignores explicit position ids"
         return Check("explicit positions are honoured", moved, detail)
+
+    def _block_mask(self, document_lengths: Sequence[int]) -> torch.Tensor:
+        p, both = len(self.prefix_ids), self.bidirectional
+        mask = block_mask(p, document_lengths, QUESTION_LENGTH, bidirectional=both)
+        return additive(mask, self.backbone.dtype)[None, None]
 
     def _prefill(self, documents: list[tuple[int, ...]]) -> list[DocumentKV]:
         done = dict(prefill(self.backbone, documents, self.prefix, tokens_per_pass=self.tokens_per_pass))

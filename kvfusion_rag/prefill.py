@@ -3,7 +3,7 @@
 Matrix kernels round differently for different shapes, so a document's bits would depend on how many others
 were prefilled beside it. Here every forward pass over a length bucket has one fixed shape: a document's
 keys and values are then a function of its own ids alone, whatever stood in the store before. Padding is on
-the right, where causal attention cannot see it, and is cut off again.
+the right, where causal attention cannot see it (a mask hides it from bidirectional attention), and is cut off again.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def _prefill_pass(
     ids = torch.zeros(rows, length, dtype=torch.long)
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document)
-    keys, values = backbone.prefill(ids, prefix)  # (L, rows, H_kv, length, d) each
+    lengths = [len(document) for document in documents] + [1] * (rows - len(documents))
+    keys, values = backbone.prefill(ids, prefix, lengths)  # (L, rows, H_kv, length, d) each
     return [
         DocumentKV(keys[:, row, :, : len(document)].clone(), values[:, row, :, : len(document)].clone(), document)
         for row, document in enumerate(documents)

@@ -51,6 +51,11 @@ class Reading:
         """Tokens of the distinct pieces together."""
         return sum(map(len, self.keys.values()))
 
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """Ids of all pieces one after the other, in the caller's order: the documents of one joined prompt."""
+        return tuple(i for document in self.documents for piece in document.pieces for i in piece)
+
     def cited_order(self, key_of: Callable[[tuple[int, ...]], str]) -> list[tuple[str, Document]]:
         """(id, document) pairs with text, in an order that does not depend on the caller's."""
         full = [d for d in self.documents if d.pieces]

@@ -25,6 +25,7 @@ from .schema import Mode
 FILE_NAME = "kvfusion.json"
 FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
+DocumentAttention = Literal["causal", "bidirectional"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
 # Llama-3.x templates print today's date unless given one; a date in the prefix would change every key at midnight.
@@ -46,6 +47,9 @@ class ModelSettings:
             longest document's, which makes one document equal to the ordinary joined prompt.
         max_document_tokens: longest document to prefill in one piece; ``None`` means what the window allows.
         long_documents: what happens to a longer one.
+        document_attention: how tokens of one document see each other while it is prefilled: "causal" as every
+            decoder is pretrained, or "bidirectional" for weights that were trained so (a prefix language model:
+            questions and answers stay causal).
         answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
         max_new_tokens: default length of an answer in tokens.
         mode: default mode.
@@ -63,6 +67,7 @@ class ModelSettings:
     passage_length: int | None = None
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "error"
+    document_attention: DocumentAttention = "causal"
     max_new_tokens: int = 48
     mode: Mode = "fusion"
     tuned: bool = False
@@ -83,6 +88,10 @@ class ModelSettings:
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
         if self.long_documents not in ("error", "split"):
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
+        if self.document_attention not in ("causal", "bidirectional"):
+            raise InvalidInputError(
+                f"document_attention is {self.document_attention!r}, but it must be 'causal' or 'bidirectional'."
+            )
         if self.mode not in ("fusion", "concat"):
             raise InvalidInputError(f"mode is {self.mode!r}, but it must be 'fusion' or 'concat'.")
         for name in ("tuned", "tuned_concat"):

@@ -15,6 +15,7 @@ from kvfusion_rag.fusion import fuse
 from kvfusion_rag.gate import run_gate
 from kvfusion_rag.positions import block_mask, fused_positions, question_start
 from kvfusion_rag.prefill import prefill, prefill_prefix
+from kvfusion_rag.settings import ModelSettings
 from kvfusion_rag.store import MemoryStore
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -57,9 +58,12 @@ def fused_logits(bone, prefix, kvs, question, passage_length):
     question=st.lists(vocabulary, min_size=1, max_size=12),
     prefix_ids=st.lists(vocabulary, max_size=6).map(tuple),
     passage_length=st.none() | st.integers(1, 90),
+    attention=st.sampled_from(["causal", "bidirectional"]),
 )
-def test_fused_logits_are_one_block_masked_pass(architecture, documents, question, prefix_ids, passage_length):
-    bone = backbone(architecture)
+def test_fused_logits_are_one_block_masked_pass(
+    architecture, documents, question, prefix_ids, passage_length, attention
+):
+    bone = backbone(architecture, settings=ModelSettings(document_attention=attention))
     prefix = prefill_prefix(bone, prefix_ids)
     kvs = prefilled(bone, documents, prefix, tokens_per_pass=128)
     lengths = [len(ids) for ids in documents]
@@ -68,7 +72,9 @@ def test_fused_logits_are_one_block_masked_pass(architecture, documents, questio
     single = bone.model(
         input_ids=torch.tensor([ids]),
         position_ids=fused_positions(len(prefix_ids), lengths, start, len(question))[None],
-        attention_mask=block_mask(len(prefix_ids), lengths, len(question))[None, None],
+        attention_mask=block_mask(len(prefix_ids), lengths, len(question), bidirectional=attention == "bidirectional")[
+            None, None
+        ],
     ).logits[:, -1]
     difference = (fused_logits(bone, prefix, kvs, question, passage_length) - single).abs().max().item()
     assert difference < 1e-4 * single.abs().max().item(), f"largest difference {difference}"
@@ -80,7 +86,8 @@ def test_fused_logits_are_one_block_masked_pass(architecture, documents, questio
 @given(documents=st.lists(document_ids, min_size=2, max_size=9, unique=True), data=st.data())
 def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(architecture, dtype, documents, data):
     """Stored = computed: a store may hold any subset, filled by any earlier questions."""
-    bone = backbone(architecture, dtype)
+    attention = data.draw(st.sampled_from(["causal", "bidirectional"]))
+    bone = backbone(architecture, dtype, settings=ModelSettings(document_attention=attention))
     together = prefilled(bone, documents, None, tokens_per_pass=128)
     order = data.draw(st.permutations(range(len(documents))))
     some = order[: data.draw(st.integers(1, len(documents)))]
@@ -89,9 +96,10 @@ def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(archit
         assert torch.equal(kv.values, together[index].values)
 
 
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @architectures
-def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture):
-    bone = backbone(architecture)
+def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture, attention):
+    bone = backbone(architecture, settings=ModelSettings(document_attention=attention))
     document = tuple(range(20, 67))
     (kv,) = prefilled(bone, [document], None, tokens_per_pass=512)
     keys, values = bone.prefill(torch.tensor([document]), None)

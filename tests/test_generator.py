@@ -25,6 +25,7 @@ from kvfusion_rag import (
     UnsupportedModelError,
 )
 from kvfusion_rag.backbone import Backbone
+from kvfusion_rag.positions import additive, block_mask
 from kvfusion_rag.settings import ModelSettings
 
 DOCUMENTS = [
@@ -498,3 +499,35 @@ def test_the_embedded_model_answers_and_cites(embedded):
     assert answer.text == "forty"
     assert [(c.document_id, c.text) for c in answer.citations] == [("ferry", "forty")]
     assert embedded.answer("How many cars does the ferry carry?", documents[::-1]).citations == answer.citations
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bert"])
+def test_documents_read_in_both_directions_can_be_joined_too(architecture):
+    """Mode concat then reads all documents as one: its prompt is one prefix, and one document is the fused one."""
+    gen = generator(architecture, prefix="<|im_start|>", document_attention="bidirectional")
+    question, encoder = gen._encoder.encode_question("who?"), gen._encoder
+    joined = gen.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=1)
+    documents = [encoder.encode_document(d if isinstance(d, Document) else Document(d)) for d in DOCUMENTS]
+    lengths = [sum(map(len, documents))]
+    ids = [*encoder.prefix_ids, *(i for d in documents for i in d), *question]
+    mask = block_mask(len(encoder.prefix_ids), lengths, len(question), bidirectional=True)
+    with torch.inference_mode():
+        logits = gen._backbone.model(
+            input_ids=torch.tensor([ids]), attention_mask=additive(mask, torch.float32)[None, None]
+        ).logits[0, -1]
+    assert joined.token_ids == (logits.argmax().item(),)
+    assert joined.usage.prompt_tokens == len(ids)
+    assert {s.origin for s in joined.sources} == {"prompt"}
+    one, alone = (gen.answer("who?", DOCUMENTS[:1], mode=m, max_new_tokens=6) for m in ("fusion", "concat"))
+    assert one.token_ids == alone.token_ids
+    assert (
+        gen.answer("who?", mode="concat", max_new_tokens=2).token_ids == gen.answer("who?", max_new_tokens=2).token_ids
+    )
+
+
+def test_the_direction_of_reading_is_part_of_the_key():
+    keys = {
+        generator("llama", document_attention=attention)._engine.key((5, 6))
+        for attention in ("causal", "bidirectional")
+    }
+    assert len(keys) == 2

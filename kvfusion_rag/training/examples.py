@@ -58,9 +58,10 @@ def encode_row(row: QARow, engine: Engine, *, end_id: int, evidence: bool, joine
         answer = f"{answer}\nEvidence: {row.evidence}"
     target = (*encoder.encode_answer(answer), end_id)
     question, prefix = encoder.encode_question(row.question), encoder.prefix_ids
-    if joined:
-        documents = [i for document in reading.documents for piece in document.pieces for i in piece]
-        example = Example(True, {}, (*prefix, *documents, *question), target, 0)
+    if joined and settings.document_attention == "causal":
+        example = Example(True, {}, (*prefix, *reading.joined, *question), target, 0)
+    elif joined:  # read as one document
+        example = Example(False, engine.joined_document(reading), question, target, len(prefix) + len(reading.joined))
     else:
         start = question_start(len(prefix), settings.passage_length, reading.longest)
         example = Example(False, reading.keys, question, target, start)
