@@ -1,0 +1,170 @@
+"""A BERT decoder trained to answer many questions over a group of documents in one pass, fast on a CPU.
+
+The weights are those of a transformers ``BertLMHeadModel``; this module only computes their loss in another way:
+documents of a group are read apart and in both directions, their keys and values are joined, and all questions of
+the group are packed into one row and read over them, blind to each other. Matrix products run in bfloat16 over
+float32 weights, and the whole is compiled for its fixed shapes. A test holds the loss against the product's own.
+Knows no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
+from transformers import BertConfig, BertLMHeadModel
+
+Weights = Mapping[str, torch.Tensor]
+KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]  # (rows, heads, tokens, d) of each layer
+HIDDEN = -30_000.0  # added to the logits of slots that must not be seen; bfloat16 can hold it
+
+
+@dataclass(frozen=True, slots=True)
+class GroupBatch:
+    """G groups of D documents each, and their questions packed into one row a group.
+
+    Attributes:
+        documents: (G * D, T) ids, right-padded with 0, read in both directions.
+        ids, positions: (G, Q) questions with their answers, one after the other.
+        owner: (G, Q) number of the question that an id belongs to, -1 for padding.
+        targets: (M,) flat indices into (G, Q) whose next token is trained, padded with 0.
+        labels: (M,) those next tokens, -100 for padding.
+        questions: how many there are.
+    """
+
+    documents: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+    owner: torch.Tensor
+    targets: torch.Tensor
+    labels: torch.Tensor
+    questions: int
+
+    @property
+    def trained_tokens(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+class GroupReader:
+    """Loss of a batch of groups under a model's weights.
+
+    Args:
+        compiled: compile the computation for each shape of batch; slow at first, twice as fast afterwards.
+    """
+
+    def __init__(self, model: BertLMHeadModel, *, compiled: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._weights = dict(model.named_parameters())
+        self._network = _Network(model.config, dtype)
+        run: Callable[..., torch.Tensor] = self._network.loss
+        self._loss = torch.compile(run, dynamic=False) if compiled else run
+
+    def loss(self, batch: GroupBatch) -> torch.Tensor:
+        """Sum over the trained tokens of their negative log-likelihood, with gradients."""
+        return self._loss(
+            self._weights, batch.documents, batch.ids, batch.positions, batch.owner, batch.targets, batch.labels
+        )
+
+
+class _Network:
+    """The BERT decoder as functions of its weights."""
+
+    def __init__(self, config: BertConfig, dtype: torch.dtype) -> None:
+        self._layers = config.num_hidden_layers
+        self._heads = config.num_attention_heads
+        self._epsilon = config.layer_norm_eps
+        self._dtype = dtype
+
+    def loss(
+        self,
+        weights: Weights,
+        documents: torch.Tensor,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        owner: torch.Tensor,
+        targets: torch.Tensor,
+        labels: torch.Tensor,
+    ) -> torch.Tensor:
+        low = {name: weight.to(self._dtype) for name, weight in weights.items()}
+        groups = len(ids)
+        cache, unseen = self._read_documents(low, documents)
+        fused = [(_fuse(keys, groups), _fuse(values, groups)) for keys, values in cache]
+        hidden = self._read_questions(low, fused, unseen.view(groups, -1), ids, positions, owner)
+        logits = self._predict(low, hidden.flatten(0, 1)[targets])
+        return cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+
+    def _read_documents(self, w: Weights, ids: torch.Tensor) -> tuple[KeysAndValues, torch.Tensor]:
+        """Keys and values of separate documents, and what hides their padding, (rows, T)."""
+        unseen = torch.where(ids != 0, 0.0, HIDDEN).to(self._dtype)
+        x = self._embed(w, ids, torch.arange(ids.shape[1]))
+        cache: KeysAndValues = []
+        for layer in range(self._layers):
+            query, key, value = self._project(w, x, layer)
+            cache.append((key, value))
+            if layer + 1 < self._layers:  # the last layer's output is never read
+                x = self._finish(w, x, _attend(query, key, value, unseen[:, None, None, :]), layer)
+        return cache, unseen
+
+    def _read_questions(
+        self,
+        w: Weights,
+        fused: KeysAndValues,
+        unseen: torch.Tensor,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        owner: torch.Tensor,
+    ) -> torch.Tensor:
+        """Last hidden states (G, Q, width) of packed questions over the fused documents."""
+        groups, length = ids.shape
+        own = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+        hidden = torch.where(own, 0.0, HIDDEN).to(self._dtype)
+        bias = torch.cat([unseen[:, None, :].expand(groups, length, -1), hidden], dim=-1)[:, None]  # (G, 1, Q, K + Q)
+        x = self._embed(w, ids, positions)
+        for layer in range(self._layers):
+            query, key, value = self._project(w, x, layer)
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(fused[layer], (key, value), strict=True))
+            x = self._finish(w, x, _attend(query, keys, values, bias), layer)
+        return x
+
+    def _embed(self, w: Weights, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        name = "bert.embeddings"
+        x = w[f"{name}.word_embeddings.weight"][ids] + w[f"{name}.position_embeddings.weight"][positions]
+        return self._norm(w, x + w[f"{name}.token_type_embeddings.weight"][0], f"{name}.LayerNorm")
+
+    def _project(self, w: Weights, x: torch.Tensor, layer: int) -> list[torch.Tensor]:
+        """Queries, keys and values, each (rows, heads, tokens, d)."""
+        name = f"bert.encoder.layer.{layer}.attention.self"
+        parts = [_linear(w, x, f"{name}.{part}") for part in ("query", "key", "value")]
+        return [part.view(*x.shape[:2], self._heads, -1).transpose(1, 2) for part in parts]
+
+    def _finish(self, w: Weights, x: torch.Tensor, attended: torch.Tensor, layer: int) -> torch.Tensor:
+        """The rest of a layer after attention (rows, heads, tokens, d)."""
+        name = f"bert.encoder.layer.{layer}"
+        attended = _linear(w, attended.transpose(1, 2).reshape(x.shape), f"{name}.attention.output.dense")
+        x = self._norm(w, x + attended, f"{name}.attention.output.LayerNorm")
+        inner = gelu(_linear(w, x, f"{name}.intermediate.dense"))
+        return self._norm(w, x + _linear(w, inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
+
+    def _predict(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
+        name = "cls.predictions"
+        x = self._norm(w, gelu(_linear(w, x, f"{name}.transform.dense")), f"{name}.transform.LayerNorm")
+        return linear(x, w["bert.embeddings.word_embeddings.weight"], w[f"{name}.bias"])
+
+    def _norm(self, w: Weights, x: torch.Tensor, name: str) -> torch.Tensor:
+        return layer_norm(x, x.shape[-1:], w[f"{name}.weight"], w[f"{name}.bias"], self._epsilon)
+
+
+def _linear(w: Weights, x: torch.Tensor, name: str) -> torch.Tensor:
+    return linear(x, w[f"{name}.weight"], w[f"{name}.bias"])
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    # Written out: on a CPU, scaled_dot_product_attention is slower than this in training at such sizes.
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)) + bias
+    return torch.matmul(scores.softmax(dim=-1), value)
+
+
+def _fuse(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """RES: (G * D, heads, T, d) -> (G, heads, D * T, d)."""
+    return rows.view(groups, -1, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)

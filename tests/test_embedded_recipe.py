@@ -1,0 +1,157 @@
+"""The recipe of the embedded model: its fast loss is the product's, and a run can be taken up again to the bit."""
+
+import argparse
+import copy
+import json
+import random
+
+import pytest
+import torch
+from groups import GroupSampler, Mixture, Stage, Text, texts_of
+from reader import GroupReader
+from tiny import WORDS
+from train_base import SETTINGS, Run, embedding_tokenizer, nearest, warm_start
+from transformers import BertConfig, BertLMHeadModel
+
+from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.backbone import Backbone
+from kvfusion_rag.engine import Engine
+from kvfusion_rag.prompts import PromptEncoder
+from kvfusion_rag.qa import Passage, QARow
+from kvfusion_rag.training.examples import collate, encode_row
+from kvfusion_rag.training.formats import Example
+from kvfusion_rag.training.loss import fusion_loss
+
+STAGES = (Stage(2, 2, 40, 2), Stage(3, 2, 40, 3))
+VOCABULARY = WORDS.split()
+
+
+def example(number: int, rng: random.Random) -> Example:
+    name = f"{rng.choice(['Amara', 'Edda', 'Tomas'])} Number{number}"
+    text = " ".join(
+        [*rng.choices(VOCABULARY, k=12), f"and so it was built by {name} in 1874", *rng.choices(VOCABULARY, k=9)]
+    )
+    return Example(
+        "here", str(number), f"who built thing {number}?", (name,), (Passage(text, f"Thing_{number}", True),)
+    )
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[Text]:
+    rng = random.Random(3)
+    return texts_of(example(n, rng) for n in range(12))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return embedding_tokenizer()
+
+
+def network(tokenizer, seed: int = 0) -> BertLMHeadModel:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        is_decoder=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, eos_token_id=1,
+        initializer_range=0.2,
+    )  # fmt: skip
+    return BertLMHeadModel(config)
+
+
+def sampler(texts, tokenizer, **mixture) -> GroupSampler:
+    return GroupSampler(
+        texts, texts[:3], nearest(texts), tokenizer, PromptEncoder(tokenizer, SETTINGS), end_id=1,
+        question_position=192, mixture=Mixture(**mixture), seed=5,
+    )  # fmt: skip
+
+
+def test_texts_are_distinct_contexts_with_their_questions(texts):
+    assert len(texts) == 12 and all(t.title == f"Thing {n}" for n, t in enumerate(texts))
+    for text in texts:
+        ((_, answer, start),) = text.questions
+        assert text.text[start:].startswith(answer)
+
+
+def test_a_batch_asks_what_its_documents_answer(texts, tokenizer):
+    batch = sampler(texts, tokenizer, cloze=0.0, joined_every=99).batch(STAGES[1], 1, 0, 0.0)
+    assert batch.documents.shape == (6, 40) and batch.questions > 0
+    for group in range(2):
+        documents = [tokenizer.decode(ids[ids != 0]) for ids in batch.documents[group * 3 : group * 3 + 3]]
+        for number in range(int(batch.owner[group].max()) + 1):
+            ids = batch.ids[group][batch.owner[group] == number]
+            answer = tokenizer.decode(ids[ids.tolist().index(tokenizer.sep_token_id) + 1 :])
+            assert any(answer in document for document in documents)
+            assert batch.positions[group][batch.owner[group] == number].tolist() == list(range(192, 192 + len(ids)))
+
+
+def test_unanswerable_questions_come_from_other_documents(texts, tokenizer):
+    made = sampler(texts, tokenizer, cloze=0.0, unanswerable=1.0, large=2, joined_every=99).batch(STAGES[0], 1, 0, 0.0)
+    labels = tokenizer.decode(made.labels[made.labels > 1])
+    assert "unanswerable" in labels
+
+
+def test_batches_are_a_function_of_seed_and_step(texts, tokenizer):
+    one, two = sampler(texts, tokenizer), sampler(texts, tokenizer)
+    one.batch(STAGES[0], 0, 0, 0.0)
+    a, b = one.batch(STAGES[1], 7, 30, 0.5), two.batch(STAGES[1], 7, 30, 0.5)
+    assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in ("documents", "ids", "owner", "labels"))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_loss_is_the_products_own(texts, tokenizer, joined):
+    """Packed groups in one compiled pass = each question alone over documents fused (or joined) by the engine."""
+    model = network(tokenizer)
+    batch = sampler(texts, tokenizer, joined_every=1 if joined else 99, joined_tokens=90).batch(STAGES[1], 1, 0, 0.0)
+    found = GroupReader(model, compiled=False, dtype=torch.float32).loss(batch)
+    bone = Backbone(copy.deepcopy(model), tokenizer, SETTINGS, model_id="tiny")
+    engine = Engine(bone, SETTINGS, store=None, namespace="", max_fused_tokens=10**6, tokens_per_pass=None)
+    expected = 0.0
+    groups = len(batch.ids)
+    for group, rows in enumerate(batch.documents.view(groups, -1, batch.documents.shape[1])):
+        documents = {engine.key(tuple(ids[ids != 0].tolist())): tuple(ids[ids != 0].tolist()) for ids in rows}
+        longest = max(map(len, documents.values()))
+        for number in range(int(batch.owner[group].max()) + 1):
+            ids = batch.ids[group][batch.owner[group] == number].tolist()
+            asked = ids.index(tokenizer.sep_token_id) + 1
+            sample = encode_row(
+                QARow("1", "x", ("y",), (Passage("z"),)), engine, end_id=1, evidence=False, joined=False
+            )
+            target = (*ids[asked:], 1)
+            start = longest if joined else 192
+            values = {"documents": documents, "question": tuple(ids[:asked]), "target": target, "start": start}
+            sample = type(sample)(**{"joined": False, **values})
+            expected += fusion_loss(engine, collate([sample])).item()
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+def arguments(folder, **changes) -> argparse.Namespace:
+    folder.mkdir(exist_ok=True)
+    options = {"output": folder, "eager": True, "learning_rate": 1e-3, "warmup": 1, "eval_every": 2, "seed": 0}
+    return argparse.Namespace(**options | changes)
+
+
+def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
+    whole = Run(network(tokenizer), tokenizer, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "whole"))
+    whole.train([])
+    part = Run(network(tokenizer), tokenizer, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "part"))
+    steps = part._batches()
+    part._batches = lambda: (next(steps) for _ in range(2))  # stopped after two steps
+    part.train([])
+    again = Run(network(tokenizer, 9), tokenizer, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "part"))
+    again.load()
+    assert again.step == 2
+    again.train([])
+    for name, tensor in whole.model.named_parameters():
+        assert torch.equal(tensor, dict(again.model.named_parameters())[name]), name
+    saved = [
+        (folder / "checkpoint/state.safetensors").read_bytes() for folder in (tmp_path / "whole", tmp_path / "part")
+    ]
+    assert len(saved[0]) == len(saved[1])
+    generator = KVFusionGenerator.from_pretrained(tmp_path / "part/model")
+    assert generator.settings == SETTINGS and generator.gate.passed
+    assert [json.loads(line)["step"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()] == [2, 4, 5]
+
+
+def test_the_warm_start_keeps_the_embedding_models_weights(tokenizer):
+    model = warm_start(tokenizer)
+    assert model.config.is_decoder and model.num_parameters() < 23e6
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
