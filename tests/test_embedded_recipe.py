@@ -10,7 +10,7 @@ import torch
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
 from reader import GroupReader
 from tiny import WORDS
-from train_base import SETTINGS, Run, embedding_tokenizer, nearest, warm_start
+from train_base import SETTINGS, Run, embedding_tokenizer, extend_positions, nearest, warm_start
 from transformers import BertConfig, BertLMHeadModel
 
 from kvfusion_rag import KVFusionGenerator
@@ -125,7 +125,15 @@ def test_the_loss_is_the_products_own(texts, tokenizer, joined):
 
 def arguments(folder, **changes) -> argparse.Namespace:
     folder.mkdir(exist_ok=True)
-    options = {"output": folder, "eager": True, "learning_rate": 1e-3, "warmup": 1, "eval_every": 2, "seed": 0}
+    options = {
+        "output": folder,
+        "eager": True,
+        "joined": False,
+        "learning_rate": 1e-3,
+        "warmup": 1,
+        "eval_every": 2,
+        "seed": 0,
+    }
     return argparse.Namespace(**options | changes)
 
 
@@ -149,6 +157,15 @@ def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
     generator = KVFusionGenerator.from_pretrained(tmp_path / "part/model")
     assert generator.settings == SETTINGS and generator.gate.passed
     assert [json.loads(line)["step"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()] == [2, 4, 5]
+
+
+def test_extended_positions_leave_the_old_ones_alone(tokenizer):
+    model = network(tokenizer)
+    ids = torch.arange(2000, 2030)[None]
+    before = model(input_ids=ids).logits
+    extend_positions(model, 1200)
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+    assert model(input_ids=torch.full((1, 1200), 2000)).logits.isfinite().all()
 
 
 def test_the_warm_start_keeps_the_embedding_models_weights(tokenizer):

@@ -66,7 +66,8 @@ class Mixture:
         cloze: cloze questions beside each document's real ones, at the start; it halves towards the end.
         plain: documents without real questions among the unrelated ones.
         unanswerable: questions on a document that is not in the group, from ``large`` documents on.
-        joined_every: one step in so many reads its documents as one joined prompt of at most ``joined_tokens``.
+        joined_every: one step in so many reads its documents as one joined prompt, of at most ``joined_documents`` and
+            ``joined_tokens``.
     """
 
     related: float = 0.4
@@ -118,12 +119,10 @@ class GroupSampler:
         """
         rng = random.Random(f"{self._seed}/{step}")
         mixture = self._mixture
-        joined = stage.documents > 2 and step % mixture.joined_every == 0
-        if joined:
-            count, room = mixture.joined_documents, mixture.joined_tokens // mixture.joined_documents
-            groups = stage.groups * stage.documents // count
-        else:
-            count, room, groups = stage.documents, stage.tokens, stage.groups
+        joined = step % mixture.joined_every == 0
+        count = min(stage.documents, mixture.joined_documents) if joined else stage.documents
+        room = min(stage.tokens, mixture.joined_tokens // count) if joined else stage.tokens
+        groups = stage.groups * stage.documents // count
         cloze = mixture.cloze * (1 - progress / 2)
         builder = _BatchBuilder(groups, count, room, joined=joined, position=self._position)
         for number in range(groups):

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ import bm25s
 import torch
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
 from reader import GroupBatch, GroupReader
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, BertModel, PreTrainedTokenizerBase
@@ -61,6 +62,8 @@ SETTINGS = ModelSettings(
     tuned=True,
 )
 CURRICULUM = (Stage(2, 24, 96, 270), Stage(4, 10, 160, 1000), Stage(8, 5, 160, 500), Stage(20, 2, 160, 200))
+JOINED_POSITIONS = 4096  # 20 documents of 192 tokens, a question and an answer
+JOINED_MIXTURE = Mixture(joined_every=1, joined_documents=20, joined_tokens=20 * PASSAGE_LENGTH)
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.98), 0.01, 1.0
 AVERAGE_DECAY = 0.998  # of the weights that are kept
 PREPARED = 6  # batches made ahead
@@ -80,11 +83,14 @@ def main() -> None:
         for rows in map(list, map(read_rows, args.dev))
     ]
     logger.info("%d documents with %d questions", len(texts), sum(len(t.questions) for t in texts))
+    mixture = JOINED_MIXTURE if args.joined else Mixture()
     sampler = GroupSampler(
         texts, list(read_plain(args.plain, args.seed)), nearest(texts), tokenizer, encoder, seed=args.seed,
-        end_id=tokenizer.convert_tokens_to_ids(END_TOKEN), question_position=PASSAGE_LENGTH, mixture=Mixture(),
+        end_id=tokenizer.convert_tokens_to_ids(END_TOKEN), question_position=PASSAGE_LENGTH, mixture=mixture,
     )  # fmt: skip
     model = warm_start(tokenizer) if args.model is None else load(args.model)
+    if args.joined:
+        extend_positions(model, JOINED_POSITIONS)
     stages = [Stage(s.documents, s.groups, s.tokens, max(1, round(s.steps * args.scale))) for s in CURRICULUM]
     run = Run(model, tokenizer, sampler, stages, args)
     if args.resume and (args.output / "checkpoint").is_dir():
@@ -100,6 +106,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dev-limit", type=int, default=100)
     parser.add_argument("--plain", nargs="*", default=[], type=Path, help="plain text (.txt.xz) for cloze questions")
     parser.add_argument("--model", type=Path, help="go on from this model folder instead of the MiniLM weights")
+    parser.add_argument(
+        "--joined",
+        action="store_true",
+        help=f"the control: every step reads joined prompts; learned positions extended to {JOINED_POSITIONS}",
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="length of the curriculum (1: about 80 minutes)")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
@@ -202,7 +213,8 @@ class Run:
         made.load_state_dict(averaged.state_dict())
         made.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / FILE_NAME).write_text(json.dumps(SETTINGS.to_dict(), indent=2) + "\n", encoding="utf-8")
+        settings = replace(SETTINGS, mode="concat", tuned=False) if self.args.joined else SETTINGS
+        (folder / FILE_NAME).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def _note(self, **facts: Any) -> None:
         facts = {"step": self.step, "questions": self.questions, "seconds": round(self.seconds), **facts}
@@ -218,7 +230,7 @@ class Run:
             dict(self._tensors()), fresh, metadata={"progress": json.dumps([self.step, self.questions, self.seconds])}
         )
         fresh.replace(folder / "state.safetensors")
-        facts = {"curriculum": [asdict(s) for s in self.stages], "mixture": asdict(Mixture()), "run": run_facts()}
+        facts = {"curriculum": [asdict(s) for s in self.stages], "run": run_facts()}
         facts |= {"arguments": {k: str(v) for k, v in vars(self.args).items()}}
         (folder / "made_by.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
@@ -226,8 +238,6 @@ class Run:
         """Go on from the checkpoint in the output folder."""
         path = self.args.output / "checkpoint" / "state.safetensors"
         tensors = load_file(path)
-        from safetensors import safe_open
-
         with safe_open(path, "pt") as header:
             self.step, self.questions, self.seconds = json.loads(header.metadata()["progress"])
         for parameter in self.model.parameters():
@@ -276,6 +286,18 @@ def warm_start(tokenizer: PreTrainedTokenizerBase) -> BertLMHeadModel:
 
 def load(folder: Path) -> BertLMHeadModel:
     return BertLMHeadModel.from_pretrained(folder, dtype=torch.float32)
+
+
+def extend_positions(model: BertLMHeadModel, positions: int) -> None:
+    """Give learned positions to ``positions`` tokens; new ones start as copies of the old ones, over and over."""
+    old = model.bert.embeddings.position_embeddings.weight
+    index = torch.arange(positions) % len(old)
+    model.bert.embeddings.position_embeddings = torch.nn.Embedding.from_pretrained(old.detach()[index], freeze=False)
+    model.bert.embeddings.register_buffer("position_ids", torch.arange(positions)[None], persistent=False)
+    model.bert.embeddings.register_buffer(
+        "token_type_ids", torch.zeros(1, positions, dtype=torch.long), persistent=False
+    )
+    model.config.max_position_embeddings = positions
 
 
 def nearest(texts: Sequence[Text]) -> list[list[int]]:
