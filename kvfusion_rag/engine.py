@@ -16,17 +16,19 @@ from dataclasses import dataclass
 
 import torch
 
+from .ape import Ape
 from .backbone import Backbone
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
 from .errors import ContextLimitError, InvalidInputError, UnsupportedModelError
 from .fusion import FusedContext, fuse
+from .gate import require_ape
 from .positions import question_start
 from .prefill import TOKENS_PER_PASS, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, read_documents
 from .schema import Answer, Document, DocumentKV, Mode, Origin, Timings, Usage
-from .settings import ModelSettings
+from .settings import ModelSettings, require_mode
 from .store import MemoryStore, document_key
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,11 @@ class Request:
     reading: Reading
     question: Question
     mode: Mode
+
+    @property
+    def fused(self) -> bool:
+        """Whether the documents are prefilled apart; in mode "concat" they stand in the question's ids."""
+        return self.mode != "concat"
 
 
 class Run:
@@ -96,6 +103,7 @@ class Engine:
         facts = [backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._warned: set[str] = set()
+        self._ape_is_exact = False  # until measured
 
     def key(self, token_ids: tuple[int, ...]) -> str:
         """Store key of a document's ids: everything that changes the bits of its KV, and the namespace.
@@ -105,6 +113,10 @@ class Engine:
         """
         numerics = f"{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
         return document_key(f"{self._fingerprint}/{numerics}", self._namespace, token_ids)
+
+    def ordinary_ids(self) -> list[int]:
+        """All ids of the model that are no control tokens."""
+        return sorted(set(range(self.backbone.config.vocab_size)) - self.encoder.plain.control_ids)
 
     def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
         """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
@@ -129,8 +141,7 @@ class Engine:
     ) -> Request:
         """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
         mode = mode or self.settings.mode
-        if mode not in ("fusion", "concat"):
-            raise InvalidInputError(f"mode is {mode!r}, but it must be 'fusion' or 'concat'.")
+        require_mode(mode)
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
         if not isinstance(prompt, str | None):
@@ -143,11 +154,14 @@ class Engine:
             self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
         ids = self.encoder.encode_question(question, prompt)
         prefix = self.encoder.prefix_ids
+        if mode == "ape":
+            self._require_ape()
         if mode == "concat":
             joined = [i for document in reading.documents for piece in document.pieces for i in piece]
             row = Question((*prefix, *joined, *ids), 0)
         else:
-            row = Question(ids, question_start(len(prefix), self.settings.passage_length, reading.longest))
+            passage_length = None if mode == "ape" else self.settings.passage_length
+            row = Question(ids, question_start(len(prefix), passage_length, reading.longest))
         self._require_room(row, len(ids), mode, options)
         self._log_mode(mode)
         return Request(reading, row, mode)
@@ -202,17 +216,22 @@ class Engine:
 
     def start(self, requests: Sequence[Request], began: float) -> Run:
         """Prefill what is missing and fuse each request's documents in canonical order."""
-        keys = {key: ids for r in requests if r.mode == "fusion" for key, ids in r.reading.keys.items()}
+        keys = {key: ids for r in requests if r.fused for key, ids in r.reading.keys.items()}
         kvs, origins = self.document_kvs(keys)
         head = [self.prefix] if self.prefix else []
-        rows = [[*head, *(kvs[key] for key in r.reading.keys)] if r.mode == "fusion" else [] for r in requests]
+        rows = [[*head, *(kvs[key] for key in r.reading.keys)] if r.fused else [] for r in requests]
         return Run(requests, origins, fuse(rows, self.backbone.config, self.backbone.device), began)
 
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
         """Decode ``run`` step by step, filling its rows and times."""
-        tuned = self._answers_tuned(run.requests[0].mode)
+        mode, settings = run.requests[0].mode, self.settings
+        tuned = self._answers_tuned(mode)
+        ape = None
+        if mode == "ape":
+            prefix_length = len(self.encoder.prefix_ids)
+            ape = Ape.over(run.context.mask, prefix_length, settings.ape_temperature, settings.ape_scale)
         steps = decode(
             self.decoder if tuned else self.backbone,
             run.context,
@@ -220,6 +239,7 @@ class Engine:
             options,
             self.encoder.decode,
             adapter=tuned,
+            ape=ape,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
         )
@@ -233,8 +253,7 @@ class Engine:
         """The answer of row ``number`` of a run whose decoding has ended."""
         request, row = run.requests[number], run.rows[number]
         reading = request.reading
-        fused = request.mode == "fusion"
-        origins: dict[str, Origin] = run.origins if fused else dict.fromkeys(reading.keys, "prompt")
+        origins: dict[str, Origin] = run.origins if request.fused else dict.fromkeys(reading.keys, "prompt")
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
         return Answer(
             text=row.text,
@@ -243,7 +262,7 @@ class Engine:
             citations=find_citations(row.text, reading.cited_order(self.key)),
             usage=Usage(
                 prompt_tokens=self._fused_tokens(request) + len(request.question.ids),
-                document_tokens=reading.tokens if fused else sum(d.tokens for d in reading.documents),
+                document_tokens=reading.tokens if request.fused else sum(d.tokens for d in reading.documents),
                 cached_document_tokens=cached,
                 completion_tokens=len(row.ids),
             ),
@@ -260,7 +279,7 @@ class Engine:
 
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""
-        return len(self.encoder.prefix_ids) + request.reading.tokens if request.mode == "fusion" else 0
+        return len(self.encoder.prefix_ids) + request.reading.tokens if request.fused else 0
 
     def _require_fit(self) -> None:
         """Refuse settings and tokenizers that no question could be asked with."""
@@ -286,7 +305,7 @@ class Engine:
         window = self.backbone.context_window
         before = row.start + len(row.ids) - question_tokens
         if window is not None and before + question_tokens + options.max_new_tokens > window:
-            hint = "; mode 'fusion' lets documents share positions" if mode == "concat" else ""
+            hint = "; modes 'fusion' and 'ape' let documents share positions" if mode == "concat" else ""
             raise ContextLimitError(
                 f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
                 f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."
@@ -294,17 +313,25 @@ class Engine:
 
     def _answers_tuned(self, mode: Mode) -> bool:
         """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
-        return mode == "fusion" or self.settings.tuned_concat
+        return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
+
+    def _require_ape(self) -> None:
+        """Refuse a model whose attention APE's cannot stand in for, measured when the mode is first asked for."""
+        if not self._ape_is_exact:
+            require_ape(self.backbone, self.prefix, self.ordinary_ids(), tokens_per_pass=self.tokens_per_pass)
+            self._ape_is_exact = True
 
     def _log_mode(self, mode: Mode) -> None:
         name = self.backbone.model_id
         own = self.decoder is not self.backbone or self.backbone.has_adapter
         on = own and self._answers_tuned(mode)
         logger.info("mode %s, model %s, tuned decoder %s", mode, name, "on" if on else "off")
+        if mode == "ape":
+            logger.info("APE with temperature %g, scale %g", self.settings.ape_temperature, self.settings.ape_scale)
         if mode == "fusion" and not (own or self.settings.tuned):
             self._warn_once(
                 f"{name} was not trained to read fused documents and has no adapter; "
-                "answers can be worse than in mode 'concat'"
+                "answers can be worse than in modes 'ape' and 'concat'"
             )
 
     def _warn_once(self, message: str) -> None:
