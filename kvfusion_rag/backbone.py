@@ -66,7 +66,7 @@ class Backbone:
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.attention: str = self.config._attn_implementation
+        self.attention = cast(str, self.config._attn_implementation)
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
@@ -136,12 +136,16 @@ class Backbone:
         return cls(network, tokenizer, settings, model_id=model_id, revision=commit, adapter=adapter)
 
     @torch.inference_mode()
-    def prefill(self, ids: torch.Tensor, prefix: DocumentKV | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefill(
+        self, ids: torch.Tensor, prefix: DocumentKV | None, starts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dp: keys and values of independent rows, each row seeing the prefix and itself.
 
         Args:
             ids: (R, T) token ids, right-padded; pads are not masked, since causal attention cannot see them.
-            prefix: KV at positions 0..p-1, or ``None``; rows stand at p..p+T-1.
+            prefix: KV at positions 0..p-1, or ``None``.
+            starts: (R,) position of each row's first token; by default p, right after the prefix. Pads that would pass
+                the window stay at its last position.
 
         Returns:
             Keys and values, each (L, R, H_kv, T, d), without the prefix.
@@ -154,7 +158,10 @@ class Backbone:
             for layer in range(prefix.keys.shape[0]):
                 shape = (rows, -1, -1, -1)
                 cache.update(prefix.keys[layer].expand(shape), prefix.values[layer].expand(shape), layer)
-        positions = torch.arange(past, past + length, device=self.device).expand(rows, -1)
+        first = torch.full((rows,), past) if starts is None else starts
+        positions = (first[:, None] + torch.arange(length)).to(self.device)  # (R, T)
+        if self.context_window is not None:
+            positions = positions.clamp(max=self.context_window - 1)
         mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
         with self._turn(adapter=False):
             self.model.get_decoder()(

@@ -23,7 +23,7 @@ from .decoding import DecodingOptions, Question, Row, decode
 from .errors import ContextLimitError, InvalidInputError, UnsupportedModelError
 from .fusion import FusedContext, fuse
 from .gate import require_ape
-from .positions import question_start
+from .positions import global_starts, question_start
 from .prefill import TOKENS_PER_PASS, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, read_documents
@@ -44,6 +44,8 @@ class Request:
     reading: Reading
     question: Question
     mode: Mode
+    starts: Mapping[str, int]
+    """First position of each piece, by key, in the order in which they are fused; empty in mode "concat"."""
 
     @property
     def fused(self) -> bool:
@@ -156,22 +158,29 @@ class Engine:
         prefix = self.encoder.prefix_ids
         if mode == "ape":
             self._require_ape()
+        starts: dict[str, int] = {}
         if mode == "concat":
             joined = [i for document in reading.documents for piece in document.pieces for i in piece]
             row = Question((*prefix, *joined, *ids), 0)
         else:
-            passage_length = None if mode == "ape" else self.settings.passage_length
-            row = Question(ids, question_start(len(prefix), passage_length, reading.longest))
+            starts, start = self._place(reading, mode)
+            row = Question(ids, start)
         self._require_room(row, len(ids), mode, options)
         self._log_mode(mode)
-        return Request(reading, row, mode)
+        return Request(reading, row, mode, starts)
 
     def document_kvs(
-        self, keys: Mapping[str, tuple[int, ...]], *, keep: bool = True, progress: bool = False
+        self,
+        keys: Mapping[str, tuple[int, ...]],
+        *,
+        starts: Mapping[str, int] | None = None,
+        keep: bool = True,
+        progress: bool = False,
     ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
         """KV of every key, from the store or computed now (and then stored), and where each came from.
 
-        With ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its cap.
+        ``starts`` has the first position of each key's document; by default all stand right after the prefix. With
+        ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its cap.
         """
         kvs: dict[str, DocumentKV] = {}
         if self.store is not None:
@@ -183,6 +192,7 @@ class Engine:
             [keys[key] for key in missing],
             self.prefix,
             tokens_per_pass=self.tokens_per_pass,
+            starts=None if starts is None else [starts[key] for key in missing],
             progress=progress,
         )
         for index, kv in computed:
@@ -215,11 +225,13 @@ class Engine:
         ]
 
     def start(self, requests: Sequence[Request], began: float) -> Run:
-        """Prefill what is missing and fuse each request's documents in canonical order."""
-        keys = {key: ids for r in requests if r.fused for key, ids in r.reading.keys.items()}
-        kvs, origins = self.document_kvs(keys)
+        """Prefill what is missing and fuse each request's documents, in canonical order if positions are uniform."""
+        placed = {self._placed(key, at): (r.reading.keys[key], at) for r in requests for key, at in r.starts.items()}
+        kvs, origins = self.document_kvs(
+            {key: ids for key, (ids, _) in placed.items()}, starts={key: at for key, (_, at) in placed.items()}
+        )
         head = [self.prefix] if self.prefix else []
-        rows = [[*head, *(kvs[key] for key in r.reading.keys)] if r.fused else [] for r in requests]
+        rows = [[*head, *(kvs[self._placed(*at)] for at in r.starts.items())] if r.fused else [] for r in requests]
         return Run(requests, origins, fuse(rows, self.backbone.config, self.backbone.device), began)
 
     def decode(
@@ -253,7 +265,8 @@ class Engine:
         """The answer of row ``number`` of a run whose decoding has ended."""
         request, row = run.requests[number], run.rows[number]
         reading = request.reading
-        origins: dict[str, Origin] = run.origins if request.fused else dict.fromkeys(reading.keys, "prompt")
+        origins: dict[str, Origin] = dict.fromkeys(reading.keys, "prompt")
+        origins |= {key: run.origins[self._placed(key, at)] for key, at in request.starts.items()}
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
         return Answer(
             text=row.text,
@@ -276,6 +289,20 @@ class Engine:
         for _ in self.decode(run, options):
             pass
         return [self.answer(run, number) for number in range(len(requests))]
+
+    def _place(self, reading: Reading, mode: Mode) -> tuple[dict[str, int], int]:
+        """First position of each piece, in the order in which they are fused, and of the question."""
+        prefix = len(self.encoder.prefix_ids)
+        if mode == "fusion" and self.settings.positions == "global":
+            pieces = reading.distinct
+            *starts, start = global_starts(prefix, [len(ids) for ids in pieces.values()])
+            return dict(zip(pieces, starts, strict=True)), start
+        passage_length = None if mode == "ape" else self.settings.passage_length
+        return dict.fromkeys(reading.keys, prefix), question_start(prefix, passage_length, reading.longest)
+
+    def _placed(self, key: str, start: int) -> str:
+        """Store key of a document that begins at position ``start``: the key itself right after the prefix."""
+        return key if start == len(self.encoder.prefix_ids) else f"{key}@{start}"
 
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""
@@ -306,6 +333,8 @@ class Engine:
         before = row.start + len(row.ids) - question_tokens
         if window is not None and before + question_tokens + options.max_new_tokens > window:
             hint = "; modes 'fusion' and 'ape' let documents share positions" if mode == "concat" else ""
+            if mode == "fusion" and self.settings.positions == "global":
+                hint = "; with positions='uniform' documents share positions"
             raise ContextLimitError(
                 f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
                 f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."

@@ -26,7 +26,7 @@ from .errors import InvalidInputError, ModelLoadError
 from .gate import run_gate
 from .reading import require_sequence
 from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
-from .settings import LongDocuments, ModelSettings, is_count
+from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import MemoryStore
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class KVFusionGenerator:
         prefix: str | None = None,
         passage_length: int | None = None,
         long_documents: LongDocuments | None = None,
+        positions: Positions | None = None,
         ape_temperature: float | None = None,
         ape_scale: float | None = None,
         max_fused_tokens: int = MAX_FUSED_TOKENS,
@@ -143,7 +144,8 @@ class KVFusionGenerator:
             store: where document KVs are kept; "memory" is a new memory store of 1 GiB, ``None`` is nowhere.
             mode: "fusion", "concat" or "ape"; by default the model's own (``kvfusion.json``).
             namespace: keeps tenants' documents apart in a shared store.
-            prefix, passage_length, long_documents, ape_temperature, ape_scale: in place of the model's own settings.
+            prefix, passage_length, long_documents, positions, ape_temperature, ape_scale: in place of the model's own
+                settings; ``ModelSettings`` describes them.
             max_fused_tokens: most document tokens of one question.
             tokens_per_pass: padded tokens of one prefill pass.
             model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
@@ -178,6 +180,7 @@ class KVFusionGenerator:
             "prefix": prefix,
             "passage_length": passage_length,
             "long_documents": long_documents,
+            "positions": positions,
             "ape_temperature": ape_temperature,
             "ape_scale": ape_scale,
         }
@@ -293,9 +296,9 @@ class KVFusionGenerator:
                 plain generation; blank ones are skipped; repeated ones are fused once.
             prompt: the caller's complete wording without the documents, read in place of the question by
                 models that follow instructions.
-            mode: "fusion"; "concat" (one joined prompt in the caller's order; the adapter takes part only if
-                it was trained on joined prompts too); "ape" (training-free fusion, arXiv 2502.05431; the adapter
-                takes no part).
+            mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (one joined prompt in the
+                caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
+                (training-free fusion, arXiv 2502.05431; the adapter takes no part).
             options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
 
         Raises:
@@ -361,11 +364,16 @@ class KVFusionGenerator:
             progress: show a bar once this takes longer than a second.
 
         Raises:
-            InvalidInputError: the generator has no store to keep them in.
+            InvalidInputError: the generator has no store to keep them in, or their positions depend on the question's
+                other documents.
         """
         if self.store is None:
             raise InvalidInputError(
                 "prefill keeps document KVs in a store, but this generator was made with store=None; give it one."
+            )
+        if self.settings.positions == "global":
+            raise InvalidInputError(
+                "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
         reading = self._engine.read(documents, max_tokens=UNLIMITED)
         _, origins = self._engine.document_kvs(reading.keys, keep=False, progress=progress)

@@ -26,6 +26,7 @@ from .schema import MODES, Mode
 FILE_NAME = "kvfusion.json"
 FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
+Positions = Literal["uniform", "global"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
 # Llama-3.x templates print today's date unless given one; a date in the prefix would change every key at midnight.
@@ -51,6 +52,9 @@ class ModelSettings:
         answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
         max_new_tokens: default length of an answer in tokens.
         mode: default mode.
+        positions: of documents in mode "fusion". "uniform": all stand right after the prefix, so no order of theirs
+            is told from another. "global": one after another in the caller's order, the question behind the last;
+            it measures what order invariance costs.
         ape_temperature: T of mode "ape", which divides the logits of the documents' slots.
         ape_scale: S of mode "ape", which multiplies the log-sum-exp of the documents' slots.
         tuned: True when the weights themselves were trained to read fused caches.
@@ -69,6 +73,7 @@ class ModelSettings:
     long_documents: LongDocuments = "error"
     max_new_tokens: int = 48
     mode: Mode = "fusion"
+    positions: Positions = "uniform"
     ape_temperature: float = 0.9
     ape_scale: float = 0.9
     tuned: bool = False
@@ -89,6 +94,8 @@ class ModelSettings:
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
         if self.long_documents not in ("error", "split"):
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
+        if self.positions not in ("uniform", "global"):
+            raise InvalidInputError(f"positions is {self.positions!r}, but it must be 'uniform' or 'global'.")
         require_mode(self.mode)
         for name in ("ape_temperature", "ape_scale"):
             if not _is_positive(getattr(self, name)):
