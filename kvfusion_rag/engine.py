@@ -104,7 +104,7 @@ class Engine:
         self._max_fused_tokens = max_fused_tokens
         facts = [backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
         self._ape_is_exact = False  # until measured
 
     def key(self, token_ids: tuple[int, ...]) -> str:
@@ -364,8 +364,8 @@ class Engine:
             )
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             logger.warning(message)
 
 

@@ -275,7 +275,9 @@ class KVFusionGenerator:
         if unknown := sorted(changes.keys() - set(allowed)):
             raise InvalidInputError(f"{unknown[0]!r} is no setting; the settings are {', '.join(allowed)}.")
         settings = replace(self.settings, **changes)
-        return KVFusionGenerator(self._backbone, settings=settings, store=self.store, **self._engine_options)
+        made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, **self._engine_options)
+        made._engine.warned = self._engine.warned  # what is said of the model once is not said again
+        return made
 
     # What it does
 

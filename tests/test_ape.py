@@ -258,11 +258,14 @@ def test_factors_come_from_the_models_file_and_from_the_caller(folders, tmp_path
         load_settings(str(tmp_path), tiny.tokenizer("byte-bpe"), model_id="m")
 
 
-def test_other_settings_share_weights_and_store():
+def test_other_settings_share_weights_store_and_warnings(caplog):
     gen = tiny.generator("llama", mode="ape")
     gen.prefill(DOCUMENTS)
     other = gen.with_settings(ape_scale=0.5, mode="fusion")
     assert (other.mode, other.settings.ape_scale, gen.settings.ape_scale) == ("fusion", 0.5, 0.9)
-    assert {s.origin for s in other.answer("who?", DOCUMENTS, max_new_tokens=1).sources} == {"memory"}
+    for one in (gen, other):
+        answer = one.answer("who?", DOCUMENTS, mode="fusion", max_new_tokens=1)
+        assert {s.origin for s in answer.sources} == {"memory"}
+    assert caplog.text.count("was not trained") == 1
     with pytest.raises(InvalidInputError, match="'ape_heat' is no setting; the settings are prefix"):
         gen.with_settings(ape_heat=1)
