@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from . import ape as ape_attention
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
 from .schema import DocumentKV
@@ -44,7 +45,7 @@ OWN_OPTIONS = ("config", "dtype", "torch_dtype", "revision")  # have arguments o
 class Backbone:
     """A causal language model that can prefill apart, and decode over a fused cache.
 
-    Safe from several threads: forward passes take turns, and the adapter is switched under the same lock.
+    Safe from several threads: forward passes take turns, and adapter and attention are switched under the same lock.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Backbone:
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.attention = cast(str, self.config._attn_implementation)
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
@@ -136,15 +138,21 @@ class Backbone:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: torch.Tensor, prefix: DocumentKV | None, lengths: Sequence[int] | None = None
+        self,
+        ids: torch.Tensor,
+        prefix: DocumentKV | None,
+        lengths: Sequence[int] | None = None,
+        starts: Sequence[int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dp: keys and values of independent rows, each row seeing the prefix and itself.
 
         Args:
             ids: (R, T) token ids, right-padded; causal attention cannot see pads, so they are masked only where
                 documents are read in both directions.
-            prefix: KV at positions 0..p-1, or ``None``; rows stand at p..p+T-1.
+            prefix: KV at positions 0..p-1, or ``None``.
             lengths: tokens of each row, from 1; all T by default.
+            starts: position of each row's first token; by default p, right after the prefix. Pads that would pass the
+                window stay at its last position.
 
         Returns:
             Keys and values, each (L, R, H_kv, T, d), without the prefix.
@@ -157,7 +165,10 @@ class Backbone:
             for layer in range(prefix.keys.shape[0]):
                 shape = (rows, -1, -1, -1)
                 cache.update(prefix.keys[layer].expand(shape), prefix.values[layer].expand(shape), layer)
-        positions = torch.arange(past, past + length, device=self.device).expand(rows, -1)
+        first = torch.tensor(starts or [past] * rows)
+        positions = (first[:, None] + torch.arange(length)).to(self.device)  # (R, T)
+        if self.context_window is not None:
+            positions = positions.clamp(max=self.context_window - 1)
         if self.settings.document_attention == "bidirectional":
             real = torch.tensor(lengths or [length] * rows, device=self.device)
             mask = additive(bidirectional_mask(past, real, length), self.dtype)
@@ -186,6 +197,7 @@ class Backbone:
         last: torch.Tensor,
         *,
         adapter: bool,
+        ape: ape_attention.Ape | None = None,
     ) -> torch.Tensor:
         """One pass of Dt over ``ids``, appended to ``cache``.
 
@@ -196,12 +208,14 @@ class Backbone:
             cache: K slots; grows by Q.
             last: (B,) index in ``ids`` whose next token is asked for.
             adapter: whether the adapter takes part, if one is loaded.
+            ape: attend to the documents' slots as APE does, in this pass alone.
 
         Returns:
             Logits (B, V), float32.
         """
         wanted, place = torch.unique(last, return_inverse=True)
-        with self._turn(adapter=adapter):
+        extra = {} if ape is None else {"ape": ape}
+        with self._turn(adapter=adapter, attention=None if ape is None else ape_attention.register()):
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,
@@ -209,6 +223,7 @@ class Backbone:
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=wanted,
+                **extra,
             )
         rows = torch.arange(ids.shape[0], device=ids.device)
         return out.logits[rows, place].float()  # (B, len(wanted), V) -> (B, V)
@@ -248,7 +263,7 @@ class Backbone:
             "revision": self.revision,
             "dtype": str(self.dtype),
             "device": self.device.type,
-            "attention": self.config._attn_implementation,
+            "attention": self.attention,
             "document_attention": self.settings.document_attention,
             "config": config,
             "torch": torch.__version__,
@@ -261,15 +276,22 @@ class Backbone:
         return self.adapter_digest is not None
 
     @contextmanager
-    def _turn(self, *, adapter: bool) -> Iterator[None]:
-        """The model for one forward pass, with the adapter (if any) on or off."""
+    def _turn(self, *, adapter: bool, attention: str | None = None) -> Iterator[None]:
+        """The model for one forward pass, with the adapter (if any) on or off, and another attention if named."""
         # A caller's autocast would change the bits under an unchanged key.
         with self._lock, torch.autocast(self.device.type, enabled=False):
             wanted = adapter and self.has_adapter
             if wanted != self._adapter_on:
                 self.model.enable_adapters() if wanted else self.model.disable_adapters()
                 self._adapter_on = wanted
-            yield
+            if attention is None:
+                yield
+                return
+            self.model.set_attn_implementation(attention)
+            try:
+                yield
+            finally:
+                self.model.set_attn_implementation(self.attention)
 
     def _load_adapter(self, adapter: str) -> str:
         name = Path(adapter).resolve().name

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from .ape import Ape
 from .backbone import Backbone
 from .errors import InvalidInputError
 from .fusion import FusedContext
@@ -130,6 +131,7 @@ def decode(
     decode_ids: Callable[[list[int]], str],
     *,
     adapter: bool,
+    ape: Ape | None = None,
     unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> Generator[list[Row], None, None]:
@@ -141,6 +143,7 @@ def decode(
         options: one set for all rows.
         decode_ids: ids -> text.
         adapter: whether the adapter takes part.
+        ape: attend to the documents' slots as APE does.
         unsettling_ids: tokens after which the text so far may still be read anew.
         on_logits: called with the logits (B, V) of each step.
     """
@@ -150,7 +153,7 @@ def decode(
     ids, positions, mask, last = _first_step(questions, context.mask)
     next_position = (positions[torch.arange(len(rows), device=device), last] + 1)[:, None]  # (B, 1)
     for step in range(options.max_new_tokens):
-        logits = backbone.forward(ids, positions, mask, context.cache, last, adapter=adapter)
+        logits = backbone.forward(ids, positions, mask, context.cache, last, adapter=adapter, ape=ape)
         if on_logits is not None:
             on_logits(logits)
         ids = choose(logits)[:, None]  # (B, 1)

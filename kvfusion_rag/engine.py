@@ -16,17 +16,19 @@ from dataclasses import dataclass
 
 import torch
 
+from .ape import Ape
 from .backbone import Backbone
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
 from .errors import ContextLimitError, InvalidInputError, UnsupportedModelError
 from .fusion import FusedContext, fuse
-from .positions import question_start
+from .gate import require_ape
+from .positions import global_starts, question_start
 from .prefill import TOKENS_PER_PASS, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, read_documents
 from .schema import Answer, Document, DocumentKV, Mode, Origin, Timings, Usage
-from .settings import ModelSettings
+from .settings import ModelSettings, require_mode
 from .store import MemoryStore, document_key
 
 logger = logging.getLogger(__name__)
@@ -36,17 +38,26 @@ MAX_BATCH = 32  # rows; the first step computes logits for every row at every di
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """Ids that are prefilled apart, the store key of their KV, and the position of the first."""
+
+    key: str
+    ids: tuple[int, ...]
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One question with its documents, encoded and checked against the limits.
 
-    ``fused`` are the documents that are prefilled and fused, by store key; ``None`` where all stand in the question's
-    own prompt.
+    ``fused`` is what is prefilled apart, in the order in which it is fused; ``None`` where all documents stand in the
+    question's own prompt.
     """
 
     reading: Reading
     question: Question
     mode: Mode
-    fused: Mapping[str, tuple[int, ...]] | None
+    fused: tuple[Placed, ...] | None
 
 
 class Run:
@@ -100,7 +111,8 @@ class Engine:
         self._max_fused_tokens = max_fused_tokens
         facts = [backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
+        self._ape_is_exact = False  # until measured
 
     def key(self, token_ids: tuple[int, ...]) -> str:
         """Store key of a document's ids: everything that changes the bits of its KV, and the namespace.
@@ -110,6 +122,10 @@ class Engine:
         """
         numerics = f"{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
         return document_key(f"{self._fingerprint}/{numerics}", self._namespace, token_ids)
+
+    def ordinary_ids(self) -> list[int]:
+        """All ids of the model that are no control tokens."""
+        return sorted(set(range(self.backbone.config.vocab_size)) - self.encoder.plain.control_ids)
 
     def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
         """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
@@ -134,8 +150,7 @@ class Engine:
     ) -> Request:
         """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
         mode = mode or self.settings.mode
-        if mode not in ("fusion", "concat"):
-            raise InvalidInputError(f"mode is {mode!r}, but it must be 'fusion' or 'concat'.")
+        require_mode(mode)
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
         if not isinstance(prompt, str | None):
@@ -147,14 +162,11 @@ class Engine:
             name = self.backbone.model_id
             self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
         ids = self.encoder.encode_question(question, prompt)
-        prefix, fused = self.encoder.prefix_ids, reading.keys
-        if mode == "concat" and self.settings.document_attention == "causal":
-            row, fused = Question((*prefix, *reading.joined, *ids), 0), None
-        elif mode == "concat":
-            fused = self.joined_document(reading)
-            row = Question(ids, len(prefix) + len(reading.joined))
-        else:
-            row = Question(ids, question_start(len(prefix), self.settings.passage_length, reading.longest))
+        if mode == "ape":
+            self._require_ape()
+        fused, start = self._place(reading, mode)
+        before = (*self.encoder.prefix_ids, *reading.joined) if fused is None else ()
+        row = Question((*before, *ids), start)
         self._require_room(row, len(ids), mode, options)
         self._log_mode(mode)
         return Request(reading, row, mode, fused)
@@ -164,11 +176,17 @@ class Engine:
         return {self.key(reading.joined): reading.joined} if reading.joined else {}
 
     def document_kvs(
-        self, keys: Mapping[str, tuple[int, ...]], *, keep: bool = True, progress: bool = False
+        self,
+        keys: Mapping[str, tuple[int, ...]],
+        *,
+        starts: Mapping[str, int] | None = None,
+        keep: bool = True,
+        progress: bool = False,
     ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
         """KV of every key, from the store or computed now (and then stored), and where each came from.
 
-        With ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its cap.
+        ``starts`` has the first position of each key's document; by default all stand right after the prefix. With
+        ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its cap.
         """
         kvs: dict[str, DocumentKV] = {}
         if self.store is not None:
@@ -180,6 +198,7 @@ class Engine:
             [keys[key] for key in missing],
             self.prefix,
             tokens_per_pass=self.tokens_per_pass,
+            starts=None if starts is None else [starts[key] for key in missing],
             progress=progress,
         )
         for index, kv in computed:
@@ -212,17 +231,26 @@ class Engine:
         ]
 
     def start(self, requests: Sequence[Request], began: float) -> Run:
-        """Prefill what is missing and fuse each request's documents in canonical order."""
-        kvs, origins = self.document_kvs({key: ids for r in requests for key, ids in (r.fused or {}).items()})
+        """Prefill what is missing and fuse each request's documents, in canonical order if positions are uniform."""
+        placed = {piece.key: piece for r in requests for piece in r.fused or ()}
+        kvs, origins = self.document_kvs(
+            {key: piece.ids for key, piece in placed.items()},
+            starts={key: piece.start for key, piece in placed.items()},
+        )
         head = [self.prefix] if self.prefix else []
-        rows = [[] if r.fused is None else [*head, *(kvs[key] for key in r.fused)] for r in requests]
+        rows = [[] if r.fused is None else [*head, *(kvs[piece.key] for piece in r.fused)] for r in requests]
         return Run(requests, origins, fuse(rows, self.backbone.config, self.backbone.device), began)
 
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
         """Decode ``run`` step by step, filling its rows and times."""
-        tuned = self._answers_tuned(run.requests[0].mode)
+        mode, settings = run.requests[0].mode, self.settings
+        tuned = self._answers_tuned(mode)
+        ape = None
+        if mode == "ape":
+            prefix_length = len(self.encoder.prefix_ids)
+            ape = Ape.over(run.context.mask, prefix_length, settings.ape_temperature, settings.ape_scale)
         steps = decode(
             self.decoder if tuned else self.backbone,
             run.context,
@@ -230,6 +258,7 @@ class Engine:
             options,
             self.encoder.decode,
             adapter=tuned,
+            ape=ape,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
         )
@@ -243,8 +272,11 @@ class Engine:
         """The answer of row ``number`` of a run whose decoding has ended."""
         request, row = run.requests[number], run.rows[number]
         reading = request.reading
-        fused = request.mode == "fusion"
-        origins: dict[str, Origin] = run.origins if fused else dict.fromkeys(reading.keys, "prompt")
+        apart = request.mode != "concat"
+        origins: dict[str, Origin] = dict.fromkeys(reading.keys, "prompt")
+        if apart:
+            found = {piece.ids: run.origins[piece.key] for piece in request.fused or ()}
+            origins = {key: found[ids] for key, ids in reading.keys.items()}
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
         return Answer(
             text=row.text,
@@ -253,7 +285,7 @@ class Engine:
             citations=find_citations(row.text, reading.cited_order(self.key)),
             usage=Usage(
                 prompt_tokens=self._fused_tokens(request) + len(request.question.ids),
-                document_tokens=reading.tokens if fused else sum(d.tokens for d in reading.documents),
+                document_tokens=reading.tokens if apart else sum(d.tokens for d in reading.documents),
                 cached_document_tokens=cached,
                 completion_tokens=len(row.ids),
             ),
@@ -268,9 +300,29 @@ class Engine:
             pass
         return [self.answer(run, number) for number in range(len(requests))]
 
+    def _place(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
+        """What is fused, in order and with first positions, and the question's own; ``None`` for a joined prompt."""
+        prefix, settings = len(self.encoder.prefix_ids), self.settings
+        if mode == "concat":
+            if settings.document_attention == "causal":
+                return None, 0
+            joined = self.joined_document(reading).items()
+            return tuple(Placed(key, ids, prefix) for key, ids in joined), prefix + len(reading.joined)
+        if mode == "fusion" and settings.positions == "global":
+            pieces = reading.distinct
+            *starts, start = global_starts(prefix, [len(ids) for ids in pieces.values()])
+            # A key of its own, but for the document that stands right after the prefix as ever.
+            keys = [key if at == prefix else f"{key}@{at}" for key, at in zip(pieces, starts, strict=True)]
+            return tuple(map(Placed, keys, pieces.values(), starts)), start
+        passage_length = None if mode == "ape" else settings.passage_length
+        fused = tuple(Placed(key, ids, prefix) for key, ids in reading.keys.items())
+        return fused, question_start(prefix, passage_length, reading.longest)
+
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""
-        return 0 if request.fused is None else len(self.encoder.prefix_ids) + sum(map(len, request.fused.values()))
+        if request.fused is None:
+            return 0
+        return len(self.encoder.prefix_ids) + sum(len(piece.ids) for piece in request.fused)
 
     def _require_fit(self) -> None:
         """Refuse settings and tokenizers that no question could be asked with."""
@@ -296,7 +348,9 @@ class Engine:
         window = self.backbone.context_window
         before = row.start + len(row.ids) - question_tokens
         if window is not None and before + question_tokens + options.max_new_tokens > window:
-            hint = "; mode 'fusion' lets documents share positions" if mode == "concat" else ""
+            hint = "; modes 'fusion' and 'ape' let documents share positions" if mode == "concat" else ""
+            if mode == "fusion" and self.settings.positions == "global":
+                hint = "; with positions='uniform' documents share positions"
             raise ContextLimitError(
                 f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
                 f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."
@@ -304,22 +358,30 @@ class Engine:
 
     def _answers_tuned(self, mode: Mode) -> bool:
         """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
-        return mode == "fusion" or self.settings.tuned_concat
+        return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
+
+    def _require_ape(self) -> None:
+        """Refuse a model whose attention APE's cannot stand in for, measured when the mode is first asked for."""
+        if not self._ape_is_exact:
+            require_ape(self.backbone, self.prefix, self.ordinary_ids(), tokens_per_pass=self.tokens_per_pass)
+            self._ape_is_exact = True
 
     def _log_mode(self, mode: Mode) -> None:
         name = self.backbone.model_id
         own = self.decoder is not self.backbone or self.backbone.has_adapter
         on = own and self._answers_tuned(mode)
         logger.info("mode %s, model %s, tuned decoder %s", mode, name, "on" if on else "off")
+        if mode == "ape":
+            logger.info("APE with temperature %g, scale %g", self.settings.ape_temperature, self.settings.ape_scale)
         if mode == "fusion" and not (own or self.settings.tuned):
             self._warn_once(
                 f"{name} was not trained to read fused documents and has no adapter; "
-                "answers can be worse than in mode 'concat'"
+                "answers can be worse than in modes 'ape' and 'concat'"
             )
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        if message not in self.warned:
+            self.warned.add(message)
             logger.warning(message)
 
 

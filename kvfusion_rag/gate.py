@@ -6,11 +6,12 @@ slots, or rotates keys late fails one of them, whatever its configuration says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import DynamicCache
 
+from .ape import Ape
 from .backbone import Backbone
 from .errors import UnsupportedModelError
 from .fusion import fuse
@@ -48,10 +49,26 @@ def run_gate(
     return GateReport(backbone.model_id, checks)
 
 
+def require_ape(
+    backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], *, tokens_per_pass: int
+) -> None:
+    """Measure whether mode "ape" is exact on a model that has passed the gate; arguments as there.
+
+    Raises:
+        UnsupportedModelError: the model's attention does more than APE's, or cannot be exchanged.
+    """
+    checks = _probed(lambda: _Probe(backbone, prefix, ordinary_ids, tokens_per_pass).ape_checks())
+    if failed := [check for check in checks if not check.passed]:
+        raise UnsupportedModelError(
+            f"{backbone.model_id!r} ({backbone.config.model_type}) cannot answer in mode 'ape': {failed[0].name}: "
+            f"{failed[0].detail}; modes 'fusion' and 'concat' work."
+        )
+
+
 def _measure(
     backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], tokens_per_pass: int
 ) -> tuple[Check, ...]:
-    try:
+    def laws() -> tuple[Check, ...]:
         probe = _Probe(backbone, prefix, ordinary_ids, tokens_per_pass)
         return (
             probe.a_documents_kv_is_its_own(),
@@ -60,9 +77,17 @@ def _measure(
             probe.order_does_not_matter(),
             probe.positions_are_honoured(),
         )
+
+    return _probed(laws)
+
+
+def _probed(measure: Callable[[], tuple[Check, ...]]) -> tuple[Check, ...]:
+    """What ``measure`` found, or one failed check where the model itself fails."""
+    try:
+        return measure()
     except torch.OutOfMemoryError:
         raise  # says nothing about the architecture
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
         return (
             Check("forward passes over a fused cache", False, f"the model fails in them: {str(error).rstrip('.')}"),
         )
@@ -126,20 +151,31 @@ class _Probe:
         mask = block_mask(p, document_lengths, QUESTION_LENGTH, bidirectional=both)
         return additive(mask, self.backbone.dtype)[None, None]
 
+    def ape_checks(self) -> tuple[Check, ...]:
+        """Whether APE's attention is the model's own where T = S = 1, and is used where they are not."""
+        neutral = self._fused(self.kvs, ape=(1.0, 1.0))
+        used = not torch.equal(neutral, self._fused(self.kvs, ape=(0.5, 0.5)))
+        detail = "temperature and scale change the logits" if used else "its attention cannot be exchanged"
+        return (
+            self._compare("APE with temperature and scale 1 = fusion", neutral, self._fused(self.kvs)),
+            Check("APE's attention is used", used, detail),
+        )
+
     def _prefill(self, documents: list[tuple[int, ...]]) -> list[DocumentKV]:
         done = dict(prefill(self.backbone, documents, self.prefix, tokens_per_pass=self.tokens_per_pass))
         return [done[index] for index in range(len(documents))]
 
-    def _fused(self, kvs: list[DocumentKV], shift: int = 0) -> torch.Tensor:
+    def _fused(self, kvs: list[DocumentKV], shift: int = 0, ape: tuple[float, float] | None = None) -> torch.Tensor:
         row = [self.prefix, *kvs] if self.prefix else kvs
         context = fuse([row], self.backbone.config, self.backbone.device)
         start = question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs)) + shift
         positions = torch.arange(start, start + QUESTION_LENGTH)
         mask = torch.ones(1, context.mask.shape[1] + QUESTION_LENGTH)
-        return self._forward(self.question, positions, mask, context.cache)
+        weighed = None if ape is None else Ape.over(context.mask, len(self.prefix_ids), *ape)
+        return self._forward(self.question, positions, mask, context.cache, weighed)
 
     def _forward(
-        self, ids: list[int], positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+        self, ids: list[int], positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, ape: Ape | None = None
     ) -> torch.Tensor:
         place = self.backbone.device
         mask = mask.to(place) if mask.dim() == 4 else mask.long().to(place)
@@ -150,6 +186,7 @@ class _Probe:
             cache,
             torch.tensor([len(ids) - 1], device=place),
             adapter=False,  # the base model's laws; an adapter changes the decoder alone
+            ape=ape,
         )
 
     def _compare(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> Check:

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
 
@@ -26,7 +26,7 @@ from .errors import InvalidInputError, ModelLoadError
 from .gate import run_gate
 from .reading import require_sequence
 from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
-from .settings import LongDocuments, ModelSettings, is_count
+from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import MemoryStore
 
 logger = logging.getLogger(__name__)
@@ -96,19 +96,16 @@ class KVFusionGenerator:
     ) -> None:
         _require_arguments(store, namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
-        self._engine = Engine(
-            backbone,
-            settings or backbone.settings,
-            store=store,
-            namespace=namespace,
-            max_fused_tokens=max_fused_tokens,
-            tokens_per_pass=tokens_per_pass,
-            decoder=decoder,
-        )
+        self._engine_options: dict[str, Any] = {
+            "namespace": namespace,
+            "max_fused_tokens": max_fused_tokens,
+            "tokens_per_pass": tokens_per_pass,
+            "decoder": decoder,
+        }
+        self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
         self._encoder = self._engine.encoder
-        ordinary = sorted(set(range(backbone.config.vocab_size)) - self._encoder.plain.control_ids)
         self.gate: GateReport = run_gate(
-            backbone, self._engine.prefix, ordinary, tokens_per_pass=self._engine.tokens_per_pass
+            backbone, self._engine.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._engine.tokens_per_pass
         )
 
     @classmethod
@@ -127,6 +124,9 @@ class KVFusionGenerator:
         prefix: str | None = None,
         passage_length: int | None = None,
         long_documents: LongDocuments | None = None,
+        positions: Positions | None = None,
+        ape_temperature: float | None = None,
+        ape_scale: float | None = None,
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -142,9 +142,10 @@ class KVFusionGenerator:
             device: "cpu", "cuda", ...; by default an accelerator if there is one.
             dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU, else the checkpoint's.
             store: where document KVs are kept; "memory" is a new memory store of 1 GiB, ``None`` is nowhere.
-            mode: "fusion" or "concat"; by default the model's own (``kvfusion.json``).
+            mode: "fusion", "concat" or "ape"; by default the model's own (``kvfusion.json``).
             namespace: keeps tenants' documents apart in a shared store.
-            prefix, passage_length, long_documents: in place of the model's own settings.
+            prefix, passage_length, long_documents, positions, ape_temperature, ape_scale: in place of the model's own
+                settings; ``ModelSettings`` describes them.
             max_fused_tokens: most document tokens of one question.
             tokens_per_pass: padded tokens of one prefill pass.
             model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
@@ -174,7 +175,15 @@ class KVFusionGenerator:
                 )
             folder, name = locate_model(decoder)
             tuned = Backbone.load(folder, model_id=name, device=device, dtype=dtype, model_kwargs=model_kwargs)
-        changes = {"mode": mode, "prefix": prefix, "passage_length": passage_length, "long_documents": long_documents}
+        changes = {
+            "mode": mode,
+            "prefix": prefix,
+            "passage_length": passage_length,
+            "long_documents": long_documents,
+            "positions": positions,
+            "ape_temperature": ape_temperature,
+            "ape_scale": ape_scale,
+        }
         settings = (tuned or backbone).settings
         return cls(
             backbone,
@@ -253,6 +262,23 @@ class KVFusionGenerator:
     def count_tokens(self, text: str) -> int:
         return len(self.encode_text(text))
 
+    def with_settings(self, **changes: Any) -> KVFusionGenerator:
+        """A generator over the same weights and the same store, with other settings.
+
+        Args:
+            changes: fields of ``ModelSettings``, such as mode, passage_length, ape_temperature.
+
+        Raises:
+            InvalidInputError: an unknown field, or a value that is not allowed.
+        """
+        allowed = [field.name for field in fields(ModelSettings)]
+        if unknown := sorted(changes.keys() - set(allowed)):
+            raise InvalidInputError(f"{unknown[0]!r} is no setting; the settings are {', '.join(allowed)}.")
+        settings = replace(self.settings, **changes)
+        made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, **self._engine_options)
+        made._engine.warned = self._engine.warned  # what is said of the model once is not said again
+        return made
+
     # What it does
 
     def answer(
@@ -264,7 +290,7 @@ class KVFusionGenerator:
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
-        """Answer ``question`` from ``documents``, whose order does not matter in mode ``fusion``.
+        """Answer ``question`` from ``documents``, whose order does not matter in modes ``fusion`` and ``ape``.
 
         Args:
             question: the bare question.
@@ -272,8 +298,9 @@ class KVFusionGenerator:
                 plain generation; blank ones are skipped; repeated ones are fused once.
             prompt: the caller's complete wording without the documents, read in place of the question by
                 models that follow instructions.
-            mode: "fusion" or "concat" (one joined prompt in the caller's order; the adapter takes part only if
-                it was trained on joined prompts too).
+            mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (one joined prompt in the
+                caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
+                (training-free fusion, arXiv 2502.05431; the adapter takes no part).
             options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
 
         Raises:
@@ -339,11 +366,16 @@ class KVFusionGenerator:
             progress: show a bar once this takes longer than a second.
 
         Raises:
-            InvalidInputError: the generator has no store to keep them in.
+            InvalidInputError: the generator has no store to keep them in, or their positions depend on the question's
+                other documents.
         """
         if self.store is None:
             raise InvalidInputError(
                 "prefill keeps document KVs in a store, but this generator was made with store=None; give it one."
+            )
+        if self.settings.positions == "global":
+            raise InvalidInputError(
+                "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
         reading = self._engine.read(documents, max_tokens=UNLIMITED)
         _, origins = self._engine.document_kvs(reading.keys, keep=False, progress=progress)
@@ -365,8 +397,8 @@ class KVFusionGenerator:
     ) -> InvarianceReport:
         """Answer once as given and then in ``permutations`` shuffled orders; compare texts and bits of all logits.
 
-        In mode ``fusion`` the first pass may compute what later ones find in the store, so this also checks
-        that stored and computed KVs are the same.
+        In modes ``fusion`` and ``ape`` the first pass may compute what later ones find in the store, so this also
+        checks that stored and computed KVs are the same.
         """
         decoding = self._options({})
         require_sequence(documents)

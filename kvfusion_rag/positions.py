@@ -8,6 +8,7 @@ in the cache, a *position* is what the model is told; the two are independent.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 
@@ -26,6 +27,11 @@ def question_start(prefix_length: int, passage_length: int | None, longest_docum
     if longest_document == 0:
         return prefix_length
     return prefix_length + max(passage_length or 0, longest_document)
+
+
+def global_starts(prefix_length: int, document_lengths: Sequence[int]) -> list[int]:
+    """Where documents begin that stand one after another, and last of all the question behind them."""
+    return list(accumulate(document_lengths, initial=prefix_length))
 
 
 def fused_positions(

@@ -28,14 +28,16 @@ def prefill(
     prefix: DocumentKV | None,
     *,
     tokens_per_pass: int,
+    starts: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[int, DocumentKV]]:
-    """Prefill each document alone at the positions after the prefix (paper section 3.2).
+    """Prefill each document alone, at the positions after the prefix (paper section 3.2) or from its own start on.
 
     Args:
         token_ids: ids (T_i,) of each document, none empty, each within the model's window.
         prefix: KV that every document sees, or ``None``.
         tokens_per_pass: padded tokens that one forward pass aims at.
+        starts: position of each document's first token; by default right after the prefix.
         progress: show a bar once this takes longer than a second.
 
     Yields:
@@ -51,7 +53,8 @@ def prefill(
             rows = max(1, tokens_per_pass // length)
             for start in range(0, len(members), rows):
                 batch = members[start : start + rows]
-                kvs = _prefill_pass(backbone, [token_ids[i] for i in batch], prefix, rows, length)
+                places = None if starts is None else [starts[i] for i in batch]
+                kvs = _prefill_pass(backbone, [token_ids[i] for i in batch], prefix, rows, length, places)
                 bar.update(len(batch))
                 yield from zip(batch, kvs, strict=True)
 
@@ -72,14 +75,21 @@ def padded_length(num_tokens: int, backbone: Backbone, prefix: DocumentKV | None
 
 
 def _prefill_pass(
-    backbone: Backbone, documents: list[tuple[int, ...]], prefix: DocumentKV | None, rows: int, length: int
+    backbone: Backbone,
+    documents: list[tuple[int, ...]],
+    prefix: DocumentKV | None,
+    rows: int,
+    length: int,
+    starts: list[int] | None = None,
 ) -> list[DocumentKV]:
     """One forward pass of exactly (rows, length) tokens; rows beyond the documents are filler."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document)
-    lengths = [len(document) for document in documents] + [1] * (rows - len(documents))
-    keys, values = backbone.prefill(ids, prefix, lengths)  # (L, rows, H_kv, length, d) each
+    filler = rows - len(documents)
+    lengths = [*map(len, documents), *[1] * filler]
+    places = None if starts is None else [*starts, *[0] * filler]
+    keys, values = backbone.prefill(ids, prefix, lengths, places)  # (L, rows, H_kv, length, d) each
     return [
         DocumentKV(keys[:, row, :, : len(document)].clone(), values[:, row, :, : len(document)].clone(), document)
         for row, document in enumerate(documents)

@@ -56,6 +56,12 @@ class Reading:
         """Ids of all pieces one after the other, in the caller's order: the documents of one joined prompt."""
         return tuple(i for document in self.documents for piece in document.pieces for i in piece)
 
+    @property
+    def distinct(self) -> dict[str, tuple[int, ...]]:
+        """The distinct pieces by key, in the caller's order of their first appearance."""
+        key_of = {ids: key for key, ids in self.keys.items()}
+        return {key_of[ids]: ids for document in self.documents for ids in document.pieces}
+
     def cited_order(self, key_of: Callable[[tuple[int, ...]], str]) -> list[tuple[str, Document]]:
         """(id, document) pairs with text, in an order that does not depend on the caller's."""
         full = [d for d in self.documents if d.pieces]

@@ -10,11 +10,12 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
-Mode = Literal["fusion", "concat"]
+Mode = Literal["fusion", "concat", "ape"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 FinishReason = Literal["stop", "length"]
 Origin = Literal["memory", "computed", "prompt", "blank"]
 

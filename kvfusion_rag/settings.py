@@ -11,6 +11,7 @@ Templates are trusted text of the model's owner: control tokens in them stand fo
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,12 +21,13 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from .errors import InvalidInputError, ModelLoadError
-from .schema import Mode
+from .schema import MODES, Mode
 
 FILE_NAME = "kvfusion.json"
 FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
 DocumentAttention = Literal["causal", "bidirectional"]
+Positions = Literal["uniform", "global"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
 # Llama-3.x templates print today's date unless given one; a date in the prefix would change every key at midnight.
@@ -44,7 +46,8 @@ class ModelSettings:
         prompt_template: the caller's complete wording; field ``{prompt}``. ``None`` for a model trained on
             bare questions, which then reads the question alone.
         passage_length: document tokens n after which the question starts (paper: 192); ``None`` means the
-            longest document's, which makes one document equal to the ordinary joined prompt.
+            longest document's, which makes one document equal to the ordinary joined prompt. Mode "ape" always
+            takes the longest document's.
         max_document_tokens: longest document to prefill in one piece; ``None`` means what the window allows.
         long_documents: what happens to a longer one.
         document_attention: how tokens of one document see each other while it is prefilled: "causal" as every
@@ -53,6 +56,11 @@ class ModelSettings:
         answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
         max_new_tokens: default length of an answer in tokens.
         mode: default mode.
+        positions: of documents in mode "fusion". "uniform": all stand right after the prefix, so no order of theirs
+            is told from another. "global": one after another in the caller's order, the question behind the last;
+            it measures what order invariance costs.
+        ape_temperature: T of mode "ape", which divides the logits of the documents' slots.
+        ape_scale: S of mode "ape", which multiplies the log-sum-exp of the documents' slots.
         tuned: True when the weights themselves were trained to read fused caches.
         tuned_concat: True when the adapter or decoder was trained on joined prompts too, and so answers in mode
             "concat" as well; otherwise the base model does.
@@ -70,6 +78,9 @@ class ModelSettings:
     document_attention: DocumentAttention = "causal"
     max_new_tokens: int = 48
     mode: Mode = "fusion"
+    positions: Positions = "uniform"
+    ape_temperature: float = 0.9
+    ape_scale: float = 0.9
     tuned: bool = False
     tuned_concat: bool = False
 
@@ -92,8 +103,12 @@ class ModelSettings:
             raise InvalidInputError(
                 f"document_attention is {self.document_attention!r}, but it must be 'causal' or 'bidirectional'."
             )
-        if self.mode not in ("fusion", "concat"):
-            raise InvalidInputError(f"mode is {self.mode!r}, but it must be 'fusion' or 'concat'.")
+        if self.positions not in ("uniform", "global"):
+            raise InvalidInputError(f"positions is {self.positions!r}, but it must be 'uniform' or 'global'.")
+        require_mode(self.mode)
+        for name in ("ape_temperature", "ape_scale"):
+            if not _is_positive(getattr(self, name)):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a number above 0.")
         for name in ("tuned", "tuned_concat"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be true or false.")
@@ -172,9 +187,19 @@ def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.bos_token) if has_bos else ""
 
 
+def require_mode(mode: object) -> None:
+    """Raise InvalidInputError unless ``mode`` is one of the modes."""
+    if mode not in MODES:
+        raise InvalidInputError(f"mode is {mode!r}, but it must be 'fusion', 'concat' or 'ape'.")
+
+
 def is_count(value: object) -> bool:
     """Whether ``value`` is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _require_template(name: str, template: object, field: str | None = None, *, optional: str | None = None) -> None:

@@ -13,6 +13,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.cli import COMMANDS, evaluate, main
 from kvfusion_rag.errors import ContextLimitError, InvalidInputError, MissingDependencyError
 from kvfusion_rag.evaluation import plots, report
@@ -29,7 +30,14 @@ from kvfusion_rag.evaluation.orders import (
 )
 from kvfusion_rag.evaluation.runner import Prediction, predict
 from kvfusion_rag.evaluation.summary import METRICS, score, summarize
-from kvfusion_rag.evaluation.systems import SYSTEMS, GeneratorSystem, Models, make_systems
+from kvfusion_rag.evaluation.systems import (
+    SYSTEMS,
+    GeneratorSystem,
+    Models,
+    default_systems,
+    make_systems,
+    require_inputs,
+)
 from kvfusion_rag.qa import Passage, QARow, write_rows
 
 
@@ -363,27 +371,89 @@ def test_a_joined_prompt_that_passes_the_window_does_not_fit(generator):
     assert summary.cell("concat", ORIGINAL).not_fitting == 1
 
 
+UNTUNED = {"adapter": None, "decoder": None}
+
+
+@dataclass
+class Shelf:
+    """Loads the same generator for whatever is asked, and remembers what was."""
+
+    generator: KVFusionGenerator
+    loaded: list = field(default_factory=list)
+
+    def __call__(self, options):
+        self.loaded.append(dict(options))
+        return self.generator
+
+
 def test_models_are_loaded_once_and_only_when_needed(generator):
-    loaded = []
-
-    def load(options):
-        loaded.append(options)
-        return generator
-
-    systems = make_systems(["concat", "fusion", "concat-reorder"], models := Models(load, {"adapter": "lora"}))
-    assert loaded == [{"adapter": "lora"}]
+    systems = make_systems(["concat", "fusion", "concat-reorder"], models := Models(shelf := Shelf(generator), LORA))
+    assert shelf.loaded == [UNTUNED | {"adapter": "lora"}]
     assert [(s.name, s.mode) for s in systems] == [
         ("concat", "concat"),
         ("fusion", "fusion"),
         ("concat-reorder", "concat"),
     ]
-    make_systems(list(SYSTEMS), models)
-    assert loaded == [{"adapter": "lora"}, {"adapter": None}]
-    make_systems(["joined"], models, {"joined": lambda models: models.system("joined", "concat", adapter="other")})
-    assert loaded[2:] == [{"adapter": "other"}]
-    loaded.clear()
-    make_systems(list(SYSTEMS), Models(load, {"adapter": None}))
-    assert loaded == [{"adapter": None}]
+    make_systems(default_systems(LORA), models)
+    assert shelf.loaded == [UNTUNED | {"adapter": "lora"}, UNTUNED]
+    make_systems(default_systems({}), Models(bare := Shelf(generator), {}))
+    assert bare.loaded == [UNTUNED]
+    assert models.generator("base", positions="global") is models.generator("base", positions="global")
+
+
+LORA = {"adapter": "lora"}
+
+
+def test_each_system_judges_what_its_name_says(generator, tmp_path):
+    """Weights, mode and settings of every system, with all inputs at once."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    inputs = {"adapter": "lora", "decoder": "full", "sft": str(tmp_path), "concat_model": "wide"}
+    assert default_systems(inputs) == list(SYSTEMS)
+    joined = {"model": "wide"} | UNTUNED
+    tuned, full, sft = (
+        UNTUNED | {"adapter": "lora"},
+        UNTUNED | {"decoder": "full"},
+        joined | {"adapter": str(tmp_path)},
+    )
+    expected = {
+        "fusion": (tuned, "fusion", "uniform"),
+        "fusion-full": (full, "fusion", "uniform"),
+        "fusion-base": (UNTUNED, "fusion", "uniform"),
+        "concat": (joined, "concat", "uniform"),
+        "concat-reorder": (joined, "concat", "uniform"),
+        "sft": (sft, "concat", "uniform"),
+        "sft-reorder": (sft, "concat", "uniform"),
+        "pcw": (UNTUNED, "fusion", "uniform"),
+        "global": (tuned, "fusion", "global"),
+        "ape": (UNTUNED, "ape", "uniform"),
+    }
+    assert list(expected) == list(SYSTEMS)
+    for name, (weights, mode, positions) in expected.items():
+        (system,) = make_systems([name], Models(shelf := Shelf(generator), inputs))
+        settings = system.generator.settings
+        assert (shelf.loaded, system.name, system.mode) == ([weights], name, mode)
+        assert settings.positions == positions
+        assert settings.passage_length == (None if name == "pcw" else 60)
+        assert settings.tuned_concat == name.startswith("sft")
+        assert (system.reorder is long_context_order) == name.endswith("-reorder")
+    (system,) = make_systems(["sft"], Models(shelf := Shelf(generator), {"sft": "org/model", "concat_model": "wide"}))
+    assert shelf.loaded == [{"model": "org/model"} | UNTUNED]  # a whole model needs no other
+
+
+def test_default_systems_are_those_whose_inputs_are_there():
+    always = ["concat", "concat-reorder", "pcw", "global", "ape"]
+    assert default_systems({}) == ["fusion", *always]
+    assert default_systems({"adapter": "a"}) == ["fusion", "fusion-base", *always]
+    assert default_systems({"decoder": "d"}) == ["fusion-full", "fusion-base", *always]
+    assert default_systems({"sft": "s"}) == ["fusion", *always[:2], "sft", "sft-reorder", *always[2:]]
+    require_inputs(["fusion-full", "global"], {"decoder": "d"})
+    for name, inputs, message in (
+        ("fusion-full", {}, "'fusion-full' needs --decoder, which is not given."),
+        ("sft-reorder", {"adapter": "a"}, "'sft-reorder' needs --sft, which is not given."),
+        ("fusion", {"decoder": "d"}, "needs --adapter, which is not given; the decoder is judged as 'fusion-full'."),
+    ):
+        with pytest.raises(InvalidInputError, match=re.escape(message)):
+            require_inputs([name], inputs)
 
 
 def test_a_caller_can_add_systems():
@@ -400,9 +470,14 @@ def test_a_caller_can_add_systems():
 
 
 def test_the_identity_says_what_a_system_changes(generator):
-    fusion, concat = make_systems(["fusion", "concat"], Models(lambda options: generator, {"adapter": None}, 3))
-    assert fusion.identity() == generator.identity() | {"context_window": 512, "max_new_tokens": 3}
+    names = ["fusion", "concat", "global", "ape"]
+    fusion, concat, moved, ape = make_systems(names, Models(lambda options: generator, {}, 3))
+    changed = {"context_window": 512, "max_new_tokens": 3, "positions": "uniform"}
+    assert fusion.identity() == generator.identity() | changed
     assert concat.identity()["mode"] == "concat"
+    assert moved.identity()["positions"] == "global"
+    found = ape.identity()
+    assert (found["mode"], found["temperature"], found["scale"]) == ("ape", 0.9, 0.9)
 
 
 def test_reordering_reaches_the_generator():
@@ -436,17 +511,17 @@ def test_the_whole_path(capsys, command, tmp_path):
     assert out == (tmp_path / "a.md").read_text()
     assert "**tiny-llama on rows.jsonl.gz: 4 questions, 5 documents each.**" in out
     figures = json.loads((tmp_path / "a.json").read_text())
-    assert [system["name"] for system in figures["systems"]] == ["fusion", "concat", "concat-reorder"]
+    assert [system["name"] for system in figures["systems"]] == default_systems({})
     assert figures["systems"][0]["model_id"] == "tiny-llama"
     assert (figures["rows"], figures["documents"], figures["settings"]["seed"]) == (4, 5, 5)
     assert {"date", "command", "commit", "versions", "hardware"} == figures["run"].keys()
-    assert len(figures["cells"]) == 3 * len(figures["conditions"]) == 3 * 6
+    assert len(figures["cells"]) == 6 * len(figures["conditions"]) == 6 * 6
     assert figures["token_match"][0]["figure"] == {"mean": 100.0, "low": 100.0, "high": 100.0}
     assert figures["slot_spread"][0] == {"system": "fusion", "points": 0.0}
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(lines) == 4 * len(figures["cells"])
     at_5 = [line["documents"] for line in lines if line["condition"] == "slot:5"]
-    assert at_5 == [[2, 3, 4, 5, 1]] * 12
+    assert at_5 == [[2, 3, 4, 5, 1]] * 24
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -479,7 +554,7 @@ def test_json_is_all_that_is_printed_and_repeats(capsys, command):
 
 
 def test_what_does_not_fit_is_marked(capsys, command, monkeypatch):
-    monkeypatch.setattr(evaluate, "make_systems", lambda names, models: [Reader("wide"), Reader("small", limit=4)])
+    monkeypatch.setattr(evaluate, "make_systems", lambda *args: [Reader("wide"), Reader("small", limit=4)])
     assert command("rows.jsonl.gz", "--plot", "a.svg") == 0
     out = capsys.readouterr().out
     assert "| small  | does not fit" in out
@@ -498,7 +573,9 @@ def test_what_does_not_fit_is_marked(capsys, command, monkeypatch):
         (["rows.jsonl.gz", "--seed", "-1"], "'-1' is not a whole number from 0"),
         (["torn.jsonl.gz"], "torn.jsonl.gz cannot be read"),
         (["rows.jsonl.gz", "--conditions", ","], "no name is given"),
-        (["rows.jsonl.gz", "--systems", "fusion,magic"], "'magic' is no system; they are fusion, fusion-base"),
+        (["rows.jsonl.gz", "--systems", "fusion,magic"], "'magic' is no system; they are fusion, fusion-full"),
+        (["rows.jsonl.gz", "--systems", "fusion,sft"], "the system 'sft' needs --sft, which is not given"),
+        (["rows.jsonl.gz", "--systems", "fusion", "--decoder", "d"], "the decoder is judged as 'fusion-full'"),
         (["rows.jsonl.gz", "--output", "rows.jsonl.gz", "--force"], "rows.jsonl.gz is named twice"),
         (["rows.jsonl.gz", "--output", "x", "--plot", "x"], "x is named twice"),
         (["rows.jsonl.gz", "--output", "empty.jsonl"], "empty.jsonl' exists; name another file"),
@@ -525,7 +602,8 @@ def test_an_adapter_is_judged_beside_its_base(capsys, command, monkeypatch, gene
     adapters = []
     monkeypatch.setattr(evaluate, "load_generator", lambda args: adapters.append(args.adapter) or generator)
     assert command("rows.jsonl.gz", "--adapter", "lora", "--conditions", "original", "--json") == 0
-    assert [system["name"] for system in json.loads(capsys.readouterr().out)["systems"]] == list(SYSTEMS)
+    found = [system["name"] for system in json.loads(capsys.readouterr().out)["systems"]]
+    assert found == default_systems({"adapter": "lora"}) and "fusion-base" in found
     assert adapters == ["lora", None]
 
 

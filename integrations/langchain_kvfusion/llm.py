@@ -68,7 +68,7 @@ class KVFusionLLM(BaseLLM):
     top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
     stop: list[str] | None = Field(default=None, description="Strings that end the answer, left out of it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    mode: str | None = Field(default=None, description="'fusion' or 'concat'; None: the generator's mode.")
+    mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
     streaming: bool = Field(default=False, description="Report tokens to callbacks on a single prompt's invoke too.")
     strict: bool = Field(default=False, description="Refuse prompts that come without documents.")
 

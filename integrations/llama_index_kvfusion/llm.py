@@ -68,7 +68,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
     stop: str | Sequence[str] = Field(default=(), description="Strings that end the answer, left out of it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    mode: str | None = Field(default=None, description="'fusion' or 'concat'; None: the generator's mode.")
+    mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
 
     _generator: KVFusionGenerator = PrivateAttr()
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from ..evaluation.orders import GROUPS
-from ..evaluation.systems import SYSTEMS, Models, make_systems, require_systems
+from ..evaluation.systems import SYSTEMS, Models, default_systems, make_systems, require_inputs, require_systems
 from .console import say, say_json
 from .options import add_model_arguments, load_generator, positive
 
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
+    from ..evaluation.ape import ApeSearch
     from ..evaluation.orders import Plan
     from ..evaluation.runner import Predictions
     from ..evaluation.summary import Summary
@@ -40,8 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--systems",
         type=names,
         metavar="A,B",
-        help=f"out of {', '.join(SYSTEMS)}; others are compared with the first (default: all, fusion-base "
-        "only beside an adapter)",
+        help=f"out of {', '.join(SYSTEMS)}; others are compared with the first (default: those whose inputs are "
+        "given; --adapter and --decoder may both be)",
+    )
+    parser.add_argument("--sft", metavar="DIR", help="adapter or whole model that was trained on joined prompts")
+    parser.add_argument("--concat-model", metavar="NAME", help="another base model for concat and sft")
+    parser.add_argument(
+        "--ape-search",
+        metavar="ROWS",
+        help="choose APE's temperature and scale on these rows (a sample of --limit), which are not evaluated",
     )
     parser.add_argument(
         "--conditions",
@@ -88,16 +96,23 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.summary import summarize
     from ..evaluation.tables import markdown
 
-    chosen = args.systems or [name for name in SYSTEMS if args.adapter or args.decoder or name != "fusion-base"]
+    inputs = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
+    chosen = args.systems or default_systems(inputs)
     require_systems(chosen)
+    require_inputs(chosen, inputs)
     _require_outputs(args)
     rows, plan = _rows_and_plan(args)
-    tuning = {"adapter": args.adapter, "decoder": args.decoder}
-    models = Models(lambda options: _load(args, options), tuning, args.max_new_tokens)
-    systems = make_systems(chosen, models)
+    models = Models(lambda options: _load(args, options), inputs, args.max_new_tokens)
+    factories, search = dict(SYSTEMS), _ape_search(args, chosen, rows, plan, models)
+    if search is not None:
+        factories["ape"] = lambda models: models.system("ape", "ape", "base", **search.settings)
+        plan = replace(plan, notes=(*plan.notes, search.note))
+    systems = make_systems(chosen, models, factories)
     predictions = predict(rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True)
     summary = summarize(rows, predictions, Bootstrap(args.seed))
     report = make_report(summary, plan, systems, rows, _settings(args))
+    if search is not None:
+        report["ape_search"] = _file_facts(args.ape_search) | search.to_dict()
     tables = markdown(summary, report)
     if args.json:
         say_json(report)
@@ -114,8 +129,7 @@ def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
     rows, notes = _read(Path(args.rows)), ()
     if args.skip_rows and rows:
         rows, notes = usable_rows(rows, args.conditions, args.documents)
-    if args.limit is not None and args.limit < len(rows):
-        rows = [rows[index] for index in sorted(random.Random(args.seed).sample(range(len(rows)), args.limit))]
+    rows = _sample(rows, args)
     plan = plan_conditions(rows, args.conditions, args.documents)
     plan = replace(plan, notes=(*notes, *plan.notes))
     for note in plan.notes:
@@ -123,6 +137,39 @@ def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
     if args.plot and not any(condition.kind == "slot" for condition in plan.conditions):
         raise InvalidInputError("--plot draws exact match by gold slot, but no slot is among the conditions.")
     return rows, plan
+
+
+def _sample(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
+    """A random sample of ``--limit`` rows in the file's order, or all."""
+    if args.limit is None or args.limit >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(args.seed).sample(range(len(rows)), args.limit))]
+
+
+def _ape_search(
+    args: argparse.Namespace, chosen: list[str], rows: list[QARow], plan: Plan, models: Models
+) -> ApeSearch | None:
+    """The search that ``--ape-search`` asks for, on as many documents a question as are evaluated."""
+    from ..evaluation.ape import require_search_rows, search_ape
+    from ..evaluation.orders import ORIGINAL, usable_rows
+
+    if args.ape_search is None:
+        return None
+    if "ape" not in chosen:
+        raise InvalidInputError("--ape-search is given, but 'ape' is not among the systems.")
+    others = _read(Path(args.ape_search))
+    if args.skip_rows and others:
+        others, _ = usable_rows(others, [ORIGINAL.name], plan.documents)
+    others = _sample(others, args)
+    require_search_rows(others, rows, plan.documents)
+    return search_ape(
+        others,
+        models.generator("base"),
+        documents=plan.documents,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        progress=True,
+    )
 
 
 def _read(path: Path) -> list[QARow]:
@@ -150,8 +197,13 @@ def _require_outputs(args: argparse.Namespace) -> None:
     from ..evaluation.plots import require_plotting
 
     places = [path.resolve() for path in _outputs(args)]
+    read = [Path(path).resolve() for path in (args.rows, args.ape_search) if path is not None]
+    if len(read) != len(set(read)):
+        raise InvalidInputError(
+            f"--ape-search has to name other rows than those evaluated, but both are {read[0].name}."
+        )
     for number, path in enumerate(places):
-        if path in [*places[:number], Path(args.rows).resolve()]:
+        if path in [*places[:number], *read]:
             raise InvalidInputError(f"{path.name} is named twice, but every file has to be another one.")
         if path.is_dir() or (path.exists() and not args.force):
             raise InvalidInputError(f"{str(path)!r} exists; name another file or overwrite it with --force.")
@@ -162,11 +214,14 @@ def _require_outputs(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    facts = {"limit": args.limit, "seed": args.seed, "batch_size": args.batch_size}
+    return _file_facts(args.rows) | facts
+
+
+def _file_facts(name: str) -> dict[str, Any]:
     from ..evaluation.report import file_digest
 
-    path = Path(args.rows)
-    facts = {"file": path.name, "file_sha256": file_digest(path), "limit": args.limit, "seed": args.seed}
-    return facts | {"batch_size": args.batch_size}
+    return {"file": Path(name).name, "file_sha256": file_digest(Path(name))}
 
 
 def _write(

@@ -84,7 +84,8 @@ def _top(summary: Summary, columns: list[Condition]) -> float:
 
 def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], number: int, shift: float) -> None:
     """One system: a line over the slots, and a point apart from it for the shuffled order."""
-    color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+    color = _COLORS[number % len(_COLORS)]
+    marker = _MARKERS[(number + number // len(_COLORS)) % len(_MARKERS)]  # a colour comes back with another shape
     cells = [summary.cell(system, column) for column in columns]
     left_out = max(cell.not_fitting for cell in cells)
     label = system if not left_out else f"{system} ({left_out} of {cells[0].rows} do not fit)"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..errors import InvalidInputError
 from .orders import long_context_order
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ..generator import KVFusionGenerator
     from ..schema import Document, Mode
 
+ADAPTER_FILE = "adapter_config.json"  # as peft names it
 Reorder = Callable[[Sequence["Document"]], "list[Document]"]
 
 
@@ -63,61 +65,128 @@ class GeneratorSystem:
 
     def identity(self) -> Mapping[str, Any]:
         """The generator's identity with what this system changes of it."""
-        found = self.generator.identity()
+        found, settings = self.generator.identity(), self.generator.settings
+        tuned = self.mode == "fusion" or (self.mode == "concat" and settings.tuned_concat)
+        changed: dict[str, Any] = {} if tuned else {"adapter": None, "decoder": None}
+        if self.mode == "fusion":
+            changed["positions"] = settings.positions
+        if self.mode == "ape":
+            changed |= {"temperature": settings.ape_temperature, "scale": settings.ape_scale}
         return found | {
-            "adapter": found["adapter"] if self.mode == "fusion" or self.generator.settings.tuned_concat else None,
+            **changed,
             "mode": self.mode,
             "context_window": self.generator.context_window,
             "max_new_tokens": self.max_new_tokens or self.generator.max_new_tokens,
         }
 
 
+Weights = Literal["tuned", "full", "base", "concat", "sft"]
+
+
 class Models:
-    """Generators of one base model in several variants, each loaded once and on first use.
+    """Generators over the weights that a run names, each loaded once and on first use.
 
     Args:
-        load: makes a generator from options (``adapter``: a folder or ``None``, ...).
-        tuning: the options that name what was trained and is being judged; all ``None`` is the base model.
+        load: makes a generator from options: ``model`` (another base model), ``adapter``, ``decoder``.
+        inputs: what there is to judge beside the base model, each a name or ``None``: ``adapter`` and ``decoder``
+            (trained on fused documents), ``sft`` (an adapter folder or a whole model, trained on joined prompts),
+            ``concat_model`` (another base model for joined prompts).
         max_new_tokens: longest answer; ``None`` for the model's own.
     """
 
     def __init__(
         self,
         load: Callable[[Mapping[str, str | None]], KVFusionGenerator],
-        tuning: Mapping[str, str | None],
+        inputs: Mapping[str, str | None],
         max_new_tokens: int | None = None,
     ) -> None:
         self._load = load
-        self._tuning = tuning
-        self._loaded: dict[frozenset[tuple[str, str | None]], KVFusionGenerator] = {}
+        self._inputs = inputs
+        self._loaded: dict[frozenset[tuple[str, Any]], KVFusionGenerator] = {}
         self.max_new_tokens = max_new_tokens
 
-    def system(self, name: str, mode: Mode, *, reorder: Reorder = list, **changes: str | None) -> System:
-        """A generator system over the tuned model, or over one with ``changes`` of its options."""
-        return self._system(name, mode, {**self._tuning, **changes}, reorder)
+    def system(self, name: str, mode: Mode, weights: Weights, *, reorder: Reorder = list, **settings: Any) -> System:
+        """A generator system over ``weights``, with ``settings`` in place of the model's own."""
+        return GeneratorSystem(name, self.generator(weights, **settings), mode, reorder, self.max_new_tokens)
 
-    def base_system(self, name: str, mode: Mode) -> System:
-        """A generator system over the model without any tuning."""
-        return self._system(name, mode, dict.fromkeys(self._tuning), list)
-
-    def _system(self, name: str, mode: Mode, options: Mapping[str, str | None], reorder: Reorder) -> System:
+    def generator(self, weights: Weights, **settings: Any) -> KVFusionGenerator:
+        """The generator over ``weights``; those that differ in settings alone share them and their store."""
+        options = self._options(weights)
         key = frozenset(options.items())
         if key not in self._loaded:
             self._loaded[key] = self._load(options)
-        return GeneratorSystem(name, self._loaded[key], mode, reorder, self.max_new_tokens)
+        if not settings:
+            return self._loaded[key]
+        changed = key | frozenset(settings.items())
+        if changed not in self._loaded:
+            self._loaded[changed] = self._loaded[key].with_settings(**settings)
+        return self._loaded[changed]
+
+    def _options(self, weights: Weights) -> dict[str, str | None]:
+        """What to load: "tuned" is the adapter, else the decoder, else the base model; "full" is the decoder."""
+        adapter, decoder, sft, other = (self._inputs.get(n) for n in ("adapter", "decoder", "sft", "concat_model"))
+        joined = {} if other is None else {"model": other}
+        tuned = {"decoder": decoder} if adapter is None else {"adapter": adapter}
+        changes = {
+            "base": {},
+            "tuned": tuned,
+            "full": {"decoder": decoder},
+            "concat": joined or tuned,
+            "sft": {**joined, "adapter": sft} if _is_adapter(sft) else {"model": sft},
+        }
+        return {"adapter": None, "decoder": None} | changes[weights]
 
 
 SystemFactory = Callable[[Models], System]
 
-# Mode "concat" needs no other model, so it takes the generator that "fusion" has loaded.
+# Without --concat-model, mode "concat" takes the generator that "fusion" has loaded.
 SYSTEMS: Mapping[str, SystemFactory] = MappingProxyType(
     {
-        "fusion": lambda models: models.system("fusion", "fusion"),
-        "fusion-base": lambda models: models.base_system("fusion-base", "fusion"),
-        "concat": lambda models: models.system("concat", "concat"),
-        "concat-reorder": lambda models: models.system("concat-reorder", "concat", reorder=long_context_order),
+        "fusion": lambda models: models.system("fusion", "fusion", "tuned"),
+        "fusion-full": lambda models: models.system("fusion-full", "fusion", "full"),
+        "fusion-base": lambda models: models.system("fusion-base", "fusion", "base"),
+        "concat": lambda models: models.system("concat", "concat", "concat"),
+        "concat-reorder": lambda models: models.system(
+            "concat-reorder", "concat", "concat", reorder=long_context_order
+        ),
+        "sft": lambda models: models.system("sft", "concat", "sft", tuned_concat=True),
+        "sft-reorder": lambda models: models.system(
+            "sft-reorder", "concat", "sft", reorder=long_context_order, tuned_concat=True
+        ),
+        # Parallel Context Windows (arXiv 2212.10947) with one document a window
+        "pcw": lambda models: models.system("pcw", "fusion", "base", passage_length=None),
+        "global": lambda models: models.system("global", "fusion", "tuned", positions="global"),
+        "ape": lambda models: models.system("ape", "ape", "base"),
     }
 )
+NEEDED = MappingProxyType({"fusion-full": "decoder", "sft": "sft", "sft-reorder": "sft"})  # by system, an input
+
+
+def default_systems(inputs: Mapping[str, str | None]) -> list[str]:
+    """The systems whose inputs are there; ``fusion-base`` only where it is another one than ``fusion``."""
+    tuned = inputs.get("adapter") or inputs.get("decoder")
+    return [name for name in SYSTEMS if _missing(name, inputs) is None and (tuned or name != "fusion-base")]
+
+
+def require_inputs(names: Sequence[str], inputs: Mapping[str, str | None]) -> None:
+    """Raise InvalidInputError if one of the named systems lacks what it judges."""
+    for name in names:
+        if (missing := _missing(name, inputs)) is not None:
+            hint = "; the decoder is judged as 'fusion-full'" if name == "fusion" else ""
+            raise InvalidInputError(f"the system {name!r} needs --{missing}, which is not given{hint}.")
+
+
+def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
+    """The input that a system lacks, or ``None``."""
+    needed = NEEDED.get(name)
+    if name == "fusion" and inputs.get("decoder") is not None:
+        needed = "adapter"  # a run with a decoder alone has it as fusion-full
+    return needed if needed is not None and inputs.get(needed) is None else None
+
+
+def _is_adapter(name: str | None) -> bool:
+    """Whether ``name`` is a folder that holds an adapter in peft's format, not a whole model."""
+    return name is not None and (Path(name).expanduser() / ADAPTER_FILE).is_file()
 
 
 def make_systems(

@@ -53,6 +53,11 @@ def train(
         raise InvalidInputError(f"{str(folder)!r} holds a training run already; name another folder, or resume it.")
     path, model_id = locate_model(model)
     base = Backbone.load(path, model_id=model_id, device=device, dtype=dtype)
+    if base.settings.positions != "uniform":
+        raise InvalidInputError(
+            f"positions is {base.settings.positions!r} in the settings of {model_id!r}, but training reads documents "
+            "at uniform positions."
+        )
     decoder = Backbone.load(path, model_id=model_id, device=device, dtype=dtype) if config.full else None
     engine = Engine(
         base,

@@ -1,0 +1,134 @@
+"""The search for APE's temperature and scale: a small grid on rows that are not evaluated.
+
+The paper (arXiv 2502.05431) sets both for each task; a report that compares APE has to choose them on other questions
+than it judges. Knows generators, not how they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidInputError
+from .orders import ORIGINAL, plan_conditions
+from .runner import predict
+from .summary import score
+from .systems import GeneratorSystem
+
+if TYPE_CHECKING:
+    from ..generator import KVFusionGenerator
+    from ..qa import QARow
+
+TEMPERATURES = (1.0, 0.9, 0.8, 0.6)
+SCALES = (1.0, 0.9, 0.8, 0.6)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """Exact match (per cent) with one temperature and one scale."""
+
+    temperature: float
+    scale: float
+    exact_match: float
+
+    @property
+    def change(self) -> float:
+        """How far both are from 1, where APE is plain fusion."""
+        return abs(self.temperature - 1) + abs(self.scale - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class ApeSearch:
+    """All trials on ``rows`` questions, and the one that is used."""
+
+    rows: int
+    trials: tuple[Trial, ...]
+
+    @property
+    def chosen(self) -> Trial:
+        """The best by exact match; of several, the one nearest to plain fusion."""
+        return max(self.trials, key=lambda trial: (trial.exact_match, -trial.change))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The choice as fields of ``ModelSettings``."""
+        return {"ape_temperature": self.chosen.temperature, "ape_scale": self.chosen.scale}
+
+    @property
+    def note(self) -> str:
+        """One sentence for the report."""
+        best, plain = self.chosen, next(trial for trial in self.trials if trial.change == 0)
+        return (
+            f"ape: temperature {best.temperature:g} and scale {best.scale:g}, the best of {len(self.trials)} pairs "
+            f"on {self.rows} other questions (exact match {best.exact_match:.1f}; {plain.exact_match:.1f} with both "
+            "at 1)."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "rows": self.rows,
+            "trials": [asdict(trial) for trial in self.trials],
+            "temperature": self.chosen.temperature,
+            "scale": self.chosen.scale,
+        }
+
+
+def require_search_rows(rows: Sequence[QARow], evaluated: Sequence[QARow], documents: int) -> None:
+    """Fail before a model is loaded on what no search can be made on.
+
+    Raises:
+        InvalidInputError: a question is evaluated, too; no rows; or a row has fewer passages than ``documents``.
+    """
+    plan_conditions(rows, [ORIGINAL.name], documents)
+    questions = {row.question for row in evaluated}
+    if shared := sum(row.question in questions for row in rows):
+        raise InvalidInputError(
+            f"{shared} of the {len(rows)} questions to search temperature and scale on are among those that are "
+            "evaluated, but a choice has to be made on others."
+        )
+
+
+def search_ape(
+    rows: Sequence[QARow],
+    generator: KVFusionGenerator,
+    *,
+    documents: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    progress: bool = False,
+) -> ApeSearch:
+    """Try all pairs of ``TEMPERATURES`` and ``SCALES`` on ``rows``, each question over its documents once.
+
+    The order of documents does not matter in mode "ape". A question that does not fit counts as wrong, for all pairs
+    alike.
+
+    Args:
+        documents: documents of each question; by default as many as every row has.
+        batch_size: questions that are answered together.
+        max_new_tokens: longest answer; ``None`` for the model's own.
+        progress: show a bar on stderr where that is a terminal.
+
+    Raises:
+        InvalidInputError: no rows, or a row with fewer passages than ``documents``.
+    """
+    plan = plan_conditions(rows, [ORIGINAL.name], documents)
+    systems = [
+        GeneratorSystem(
+            f"ape {temperature:g} {scale:g}",
+            generator.with_settings(ape_temperature=temperature, ape_scale=scale),
+            "ape",
+            max_new_tokens=max_new_tokens,
+        )
+        for temperature in TEMPERATURES
+        for scale in SCALES
+    ]
+    predictions = predict(rows, systems, plan, batch_size=batch_size, progress=progress)
+    trials = []
+    for system in systems:
+        found = predictions[system.name, ORIGINAL]
+        right = sum(score(p, row, ORIGINAL)["em"] for row, p in zip(rows, found, strict=True) if p is not None)
+        settings = system.generator.settings
+        trials.append(Trial(settings.ape_temperature, settings.ape_scale, 100 * right / len(rows)))
+    return ApeSearch(len(rows), tuple(trials))
