@@ -29,7 +29,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import InvalidInputError, KVFusionError, ModelLoadError
+from .attention import register
+from .errors import InvalidInputError, KVFusionError, ModelLoadError, UnsupportedModelError
 from .schema import DocumentKV
 from .settings import FILE_NAME, ModelSettings, load_settings
 from .support import require_supported
@@ -73,6 +74,7 @@ class Backbone:
         self.adapter_digest = None if adapter is None else self._load_adapter(str(adapter))
         self._lock = threading.Lock()
         self._adapter_on = adapter is not None
+        self.checkpoints_activations = False
 
     @classmethod
     def load(
@@ -207,12 +209,51 @@ class Backbone:
     def training_logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        """Logits (B, Q, V) of one pass of Dt with gradients; arguments as in :meth:`forward`."""
-        with self._turn(adapter=True):
-            out = self.model(
-                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        """Logits (B, Q, V) of one pass of Dt with gradients; arguments as in :meth:`forward`.
+
+        Once :meth:`checkpoint_activations` was called, the mask must be a four-dimensional one, and the backward
+        pass must come before the model is used for anything else, since it computes the layers again.
+        """
+        if mask.dim() == 4 and self.config._attn_implementation == "eager":  # which adds a mask to the scores
+            mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(
+                ~mask, torch.finfo(self.dtype).min
             )
+        known: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if self.checkpoints_activations:
+            layers = [layer[:2] for layer in cache] if cache.get_seq_length() else None
+            known = {"context": layers, "use_cache": False}
+        with self._turn(adapter=True, training=self.model.training):
+            out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **known)
         return out.logits
+
+    def checkpoint_activations(self) -> None:
+        """From now on compute layers again in the backward pass instead of keeping their activations.
+
+        Raises:
+            UnsupportedModelError: the architecture has no checkpoints, or no attention function can be named for it.
+        """
+        if self.config._attn_implementation != "sdpa":
+            raise UnsupportedModelError(
+                f"{self.model_id!r} computes attention as {self.config._attn_implementation!r}, but gradient "
+                "checkpointing over a fused cache needs 'sdpa'; train without gradient_checkpointing."
+            )
+        name = register()
+        self.model.set_attn_implementation(name)
+        if self.config._attn_implementation != name:
+            raise UnsupportedModelError(
+                f"{self.model_id!r} does not let its attention function be named, so gradient checkpointing would lose "
+                "the fused cache; train without gradient_checkpointing."
+            )
+        # Before transformers 5.20 or so, the method had its former name alone.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"{self.model_id!r} ({self.config.model_type}) has no gradient checkpointing in transformers."
+            ) from error
+        self.model.disable_input_require_grads()  # needed by reentrant checkpoints alone
+        self.checkpoints_activations = True
 
     def add_adapter(self, settings: LoraConfig) -> None:
         """Put a fresh LoRA adapter onto the model, to be trained; prefill goes on without it."""
@@ -251,15 +292,22 @@ class Backbone:
         return self.adapter_digest is not None
 
     @contextmanager
-    def _turn(self, *, adapter: bool) -> Iterator[None]:
-        """The model for one forward pass, with the adapter (if any) on or off."""
+    def _turn(self, *, adapter: bool, training: bool = False) -> Iterator[None]:
+        """The model for one forward pass, with the adapter (if any) on or off, and dropout in training alone."""
         # A caller's autocast would change the bits under an unchanged key.
         with self._lock, torch.autocast(self.device.type, enabled=False):
             wanted = adapter and self.has_adapter
             if wanted != self._adapter_on:
                 self.model.enable_adapters() if wanted else self.model.disable_adapters()
                 self._adapter_on = wanted
-            yield
+            paused = self.model.training and not training
+            if paused:
+                self.model.eval()
+            try:
+                yield
+            finally:
+                if paused:
+                    self.model.train()
 
     def _load_adapter(self, adapter: str) -> str:
         name = Path(adapter).resolve().name

@@ -65,7 +65,7 @@ def test_the_loss_is_that_of_one_block_masked_pass(architecture):
     made = engine(architecture)
     for row in rows(3):
         batch = batch_of(made, [row])
-        (example,) = batch.examples
+        ((example,),) = batch.groups
         documents, read = list(example.documents.values()), list(example.read)
         lengths, prefix = [len(d) for d in documents], list(made.encoder.prefix_ids)
         ids = [*prefix, *(i for d in documents for i in d), *read]
@@ -112,6 +112,15 @@ def test_stored_and_computed_documents_give_the_same_loss_and_gradients():
             fusion_loss(made, batch_of(made, rows(4))).backward()
         gradients.append([p.grad.clone() for p in made.decoder.model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_documents_are_prefilled_without_dropout_while_the_same_model_is_trained(architecture):
+    made, ids = engine(architecture), {"k": (20, 30, 40)}
+    expected = made.document_kvs(ids)[0]["k"]
+    made.decoder.model.train()
+    assert torch.equal(made.document_kvs(ids)[0]["k"].values, expected.values)
+    assert made.decoder.model.training
 
 
 def trainer(tmp_path: Path, made: Engine, data: list[QARow], dev: list[QARow] | None = None, **config) -> Trainer:

@@ -8,7 +8,6 @@ gradients. Knows rows and engines; examples, loss and checkpoints are in their o
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,6 +26,7 @@ from ..engine import Engine
 from ..errors import InvalidInputError
 from ..evaluation.metrics import exact_match
 from ..qa import QARow
+from .batches import Step, epoch_steps
 from .checkpoint import load_state, save_decoder, save_state
 from .config import TrainingConfig
 from .examples import Batch, Example, collate, encode_row, encode_rows
@@ -79,11 +79,10 @@ class Trainer:
         self._optimizer = torch.optim.AdamW(
             self.weights.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
-        rows_per_step = config.batch_size * config.accumulation * self._processes.num_processes
-        self.steps_per_epoch = math.ceil(len(self.examples) / rows_per_step)
-        self.total_steps = min(self.steps_per_epoch * config.epochs, config.max_steps or math.inf)
+        self._plan = self._plan_steps()
+        self.total_steps = len(self._plan)
         self._schedule = get_cosine_schedule_with_warmup(
-            self._optimizer, round(config.warmup * self.total_steps), int(self.total_steps)
+            self._optimizer, round(config.warmup * self.total_steps), self.total_steps
         )
         self.progress = Progress()
 
@@ -93,7 +92,7 @@ class Trainer:
             self._load_state()
         began = time.perf_counter()
         hidden = not self._processes.is_main_process
-        total, done = int(self.total_steps), self.progress.step
+        total, done = self.total_steps, self.progress.step
         with tqdm(total=total, initial=done, desc="train", unit="step", delay=1, disable=hidden) as bar:
             for batches, tokens in self._steps():
                 loss = self._step(batches, tokens)
@@ -143,17 +142,28 @@ class Trainer:
             )
         decoder.model.train()
 
+    def _plan_steps(self) -> list[Step]:
+        """The rows of every step of the run, over all processes."""
+        config = self.config
+        documents = [tuple(example.documents) or number for number, example in enumerate(self.examples)]
+        steps: list[Step] = []
+        for epoch in range(config.epochs):
+            steps += epoch_steps(
+                documents,
+                batch_size=config.batch_size,
+                batches_per_step=config.accumulation * self._processes.num_processes,
+                seed=config.seed + epoch,
+            )
+            if config.max_steps is not None and len(steps) >= config.max_steps:
+                return steps[: config.max_steps]
+        return steps
+
     def _steps(self) -> Iterator[tuple[list[Batch], int]]:
         """This process's batches of each step still to do, and the target tokens of all processes together."""
-        config, world = self.config, self._processes.num_processes
-        per_step = config.batch_size * config.accumulation * world
-        while self.progress.step < self.total_steps:
-            epoch, inside = divmod(self.progress.step, self.steps_per_epoch)
-            order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(config.seed + epoch))
-            chosen = [self.examples[i] for i in order[inside * per_step : (inside + 1) * per_step].tolist()]
-            mine = chosen[self._processes.process_index :: world]
-            batches = [collate(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
-            yield batches, sum(len(example.target) for example in chosen)
+        for step in self._plan[self.progress.step :]:
+            mine = step[self._processes.process_index :: self._processes.num_processes]
+            batches = [collate([self.examples[row] for row in rows]) for rows in mine]
+            yield batches, sum(len(self.examples[row].target) for rows in step for row in rows)
 
     def _step(self, batches: list[Batch], tokens: int) -> float:
         """One optimiser step; returns the loss in nats a token, over all processes."""
