@@ -29,10 +29,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import register
-from .errors import InvalidInputError, KVFusionError, ModelLoadError, UnsupportedModelError
+from .attention import read_context_twice
+from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .schema import DocumentKV
-from .settings import FILE_NAME, ModelSettings, load_settings
+from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -232,27 +232,7 @@ class Backbone:
         Raises:
             UnsupportedModelError: the architecture has no checkpoints, or no attention function can be named for it.
         """
-        if self.config._attn_implementation != "sdpa":
-            raise UnsupportedModelError(
-                f"{self.model_id!r} computes attention as {self.config._attn_implementation!r}, but gradient "
-                "checkpointing over a fused cache needs 'sdpa'; train without gradient_checkpointing."
-            )
-        name = register()
-        self.model.set_attn_implementation(name)
-        if self.config._attn_implementation != name:
-            raise UnsupportedModelError(
-                f"{self.model_id!r} does not let its attention function be named, so gradient checkpointing would lose "
-                "the fused cache; train without gradient_checkpointing."
-            )
-        # Before transformers 5.20 or so, the method had its former name alone.
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        try:
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UnsupportedModelError(
-                f"{self.model_id!r} ({self.config.model_type}) has no gradient checkpointing in transformers."
-            ) from error
-        self.model.disable_input_require_grads()  # needed by reentrant checkpoints alone
+        read_context_twice(self.model, self.model_id)
         self.checkpoints_activations = True
 
     def add_adapter(self, settings: LoraConfig) -> None:
@@ -311,6 +291,7 @@ class Backbone:
 
     def _load_adapter(self, adapter: str) -> str:
         name = Path(adapter).resolve().name
+        require_trained_on(Path(adapter), self)
         with _loading(f"the adapter {name!r} onto {self.model_id!r}"):
             found = self.model.load_adapter(adapter)
         misfits = (*found.missing_keys, *found.unexpected_keys, *found.mismatched_keys)
@@ -323,6 +304,28 @@ class Backbone:
         settings = {key: vars(value) for key, value in self.model.peft_config.items()}
         facts = json.dumps(settings, sort_keys=True, default=_sorted_if_set)
         return _digest(sorted(self.model.get_adapter_state_dict().items(), key=lambda item: item[0]), facts)
+
+
+def require_trained_on(folder: Path, base: Backbone) -> None:
+    """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
+
+    Shapes alone do not tell two models of one family apart. What has no record, or was trained in another precision
+    (which changes the digest), is not judged.
+
+    Raises:
+        ModelLoadError: it was trained on another base model.
+    """
+    file = folder / RECORD_NAME
+    if not file.is_file():
+        return
+    with _loading(f"the record of {folder.name!r}"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        trained_on, dtype = record.get("base_weights"), record.get("dtype")
+    if dtype == str(base.dtype).removeprefix("torch.") and trained_on != base.weights_digest:
+        raise ModelLoadError(
+            f"{folder.resolve().name!r} was trained on another base model: on {record.get('base_model')!r}, and the "
+            f"weights of {base.model_id!r} are others."
+        )
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -1,6 +1,7 @@
 """Questions on the same documents read one fused context, and nothing else changes by it."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def gradients(made, batches) -> tuple[float, dict[str, torch.Tensor]]:
     made.decoder.model.zero_grad()
     loss = sum(fusion_loss(made, batch) for batch in batches)
     loss.backward()
-    return float(loss.detach()), {n: p.grad.clone() for n, p in made.decoder.model.named_parameters() if p.grad is not None}
+    return float(loss.detach()), {
+        n: p.grad.clone() for n, p in made.decoder.model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("changes", [{}, {"_attn_implementation": "eager"}], ids=["sdpa", "eager"])
@@ -116,7 +119,9 @@ def test_rows_that_share_nothing_are_a_plain_shuffle_in_slices(number, size, bat
 def test_groups_and_the_rows_in_them_change_places_from_epoch_to_epoch():
     documents = [n // 4 for n in range(24)]
     first, second = (epoch_steps(documents, batch_size=8, batches_per_step=1, seed=n) for n in (0, 1))
-    groups = [[tuple(batch[n : n + 4]) for step in steps for batch in step for n in (0, 4)] for steps in (first, second)]
+    groups = [
+        [tuple(batch[n : n + 4]) for step in steps for batch in step for n in (0, 4)] for steps in (first, second)
+    ]
     assert [group[0] // 4 for group in groups[0]] != [group[0] // 4 for group in groups[1]]
     assert set(map(frozenset, groups[0])) == set(map(frozenset, groups[1])) and set(groups[0]) != set(groups[1])
 
@@ -125,7 +130,7 @@ def test_groups_and_the_rows_in_them_change_places_from_epoch_to_epoch():
 def test_no_two_bins_could_be_one(sizes):
     bins = pack([[n] * size for n, size in enumerate(sizes)], 5)
     filled = sorted(sum(map(len, found)) for found in bins)
-    assert all(one + two > 5 for one, two in zip(filled, filled[1:], strict=False)) and sum(filled) == sum(sizes)
+    assert all(one + two > 5 for one, two in pairwise(filled)) and sum(filled) == sum(sizes)
 
 
 def test_a_run_over_shared_documents_taken_up_again_goes_on_as_if_it_had_not_stopped(tmp_path):

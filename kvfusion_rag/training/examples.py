@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ..engine import Engine
-from ..errors import ContextLimitError
+from ..errors import ContextLimitError, InvalidInputError
 from ..positions import question_start
 from ..qa import QARow
+from .mining import MatchText
 
 UNANSWERABLE = "Unanswerable"  # the paper's word for questions that no document answers
 
@@ -71,6 +72,35 @@ def encode_row(row: QARow, engine: Engine, *, end_id: int, evidence: bool, joine
             f"{window}."
         )
     return example
+
+
+def require_answerable(row: QARow, where: str) -> None:
+    """Refuse a row that would teach the decoder to answer from nothing.
+
+    Raises:
+        InvalidInputError: it has answers and no gold passage that holds one of them, or the reverse; ``where`` is
+            named.
+    """
+    if not row.answers:
+        if row.gold:
+            raise InvalidInputError(
+                f"{where}: answers is empty, but a passage is gold; give the answer, or unmark it."
+            )
+        return
+    if not row.gold:
+        raise InvalidInputError(
+            f"{where}: no passage is gold, but answers is {list(row.answers)!r}; mark the passage that holds the "
+            "answer, or leave the answers out."
+        )
+    answers = [MatchText.of(answer) for answer in row.answers]
+    for passage in row.gold:
+        literal = any(answer in passage.text for answer in row.answers)
+        if literal or MatchText.of(passage.text).holds(answers):
+            return
+    raise InvalidInputError(
+        f"{where}: none of the answers {list(row.answers)!r} stands in its gold passage; kvfusion build-data leaves "
+        "such rows out."
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..engine import Engine
+from ..errors import UnsupportedModelError
 from ..fusion import fuse
+from ..gate import TOLERANCE
 from ..positions import packed_mask
 from ..schema import DocumentKV
-from .examples import Batch
+from .examples import Batch, Example, collate
 
 
 def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
@@ -50,3 +52,29 @@ def batch_logits(engine: Engine, batch: Batch) -> torch.Tensor:
     return decoder.training_logits(
         batch.ids.to(decoder.device), batch.positions.to(decoder.device), mask, context.cache
     )
+
+
+@torch.inference_mode()
+def checkpoint_exactly(engine: Engine, example: Example) -> None:
+    """Turn gradient checkpointing of Dt on, and measure on ``example`` that it still reads the fused cache.
+
+    Raises:
+        UnsupportedModelError: it does not, so layers of this architecture do not hand the cache on.
+    """
+    decoder, batch = engine.decoder, collate([example])
+    allowed = TOLERANCE[decoder.dtype]
+    expected = batch_logits(engine, batch).float()
+    decoder.checkpoint_activations()
+    try:
+        found = batch_logits(engine, batch).float()
+        error = float((found - expected).norm() / expected.norm())
+        cause = f"logits have a relative error of {error:.1e}, allowed {allowed:.0e}"
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the architecture
+    except (ValueError, TypeError, RuntimeError, AttributeError) as failure:
+        error, cause = float("nan"), f"its layers fail ({failure})"
+    if not error <= allowed:  # NaN fails
+        raise UnsupportedModelError(
+            f"{decoder.model_id!r} ({decoder.config.model_type}) loses the fused cache under gradient checkpointing: "
+            f"{cause}; train without gradient_checkpointing."
+        )
