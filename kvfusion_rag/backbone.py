@@ -30,10 +30,11 @@ from transformers import (
 )
 
 from . import ape as ape_attention
+from .attention import read_context_twice
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
 from .schema import DocumentKV
-from .settings import FILE_NAME, ModelSettings, load_settings
+from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,6 +77,7 @@ class Backbone:
         self.adapter_digest = None if adapter is None else self._load_adapter(str(adapter))
         self._lock = threading.Lock()
         self._adapter_on = adapter is not None
+        self.checkpoints_activations = False
 
     @classmethod
     def load(
@@ -231,12 +233,29 @@ class Backbone:
     def training_logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
     ) -> torch.Tensor:
-        """Logits (B, Q, V) of one pass of Dt with gradients; arguments as in :meth:`forward`."""
-        with self._turn(adapter=True):
-            out = self.model(
-                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-            )
+        """Logits (B, Q, V) of one pass of Dt with gradients; arguments as in :meth:`forward`.
+
+        Once :meth:`checkpoint_activations` was called, the mask must be a four-dimensional one, and the backward
+        pass must come before the model is used for anything else, since it computes the layers again.
+        """
+        if mask.dim() == 4 and self.config._attn_implementation == "eager":  # which adds a mask to the scores
+            mask = additive(mask, self.dtype)
+        known: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+        if self.checkpoints_activations:
+            layers = [layer[:2] for layer in cache] if cache.get_seq_length() else None
+            known = {"context": layers, "use_cache": False}
+        with self._turn(adapter=True, training=self.model.training):
+            out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **known)
         return out.logits
+
+    def checkpoint_activations(self) -> None:
+        """From now on compute layers again in the backward pass instead of keeping their activations.
+
+        Raises:
+            UnsupportedModelError: the architecture has no checkpoints, or no attention function can be named for it.
+        """
+        read_context_twice(self.model, self.model_id)
+        self.checkpoints_activations = True
 
     def add_adapter(self, settings: LoraConfig) -> None:
         """Put a fresh LoRA adapter onto the model, to be trained; prefill goes on without it."""
@@ -276,25 +295,31 @@ class Backbone:
         return self.adapter_digest is not None
 
     @contextmanager
-    def _turn(self, *, adapter: bool, attention: str | None = None) -> Iterator[None]:
-        """The model for one forward pass, with the adapter (if any) on or off, and another attention if named."""
+    def _turn(self, *, adapter: bool, attention: str | None = None, training: bool = False) -> Iterator[None]:
+        """The model for one forward pass: the adapter (if any) on or off, another attention, dropout in training."""
         # A caller's autocast would change the bits under an unchanged key.
         with self._lock, torch.autocast(self.device.type, enabled=False):
             wanted = adapter and self.has_adapter
             if wanted != self._adapter_on:
                 self.model.enable_adapters() if wanted else self.model.disable_adapters()
                 self._adapter_on = wanted
-            if attention is None:
-                yield
-                return
-            self.model.set_attn_implementation(attention)
+            usual = cast(str, self.config._attn_implementation)
+            paused = self.model.training and not training
+            if attention is not None:
+                self.model.set_attn_implementation(attention)
+            if paused:
+                self.model.eval()
             try:
                 yield
             finally:
-                self.model.set_attn_implementation(self.attention)
+                if attention is not None:
+                    self.model.set_attn_implementation(usual)
+                if paused:
+                    self.model.train()
 
     def _load_adapter(self, adapter: str) -> str:
         name = Path(adapter).resolve().name
+        require_trained_on(Path(adapter), self)
         with _loading(f"the adapter {name!r} onto {self.model_id!r}"):
             found = self.model.load_adapter(adapter)
         misfits = (*found.missing_keys, *found.unexpected_keys, *found.mismatched_keys)
@@ -307,6 +332,28 @@ class Backbone:
         settings = {key: vars(value) for key, value in self.model.peft_config.items()}
         facts = json.dumps(settings, sort_keys=True, default=_sorted_if_set)
         return _digest(sorted(self.model.get_adapter_state_dict().items(), key=lambda item: item[0]), facts)
+
+
+def require_trained_on(folder: Path, base: Backbone) -> None:
+    """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
+
+    Shapes alone do not tell two models of one family apart. What has no record, or was trained in another precision
+    (which changes the digest), is not judged.
+
+    Raises:
+        ModelLoadError: it was trained on another base model.
+    """
+    file = folder / RECORD_NAME
+    if not file.is_file():
+        return
+    with _loading(f"the record of {folder.name!r}"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        trained_on, dtype = record.get("base_weights"), record.get("dtype")
+    if dtype == str(base.dtype).removeprefix("torch.") and trained_on != base.weights_digest:
+        raise ModelLoadError(
+            f"{folder.resolve().name!r} was trained on another base model: on {record.get('base_model')!r}, and the "
+            f"weights of {base.model_id!r} are others."
+        )
 
 
 def choose_device(device: str | None) -> torch.device:

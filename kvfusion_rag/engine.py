@@ -275,7 +275,7 @@ class Engine:
         apart = request.mode != "concat"
         origins: dict[str, Origin] = dict.fromkeys(reading.keys, "prompt")
         if apart:
-            found = {piece.ids: run.origins[piece.key] for piece in request.fused or ()}
+            found: dict[tuple[int, ...], Origin] = {piece.ids: run.origins[piece.key] for piece in request.fused or ()}
             origins = {key: found[ids] for key, ids in reading.keys.items()}
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
         return Answer(

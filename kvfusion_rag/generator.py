@@ -19,7 +19,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 import torch
 
 from . import __version__
-from .backbone import Backbone
+from .backbone import Backbone, require_trained_on
 from .decoding import DecodingOptions
 from .engine import UNLIMITED, Engine, Request
 from .errors import InvalidInputError, ModelLoadError
@@ -174,6 +174,7 @@ class KVFusionGenerator:
                     "adapter and decoder are both given, but an answering decoder has one or the other."
                 )
             folder, name = locate_model(decoder)
+            require_trained_on(Path(folder), backbone)
             tuned = Backbone.load(folder, model_id=name, device=device, dtype=dtype, model_kwargs=model_kwargs)
         changes = {
             "mode": mode,

@@ -77,3 +77,20 @@ def bidirectional_mask(prefix_length: int, lengths: torch.Tensor, padded_length:
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask as what is added to attention logits, the one form that every attention implementation takes."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def packed_mask(context: torch.Tensor, question_of: torch.Tensor) -> torch.Tensor:
+    """What the tokens of questions that share one fused context may attend to, (R, 1, Q, K + Q) bool.
+
+    Every question sees the whole context and, causally, itself, but none of the questions beside it.
+
+    Args:
+        context: (R, K), 1 where a slot of the fused context is real.
+        question_of: (R, Q), number of the question that a token belongs to; pads have a number of their own, so
+            that they see something and their softmax is defined.
+    """
+    length = question_of.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=question_of.device).tril()
+    own = (question_of[:, :, None] == question_of[:, None, :]) & causal  # (R, Q, Q)
+    documents = context.bool()[:, None, :].expand(-1, length, -1)  # (R, Q, K)
+    return torch.cat([documents, own], dim=2)[:, None]

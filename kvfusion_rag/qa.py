@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,13 +50,22 @@ def read_rows(path: str | Path) -> Iterator[QARow]:
     """Rows of a JSON-lines file (``.gz`` too): id, question, answers, passages [{title, text, gold}], evidence.
 
     Raises:
-        InvalidInputError: a line is not such a row; the message names file, line and field.
+        InvalidInputError: the file cannot be read, or a line is not such a row; names file, line and field.
     """
+    return (row for _, row in read_placed_rows(path))
+
+
+def read_placed_rows(path: str | Path) -> Iterator[tuple[str, QARow]]:
+    """Rows as :func:`read_rows` gives them, each with its place (file and line) for messages."""
     path = Path(path)
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield parse_row(line, f"{path.name}, line {number}", number)
+    try:
+        with open_text(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"{path.name}, line {number}"
+                    yield where, parse_row(line, where, number)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InvalidInputError(f"{path.name} cannot be read: {error}.") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[QARow]) -> int:
@@ -84,6 +94,8 @@ def parse_row(line: str, where: str, number: int = 0) -> QARow:
         raise InvalidInputError(f"{where}: question is {question!r}, but it must be a text that is not blank.")
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise InvalidInputError(f"{where}: answers is {answers!r}, but it must be a list of texts.")
+    if not all(answer.strip() for answer in answers):
+        raise InvalidInputError(f"{where}: answers is {answers!r}, but an answer must not be blank.")
     passages = data.get("passages")
     if not isinstance(passages, list):
         raise InvalidInputError(f"{where}: passages is {passages!r}, but it must be a list of objects.")

@@ -24,6 +24,7 @@ from .errors import InvalidInputError, ModelLoadError
 from .schema import MODES, Mode
 
 FILE_NAME = "kvfusion.json"
+RECORD_NAME = "training.json"  # beside a trained decoder: everything that made it
 FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
 DocumentAttention = Literal["causal", "bidirectional"]

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
-from reader import GroupReader
+from reader import BertReader
 from tiny import WORDS
 from train_base import SETTINGS, Run, embedding_tokenizer, extend_positions, nearest, warm_start
 from transformers import BertConfig, BertLMHeadModel
@@ -101,7 +101,7 @@ def test_the_loss_is_the_products_own(texts, tokenizer, joined):
     """Packed groups in one compiled pass = each question alone over documents fused (or joined) by the engine."""
     model = network(tokenizer)
     batch = sampler(texts, tokenizer, joined_every=1 if joined else 99, joined_tokens=90).batch(STAGES[1], 1, 0, 0.0)
-    found = GroupReader(model, compiled=False, dtype=torch.float32).loss(batch)
+    found = BertReader(model, compiled=False, dtype=torch.float32).loss(batch)
     bone = Backbone(copy.deepcopy(model), tokenizer, SETTINGS, model_id="tiny")
     engine = Engine(bone, SETTINGS, store=None, namespace="", max_fused_tokens=10**6, tokens_per_pass=None)
     expected = 0.0

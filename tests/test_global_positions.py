@@ -116,4 +116,4 @@ def test_what_cannot_be_is_one_clear_error(tmp_path):
     assert KVFusionGenerator.from_pretrained(tmp_path).settings.positions == "global"
     assert KVFusionGenerator.from_pretrained(tmp_path, positions="uniform").settings.positions == "uniform"
     with pytest.raises(InvalidInputError, match="training reads documents at uniform positions"):
-        train([QARow("1", "who?", ("x",), (Passage("x"),))], output=tmp_path / "run", model=tmp_path)
+        train([QARow("1", "who?", ("x",), (Passage("x", gold=True),))], output=tmp_path / "run", model=tmp_path)

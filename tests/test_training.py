@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny import WORDS, backbone, tokenizer
 from torch.nn.functional import cross_entropy
 
@@ -45,8 +46,15 @@ def rows(number: int, passages: int = 3, seed: int = 0) -> list[QARow]:
     return made
 
 
-def engine(architecture: str = "llama", *, store: MemoryStore | None = None, full: bool = False, **changes) -> Engine:
-    base = backbone(architecture, settings=SETTINGS, **changes)
+def engine(
+    architecture: str = "llama",
+    *,
+    store: MemoryStore | None = None,
+    full: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **changes,
+) -> Engine:
+    base = backbone(architecture, dtype, settings=SETTINGS, **changes)
     decoder = None
     if full:
         decoder = Backbone(copy.deepcopy(base.model), base.tokenizer, SETTINGS, model_id="decoder")
@@ -65,7 +73,7 @@ def test_the_loss_is_that_of_one_block_masked_pass(architecture):
     made = engine(architecture)
     for row in rows(3):
         batch = batch_of(made, [row])
-        (example,) = batch.examples
+        ((example,),) = batch.groups
         documents, read = list(example.documents.values()), list(example.read)
         lengths, prefix = [len(d) for d in documents], list(made.encoder.prefix_ids)
         ids = [*prefix, *(i for d in documents for i in d), *read]
@@ -112,6 +120,15 @@ def test_stored_and_computed_documents_give_the_same_loss_and_gradients():
             fusion_loss(made, batch_of(made, rows(4))).backward()
         gradients.append([p.grad.clone() for p in made.decoder.model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+def test_documents_are_prefilled_without_dropout_while_the_same_model_is_trained(architecture):
+    made, ids = engine(architecture), {"k": (20, 30, 40)}
+    expected = made.document_kvs(ids)[0]["k"]
+    made.decoder.model.train()
+    assert torch.equal(made.document_kvs(ids)[0]["k"].values, expected.values)
+    assert made.decoder.model.training
 
 
 def trainer(tmp_path: Path, made: Engine, data: list[QARow], dev: list[QARow] | None = None, **config) -> Trainer:
@@ -208,23 +225,68 @@ def test_thirty_two_rows_of_one_gold_passage_and_nineteen_others_are_learned_by_
     assert run.run().best == 100.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-def test_a_run_taken_up_again_goes_on_as_if_it_had_not_stopped(tmp_path, full):
+def test_a_run_taken_up_again_goes_on_as_if_it_had_not_stopped(tmp_path, full, dtype):
     options = {"eval_every": 3, "max_steps": 6, "full": full, "dropout": 0.1 if not full else 0.0}
-    whole = trainer(tmp_path / "whole", engine(full=full), rows(20), **options).run()
-    cut = trainer(tmp_path / "cut", engine(full=full), rows(20), **options)
+
+    def run(name):
+        return trainer(tmp_path / name, engine(full=full, dtype=dtype), rows(20), **options)
+
+    whole = run("whole").run()
     with pytest.raises(KeyboardInterrupt):
-        cut.run(report=lambda progress: (_ for _ in ()).throw(KeyboardInterrupt))  # after step 3
-    again = trainer(tmp_path / "cut", engine(full=full), rows(20), **options).run(resume=True)
+        run("cut").run(report=lambda progress: (_ for _ in ()).throw(KeyboardInterrupt))  # after step 3
+    again = run("cut").run(resume=True)
     assert again.losses == whole.losses and len(again.losses) == 6
+    assert again.learning_rates == whole.learning_rates
+    finals = [load_file(tmp_path / name / "run" / "checkpoint" / "optimizer.safetensors") for name in ("whole", "cut")]
+    assert finals[0].keys() == finals[1].keys() and all(torch.equal(finals[0][k], finals[1][k]) for k in finals[0])
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
-    trainer(tmp_path, engine(), rows(8), max_steps=1, rank=4).run()
-    before = (tmp_path / "run" / "checkpoint" / "optimizer.safetensors").read_bytes()
-    with pytest.raises(ModelLoadError, match="another base model"):
-        trainer(tmp_path, engine(), rows(8), max_steps=2, rank=8).run(resume=True)
-    assert (tmp_path / "run" / "checkpoint" / "optimizer.safetensors").read_bytes() == before
+    def run(made=None, data=None, dev=None, **changes):
+        options = {"max_steps": 1, "rank": 4} | changes
+        return trainer(tmp_path, made or engine(), data or rows(8), dev, **options)
+
+    run().run()
+    before = contents(tmp_path / "run")
+    other = engine(initializer_range=0.5)  # the same shapes
+    with torch.no_grad():
+        other.backbone.model.get_input_embeddings().weight += 1
+    other = Engine(
+        Backbone(other.backbone.model, other.backbone.tokenizer, SETTINGS, model_id="twin"), SETTINGS, store=None,
+        namespace="", max_fused_tokens=100_000, tokens_per_pass=None,
+    )  # fmt: skip
+    for changed, error, message in [
+        ({"made": other}, ModelLoadError, "another base model: .*'tiny-llama'.*'twin'"),
+        ({"made": engine(dtype=torch.bfloat16)}, ModelLoadError, r"another base model: .*\(float32\).*\(bfloat16\)"),
+        ({"rank": 8}, InvalidInputError, "made with rank 4, but this run has 8"),
+        ({"learning_rate": 1e-5}, InvalidInputError, "learning_rate"),
+        ({"data": rows(9)}, InvalidInputError, "8 training rows, and the 9"),
+        ({"data": rows(8)[::-1]}, InvalidInputError, "8 training rows, and the 8"),
+        ({"dev": rows(2)}, InvalidInputError, "0 dev rows, and the 2"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(**changed).run(resume=True)
+    (tmp_path / "run" / "checkpoint" / "optimizer.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ModelLoadError, match="cannot read the checkpoint"):
+        run(max_steps=2).run(resume=True)
+    assert contents(tmp_path / "run") == before | {"checkpoint/optimizer.safetensors": b"damaged"}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_may_go_on_for_longer_but_not_for_less_than_it_did(tmp_path):
+    short = {"epochs": 1, "eval_every": 2}
+    assert trainer(tmp_path, engine(), rows(16), **short).run().step == 4
+    longer = trainer(tmp_path, engine(), rows(16), epochs=3, eval_every=3).run(resume=True)
+    assert longer.step == 12 and len(longer.losses) == 12 and [s for s, _ in longer.seconds] == list(range(1, 13))
+    assert longer.learning_rates[3][1] < 1e-3 < longer.learning_rates[4][1]  # the longer schedule's from here on
+    assert [seconds for _, seconds in longer.seconds] == sorted(seconds for _, seconds in longer.seconds)
+    with pytest.raises(InvalidInputError, match="has made 12 steps already, but this run ends after 8"):
+        trainer(tmp_path, engine(), rows(16), epochs=2).run(resume=True)
 
 
 TWO_PROCESSES = """
@@ -309,7 +371,7 @@ def test_the_train_command_makes_an_adapter_that_ask_and_evaluate_take(tmp_path,
     assert gen.settings.passage_length == SETTINGS.passage_length and gen.identity()["adapter"]
     assert main(command) == 2  # the output is there already, and nothing of it is lost
     assert "resume" in capsys.readouterr().err
-    assert main([*command, "--resume", "--max-steps", "2", "--rank", "4", "--batch-size", "4"]) == 0
+    assert main([*command, *dev, "--resume", "--max-steps", "2", "--rank", "4", "--batch-size", "4"]) == 0
     assert main(["train", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "x")]) == 2
     (tmp_path / "bad.jsonl").write_text('{"question": "who?", "answers": "x", "passages": []}\n')
     assert (

@@ -30,7 +30,7 @@ from typing import Any
 import bm25s
 import torch
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
-from reader import GroupBatch, GroupReader
+from reader import BertReader, GroupBatch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -138,7 +138,7 @@ class Run:
     ) -> None:
         self.model, self.tokenizer, self.sampler, self.stages, self.args = model, tokenizer, sampler, stages, args
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
-        self.reader = GroupReader(model, compiled=not args.eager)
+        self.reader = BertReader(model, compiled=not args.eager)
         flat = [p for p in model.parameters() if p.dim() < 2]
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": flat, "weight_decay": 0.0}]

@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import random
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -177,10 +176,7 @@ def _read(path: Path) -> list[QARow]:
 
     if not path.is_file():
         raise InvalidInputError(f"there is no file {str(path)!r} to read rows from.")
-    try:
-        return list(read_rows(path))
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InvalidInputError(f"{path.name} cannot be read: {error}.") from error
+    return list(read_rows(path))
 
 
 def _load(args: argparse.Namespace, options: Mapping[str, str | None]) -> KVFusionGenerator:

@@ -1,15 +1,18 @@
 """Train the answering decoder on rows of documents, question and answer.
 
 Rows come from ``kvfusion build-data``. The result is a LoRA adapter (``--adapter OUT/best`` elsewhere), or with
-``--preset paper`` a decoder with weights of its own. A run that was stopped goes on with ``--resume``.
+``--preset paper`` a decoder with weights of its own. A run that was stopped goes on with ``--resume``, with the same
+rows and settings; ``--epochs`` and ``--max-steps`` may then be higher.
 """
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidInputError
 from .console import say, say_json, shown_path
 from .options import positive, require_paths
 
@@ -27,32 +30,45 @@ SHARES_AND_RATES = ("dropout", "learning_rate", "warmup", "weight_decay", "max_g
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSON lines made by build-data (.gz too)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="gets best/ and checkpoint/")
+    parser.add_argument("--output", required=True, metavar="DIR", help="gets best/, checkpoint/, losses.json")
     parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows to choose the best checkpoint by")
     parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N dev rows")
     parser.add_argument("--model", metavar="NAME", help="base model: hub name or folder (default: the embedded one)")
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
     parser.add_argument("--evidence", action="store_true", default=None, help="train on the evidence sentence too")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", default=None,
+        help="compute layers again in the backward pass: the same steps, with less memory and more time",
+    )  # fmt: skip
     parser.add_argument("--targets", nargs="+", metavar="MODULE", help="modules that get an adapter")
     for name in NUMBERS:
         kind = float if name in SHARES_AND_RATES else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="see TrainingConfig")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="precision of the model; updates are made in float32")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the loss curve (png, svg, pdf)")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint if it is there")
 
 
 def run(args: argparse.Namespace) -> int:
     require_paths([*args.rows, *args.dev])
+    _require_plot(args.plot)
     from ..training import preset, train
 
-    given = {name: getattr(args, name) for name in (*NUMBERS, "full", "evidence")}
+    given = {name: getattr(args, name) for name in (*NUMBERS, "full", "evidence", "gradient_checkpointing")}
     config = preset(args.preset, **given, targets=tuple(args.targets) if args.targets else None)
-    dev = _read(args.dev)[: args.dev_limit]
+    rows, dev = _read(args.rows, trained=True), _read(args.dev, trained=False)[: args.dev_limit]
+
+    def report(progress: Progress) -> None:
+        _plot(args, progress)
+        if not args.json:
+            _say_progress(progress)
+
     progress = train(
-        _read(args.rows), output=args.output, model=args.model, dev=dev, config=config, device=args.device,
-        dtype=args.dtype, resume=args.resume, report=None if args.json else _say_progress,
+        rows, output=args.output, model=args.model, dev=dev, config=config, device=args.device,
+        dtype=args.dtype, resume=args.resume, files=_files(args), report=report,
     )  # fmt: skip
     if args.json:
         say_json({"output": args.output, "config": asdict(config), **asdict(progress), "best": progress.best})
@@ -61,13 +77,53 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(paths: list[str]) -> list[QARow]:
-    from ..qa import read_rows
+def _require_plot(path: Path | None) -> None:
+    """Fail on what could not be drawn before the hours that it takes to have something to draw."""
+    if path is None:
+        return
+    from ..evaluation.plots import require_plotting
 
-    return [row for path in paths for row in read_rows(path)]
+    require_plotting(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InvalidInputError(f"--plot is {str(path)!r}, but it must be a file in a folder that exists.")
+
+
+def _read(paths: list[str], *, trained: bool) -> list[QARow]:
+    from ..qa import read_placed_rows
+    from ..training.examples import require_answerable
+
+    rows: list[QARow] = []
+    for path in paths:
+        for where, row in read_placed_rows(path):
+            if trained:
+                require_answerable(row, where)
+            rows.append(row)
+    return rows
+
+
+def _files(args: argparse.Namespace) -> dict[str, Any]:
+    """Names and digests of all files of rows."""
+    from ..evaluation.report import file_digest
+
+    def facts(paths: list[str]) -> list[dict[str, str]]:
+        return [{"name": Path(path).name, "sha256": file_digest(Path(path))} for path in paths]
+
+    return {"rows": facts(args.rows), "dev": facts(args.dev), "dev_limit": args.dev_limit}
+
+
+def _plot(args: argparse.Namespace, progress: Progress) -> None:
+    if args.plot is None:
+        return
+    from ..training.curve import plot_losses
+
+    names = ", ".join(Path(path).name for path in args.rows)
+    plot_losses(progress, args.plot, title=f"{args.model or 'embedded model'}, trained on {names}")
 
 
 def _say_progress(progress: Progress) -> None:
     recent = [loss for _, loss in progress.losses[-20:]]
-    score = f", exact match on dev {progress.scores[-1][1]:.1f} %" if progress.scores else ""
+    score = ""
+    if progress.scores:
+        score = f", exact match on dev {progress.scores[-1][1]:.1f} %"
+        score += f" (best {progress.best:.1f} % at step {progress.best_step})"
     say(f"step {progress.step}: loss {sum(recent) / len(recent):.3f} nats a token{score}")

@@ -15,13 +15,14 @@ from .orders import SHUFFLED, Condition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from .summary import Summary
 
 SUFFIXES = (".png", ".svg", ".pdf")
 TITLE_CHARACTERS = 70  # of a line
 # Okabe and Ito's colours, told apart by colour-blind readers; shapes differ as well, for print in grey.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -50,13 +51,8 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
     require_plotting(path)
     if not summary.slots:
         raise InvalidInputError("there is nothing to plot: the run has no condition with the gold document at a slot.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = [*summary.slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
-    figure = Figure(figsize=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(title, size=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4))
     for number, system in enumerate(summary.systems):
         shift = 0.07 * (number - (len(summary.systems) - 1) / 2)  # intervals side by side, not on top of each other
         _draw(axes, summary, system, columns, number, shift)
@@ -67,12 +63,24 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
     axes.set_ylim(-0.02 * top, top)  # a little below 0, so that points at 0 are seen whole
     axes.set_xlabel("slot of the gold document")
     axes.set_ylabel("exact match, % (95 % interval)")
-    axes.set_title(textwrap.fill(title, TITLE_CHARACTERS), fontsize=10, loc="left", pad=10)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=min(4, len(summary.systems)), frameon=False, fontsize=9)
     figure.savefig(path, dpi=160)
+
+
+def new_figure(title: str, *, size: tuple[float, float], panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of ``size`` (inches) with ``panels`` one above the other that share their horizontal axis."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: list[Axes] = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
+    for panel in axes:
+        panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].set_title(textwrap.fill(title, TITLE_CHARACTERS), fontsize=10, loc="left", pad=10)
+    return figure, axes
 
 
 def _top(summary: Summary, columns: list[Condition]) -> float:
@@ -84,8 +92,8 @@ def _top(summary: Summary, columns: list[Condition]) -> float:
 
 def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], number: int, shift: float) -> None:
     """One system: a line over the slots, and a point apart from it for the shuffled order."""
-    color = _COLORS[number % len(_COLORS)]
-    marker = _MARKERS[(number + number // len(_COLORS)) % len(_MARKERS)]  # a colour comes back with another shape
+    color = COLORS[number % len(COLORS)]
+    marker = _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]  # a colour comes back with another shape
     cells = [summary.cell(system, column) for column in columns]
     left_out = max(cell.not_fitting for cell in cells)
     label = system if not left_out else f"{system} ({left_out} of {cells[0].rows} do not fit)"

@@ -17,7 +17,7 @@ _HOME = {
     "DataOptions": "data",
     "DataReport": "data",
     "Example": "formats",
-    "Progress": "trainer",
+    "Progress": "progress",
     "Trainer": "trainer",
     "TrainingConfig": "config",
     "check_output": "writing",
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from .config import PRESETS, TrainingConfig, preset
     from .data import DataBuilder, DataOptions, DataReport
     from .formats import Example, read_corpus, read_dataset, read_examples
+    from .progress import Progress
     from .run import train
-    from .trainer import Progress, Trainer
+    from .trainer import Trainer
     from .writing import check_output, write_training_rows
 
 

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from ..backbone import Backbone
 from ..errors import ModelLoadError
-from ..settings import FILE_NAME, ModelSettings
+from ..settings import FILE_NAME, RECORD_NAME, ModelSettings
 
-RECORD = "training.json"
 _STATE = "optimizer.safetensors"
 
 
@@ -30,7 +29,7 @@ def save_decoder(folder: Path, decoder: Backbone, settings: ModelSettings, recor
     fresh.mkdir(parents=True)
     decoder.save(fresh)
     (fresh / FILE_NAME).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (fresh / RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     _replace(fresh, folder)
 
 
@@ -46,21 +45,37 @@ def save_state(
         for key, value in optimizer.state.get(parameter, {}).items():  # type: ignore[call-overload]
             tensors[f"{key}/{name}"] = value.detach().contiguous()
     tensors["random"] = torch.get_rng_state()
+    if torch.cuda.is_available():  # where dropout draws from then
+        tensors["random_cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, fresh / _STATE)
-    (fresh / RECORD).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     _replace(fresh, folder)
 
 
-def load_state(folder: Path, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a saved state back into ``weights`` and ``optimizer``; returns the record.
+def load_record(folder: Path) -> dict[str, Any]:
+    """The record of a saved state.
+
+    Raises:
+        ModelLoadError: it is not readable.
+    """
+    try:
+        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"cannot read the checkpoint {folder.name!r}: {error}") from error
+    if not isinstance(record, dict):
+        raise ModelLoadError(f"the checkpoint {folder.name!r} has no object in its {RECORD_NAME}; it is damaged.")
+    return record
+
+
+def load_state(folder: Path, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Put a saved state back into ``weights`` and ``optimizer``.
 
     Raises:
         ModelLoadError: the state is not readable, or belongs to other weights.
     """
     try:
         tensors = load_file(folder / _STATE)
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except Exception as error:  # safetensors and JSON of unknown origin raise anything
+    except Exception as error:  # safetensors of unknown origin raises anything
         raise ModelLoadError(f"cannot read the checkpoint {folder.name!r}: {error}") from error
     saved = {name.removeprefix("weight/"): t.shape for name, t in tensors.items() if name.startswith("weight/")}
     if saved != {name: value.shape for name, value in weights.items()}:
@@ -78,7 +93,8 @@ def load_state(folder: Path, weights: Mapping[str, torch.Tensor], optimizer: tor
                 key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
             }
     torch.set_rng_state(tensors["random"])
-    return record
+    if torch.cuda.is_available() and "random_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random_cuda"])
 
 
 def _replace(fresh: Path, folder: Path) -> None:

@@ -23,6 +23,8 @@ class TrainingConfig:
         evidence: train on the sentence that holds the answer too.
         joined_share: share of rows read as one joined prompt; above 0, what is trained answers mode ``concat`` too.
             1 is ordinary fine-tuning on joined prompts, the control that the paper lacks.
+        gradient_checkpointing: compute layers again in the backward pass instead of keeping their activations; the
+            steps are the same, need less memory and take longer.
         eval_every: steps between two evaluations on the dev rows (exact match decides which checkpoint is kept).
         seed: of the order of rows and of everything random.
     """
@@ -43,6 +45,7 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     evidence: bool = False
     joined_share: float = 0.0
+    gradient_checkpointing: bool = False
     eval_every: int = 100
     seed: int = 0
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 
 from ..engine import Engine
-from ..errors import ContextLimitError
+from ..errors import ContextLimitError, InvalidInputError
 from ..positions import question_start
 from ..qa import QARow
+from .mining import MatchText
 
 UNANSWERABLE = "Unanswerable"  # the paper's word for questions that no document answers
 
@@ -74,29 +75,87 @@ def encode_row(row: QARow, engine: Engine, *, end_id: int, evidence: bool, joine
     return example
 
 
+def require_answerable(row: QARow, where: str) -> None:
+    """Refuse a row that would teach the decoder to answer from nothing.
+
+    Raises:
+        InvalidInputError: it has answers and no gold passage that holds one of them, or the reverse; ``where`` is
+            named.
+    """
+    if not row.answers:
+        if row.gold:
+            raise InvalidInputError(
+                f"{where}: answers is empty, but a passage is gold; give the answer, or unmark it."
+            )
+        return
+    if not row.gold:
+        raise InvalidInputError(
+            f"{where}: no passage is gold, but answers is {list(row.answers)!r}; mark the passage that holds the "
+            "answer, or leave the answers out."
+        )
+    answers = [MatchText.of(answer) for answer in row.answers]
+    for passage in row.gold:
+        literal = any(answer in passage.text for answer in row.answers)
+        if literal or MatchText.of(passage.text).holds(answers):
+            return
+    raise InvalidInputError(
+        f"{where}: none of the answers {list(row.answers)!r} stands in its gold passage; kvfusion build-data leaves "
+        "such rows out."
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Right-padded tensors of B examples: ids, positions, used and labels, each (B, Q); labels are -100 elsewhere."""
+    """Examples of one forward pass; those with the same documents stand in one row, one question after the other.
 
-    examples: Sequence[Example]
+    Attributes:
+        groups: the examples of each of the R rows.
+        ids, positions, labels: right-padded, each (R, Q); labels are -100 where nothing is trained.
+        question_of: (R, Q), the place in its group of the example that a token belongs to, -1 for pads.
+    """
+
+    groups: Sequence[Sequence[Example]]
     ids: torch.Tensor
     positions: torch.Tensor
-    used: torch.Tensor
+    question_of: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def used(self) -> torch.Tensor:
+        """(R, Q), 1 where a token is real."""
+        return (self.question_of >= 0).long()
+
+    @property
+    def packed(self) -> bool:
+        """Whether a row holds more than one question, so that a plain causal mask will not do."""
+        return any(len(group) > 1 for group in self.groups)
+
+
+def group_by_documents(examples: Sequence[Example]) -> list[list[Example]]:
+    """Fused examples with the same documents together, in order of first appearance; all others alone."""
+    groups: dict[object, list[Example]] = {}
+    for number, example in enumerate(examples):
+        groups.setdefault(tuple(example.documents) or number, []).append(example)
+    return list(groups.values())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pad examples to the longest; label i is the token that follows ids i, for target tokens alone."""
-    longest = max(len(example.read) for example in examples)
-    ids, positions, used = (torch.zeros(len(examples), longest, dtype=torch.long) for _ in range(3))
-    labels = torch.full_like(ids, -100)
-    for row, example in enumerate(examples):
-        length, asked = len(example.read), len(example.question)
-        ids[row, :length] = torch.tensor(example.read)
-        positions[row] = example.start + torch.arange(longest).clamp(max=length - 1)
-        used[row, :length] = 1
-        labels[row, asked - 1 : length] = torch.tensor(example.target)
-    return Batch(examples, ids, positions, used, labels)
+    """Pack and pad examples; label i is the token that follows ids i, for target tokens alone."""
+    groups = group_by_documents(examples)
+    longest = max(sum(len(example.read) for example in group) for group in groups)
+    ids, positions = (torch.zeros(len(groups), longest, dtype=torch.long) for _ in range(2))
+    question_of, labels = torch.full_like(ids, -1), torch.full_like(ids, -100)
+    for row, group in enumerate(groups):
+        start = 0
+        for number, example in enumerate(group):
+            read, end = example.read, start + len(example.read)
+            ids[row, start:end] = torch.tensor(read)
+            positions[row, start:end] = example.start + torch.arange(len(read))
+            question_of[row, start:end] = number
+            labels[row, start + len(example.question) - 1 : end] = torch.tensor(example.target)
+            start = end
+        positions[row, start:] = positions[row, start - 1]  # pads stand at a position that the model knows
+    return Batch(groups, ids, positions, question_of, labels)
 
 
 def encode_rows(

@@ -10,33 +10,71 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ..engine import Engine
+from ..errors import UnsupportedModelError
 from ..fusion import fuse
+from ..gate import TOLERANCE
+from ..positions import packed_mask
 from ..schema import DocumentKV
-from .examples import Batch
+from .examples import Batch, Example, collate
 
 
 def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
     """Sum over the batch's target tokens of the negative log-likelihood, a float32 scalar with gradients.
 
-    The caller divides by the number of target tokens, so that accumulated batches weigh tokens alike.
+    The caller divides by the number of target tokens, so that accumulated batches weigh tokens alike. Questions on
+    the same documents read one fused context; loss and gradients are those of a row for each.
 
     Args:
         engine: its backbone prefills (and its store keeps) the documents, its decoder is trained.
-        batch: B examples, fused or joined.
+        batch: examples, fused or joined.
     """
-    keys = {key: ids for example in batch.examples for key, ids in example.documents.items()}
+    labels = batch.labels.to(engine.decoder.device)
+    trained = labels != -100
+    return cross_entropy(batch_logits(engine, batch)[trained].float(), labels[trained], reduction="sum")
+
+
+def batch_logits(engine: Engine, batch: Batch) -> torch.Tensor:
+    """Logits (R, Q, V) of Dt over the documents' keys and values, which Dp made without a gradient."""
+    firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
+    keys = {key: ids for example in firsts for key, ids in example.documents.items()}
     kvs, _ = engine.document_kvs(keys)
     head = [engine.prefix] if engine.prefix is not None else []
     rows: list[list[DocumentKV]] = [
-        [] if example.joined else [*head, *(kvs[key] for key in example.documents)] for example in batch.examples
+        [] if example.joined else [*head, *(kvs[key] for key in example.documents)] for example in firsts
     ]
     decoder = engine.decoder
     with torch.no_grad():
         context = fuse(rows, decoder.config, decoder.device)
-    mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (B, K + Q)
-    logits = decoder.training_logits(
+    if batch.packed or decoder.checkpoints_activations:
+        mask = packed_mask(context.mask, batch.question_of.to(decoder.device))  # (R, 1, Q, K + Q)
+    else:
+        mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (R, K + Q)
+    return decoder.training_logits(
         batch.ids.to(decoder.device), batch.positions.to(decoder.device), mask, context.cache
     )
-    labels = batch.labels.to(decoder.device)
-    trained = labels != -100
-    return cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
+
+
+@torch.inference_mode()
+def checkpoint_exactly(engine: Engine, example: Example) -> None:
+    """Turn gradient checkpointing of Dt on, and measure on ``example`` that it still reads the fused cache.
+
+    Raises:
+        UnsupportedModelError: it does not, so layers of this architecture do not hand the cache on.
+    """
+    decoder, batch = engine.decoder, collate([example])
+    allowed = TOLERANCE[decoder.dtype]
+    expected = batch_logits(engine, batch).float()
+    decoder.checkpoint_activations()
+    try:
+        found = batch_logits(engine, batch).float()
+        error = float((found - expected).norm() / expected.norm())
+        cause = f"logits have a relative error of {error:.1e}, allowed {allowed:.0e}"
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the architecture
+    except (ValueError, TypeError, RuntimeError, AttributeError) as failure:
+        error, cause = float("nan"), f"its layers fail ({failure})"
+    if not error <= allowed:  # NaN fails
+        raise UnsupportedModelError(
+            f"{decoder.model_id!r} ({decoder.config.model_type}) loses the fused cache under gradient checkpointing: "
+            f"{cause}; train without gradient_checkpointing."
+        )

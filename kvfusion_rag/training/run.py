@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..backbone import Backbone
 from ..engine import Engine
@@ -12,7 +13,9 @@ from ..generator import MAX_FUSED_TOKENS, locate_model
 from ..qa import QARow
 from ..store import MemoryStore
 from .config import TrainingConfig
-from .trainer import Progress, Trainer
+from .examples import require_answerable
+from .progress import Progress
+from .trainer import Trainer
 
 DEFAULT_STORE_BYTES = 4 << 30
 
@@ -28,29 +31,36 @@ def train(
     dtype: str | None = None,
     store_bytes: int = DEFAULT_STORE_BYTES,
     resume: bool = False,
+    files: Mapping[str, Any] | None = None,
     report: Callable[[Progress], None] | None = None,
 ) -> Progress:
     """Train the answering decoder Dt of ``model`` on rows of documents, question and answer.
 
     Args:
         rows: to train on; ``kvfusion build-data`` makes them.
-        output: folder for ``best/`` (an adapter, or with ``config.full`` a model) and ``checkpoint/``.
+        output: folder for ``best/`` (an adapter, or with ``config.full`` a model), ``checkpoint/`` and
+            ``losses.json``.
         model: hub name or folder; the embedded model by default.
         dev: rows to choose the best checkpoint by (exact match).
         config: settings; the defaults are those of the preset "lora".
         store_bytes: memory for document KVs, kept across epochs as far as they fit.
-        resume: go on from ``output/checkpoint`` if it is there.
+        dtype: "float32" or "bfloat16", whose weights are updated through float32 copies; by default float32 on CPU,
+            else the checkpoint's own.
+        resume: go on from ``output/checkpoint`` if it is there; ``epochs`` and ``max_steps`` may then be higher.
+        files: where the rows come from, for the record in ``best/training.json``.
         report: called after each evaluation.
 
     Raises:
-        InvalidInputError: no rows, or the output holds another run and ``resume`` is not set.
+        InvalidInputError: no rows, or one that nothing can be learned from; the output holds a run and ``resume`` is
+            not set, or it holds one of other rows or settings.
         ModelLoadError, UnsupportedModelError: as ``KVFusionGenerator.from_pretrained``.
     """
     config, folder = config or TrainingConfig(), Path(output)
     if not rows:
         raise InvalidInputError("there are no rows to train on.")
-    if not resume and (folder / "checkpoint").exists():
-        raise InvalidInputError(f"{str(folder)!r} holds a training run already; name another folder, or resume it.")
+    for row in rows:
+        require_answerable(row, f"row {row.id!r}")
+    _require_output(folder, resume=resume)
     path, model_id = locate_model(model)
     base = Backbone.load(path, model_id=model_id, device=device, dtype=dtype)
     if base.settings.positions != "uniform":
@@ -68,4 +78,18 @@ def train(
         tokens_per_pass=None,
         decoder=decoder,
     )
-    return Trainer(engine, rows, dev, config, folder).run(resume=resume, report=report)
+    return Trainer(engine, rows, dev, config, folder, files=files).run(resume=resume, report=report)
+
+
+def _require_output(folder: Path, *, resume: bool) -> None:
+    """Nothing of a former run may be written over."""
+    if resume and (folder / "checkpoint").exists():
+        return
+    if folder.is_file():
+        raise InvalidInputError(f"{str(folder)!r} is a file, but a run is written into a folder.")
+    if (folder / "checkpoint").exists():
+        raise InvalidInputError(f"{str(folder)!r} holds a training run already; name another folder, or resume it.")
+    if (folder / "best").exists():
+        raise InvalidInputError(
+            f"{str(folder)!r} holds a trained decoder, but no checkpoint to go on from; name another folder."
+        )

@@ -8,10 +8,9 @@ gradients. Knows rows and engines; examples, loss and checkpoints are in their o
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +20,23 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from .. import __version__
 from ..decoding import DecodingOptions
 from ..engine import Engine
 from ..errors import InvalidInputError
 from ..evaluation.metrics import exact_match
 from ..qa import QARow
-from .checkpoint import load_state, save_decoder, save_state
+from .batches import Step, epoch_steps
+from .checkpoint import load_record, load_state, save_decoder, save_state
 from .config import TrainingConfig
 from .examples import Batch, Example, collate, encode_row, encode_rows
-from .loss import fusion_loss
+from .loss import checkpoint_exactly, fusion_loss
+from .progress import Progress, write_losses
+from .record import make_record, require_same_run
+from .weights import MasterWeights
 
 logger = logging.getLogger(__name__)
 
 EVAL_BATCH = 16
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a run has done: its steps, its losses (step, nats a token), its dev scores (step, exact match in %)."""
-
-    step: int = 0
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    scores: list[tuple[int, float]] = field(default_factory=list)
-
-    @property
-    def best(self) -> float | None:
-        return max((score for _, score in self.scores), default=None)
 
 
 class Trainer:
@@ -58,14 +47,24 @@ class Trainer:
         rows: to train on.
         dev: to choose the checkpoint by; without any, the last one is kept.
         config: all settings.
-        output: folder that gets ``best/`` (what ``from_pretrained`` loads) and ``checkpoint/`` (to go on from).
+        output: folder that gets ``best/`` (what ``from_pretrained`` loads), ``checkpoint/`` (to go on from) and
+            ``losses.json``.
+        files: where the rows come from, for the record.
 
     Raises:
-        InvalidInputError: not one row fits into the model's window.
+        InvalidInputError: not one row fits into the model's window, or its precision cannot be trained in.
+        UnsupportedModelError: gradient checkpointing is asked of an architecture that would lose the fused cache.
     """
 
     def __init__(
-        self, engine: Engine, rows: Sequence[QARow], dev: Sequence[QARow], config: TrainingConfig, output: Path
+        self,
+        engine: Engine,
+        rows: Sequence[QARow],
+        dev: Sequence[QARow],
+        config: TrainingConfig,
+        output: Path,
+        *,
+        files: Mapping[str, Any] | None = None,
     ) -> None:
         self._processes = PartialState(cpu=engine.decoder.device.type == "cpu")
         torch.manual_seed(config.seed)  # fresh adapters and dropout draw from torch's own generator
@@ -76,33 +75,47 @@ class Trainer:
         self.examples = self._encode(rows)
         self._prepare_decoder()
         self.weights = {n: p for n, p in engine.decoder.model.named_parameters() if p.requires_grad}
+        self._masters = MasterWeights(self.weights)
         self._optimizer = torch.optim.AdamW(
-            self.weights.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+            self._masters.copies.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
         )
-        rows_per_step = config.batch_size * config.accumulation * self._processes.num_processes
-        self.steps_per_epoch = math.ceil(len(self.examples) / rows_per_step)
-        self.total_steps = min(self.steps_per_epoch * config.epochs, config.max_steps or math.inf)
+        self._plan = self._plan_steps()
+        self.total_steps = len(self._plan)
         self._schedule = get_cosine_schedule_with_warmup(
-            self._optimizer, round(config.warmup * self.total_steps), int(self.total_steps)
+            self._optimizer, round(config.warmup * self.total_steps), self.total_steps
         )
+        self._record = make_record(engine, config, rows, dev, processes=self._processes.num_processes, files=files) | {
+            "trained_rows": len(self.examples)
+        }
         self.progress = Progress()
 
     def run(self, *, resume: bool = False, report: Callable[[Progress], None] | None = None) -> Progress:
-        """Train to the end. With ``resume``, go on from ``checkpoint/`` if there is one."""
+        """Train to the end; ``report`` is called after each evaluation.
+
+        With ``resume``, go on from ``checkpoint/`` if there is one. ``epochs`` and ``max_steps`` may then be higher
+        than before: the learning rate goes on along the longer schedule.
+
+        Raises:
+            ModelLoadError: the checkpoint is damaged, or belongs to another base model.
+            InvalidInputError: it belongs to other rows or settings, or is further than this run is to go.
+        """
         if resume and (self.output / "checkpoint").is_dir():
             self._load_state()
-        began = time.perf_counter()
+        began = time.perf_counter() - self.progress.elapsed
         hidden = not self._processes.is_main_process
-        total, done = int(self.total_steps), self.progress.step
+        total, done = self.total_steps, self.progress.step
         with tqdm(total=total, initial=done, desc="train", unit="step", delay=1, disable=hidden) as bar:
             for batches, tokens in self._steps():
+                rate = float(self._schedule.get_last_lr()[0])
                 loss = self._step(batches, tokens)
-                self.progress.step += 1
-                self.progress.losses.append((self.progress.step, loss))
+                self.progress.note(loss, rate, time.perf_counter() - began)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
                 if self.progress.step % self.config.eval_every == 0 or self.progress.step == self.total_steps:
-                    self._checkpoint(time.perf_counter() - began)
+                    self._checkpoint()
                     if report is not None:
                         report(self.progress)
         return self.progress
@@ -136,24 +149,42 @@ class Trainer:
                 "full training needs a decoder of its own beside the frozen prefill decoder, and LoRA needs one model "
                 "for both."
             )
+        if decoder.dtype == torch.float16:
+            raise InvalidInputError(
+                "the model is in float16, whose gradients vanish without loss scaling; train in bfloat16 or float32 "
+                "(dtype)."
+            )
         if not config.full:
             targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
             decoder.add_adapter(
                 LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
             )
+        if config.gradient_checkpointing:
+            checkpoint_exactly(self._engine, self.examples[0])
         decoder.model.train()
+
+    def _plan_steps(self) -> list[Step]:
+        """The rows of every step of the run, over all processes."""
+        config = self.config
+        documents = [tuple(example.documents) or number for number, example in enumerate(self.examples)]
+        steps: list[Step] = []
+        for epoch in range(config.epochs):
+            steps += epoch_steps(
+                documents,
+                batch_size=config.batch_size,
+                batches_per_step=config.accumulation * self._processes.num_processes,
+                seed=config.seed + epoch,
+            )
+            if config.max_steps is not None and len(steps) >= config.max_steps:
+                return steps[: config.max_steps]
+        return steps
 
     def _steps(self) -> Iterator[tuple[list[Batch], int]]:
         """This process's batches of each step still to do, and the target tokens of all processes together."""
-        config, world = self.config, self._processes.num_processes
-        per_step = config.batch_size * config.accumulation * world
-        while self.progress.step < self.total_steps:
-            epoch, inside = divmod(self.progress.step, self.steps_per_epoch)
-            order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(config.seed + epoch))
-            chosen = [self.examples[i] for i in order[inside * per_step : (inside + 1) * per_step].tolist()]
-            mine = chosen[self._processes.process_index :: world]
-            batches = [collate(mine[i : i + config.batch_size]) for i in range(0, len(mine), config.batch_size)]
-            yield batches, sum(len(example.target) for example in chosen)
+        for step in self._plan[self.progress.step :]:
+            mine = step[self._processes.process_index :: self._processes.num_processes]
+            batches = [collate([self.examples[row] for row in rows]) for rows in mine]
+            yield batches, sum(len(self.examples[row].target) for rows in step for row in rows)
 
     def _step(self, batches: list[Batch], tokens: int) -> float:
         """One optimiser step; returns the loss in nats a token, over all processes."""
@@ -162,18 +193,14 @@ class Trainer:
         for batch in batches:
             loss = fusion_loss(self._engine, batch) / tokens
             loss.backward()
+            self._masters.take_gradients()
             total += loss.detach()
-        self._sum_over_processes([total, *self._gradients()])
-        torch.nn.utils.clip_grad_norm_(self.weights.values(), self.config.max_grad_norm)
+        self._sum_over_processes([total, *self._masters.gradients()])
+        torch.nn.utils.clip_grad_norm_(self._masters.copies.values(), self.config.max_grad_norm)
         self._optimizer.step()
+        self._masters.write_back()
         self._schedule.step()
         return float(total)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        for weight in self.weights.values():
-            if weight.grad is None:  # a process without rows in this step
-                weight.grad = torch.zeros_like(weight)
-        return [weight.grad for weight in self.weights.values() if weight.grad is not None]
 
     def _sum_over_processes(self, tensors: Sequence[torch.Tensor]) -> None:
         if self._processes.num_processes > 1:
@@ -199,39 +226,31 @@ class Trainer:
         decoder.model.train()
         return 100 * right / len(self._dev)
 
-    def _checkpoint(self, seconds: float) -> None:
+    def _checkpoint(self) -> None:
         """Evaluate, keep the best decoder, and write the state to go on from."""
-        former = self.progress.best
         if self._dev:
             self.progress.scores.append((self.progress.step, self.evaluate()))
         if not self._processes.is_main_process:
             return
-        record = self._record(seconds)
-        if former is None or not self._dev or self.progress.scores[-1][1] > former:
+        record = self._record | {"progress": asdict(self.progress)}
+        if not self._dev or self.progress.best_step == self.progress.step:
             settings = replace(self._engine.settings, tuned_concat=self.config.joined_share > 0)
             save_decoder(self.output / "best", self._engine.decoder, settings, record)
-        save_state(self.output / "checkpoint", self.weights, self._optimizer, record)
-
-    def _record(self, seconds: float) -> dict[str, Any]:
-        """Everything that made this decoder, for the JSON beside it."""
-        return {
-            "kvfusion_rag": __version__,
-            "torch": torch.__version__,
-            "base_model": self._engine.backbone.model_id,
-            "base_weights": self._engine.backbone.weights_digest,
-            "config": asdict(self.config),
-            "rows": len(self.examples),
-            "processes": self._processes.num_processes,
-            "device": str(self._engine.decoder.device),
-            "seconds": round(seconds, 1),
-            "progress": asdict(self.progress),
-        }
+        save_state(self.output / "checkpoint", self._masters.copies, self._optimizer, record)
+        write_losses(self.output, self.progress)
 
     def _load_state(self) -> None:
-        record = load_state(self.output / "checkpoint", self.weights, self._optimizer)
-        done = record["progress"]
-        self.progress = Progress(
-            done["step"], [(s, loss) for s, loss in done["losses"]], [(s, score) for s, score in done["scores"]]
-        )
+        folder = self.output / "checkpoint"
+        record = load_record(folder)
+        require_same_run(record, self._record)
+        progress = Progress.from_dict(record["progress"])
+        if progress.step > self.total_steps:
+            raise InvalidInputError(
+                f"the checkpoint has made {progress.step} steps already, but this run ends after {self.total_steps}; "
+                "raise epochs or max_steps."
+            )
+        load_state(folder, self._masters.copies, self._optimizer)
+        self._masters.write_back()
+        self.progress = progress
         for _ in range(self.progress.step):
             self._schedule.step()

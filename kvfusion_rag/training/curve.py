@@ -1,0 +1,43 @@
+"""The loss curve of a run as a picture: loss a step, and under it the exact match on the dev rows.
+
+matplotlib is the extra ``evaluation``; it is imported when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+
+from ..evaluation.plots import COLORS, new_figure, require_plotting
+from .progress import Progress
+
+SMOOTHED_OVER = 20  # steps, as an exponential moving average
+
+
+def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
+    """Draw the curve into ``path``, whose ending names the format.
+
+    Raises:
+        InvalidInputError: the ending is unknown.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_plotting(path)
+    panels = 2 if progress.scores else 1
+    figure, axes = new_figure(title, size=(6.4, 2.6 + 1.8 * panels), panels=panels)
+    steps, losses = [step for step, _ in progress.losses], [loss for _, loss in progress.losses]
+    axes[0].plot(steps, losses, color=COLORS[0], linewidth=0.8, alpha=0.4, label="each step")
+    axes[0].plot(steps, smoothed(losses), color=COLORS[0], linewidth=1.8, label=f"mean of about {SMOOTHED_OVER} steps")
+    axes[0].set_ylabel("loss, nats a token")
+    axes[0].legend(frameon=False, fontsize=9)
+    if progress.scores:
+        axes[1].plot(*zip(*progress.scores, strict=True), color=COLORS[1], marker="o", markersize=4)
+        axes[1].set_ylabel("exact match on dev, %")
+        axes[1].set_ylim(bottom=0)
+    axes[-1].set_xlabel("step")
+    figure.savefig(path, dpi=160)
+
+
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential moving average that starts at the first value."""
+    share = 2 / (SMOOTHED_OVER + 1)
+    return list(accumulate(values, lambda mean, value: mean + share * (value - mean)))
