@@ -39,13 +39,15 @@ MAX_BATCH = 32  # rows; the first step computes logits for every row at every di
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question with its documents, encoded and checked against the limits."""
+    """One question with its documents, encoded and checked against the limits.
+
+    ``starts`` has the first position of each piece, by key, in the order of fusing; it is empty in mode "concat".
+    """
 
     reading: Reading
     question: Question
     mode: Mode
     starts: Mapping[str, int]
-    """First position of each piece, by key, in the order in which they are fused; empty in mode "concat"."""
 
     @property
     def fused(self) -> bool:
