@@ -1,8 +1,8 @@
 """APE, Adaptive Parallel Encoding (arXiv 2502.05431): attention that reads documents sharper and weighs them less.
 
 The question and the answer meet the logits of the documents' slots divided by a temperature T; the log-sum-exp of
-these slots is multiplied by a scale S, and both parts are merged by their log-sum-exps (section 4; pseudo-code in the
-paper's appendix). The authors' released code multiplies by S times T in place of S: its S = T = 0.9 is S = 0.81 here.
+these slots is multiplied by a scale S, and both parts are merged by their log-sum-exps (the paper's pseudo-code,
+``ape_attention``). The authors' released code multiplies by S times T in place of S: its S = T = 0.9 is S = 0.81 here.
 T alone would be keys divided by T, but S weighs by a sum that depends on the query, so it needs an attention of its
 own. That is registered with transformers under its own name; ``backbone.py`` switches it on for single passes.
 """

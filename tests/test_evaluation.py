@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import tiny
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.cli import COMMANDS, evaluate, main
@@ -156,6 +158,15 @@ def test_a_default_plan_says_what_it_leaves_out():
     assert names(plan) == ["original", "shuffled", "no-gold"]
     assert len(plan.notes) == 2
     assert "slots left out: row 'without' has no passage that is marked as gold" in plan.notes[0]
+
+
+def test_several_gold_passages_are_said_to_stand_together():
+    made = [*rows(2, 6), row([False, True, False, False, True, False], "hops")]
+    (note,) = plan_conditions(made, ["slots"]).notes
+    assert note.startswith("1 of 3 rows have several gold passages: at a slot they stand together from it on")
+    assert arrange(made[2], Condition("slot", 2), 6, 0) == [0, 1, 4, 2, 3, 5]
+    assert arrange(made[2], Condition("slot", 6), 6, 0) == [0, 2, 3, 5, 1, 4]
+    assert plan_conditions(made, ["original"]).notes == ()
 
 
 @pytest.mark.parametrize(
@@ -605,6 +616,62 @@ def test_an_adapter_is_judged_beside_its_base(capsys, command, monkeypatch, gene
     found = [system["name"] for system in json.loads(capsys.readouterr().out)["systems"]]
     assert found == default_systems({"adapter": "lora"}) and "fusion-base" in found
     assert adapters == ["lora", None]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two base models of other weights, a tuned decoder of the first, and an adapter for each."""
+    place = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("base", "decoder", "wide")):
+        tiny.model("llama", seed=seed).save_pretrained(place / name)
+        tiny.tokenizer("byte-bpe").save_pretrained(place / name)
+        (place / name / "kvfusion.json").write_text('{"passage_length": 90}')
+    for seed, (name, base) in enumerate((("adapter", 0), ("sft", 2))):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        get_peft_model(tiny.model("llama", seed=base), lora).save_pretrained(place / name)
+        (place / name / "kvfusion.json").write_text('{"passage_length": 90}')
+    return place
+
+
+def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
+    """The command's answers are those of a generator made by hand with the weights, mode and settings of each."""
+    monkeypatch.setitem(COMMANDS, "evaluate", evaluate)
+    made = rows(3)
+    write_rows(tmp_path / "rows.jsonl", made)
+    given = [f"--{name}={folders / name}" for name in ("adapter", "decoder", "sft")]
+    argv = [
+        "evaluate",
+        tmp_path / "rows.jsonl",
+        "--model",
+        folders / "base",
+        "--concat-model",
+        folders / "wide",
+        *given,
+    ]
+    argv += ["--conditions", "original", "--max-new-tokens", "6", "--predictions", tmp_path / "p.jsonl"]
+    assert main([str(arg) for arg in argv]) == 0
+    found = {}
+    for line in map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines()):
+        found.setdefault(line["system"], []).append(tuple(line["token_ids"]))
+    assert list(found) == list(SYSTEMS)
+    expected = {
+        "fusion": ("base", {"adapter": folders / "adapter"}),
+        "fusion-full": ("base", {"decoder": folders / "decoder"}),
+        "fusion-base": ("base", {}),
+        "concat": ("wide", {"mode": "concat"}),
+        "sft": ("wide", {"mode": "concat", "adapter": folders / "sft", "tuned_concat": True}),
+        "pcw": ("base", {"passage_length": None}),
+        "global": ("base", {"adapter": folders / "adapter", "positions": "global"}),
+        "ape": ("base", {"mode": "ape"}),
+    }
+    for name, (base, options) in expected.items():
+        changes = {key: options.pop(key) for key in ("passage_length", "tuned_concat") if key in options}
+        gen = KVFusionGenerator.from_pretrained(folders / base, **options).with_settings(**changes)
+        documents = [[p.document(str(n)) for n, p in enumerate(one.passages)] for one in made]
+        answers = gen.answer_batch([one.question for one in made], documents, max_new_tokens=6)
+        assert found[name] == [answer.token_ids for answer in answers], name
+    assert len({str(found[name]) for name in expected}) == len(expected)  # no two of them are the same
 
 
 def test_force_overwrites(capsys, command, tmp_path):

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"out of {', '.join(SYSTEMS)}; others are compared with the first (default: those whose inputs are "
         "given; --adapter and --decoder may both be)",
     )
-    parser.add_argument("--sft", metavar="DIR", help="adapter or whole model that was trained on joined prompts")
+    parser.add_argument(
+        "--sft", metavar="DIR", help="adapter folder or whole model that was trained on joined prompts"
+    )
     parser.add_argument("--concat-model", metavar="NAME", help="another base model for concat and sft")
     parser.add_argument(
         "--ape-search",

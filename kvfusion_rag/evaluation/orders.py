@@ -81,6 +81,12 @@ def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, d
             notes.append(f"{name} left out: {error}")
         else:
             conditions += [condition for condition in found if condition not in conditions]
+    several = sum(len(row.gold) > 1 for row in rows)
+    if several and any(condition.kind == "slot" for condition in conditions):
+        notes.append(
+            f"{several} of {len(rows)} rows have several gold passages: at a slot they stand together from it on, or "
+            "end at the last place."
+        )
     return Plan(tuple(conditions), documents, tuple(notes))
 
 
