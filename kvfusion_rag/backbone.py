@@ -231,9 +231,11 @@ class Backbone:
         return out.logits[rows, place].float()  # (B, len(wanted), V) -> (B, V)
 
     def training_logits(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, kept: torch.Tensor
     ) -> torch.Tensor:
-        """Logits (B, Q, V) of one pass of Dt with gradients; arguments as in :meth:`forward`.
+        """Logits (B, N, V) of one pass of Dt with gradients, at the N columns of ``ids`` that ``kept`` (N,) names.
+
+        Other arguments are those of :meth:`forward`.
 
         Once :meth:`checkpoint_activations` was called, the mask must be a four-dimensional one, and the backward
         pass must come before the model is used for anything else, since it computes the layers again.
@@ -245,7 +247,7 @@ class Backbone:
             layers = [layer[:2] for layer in cache] if cache.get_seq_length() else None
             known = {"context": layers, "use_cache": False}
         with self._turn(adapter=True, training=self.model.training):
-            out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, **known)
+            out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, logits_to_keep=kept, **known)
         return out.logits
 
     def checkpoint_activations(self) -> None:

@@ -9,7 +9,7 @@ from test_training_batches import gradients, shared
 from kvfusion_rag import UnsupportedModelError
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.qa import QARow
-from kvfusion_rag.training.loss import batch_logits
+from kvfusion_rag.training.loss import fusion_loss
 
 
 def prepared(architecture: str, *, full: bool, **changes):
@@ -52,7 +52,7 @@ def test_layers_really_are_computed_twice_and_keep_less():
             made.decoder.checkpoint_activations()
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
-            batch_logits(made, batch_of(made, rows(4)))
+            fusion_loss(made, batch_of(made, rows(4)))
         kept.append(sum(sizes))
     assert kept[1] < kept[0] / 2
 

@@ -48,6 +48,9 @@ class WordEmbedder:
             vector[zlib.crc32(word.strip(".,?!#").encode(errors="replace")) % self.size] += 1
         return vector / np.linalg.norm(vector)
 
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self.embed_question(text) for text in texts])
+
 
 def count_words(text: str) -> int:
     return len(text.split())
@@ -640,6 +643,8 @@ def test_vectors_have_length_one_and_a_stable_fingerprint(minilm):
     assert vectors.shape == (2, 384)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(minilm.embed_question("a whale"), vectors[1], atol=1e-6)
+    together = minilm.embed_questions(["a whale", "why does a lamp burn so long in winter?"])
+    np.testing.assert_allclose(together[0], vectors[1], atol=1e-6)
     assert SentenceTransformerEmbedder(device="cpu").fingerprint == minilm.fingerprint
 
 

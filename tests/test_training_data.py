@@ -302,9 +302,28 @@ def test_the_random_ranking_is_a_permutation(size, seed):
 def test_rankings_find_by_words_and_by_vectors():
     passages = [passage for example in TOWNS for passage in example.golds]
     rng = random.Random(0)
-    for ranking in (BM25Ranking(passages), DenseRanking(passages, WordEmbedder())):
+    for ranking in (BM25Ranking(passages), DenseRanking(passages, WordEmbedder(4096))):  # no two words in one bucket
         assert next(ranking.rank("the mill of Glen", rng)) == 6
+        assert next(ranking.near(6, rng)) == 6
     assert list(BM25Ranking(passages).rank("the of", rng)) == []
+
+
+def test_questions_are_embedded_together_and_rank_as_alone(monkeypatch):
+    calls: list[int] = []
+    embed = WordEmbedder.embed_questions
+
+    def counted(self, texts):
+        calls.append(len(texts))
+        return embed(self, texts)
+
+    monkeypatch.setattr(WordEmbedder, "embed_questions", counted)
+    wanted = DataOptions(passages=(3, 3), negatives=("dense",))
+    together = list(make_builder(TOWNS, wanted).rows())
+    assert calls == [len(TOWNS)]
+    monkeypatch.setattr("kvfusion_rag.training.data.PREPARED", 5)
+    assert list(make_builder(TOWNS, wanted).rows()) == together and calls[1:] == [5, 5, 2]
+    monkeypatch.setattr(DataBuilder, "_prepare", lambda self, examples: None)
+    assert list(make_builder(TOWNS, wanted).rows()) == together and calls[4:] == [1] * len(TOWNS)
 
 
 @given(st.text(max_size=30), st.text(max_size=8))
@@ -621,6 +640,9 @@ def test_the_command_cuts_and_mines_with_vectors(towns, tmp_path, monkeypatch):
     [
         (["--passages", "20"], "passages is 20, but the corpus holds 12"),
         (["--passages", "5-2"], "'5-2' is neither"),
+        (["--group", "20"], "passages is 20, but the corpus holds 12"),
+        (["--group", "4", "--passages", "4"], "--group is given with --passages"),
+        (["--group", "4", "--no-gold", "0.1"], "--group is given with --passages or --no-gold"),
         (["--negatives", "bm25,magic"], "does not name some of"),
         (["--no-gold", "2"], "not a number from 0 to 1"),
         (["--exclude", "absent.jsonl"], "'absent.jsonl' does not exist"),

@@ -18,7 +18,7 @@ from .options import load_token_counter, positive
 
 if TYPE_CHECKING:
     from ..retrieval import Embedder
-    from ..training.data import DataOptions, DataReport
+    from ..training import DataOptions, DataReport
     from ..training.formats import Example
 
 NEGATIVES = ("bm25", "dense", "random")
@@ -41,8 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluation files whose questions and contexts must not be in the output",
     )  # fmt: skip
     parser.add_argument(
-        "--passages", type=_passage_range, default=(20, 20), metavar="N",
+        "--passages", type=_passage_range, metavar="N",
         help="passages of a row, gold one included: 20, or 5-20 to draw it for each row (default: 20)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--group", type=positive, metavar="N",
+        help="in place of --passages: rows in groups that share one set of N passages, which training reads once",
     )  # fmt: skip
     parser.add_argument(
         "--negatives", type=_negative_sources, default=("bm25",), metavar="NAMES",
@@ -63,13 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..training import DataBuilder, DataOptions, check_output, read_corpus, read_examples, write_training_rows
+    from ..training import DataBuilder, check_output, read_corpus, read_examples, write_training_rows
 
     out = Path(args.out).expanduser()
     _check_paths(args, out)
     files = [Path(path) for path in (*args.questions, *args.corpus, *args.exclude)]
     check_output(out, force=args.force, inputs=files)
-    options = DataOptions(args.passages, args.negatives, args.no_gold, args.max_tokens, args.seed, args.strict)
+    options = _options(args)
     builder = DataBuilder(
         lambda: _read_questions(args),
         options,
@@ -98,6 +102,20 @@ def _check_paths(args: argparse.Namespace, out: Path) -> None:
             raise InvalidInputError(f"{path!r} does not exist.")
 
 
+def _options(args: argparse.Namespace) -> DataOptions:
+    from ..training import DataOptions
+
+    if args.group is not None and (args.passages is not None or args.no_gold):
+        raise InvalidInputError(
+            "--group is given with --passages or --no-gold, but the rows of a group share one set of passages, each "
+            "with its gold one; --group says how many passages."
+        )
+    passages = (args.group, args.group) if args.group else args.passages or (20, 20)
+    return DataOptions(
+        passages, args.negatives, args.no_gold, args.max_tokens, args.seed, args.strict, args.group is not None
+    )
+
+
 def _read_questions(args: argparse.Namespace) -> Iterator[Example]:
     from ..training import read_dataset, read_examples
 
@@ -122,7 +140,10 @@ def _embedder(args: argparse.Namespace) -> Embedder | None:
 def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
     least, most = options.passages
     size = str(least) if least == most else f"{least} to {most}"
-    say(f"{shown_path(out.resolve())}: {report.kept} rows of {size} passages, of {report.read} questions read")
+    shape = f"in {report.groups} groups that share {size} passages" if options.grouped else f"of {size} passages"
+    say(f"{shown_path(out.resolve())}: {report.kept} rows {shape}, of {report.read} questions read")
+    if report.passed_over:
+        say(f"{report.passed_over} times a question waited for another group: the set held its answer twice")
     say(f"{report.pool} distinct passages mined, {report.pool_excluded} more left out as excluded")
     say(
         f"{report.evidence} rows with evidence, {report.no_gold} without their gold passage, "

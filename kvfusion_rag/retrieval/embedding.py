@@ -47,6 +47,10 @@ class Embedder(Protocol):
         """Vector (E,) of a question."""
         ...
 
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors (N, E) of N questions, at least one, in as few passes of the model as it can."""
+        ...
+
 
 class SentenceTransformerEmbedder:
     """A sentence-transformers model: the offline MiniLM by default, else any name or folder.
@@ -81,13 +85,16 @@ class SentenceTransformerEmbedder:
         return np.asarray(vectors, dtype=np.float32)
 
     def embed_question(self, text: str) -> np.ndarray:
-        vector = self._model.encode_query(
-            _LONE_SURROGATE.sub("\ufffd", text),
+        return self.embed_questions([text])[0]
+
+    def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
+        vectors = self._model.encode_query(
+            [_LONE_SURROGATE.sub("\ufffd", text) for text in texts],
             normalize_embeddings=True,
             show_progress_bar=False,
             convert_to_numpy=True,
         )
-        return np.asarray(vector, dtype=np.float32)
+        return np.asarray(vectors, dtype=np.float32)
 
     def _warn_of_cut_texts(self, texts: Sequence[str]) -> None:
         limit = self._model.max_seq_length

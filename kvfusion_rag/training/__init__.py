@@ -1,7 +1,8 @@
 """Training: from questions to rows with negatives, and from rows to a tuned decoder.
 
-``formats`` reads questions and passages, ``mining`` finds negatives, ``windows`` cuts passages and finds evidence,
-``data`` builds the rows, and ``writing`` puts them into a file; BM25 needs the extra ``kvfusion-rag[train]``, dense
+``formats`` reads questions and passages, ``golds`` finds gold passages and ``mining`` negatives, ``windows`` cuts
+passages and finds evidence, ``data`` builds the rows as ``recipe`` says, ``groups`` those that share their passages,
+and ``writing`` puts them into a file; BM25 needs the extra ``kvfusion-rag[train]``, dense
 negatives ``kvfusion-rag[rag]``. ``examples`` encodes rows, ``loss`` is the paper's, ``trainer`` is the loop and
 ``run`` one call for all of it. Names are imported on first use, so that building data costs no torch import.
 """
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "PRESETS": "config",
     "DataBuilder": "data",
-    "DataOptions": "data",
-    "DataReport": "data",
+    "DataOptions": "recipe",
+    "DataReport": "recipe",
     "Example": "formats",
     "Progress": "progress",
     "Trainer": "trainer",
@@ -33,9 +34,10 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from .config import PRESETS, TrainingConfig, preset
-    from .data import DataBuilder, DataOptions, DataReport
+    from .data import DataBuilder
     from .formats import Example, read_corpus, read_dataset, read_examples
     from .progress import Progress
+    from .recipe import DataOptions, DataReport
     from .run import train
     from .trainer import Trainer
     from .writing import check_output, write_training_rows

@@ -1,8 +1,8 @@
 """Builds training rows: one gold passage among negatives that hold no answer, the paper's recipe without its judges.
 
-Takes questions as ``formats.py`` reads them and passages to mine, and yields rows of ``qa.py`` in the order of the
-questions, with a report of what became of every one. The same input, options and seed give the same bytes. Nothing
-here knows a model: token counts and vectors come from the caller.
+Takes questions as ``formats.py`` reads them and passages to mine, and yields rows of ``qa.py`` with a report of what
+became of every question: in their order, or in groups that share their passages (``groups.py``). The same input,
+options and seed give the same bytes. Nothing here knows a model: token counts and vectors come from the caller.
 """
 
 from __future__ import annotations
@@ -11,119 +11,30 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import TypeVar
 
 from ..errors import InvalidInputError
 from ..qa import Passage, QARow
 from ..retrieval.embedding import Embedder
 from .formats import Example
+from .golds import Gold, GoldFinder
+from .groups import Grouping, GroupQuestion
 from .mining import FILLED, BM25Ranking, DenseRanking, MatchText, Pool, RandomRanking, Ranking, take_turns, text_key
-from .windows import Span, cut_around, evidence_of, find_answer, split_passage
+from .recipe import (
+    EXCLUDED_CONTEXT,
+    EXCLUDED_QUESTION,
+    REPEATED,
+    TOO_FEW,
+    UNANSWERABLE_IN_GROUP,
+    DataOptions,
+    DataReport,
+    DroppedError,
+)  # fmt: skip
+from .windows import Fits, evidence_of, split_passage
 
-NegativeSource = Literal["bm25", "dense", "random"]
+Made = TypeVar("Made")
 
-EXCLUDED_QUESTION = "question is in an excluded file"
-EXCLUDED_CONTEXT = "context is in an excluded file"
-REPEATED = "repeats an earlier question and context"
-NOT_IN_CONTEXT = "answer is not in its context"
-NO_GOLD = "no passage is marked gold"
-SEVERAL_GOLDS = "more than one passage is marked gold"
-NOT_FOUND = "no passage found for the question holds the answer"
-TOO_LONG = "answer is longer than max_tokens"
-TOO_FEW = "too few passages without the answer"
-_HARMLESS = (EXCLUDED_QUESTION, EXCLUDED_CONTEXT, REPEATED)
-
-SEARCHED_FOR_GOLD = 100  # passages looked at for a question that came without a context
-
-
-@dataclass(frozen=True, slots=True)
-class DataOptions:
-    """What the rows are to be like.
-
-    Attributes:
-        passages: least and most passages of a row, the gold one included; drawn evenly for each row.
-        negatives: where negatives come from, in turn; chance fills up what they leave.
-        no_gold: share of the answerable questions that lose their gold passage and their answers.
-        max_tokens: most tokens of a passage with its title; ``None`` cuts nothing.
-        strict: a row that cannot be used is an error instead of being left out.
-    """
-
-    passages: tuple[int, int] = (20, 20)
-    negatives: tuple[NegativeSource, ...] = ("bm25",)
-    no_gold: float = 0.0
-    max_tokens: int | None = None
-    seed: int = 0
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        least, most = self.passages
-        if not 1 <= least <= most:
-            raise InvalidInputError(f"passages is {least}-{most}, but it must be a range from 1 upwards.")
-        known = get_args(NegativeSource)
-        if not self.negatives or set(self.negatives) - set(known) or len(set(self.negatives)) < len(self.negatives):
-            raise InvalidInputError(
-                f"negatives is {','.join(self.negatives)!r}, but it must name some of {', '.join(known)}, each once."
-            )
-        if not 0 <= self.no_gold <= 1:
-            raise InvalidInputError(f"no_gold is {self.no_gold}, but a share lies between 0 and 1.")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidInputError(f"max_tokens is {self.max_tokens}, but it must be at least 1.")
-
-
-@dataclass
-class DataReport:
-    """What became of the questions; complete once all rows were taken.
-
-    Attributes:
-        pool: distinct passages that were mined; ``pool_excluded`` more were in an excluded file.
-        no_gold: rows whose gold passage was taken away; ``unanswerable`` ones never had an answer.
-        gold_found: rows that came without a context, whose gold passage was found in the corpus.
-        evidence: rows whose answer was traced to its sentence.
-        dropped: how many questions were left out, by reason; ``first_dropped`` says where the first one stood.
-        negatives: how many came from where; ``given`` came with the question, ``fill`` are random ones for want of
-            others.
-    """
-
-    read: int = 0
-    kept: int = 0
-    no_gold: int = 0
-    unanswerable: int = 0
-    gold_found: int = 0
-    evidence: int = 0
-    pool: int = 0
-    pool_excluded: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    first_dropped: dict[str, str] = field(default_factory=dict)
-    negatives: Counter[str] = field(default_factory=Counter)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self) | {"dropped": dict(self.dropped), "negatives": dict(self.negatives)}
-
-
-class _DroppedError(Exception):
-    """The question at hand is of no use; the message is the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Gold:
-    """The passage that a question is answered from.
-
-    Attributes:
-        passage: cut to size around the answer.
-        key: that of its uncut text; ``numbers`` are the passages of the pool that it must not stand beside.
-        answers: all accepted answers, those that stand in the passage first.
-        span: where the first of them stands in it, if that is known.
-        found: it did not come with the question.
-    """
-
-    passage: Passage
-    key: bytes
-    numbers: tuple[int, ...]
-    answers: tuple[str, ...]
-    span: Span | None
-    found: bool = False
+PREPARED = 256  # questions that rankings may get ready for at once
 
 
 class DataBuilder:
@@ -167,23 +78,40 @@ class DataBuilder:
         self._pool = self._make_pool(corpus)
         self._check_size()
         self._rankings = self._make_rankings(embedder)
+        self._golds = GoldFinder(self._pool, self._rankings, self._fits)
 
     def rows(self) -> Iterator[QARow]:
-        """One row for each question that can be used, in their order.
+        """One row for each question that can be used, in their order, or group by group.
 
         Raises:
             InvalidInputError: with ``strict``, at the first one that cannot; names its place and the cause.
         """
-        seen: set[tuple[bytes, bytes]] = set()
-        for number, example in enumerate(self._examples()):
-            self.report.read += 1
-            try:
-                row = self._row(example, random.Random(f"{self._options.seed}/{number}"), seen)
-            except _DroppedError as dropped:
-                self._drop(example, str(dropped))
-            else:
+        if self._options.grouped:
+            questions = self._each(self._group_question)
+            yield from Grouping(questions, self._pool, self._rankings, self._options, self.report).rows()
+        else:
+            for row in self._each(self._row):
                 self.report.kept += 1
                 yield row
+
+    def _each(self, make: Callable[[Example, random.Random, set[tuple[bytes, bytes]]], Made]) -> Iterator[Made]:
+        """What ``make`` makes of every question that can be used; the others are counted."""
+        seen: set[tuple[bytes, bytes]] = set()
+        numbered = enumerate(self._examples())
+        while chunk := list(itertools.islice(numbered, PREPARED)):
+            self._prepare([example for _, example in chunk])
+            for number, example in chunk:
+                self.report.read += 1
+                try:
+                    yield make(example, random.Random(f"{self._options.seed}/{number}"), seen)
+                except DroppedError as dropped:
+                    self.report.drop(example, str(dropped), strict=self._options.strict)
+
+    def _prepare(self, examples: list[Example]) -> None:
+        """Let the rankings get ready for the questions that will be ranked for."""
+        asked = [e.question for e in examples if e.answers and not (self._options.grouped and e.golds)]
+        for ranking in self._rankings.values():
+            ranking.prepare(list(dict.fromkeys(asked)))
 
     # The pool
 
@@ -191,8 +119,7 @@ class DataBuilder:
         """Distinct passages that are not excluded, cut to size."""
         pool = Pool()
         excluded: set[bytes] = set()
-        own = self._own_passages(needed=corpus is None)
-        for passage in own if corpus is None else itertools.chain(own, corpus):
+        for passage in itertools.chain(self._own_passages(needed=corpus is None), corpus or ()):
             key = text_key(passage.text)
             if key in self._excluded_contexts:
                 excluded.add(key)
@@ -202,7 +129,10 @@ class DataBuilder:
         return pool
 
     def _own_passages(self, *, needed: bool) -> Iterator[Passage]:
-        """The questions' own passages if they are ``needed``; notes on the way which contexts share a question."""
+        """The questions' own passages if they are ``needed``; notes on the way which contexts share a question.
+
+        Groups are made around gold passages, so these are always in the pool then.
+        """
         for example in self._examples():
             if needed and not example.passages:
                 raise InvalidInputError(
@@ -211,6 +141,8 @@ class DataBuilder:
             self._note(example)
             if needed:
                 yield from example.passages
+            elif self._options.grouped:
+                yield from example.golds
 
     def _note(self, example: Example) -> None:
         """A passage that answers a question somewhere must not be a wrong one for it elsewhere."""
@@ -223,13 +155,14 @@ class DataBuilder:
             return [Passage(passage.text, passage.title)]
         return [Passage(text, passage.title) for text in split_passage(passage.text, self._fits(passage.title))]
 
-    def _fits(self, title: str | None) -> Callable[[str], bool]:
+    def _fits(self, title: str | None) -> Fits:
         count, most = self._count_tokens, self._options.max_tokens
         return lambda text: count is None or most is None or count(f"{title}\n{text}" if title else text) <= most
 
     def _check_size(self) -> None:
         most, size = self._options.passages[1], len(self._pool)
-        if not size or most > size + (not self._own_corpus):  # the gold passage may come from outside the corpus
+        outside = not (self._own_corpus or self._options.grouped)  # the gold passage may come from outside the corpus
+        if not size or most > size + outside:
             raise InvalidInputError(
                 f"passages is {most}, but the corpus holds {size} distinct passages; ask for fewer or add a corpus."
             )
@@ -253,10 +186,10 @@ class DataBuilder:
         question = text_key(example.question)
         self._refuse_excluded(example, question)
         answers = [MatchText.of(answer) for answer in example.answers]
-        gold = self._gold(example, answers, rng) if answers else None
+        gold = self._golds.find(example, answers, rng, cut=True) if answers else None
         context = gold.key if gold else text_key(" ".join(passage.text for passage in example.others))
         if (question, context) in seen:
-            raise _DroppedError(REPEATED)
+            raise DroppedError(REPEATED)
         seen.add((question, context))
         passages = [gold.passage] if gold and not blanked else []
         passages += self._negatives(example, gold, answers, wanted - len(passages), rng)
@@ -270,72 +203,31 @@ class DataBuilder:
         self.report.evidence += evidence is not None
         return QARow(example.id, example.question, gold.answers, tuple(passages), evidence)
 
+    def _group_question(self, example: Example, rng: random.Random, seen: set[tuple[bytes, bytes]]) -> GroupQuestion:
+        """A question with its gold passage in the pool, to be put into a group."""
+        question = text_key(example.question)
+        self._refuse_excluded(example, question)
+        if not example.answers:
+            raise DroppedError(UNANSWERABLE_IN_GROUP)
+        answers = [MatchText.of(answer) for answer in example.answers]
+        gold = self._golds.find(example, answers, rng, cut=False)
+        if (question, gold.key) in seen:
+            raise DroppedError(REPEATED)
+        seen.add((question, gold.key))
+        number = gold.number
+        assert number is not None, "a gold passage that is not cut is one of the pool"
+        barred = {n for key in self._contexts_of.get(question, ()) for n in self._pool.numbers(key)} | {*gold.numbers}
+        return GroupQuestion(example, gold, number, frozenset(barred - {number}), tuple(answers))
+
     def _refuse_excluded(self, example: Example, question: bytes) -> None:
         if question in self._excluded_questions:
-            raise _DroppedError(EXCLUDED_QUESTION)
+            raise DroppedError(EXCLUDED_QUESTION)
         own = example.golds or (() if example.answers else example.others)
         if any(text_key(passage.text) in self._excluded_contexts for passage in own):
-            raise _DroppedError(EXCLUDED_CONTEXT)
-
-    def _gold(self, example: Example, answers: list[MatchText], rng: random.Random) -> _Gold:
-        if len(example.golds) > 1:
-            raise _DroppedError(SEVERAL_GOLDS)
-        if example.golds:
-            return self._given_gold(example, answers, rng)
-        if example.others:
-            raise _DroppedError(NO_GOLD)
-        return self._searched_gold(example, answers, rng)
-
-    def _given_gold(self, example: Example, answers: list[MatchText], rng: random.Random) -> _Gold:
-        """The passage that the file calls gold, if the answer stands in it."""
-        whole, start = example.golds[0], example.answer_start
-        literal = start is not None and start >= 0 and whole.text.startswith(example.answers[0], start)
-        match = MatchText.of(whole.text)
-        literal = literal and not answers[0].blank
-        held = [n for n, answer in enumerate(answers) if (n == 0 and literal) or match.holds([answer])]
-        if not held:
-            raise _DroppedError(NOT_IN_CONTEXT)
-        ordered = _first_come(example.answers, held)
-        span = find_answer(whole.text, [ordered[0]], start if held[0] == 0 else None)
-        text, span = self._cut_gold(whole, span, [answers[held[0]]], rng)
-        key = text_key(whole.text)
-        return _Gold(Passage(text, whole.title, True), key, self._pool.numbers(key), ordered, span)
-
-    def _cut_gold(
-        self, whole: Passage, span: Span | None, answer: list[MatchText], rng: random.Random
-    ) -> tuple[str, Span | None]:
-        """The text of a gold passage that fits, and where the answer stands in it."""
-        fits = self._fits(whole.title)
-        if span is None:  # it is there, but only in the words of the metric
-            pieces = split_passage(whole.text, fits)
-            text = next((piece for piece in pieces if MatchText.of(piece).holds(answer)), None)
-            if text is not None:
-                return text, None
-        else:
-            cut = cut_around(whole.text, span, fits, rng)
-            if cut is not None:
-                return whole.text[slice(*cut)], (span[0] - cut[0], span[1] - cut[0])
-        raise _DroppedError(TOO_LONG)
-
-    def _searched_gold(self, example: Example, answers: list[MatchText], rng: random.Random) -> _Gold:
-        """The passage of the corpus that is likeliest to answer, by the first ranking that reads the question."""
-        ranking = next((self._rankings[name] for name in self._options.negatives if name != "random"), None)
-        if ranking is None:
-            raise InvalidInputError(
-                f"{example.where} has no context, and random negatives cannot find it one; add bm25 or dense."
-            )
-        for number in itertools.islice(ranking.rank(example.question, rng), SEARCHED_FOR_GOLD):
-            match = self._pool.matches[number]
-            held = [n for n, answer in enumerate(answers) if match.holds([answer])]
-            if held:
-                found, ordered = self._pool.passages[number], _first_come(example.answers, held)
-                span = find_answer(found.text, [ordered[0]])
-                gold = Passage(found.text, found.title, True)
-                return _Gold(gold, text_key(found.text), (number,), ordered, span, found=True)
-        raise _DroppedError(NOT_FOUND)
+            raise DroppedError(EXCLUDED_CONTEXT)
 
     def _negatives(
-        self, example: Example, gold: _Gold | None, answers: list[MatchText], count: int, rng: random.Random
+        self, example: Example, gold: Gold | None, answers: list[MatchText], count: int, rng: random.Random
     ) -> list[Passage]:
         """``count`` passages without the answer: those that came with the question first, then mined ones."""
         keys = set(self._contexts_of.get(text_key(example.question), ())) | ({gold.key} if gold else set())
@@ -345,10 +237,10 @@ class DataBuilder:
         names = self._rankings if answers else {"random": self._rankings[FILLED]}
         missing = count - len(given)
         rankings = {name: one.rank(example.question, rng) for name, one in names.items()} if missing else {}
-        mined, counts = take_turns(missing, rankings, taken, lambda n: self._pool.matches[n].holds(answers))
+        mined = take_turns(missing, rankings, taken, lambda n: self._pool.matches[n].holds(answers))
         if len(mined) < missing:
-            raise _DroppedError(TOO_FEW)
-        self.report.negatives += counts + Counter(given=len(given))
+            raise DroppedError(TOO_FEW)
+        self.report.negatives += Counter(mined.values()) + Counter(given=len(given))
         return given + [self._pool.passages[number] for number in mined]
 
     def _given_negatives(
@@ -365,14 +257,3 @@ class DataBuilder:
                 keys.add(key)
                 given += pieces
         return given
-
-    def _drop(self, example: Example, reason: str) -> None:
-        if self._options.strict and reason not in _HARMLESS:
-            raise InvalidInputError(f"{example.where} (id {example.id!r}): {reason}; without strict it is left out.")
-        self.report.dropped[reason] += 1
-        self.report.first_dropped.setdefault(reason, example.where)
-
-
-def _first_come(answers: tuple[str, ...], held: list[int]) -> tuple[str, ...]:
-    """``answers`` with those numbered in ``held`` in front, otherwise in their order."""
-    return tuple(answers[n] for n in sorted(range(len(answers)), key=lambda n: (n not in held, n)))

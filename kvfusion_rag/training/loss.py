@@ -28,13 +28,15 @@ def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
         engine: its backbone prefills (and its store keeps) the documents, its decoder is trained.
         batch: examples, fused or joined.
     """
-    labels = batch.labels.to(engine.decoder.device)
-    trained = labels != -100
-    return cross_entropy(batch_logits(engine, batch)[trained].float(), labels[trained], reduction="sum")
+    trained = batch.labels != -100  # (R, Q)
+    kept = trained.any(dim=0).nonzero()[:, 0]  # a vocabulary of logits for each question token would fill the memory
+    logits = batch_logits(engine, batch, kept)
+    labels, trained = (part[:, kept].to(logits.device) for part in (batch.labels, trained))
+    return cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
 
 
-def batch_logits(engine: Engine, batch: Batch) -> torch.Tensor:
-    """Logits (R, Q, V) of Dt over the documents' keys and values, which Dp made without a gradient."""
+def batch_logits(engine: Engine, batch: Batch, kept: torch.Tensor) -> torch.Tensor:
+    """Logits (R, N, V) of Dt at the columns ``kept`` (N,), over keys and values that Dp made without a gradient."""
     firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
     keys = {key: ids for example in firsts for key, ids in example.documents.items()}
     kvs, _ = engine.document_kvs(keys)
@@ -49,9 +51,8 @@ def batch_logits(engine: Engine, batch: Batch) -> torch.Tensor:
         mask = packed_mask(context.mask, batch.question_of.to(decoder.device))  # (R, 1, Q, K + Q)
     else:
         mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (R, K + Q)
-    return decoder.training_logits(
-        batch.ids.to(decoder.device), batch.positions.to(decoder.device), mask, context.cache
-    )
+    ids, positions, kept = (part.to(decoder.device) for part in (batch.ids, batch.positions, kept))
+    return decoder.training_logits(ids, positions, mask, context.cache, kept)
 
 
 @torch.inference_mode()
@@ -62,11 +63,12 @@ def checkpoint_exactly(engine: Engine, example: Example) -> None:
         UnsupportedModelError: it does not, so layers of this architecture do not hand the cache on.
     """
     decoder, batch = engine.decoder, collate([example])
+    everywhere = torch.arange(batch.ids.shape[1])
     allowed = TOLERANCE[decoder.dtype]
-    expected = batch_logits(engine, batch).float()
+    expected = batch_logits(engine, batch, everywhere).float()
     decoder.checkpoint_activations()
     try:
-        found = batch_logits(engine, batch).float()
+        found = batch_logits(engine, batch, everywhere).float()
         error = float((found - expected).norm() / expected.norm())
         cause = f"logits have a relative error of {error:.1e}, allowed {allowed:.0e}"
     except torch.OutOfMemoryError:

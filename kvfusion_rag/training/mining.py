@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -94,10 +93,18 @@ class Pool:
 
 
 class Ranking(Protocol):
-    """An order of the pool for a question."""
+    """An order of the pool for a question, or for one of its own passages."""
+
+    def prepare(self, questions: Sequence[str]) -> None:
+        """These questions will be ranked for next; what is cheaper for all of them together may be done now."""
+        ...
 
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
         """Numbers of passages, the likeliest first, each at most once; only such as have to do with the question."""
+        ...
+
+    def near(self, number: int, rng: random.Random) -> Iterator[int]:
+        """Numbers of passages, the nearest to passage ``number`` first; that one itself may be among them."""
         ...
 
 
@@ -112,11 +119,18 @@ class BM25Ranking:
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._tokenize: Callable[..., list[list[str]]] = bm25s.tokenize  # pyright: ignore[reportAttributeAccessIssue]
         self._index = bm25s.BM25()
-        self._index.index(self._words([f"{p.title or ''} {p.text}" for p in passages]), show_progress=False)
+        self._texts = [f"{p.title or ''} {p.text}" for p in passages]
+        self._index.index(self._words(self._texts), show_progress=False)
+
+    def prepare(self, questions: Sequence[str]) -> None:
+        """Nothing is cheaper for several questions together."""
 
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
         ids = self._index.get_tokens_ids(self._words([question])[0])
         return _best_first(self._index.get_scores_from_ids(ids), above=0.0) if ids else iter(())
+
+    def near(self, number: int, rng: random.Random) -> Iterator[int]:
+        return self.rank(self._texts[number], rng)
 
     def _words(self, texts: list[str]) -> list[list[str]]:
         return self._tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
@@ -130,9 +144,19 @@ class DenseRanking:
         texts = [f"{p.title}\n{p.text}" if p.title else p.text for p in passages]
         parts = range(0, len(texts), EMBEDDED_AT_ONCE)
         self._vectors = np.concatenate([embedder.embed_documents(texts[n : n + EMBEDDED_AT_ONCE]) for n in parts])
+        self._asked: dict[str, np.ndarray] = {}
+
+    def prepare(self, questions: Sequence[str]) -> None:
+        """Embed them in one call; the vectors are kept until the next ones come."""
+        self._asked = dict(zip(questions, self._embedder.embed_questions(questions), strict=True)) if questions else {}
 
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
-        return _best_first(self._vectors @ self._embedder.embed_question(question), above=-np.inf)
+        if question not in self._asked:
+            self.prepare([question])
+        return _best_first(self._vectors @ self._asked[question], above=-np.inf)
+
+    def near(self, number: int, rng: random.Random) -> Iterator[int]:
+        return _best_first(self._vectors @ self._vectors[number], above=-np.inf)
 
 
 class RandomRanking:
@@ -141,6 +165,9 @@ class RandomRanking:
     def __init__(self, size: int) -> None:
         self._size = size
 
+    def prepare(self, questions: Sequence[str]) -> None:
+        """Chance asks for nothing."""
+
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
         moved: dict[int, int] = {}  # a shuffle that costs only as much as is read of it
         for n in range(self._size):
@@ -148,29 +175,30 @@ class RandomRanking:
             yield moved.get(drawn, drawn)
             moved[drawn] = moved.get(n, n)
 
+    def near(self, number: int, rng: random.Random) -> Iterator[int]:
+        return self.rank("", rng)
+
 
 def take_turns(
     count: int, rankings: Mapping[str, Iterator[int]], taken: set[int], refuse: Callable[[int], bool]
-) -> tuple[list[int], Counter[str]]:
-    """Up to ``count`` passages, one from each ranking in turn, and how many each gave.
+) -> dict[int, str]:
+    """Up to ``count`` passages, one from each ranking in turn, with the name of the ranking that gave each.
 
     ``taken`` passages and those that ``refuse`` says no to are passed over; what is chosen joins ``taken``. The
     ranking named ``FILLED`` is asked only when the others have nothing left.
     """
-    chosen: list[int] = []
-    counts: Counter[str] = Counter()
+    chosen: dict[int, str] = {}
     waiting = [name for name in rankings if name != FILLED] or [FILLED]
     while waiting and len(chosen) < count:
         name = waiting.pop(0)
         number = next((n for n in rankings[name] if n not in taken and not refuse(n)), None)
         if number is not None:
             taken.add(number)
-            chosen.append(number)
-            counts[name] += 1
+            chosen[number] = name
             waiting.append(name)
         elif not waiting and name != FILLED and FILLED in rankings:
             waiting.append(FILLED)
-    return chosen, counts
+    return chosen
 
 
 def _best_first(scores: np.ndarray, *, above: float) -> Iterator[int]:
