@@ -3,11 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUESTION ?= Who designed the Harrow Point Lighthouse?
+NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask
+# jupyter execute would leave times and widget states in the files.
+EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
+	[nbformat.write(NotebookClient(nbformat.read(path, 4), resources={"metadata": {"path": "notebooks"}}, \
+	record_timing=False, store_widget_state=False).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format build clean
+.PHONY: help demo test test-all notebooks check format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,6 +34,9 @@ test: $(READY) ## all tests and notebooks but the slow ones and those that need 
 
 test-all: $(READY) ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
+
+notebooks: $(READY) ## execute the notebooks and save them with their outputs (NOTEBOOKS="..." for some)
+	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c '$(EXECUTE)' $(NOTEBOOKS)
 
 check: $(READY) ## format, lint and types
 	$(BIN)/ruff format --check .
