@@ -3,15 +3,18 @@
 import argparse
 import copy
 import json
+import lzma
 import random
 
 import pytest
 import torch
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
-from reader import BertReader
+from pretrain_llama import Run as Pretraining
+from pretrain_llama import build, prepare
+from reader import BertReader, CacheReader
 from tiny import WORDS
-from train_base import SETTINGS, Run, embedding_tokenizer, extend_positions, nearest, warm_start
-from transformers import BertConfig, BertLMHeadModel
+from train_base import SETTINGS, Run, embedding_tokenizer, extend_positions, load_start, nearest, warm_start
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.backbone import Backbone
@@ -102,6 +105,12 @@ def test_the_loss_is_the_products_own(texts, tokenizer, joined):
     model = network(tokenizer)
     batch = sampler(texts, tokenizer, joined_every=1 if joined else 99, joined_tokens=90).batch(STAGES[1], 1, 0, 0.0)
     found = BertReader(model, compiled=False, dtype=torch.float32).loss(batch)
+    slow = CacheReader(model, bidirectional=True, dtype=torch.float32).loss(batch)
+    gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (found, slow)]
+    for (name, _), one, other in zip(model.named_parameters(), *gradients, strict=True):
+        if "token_type" not in name:  # its second row is never read
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
+    assert slow.item() == pytest.approx(found.item(), rel=1e-5)
     bone = Backbone(copy.deepcopy(model), tokenizer, SETTINGS, model_id="tiny")
     engine = Engine(bone, SETTINGS, store=None, namespace="", max_fused_tokens=10**6, tokens_per_pass=None)
     expected = 0.0
@@ -138,13 +147,19 @@ def arguments(folder, **changes) -> argparse.Namespace:
 
 
 def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
-    whole = Run(network(tokenizer), tokenizer, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "whole"))
+    whole = Run(
+        network(tokenizer), tokenizer, SETTINGS, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "whole")
+    )
     whole.train([])
-    part = Run(network(tokenizer), tokenizer, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "part"))
+    part = Run(
+        network(tokenizer), tokenizer, SETTINGS, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "part")
+    )
     steps = part._batches()
     part._batches = lambda: (next(steps) for _ in range(2))  # stopped after two steps
     part.train([])
-    again = Run(network(tokenizer, 9), tokenizer, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "part"))
+    again = Run(
+        network(tokenizer, 9), tokenizer, SETTINGS, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "part")
+    )
     again.load()
     assert again.step == 2
     again.train([])
@@ -157,6 +172,34 @@ def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
     generator = KVFusionGenerator.from_pretrained(tmp_path / "part/model")
     assert generator.settings == SETTINGS and generator.gate.passed
     assert [json.loads(line)["step"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()] == [2, 4, 5]
+
+
+def test_a_llama_is_pretrained_and_then_reads_groups(texts, tmp_path):
+    """Route (b) from text to a model that ``from_pretrained`` loads, taken up again on the way."""
+    with lzma.open(tmp_path / "text.txt.xz", "wt") as out:
+        out.write("\n\n".join(text.text for text in texts))
+    prepare([tmp_path / "text.txt.xz"], tmp_path)
+    options = {"output": tmp_path, "window": 40, "batch": 3, "steps": 4, "repeat": 0.5, "learning_rate": 1e-3,
+               "warmup": 1, "save_every": 2, "device": "cpu", "eager": True, "seed": 0}  # fmt: skip
+    args = argparse.Namespace(**options)
+    tokens = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    whole = Pretraining(build(tokens, 64, 2), tokens, args)
+    whole.train()
+    again = Pretraining(build(tokens, 64, 2), tokens, args)
+    again.load()
+    assert again.step == 4
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    rows = whole.batch(3)
+    assert torch.equal(rows, again.batch(3)) and rows.shape == (3, 40)
+    model, tokens, settings = load_start(tmp_path / "model")
+    groups = GroupSampler(
+        texts, [], nearest(texts), tokens, PromptEncoder(tokens, settings), end_id=tokens.eos_token_id,
+        question_position=256, mixture=Mixture(), seed=1,
+    )  # fmt: skip
+    Run(model, tokens, settings, groups, STAGES[:1], arguments(tmp_path / "base")).train([])
+    generator = KVFusionGenerator.from_pretrained(tmp_path / "base/model")
+    assert generator.gate.passed and generator.settings == settings
 
 
 def test_extended_positions_leave_the_old_ones_alone(tokenizer):

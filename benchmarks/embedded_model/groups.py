@@ -26,6 +26,7 @@ from kvfusion_rag.training.formats import Example
 LONGEST_QUESTION = 32  # tokens, marks included; longer ones are cut here (in training alone)
 LONGEST_ANSWER = 13  # tokens
 TITLE_SHARE = 0.6  # of the documents that have a title; users' documents often have none
+BARE_SHARE = 0.5  # of questions lose their question mark: search queries have none, and a model must not miss it
 # Names of several words and numbers, not at the start of a sentence, where a capital says nothing.
 _CLOZE_ANSWER = re.compile(
     r"(?<=[a-z,;\)] )(?:[A-Z][\w'\-\.]*\w(?: (?:of |the |de |and )?[A-Z][\w'\-\.]*\w)*|\d[\d,\.]*\d|\d+)"
@@ -187,7 +188,7 @@ class GroupSampler:
         most = self._mixture.questions_a_document
         real = [pair for pair in rng.sample(inside, min(most, len(inside))) if rng.random() >= cloze / 2]
         made = [_cloze(rng, text.text, window) for _ in range(most) if rng.random() < cloze]
-        encoded = [self._encode(*pair) for pair in (*real, *made) if pair is not None]
+        encoded = [self._encode(_as_typed(rng, q), a) for q, a in (*real, *filter(None, made))]
         return [pair for pair in encoded if pair is not None]
 
     def _unanswerable(self, rng: random.Random, chosen: Sequence[Text], anchor: int) -> list[Pair]:
@@ -198,7 +199,7 @@ class GroupSampler:
             if rng.random() < self._mixture.unanswerable:
                 other = self._texts[rng.choice(near) if rng.random() < 0.5 else rng.randrange(len(self._texts))]
                 question, answer, _ = rng.choice(other.questions)
-                if answer not in text and (pair := self._encode(question, UNANSWERABLE)):
+                if answer not in text and (pair := self._encode(_as_typed(rng, question), UNANSWERABLE)):
                     pairs.append(pair)
         return pairs
 
@@ -275,6 +276,10 @@ def texts_of(examples: Iterable[Example]) -> list[Text]:
                 if start >= 0:
                     text.questions.append((example.question, answer, start))
     return [text for text in found.values() if text.questions]
+
+
+def _as_typed(rng: random.Random, question: str) -> str:
+    return question.rstrip("? ") if rng.random() < BARE_SHARE else question
 
 
 def _cloze(rng: random.Random, text: str, window: tuple[int, int]) -> tuple[str, str] | None:

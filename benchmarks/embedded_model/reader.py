@@ -71,15 +71,18 @@ class CacheReader:
         with torch.autocast(place.type, self._dtype, enabled=enabled):
             context, seen = self._read_documents(batch.documents.to(place), len(batch.ids))
             mask = additive(packed_mask(seen, batch.owner.to(place)), self._model.dtype)
-            hidden = self._model.get_decoder()(
+            row, column = batch.targets // batch.ids.shape[1], batch.targets % batch.ids.shape[1]
+            wanted, place_of = torch.unique(column, return_inverse=True)
+            logits = self._model(
                 input_ids=batch.ids.to(place),
                 position_ids=batch.positions.to(place),
                 attention_mask=mask,
                 past_key_values=context,
                 use_cache=True,
-            ).last_hidden_state
-            logits = self._model.get_output_embeddings()(hidden.flatten(0, 1)[batch.targets.to(place)])
-        return cross_entropy(logits.float(), batch.labels.to(place), ignore_index=-100, reduction="sum")
+                logits_to_keep=wanted.to(place),
+            ).logits  # (G, W, V)
+        asked = logits[row, place_of].float()  # (M, V)
+        return cross_entropy(asked, batch.labels.to(place), ignore_index=-100, reduction="sum")
 
     def _read_documents(self, ids: torch.Tensor, groups: int) -> tuple[DynamicCache, torch.Tensor]:
         """The documents' joined cache of every group, and which of its slots (G, K) are real."""

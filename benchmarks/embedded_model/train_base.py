@@ -12,6 +12,7 @@ give the same batches, and a run that was stopped goes on with ``--resume``.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import logging
@@ -29,19 +30,26 @@ from typing import Any
 
 import bm25s
 import torch
+from checkpoints import load_tensors, save_tensors
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
-from reader import BertReader, GroupBatch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from reader import BertReader, CacheReader, GroupBatch, Reader
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, BertModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.evaluation import exact_match
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.prompts import PromptEncoder
 from kvfusion_rag.qa import QARow, read_rows
-from kvfusion_rag.settings import FILE_NAME, ModelSettings
+from kvfusion_rag.settings import FILE_NAME, ModelSettings, load_settings
 from kvfusion_rag.training import read_examples
 
 logger = logging.getLogger("train_base")
@@ -75,8 +83,8 @@ def main() -> None:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    tokenizer = embedding_tokenizer()
-    encoder = PromptEncoder(tokenizer, SETTINGS)
+    model, tokenizer, settings = load_start(args.model)
+    encoder = PromptEncoder(tokenizer, settings)
     texts = texts_of(itertools.chain.from_iterable(map(read_examples, args.questions)))
     dev = [
         random.Random(args.seed).sample(rows, min(args.dev_limit, len(rows)))
@@ -86,13 +94,12 @@ def main() -> None:
     mixture = JOINED_MIXTURE if args.joined else Mixture()
     sampler = GroupSampler(
         texts, list(read_plain(args.plain, args.seed)), nearest(texts), tokenizer, encoder, seed=args.seed,
-        end_id=tokenizer.convert_tokens_to_ids(END_TOKEN), question_position=PASSAGE_LENGTH, mixture=mixture,
+        end_id=tokenizer.eos_token_id, question_position=settings.passage_length or PASSAGE_LENGTH, mixture=mixture,
     )  # fmt: skip
-    model = warm_start(tokenizer) if args.model is None else load(args.model)
     if args.joined:
         extend_positions(model, JOINED_POSITIONS)
     stages = [Stage(s.documents, s.groups, s.tokens, max(1, round(s.steps * args.scale))) for s in CURRICULUM]
-    run = Run(model, tokenizer, sampler, stages, args)
+    run = Run(model.to(args.device), tokenizer, settings, sampler, stages, args)
     if args.resume and (args.output / "checkpoint").is_dir():
         run.load()
     run.train(dev)
@@ -105,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dev", nargs="*", default=[], type=Path, help="rows to report exact match on")
     parser.add_argument("--dev-limit", type=int, default=100)
     parser.add_argument("--plain", nargs="*", default=[], type=Path, help="plain text (.txt.xz) for cloze questions")
-    parser.add_argument("--model", type=Path, help="go on from this model folder instead of the MiniLM weights")
+    parser.add_argument("--model", type=Path, help="start from this model folder instead of the MiniLM weights")
     parser.add_argument(
         "--joined",
         action="store_true",
@@ -116,6 +123,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--eval-every", type=int, default=500, help="steps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="do not compile (for short runs)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
@@ -130,15 +138,17 @@ class Run:
 
     def __init__(
         self,
-        model: BertLMHeadModel,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
+        settings: ModelSettings,
         sampler: GroupSampler,
         stages: Sequence[Stage],
         args: argparse.Namespace,
     ) -> None:
-        self.model, self.tokenizer, self.sampler, self.stages, self.args = model, tokenizer, sampler, stages, args
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.sampler, self.stages, self.args = sampler, stages, args
         self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
-        self.reader = BertReader(model, compiled=not args.eager)
+        self.reader = reader_of(model, settings, compiled=not args.eager)
         flat = [p for p in model.parameters() if p.dim() < 2]
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": flat, "weight_decay": 0.0}]
@@ -207,13 +217,9 @@ class Run:
 
     def _export(self) -> None:
         folder = self.args.output / "model"
-        averaged = self.averaged.module
-        assert isinstance(averaged, BertLMHeadModel)
-        made = BertLMHeadModel(averaged.config)
-        made.load_state_dict(averaged.state_dict())
-        made.to(torch.bfloat16).save_pretrained(folder)
+        copy.deepcopy(self.averaged.module).to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        settings = replace(SETTINGS, mode="concat", tuned=False) if self.args.joined else SETTINGS
+        settings = replace(self.settings, mode="concat", tuned=False) if self.args.joined else self.settings
         (folder / FILE_NAME).write_text(json.dumps(settings.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def _note(self, **facts: Any) -> None:
@@ -224,37 +230,21 @@ class Run:
 
     def _save(self) -> None:
         folder = self.args.output / "checkpoint"
-        folder.mkdir(parents=True, exist_ok=True)
-        fresh = folder / "state.safetensors.new"
-        save_file(
-            dict(self._tensors()), fresh, metadata={"progress": json.dumps([self.step, self.questions, self.seconds])}
-        )
-        fresh.replace(folder / "state.safetensors")
+        progress = {"step": self.step, "questions": self.questions, "seconds": self.seconds}
+        save_tensors(folder, self.model, self.optimizer, progress, self._averages())
         facts = {"curriculum": [asdict(s) for s in self.stages], "run": run_facts()}
         facts |= {"arguments": {k: str(v) for k, v in vars(self.args).items()}}
         (folder / "made_by.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def load(self) -> None:
         """Go on from the checkpoint in the output folder."""
-        path = self.args.output / "checkpoint" / "state.safetensors"
-        tensors = load_file(path)
-        with safe_open(path, "pt") as header:
-            self.step, self.questions, self.seconds = json.loads(header.metadata()["progress"])
-        for parameter in self.model.parameters():
-            self.optimizer.state[parameter] = {
-                key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")
-            } | {"step": torch.zeros(())}
-        with torch.no_grad():
-            for name, tensor in self._tensors():
-                tensor.copy_(tensors[name])
+        found = load_tensors(self.args.output / "checkpoint", self.model, self.optimizer, self._averages())
+        self.step, self.questions, self.seconds = found["step"], found["questions"], found["seconds"]
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for (name, parameter), average in zip(self.model.named_parameters(), self.averaged.parameters(), strict=True):
-            yield f"weight/{name}", parameter.detach()
-            yield f"average/{name}", average.detach()
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                yield f"{key}/{name}", value
-        yield "averaged", self.averaged.n_averaged
+    def _averages(self) -> dict[str, torch.Tensor]:
+        names = (name for name, _ in self.model.named_parameters())
+        averages = zip(names, self.averaged.parameters(), strict=True)
+        return {f"average/{name}": p.detach() for name, p in averages} | {"averaged": self.averaged.n_averaged}
 
 
 def embedding_folder() -> Path:
@@ -284,11 +274,24 @@ def warm_start(tokenizer: PreTrainedTokenizerBase) -> BertLMHeadModel:
     return model
 
 
-def load(folder: Path) -> BertLMHeadModel:
-    return BertLMHeadModel.from_pretrained(folder, dtype=torch.float32)
+def load_start(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ModelSettings]:
+    """What a run starts from: a model folder with its ``kvfusion.json``, or the MiniLM weights."""
+    if folder is None:
+        tokenizer = embedding_tokenizer()
+        return warm_start(tokenizer), tokenizer, SETTINGS
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, tokenizer, load_settings(str(folder), tokenizer, model_id=folder.name)
 
 
-def extend_positions(model: BertLMHeadModel, positions: int) -> None:
+def reader_of(model: PreTrainedModel, settings: ModelSettings, *, compiled: bool) -> Reader:
+    bidirectional = settings.document_attention == "bidirectional"
+    if isinstance(model, BertLMHeadModel) and bidirectional:
+        return BertReader(model, compiled=compiled)
+    return CacheReader(model, bidirectional=bidirectional)
+
+
+def extend_positions(model: PreTrainedModel, positions: int) -> None:
     """Give learned positions to ``positions`` tokens; new ones start as copies of the old ones, over and over."""
     old = model.bert.embeddings.position_embeddings.weight
     index = torch.arange(positions) % len(old)
