@@ -85,7 +85,7 @@ def test_a_model_that_biases_attention_by_slot_fails_the_numeric_gate():
 def test_a_prefill_that_leaks_between_documents_fails_the_numeric_gate(monkeypatch):
     bone = backbone("llama")
     honest = bone.prefill
-    monkeypatch.setattr(bone, "prefill", lambda ids, prefix: tuple(t * 1.01 for t in honest(ids, prefix)))
+    monkeypatch.setattr(bone, "prefill", lambda *args: tuple(t * 1.01 for t in honest(*args)))
     with pytest.raises(UnsupportedModelError, match="one fused document"):
         run_gate(bone, None, range(10, 390), tokens_per_pass=128)
 
