@@ -279,7 +279,7 @@ def test_index_reports_what_it_did(capsys, generator, docs):
     code, out, err = run(capsys, "index", docs)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        f"{docs / '.kvfusion'}: 2 chunks of up to 120 tokens",
+        f"{docs / '.kvfusion'}: 2 chunks of up to 192 tokens",
         "2 added, 0 changed, 0 removed, 0 unchanged, 1 skipped",
         "  + peru.md",
         "  + rice.txt",
@@ -287,7 +287,7 @@ def test_index_reports_what_it_did(capsys, generator, docs):
     ]
     (docs / "rice.txt").unlink()
     result = json.loads(run(capsys, "index", docs, "--json")[1])
-    assert (result["index"], result["chunk_tokens"], result["chunks"]) == (str(docs / ".kvfusion"), 120, 1)
+    assert (result["index"], result["chunk_tokens"], result["chunks"]) == (str(docs / ".kvfusion"), 192, 1)
     assert (result["removed"], result["unchanged"]) == (["rice.txt"], ["peru.md"])
     assert reasons([SkippedFile(**one) for one in result["skipped"]]).keys() == {"data.bin"}
 
