@@ -626,7 +626,9 @@ def test_example_answers_stand_in_their_documents():
 
 def test_every_example_question_finds_its_document_and_its_answer(minilm, embedded):
     wrong = []
-    with DocumentIndex(count_tokens=embedded.count_tokens, chunk_tokens=embedded.settings.passage_length, embedder=minilm) as index:
+    with DocumentIndex(
+        count_tokens=embedded.count_tokens, chunk_tokens=embedded.settings.passage_length, embedder=minilm
+    ) as index:
         assert not index.update(LIGHTHOUSE).skipped
         for row in example_questions():
             documents = index.search(row["question"], 5)

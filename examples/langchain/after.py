@@ -32,4 +32,4 @@ question = RunnablePassthrough()
 chain = {"context": retriever, "question": question} | KVFusionPrompt.from_prompt(prompt) | llm | StrOutputParser()
 
 if __name__ == "__main__":
-    print(chain.invoke("Who designed the Harrow Point Lighthouse?"))
+    print(chain.invoke("Who was the last keeper of the Harrow Point Lighthouse?"))

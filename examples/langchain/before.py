@@ -31,4 +31,4 @@ question = RunnablePassthrough()
 chain = {"context": retriever | format_docs, "question": question} | prompt | llm | StrOutputParser()
 
 if __name__ == "__main__":
-    print(chain.invoke("Who designed the Harrow Point Lighthouse?"))
+    print(chain.invoke("Who was the last keeper of the Harrow Point Lighthouse?"))
