@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import lzma
+import math
 import random
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.engine import Engine
+from kvfusion_rag.positions import additive, packed_mask
 from kvfusion_rag.prompts import PromptEncoder
 from kvfusion_rag.qa import Passage, QARow
 from kvfusion_rag.training.examples import collate, encode_row
@@ -90,6 +92,19 @@ def test_unanswerable_questions_come_from_other_documents(texts, tokenizer):
     made = sampler(texts, tokenizer, cloze=0.0, unanswerable=1.0, large=2, joined_every=99).batch(STAGES[0], 1, 0, 0.0)
     labels = tokenizer.decode(made.labels[made.labels > 1])
     assert "unanswerable" in labels
+    assert (made.golds[made.labels > 1] == -1).any()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_golds_are_the_documents_that_answer(texts, tokenizer, joined):
+    options = {"cloze": 0.0, "joined_every": 1 if joined else 99, "joined_tokens": 120}
+    batch = sampler(texts, tokenizer, **options).batch(STAGES[1], 1, 0, 0.0)
+    slots = batch.documents.view(len(batch.ids), -1)
+    row = batch.targets // batch.ids.shape[1]
+    trained = batch.labels > 1  # neither padding nor the end token
+    assert trained.sum() > 0
+    for group, label, gold in zip(row[trained], batch.labels[trained], batch.golds[trained], strict=True):
+        assert label in slots[group][batch.sources[group] == gold]
 
 
 def test_batches_are_a_function_of_seed_and_step(texts, tokenizer):
@@ -104,8 +119,8 @@ def test_the_loss_is_the_products_own(texts, tokenizer, joined):
     """Packed groups in one compiled pass = each question alone over documents fused (or joined) by the engine."""
     model = network(tokenizer)
     batch = sampler(texts, tokenizer, joined_every=1 if joined else 99, joined_tokens=90).batch(STAGES[1], 1, 0, 0.0)
-    found = BertReader(model, compiled=False, dtype=torch.float32).loss(batch)
-    slow = CacheReader(model, bidirectional=True, dtype=torch.float32).loss(batch)
+    found = BertReader(model, compiled=False, dtype=torch.float32).loss(batch).answer
+    slow = CacheReader(model, bidirectional=True, dtype=torch.float32).loss(batch).answer
     gradients = [torch.autograd.grad(loss, list(model.parameters()), allow_unused=True) for loss in (found, slow)]
     for (name, _), one, other in zip(model.named_parameters(), *gradients, strict=True):
         if "token_type" not in name:  # its second row is never read
@@ -130,6 +145,39 @@ def test_the_loss_is_the_products_own(texts, tokenizer, joined):
             sample = type(sample)(**{"joined": False, **values})
             expected += fusion_loss(engine, collate([sample])).item()
     assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_guided_attention_is_the_attention_on_the_answering_document(texts, tokenizer, joined):
+    """The guide's loss = the one computed from the attention weights that transformers' own eager attention returns."""
+    model = network(tokenizer)
+    options = {"joined_every": 1 if joined else 99, "joined_tokens": 90, "unanswerable": 0.3, "large": 2}
+    batch = sampler(texts, tokenizer, **options).batch(STAGES[1], 1, 0, 0.0)
+    found = BertReader(model, compiled=False, dtype=torch.float32, guided=2).loss(batch)
+    model.set_attn_implementation("eager")
+    context, seen = CacheReader(model, bidirectional=True, dtype=torch.float32)._read_documents(
+        batch.documents, len(batch.ids)
+    )
+    weights = model(
+        input_ids=batch.ids, position_ids=batch.positions, past_key_values=context, output_attentions=True,
+        attention_mask=additive(packed_mask(seen, batch.owner), model.dtype),
+    ).attentions  # fmt: skip
+    expected, right, known = 0.0, 0, 0
+    for at, gold in zip(batch.targets, batch.golds, strict=True):
+        group, place = divmod(int(at), batch.ids.shape[1])
+        if gold < 0:
+            continue
+        known += 1
+        for layer, shares in enumerate(weights):
+            mass = [
+                shares[group, :, place, : seen.shape[1]][:, batch.sources[group] == d].sum().item() for d in range(3)
+            ]
+            expected -= math.log(mass[gold] / sum(mass)) / len(weights)
+            right += layer == len(weights) - 1 and max(mass) == mass[gold]
+    assert found.attention.item() == pytest.approx(expected, rel=1e-4)
+    assert found.found.item() == pytest.approx(right / known)
+    (gradient,) = torch.autograd.grad(found.attention, [model.bert.encoder.layer[0].attention.self.query.weight])
+    assert gradient.abs().max() > 0
 
 
 def arguments(folder, **changes) -> argparse.Namespace:

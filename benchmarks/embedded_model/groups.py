@@ -71,7 +71,7 @@ class Mixture:
             ``joined_tokens``.
     """
 
-    related: float = 0.4
+    related: float = 0.6
     cloze: float = 0.5
     plain: float = 0.2
     unanswerable: float = 0.04
@@ -83,6 +83,7 @@ class Mixture:
 
 
 Pair = tuple[list[int], list[int]]  # ids of a question, and of its answer with the end token
+Asked = tuple[Pair, int]  # and the number of the document that answers, -1 for none
 
 
 class GroupSampler:
@@ -128,24 +129,23 @@ class GroupSampler:
         builder = _BatchBuilder(groups, count, room, joined=joined, position=self._position)
         for number in range(groups):
             anchor = first_document + number * count
-            documents, pairs = self._group(rng, anchor, count, room, cloze)
-            builder.add(number, documents, pairs)
+            builder.add(number, *self._group(rng, anchor, count, room, cloze))
         return builder.build()
 
     def _group(
         self, rng: random.Random, anchor: int, count: int, room: int, cloze: float
-    ) -> tuple[list[list[int]], list[Pair]]:
+    ) -> tuple[list[list[int]], list[Asked]]:
         chosen = self._choose(rng, anchor, count)
-        documents, pairs = [], []
-        for text in chosen:
-            ids, window = self._window(rng, text, room)
-            documents.append(ids)
-            pairs += self._pairs(rng, text, window, cloze)
+        order = rng.sample(range(count), count)
+        documents: list[list[int]] = [[]] * count
+        asked: list[Asked] = []
+        for place, text in zip(order, chosen, strict=True):
+            documents[place], window = self._window(rng, text, room)
+            asked += [(pair, place) for pair in self._pairs(rng, text, window, cloze)]
         if count >= self._mixture.large:
-            pairs += self._unanswerable(rng, chosen, anchor)
-        rng.shuffle(documents)
-        rng.shuffle(pairs)
-        return documents, pairs
+            asked += [(pair, -1) for pair in self._unanswerable(rng, chosen, anchor)]
+        rng.shuffle(asked)
+        return documents, asked
 
     def _choose(self, rng: random.Random, anchor: int, count: int) -> list[Text]:
         """The anchor's document with neighbours, or with others that this epoch has not had yet."""
@@ -225,18 +225,22 @@ class _BatchBuilder:
         self._owner = torch.full((groups, self._length), -1)
         self._targets: list[int] = []
         self._labels: list[int] = []
+        self._golds: list[int] = []
+        self._sources = torch.arange(documents).repeat_interleave(tokens).repeat(groups, 1)
         self._questions = 0
 
-    def add(self, group: int, documents: Sequence[Sequence[int]], pairs: Iterable[Pair]) -> None:
+    def add(self, group: int, documents: Sequence[Sequence[int]], asked: Iterable[Asked]) -> None:
         """Put a group in its place, with as many of its questions as fit."""
         position = self._position
         if self._joined:
+            lengths = torch.tensor([len(document) for document in documents])
+            self._sources[group, : lengths.sum()] = torch.arange(len(documents)).repeat_interleave(lengths)
             documents = [[i for document in documents for i in document]]
             position = len(documents[0])
         for row, ids in enumerate(documents, start=group * len(documents)):
             self._documents[row, : len(ids)] = torch.tensor(ids)
         used = 0
-        for number, (question, answer) in enumerate(pairs):
+        for number, ((question, answer), gold) in enumerate(asked):
             read = question + answer[:-1]
             if used + len(read) > self._length or len(self._labels) + len(answer) > self._most:
                 continue
@@ -247,6 +251,7 @@ class _BatchBuilder:
             first = group * self._length + used + len(question) - 1
             self._targets += range(first, first + len(answer))
             self._labels += answer
+            self._golds += [gold] * len(answer)
             self._questions += 1
             used += len(read)
 
@@ -259,6 +264,8 @@ class _BatchBuilder:
             self._owner,
             torch.tensor(self._targets + [0] * padding),
             torch.tensor(self._labels + [-100] * padding),
+            self._sources,
+            torch.tensor(self._golds + [-1] * padding),
             self._questions,
         )
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import cross_entropy, gelu, layer_norm, linear
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, one_hot
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, PreTrainedModel
 
 from kvfusion_rag.positions import additive, bidirectional_mask, packed_mask
@@ -33,6 +33,8 @@ class GroupBatch:
         owner: (G, Q) number of the question that an id belongs to, -1 for padding.
         targets: (M,) flat indices into (G, Q) whose next token is trained, padded with 0.
         labels: (M,) those next tokens, -100 for padding.
+        sources: (G, K) number of the document that a slot of the fused context belongs to.
+        golds: (M,) number of the document that answers, -1 where none does.
         questions: how many there are.
     """
 
@@ -42,6 +44,8 @@ class GroupBatch:
     owner: torch.Tensor
     targets: torch.Tensor
     labels: torch.Tensor
+    sources: torch.Tensor
+    golds: torch.Tensor
     questions: int
 
     @property
@@ -49,9 +53,24 @@ class GroupBatch:
         return int((self.labels != -100).sum())
 
 
+class Losses(NamedTuple):
+    """Of one batch.
+
+    Attributes:
+        answer: sum over the trained tokens of their negative log-likelihood.
+        attention: sum over the trained tokens that a document answers of ``-log`` (share of the attention on
+            documents that the answering one gets), mean over the guided layers; 0 where no layer is guided.
+        found: share of those tokens whose answering document gets more attention than any other in the last layer.
+    """
+
+    answer: torch.Tensor
+    attention: torch.Tensor
+    found: torch.Tensor
+
+
 class Reader(Protocol):
-    def loss(self, batch: GroupBatch) -> torch.Tensor:
-        """Sum over the trained tokens of their negative log-likelihood, with gradients."""
+    def loss(self, batch: GroupBatch) -> Losses:
+        """Loss of a batch, with gradients."""
         ...
 
 
@@ -66,7 +85,7 @@ class CacheReader:
     def __init__(self, model: PreTrainedModel, *, bidirectional: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         self._model, self._bidirectional, self._dtype = model, bidirectional, dtype
 
-    def loss(self, batch: GroupBatch) -> torch.Tensor:
+    def loss(self, batch: GroupBatch) -> Losses:
         place, enabled = self._model.device, self._dtype != torch.float32
         with torch.autocast(place.type, self._dtype, enabled=enabled):
             context, seen = self._read_documents(batch.documents.to(place), len(batch.ids))
@@ -82,7 +101,8 @@ class CacheReader:
                 logits_to_keep=wanted.to(place),
             ).logits  # (G, W, V)
         asked = logits[row, place_of].float()  # (M, V)
-        return cross_entropy(asked, batch.labels.to(place), ignore_index=-100, reduction="sum")
+        answer = cross_entropy(asked, batch.labels.to(place), ignore_index=-100, reduction="sum")
+        return Losses(answer, answer.new_zeros(()), answer.new_zeros(()))
 
     def _read_documents(self, ids: torch.Tensor, groups: int) -> tuple[DynamicCache, torch.Tensor]:
         """The documents' joined cache of every group, and which of its slots (G, K) are real."""
@@ -107,29 +127,36 @@ class BertReader:
 
     Args:
         compiled: compile the computation for each shape of batch; slow at first, twice as fast afterwards.
+        guided: in how many of the last layers attention is taught to find the answering document.
     """
 
-    def __init__(self, model: BertLMHeadModel, *, compiled: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(
+        self, model: BertLMHeadModel, *, compiled: bool, dtype: torch.dtype = torch.bfloat16, guided: int = 0
+    ) -> None:
         self._weights = dict(model.named_parameters())
-        self._network = _Network(model.config, dtype)
-        run: Callable[..., torch.Tensor] = self._network.loss
+        self._network = _Network(model.config, dtype, guided)
+        run: Callable[..., Losses] = self._network.loss
         self._loss = torch.compile(run, dynamic=False) if compiled else run
 
-    def loss(self, batch: GroupBatch) -> torch.Tensor:
-        """Sum over the trained tokens of their negative log-likelihood, with gradients."""
-        return self._loss(
-            self._weights, batch.documents, batch.ids, batch.positions, batch.owner, batch.targets, batch.labels
-        )
+    def loss(self, batch: GroupBatch) -> Losses:
+        """Loss of a batch, with gradients."""
+        return Losses(
+            *self._loss(
+                self._weights, batch.documents, batch.ids, batch.positions, batch.owner, batch.targets, batch.labels,
+                batch.sources, batch.golds,
+            )
+        )  # fmt: skip
 
 
 class _Network:
     """The BERT decoder as functions of its weights."""
 
-    def __init__(self, config: BertConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: BertConfig, dtype: torch.dtype, guided: int) -> None:
         self._layers = config.num_hidden_layers
         self._heads = config.num_attention_heads
         self._epsilon = config.layer_norm_eps
         self._dtype = dtype
+        self._guided = range(self._layers - guided, self._layers)
 
     def loss(
         self,
@@ -140,14 +167,19 @@ class _Network:
         owner: torch.Tensor,
         targets: torch.Tensor,
         labels: torch.Tensor,
-    ) -> torch.Tensor:
+        sources: torch.Tensor,
+        golds: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         low = {name: weight.to(self._dtype) for name, weight in weights.items()}
         groups = len(ids)
         cache, unseen = self._read_documents(low, documents)
         fused = [(_fuse(keys, groups), _fuse(values, groups)) for keys, values in cache]
-        hidden = self._read_questions(low, fused, unseen.view(groups, -1), ids, positions, owner)
+        hidden, masses = self._read_questions(low, fused, unseen.view(groups, -1), ids, positions, owner, sources)
         logits = self._predict(low, hidden.flatten(0, 1)[targets])
-        return cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        answer = cross_entropy(logits.float(), labels, ignore_index=-100, reduction="sum")
+        if not masses:
+            return answer, answer.new_zeros(()), answer.new_zeros(())
+        return answer, *_guide(torch.stack(masses).flatten(1, 2)[:, targets], golds)
 
     def _read_documents(self, w: Weights, ids: torch.Tensor) -> tuple[KeysAndValues, torch.Tensor]:
         """Keys and values of separate documents, and what hides their padding, (rows, T)."""
@@ -169,18 +201,29 @@ class _Network:
         ids: torch.Tensor,
         positions: torch.Tensor,
         owner: torch.Tensor,
-    ) -> torch.Tensor:
-        """Last hidden states (G, Q, width) of packed questions over the fused documents."""
+        sources: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Packed questions over the fused documents.
+
+        Returns:
+            Last hidden states (G, Q, width), and for each guided layer the attention, mean over heads, that each
+            document gets, (G, Q, D).
+        """
         groups, length = ids.shape
         own = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
         hidden = torch.where(own, 0.0, HIDDEN).to(self._dtype)
         bias = torch.cat([unseen[:, None, :].expand(groups, length, -1), hidden], dim=-1)[:, None]  # (G, 1, Q, K + Q)
         x = self._embed(w, ids, positions)
+        belongs = one_hot(sources).to(self._dtype)  # (G, K, D)
+        masses = []
         for layer in range(self._layers):
             query, key, value = self._project(w, x, layer)
             keys, values = (torch.cat(pair, dim=2) for pair in zip(fused[layer], (key, value), strict=True))
-            x = self._finish(w, x, _attend(query, keys, values, bias), layer)
-        return x
+            shares = _shares(query, keys, bias)
+            if layer in self._guided:
+                masses.append(torch.matmul(shares[..., : sources.shape[1]].mean(dim=1), belongs).float())
+            x = self._finish(w, x, torch.matmul(shares, values), layer)
+        return x, masses
 
     def _embed(self, w: Weights, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         name = "bert.embeddings"
@@ -215,9 +258,23 @@ def _linear(w: Weights, x: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.matmul(_shares(query, key, bias), value)
+
+
+def _shares(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     # Written out: on a CPU, scaled_dot_product_attention is slower than this in training at such sizes.
     scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)) + bias
-    return torch.matmul(scores.softmax(dim=-1), value)
+    return scores.softmax(dim=-1)
+
+
+def _guide(masses: torch.Tensor, golds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and success of attention that should go to document ``golds`` (M,), from (layers, M, D)."""
+    known = (golds >= 0).float()
+    shares = masses / masses.sum(dim=-1, keepdim=True).clamp(min=1e-6)
+    gold = shares.gather(-1, golds.clamp(min=0)[None, :, None].expand(len(shares), -1, 1)).squeeze(-1)
+    loss = -(gold.clamp(min=1e-6).log() * known).sum(dim=-1).mean()
+    found = (shares[-1].argmax(dim=-1) == golds).float()
+    return loss, (found * known).sum() / known.sum().clamp(min=1)
 
 
 def _fuse(rows: torch.Tensor, groups: int) -> torch.Tensor:

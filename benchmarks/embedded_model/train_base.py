@@ -73,6 +73,7 @@ CURRICULUM = (Stage(2, 24, 96, 270), Stage(4, 10, 160, 1000), Stage(8, 5, 160, 5
 JOINED_POSITIONS = 4096  # 20 documents of 192 tokens, a question and an answer
 JOINED_MIXTURE = Mixture(joined_every=1, joined_documents=20, joined_tokens=20 * PASSAGE_LENGTH)
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.98), 0.01, 1.0
+GUIDED_LAYERS, GUIDANCE = 4, 0.3  # attention of these last layers is taught to find the answering document
 AVERAGE_DECAY = 0.998  # of the weights that are kept
 PREPARED = 6  # batches made ahead
 NEIGHBOURS = 40
@@ -98,8 +99,7 @@ def main() -> None:
     )  # fmt: skip
     if args.joined:
         extend_positions(model, JOINED_POSITIONS)
-    stages = [Stage(s.documents, s.groups, s.tokens, max(1, round(s.steps * args.scale))) for s in CURRICULUM]
-    run = Run(model.to(args.device), tokenizer, settings, sampler, stages, args)
+    run = Run(model.to(args.device), tokenizer, settings, sampler, args.stages or CURRICULUM, args)
     if args.resume and (args.output / "checkpoint").is_dir():
         run.load()
     run.train(dev)
@@ -118,7 +118,13 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help=f"the control: every step reads joined prompts; learned positions extended to {JOINED_POSITIONS}",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="length of the curriculum (1: about 80 minutes)")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        type=_stage,
+        metavar="DxGxTxSTEPS",
+        help="documents of a group, groups of a step, tokens of a document, steps; in place of the curriculum",
+    )
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -131,6 +137,10 @@ def parse_arguments() -> argparse.Namespace:
     if (args.output / "checkpoint").exists() and not args.resume:
         parser.error(f"{args.output} holds a run already; name another folder, or --resume it")
     return args
+
+
+def _stage(text: str) -> Stage:
+    return Stage(*map(int, text.split("x")))
 
 
 class Run:
@@ -157,13 +167,14 @@ class Run:
         self.step, self.questions, self.seconds = 0, 0, 0.0
 
     def train(self, dev: Sequence[Sequence[QARow]]) -> None:
-        recent: deque[float] = deque(maxlen=50)
+        recent: deque[tuple[float, float]] = deque(maxlen=50)
         for stage, batch in self._batches():
             began = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
-            loss = self.reader.loss(batch) / batch.trained_tokens
-            loss.backward()
+            answer, attention, found = self.reader.loss(batch)
+            loss = answer / batch.trained_tokens
+            (loss + GUIDANCE * attention / batch.trained_tokens).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -171,9 +182,10 @@ class Run:
             self.step += 1
             self.questions += batch.questions
             self.seconds += time.perf_counter() - began
-            recent.append(float(loss.detach()))
+            recent.append((float(loss.detach()), float(found)))
             if self.step % 50 == 0:
-                self._note(loss=round(sum(recent) / len(recent), 4), documents=stage.documents)
+                means = [round(sum(values) / len(recent), 4) for values in zip(*recent, strict=True)]
+                self._note(documents=stage.documents, **dict(zip(("loss", "found"), means, strict=True)))
             if self.step % self.args.eval_every == 0 or self.step == self.total:
                 self._export()
                 self._note(exact_match=[self._evaluate(rows) for rows in dev])
@@ -287,7 +299,7 @@ def load_start(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenize
 def reader_of(model: PreTrainedModel, settings: ModelSettings, *, compiled: bool) -> Reader:
     bidirectional = settings.document_attention == "bidirectional"
     if isinstance(model, BertLMHeadModel) and bidirectional:
-        return BertReader(model, compiled=compiled)
+        return BertReader(model, compiled=compiled, guided=GUIDED_LAYERS)
     return CacheReader(model, bidirectional=bidirectional)
 
 
