@@ -114,7 +114,7 @@ class KVFusionGenerator:
         model: str | Path | None = None,
         *,
         revision: str | None = None,
-        adapter: str | Path | None = None,
+        adapter: str | Path | Literal["shipped"] | None = "shipped",
         decoder: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -136,7 +136,8 @@ class KVFusionGenerator:
         Args:
             model: hub name or folder; by default the small model that ships with the package.
             revision: branch, tag or commit of a hub model.
-            adapter: peft adapter (LoRA) of the answering decoder; documents are prefilled without it.
+            adapter: peft adapter (LoRA) of the answering decoder; documents are prefilled without it. "shipped" is
+                the one in the model folder's ``adapter/``, where there is one and no decoder is given.
             decoder: folder or hub name of an answering decoder with weights of its own (full fine-tuning of
                 ``model``, as in the paper), in place of an adapter.
             device: "cpu", "cuda", ...; by default an accelerator if there is one.
@@ -158,6 +159,8 @@ class KVFusionGenerator:
         kept = MemoryStore() if store == "memory" else store
         _require_arguments(kept, namespace, max_fused_tokens, tokens_per_pass)  # before a model is loaded
         path, model_id = locate_model(model)
+        if adapter == "shipped":
+            adapter = shipped_adapter(path) if decoder is None else None
         backbone = Backbone.load(
             path,
             model_id=model_id,
@@ -452,6 +455,12 @@ def locate_model(model: str | Path | None) -> tuple[str, str]:
     if isinstance(model, Path) or folder.is_absolute() or str(model).startswith("."):
         raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from.")
     return model, model
+
+
+def shipped_adapter(folder: str | Path) -> Path | None:
+    """The adapter that a model folder carries in ``adapter/``, if it does."""
+    found = Path(folder) / "adapter"
+    return found if (found / "adapter_config.json").is_file() else None
 
 
 def _require_arguments(store: object, namespace: object, max_fused_tokens: object, tokens_per_pass: object) -> None:

@@ -618,6 +618,19 @@ def test_an_adapter_is_judged_beside_its_base(capsys, command, monkeypatch, gene
     assert adapters == ["lora", None]
 
 
+@pytest.mark.parametrize("given", ["shipped", "none"])
+def test_the_adapter_in_a_models_folder_is_judged_unless_told_otherwise(
+    capsys, command, monkeypatch, generator, tmp_path, given
+):
+    adapters = []
+    monkeypatch.setattr(evaluate, "load_generator", lambda args: adapters.append(args.adapter) or generator)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    options = [] if given == "shipped" else ["--adapter", "none"]
+    assert command("rows.jsonl.gz", "--model", tmp_path, *options, "--conditions", "original", "--json") == 0
+    assert adapters == ([str(tmp_path / "adapter"), None] if given == "shipped" else [None])
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Two base models of other weights, a tuned decoder of the first, and an adapter for each."""

@@ -361,6 +361,22 @@ def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
     assert base.identity()["adapter"] is None and tuned.identity()["adapter"]
 
 
+def test_a_model_folder_may_carry_its_adapter(model_folder, adapter_folder, tmp_path):
+    pair = tmp_path / "pair"
+    shutil.copytree(model_folder, pair)
+    shutil.copytree(adapter_folder, pair / "adapter")
+
+    def answer(**options):
+        gen = KVFusionGenerator.from_pretrained(pair, **options)
+        return gen.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids
+
+    named = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder)
+    plain = KVFusionGenerator.from_pretrained(model_folder)
+    assert answer() == named.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids
+    assert answer(adapter=None) == plain.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids
+    assert answer(decoder=model_folder) == answer(adapter=None)
+
+
 def test_an_adapter_of_another_base_model_is_refused(model_folder, tmp_path):
     """Fewer or more layers: transformers alone would fill in random weights and go on."""
     for layers in (2, 5):

@@ -71,7 +71,7 @@ class Mixture:
             ``joined_tokens``.
     """
 
-    related: float = 0.6
+    related: float = 0.75
     cloze: float = 0.5
     plain: float = 0.2
     unanswerable: float = 0.04
@@ -152,7 +152,7 @@ class GroupSampler:
         first = self._at(anchor)
         chosen = [self._texts[first]]
         if count > 1 and rng.random() < self._mixture.related:
-            wanted = rng.randint(1, count - 1)
+            wanted = rng.randint(count // 2, count - 1)
             near = [i for i in self._neighbours[first] if i != first][: max(2 * wanted, 8)]
             chosen += [self._texts[i] for i in rng.sample(near, min(wanted, len(near)))]
         for offset in range(len(chosen), count):
@@ -251,7 +251,7 @@ class _BatchBuilder:
             first = group * self._length + used + len(question) - 1
             self._targets += range(first, first + len(answer))
             self._labels += answer
-            self._golds += [gold] * len(answer)
+            self._golds += [gold] + [-1] * (len(answer) - 1)
             self._questions += 1
             used += len(read)
 

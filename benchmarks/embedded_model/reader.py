@@ -34,7 +34,8 @@ class GroupBatch:
         targets: (M,) flat indices into (G, Q) whose next token is trained, padded with 0.
         labels: (M,) those next tokens, -100 for padding.
         sources: (G, K) number of the document that a slot of the fused context belongs to.
-        golds: (M,) number of the document that answers, -1 where none does.
+        golds: (M,) number of the document that answers, where the first token of an answer is asked for; else, and
+            where none answers, -1.
         questions: how many there are.
     """
 
@@ -58,9 +59,11 @@ class Losses(NamedTuple):
 
     Attributes:
         answer: sum over the trained tokens of their negative log-likelihood.
-        attention: sum over the trained tokens that a document answers of ``-log`` (share of the attention on
-            documents that the answering one gets), mean over the guided layers; 0 where no layer is guided.
-        found: share of those tokens whose answering document gets more attention than any other in the last layer.
+        attention: mean over the answerable questions, where the first token of the answer is asked for, and over the
+            guided layers of ``-log`` (share of the attention on documents that the answering one gets); 0 where no
+            layer is guided.
+        found: share of those questions whose answering document gets more attention than any other, mean over the
+            guided layers.
     """
 
     answer: torch.Tensor
@@ -272,9 +275,10 @@ def _guide(masses: torch.Tensor, golds: torch.Tensor) -> tuple[torch.Tensor, tor
     known = (golds >= 0).float()
     shares = masses / masses.sum(dim=-1, keepdim=True).clamp(min=1e-6)
     gold = shares.gather(-1, golds.clamp(min=0)[None, :, None].expand(len(shares), -1, 1)).squeeze(-1)
-    loss = -(gold.clamp(min=1e-6).log() * known).sum(dim=-1).mean()
-    found = (shares[-1].argmax(dim=-1) == golds).float()
-    return loss, (found * known).sum() / known.sum().clamp(min=1)
+    found = (shares.argmax(dim=-1) == golds).float()
+    loss, right = ((values * known).sum(dim=-1).mean() for values in (-gold.clamp(min=1e-6).log(), found))
+    questions = known.sum().clamp(min=1)
+    return loss / questions, right / questions
 
 
 def _fuse(rows: torch.Tensor, groups: int) -> torch.Tensor:

@@ -33,7 +33,7 @@ import torch
 from checkpoints import load_tensors, save_tensors
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
 from reader import BertReader, CacheReader, GroupBatch, Reader
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -73,7 +73,7 @@ CURRICULUM = (Stage(2, 24, 96, 270), Stage(4, 10, 160, 1000), Stage(8, 5, 160, 5
 JOINED_POSITIONS = 4096  # 20 documents of 192 tokens, a question and an answer
 JOINED_MIXTURE = Mixture(joined_every=1, joined_documents=20, joined_tokens=20 * PASSAGE_LENGTH)
 BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.98), 0.01, 1.0
-GUIDED_LAYERS, GUIDANCE = 4, 0.3  # attention of these last layers is taught to find the answering document
+GUIDED_LAYERS, GUIDANCE = 3, 0.5  # attention of these last layers is taught to find the answering document
 AVERAGE_DECAY = 0.998  # of the weights that are kept
 PREPARED = 6  # batches made ahead
 NEIGHBOURS = 40
@@ -92,7 +92,7 @@ def main() -> None:
         for rows in map(list, map(read_rows, args.dev))
     ]
     logger.info("%d documents with %d questions", len(texts), sum(len(t.questions) for t in texts))
-    mixture = JOINED_MIXTURE if args.joined else Mixture()
+    mixture = replace(JOINED_MIXTURE if args.joined else Mixture(), cloze=args.cloze)
     sampler = GroupSampler(
         texts, list(read_plain(args.plain, args.seed)), nearest(texts), tokenizer, encoder, seed=args.seed,
         end_id=tokenizer.eos_token_id, question_position=settings.passage_length or PASSAGE_LENGTH, mixture=mixture,
@@ -125,6 +125,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DxGxTxSTEPS",
         help="documents of a group, groups of a step, tokens of a document, steps; in place of the curriculum",
     )
+    parser.add_argument("--cloze", type=float, default=Mixture().cloze, help="share of cloze questions at the start")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -137,6 +138,13 @@ def parse_arguments() -> argparse.Namespace:
     if (args.output / "checkpoint").exists() and not args.resume:
         parser.error(f"{args.output} holds a run already; name another folder, or --resume it")
     return args
+
+
+def _average(averages: Sequence[torch.Tensor], current: Sequence[torch.Tensor], count: torch.Tensor | int) -> None:
+    """An exponential moving average that forgets where it started sooner than its decay alone would."""
+    decay = min(AVERAGE_DECAY, (1 + int(count)) / (20 + int(count)))
+    for average, value in zip(averages, current, strict=True):
+        average.lerp_(value, 1 - decay)
 
 
 def _stage(text: str) -> Stage:
@@ -157,7 +165,7 @@ class Run:
     ) -> None:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.sampler, self.stages, self.args = sampler, stages, args
-        self.averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
+        self.averaged = AveragedModel(model, multi_avg_fn=_average)
         self.reader = reader_of(model, settings, compiled=not args.eager)
         flat = [p for p in model.parameters() if p.dim() < 2]
         matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -174,7 +182,7 @@ class Run:
                 group["lr"] = self._learning_rate()
             answer, attention, found = self.reader.loss(batch)
             loss = answer / batch.trained_tokens
-            (loss + GUIDANCE * attention / batch.trained_tokens).backward()
+            (loss + GUIDANCE * attention).backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()

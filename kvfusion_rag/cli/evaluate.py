@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.summary import summarize
     from ..evaluation.tables import markdown
 
-    inputs = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
+    inputs = _inputs(args)
     chosen = args.systems or default_systems(inputs)
     require_systems(chosen)
     require_inputs(chosen, inputs)
@@ -121,6 +121,17 @@ def run(args: argparse.Namespace) -> int:
         say(tables, end="")
     _write(args, rows, predictions, summary, report, tables)
     return 0
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
+    """What the command line names to be judged beside the base model."""
+    from ..generator import locate_model, shipped_adapter
+
+    found = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
+    if args.adapter == "shipped":
+        shipped = shipped_adapter(locate_model(args.model)[0])
+        found["adapter"] = None if shipped is None else str(shipped)
+    return found
 
 
 def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:

@@ -26,7 +26,13 @@ def positive(text: str) -> int:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--adapter", metavar="DIR", help="tuned LoRA adapter of the answering decoder")
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        type=lambda text: None if text == "none" else text,
+        default="shipped",
+        help="tuned LoRA adapter of the answering decoder, or none (default: the one in the model's folder, if any)",
+    )
     parser.add_argument("--decoder", metavar="NAME", help="tuned answering decoder with weights of its own")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
