@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -247,6 +247,8 @@ class Engine:
         """Decode ``run`` step by step, filling its rows and times."""
         mode, settings = run.requests[0].mode, self.settings
         tuned = self._answers_tuned(mode)
+        if tuned and settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
+            options = replace(options, stop=(*options.stop, mark))
         ape = None
         if mode == "ape":
             prefix_length = len(self.encoder.prefix_ids)
@@ -378,6 +380,8 @@ class Engine:
                 f"{name} was not trained to read fused documents and has no adapter; "
                 "answers can be worse than in modes 'ape' and 'concat'"
             )
+        if mode == "fusion" and own and self.settings.mode == "concat" and self.settings.tuned_concat:
+            self._warn_once(f"the tuned decoder of {name} was trained on joined prompts; its own mode is 'concat'")
 
     def _warn_once(self, message: str) -> None:
         if message not in self.warned:

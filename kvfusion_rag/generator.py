@@ -273,12 +273,18 @@ class KVFusionGenerator:
             changes: fields of ``ModelSettings``, such as mode, passage_length, ape_temperature.
 
         Raises:
-            InvalidInputError: an unknown field, or a value that is not allowed.
+            InvalidInputError: an unknown field, or a value that is not allowed; document_attention belongs to the
+                weights.
         """
         allowed = [field.name for field in fields(ModelSettings)]
         if unknown := sorted(changes.keys() - set(allowed)):
             raise InvalidInputError(f"{unknown[0]!r} is no setting; the settings are {', '.join(allowed)}.")
         settings = replace(self.settings, **changes)
+        if settings.document_attention != self.settings.document_attention:
+            raise InvalidInputError(
+                f"document_attention is {settings.document_attention!r}, but the weights were loaded with "
+                f"{self.settings.document_attention!r}; set it in the model's kvfusion.json."
+            )
         made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, **self._engine_options)
         made._engine.warned = self._engine.warned  # what is said of the model once is not said again
         return made

@@ -246,6 +246,13 @@ class PromptEncoder:
         """Ids (A,) of an answer as the model is trained to write it, without the end token."""
         return tuple(self._answer.encode(answer=answer))
 
+    @property
+    def evidence_mark(self) -> str | None:
+        """What shows in a decoded answer that its evidence begins; ``None`` where the tokenizer loses it."""
+        spelt = self.decode(list(self.encode_answer(f"1{self._settings.evidence_separator}1"))).strip()
+        mark = spelt[1:-1].rstrip(" ")
+        return mark if spelt[:1] == spelt[-1:] == "1" and any(map(str.isalnum, mark)) else None
+
     def decode(self, token_ids: list[int]) -> str:
         """Text of generated ids, special tokens left out."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -55,6 +55,7 @@ class ModelSettings:
             decoder is pretrained, or "bidirectional" for weights that were trained so (a prefix language model:
             questions and answers stay causal).
         answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
+        evidence_separator: what stands between an answer and its evidence where a model is trained on both.
         max_new_tokens: default length of an answer in tokens.
         mode: default mode.
         positions: of documents in mode "fusion". "uniform": all stand right after the prefix, so no order of theirs
@@ -65,6 +66,8 @@ class ModelSettings:
         tuned: True when the weights themselves were trained to read fused caches.
         tuned_concat: True when the adapter or decoder was trained on joined prompts too, and so answers in mode
             "concat" as well; otherwise the base model does.
+        tuned_evidence: True when the adapter or decoder was trained to go on with the evidence; its answers end
+            where that would begin.
     """
 
     prefix: str = ""
@@ -73,6 +76,7 @@ class ModelSettings:
     question_template: str = "Question: {question}\nAnswer:"
     prompt_template: str | None = "{prompt}"
     answer_template: str = " {answer}"
+    evidence_separator: str = "\nEvidence: "
     passage_length: int | None = None
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "error"
@@ -84,6 +88,7 @@ class ModelSettings:
     ape_scale: float = 0.9
     tuned: bool = False
     tuned_concat: bool = False
+    tuned_evidence: bool = False
 
     def __post_init__(self) -> None:
         """Raise InvalidInputError for a value that is not allowed."""
@@ -110,7 +115,11 @@ class ModelSettings:
         for name in ("ape_temperature", "ape_scale"):
             if not _is_positive(getattr(self, name)):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a number above 0.")
-        for name in ("tuned", "tuned_concat"):
+        if not isinstance(self.evidence_separator, str) or not self.evidence_separator.strip():
+            raise InvalidInputError(
+                f"evidence_separator is {self.evidence_separator!r}, but it must be a text that is not blank."
+            )
+        for name in ("tuned", "tuned_concat", "tuned_evidence"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be true or false.")
 

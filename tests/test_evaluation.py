@@ -415,6 +415,13 @@ def test_models_are_loaded_once_and_only_when_needed(generator):
 LORA = {"adapter": "lora"}
 
 
+def test_a_decoder_trained_on_joined_prompts_reads_what_its_base_has_prefilled(generator, tmp_path):
+    (tmp_path / "training.json").write_text("{}")
+    inputs = {"sft": str(tmp_path), "concat_model": "wide"}
+    make_systems(["sft"], Models(shelf := Shelf(generator), inputs))
+    assert shelf.loaded == [UNTUNED | {"model": "wide", "decoder": str(tmp_path)}]
+
+
 def test_each_system_judges_what_its_name_says(generator, tmp_path):
     """Weights, mode and settings of every system, with all inputs at once."""
     (tmp_path / "adapter_config.json").write_text("{}")

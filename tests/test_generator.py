@@ -361,6 +361,11 @@ def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
     assert base.identity()["adapter"] is None and tuned.identity()["adapter"]
 
 
+def test_how_documents_are_read_belongs_to_the_weights():
+    with pytest.raises(InvalidInputError, match="document_attention is 'bidirectional'"):
+        generator("llama").with_settings(document_attention="bidirectional")
+
+
 def test_a_model_folder_may_carry_its_adapter(model_folder, adapter_folder, tmp_path):
     pair = tmp_path / "pair"
     shutil.copytree(model_folder, pair)

@@ -3,6 +3,7 @@
 import pytest
 
 from kvfusion_rag.evaluation import answer_in_text, exact_match, normalize_answer, token_f1
+from kvfusion_rag.evaluation.metrics import is_right
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,11 @@ def test_f1():
     assert token_f1("old mill", ["the old mill"]) == 1.0
     assert token_f1("old grey mill", ["old mill house"]) == pytest.approx(2 / 3)
     assert token_f1("river", ["mill"]) == 0.0 and token_f1("", []) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "right"),
+    [("Unanswerable.", (), True), ("", (), True), ("red", (), False), ("Red", ("red",), True), ("", ("red",), False)],
+)
+def test_where_nothing_can_be_answered_abstaining_alone_is_right(prediction, answers, right):
+    assert is_right(prediction, answers) == right

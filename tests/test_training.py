@@ -1,9 +1,11 @@
 """Training: the loss is that of one block-masked pass, the gradient reaches Dt alone, runs can be taken up again."""
 
 import copy
+import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,13 @@ from torch.nn.functional import cross_entropy
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore, ModelLoadError
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.cli import main
+from kvfusion_rag.decoding import DecodingOptions
 from kvfusion_rag.engine import Engine
 from kvfusion_rag.positions import block_mask, fused_positions
+from kvfusion_rag.prompts import PromptEncoder
 from kvfusion_rag.qa import Passage, QARow, write_rows
 from kvfusion_rag.settings import ModelSettings
+from kvfusion_rag.training.checkpoint import recover
 from kvfusion_rag.training.config import TrainingConfig, preset
 from kvfusion_rag.training.examples import collate, encode_row
 from kvfusion_rag.training.loss import fusion_loss
@@ -215,6 +220,62 @@ def test_what_was_trained_on_joined_prompts_answers_in_concat_and_nothing_else_d
         gen = KVFusionGenerator.from_pretrained(base, adapter=tmp_path / str(share) / "run" / "best")
         found = gen.answer(data[0].question, documents, mode="concat").token_ids
         assert (found != plain) == changes == gen.settings.tuned_concat
+        assert gen.settings.mode == ("concat" if changes else "fusion")
+
+
+def test_dev_rows_are_answered_in_the_mode_that_is_trained(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for share, mode in ((0.0, "fusion"), (0.5, "fusion"), (1.0, "concat")):
+        caplog.clear()
+        trainer(tmp_path / mode / str(share), engine(), rows(4), rows(2), max_steps=1, joined_share=share).run()
+        assert {r.message.split(",")[0] for r in caplog.records if r.message.startswith("mode ")} == {f"mode {mode}"}
+
+
+def test_a_tuned_decoder_that_read_joined_prompts_alone_says_so_in_mode_fusion(caplog):
+    made = engine(full=True)
+    made.settings = dataclasses.replace(SETTINGS, mode="concat", tuned_concat=True)
+    made.request("who", ["a"], None, "fusion", DecodingOptions(4))
+    assert "its own mode is 'concat'" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["byte-bpe", "unigram", "bpe-byte-fallback", "wordpiece"])
+def test_evidence_can_be_told_from_the_answer(kind):
+    encoder = PromptEncoder(tokenizer(kind), SETTINGS)
+    mark = encoder.evidence_mark
+    whole = encoder.decode(list(encoder.encode_answer(f"red{SETTINGS.evidence_separator}thing 1 is red")))
+    assert mark is not None and whole.split(mark)[0].strip() == "red"
+
+
+def test_evidence_that_could_not_be_told_from_the_answer_is_refused(tmp_path):
+    made = engine()
+    made.encoder = PromptEncoder(made.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | "))
+    with pytest.raises(InvalidInputError, match="evidence_separator"):
+        trainer(tmp_path, made, rows(2), evidence=True)
+
+
+def test_answers_of_a_decoder_that_was_trained_on_evidence_end_before_it(tmp_path):
+    data = rows(2)
+    run = trainer(
+        tmp_path, engine(full=True), data, data, full=True, evidence=True, batch_size=2, epochs=60, learning_rate=1e-2,
+        eval_every=60,
+    )  # fmt: skip
+    run.run()
+    documents = [p.text for p in data[0].passages]
+    options = DecodingOptions(30)
+    request = run._engine.request(data[0].question, documents, None, None, options)
+    (answer,) = run._engine.answer_all([request], options, 0.0)
+    assert (answer.text, answer.finish_reason) == (data[0].answers[0], "stop")
+    run._engine.settings = dataclasses.replace(run._engine.settings, tuned_evidence=False)
+    (whole,) = run._engine.answer_all([request], options, 0.0)
+    assert whole.text == f"{data[0].answers[0]}\nEvidence: {data[0].evidence}"
+    assert json.loads((tmp_path / "run/best/kvfusion.json").read_text())["tuned_evidence"]
+
+
+def test_the_answer_that_is_trained_stands_in_the_gold_passage():
+    made, passages = engine(), (Passage("made in the United States", gold=True), Passage("USA"))
+    batch = batch_of(made, [QARow("1", "where", ("USA", "United States"), passages)])
+    text = made.encoder.decode([i for i in batch.labels[0].tolist() if i != -100])
+    assert text.strip() == "United States"
 
 
 @pytest.mark.slow
@@ -329,11 +390,40 @@ def test_rows_that_do_not_fit_are_left_out_and_named(tmp_path, caplog):
         trainer(tmp_path, engine(), [long])
 
 
+def test_a_dev_row_that_does_not_fit_counts_as_wrong_and_ends_no_run(tmp_path, caplog):
+    data = rows(4)
+    long = QARow("long", "who? " * 300, ("red",), data[0].passages)
+    run = trainer(tmp_path, engine(store=MemoryStore()), data, [*data, long], rank=32, epochs=60, learning_rate=1e-2)
+    assert "1 of 5 dev rows do not fit" in caplog.text
+    assert run.run().best == 80.0
+
+
+@pytest.mark.parametrize("left", [("new", "old"), ("old",)], ids=str)
+def test_a_run_killed_between_two_renames_goes_on(tmp_path, left):
+    folder = tmp_path / "run" / "checkpoint"
+    trainer(tmp_path, engine(), rows(8), max_steps=2).run()
+    for suffix in left:
+        shutil.copytree(folder, folder.with_name(f"checkpoint.{suffix}"))
+    if left == ("old",):  # killed while the fresh one was being written
+        (tmp_path / "run" / "checkpoint.new").mkdir()
+    shutil.rmtree(folder)
+    recover(folder)
+    assert trainer(tmp_path, engine(), rows(8), max_steps=3).run(resume=True).step == 3
+
+
 def test_lora_and_full_need_the_right_decoder(tmp_path):
     with pytest.raises(InvalidInputError, match="full training needs"):
         trainer(tmp_path, engine(), rows(2), full=True)
     with pytest.raises(InvalidInputError, match="full training needs"):
         trainer(tmp_path, engine(full=True), rows(2))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_grad_norm": 0.0}, {"max_grad_norm": -1.0}, {"weight_decay": -1.0}, {"seed": -1}, {"dropout": 2.0}]
+)
+def test_settings_that_would_train_nothing_or_backwards_are_refused(wrong):
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+        TrainingConfig(**wrong)
 
 
 def test_presets():

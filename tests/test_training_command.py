@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +148,37 @@ def test_nothing_of_a_former_run_is_overwritten(base, tmp_path, capsys):
         assert message in capsys.readouterr().err and contents(tmp_path / "out") == before
     (tmp_path / "out" / "checkpoint").rename(tmp_path / "moved")
     assert run(base, "--resume") == 2 and "no checkpoint to go on from" in capsys.readouterr().err
+
+
+def test_a_picture_is_not_drawn_over_another(base, tmp_path, capsys):
+    (tmp_path / "loss.png").write_bytes(b"mine")
+    assert run(base, "--max-steps", "1", "--plot", tmp_path / "loss.png") == 2
+    assert "exists" in capsys.readouterr().err and (tmp_path / "loss.png").read_bytes() == b"mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_dev_limit_is_of_each_file(base, tmp_path):
+    write_rows(tmp_path / "more.jsonl", rows(4, seed=2))
+    assert (
+        run(base, "--max-steps", "1", "--dev", tmp_path / "dev.jsonl", tmp_path / "more.jsonl", "--dev-limit", "2")
+        == 0
+    )
+    assert json.loads((tmp_path / "out/best/training.json").read_text())["dev"]["number"] == 4
+
+
+def test_two_processes_print_one_object(base, tmp_path):
+    arguments = ["train", tmp_path / "train.jsonl.gz", "--model", base, "--output", tmp_path / "out", "--json"]
+    arguments += ["--max-steps", "2", "--batch-size", "2"]
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from kvfusion_rag.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    (tmp_path / "script.py").write_text(code)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, tmp_path / "script.py", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["step"] == 2
 
 
 @pytest.mark.parametrize("option", ["adapter", "decoder"])

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSON lines made by build-data (.gz too)")
     parser.add_argument("--output", required=True, metavar="DIR", help="gets best/, checkpoint/, losses.json")
     parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows to choose the best checkpoint by")
-    parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N dev rows")
+    parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file")
     parser.add_argument("--model", metavar="NAME", help="base model: hub name or folder (default: the embedded one)")
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
@@ -54,12 +54,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_paths([*args.rows, *args.dev])
-    _require_plot(args.plot)
+    _require_plot(args.plot, resume=args.resume)
+    from accelerate import PartialState
+
     from ..training import preset, train
 
     given = {name: getattr(args, name) for name in (*NUMBERS, "full", "evidence", "gradient_checkpointing")}
     config = preset(args.preset, **given, targets=tuple(args.targets) if args.targets else None)
-    rows, dev = _read(args.rows, trained=True), _read(args.dev, trained=False)[: args.dev_limit]
+    rows = _read(args.rows, trained=True)
+    dev = [row for path in args.dev for row in _read([path], trained=False)[: args.dev_limit]]
 
     def report(progress: Progress) -> None:
         _plot(args, progress)
@@ -70,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
         rows, output=args.output, model=args.model, dev=dev, config=config, device=args.device,
         dtype=args.dtype, resume=args.resume, files=_files(args), report=report,
     )  # fmt: skip
+    if not PartialState().is_main_process:
+        return 0
     if args.json:
         say_json({"output": args.output, "config": asdict(config), **asdict(progress), "best": progress.best})
     else:
@@ -77,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _require_plot(path: Path | None) -> None:
+def _require_plot(path: Path | None, *, resume: bool) -> None:
     """Fail on what could not be drawn before the hours that it takes to have something to draw."""
     if path is None:
         return
@@ -86,6 +91,8 @@ def _require_plot(path: Path | None) -> None:
     require_plotting(path)
     if path.is_dir() or not path.parent.is_dir():
         raise InvalidInputError(f"--plot is {str(path)!r}, but it must be a file in a folder that exists.")
+    if path.exists() and not resume:
+        raise InvalidInputError(f"--plot is {str(path)!r}, which exists; name another file, or remove it.")
 
 
 def _read(paths: list[str], *, trained: bool) -> list[QARow]:

@@ -21,6 +21,16 @@ def exact_match(prediction: str, answers: Sequence[str]) -> bool:
     return normalize_answer(prediction) in {normalize_answer(answer) for answer in answers or [""]}
 
 
+def abstains(prediction: str) -> bool:
+    """Whether the prediction says that nothing can be answered, in the paper's word or by saying nothing."""
+    return normalize_answer(prediction) in ("", "unanswerable")
+
+
+def is_right(prediction: str, answers: Sequence[str]) -> bool:
+    """Exact match; where there are no answers, abstaining alone is right."""
+    return exact_match(prediction, answers) if answers else abstains(prediction)
+
+
 def answer_in_text(prediction: str, answers: Sequence[str]) -> bool:
     """Whether an answer stands in the prediction, on whole words."""
     words = f" {normalize_answer(prediction)} "

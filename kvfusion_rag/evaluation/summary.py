@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..qa import QARow
 from .bootstrap import Bootstrap, Interval
-from .metrics import answer_in_text, exact_match, normalize_answer, token_f1
+from .metrics import abstains, answer_in_text, exact_match, token_f1
 from .orders import NO_GOLD, ORIGINAL, SHUFFLED, Condition
 from .runner import Prediction, Predictions
 
@@ -99,7 +99,7 @@ def main_metric(condition: Condition) -> str:
 def score(prediction: Prediction, row: QARow, condition: Condition) -> Scores:
     """Each metric of one answer, 0 to 1. Where nothing can be answered, abstaining alone is right."""
     answers = () if condition == NO_GOLD else row.answers
-    abstained = float(normalize_answer(prediction.text) in ("", "unanswerable"))
+    abstained = float(abstains(prediction.text))
     if not answers:
         return dict.fromkeys(METRICS, abstained)
     return {

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..errors import InvalidInputError
+from ..settings import RECORD_NAME
 from .orders import long_context_order
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class Models:
             "tuned": tuned,
             "full": {"decoder": decoder},
             "concat": joined or tuned,
-            "sft": {**joined, "adapter": sft} if _is_adapter(sft) else {"model": sft},
+            "sft": {**joined, "adapter": sft} if _holds(sft, ADAPTER_FILE) else _whole(sft, joined),
         }
         return {"adapter": None, "decoder": None} | changes[weights]
 
@@ -184,9 +185,14 @@ def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
     return needed if needed is not None and inputs.get(needed) is None else None
 
 
-def _is_adapter(name: str | None) -> bool:
-    """Whether ``name`` is a folder that holds an adapter in peft's format, not a whole model."""
-    return name is not None and (Path(name).expanduser() / ADAPTER_FILE).is_file()
+def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
+    """A whole model trained on joined prompts; one of ours reads what its base has prefilled, as in training."""
+    return {**joined, "decoder": sft} if _holds(sft, RECORD_NAME) else {"model": sft}
+
+
+def _holds(name: str | None, file: str) -> bool:
+    """Whether ``name`` is a folder with this file in it."""
+    return name is not None and (Path(name).expanduser() / file).is_file()
 
 
 def make_systems(

@@ -36,7 +36,7 @@ def save_decoder(folder: Path, decoder: Backbone, settings: ModelSettings, recor
 def save_state(
     folder: Path, weights: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer, record: Any
 ) -> None:
-    """Write all that a run needs to go on: trained weights, optimiser moments, random state, and ``record``."""
+    """Write all that a run needs to go on: trained weights, optimiser moments, and ``record``."""
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -44,9 +44,6 @@ def save_state(
     for name, parameter in weights.items():
         for key, value in optimizer.state.get(parameter, {}).items():  # type: ignore[call-overload]
             tensors[f"{key}/{name}"] = value.detach().contiguous()
-    tensors["random"] = torch.get_rng_state()
-    if torch.cuda.is_available():  # where dropout draws from then
-        tensors["random_cuda"] = torch.cuda.get_rng_state()
     save_file(tensors, fresh / _STATE)
     (fresh / RECORD_NAME).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
     _replace(fresh, folder)
@@ -92,9 +89,17 @@ def load_state(folder: Path, weights: Mapping[str, torch.Tensor], optimizer: tor
             optimizer.state[parameter] = {  # type: ignore[index]
                 key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
             }
-    torch.set_rng_state(tensors["random"])
-    if torch.cuda.is_available() and "random_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random_cuda"])
+
+
+def recover(folder: Path) -> None:
+    """Bring back a folder whose replacement was interrupted between its two renames."""
+    if folder.exists():
+        return
+    for suffix in (".new", ".old"):  # a record is written last, so what has one is whole
+        kept = folder.with_name(folder.name + suffix)
+        if (kept / RECORD_NAME).is_file():
+            os.replace(kept, folder)
+            return
 
 
 def _replace(fresh: Path, folder: Path) -> None:

@@ -22,7 +22,9 @@ class TrainingConfig:
         learning_rate: at its highest, after ``warmup`` (share of all steps); a cosine leads it to 0.
         evidence: train on the sentence that holds the answer too.
         joined_share: share of rows read as one joined prompt; above 0, what is trained answers mode ``concat`` too.
-            1 is ordinary fine-tuning on joined prompts, the control that the paper lacks.
+            1 is fine-tuning on joined prompts alone, the control that the paper lacks: dev rows are then answered in
+            mode ``concat``. A base that reads documents in both directions prefills the joined documents itself,
+            and what is trained reads question and answer over them.
         gradient_checkpointing: compute layers again in the backward pass instead of keeping their activations; the
             steps are the same, need less memory and take longer.
         eval_every: steps between two evaluations on the dev rows (exact match decides which checkpoint is kept).
@@ -58,8 +60,13 @@ class TrainingConfig:
         for name in ("dropout", "warmup", "joined_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a share from 0 to 1.")
-        if not self.learning_rate > 0:
-            raise InvalidInputError(f"learning_rate is {self.learning_rate!r}, but it must be above 0.")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be above 0.")
+        if not self.weight_decay >= 0:
+            raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be 0 or above.")
+        if not (isinstance(self.seed, int) and self.seed >= 0):
+            raise InvalidInputError(f"seed is {self.seed!r}, but it must be a whole number from 0.")
 
 
 PRESETS: dict[str, TrainingConfig] = {

@@ -54,9 +54,9 @@ def encode_row(row: QARow, engine: Engine, *, end_id: int, evidence: bool, joine
     """
     encoder, settings = engine.encoder, engine.settings
     reading = engine.read([passage.document(str(n)) for n, passage in enumerate(row.passages, start=1)])
-    answer = row.answers[0] if row.answers else UNANSWERABLE
+    answer = standing_answer(row) or UNANSWERABLE
     if evidence and row.evidence:
-        answer = f"{answer}\nEvidence: {row.evidence}"
+        answer += settings.evidence_separator + row.evidence
     target = (*encoder.encode_answer(answer), end_id)
     question, prefix = encoder.encode_question(row.question), encoder.prefix_ids
     if joined and settings.document_attention == "causal":
@@ -93,15 +93,21 @@ def require_answerable(row: QARow, where: str) -> None:
             f"{where}: no passage is gold, but answers is {list(row.answers)!r}; mark the passage that holds the "
             "answer, or leave the answers out."
         )
-    answers = [MatchText.of(answer) for answer in row.answers]
-    for passage in row.gold:
-        literal = any(answer in passage.text for answer in row.answers)
-        if literal or MatchText.of(passage.text).holds(answers):
-            return
-    raise InvalidInputError(
-        f"{where}: none of the answers {list(row.answers)!r} stands in its gold passage; kvfusion build-data leaves "
-        "such rows out."
-    )
+    if standing_answer(row) is None:
+        raise InvalidInputError(
+            f"{where}: none of the answers {list(row.answers)!r} stands in its gold passage; kvfusion build-data "
+            "leaves such rows out."
+        )
+
+
+def standing_answer(row: QARow) -> str | None:
+    """The first answer that stands in a gold passage, as it is spelt or in the words of the metric."""
+    texts = [(passage.text, MatchText.of(passage.text)) for passage in row.gold]
+    for answer in row.answers:
+        match = MatchText.of(answer)
+        if any(answer in text or words.holds([match]) for text, words in texts):
+            return answer
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..backbone import Backbone
+from accelerate import PartialState
+
+from ..backbone import Backbone, choose_device
 from ..engine import Engine
 from ..errors import InvalidInputError
 from ..generator import MAX_FUSED_TOKENS, locate_model
 from ..qa import QARow
 from ..store import MemoryStore
+from .checkpoint import recover
 from .config import TrainingConfig
 from .examples import require_answerable
 from .progress import Progress
@@ -56,10 +59,17 @@ def train(
         ModelLoadError, UnsupportedModelError: as ``KVFusionGenerator.from_pretrained``.
     """
     config, folder = config or TrainingConfig(), Path(output)
+    processes = PartialState(cpu=choose_device(device).type == "cpu")
+    if device is None and processes.num_processes > 1:
+        device = str(processes.device)  # each process has an accelerator of its own
     if not rows:
         raise InvalidInputError("there are no rows to train on.")
     for row in rows:
         require_answerable(row, f"row {row.id!r}")
+    if processes.is_main_process:
+        recover(folder / "checkpoint")
+        recover(folder / "best")
+    processes.wait_for_everyone()
     _require_output(folder, resume=resume)
     path, model_id = locate_model(model)
     base = Backbone.load(path, model_id=model_id, device=device, dtype=dtype)

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from ..decoding import DecodingOptions
-from ..engine import Engine
-from ..errors import InvalidInputError
-from ..evaluation.metrics import exact_match
+from ..engine import Engine, Request
+from ..errors import ContextLimitError, InvalidInputError
+from ..evaluation.metrics import is_right
 from ..qa import QARow
+from ..settings import FILE_NAME, ModelSettings
 from .batches import Step, epoch_steps
 from .checkpoint import load_record, load_state, save_decoder, save_state
 from .config import TrainingConfig
@@ -54,6 +55,8 @@ class Trainer:
     Raises:
         InvalidInputError: not one row fits into the model's window, or its precision cannot be trained in.
         UnsupportedModelError: gradient checkpointing is asked of an architecture that would lose the fused cache.
+
+    The engine's settings become those of what is trained: its mode, and that it was trained so.
     """
 
     def __init__(
@@ -70,8 +73,9 @@ class Trainer:
         torch.manual_seed(config.seed)  # fresh adapters and dropout draw from torch's own generator
         self.config = config
         self.output = output
+        engine.settings = _trained(engine.settings, config)
         self._engine = engine
-        self._dev = list(dev)
+        self._dev = self._read_dev(dev)
         self.examples = self._encode(rows)
         self._prepare_decoder()
         self.weights = {n: p for n, p in engine.decoder.model.named_parameters() if p.requires_grad}
@@ -93,7 +97,7 @@ class Trainer:
         self.progress = Progress()
 
     def run(self, *, resume: bool = False, report: Callable[[Progress], None] | None = None) -> Progress:
-        """Train to the end; ``report`` is called after each evaluation.
+        """Train to the end; ``report`` is called after each evaluation, on the main process.
 
         With ``resume``, go on from ``checkpoint/`` if there is one. ``epochs`` and ``max_steps`` may then be higher
         than before: the learning rate goes on along the longer schedule.
@@ -116,7 +120,7 @@ class Trainer:
                 bar.update()
                 if self.progress.step % self.config.eval_every == 0 or self.progress.step == self.total_steps:
                     self._checkpoint()
-                    if report is not None:
+                    if report is not None and self._processes.is_main_process:
                         report(self.progress)
         return self.progress
 
@@ -154,6 +158,12 @@ class Trainer:
                 "the model is in float16, whose gradients vanish without loss scaling; train in bfloat16 or float32 "
                 "(dtype)."
             )
+        if config.evidence and self._engine.encoder.evidence_mark is None:
+            raise InvalidInputError(
+                f"evidence_separator is {self._engine.settings.evidence_separator!r}, but the tokenizer of "
+                f"{self._engine.backbone.model_id!r} loses it, so answers could not be told from their evidence; set "
+                f"another one in {FILE_NAME}, or train without evidence."
+            )
         if not config.full:
             targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
             decoder.add_adapter(
@@ -188,6 +198,8 @@ class Trainer:
 
     def _step(self, batches: list[Batch], tokens: int) -> float:
         """One optimiser step; returns the loss in nats a token, over all processes."""
+        # Dropout draws by step and process, so that a run that was taken up again draws the same.
+        torch.manual_seed((self.config.seed << 32) + (self.progress.step << 12) + self._processes.process_index)
         self._optimizer.zero_grad()
         total = torch.zeros((), device=self._engine.decoder.device)
         for batch in batches:
@@ -208,23 +220,37 @@ class Trainer:
                 torch.distributed.all_reduce(tensor)
 
     def evaluate(self) -> float:
-        """Exact match (%) on the dev rows, greedy, in mode ``fusion``."""
+        """Right answers (%) on the dev rows, greedy, in the mode that is trained."""
         decoder, engine = self._engine.decoder, self._engine
-        options = DecodingOptions(engine.settings.max_new_tokens)
         decoder.model.eval()
         right = 0
-        for start in range(0, len(self._dev), EVAL_BATCH):
-            rows = self._dev[start : start + EVAL_BATCH]
-            requests = [
-                engine.request(
-                    r.question, [p.document(str(n)) for n, p in enumerate(r.passages)], None, "fusion", options
-                )
-                for r in rows
-            ]
-            answers = engine.answer_all(requests, options, time.perf_counter())
-            right += sum(exact_match(a.text.split("\n")[0], r.answers) for a, r in zip(answers, rows, strict=True))
+        asked = [(row, request) for row, request in self._dev if request is not None]
+        for start in range(0, len(asked), EVAL_BATCH):
+            rows, requests = zip(*asked[start : start + EVAL_BATCH], strict=True)
+            answers = engine.answer_all(requests, self._dev_options, time.perf_counter())
+            right += sum(is_right(a.text, r.answers) for a, r in zip(answers, rows, strict=True))
         decoder.model.train()
         return 100 * right / len(self._dev)
+
+    @property
+    def _dev_options(self) -> DecodingOptions:
+        return DecodingOptions(self._engine.settings.max_new_tokens)
+
+    def _read_dev(self, rows: Sequence[QARow]) -> list[tuple[QARow, Request | None]]:
+        """Dev rows with their requests, now, so that a row which does not fit costs nothing but its own point."""
+        found: list[tuple[QARow, Request | None]] = []
+        causes: list[str] = []
+        for row in rows:
+            documents = [passage.document(str(n)) for n, passage in enumerate(row.passages)]
+            try:
+                request = self._engine.request(row.question, documents, None, None, self._dev_options)
+            except ContextLimitError as error:
+                request = None
+                causes.append(str(error))
+            found.append((row, request))
+        if causes:
+            logger.warning("%d of %d dev rows do not fit and count as wrong: %s", len(causes), len(rows), causes[0])
+        return found
 
     def _checkpoint(self) -> None:
         """Evaluate, keep the best decoder, and write the state to go on from."""
@@ -234,8 +260,7 @@ class Trainer:
             return
         record = self._record | {"progress": asdict(self.progress)}
         if not self._dev or self.progress.best_step == self.progress.step:
-            settings = replace(self._engine.settings, tuned_concat=self.config.joined_share > 0)
-            save_decoder(self.output / "best", self._engine.decoder, settings, record)
+            save_decoder(self.output / "best", self._engine.decoder, self._engine.settings, record)
         save_state(self.output / "checkpoint", self._masters.copies, self._optimizer, record)
         write_losses(self.output, self.progress)
 
@@ -254,3 +279,13 @@ class Trainer:
         self.progress = progress
         for _ in range(self.progress.step):
             self._schedule.step()
+
+
+def _trained(settings: ModelSettings, config: TrainingConfig) -> ModelSettings:
+    """How a model with ``settings`` is to be used once it is trained by ``config``."""
+    return replace(
+        settings,
+        mode="concat" if config.joined_share == 1 else "fusion",
+        tuned_concat=config.joined_share > 0,
+        tuned_evidence=config.evidence,
+    )
