@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..errors import InvalidInputError
-from ..settings import RECORD_NAME
 from .orders import long_context_order
 
 if TYPE_CHECKING:
@@ -187,6 +186,8 @@ def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
 
 def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
     """A whole model trained on joined prompts; one of ours reads what its base has prefilled, as in training."""
+    from ..settings import RECORD_NAME  # brings transformers
+
     return {**joined, "decoder": sft} if _holds(sft, RECORD_NAME) else {"model": sft}
 
 
