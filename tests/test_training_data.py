@@ -44,23 +44,26 @@ from kvfusion_rag.training.windows import cut_around, evidence_of, find_answer, 
 WORDS = ["mill", "river", "tower", "harbour", "old", "red", "1901", "1902", "Ann", "Ben", "the", "north"]
 sentences = st.lists(st.sampled_from(WORDS), min_size=2, max_size=7).map(lambda words: f"It is {' '.join(words)}.")
 contexts = st.lists(sentences, min_size=1, max_size=4).map(" ".join)
+titles = st.none() | st.sampled_from([*WORDS, "Town"])  # which may hold an answer that the text does not
+passages = st.builds(Passage, contexts, titles)
 
 
 @st.composite
 def examples(draw: st.DrawFn) -> Example:
     """A question over a context, most of the time with an answer that stands there."""
-    context = draw(contexts)
+    context, title = draw(contexts), draw(titles)
+    others = tuple(draw(st.lists(passages, max_size=2)))
     question = f"What is {' '.join(draw(st.lists(st.sampled_from(WORDS), max_size=3)))}?"
     number = str(draw(st.integers(0, 10**6)))
     kind = draw(st.sampled_from(["answered"] * 4 + ["elsewhere", "unanswerable"]))
     if kind == "unanswerable":
-        return Example("world", number, question, (), others=(Passage(context),))
+        return Example("world", number, question, (), others=(Passage(context, title), *others))
     answer = draw(st.sampled_from(context.replace(".", "").split() if kind == "answered" else WORDS))
-    return Example("world", number, question, (answer, "Zeno"), (Passage(context, "Town", True),))
+    return Example("world", number, question, (answer, "Zeno"), (Passage(context, title, True),), others)
 
 
 worlds = st.lists(examples(), min_size=2, max_size=14, unique_by=lambda example: example.id)
-corpora = st.lists(contexts.map(Passage), min_size=4, max_size=14)
+corpora = st.lists(passages, min_size=4, max_size=14)
 options = st.builds(
     DataOptions,
     passages=st.tuples(st.integers(1, 2), st.integers(2, 4)),
@@ -97,6 +100,7 @@ def test_a_row_has_one_gold_passage_and_no_answer_beside_it(world, options, corp
         assert len({text_key(passage.text) for passage in row.passages}) == len(row.passages)
         for passage in row.passages:
             assert answer_in_text(passage.text, answers) == passage.gold
+            assert passage.gold or not answer_in_text(passage.title or "", answers)
             assert options.max_tokens is None or count_words(f"{passage.title or ''} {passage.text}") <= 9
         if row.evidence is not None:
             assert row.evidence in row.gold[0].text and answer_in_text(row.evidence, row.answers[:1])
@@ -208,6 +212,25 @@ def test_passages_that_came_with_the_question_are_taken_first():
     row = rows_of([asked, *TOWNS[1:]], passages=(4, 4))[0]
     texts = {passage.text for passage in row.passages}
     assert {others[1].text, others[2].text} < texts and others[0].text not in texts
+
+
+def test_a_passage_under_a_title_with_the_answer_is_no_wrong_one():
+    """Given, near, or drawn by chance; whether a gold passage answers is judged by its text alone."""
+    asked = Example(
+        "x", "x", "Who built the mill of Arda?", ("Edda Marsh",),
+        (Passage("Edda Marsh built the mill of Arda.", None, True),),
+        (Passage("She was born in Bree.", "Edda Marsh"),),
+    )  # fmt: skip
+    corpus = [Passage(f"The mill of Arda was built in part {n}.", "Edda Marsh (builder)") for n in range(4)]
+    corpus += [Passage(f"The mill of Arda has part {n}.", "Mills") for n in range(3)]
+    for negatives in (("bm25",), ("random",)):
+        (row,) = make_builder([asked], DataOptions((4, 4), negatives), corpus=corpus).rows()
+        assert sorted(passage.title or "" for passage in row.passages) == ["", "Mills", "Mills", "Mills"]
+    builder = make_builder([asked], DataOptions((5, 5)), corpus=corpus)
+    assert not list(builder.rows()) and builder.report.dropped == {"too few passages without the answer": 1}
+    titled = Example("y", "y", "Who?", ("Edda Marsh",), (Passage("She built it.", "Edda Marsh", True),))
+    builder = make_builder([titled], DataOptions((2, 2)), corpus=corpus)
+    assert not list(builder.rows()) and builder.report.dropped == {"answer is not in its context": 1}
 
 
 def test_an_unanswerable_question_keeps_its_context():

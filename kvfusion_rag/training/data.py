@@ -19,7 +19,18 @@ from ..retrieval.embedding import Embedder
 from .formats import Example
 from .golds import Gold, GoldFinder
 from .groups import Grouping, GroupQuestion
-from .mining import FILLED, BM25Ranking, DenseRanking, MatchText, Pool, RandomRanking, Ranking, take_turns, text_key
+from .mining import (
+    FILLED,
+    BM25Ranking,
+    DenseRanking,
+    MatchText,
+    Pool,
+    RandomRanking,
+    Ranking,
+    shows_answer,
+    take_turns,
+    text_key,
+)
 from .recipe import (
     EXCLUDED_CONTEXT,
     EXCLUDED_QUESTION,
@@ -237,7 +248,7 @@ class DataBuilder:
         names = self._rankings if answers else {"random": self._rankings[FILLED]}
         missing = count - len(given)
         rankings = {name: one.rank(example.question, rng) for name, one in names.items()} if missing else {}
-        mined = take_turns(missing, rankings, taken, lambda n: self._pool.matches[n].holds(answers))
+        mined = take_turns(missing, rankings, taken, lambda n: self._pool.shows(n, answers))
         if len(mined) < missing:
             raise DroppedError(TOO_FEW)
         self.report.negatives += Counter(mined.values()) + Counter(given=len(given))
@@ -253,7 +264,7 @@ class DataBuilder:
             if len(given) == count or key in keys or key in self._excluded_contexts:
                 continue
             pieces = self._pieces(passage)[:1]
-            if pieces and not MatchText.of(pieces[0].text).holds(answers):
+            if pieces and not shows_answer(pieces[0], answers):
                 keys.add(key)
                 given += pieces
         return given
