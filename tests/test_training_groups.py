@@ -145,7 +145,7 @@ def test_a_title_with_the_answer_keeps_a_passage_out_of_a_group():
 
 def test_unanswerable_questions_stay_out_and_golds_come_from_the_corpus_too():
     bare = Example("nq, line 1", "bare", "When was the mill of Dorn built?", ("1903",))
-    never = Example("s, line 1", "never", "When did Arda burn?", (), others=(Passage("Arda is red."),))
+    never = Example("s, line 1", "never", "When did Arda burn?", (), (Passage("Arda is red."),))
     corpus = [passage for town in TOWNS for passage in town.golds]
     builder, rows = build([bare, never, TOWNS[0]], DataOptions((4, 4), grouped=True), corpus=corpus)
     assert {row.id for row in rows} == {"bare", TOWNS[0].id} and builder.report.gold_found == 1

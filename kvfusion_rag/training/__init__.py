@@ -26,6 +26,7 @@ _HOME = {
     "read_corpus": "formats",
     "read_dataset": "formats",
     "read_examples": "formats",
+    "read_ready_rows": "formats",
     "train": "run",
     "write_training_rows": "writing",
 }
@@ -35,7 +36,7 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from .config import PRESETS, TrainingConfig, preset
     from .data import DataBuilder
-    from .formats import Example, read_corpus, read_dataset, read_examples
+    from .formats import Example, read_corpus, read_dataset, read_examples, read_ready_rows
     from .progress import Progress
     from .recipe import DataOptions, DataReport
     from .run import train
