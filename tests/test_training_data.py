@@ -17,7 +17,7 @@ from test_retrieval import WordEmbedder, count_words
 
 from kvfusion_rag import InvalidInputError, MissingDependencyError
 from kvfusion_rag.cli import build_data, main
-from kvfusion_rag.evaluation import answer_in_text
+from kvfusion_rag.evaluation import answer_in_text, normalize_answer
 from kvfusion_rag.qa import Passage, QARow, read_rows
 from kvfusion_rag.training import (
     DataBuilder,
@@ -30,6 +30,7 @@ from kvfusion_rag.training import (
     read_ready_rows,
     write_training_rows,
 )
+from kvfusion_rag.training.exclusion import SHORTEST, Exclusion
 from kvfusion_rag.training.mining import (
     FIRST_LOOK,
     BM25Ranking,
@@ -131,6 +132,47 @@ def test_a_context_of_an_excluded_file_goes_whatever_is_asked_of_it():
     assert builder.report.dropped == {"context is in an excluded file": 3}
 
 
+words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40)
+
+
+@given(st.lists(words, max_size=4), words, st.data())
+def test_a_context_that_holds_or_is_part_of_an_excluded_one_is_found(excluded, context, data):
+    source = data.draw(st.sampled_from([*excluded, context]))
+    start = data.draw(st.integers(0, len(source) - 1))
+    part = source[start : data.draw(st.integers(start + 1, len(source)))]
+    if data.draw(st.booleans()):
+        excluded = [*excluded, part]
+    else:
+        context = part
+    judged = Exclusion([Example("dev", "d", "?", (), tuple(Passage(" ".join(words)) for words in excluded))])
+    texts, text = [normalize_answer(" ".join(words)) for words in excluded], normalize_answer(" ".join(context))
+    expected = text in texts or any(
+        (a in b or b in a) and min(len(a.split()), len(b.split())) >= SHORTEST for a, b in ((text, t) for t in texts)
+    )
+    assert judged.has_context(b"", text) == expected
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_contexts_are_excluded_whose_passages_were_cut_in_an_evaluation_row(grouped):
+    """Whether the cut passage is gold there or a negative; and a training context may be the shorter one."""
+    sentence = "It has {} hills, two lakes and one road."
+    long = [
+        Example("t", f"t{n}", f"Where is {name}?", ("inland",),
+                (Passage(f"{name} is inland. {sentence.format(n)} It is red.", name, True),))
+        for n, name in enumerate(NAMES)
+    ]  # fmt: skip
+    cut = (Passage(sentence.format(1), "Bree", True), Passage(sentence.format(3), "Dorn"))
+    judged = [
+        Example("dev", "d", "How many hills has Bree?", ("1 hills",), cut),
+        Example("dev", "e", "What is red?", ("Esk",), (Passage(f"{long[4].golds[0].text} Esk is red.", None, True),)),
+    ]
+    builder = make_builder(long, DataOptions((3, 3), grouped=grouped), corpus=MILLS, exclude=judged)
+    rows = list(builder.rows())
+    assert {row.id for row in rows} == {one.id for one in long} - {"t1", "t3", "t4"}
+    assert builder.report.dropped == {"context is in an excluded file": 3}
+    assert not any(word in p.text for word in ("Bree", "Dorn", "Esk") for row in rows for p in row.passages)
+
+
 @given(worlds, options)
 def test_every_question_is_accounted_for(world, options):
     try:
@@ -158,6 +200,9 @@ TOWNS = [
     )
     for n, town in enumerate(NAMES)
 ]
+
+
+MILLS = [Passage(f"A mill {word} a river.") for word in ("by", "on", "near", "under")]
 
 
 def rows_of(world: list[Example], **options) -> list[QARow]:
