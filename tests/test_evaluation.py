@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPTJConfig
 
 from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.cli import COMMANDS, evaluate, main
 from kvfusion_rag.errors import ContextLimitError, InvalidInputError, MissingDependencyError
 from kvfusion_rag.evaluation import plots, report
@@ -41,6 +43,7 @@ from kvfusion_rag.evaluation.systems import (
     require_inputs,
 )
 from kvfusion_rag.qa import Passage, QARow, write_rows
+from kvfusion_rag.settings import ModelSettings
 
 
 def row(gold: list[bool], name: str = "r", answers: tuple[str, ...] = ("lima",)) -> QARow:
@@ -614,6 +617,37 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, command, monkeyp
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture
+def old(monkeypatch):
+    """A generator over GPT-J, whose attention cannot be exchanged."""
+    config = GPTJConfig(n_embd=48, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, vocab_size=512)
+    model, tokenizer = AutoModelForCausalLM.from_config(config), tiny.tokenizer("byte-bpe")
+    made = KVFusionGenerator(Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old"), store=None)
+    monkeypatch.setattr(evaluate, "load_generator", lambda args: made)
+
+
+def test_ape_is_left_out_with_a_note_where_the_model_refuses_it_and_nobody_named_it(capsys, command, old, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert command("rows.jsonl.gz", "--conditions", "original", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [system["name"] for system in figures["systems"]] == [n for n in default_systems({}) if n != "ape"]
+    assert re.search(r"^ape left out: 'old' \(gptj\) cannot answer in mode 'ape'", figures["notes"][-1])
+    assert figures["notes"][-1] in caplog.text
+
+
+@pytest.mark.parametrize("argv", [["--systems", "fusion,ape"], ["--ape-search", "others.jsonl"]])
+def test_ape_by_name_is_an_error_before_another_system_answers(capsys, command, old, monkeypatch, tmp_path, argv):
+    write_rows(tmp_path / "others.jsonl", [row([True, *[False] * 4], "other")])
+    answered = []
+    answer_batch = KVFusionGenerator.answer_batch
+    monkeypatch.setattr(
+        KVFusionGenerator, "answer_batch", lambda *a, mode, **k: answered.append(answer_batch(*a, mode=mode, **k))
+    )
+    assert command("rows.jsonl.gz", *argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "error: 'old' (gptj) cannot answer in mode 'ape'" in err and not answered
 
 
 def test_an_adapter_is_judged_beside_its_base(capsys, command, monkeypatch, generator):

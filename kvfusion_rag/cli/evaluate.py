@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from ..evaluation.orders import GROUPS
-from ..evaluation.systems import SYSTEMS, Models, default_systems, make_systems, require_inputs, require_systems
+from ..evaluation.systems import (
+    SYSTEMS,
+    Models,
+    default_systems,
+    make_systems,
+    possible_systems,
+    require_inputs,
+    require_systems,
+)
 from .console import say, say_json
 from .options import add_model_arguments, load_generator, positive
 
@@ -108,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
     if search is not None:
         factories["ape"] = lambda models: models.system("ape", "ape", "base", **search.settings)
         plan = replace(plan, notes=(*plan.notes, search.note))
-    systems = make_systems(chosen, models, factories)
+    systems, refused = possible_systems(make_systems(chosen, models, factories), named=args.systems is not None)
+    for note in refused:
+        logger.warning("%s", note)
+    plan = replace(plan, notes=(*plan.notes, *refused))
     predictions = predict(rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True)
     summary = summarize(rows, predictions, Bootstrap(args.seed))
     report = make_report(summary, plan, systems, rows, _settings(args))
