@@ -2,7 +2,7 @@
 
 The one format that training and evaluation share. A row without answers is one that its passages do not answer;
 a row without a gold passage was asked over distractors alone. Knows files of this format only; other formats are
-turned into rows by ``training/data.py``.
+read by ``training/formats.py`` and turned into rows by ``training/data.py``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
@@ -87,7 +87,16 @@ def parse_row(line: str, where: str, number: int = 0) -> QARow:
         data = json.loads(line)
     except ValueError as error:
         raise InvalidInputError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
+    return row_from(data, where, number)
+
+
+def row_from(data: object, where: str, number: int = 0) -> QARow:
+    """A row out of plain data.
+
+    Raises:
+        InvalidInputError: a field is absent or wrong; ``where`` and the field are named.
+    """
+    if not isinstance(data, Mapping):
         raise InvalidInputError(f"{where} holds a {type(data).__name__}, but a row must be an object.")
     question, answers = data.get("question"), data.get("answers", [])
     if not isinstance(question, str) or not question.strip():

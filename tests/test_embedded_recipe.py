@@ -6,18 +6,22 @@ import json
 import lzma
 import math
 import random
+from pathlib import Path
 
+import checkpoints
+import numpy as np
 import pytest
 import torch
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
 from pretrain_llama import Run as Pretraining
 from pretrain_llama import build, prepare
 from reader import BertReader, CacheReader
+from safetensors.torch import load
 from tiny import WORDS
 from train_base import SETTINGS, Run, embedding_tokenizer, extend_positions, load_start, nearest, warm_start
 from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
-from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.engine import Engine
 from kvfusion_rag.positions import additive, packed_mask
@@ -194,6 +198,12 @@ def arguments(folder, **changes) -> argparse.Namespace:
     return argparse.Namespace(**options | changes)
 
 
+def stored(folder) -> dict[str, torch.Tensor]:
+    """All tensors of the one checkpoint that a run has left."""
+    (state,) = (folder / "checkpoint").iterdir()
+    return load(b"".join(part.read_bytes() for part in sorted(state.glob("*.safetensors.*"))))
+
+
 def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
     whole = Run(
         network(tokenizer), tokenizer, SETTINGS, sampler(texts, tokenizer), STAGES, arguments(tmp_path / "whole")
@@ -213,34 +223,153 @@ def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
     again.train([])
     for name, tensor in whole.model.named_parameters():
         assert torch.equal(tensor, dict(again.model.named_parameters())[name]), name
-    saved = [
-        (folder / "checkpoint/state.safetensors").read_bytes() for folder in (tmp_path / "whole", tmp_path / "part")
-    ]
-    assert len(saved[0]) == len(saved[1])
+    saved = [stored(folder) for folder in (tmp_path / "whole", tmp_path / "part")]
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0])
     generator = KVFusionGenerator.from_pretrained(tmp_path / "part/model")
     assert generator.settings == SETTINGS and generator.gate.passed
     assert [json.loads(line)["step"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()] == [2, 4, 5]
 
 
-def test_a_llama_is_pretrained_and_then_reads_groups(texts, tmp_path):
-    """Route (b) from text to a model that ``from_pretrained`` loads, taken up again on the way."""
-    with lzma.open(tmp_path / "text.txt.xz", "wt") as out:
-        out.write("\n\n".join(text.text for text in texts))
-    prepare([tmp_path / "text.txt.xz"], tmp_path)
-    options = {"output": tmp_path, "window": 40, "batch": 3, "steps": 4, "repeat": 0.5, "learning_rate": 1e-3,
-               "warmup": 1, "save_every": 2, "device": "cpu", "eager": True, "seed": 0}  # fmt: skip
-    args = argparse.Namespace(**options)
-    tokens = PreTrainedTokenizerFast.from_pretrained(tmp_path / "model")
-    torch.manual_seed(0)
-    whole = Pretraining(build(tokens, 64, 2), tokens, args)
+def tiny_run(step: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and an optimiser after a few steps."""
+    torch.manual_seed(step)
+    model = torch.nn.Linear(40, 50)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(step):
+        model(torch.randn(3, 40)).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def test_a_checkpoint_travels_in_small_parts_and_the_former_one_survives_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PART_BYTES", 5_000)
+    model, optimizer = tiny_run(2)
+    with pytest.raises(InvalidInputError, match="holds no whole checkpoint"):
+        checkpoints.load_tensors(tmp_path, model, optimizer, {"seed": 0})
+    checkpoints.save_tensors(tmp_path, model, optimizer, {"step": 2}, {"seed": 0})
+    (state,) = tmp_path.iterdir()
+    sizes = [path.stat().st_size for path in sorted(state.glob("state.safetensors.*"))]
+    assert len(sizes) == -(-sum(sizes) // 5_000) > 3 and set(sizes[:-1]) == {5_000} and 0 < sizes[-1] <= 5_000
+
+    write, remove = Path.write_bytes, checkpoints.shutil.rmtree
+
+    def killed_while_writing(path, content):
+        if path.name.endswith("003"):
+            raise KeyboardInterrupt
+        return write(path, content)
+
+    def killed_while_removing(path, **options):
+        if path.name == "000001":
+            (path / "state.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    again, other = tiny_run()
+    for step, where, name, patch in (
+        (2, Path, "write_bytes", killed_while_writing),  # the former one is left
+        (3, checkpoints.shutil, "rmtree", killed_while_removing),  # the new one is there
+    ):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(where, name, patch)
+            checkpoints.save_tensors(tmp_path, *tiny_run(3), {"step": 3}, {"seed": 0})
+        assert checkpoints.load_tensors(tmp_path, again, other, {"seed": 0}) == {"step": step}
+        assert torch.equal(again.weight, tiny_run(step)[0].weight)
+    checkpoints.save_tensors(tmp_path, *tiny_run(4), {"step": 4}, {"seed": 0})
+    assert checkpoints.load_tensors(tmp_path, again, other, {"seed": 0}) == {"step": 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["000003"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(texts, tokenizer, tmp_path):
+    def run(stages=STAGES[:1], **changes) -> Run:
+        data = tmp_path / "questions.jsonl"
+        args = arguments(tmp_path / "base", **{"questions": [data], "plain": [], "eval_every": 9, **changes})
+        return Run(network(tokenizer), tokenizer, SETTINGS, sampler(texts, tokenizer), stages, args)
+
+    (tmp_path / "questions.jsonl").write_text("one")
+    run().train([])
+    run(threads=7, eval_every=3, device="cuda:1", dev=["x"], output=tmp_path / "base").load()
+    for changes, message in (
+        ({"stages": STAGES}, "stages .*'steps': 2"),
+        ({"learning_rate": 1.0}, r"learning_rate 0\.001, but this run has 1\.0; name another output folder"),
+        ({"seed": 3}, "seed 0, but this run has 3"),
+        ({"plain": [tmp_path / "questions.jsonl"]}, r"plain \[\], but this run has \['questions.jsonl"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"^the checkpoint in 'base' was made with {message}"):
+            run(**changes).load()
+    (tmp_path / "questions.jsonl").write_text("two")
+    with pytest.raises(InvalidInputError, match="made with questions"):
+        run().load()
+
+
+def pretraining(texts, folder, **changes) -> argparse.Namespace:
+    """Token files of ``texts`` in a folder, and the arguments of a run on them."""
+    if not folder.exists():
+        folder.mkdir()
+        with lzma.open(folder / "text.txt.xz", "wt") as out:
+            out.write("\n\n".join(text.text for text in texts))
+        prepare([folder / "text.txt.xz"], folder)
+    options = {"output": folder, "window": 40, "batch": 3, "steps": 4, "repeat": 0.5, "learning_rate": 1e-3,
+               "warmup": 1, "save_every": 2, "device": "cpu:0", "eager": True, "seed": 0}  # fmt: skip
+    return argparse.Namespace(**options | changes)
+
+
+def pretrained(args, seed: int = 0) -> Pretraining:
+    tokens = PreTrainedTokenizerFast.from_pretrained(args.output / "model")
+    torch.manual_seed(seed)
+    return Pretraining(build(tokens, 64, 2), tokens, args)
+
+
+def test_a_resumed_pretraining_is_an_uninterrupted_one(texts, tmp_path):
+    whole, part = (pretrained(pretraining(texts, tmp_path / name)) for name in ("whole", "part"))
     whole.train()
-    again = Pretraining(build(tokens, 64, 2), tokens, args)
+    batch = part.batch
+
+    def stopped(step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return batch(step)
+
+    part.batch = stopped
+    with pytest.raises(KeyboardInterrupt):
+        part.train()
+    again = pretrained(part.args, seed=9)
     again.load()
-    assert again.step == 4
+    assert again.step == 2 and again.batch(3).shape == (3, 40)
+    again.train()
     assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), again.model.parameters(), strict=True))
-    rows = whole.batch(3)
-    assert torch.equal(rows, again.batch(3)) and rows.shape == (3, 40)
-    model, tokens, settings = load_start(tmp_path / "model")
+    saved = [stored(run.args.output) for run in (whole, again)]
+    assert any(name.startswith("exp_avg_sq/") for name in saved[0])
+    assert saved[0].keys() == saved[1].keys() and all(torch.equal(saved[0][n], saved[1][n]) for n in saved[0])
+
+
+def test_autocast_is_told_the_kind_of_a_numbered_device(texts, tmp_path, monkeypatch):
+    kinds, autocast = set(), torch.autocast
+    monkeypatch.setattr(torch, "autocast", lambda kind, **options: kinds.add(kind) or autocast(kind, **options))
+    run = pretrained(pretraining(texts, tmp_path / "a", steps=1))
+    assert run.args.device == "cpu:0"
+    # In place of the model, which calls autocast itself
+    run._compiled = lambda **given: argparse.Namespace(loss=run.model.lm_head.weight.sum())
+    run.train()
+    assert kinds == {"cpu"}
+
+
+def test_pretraining_refuses_stale_tokens_and_another_run(texts, tmp_path):
+    args = pretraining(texts, tmp_path / "a", steps=1)
+    with pytest.raises(InvalidInputError, match=r"a' holds 1 token files already, .* remove them"):
+        prepare([tmp_path / "a/text.txt.xz"], tmp_path / "a")
+    pretrained(args).train()
+    pretrained(pretraining(texts, tmp_path / "a", steps=1, save_every=9, eager=True, device="cpu")).load()
+    with pytest.raises(InvalidInputError, match="in 'a' was made with steps 1, but this run has 4; name"):
+        pretrained(pretraining(texts, tmp_path / "a")).load()
+    np.save(tmp_path / "a/tokens/0001.npy", np.zeros(99, dtype=np.uint16))
+    with pytest.raises(InvalidInputError, match=r"made with tokens \['0000\.npy"):
+        pretrained(args).load()
+
+
+def test_a_llama_is_pretrained_and_then_reads_groups(texts, tmp_path):
+    """Route (b) from text to a model that ``from_pretrained`` loads."""
+    pretrained(pretraining(texts, tmp_path / "llama")).train()
+    model, tokens, settings = load_start(tmp_path / "llama/model")
     groups = GroupSampler(
         texts, [], nearest(texts), tokens, PromptEncoder(tokens, settings), end_id=tokens.eos_token_id,
         question_position=256, mixture=Mixture(), seed=1,

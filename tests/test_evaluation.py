@@ -14,8 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPTJConfig
 
 from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.cli import COMMANDS, evaluate, main
 from kvfusion_rag.errors import ContextLimitError, InvalidInputError, MissingDependencyError
 from kvfusion_rag.evaluation import plots, report
@@ -41,6 +43,7 @@ from kvfusion_rag.evaluation.systems import (
     require_inputs,
 )
 from kvfusion_rag.qa import Passage, QARow, write_rows
+from kvfusion_rag.settings import ModelSettings
 
 
 def row(gold: list[bool], name: str = "r", answers: tuple[str, ...] = ("lima",)) -> QARow:
@@ -585,11 +588,14 @@ def test_what_does_not_fit_is_marked(capsys, command, monkeypatch):
         (["none.jsonl"], "there is no file 'none.jsonl'"),
         (["broken.jsonl"], "broken.jsonl, line 1: passages is None"),
         (["empty.jsonl"], "no rows to evaluate"),
-        (["plain.jsonl.gz"], "plain.jsonl.gz cannot be read"),
+        (["plain.jsonl.gz"], "'plain.jsonl.gz' cannot be read"),
         (["rows.jsonl.gz", "--documents", "6"], "6 documents a question are wanted"),
         (["rows.jsonl.gz", "--conditions", "slot:9"], "slot:9 is outside 1 to 5"),
         (["rows.jsonl.gz", "--seed", "-1"], "'-1' is not a whole number from 0"),
-        (["torn.jsonl.gz"], "torn.jsonl.gz cannot be read"),
+        (["torn.jsonl.gz"], "'torn.jsonl.gz' is damaged"),
+        (["squad.json"], "[0] comes with one context, but"),
+        (["squad.json"], "kvfusion build-data makes such rows out of squad.json"),
+        (["rows.txt"], "'rows.txt' ends in '.txt', but"),
         (["rows.jsonl.gz", "--conditions", ","], "no name is given"),
         (["rows.jsonl.gz", "--systems", "fusion,magic"], "'magic' is no system; they are fusion, fusion-full"),
         (["rows.jsonl.gz", "--systems", "fusion,sft"], "the system 'sft' needs --sft, which is not given"),
@@ -609,11 +615,46 @@ def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, command, monkeyp
     packed = (tmp_path / "rows.jsonl.gz").read_bytes()
     (tmp_path / "torn.jsonl.gz").write_bytes(packed[:60] + b"torn" + packed[64:])
     (tmp_path / "plain.jsonl.gz").write_text("not gzip")
+    (tmp_path / "rows.txt").write_text("\n")
+    asked = {"question": "who?", "answers": [{"text": "Ann", "answer_start": 0}]}
+    squad = {"data": [{"title": "t", "paragraphs": [{"context": "Ann did.", "qas": [asked]}]}]}
+    (tmp_path / "squad.json").write_text(json.dumps(squad))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert command(*argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.fixture
+def old(monkeypatch):
+    """A generator over GPT-J, whose attention cannot be exchanged."""
+    config = GPTJConfig(n_embd=48, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, vocab_size=512)
+    model, tokenizer = AutoModelForCausalLM.from_config(config), tiny.tokenizer("byte-bpe")
+    made = KVFusionGenerator(Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old"), store=None)
+    monkeypatch.setattr(evaluate, "load_generator", lambda args: made)
+
+
+def test_ape_is_left_out_with_a_note_where_the_model_refuses_it_and_nobody_named_it(capsys, command, old, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert command("rows.jsonl.gz", "--conditions", "original", "--json") == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [system["name"] for system in figures["systems"]] == [n for n in default_systems({}) if n != "ape"]
+    assert re.search(r"^ape left out: 'old' \(gptj\) cannot answer in mode 'ape'", figures["notes"][-1])
+    assert figures["notes"][-1] in caplog.text
+
+
+@pytest.mark.parametrize("argv", [["--systems", "fusion,ape"], ["--ape-search", "others.jsonl"]])
+def test_ape_by_name_is_an_error_before_another_system_answers(capsys, command, old, monkeypatch, tmp_path, argv):
+    write_rows(tmp_path / "others.jsonl", [row([True, *[False] * 4], "other")])
+    answered = []
+    answer_batch = KVFusionGenerator.answer_batch
+    monkeypatch.setattr(
+        KVFusionGenerator, "answer_batch", lambda *a, mode, **k: answered.append(answer_batch(*a, mode=mode, **k))
+    )
+    assert command("rows.jsonl.gz", *argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "error: 'old' (gptj) cannot answer in mode 'ape'" in err and not answered
 
 
 def test_an_adapter_is_judged_beside_its_base(capsys, command, monkeypatch, generator):
@@ -704,6 +745,26 @@ def test_a_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=re.escape('pip install "kvfusion-rag[evaluation]"')):
         plots.require_plotting(tmp_path / "a.png")
+
+
+def test_lost_in_the_middle_rows_are_answered_as_they_stand(capsys, command, tmp_path):
+    made = rows(3)
+    lines = [
+        {"question": one.question, "answers": list(one.answers), "nq_annotated_gold": {}}
+        | {"ctxs": [{"id": n, "title": "", "text": p.text, "isgold": p.gold} for n, p in enumerate(one.passages)]}
+        for one in made
+    ]
+    (tmp_path / "middle.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_rows(
+        tmp_path / "own.jsonl", [QARow(str(n), r.question, r.answers, r.passages) for n, r in enumerate(made, 1)]
+    )
+    found = []
+    for name in ("middle.jsonl", "own.jsonl"):
+        options = ["--systems", "fusion,concat", "--force", "--predictions", "p.jsonl", "--json"]
+        assert command(name, *options) == 0
+        cells = json.loads(capsys.readouterr().out)["cells"]
+        found.append((cells, (tmp_path / "p.jsonl").read_text()))
+    assert found[0] == found[1] and '"condition": "slot:5"' in found[0][1]
 
 
 def test_unusable_rows_are_skipped_on_demand_and_counted(capsys, command, tmp_path):

@@ -71,6 +71,7 @@ def test_integrations_use_public_names_alone():
     [
         ("kvfusion_rag", ["torch", "transformers"]),
         ("kvfusion_rag.generator", ["langchain_core", "llama_index", "chromadb", "sentence_transformers"]),
+        ("kvfusion_rag.training.formats", ["bm25s", "accelerate", "chromadb", "sentence_transformers"]),
         ("kvfusion_rag.cli", ["torch", "transformers", "chromadb"]),
     ],
 )

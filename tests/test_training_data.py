@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +17,7 @@ from test_retrieval import WordEmbedder, count_words
 
 from kvfusion_rag import InvalidInputError, MissingDependencyError
 from kvfusion_rag.cli import build_data, main
-from kvfusion_rag.evaluation import answer_in_text
+from kvfusion_rag.evaluation import answer_in_text, normalize_answer
 from kvfusion_rag.qa import Passage, QARow, read_rows
 from kvfusion_rag.training import (
     DataBuilder,
@@ -26,8 +27,10 @@ from kvfusion_rag.training import (
     read_corpus,
     read_dataset,
     read_examples,
+    read_ready_rows,
     write_training_rows,
 )
+from kvfusion_rag.training.exclusion import SHORTEST, Exclusion
 from kvfusion_rag.training.mining import (
     FIRST_LOOK,
     BM25Ranking,
@@ -44,23 +47,26 @@ from kvfusion_rag.training.windows import cut_around, evidence_of, find_answer, 
 WORDS = ["mill", "river", "tower", "harbour", "old", "red", "1901", "1902", "Ann", "Ben", "the", "north"]
 sentences = st.lists(st.sampled_from(WORDS), min_size=2, max_size=7).map(lambda words: f"It is {' '.join(words)}.")
 contexts = st.lists(sentences, min_size=1, max_size=4).map(" ".join)
+titles = st.none() | st.sampled_from([*WORDS, "Town"])  # which may hold an answer that the text does not
+passages = st.builds(Passage, contexts, titles)
 
 
 @st.composite
 def examples(draw: st.DrawFn) -> Example:
     """A question over a context, most of the time with an answer that stands there."""
-    context = draw(contexts)
+    context, title = draw(contexts), draw(titles)
+    others = tuple(draw(st.lists(passages, max_size=2)))
     question = f"What is {' '.join(draw(st.lists(st.sampled_from(WORDS), max_size=3)))}?"
     number = str(draw(st.integers(0, 10**6)))
     kind = draw(st.sampled_from(["answered"] * 4 + ["elsewhere", "unanswerable"]))
     if kind == "unanswerable":
-        return Example("world", number, question, (), others=(Passage(context),))
+        return Example("world", number, question, (), (Passage(context, title), *others))
     answer = draw(st.sampled_from(context.replace(".", "").split() if kind == "answered" else WORDS))
-    return Example("world", number, question, (answer, "Zeno"), (Passage(context, "Town", True),))
+    return Example("world", number, question, (answer, "Zeno"), (*others, Passage(context, title, True)))
 
 
 worlds = st.lists(examples(), min_size=2, max_size=14, unique_by=lambda example: example.id)
-corpora = st.lists(contexts.map(Passage), min_size=4, max_size=14)
+corpora = st.lists(passages, min_size=4, max_size=14)
 options = st.builds(
     DataOptions,
     passages=st.tuples(st.integers(1, 2), st.integers(2, 4)),
@@ -97,6 +103,7 @@ def test_a_row_has_one_gold_passage_and_no_answer_beside_it(world, options, corp
         assert len({text_key(passage.text) for passage in row.passages}) == len(row.passages)
         for passage in row.passages:
             assert answer_in_text(passage.text, answers) == passage.gold
+            assert passage.gold or not answer_in_text(passage.title or "", answers)
             assert options.max_tokens is None or count_words(f"{passage.title or ''} {passage.text}") <= 9
         if row.evidence is not None:
             assert row.evidence in row.gold[0].text and answer_in_text(row.evidence, row.answers[:1])
@@ -118,11 +125,52 @@ def test_nothing_excluded_is_left(world, options, judged):
 
 
 def test_a_context_of_an_excluded_file_goes_whatever_is_asked_of_it():
-    unanswerable = Example("x", "x", "When did it burn?", (), others=TOWNS[1].golds)
+    unanswerable = Example("x", "x", "When did it burn?", (), (replace(TOWNS[1].golds[0], gold=False),))
     judged = [Example("dev", "d", "Who built it?", ("Ann",), TOWNS[n].golds) for n in (0, 1)]
     builder = make_builder([*TOWNS, unanswerable], DataOptions(passages=(3, 3)), exclude=judged)
     assert [row.id for row in builder.rows()] == [town.id for town in TOWNS[2:]]
     assert builder.report.dropped == {"context is in an excluded file": 3}
+
+
+words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=40)
+
+
+@given(st.lists(words, max_size=4), words, st.data())
+def test_a_context_that_holds_or_is_part_of_an_excluded_one_is_found(excluded, context, data):
+    source = data.draw(st.sampled_from([*excluded, context]))
+    start = data.draw(st.integers(0, len(source) - 1))
+    part = source[start : data.draw(st.integers(start + 1, len(source)))]
+    if data.draw(st.booleans()):
+        excluded = [*excluded, part]
+    else:
+        context = part
+    judged = Exclusion([Example("dev", "d", "?", (), tuple(Passage(" ".join(words)) for words in excluded))])
+    texts, text = [normalize_answer(" ".join(words)) for words in excluded], normalize_answer(" ".join(context))
+    expected = text in texts or any(
+        (a in b or b in a) and min(len(a.split()), len(b.split())) >= SHORTEST for a, b in ((text, t) for t in texts)
+    )
+    assert judged.has_context(b"", text) == expected
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_contexts_are_excluded_whose_passages_were_cut_in_an_evaluation_row(grouped):
+    """Whether the cut passage is gold there or a negative; and a training context may be the shorter one."""
+    sentence = "It has {} hills, two lakes and one road."
+    long = [
+        Example("t", f"t{n}", f"Where is {name}?", ("inland",),
+                (Passage(f"{name} is inland. {sentence.format(n)} It is red.", name, True),))
+        for n, name in enumerate(NAMES)
+    ]  # fmt: skip
+    cut = (Passage(sentence.format(1), "Bree", True), Passage(sentence.format(3), "Dorn"))
+    judged = [
+        Example("dev", "d", "How many hills has Bree?", ("1 hills",), cut),
+        Example("dev", "e", "What is red?", ("Esk",), (Passage(f"{long[4].golds[0].text} Esk is red.", None, True),)),
+    ]
+    builder = make_builder(long, DataOptions((3, 3), grouped=grouped), corpus=MILLS, exclude=judged)
+    rows = list(builder.rows())
+    assert {row.id for row in rows} == {one.id for one in long} - {"t1", "t3", "t4"}
+    assert builder.report.dropped == {"context is in an excluded file": 3}
+    assert not any(word in p.text for word in ("Bree", "Dorn", "Esk") for row in rows for p in row.passages)
 
 
 @given(worlds, options)
@@ -152,6 +200,9 @@ TOWNS = [
     )
     for n, town in enumerate(NAMES)
 ]
+
+
+MILLS = [Passage(f"A mill {word} a river.") for word in ("by", "on", "near", "under")]
 
 
 def rows_of(world: list[Example], **options) -> list[QARow]:
@@ -204,14 +255,32 @@ def test_sources_take_turns_and_chance_fills_up():
 
 def test_passages_that_came_with_the_question_are_taken_first():
     others = (Passage("Built in 1900, they say."), Passage("Nobody knows the mill."), Passage("Mills grind."))
-    asked = Example("x", "x", TOWNS[0].question, ("1900",), TOWNS[0].golds, others)
+    asked = Example("x", "x", TOWNS[0].question, ("1900",), (*others, *TOWNS[0].golds))
     row = rows_of([asked, *TOWNS[1:]], passages=(4, 4))[0]
     texts = {passage.text for passage in row.passages}
     assert {others[1].text, others[2].text} < texts and others[0].text not in texts
 
 
+def test_a_passage_under_a_title_with_the_answer_is_no_wrong_one():
+    """Given, near, or drawn by chance; whether a gold passage answers is judged by its text alone."""
+    asked = Example(
+        "x", "x", "Who built the mill of Arda?", ("Edda Marsh",),
+        (Passage("She was born in Bree.", "Edda Marsh"), Passage("Edda Marsh built the mill of Arda.", None, True)),
+    )  # fmt: skip
+    corpus = [Passage(f"The mill of Arda was built in part {n}.", "Edda Marsh (builder)") for n in range(4)]
+    corpus += [Passage(f"The mill of Arda has part {n}.", "Mills") for n in range(3)]
+    for negatives in (("bm25",), ("random",)):
+        (row,) = make_builder([asked], DataOptions((4, 4), negatives), corpus=corpus).rows()
+        assert sorted(passage.title or "" for passage in row.passages) == ["", "Mills", "Mills", "Mills"]
+    builder = make_builder([asked], DataOptions((5, 5)), corpus=corpus)
+    assert not list(builder.rows()) and builder.report.dropped == {"too few passages without the answer": 1}
+    titled = Example("y", "y", "Who?", ("Edda Marsh",), (Passage("She built it.", "Edda Marsh", True),))
+    builder = make_builder([titled], DataOptions((2, 2)), corpus=corpus)
+    assert not list(builder.rows()) and builder.report.dropped == {"answer is not in its context": 1}
+
+
 def test_an_unanswerable_question_keeps_its_context():
-    asked = Example("x", "x", "When did the mill of Arda burn?", (), others=(Passage("The mill of Arda was red."),))
+    asked = Example("x", "x", "When did the mill of Arda burn?", (), (Passage("The mill of Arda was red."),))
     row = rows_of([*TOWNS, asked], passages=(4, 4))[-1]
     assert row.answers == () and row.gold == () and "The mill of Arda was red." in [p.text for p in row.passages]
 
@@ -238,7 +307,7 @@ def test_an_answer_inside_a_word_counts_where_the_file_says_so():
 
 REASONS = {
     "answer is not in its context": Example("f, line 3", "x", "When?", ("2050",), TOWNS[0].golds),
-    "no passage is marked gold": Example("f, line 3", "x", "When?", ("1900",), others=TOWNS[0].golds),
+    "no passage is marked gold": Example("f, line 3", "x", "When?", ("1900",), (Passage("Arda: 1900."),)),
     "more than one passage is marked gold": Example("f, line 3", "x", "?", ("1900",), TOWNS[0].golds + TOWNS[1].golds),
     "answer is longer than max_tokens": Example(
         "f, line 3", "x", "?", ("a b c d e f g h i j k l",), (Passage("a b c d e f g h i j k l m.", None, True),)
@@ -411,6 +480,26 @@ ROWS = {
 }  # fmt: skip
 
 
+READY = ("lost in the middle", "own rows")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json"])
+@pytest.mark.parametrize("name", READY)
+def test_rows_with_their_passages_are_ready_as_they_are(tmp_path, name, suffix):
+    data = [ROWS[name], ROWS[name] | {"id": "q2"}]
+    lines = json.dumps(data) if suffix == ".json" else "\n".join(map(json.dumps, data))
+    rows = list(read_ready_rows(write(tmp_path / f"rows{suffix}", lines)))
+    assert rows == [QARow(name, "When?", ("1900", "in 1900"), (OTHER, GOLD)) for name in ("q1", "q2")]
+
+
+@pytest.mark.parametrize("name", [*(name for name in ROWS if name not in READY), "SQuAD", "TriviaQA"])
+def test_formats_without_several_passages_are_refused(tmp_path, name):
+    data = [ROWS[name]] if name in ROWS else SQUAD if name == "SQuAD" else TRIVIA
+    number = "no passages" if name in ("NQ-open", "datasets' TriviaQA", "PopQA", "TriviaQA") else "one context"
+    with pytest.raises(InvalidInputError, match=rf"^dev\.json: .*{number}.*kvfusion build-data .* of dev\.json\.$"):
+        list(read_ready_rows(write(tmp_path / "dev.json", json.dumps(data))))
+
+
 def without_place(example: Example) -> tuple:
     return example.id, example.question, example.answers, example.passages
 
@@ -430,7 +519,7 @@ def test_rows_of_every_format(tmp_path, name, suffix):
     path = write(tmp_path / f"rows{suffix}", json.dumps(rows if suffix == ".json" else rows[0]))
     (example,) = read_examples(path)
     passages = (
-        (GOLD, OTHER) if {"ctxs", "passages"} & ROWS[name].keys() else (GOLD,) if "context" in ROWS[name] else ()
+        (OTHER, GOLD) if {"ctxs", "passages"} & ROWS[name].keys() else (GOLD,) if "context" in ROWS[name] else ()
     )
     assert without_place(example) == ("q1", "When?", ("1900", "in 1900"), passages)
     assert example.answer_start == (30 if passages == (GOLD,) else None)
@@ -494,9 +583,27 @@ def test_a_hugging_face_dataset_is_read_by_its_fields(monkeypatch):
     ],
 )  # fmt: skip
 def test_a_malformed_row_names_file_line_and_field(tmp_path, row, field):
-    path = write(tmp_path / "bad.jsonl", json.dumps(ROWS["NQ-open"]) + "\n\n" + json.dumps(row))
+    path = write(tmp_path / "bad.jsonl", json.dumps(ROWS["own rows"]) + "\n\n" + json.dumps(row))
     with pytest.raises(InvalidInputError, match=rf"^bad\.jsonl, line 3.*{field}"):
         list(read_examples(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Q?", "answers": ["a"], "ctxs": [{"text": "a", "isgold": 1}]}, "ctxs 1: isgold is 1, but"),
+        ({"question": "Q?", "answers": ["a"], "ctxs": [{"title": "a"}]}, "ctxs 1: text is None, but"),
+        ({"question": "Q?", "answers": ["a"], "passages": [{"text": 1}]}, "passage 1: text is 1, but"),
+        ({"question": "Q?", "answers": [""], "passages": []}, r"answers is \[''\], but"),
+        ({"question": "Q?"}, "passages is None, but"),
+        ({"passages": []}, "question is None, but"),
+        ([1], "holds a list, but"),
+    ],
+)
+def test_a_malformed_ready_row_names_file_line_and_field(tmp_path, row, message):
+    path = write(tmp_path / "bad.jsonl", json.dumps(ROWS["own rows"]) + "\n\n" + json.dumps(row))
+    with pytest.raises(InvalidInputError, match=rf"^bad\.jsonl, line 3.*{message}"):
+        list(read_ready_rows(path))
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_a_group_shares_its_passages_and_each_row_has_one_gold_without_its_answe
         assert set(row.answers) == set(known[row.id].answers)
         assert len({text_key(passage.text) for passage in row.passages}) == len(row.passages)
         assert all(answer_in_text(p.text, row.answers) == p.gold for p in row.passages)
+        assert not any(answer_in_text(p.title or "", row.answers) for p in row.passages if not p.gold)
         assert options.max_tokens is None or all(count_words(p.text) <= options.max_tokens for p in row.passages)
         assert row.evidence is None or row.evidence in row.gold[0].text
         require_answerable(row, row.id)
@@ -123,9 +124,28 @@ def test_a_question_whose_answer_stands_twice_waits_for_a_group_of_its_own():
         assert sum(row.answers[0] in passage.text for passage in row.passages) == 1
 
 
+def test_a_title_with_the_answer_keeps_a_passage_out_of_a_group():
+    asked = [
+        Example("m", "seed", "Who owns the old mill?", ("Ann",), (Passage("Ann's is the old mill.", "Mills", True),)),
+        Example("m", "near", "How is the old mill?", ("red",), (Passage("The old mill is red.", "Ann", True),)),
+        Example("m", "far", "What of the tower?", ("tall",), (Passage("A tall tower it is.", "Towers", True),)),
+    ]
+    builder, rows = build(asked, DataOptions((2, 2), grouped=True))
+    assert {row.id: {p.title for p in row.passages} for row in rows} == {
+        "seed": {"Mills", "Towers"}, "far": {"Mills", "Towers"}, "near": {"Ann", "Mills"}
+    }  # fmt: skip
+    asked[0], asked[1] = (
+        Example("m", one.id, one.question, one.answers, (Passage(one.golds[0].text, title, True),))
+        for one, title in zip(asked, ("Mills", "Tall mills"), strict=False)
+    )
+    builder, rows = build(asked, DataOptions((3, 3), grouped=True))  # "far" would join, but for a title there
+    assert [row.id for row in rows] == ["seed", "near"] and builder.report.passed_over == 1
+    assert builder.report.dropped == {"too few passages without the answer": 1}
+
+
 def test_unanswerable_questions_stay_out_and_golds_come_from_the_corpus_too():
     bare = Example("nq, line 1", "bare", "When was the mill of Dorn built?", ("1903",))
-    never = Example("s, line 1", "never", "When did Arda burn?", (), others=(Passage("Arda is red."),))
+    never = Example("s, line 1", "never", "When did Arda burn?", (), (Passage("Arda is red."),))
     corpus = [passage for town in TOWNS for passage in town.golds]
     builder, rows = build([bare, never, TOWNS[0]], DataOptions((4, 4), grouped=True), corpus=corpus)
     assert {row.id for row in rows} == {"bare", TOWNS[0].id} and builder.report.gold_found == 1

@@ -6,8 +6,8 @@
 ``prepare`` trains a byte-level BPE tokenizer and writes token files of at most 15 MB, small enough to travel to a GPU.
 ``train`` reads them in windows and learns to predict the next token; part of the windows repeat a segment of
 themselves, which teaches copying long before text alone does (LOG.md). The output folder holds ``tokens/``,
-``model/`` (weights in shards of 15 MB, tokenizer, ``kvfusion.json``) and ``checkpoint/``. On two CPU cores this is a
-smoke test; it needs a GPU and about 10^9 tokens to be of use.
+``model/`` (weights, tokenizer, ``kvfusion.json``) and ``checkpoint/``, weights in parts of 15 MB everywhere. On two
+CPU cores this is a smoke test; it needs a GPU and about 10^9 tokens to be of use.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import json
 import logging
 import lzma
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoints import load_tensors, save_tensors
+from checkpoints import described, load_tensors, making_of, save_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from kvfusion_rag import InvalidInputError, KVFusionError
 from kvfusion_rag.settings import FILE_NAME, ModelSettings
 
 logger = logging.getLogger("pretrain_llama")
@@ -34,6 +36,7 @@ VOCABULARY = 8192
 END, QUESTION, ANSWER, TITLE = "<|end|>", "<|question|>", "<|answer|>", "<|title|>"
 TOKENS_PER_FILE = 7_000_000  # of two bytes each: 14 MB
 SHARD = "15MB"
+MAY_CHANGE = ("command", "output", "save_every", "device", "eager", "resume")  # on resuming
 REPEATED = (8, 120)  # tokens of a repeated segment, least and most
 SETTINGS = ModelSettings(
     document_template="{text}",
@@ -90,7 +93,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(texts: Sequence[Path], output: Path) -> None:
-    """Write the tokenizer, its settings and the token files."""
+    """Write the tokenizer, its settings and the token files.
+
+    Raises:
+        InvalidInputError: there are token files already.
+    """
+    if found := sorted((output / "tokens").glob("*.npy")):
+        raise InvalidInputError(
+            f"{str(output)!r} holds {len(found)} token files already, which would be trained on with ids of another "
+            "vocabulary; name another folder, or remove them."
+        )
     tokenizer = train_tokenizer(line for path in texts for line in read_lines(path))
     (output / "tokens").mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(output / "model")
@@ -148,6 +160,9 @@ class Run:
         self.args, self.tokenizer, self.step = args, tokenizer, 0
         self.model = model.to(args.device)
         self._compiled = self.model if args.eager else torch.compile(self.model)
+        self._made_by = making_of(args, MAY_CHANGE) | {
+            "tokens": described(args.output / "tokens"), "tokenizer": described(args.output / "model/tokenizer.json")
+        }  # fmt: skip
         self._files = [np.load(path, mmap_mode="r") for path in sorted((args.output / "tokens").glob("*.npy"))]
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
@@ -158,7 +173,7 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
             ids = self.batch(self.step).to(self.args.device)
-            with torch.autocast(self.args.device, dtype=torch.bfloat16):
+            with torch.autocast(self.model.device.type, dtype=torch.bfloat16):
                 loss = self._compiled(input_ids=ids, labels=ids, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -196,11 +211,17 @@ class Run:
 
     def save(self) -> None:
         self.model.save_pretrained(self.args.output / "model", max_shard_size=SHARD)
-        save_tensors(self.args.output / "checkpoint", self.model, self.optimizer, {"step": self.step})
+        progress = {"step": self.step}
+        save_tensors(self.args.output / "checkpoint", self.model, self.optimizer, progress, self._made_by)
 
     def load(self) -> None:
-        self.step = load_tensors(self.args.output / "checkpoint", self.model, self.optimizer)["step"]
+        """Go on from the checkpoint in the output folder; InvalidInputError if another run has made it."""
+        folder = self.args.output / "checkpoint"
+        self.step = load_tensors(folder, self.model, self.optimizer, self._made_by)["step"]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KVFusionError as error:
+        sys.exit(f"error: {error}")

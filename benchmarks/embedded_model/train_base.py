@@ -19,6 +19,7 @@ import logging
 import lzma
 import math
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ from typing import Any
 
 import bm25s
 import torch
-from checkpoints import load_tensors, save_tensors
+from checkpoints import load_tensors, making_of, save_tensors
 from groups import GroupSampler, Mixture, Stage, Text, texts_of
 from reader import BertReader, CacheReader, GroupBatch, Reader
 from torch.optim.swa_utils import AveragedModel
@@ -44,9 +45,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag import KVFusionError, KVFusionGenerator
 from kvfusion_rag.evaluation import exact_match
-from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.prompts import PromptEncoder
 from kvfusion_rag.qa import QARow, read_rows
 from kvfusion_rag.settings import FILE_NAME, ModelSettings, load_settings
@@ -77,6 +77,7 @@ GUIDED_LAYERS, GUIDANCE = 3, 0.5  # attention of these last layers is taught to 
 AVERAGE_DECAY = 0.998  # of the weights that are kept
 PREPARED = 6  # batches made ahead
 NEIGHBOURS = 40
+MAY_CHANGE = ("output", "dev", "dev_limit", "threads", "eval_every", "device", "eager", "resume")  # on resuming
 
 
 def main() -> None:
@@ -173,6 +174,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=BETAS, fused=True)
         self.total = sum(stage.steps for stage in stages)
         self.step, self.questions, self.seconds = 0, 0, 0.0
+        self._made_by = making_of(args, MAY_CHANGE) | {"stages": [asdict(stage) for stage in stages]}
 
     def train(self, dev: Sequence[Sequence[QARow]]) -> None:
         recent: deque[tuple[float, float]] = deque(maxlen=50)
@@ -251,14 +253,12 @@ class Run:
     def _save(self) -> None:
         folder = self.args.output / "checkpoint"
         progress = {"step": self.step, "questions": self.questions, "seconds": self.seconds}
-        save_tensors(folder, self.model, self.optimizer, progress, self._averages())
-        facts = {"curriculum": [asdict(s) for s in self.stages], "run": run_facts()}
-        facts |= {"arguments": {k: str(v) for k, v in vars(self.args).items()}}
-        (folder / "made_by.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        save_tensors(folder, self.model, self.optimizer, progress, self._made_by, self._averages())
 
     def load(self) -> None:
-        """Go on from the checkpoint in the output folder."""
-        found = load_tensors(self.args.output / "checkpoint", self.model, self.optimizer, self._averages())
+        """Go on from the checkpoint in the output folder; InvalidInputError if another run has made it."""
+        folder = self.args.output / "checkpoint"
+        found = load_tensors(folder, self.model, self.optimizer, self._made_by, self._averages())
         self.step, self.questions, self.seconds = found["step"], found["questions"], found["seconds"]
 
     def _averages(self) -> dict[str, torch.Tensor]:
@@ -350,4 +350,7 @@ def read_plain(paths: Sequence[Path], seed: int, most: int = 60_000) -> Iterator
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KVFusionError as error:
+        sys.exit(f"error: {error}")

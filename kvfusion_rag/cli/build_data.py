@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="FILE",
-        help="evaluation files whose questions and contexts must not be in the output",
+        help="evaluation files whose questions and contexts, cut or whole, must not be in the output",
     )  # fmt: skip
     parser.add_argument(
         "--passages", type=_passage_range, metavar="N",

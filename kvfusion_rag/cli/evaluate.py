@@ -1,7 +1,7 @@
 """Measure how well questions are answered wherever the gold document stands, for several systems side by side.
 
-Rows are JSON lines (``.gz`` too) with question, answers and passages, the gold ones marked. All systems answer the
-same rows, so that their differences come with paired intervals.
+Rows are questions with answers and passages, the gold ones marked: this project's or lost-in-the-middle's. All
+systems answer the same rows, so that their differences come with paired intervals.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from ..evaluation.orders import GROUPS
-from ..evaluation.systems import SYSTEMS, Models, default_systems, make_systems, require_inputs, require_systems
+from ..evaluation.systems import (
+    SYSTEMS,
+    Models,
+    default_systems,
+    make_systems,
+    possible_systems,
+    require_inputs,
+    require_systems,
+)
 from .console import say, say_json
 from .options import add_model_arguments, load_generator, positive
 
@@ -33,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", metavar="ROWS", help="JSON lines (.gz too) with question, answers and passages")
+    parser.add_argument("rows", metavar="ROWS", help="rows of build-data, or of lost-in-the-middle (.jsonl, .gz too)")
     parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: the small embedded model)")
     add_model_arguments(parser)
     parser.add_argument(
@@ -108,7 +116,10 @@ def run(args: argparse.Namespace) -> int:
     if search is not None:
         factories["ape"] = lambda models: models.system("ape", "ape", "base", **search.settings)
         plan = replace(plan, notes=(*plan.notes, search.note))
-    systems = make_systems(chosen, models, factories)
+    systems, refused = possible_systems(make_systems(chosen, models, factories), named=args.systems is not None)
+    for note in refused:
+        logger.warning("%s", note)
+    plan = replace(plan, notes=(*plan.notes, *refused))
     predictions = predict(rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True)
     summary = summarize(rows, predictions, Bootstrap(args.seed))
     report = make_report(summary, plan, systems, rows, _settings(args))
@@ -185,11 +196,11 @@ def _ape_search(
 
 
 def _read(path: Path) -> list[QARow]:
-    from ..qa import read_rows
+    from ..training import read_ready_rows
 
     if not path.is_file():
         raise InvalidInputError(f"there is no file {str(path)!r} to read rows from.")
-    return list(read_rows(path))
+    return list(read_ready_rows(path))
 
 
 def _load(args: argparse.Namespace, options: Mapping[str, str | None]) -> KVFusionGenerator:

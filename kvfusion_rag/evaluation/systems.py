@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, UnsupportedModelError
 from .orders import long_context_order
 
 if TYPE_CHECKING:
@@ -62,6 +62,11 @@ class GeneratorSystem:
     def answer_batch(self, questions: Sequence[str], documents: Sequence[Sequence[Document]]) -> Sequence[AnswerLike]:
         ordered = [self.reorder(row) for row in documents]
         return self.generator.answer_batch(questions, ordered, mode=self.mode, max_new_tokens=self.max_new_tokens)
+
+    def require_mode(self) -> None:
+        """Raise UnsupportedModelError if the model refuses the mode; decodes nothing."""
+        if self.mode == "ape":  # the others were measured when the model was loaded
+            self.generator.stream("?", ["."], mode="ape", max_new_tokens=1).close()  # the call itself checks
 
     def identity(self) -> Mapping[str, Any]:
         """The generator's identity with what this system changes of it."""
@@ -206,6 +211,27 @@ def make_systems(
     """
     require_systems(names, factories)
     return [factories[name](models) for name in names]
+
+
+def possible_systems(systems: Sequence[System], *, named: bool) -> tuple[list[System], tuple[str, ...]]:
+    """Those whose mode their model can answer in, and a note on each other one, before hours of answers are lost.
+
+    Raises:
+        UnsupportedModelError: one cannot, and the systems were ``named``.
+    """
+    possible: list[System] = []
+    notes: list[str] = []
+    for system in systems:
+        try:
+            if isinstance(system, GeneratorSystem):
+                system.require_mode()
+        except UnsupportedModelError as error:
+            if named:
+                raise
+            notes.append(f"{system.name} left out: {error}")
+        else:
+            possible.append(system)
+    return possible, tuple(notes)
 
 
 def require_systems(names: Sequence[str], factories: Mapping[str, SystemFactory] = SYSTEMS) -> None:

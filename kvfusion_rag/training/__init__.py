@@ -1,10 +1,11 @@
 """Training: from questions to rows with negatives, and from rows to a tuned decoder.
 
-``formats`` reads questions and passages, ``golds`` finds gold passages and ``mining`` negatives, ``windows`` cuts
-passages and finds evidence, ``data`` builds the rows as ``recipe`` says, ``groups`` those that share their passages,
-and ``writing`` puts them into a file; BM25 needs the extra ``kvfusion-rag[train]``, dense
-negatives ``kvfusion-rag[rag]``. ``examples`` encodes rows, ``loss`` is the paper's, ``trainer`` is the loop and
-``run`` one call for all of it. Names are imported on first use, so that building data costs no torch import.
+``formats`` reads questions and passages, ``golds`` finds gold passages and ``mining`` negatives, ``exclusion`` what
+evaluation files hold, ``windows`` cuts passages and finds evidence, ``data`` builds the rows as ``recipe`` says,
+``groups`` those that share their passages, and ``writing`` puts them into a file; BM25 needs the extra
+``kvfusion-rag[train]``, dense negatives ``kvfusion-rag[rag]``. ``examples`` encodes rows, ``loss`` is the paper's,
+``trainer`` is the loop and ``run`` one call for all of it. Names are imported on first use, so that building data
+costs no torch import.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _HOME = {
     "read_corpus": "formats",
     "read_dataset": "formats",
     "read_examples": "formats",
+    "read_ready_rows": "formats",
     "train": "run",
     "write_training_rows": "writing",
 }
@@ -35,7 +37,7 @@ __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 if TYPE_CHECKING:
     from .config import PRESETS, TrainingConfig, preset
     from .data import DataBuilder
-    from .formats import Example, read_corpus, read_dataset, read_examples
+    from .formats import Example, read_corpus, read_dataset, read_examples, read_ready_rows
     from .progress import Progress
     from .recipe import DataOptions, DataReport
     from .run import train

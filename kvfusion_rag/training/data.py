@@ -16,10 +16,22 @@ from typing import TypeVar
 from ..errors import InvalidInputError
 from ..qa import Passage, QARow
 from ..retrieval.embedding import Embedder
+from .exclusion import Exclusion
 from .formats import Example
 from .golds import Gold, GoldFinder
 from .groups import Grouping, GroupQuestion
-from .mining import FILLED, BM25Ranking, DenseRanking, MatchText, Pool, RandomRanking, Ranking, take_turns, text_key
+from .mining import (
+    FILLED,
+    BM25Ranking,
+    DenseRanking,
+    MatchText,
+    Pool,
+    RandomRanking,
+    Ranking,
+    shows_answer,
+    take_turns,
+    text_key,
+)
 from .recipe import (
     EXCLUDED_CONTEXT,
     EXCLUDED_QUESTION,
@@ -44,7 +56,7 @@ class DataBuilder:
         examples: called twice, each time for all questions in the same order, so that they need not fit into memory.
         corpus: passages to take negatives, and golds of questions without context, from; ``None`` for the questions'
             own passages.
-        exclude: questions and contexts that no row may hold, those of evaluation files.
+        exclude: questions and contexts that no row may hold, those of evaluation files; cut ones are found as well.
         count_tokens: needed for ``max_tokens``.
         embedder: needed for negatives ``"dense"``.
 
@@ -68,11 +80,7 @@ class DataBuilder:
             raise InvalidInputError("negatives is 'dense' without an embedder, which must make the vectors.")
         self.report = DataReport()
         self._examples, self._options, self._count_tokens = examples, options, count_tokens
-        self._excluded_questions: set[bytes] = set()
-        self._excluded_contexts: set[bytes] = set()
-        for example in exclude:
-            self._excluded_questions.add(text_key(example.question))
-            self._excluded_contexts.update(text_key(passage.text) for passage in example.passages)
+        self._exclusion = Exclusion(exclude)
         self._own_corpus = corpus is None
         self._contexts_of: dict[bytes, set[bytes]] = {}
         self._pool = self._make_pool(corpus)
@@ -121,7 +129,7 @@ class DataBuilder:
         excluded: set[bytes] = set()
         for passage in itertools.chain(self._own_passages(needed=corpus is None), corpus or ()):
             key = text_key(passage.text)
-            if key in self._excluded_contexts:
+            if self._exclusion.has_context(key, passage.text):
                 excluded.add(key)
             elif key not in pool:
                 pool.add(key, self._pieces(passage))
@@ -220,10 +228,10 @@ class DataBuilder:
         return GroupQuestion(example, gold, number, frozenset(barred - {number}), tuple(answers))
 
     def _refuse_excluded(self, example: Example, question: bytes) -> None:
-        if question in self._excluded_questions:
+        if self._exclusion.has_question(question):
             raise DroppedError(EXCLUDED_QUESTION)
         own = example.golds or (() if example.answers else example.others)
-        if any(text_key(passage.text) in self._excluded_contexts for passage in own):
+        if any(self._exclusion.has_context(text_key(passage.text), passage.text) for passage in own):
             raise DroppedError(EXCLUDED_CONTEXT)
 
     def _negatives(
@@ -237,7 +245,7 @@ class DataBuilder:
         names = self._rankings if answers else {"random": self._rankings[FILLED]}
         missing = count - len(given)
         rankings = {name: one.rank(example.question, rng) for name, one in names.items()} if missing else {}
-        mined = take_turns(missing, rankings, taken, lambda n: self._pool.matches[n].holds(answers))
+        mined = take_turns(missing, rankings, taken, lambda n: self._pool.shows(n, answers))
         if len(mined) < missing:
             raise DroppedError(TOO_FEW)
         self.report.negatives += Counter(mined.values()) + Counter(given=len(given))
@@ -250,10 +258,10 @@ class DataBuilder:
         given: list[Passage] = []
         for passage in example.others:
             key = text_key(passage.text)
-            if len(given) == count or key in keys or key in self._excluded_contexts:
+            if len(given) == count or key in keys or self._exclusion.has_context(key, passage.text):
                 continue
             pieces = self._pieces(passage)[:1]
-            if pieces and not MatchText.of(pieces[0].text).holds(answers):
+            if pieces and not shows_answer(pieces[0], answers):
                 keys.add(key)
                 given += pieces
         return given

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError, MissingDependencyError
-from ..qa import Passage, open_text, parse_row
+from ..qa import Passage, QARow, open_text, row_from
 from ..retrieval.loaders import UnreadableFileError, find_files, read_document
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SUFFIXES = (".jsonl", ".json", ".tsv")
 _ID_FIELDS = ("id", "question_id", "QuestionId")
+_ANSWER_FIELDS = ("answers", "answer", "Answer", "possible_answers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +36,7 @@ class Example:
     Attributes:
         where: file and place, for messages.
         answers: empty where the question is known to have no answer in its context.
-        golds: passages that are said to hold the answer; empty also where the format has no contexts.
-        others: further passages that came with the question.
+        passages: all that came with the question, in the file's order; those said to hold the answer are marked gold.
         answer_start: where ``answers[0]`` stands in the gold passage, as the file says.
     """
 
@@ -44,13 +44,16 @@ class Example:
     id: str
     question: str
     answers: tuple[str, ...]
-    golds: tuple[Passage, ...] = ()
-    others: tuple[Passage, ...] = ()
+    passages: tuple[Passage, ...] = ()
     answer_start: int | None = None
 
     @property
-    def passages(self) -> tuple[Passage, ...]:
-        return self.golds + self.others
+    def golds(self) -> tuple[Passage, ...]:
+        return tuple(passage for passage in self.passages if passage.gold)
+
+    @property
+    def others(self) -> tuple[Passage, ...]:
+        return tuple(passage for passage in self.passages if not passage.gold)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,30 @@ def read_examples(path: str | Path) -> Iterator[Example]:
     """
     for record in _read_records(Path(path)):
         yield parse_example(record.data, record.where, record.number)
+
+
+def read_ready_rows(path: str | Path) -> Iterator[QARow]:
+    """Questions of a file that come with the passages to ask them over, as they are and in the file's order.
+
+    Those are this project's rows and lost-in-the-middle's. Nothing is judged, dropped or mined.
+
+    Raises:
+        InvalidInputError: as :func:`read_examples`; or the file's format has one context a question, or none.
+    """
+    path = Path(path)
+    for record in _read_records(path):
+        data = record.data
+        foreign = isinstance(data, Mapping) and not {"ctxs", "context", *_ANSWER_FIELDS}.isdisjoint(data)
+        if not foreign or "passages" in data:
+            yield row_from(data, record.where, record.number)
+            continue
+        example = parse_example(data, record.where, record.number)
+        if "ctxs" not in data:
+            raise InvalidInputError(
+                f"{record.where} comes with {'one context' if example.passages else 'no passages'}, but a question is "
+                f"asked over several, the gold one marked; kvfusion build-data makes such rows out of {path.name}."
+            )
+        yield QARow(example.id, example.question, example.answers, example.passages)
 
 
 def read_dataset(name: str, config: str | None = None, split: str = "train") -> Iterator[Example]:
@@ -136,7 +163,7 @@ def parse_example(data: object, where: str, number: int) -> Example:
             raise InvalidInputError(f"{where}: answers is empty, but a question without a context needs one.")
         return example
     context = Passage(_required(data, ("context",), where), _title(data, where), gold=bool(answers))
-    return replace(example, golds=(context,)) if answers else replace(example, others=(context,))
+    return replace(example, passages=(context,))
 
 
 # Files
@@ -237,20 +264,18 @@ def _read_folder(folder: Path) -> Iterator[Passage]:
 
 
 def _own_row(data: Mapping[str, Any], where: str, number: int) -> Example:
-    row = parse_row(json.dumps(data), where, number)
-    passages = [Passage(_clean(p.text), p.title and _clean(p.title), p.gold) for p in row.passages]
-    golds, others = (tuple(p for p in passages if p.gold is gold) for gold in (True, False))
-    if golds and not row.answers:
+    row = row_from(data, where, number)
+    if row.gold and not row.answers:
         raise InvalidInputError(f"{where}: answers is empty, but one of the passages is gold.")
     answers = _texts(list(row.answers), "answers", where)
-    return Example(where, row.id, _clean(row.question), answers, golds, others)
+    passages = tuple(Passage(_clean(p.text), p.title and _clean(p.title), p.gold) for p in row.passages)
+    return Example(where, row.id, _clean(row.question), answers, passages)
 
 
 def _with_contexts(example: Example, contexts: object) -> Example:
     if not isinstance(contexts, list) or not contexts:
         raise InvalidInputError(f"{example.where}: ctxs is {contexts!r}, but it must be a list of passages.")
-    golds: list[Passage] = []
-    others: list[Passage] = []
+    passages: list[Passage] = []
     for n, context in enumerate(contexts, start=1):
         where = f"{example.where}: ctxs {n}"
         if not isinstance(context, Mapping):
@@ -258,15 +283,15 @@ def _with_contexts(example: Example, contexts: object) -> Example:
         gold = context.get("isgold", False)
         if not isinstance(gold, bool):
             raise InvalidInputError(f"{where}: isgold is {gold!r}, but it must be true or false.")
-        (golds if gold else others).append(_passage(context, where, gold=gold))
-    return replace(example, golds=tuple(golds), others=tuple(others))
+        passages.append(_passage(context, where, gold=gold))
+    return replace(example, passages=tuple(passages))
 
 
 def _answers(data: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int | None]:
     """All accepted answers in the file's order, and where the first one starts if the file says so."""
     if data.get("is_impossible") is True:
         return (), None
-    name = next((n for n in ("answers", "answer", "Answer", "possible_answers") if data.get(n) is not None), None)
+    name = next((n for n in _ANSWER_FIELDS if data.get(n) is not None), None)
     if name is None:
         raise InvalidInputError(f"{where}: answers is absent (it may also be named answer or possible_answers).")
     value, start = data[name], data.get("answer_start")

@@ -100,7 +100,7 @@ class Grouping:
 
         def take(count: int, names: Iterable[str]) -> dict[int, str]:
             rankings = {name: self._rankings[name].near(number, rng) for name in names}
-            return take_turns(count, rankings, taken, lambda n: self._pool.matches[n].holds(answers))
+            return take_turns(count, rankings, taken, lambda n: self._pool.shows(n, answers))
 
         near = take(NEIGHBOURHOOD * wanted, [name for name in self._rankings if name != FILLED])
         chosen = dict(sorted(near.items(), key=lambda item: item[0] not in self._waiting)[:wanted])
@@ -113,9 +113,7 @@ class Grouping:
     def _suits(self, question: GroupQuestion, slots: list[int]) -> bool:
         """Whether its gold passage is the only one of the set that answers it."""
         others = [n for n in slots if n != question.number]
-        return not (
-            question.barred.intersection(others) or any(self._pool.matches[n].holds(question.matches) for n in others)
-        )
+        return not (question.barred.intersection(others) or any(self._pool.shows(n, question.matches) for n in others))
 
     def _row(self, question: GroupQuestion, slots: list[int]) -> QARow:
         gold, example = question.gold, question.example

@@ -61,12 +61,21 @@ class MatchText:
         )
 
 
+def shows_answer(passage: Passage, answers: Sequence[MatchText]) -> bool:
+    """Whether an answer stands in the text or in the title, for a model reads both."""
+    return any(MatchText.of(part).holds(answers) for part in (passage.text, passage.title or ""))
+
+
 @dataclass
 class Pool:
-    """Distinct passages that negatives, and missing golds, are taken from."""
+    """Distinct passages that negatives, and missing golds, are taken from.
+
+    ``matches`` are their texts, by which a gold passage is judged; of a negative, the title counts too (``shows``).
+    """
 
     passages: list[Passage] = field(default_factory=list)
     matches: list[MatchText] = field(default_factory=list)
+    _titles: dict[str, MatchText] = field(default_factory=dict)  # each once, for many passages share one
     _sources: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
     _texts: dict[bytes, int] = field(default_factory=dict)
 
@@ -84,11 +93,18 @@ class Pool:
         """Numbers of the passages made of the text of ``key``; none where it is not here."""
         return self._sources.get(key, ())
 
+    def shows(self, number: int, answers: Sequence[MatchText]) -> bool:
+        """What ``shows_answer`` says of passage ``number``."""
+        title = self.passages[number].title
+        return self.matches[number].holds(answers) or (title is not None and self._titles[title].holds(answers))
+
     def _add_piece(self, piece: Passage) -> int:
         number = self._texts.setdefault(text_key(piece.text), len(self.passages))
         if number == len(self.passages):
             self.passages.append(piece)
             self.matches.append(MatchText.of(piece.text))
+            if piece.title is not None and piece.title not in self._titles:
+                self._titles[piece.title] = MatchText.of(piece.title)
         return number
 
 
