@@ -191,6 +191,7 @@ def arguments(folder, **changes) -> argparse.Namespace:
         "eager": True,
         "joined": False,
         "learning_rate": 1e-3,
+        "dropout": 0.1,
         "warmup": 1,
         "eval_every": 2,
         "seed": 0,

@@ -27,6 +27,7 @@ LONGEST_QUESTION = 32  # tokens, marks included; longer ones are cut here (in tr
 LONGEST_ANSWER = 13  # tokens
 TITLE_SHARE = 0.6  # of the documents that have a title; users' documents often have none
 BARE_SHARE = 0.5  # of questions lose their question mark: search queries have none, and a model must not miss it
+MISSING_WORDS = 0.1  # of a question are left out, so that no question is learned by heart
 # Names of several words and numbers, not at the start of a sentence, where a capital says nothing.
 _CLOZE_ANSWER = re.compile(
     r"(?<=[a-z,;\)] )(?:[A-Z][\w'\-\.]*\w(?: (?:of |the |de |and )?[A-Z][\w'\-\.]*\w)*|\d[\d,\.]*\d|\d+)"
@@ -286,7 +287,9 @@ def texts_of(examples: Iterable[Example]) -> list[Text]:
 
 
 def _as_typed(rng: random.Random, question: str) -> str:
-    return question.rstrip("? ") if rng.random() < BARE_SHARE else question
+    question = question.rstrip("? ") if rng.random() < BARE_SHARE else question
+    words = question.split()
+    return " ".join([word for word in words if rng.random() >= MISSING_WORDS] or words)
 
 
 def _cloze(rng: random.Random, text: str, window: tuple[int, int]) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, one_hot
+from torch.nn.functional import cross_entropy, dropout, gelu, layer_norm, linear, one_hot
 from transformers import BertConfig, BertLMHeadModel, DynamicCache, PreTrainedModel
 
 from kvfusion_rag.positions import additive, bidirectional_mask, packed_mask
@@ -131,13 +131,20 @@ class BertReader:
     Args:
         compiled: compile the computation for each shape of batch; slow at first, twice as fast afterwards.
         guided: in how many of the last layers attention is taught to find the answering document.
+        dropout: of embeddings and of what each half of a layer adds; drawn from torch's own generator.
     """
 
     def __init__(
-        self, model: BertLMHeadModel, *, compiled: bool, dtype: torch.dtype = torch.bfloat16, guided: int = 0
+        self,
+        model: BertLMHeadModel,
+        *,
+        compiled: bool,
+        dtype: torch.dtype = torch.bfloat16,
+        guided: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         self._weights = dict(model.named_parameters())
-        self._network = _Network(model.config, dtype, guided)
+        self._network = _Network(model.config, dtype, guided, dropout)
         run: Callable[..., Losses] = self._network.loss
         self._loss = torch.compile(run, dynamic=False) if compiled else run
 
@@ -154,11 +161,12 @@ class BertReader:
 class _Network:
     """The BERT decoder as functions of its weights."""
 
-    def __init__(self, config: BertConfig, dtype: torch.dtype, guided: int) -> None:
+    def __init__(self, config: BertConfig, dtype: torch.dtype, guided: int, drops: float) -> None:
         self._layers = config.num_hidden_layers
         self._heads = config.num_attention_heads
         self._epsilon = config.layer_norm_eps
         self._dtype = dtype
+        self._drops = drops
         self._guided = range(self._layers - guided, self._layers)
 
     def loss(
@@ -231,7 +239,8 @@ class _Network:
     def _embed(self, w: Weights, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         name = "bert.embeddings"
         x = w[f"{name}.word_embeddings.weight"][ids] + w[f"{name}.position_embeddings.weight"][positions]
-        return self._norm(w, x + w[f"{name}.token_type_embeddings.weight"][0], f"{name}.LayerNorm")
+        x = self._norm(w, x + w[f"{name}.token_type_embeddings.weight"][0], f"{name}.LayerNorm")
+        return dropout(x, self._drops)
 
     def _project(self, w: Weights, x: torch.Tensor, layer: int) -> list[torch.Tensor]:
         """Queries, keys and values, each (rows, heads, tokens, d)."""
@@ -243,9 +252,9 @@ class _Network:
         """The rest of a layer after attention (rows, heads, tokens, d)."""
         name = f"bert.encoder.layer.{layer}"
         attended = _linear(w, attended.transpose(1, 2).reshape(x.shape), f"{name}.attention.output.dense")
-        x = self._norm(w, x + attended, f"{name}.attention.output.LayerNorm")
-        inner = gelu(_linear(w, x, f"{name}.intermediate.dense"))
-        return self._norm(w, x + _linear(w, inner, f"{name}.output.dense"), f"{name}.output.LayerNorm")
+        x = self._norm(w, x + dropout(attended, self._drops), f"{name}.attention.output.LayerNorm")
+        inner = _linear(w, gelu(_linear(w, x, f"{name}.intermediate.dense")), f"{name}.output.dense")
+        return self._norm(w, x + dropout(inner, self._drops), f"{name}.output.LayerNorm")
 
     def _predict(self, w: Weights, x: torch.Tensor) -> torch.Tensor:
         name = "cls.predictions"

@@ -127,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
         help="documents of a group, groups of a step, tokens of a document, steps; in place of the curriculum",
     )
     parser.add_argument("--cloze", type=float, default=Mixture().cloze, help="share of cloze questions at the start")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the compiled BERT decoder")
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -167,7 +168,7 @@ class Run:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.sampler, self.stages, self.args = sampler, stages, args
         self.averaged = AveragedModel(model, multi_avg_fn=_average)
-        self.reader = reader_of(model, settings, compiled=not args.eager)
+        self.reader = reader_of(model, settings, compiled=not args.eager, dropout=args.dropout)
         flat = [p for p in model.parameters() if p.dim() < 2]
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": flat, "weight_decay": 0.0}]
@@ -182,6 +183,7 @@ class Run:
             began = time.perf_counter()
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
+            torch.manual_seed((self.args.seed << 32) + self.step)  # dropout draws by step, also after resuming
             answer, attention, found = self.reader.loss(batch)
             loss = answer / batch.trained_tokens
             (loss + GUIDANCE * attention).backward()
@@ -304,10 +306,10 @@ def load_start(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer, load_settings(str(folder), tokenizer, model_id=folder.name)
 
 
-def reader_of(model: PreTrainedModel, settings: ModelSettings, *, compiled: bool) -> Reader:
+def reader_of(model: PreTrainedModel, settings: ModelSettings, *, compiled: bool, dropout: float) -> Reader:
     bidirectional = settings.document_attention == "bidirectional"
     if isinstance(model, BertLMHeadModel) and bidirectional:
-        return BertReader(model, compiled=compiled, guided=GUIDED_LAYERS)
+        return BertReader(model, compiled=compiled, guided=GUIDED_LAYERS, dropout=dropout)
     return CacheReader(model, bidirectional=bidirectional)
 
 
