@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -782,3 +783,18 @@ def test_notes_reach_the_terminal_and_the_report(capsys, command, tmp_path, capl
         assert command("two.jsonl", "--systems", "fusion") == 0
     assert "top left out: top starts at 5 documents" in caplog.text
     assert "- top left out: top starts at 5 documents" in capsys.readouterr().out
+
+
+def test_a_report_holds_no_folders_of_the_machine(monkeypatch):
+    arguments = [
+        "/opt/kvfusion",
+        "evaluate",
+        "/home/me/rows.jsonl",
+        "--model=/srv/m",
+        "--plot",
+        "a/b.png",
+        "--limit=5",
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    command = report.run_facts()["command"]
+    assert command == "kvfusion evaluate rows.jsonl --model=m --plot a/b.png --limit=5"

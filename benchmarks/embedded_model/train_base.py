@@ -83,6 +83,7 @@ MAY_CHANGE = ("output", "dev", "dev_limit", "threads", "eval_every", "device", "
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     args = parse_arguments()
+    args.output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model, tokenizer, settings = load_start(args.model)

@@ -66,10 +66,10 @@ def prediction_lines(rows: Sequence[QARow], predictions: Predictions) -> Iterato
 
 
 def run_facts() -> dict[str, Any]:
-    """Date, command line, commit of a checkout, versions and hardware."""
+    """Date, command line (absolute paths by their names alone), commit of a checkout, versions and hardware."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
         "commit": _commit(),
         "versions": {"kvfusion-rag": __version__, "python": platform.python_version(), **_versions()},
         "hardware": {
@@ -86,6 +86,12 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _without_folders(argument: str) -> str:
+    """Where somebody keeps files is nobody's business who reads a report."""
+    option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).name}" if os.path.isabs(value) else argument
 
 
 def _versions() -> dict[str, str]:
