@@ -797,4 +797,4 @@ def test_a_report_holds_no_folders_of_the_machine(monkeypatch):
     ]
     monkeypatch.setattr(sys, "argv", arguments)
     command = report.run_facts()["command"]
-    assert command == "kvfusion evaluate rows.jsonl --model=m --plot a/b.png --limit=5"
+    assert command == "kvfusion evaluate rows.jsonl --model=m --plot a/b.png"
