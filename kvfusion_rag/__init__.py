@@ -17,18 +17,26 @@ _HOME = {
     "Citation": "schema",
     "ContextLimitError": "errors",
     "ControlTokenError": "errors",
+    "DiskStore": "store",
     "Document": "schema",
     "DocumentIndex": "retrieval",
+    "DocumentStore": "store",
     "GateReport": "schema",
     "InvalidInputError": "errors",
     "InvarianceReport": "schema",
     "KVFusionError": "errors",
     "KVFusionGenerator": "generator",
+    "MemoryLimitError": "errors",
     "MemoryStore": "store",
     "MissingDependencyError": "errors",
     "ModelLoadError": "errors",
+    "OverloadError": "errors",
+    "RemoteStore": "store",
     "RetrievalError": "errors",
     "Source": "schema",
+    "StoreError": "errors",
+    "StoreEvent": "store",
+    "StoreMetrics": "store",
     "Timings": "schema",
     "UnsupportedModelError": "errors",
     "Usage": "schema",
@@ -42,15 +50,18 @@ if TYPE_CHECKING:
         ControlTokenError,
         InvalidInputError,
         KVFusionError,
+        MemoryLimitError,
         MissingDependencyError,
         ModelLoadError,
+        OverloadError,
         RetrievalError,
+        StoreError,
         UnsupportedModelError,
     )
     from .generator import AnswerStream, KVFusionGenerator
     from .retrieval import DocumentIndex
     from .schema import Answer, Check, Citation, Document, GateReport, InvarianceReport, Source, Timings, Usage
-    from .store import MemoryStore
+    from .store import DiskStore, DocumentStore, MemoryStore, RemoteStore, StoreEvent, StoreMetrics
 
 
 def __getattr__(name: str) -> Any:

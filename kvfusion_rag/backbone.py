@@ -73,7 +73,8 @@ class Backbone:
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
         self.end_id: int | None = next((i for i in ends if i is not None), None)  # what training ends answers with
-        self.weights_digest = _weights_digest(model)
+        self._weights = list(model.state_dict(keep_vars=True).items())  # without an adapter's
+        self._digest_of: tuple[list[int], str] | None = None
         self.adapter_digest = None if adapter is None else self._load_adapter(str(adapter))
         self._lock = threading.Lock()
         self._adapter_on = adapter is not None
@@ -293,6 +294,18 @@ class Backbone:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
+    def weights_digest(self) -> str:
+        """xxh3-128 over all weights; computed again once torch says that one of them was changed in place."""
+        versions = [tensor._version for _, tensor in self._weights if not tensor.is_inference()]
+        if self._digest_of is None or self._digest_of[0] != versions:
+            self._digest_of = versions, _digest(sorted(self._weights, key=lambda item: item[0]))
+        return self._digest_of[1]
+
+    def digest_again(self) -> None:
+        """Read all weights again at the next look: they were changed in a way that torch does not count."""
+        self._digest_of = None
+
+    @property
     def has_adapter(self) -> bool:
         return self.adapter_digest is not None
 
@@ -390,10 +403,6 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
-
-
-def _weights_digest(model: PreTrainedModel) -> str:
-    return _digest(sorted(model.state_dict().items(), key=lambda item: item[0]))
 
 
 def _digest(tensors: list[tuple[str, torch.Tensor]], facts: str = "") -> str:

@@ -11,8 +11,10 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 
@@ -20,20 +22,19 @@ from .ape import Ape
 from .backbone import Backbone
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
-from .errors import ContextLimitError, InvalidInputError, UnsupportedModelError
-from .fusion import FusedContext, fuse
+from .errors import ContextLimitError, InvalidInputError, MemoryLimitError, UnsupportedModelError
+from .fusion import FusedBuffer, FusedContext
 from .gate import require_ape
 from .positions import global_starts, question_start
-from .prefill import TOKENS_PER_PASS, prefill, prefill_prefix
+from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 from .prompts import PromptEncoder
-from .reading import Limits, Reading, read_documents
+from .reading import Limits, Reading, limit_of, read_documents
 from .schema import Answer, Document, DocumentKV, Mode, Origin, Timings, Usage
 from .settings import ModelSettings, require_mode
-from .store import MemoryStore, document_key
+from .store import Place, Tier, Wanted, as_store, document_key
 
 logger = logging.getLogger(__name__)
 
-UNLIMITED = 1 << 62
 MAX_BATCH = 32  # rows; the first step computes logits for every row at every distinct question length
 
 
@@ -80,7 +81,7 @@ class Engine:
 
     Args:
         settings: templates, lengths and mode; the backbone's own or the caller's changes of them.
-        store: where document KVs are kept, or ``None``.
+        store: where document KVs are kept, as ``as_store`` takes it; ``None`` keeps nothing.
         namespace: part of every key.
         max_fused_tokens: most document tokens of one question.
         tokens_per_pass: padded tokens of one prefill pass; ``None`` for the device's default.
@@ -92,7 +93,7 @@ class Engine:
         backbone: Backbone,
         settings: ModelSettings,
         *,
-        store: MemoryStore | None,
+        store: Place,
         namespace: str,
         max_fused_tokens: int,
         tokens_per_pass: int | None,
@@ -101,18 +102,31 @@ class Engine:
         self.backbone = backbone
         self.decoder = decoder or backbone
         self.settings = settings
-        self.store = store
+        self.store = as_store(store)
         self.encoder = PromptEncoder(backbone.tokenizer, settings)
         kind = "cpu" if backbone.device.type == "cpu" else "accelerator"
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
         self._require_fit()
         self.prefix = prefill_prefix(backbone, self.encoder.prefix_ids)
-        self._namespace = namespace
+        self.kv_shape = kv_shape(backbone)
+        self.namespace = namespace
         self._max_fused_tokens = max_fused_tokens
-        facts = [backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
-        self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self._weights, self._fingerprint = "", ""
+        self.refresh()
         self.warned: set[str] = set()
         self._ape_is_exact = False  # until measured
+
+    def refresh(self) -> None:
+        """Notice weights that were changed in place: from then on documents have other keys, and prefix and all KVs
+        are computed anew."""
+        digest = self.backbone.weights_digest
+        if digest == self._weights:
+            return
+        if self._weights:
+            self.prefix = prefill_prefix(self.backbone, self.encoder.prefix_ids)
+        self._weights = digest
+        facts = [self.backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
+        self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def key(self, token_ids: tuple[int, ...]) -> str:
         """Store key of a document's ids: everything that changes the bits of its KV, and the namespace.
@@ -121,7 +135,7 @@ class Engine:
         the number of threads and the precision of matrix products.
         """
         numerics = f"{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
-        return document_key(f"{self._fingerprint}/{numerics}", self._namespace, token_ids)
+        return document_key(f"{self._fingerprint}/{numerics}", self.namespace, token_ids)
 
     def ordinary_ids(self) -> list[int]:
         """All ids of the model that are no control tokens."""
@@ -129,12 +143,9 @@ class Engine:
 
     def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
         """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
-        window = self.backbone.context_window
-        # One position is kept for the question and one for the answer.
-        room = UNLIMITED if window is None else window - len(self.encoder.prefix_ids) - 2
-        longest = self.settings.max_document_tokens
+        self.refresh()
         limits = Limits(
-            document=room if longest is None else min(room, longest),
+            document=limit_of(self.settings, self.backbone.context_window, len(self.encoder.prefix_ids)),
             total=self._max_fused_tokens if max_tokens is None else max_tokens,
             long_documents=self.settings.long_documents,
         )
@@ -176,37 +187,36 @@ class Engine:
         return {self.key(reading.joined): reading.joined} if reading.joined else {}
 
     def document_kvs(
-        self,
-        keys: Mapping[str, tuple[int, ...]],
-        *,
-        starts: Mapping[str, int] | None = None,
-        keep: bool = True,
-        progress: bool = False,
+        self, keys: Mapping[str, tuple[int, ...]], *, keep: bool = True, progress: bool = False
     ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
         """KV of every key, from the store or computed now (and then stored), and where each came from.
 
-        ``starts`` has the first position of each key's document; by default all stand right after the prefix. With
-        ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its cap.
+        With ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its caps.
         """
-        kvs: dict[str, DocumentKV] = {}
-        if self.store is not None:
-            kvs = {key: kv for key, ids in keys.items() if (kv := self.store.get(key, ids)) is not None}
-        origins: dict[str, Origin] = {key: "memory" if key in kvs else "computed" for key in keys}
-        missing = [key for key in keys if key not in kvs]
-        computed = prefill(
-            self.backbone,
-            [keys[key] for key in missing],
-            self.prefix,
-            tokens_per_pass=self.tokens_per_pass,
-            starts=None if starts is None else [starts[key] for key in missing],
-            progress=progress,
-        )
-        for index, kv in computed:
-            if self.store is not None:
-                self.store.put(missing[index], kv)
-            if keep:
-                kvs[missing[index]] = kv
-        return kvs, origins
+        wanted = {key: Wanted(ids) for key, ids in keys.items()}
+        return self._fetch(wanted, None, keep=keep, progress=progress)
+
+    def prefetch(self, keys: Mapping[str, tuple[int, ...]]) -> Future[int]:
+        """Begin to bring stored documents into memory; the future has how many are there."""
+        return self.store.prefetch(keys, self.kv_shape, self.backbone.device, self._fingerprint)
+
+    def _fetch(
+        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, *, keep: bool, progress: bool = False
+    ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
+        """Documents from the store, or prefilled at ``starts`` (by default right after the prefix)."""
+
+        def compute(missing: Sequence[str]) -> Iterator[tuple[str, DocumentKV]]:
+            computed = prefill(
+                self.backbone,
+                [wanted[key].token_ids for key in missing],
+                self.prefix,
+                tokens_per_pass=self.tokens_per_pass,
+                starts=None if starts is None else [starts[key] for key in missing],
+                progress=progress,
+            )
+            return ((missing[index], kv) for index, kv in computed)
+
+        return self.store.fetch(wanted, self.kv_shape, self.backbone.device, self._fingerprint, compute, keep=keep)
 
     def groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -231,20 +241,78 @@ class Engine:
         ]
 
     def start(self, requests: Sequence[Request], began: float) -> Run:
-        """Prefill what is missing and fuse each request's documents, in canonical order if positions are uniform."""
-        placed = {piece.key: piece for r in requests for piece in r.fused or ()}
-        kvs, origins = self.document_kvs(
-            {key: piece.ids for key, piece in placed.items()},
-            starts={key: piece.start for key, piece in placed.items()},
+        """Prefill what is missing and fuse each request's documents, in canonical order if positions are uniform.
+
+        Where memory runs out, the store gives back what it keeps there, and it is tried once more.
+
+        Raises:
+            MemoryLimitError: it runs out again.
+        """
+        try:
+            return self._start(requests, began)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        released = self.store.release_memory()  # the failed pass is gone by now, its tensors with it
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.warning("memory ran out; the store gave %d bytes back, and it is tried once more", released)
+        try:
+            return self._start(requests, began)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise self._memory_limit(requests) from error
+
+    def _start(self, requests: Sequence[Request], began: float) -> Run:
+        buffer, origins = self.fill(requests)
+        return Run(requests, origins, buffer.context(self.backbone.config), began)
+
+    def _memory_limit(self, requests: Sequence[Request]) -> MemoryLimitError:
+        slots = max(self._fused_tokens(request) for request in requests)
+        return MemoryLimitError(
+            f"{self.backbone.device} has not enough memory for {len(requests)} question(s) over {slots} document "
+            "tokens; pass fewer or shorter documents, or load the model in a smaller dtype."
         )
-        head = [self.prefix] if self.prefix else []
-        rows = [[] if r.fused is None else [*head, *(kvs[piece.key] for piece in r.fused)] for r in requests]
-        return Run(requests, origins, fuse(rows, self.backbone.config, self.backbone.device), began)
+
+    def fill(self, requests: Sequence[Request]) -> tuple[FusedBuffer, dict[str, Origin]]:
+        """A row of slots for each request with its documents in them, and where each document came from."""
+        buffer = self._buffer(requests)
+        prefix = len(self.encoder.prefix_ids)
+        wanted: dict[str, Wanted] = {}
+        copies: list[tuple[str, DocumentKV]] = []  # further slots of documents that several rows share
+        starts: dict[str, int] = {}
+        for row, request in enumerate(requests):
+            at = prefix
+            for piece in request.fused or ():
+                slots = buffer.slots(row, at, piece.ids)
+                if piece.key in wanted:
+                    copies.append((piece.key, slots))
+                else:
+                    wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots), piece.start
+                at += len(piece.ids)
+        kvs, origins = self._fetch(wanted, starts, keep=True)
+        for key, slots in copies:
+            kvs[key].copy_into(slots)
+        return buffer, origins
+
+    def _buffer(self, requests: Sequence[Request]) -> FusedBuffer:
+        """Slots for all documents of ``requests``, the prefix put in."""
+        buffer = FusedBuffer([self._fused_tokens(r) for r in requests], self.kv_shape, self.backbone.device)
+        if self.prefix is not None:
+            for row, request in enumerate(requests):
+                if request.fused is not None:
+                    self.prefix.copy_into(buffer.slots(row, 0, self.prefix.token_ids))
+        return buffer
 
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
-        """Decode ``run`` step by step, filling its rows and times."""
+        """Decode ``run`` step by step, filling its rows and times.
+
+        Raises:
+            MemoryLimitError: memory runs out.
+        """
         mode, settings = run.requests[0].mode, self.settings
         tuned = self._answers_tuned(mode)
         if tuned and settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
@@ -265,7 +333,15 @@ class Engine:
             on_logits=on_logits,
         )
         with closing(steps):
-            for rows in steps:
+            while True:
+                try:
+                    rows = next(steps)
+                except StopIteration:
+                    return
+                except (RuntimeError, MemoryError) as error:
+                    if not _is_out_of_memory(error):
+                        raise
+                    raise self._memory_limit(run.requests) from error
                 run.first_token_seconds = run.first_token_seconds or time.perf_counter() - run.began
                 run.rows = rows
                 yield
@@ -279,12 +355,12 @@ class Engine:
         if apart:
             found: dict[tuple[int, ...], Origin] = {piece.ids: run.origins[piece.key] for piece in request.fused or ()}
             origins = {key: found[ids] for key, ids in reading.keys.items()}
-        cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] == "memory")
+        cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] in get_args(Tier))
         return Answer(
             text=row.text,
             mode=request.mode,
-            sources=reading.sources(origins, self.key),
-            citations=find_citations(row.text, reading.cited_order(self.key)),
+            sources=reading.sources(origins),
+            citations=find_citations(row.text, reading.cited_order),
             usage=Usage(
                 prompt_tokens=self._fused_tokens(request) + len(request.question.ids),
                 document_tokens=reading.tokens if apart else sum(d.tokens for d in reading.documents),
@@ -297,10 +373,19 @@ class Engine:
         )
 
     def _answer_group(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
-        run = self.start(requests, began)
-        for _ in self.decode(run, options):
-            pass
-        return [self.answer(run, number) for number in range(len(requests))]
+        """Answers of one batch; in two halves where it needs more memory than there is."""
+        try:
+            run = self.start(requests, began)
+            for _ in self.decode(run, options):
+                pass
+            return [self.answer(run, number) for number in range(len(requests))]
+        except MemoryLimitError:
+            if len(requests) == 1:
+                raise
+        half = len(requests) // 2
+        logger.warning("a batch of %d questions needs too much memory and is answered in halves", len(requests))
+        parts = (requests[:half], requests[half:])
+        return [answer for part in parts for answer in self._answer_group(part, options, began)]
 
     def _place(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
         """What is fused, in order and with first positions, and the question's own; ``None`` for a joined prompt."""
@@ -387,6 +472,11 @@ class Engine:
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(message)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Accelerators have an exception of their own; the CPU's allocator has only its message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _cache_shape(backbone: Backbone) -> tuple[int, ...]:

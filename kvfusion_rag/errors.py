@@ -29,6 +29,18 @@ class ControlTokenError(KVFusionError):
     """Untrusted text was about to become a control token; nothing was sent to the model."""
 
 
+class StoreError(KVFusionError):
+    """A document KV store cannot be opened; once it is open, its faults are counted misses and never errors."""
+
+
+class MemoryLimitError(KVFusionError):
+    """The device has not enough memory, even after the store gave its own back and batches were made smaller."""
+
+
+class OverloadError(KVFusionError):
+    """More work is waiting already than may wait; ask again later."""
+
+
 class RetrievalError(KVFusionError):
     """A file, folder or index cannot be read, split, embedded or searched."""
 

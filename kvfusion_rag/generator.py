@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -21,13 +22,14 @@ import torch
 from . import __version__
 from .backbone import Backbone, require_trained_on
 from .decoding import DecodingOptions
-from .engine import UNLIMITED, Engine, Request
+from .engine import Engine, Request
 from .errors import InvalidInputError, ModelLoadError
 from .gate import run_gate
-from .reading import require_sequence
+from .prefill import LENGTH_BUCKET
+from .reading import UNLIMITED, require_sequence
 from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
 from .settings import LongDocuments, ModelSettings, Positions, is_count
-from .store import MemoryStore
+from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +89,14 @@ class KVFusionGenerator:
         self,
         backbone: Backbone,
         *,
-        store: MemoryStore | None,
+        store: Place,
         settings: ModelSettings | None = None,
         namespace: str = "",
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
         decoder: Backbone | None = None,
     ) -> None:
-        _require_arguments(store, namespace, max_fused_tokens, tokens_per_pass)
+        _require_arguments(namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
         self._engine_options: dict[str, Any] = {
             "namespace": namespace,
@@ -104,6 +106,8 @@ class KVFusionGenerator:
         }
         self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
         self._encoder = self._engine.encoder
+        tokens = self.settings.passage_length or LENGTH_BUCKET
+        self._engine.store.require_room(self._engine.kv_shape.nbytes(tokens), f"one document of {tokens} tokens")
         self.gate: GateReport = run_gate(
             backbone, self._engine.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._engine.tokens_per_pass
         )
@@ -118,7 +122,7 @@ class KVFusionGenerator:
         decoder: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
-        store: MemoryStore | Literal["memory"] | None = "memory",
+        store: Place = "memory",
         mode: Mode | None = None,
         namespace: str = "",
         prefix: str | None = None,
@@ -142,7 +146,8 @@ class KVFusionGenerator:
                 ``model``, as in the paper), in place of an adapter.
             device: "cpu", "cuda", ...; by default an accelerator if there is one.
             dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU, else the checkpoint's.
-            store: where document KVs are kept; "memory" is a new memory store of 1 GiB, ``None`` is nowhere.
+            store: where document KVs are kept: "memory" (1 GiB of it), a folder or fsspec URL (with memory in front),
+                a store that is shared with other generators, or ``None`` for nowhere.
             mode: "fusion", "concat" or "ape"; by default the model's own (``kvfusion.json``).
             namespace: keeps tenants' documents apart in a shared store.
             prefix, passage_length, long_documents, positions, ape_temperature, ape_scale: in place of the model's own
@@ -156,8 +161,8 @@ class KVFusionGenerator:
             UnsupportedModelError: fusion would not be exact on this architecture; the message has the cause.
             InvalidInputError: an argument is outside what is allowed.
         """
-        kept = MemoryStore() if store == "memory" else store
-        _require_arguments(kept, namespace, max_fused_tokens, tokens_per_pass)  # before a model is loaded
+        _require_arguments(namespace, max_fused_tokens, tokens_per_pass)  # before a model is loaded
+        kept = as_store(store)
         path, model_id = locate_model(model)
         if adapter == "shipped":
             adapter = shipped_adapter(path) if decoder is None else None
@@ -235,8 +240,9 @@ class KVFusionGenerator:
         return self.settings.max_new_tokens
 
     @property
-    def store(self) -> MemoryStore | None:
-        return self._engine.store
+    def store(self) -> DocumentStore | None:
+        """Where document KVs are kept, shared with generators that were given the same; ``None`` for nowhere."""
+        return None if self._engine.store.is_empty else self._engine.store
 
     def identity(self) -> dict[str, str | int | None]:
         """Everything that changes an answer besides question, documents and options; no paths, no secrets.
@@ -391,10 +397,40 @@ class KVFusionGenerator:
         _, origins = self._engine.document_kvs(reading.keys, keep=False, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
             logger.warning(
-                "the store of %d bytes is too small: %d of %d documents were computed but not kept",
-                self.store.stats.max_bytes, gone, len(reading.keys),
-            )  # fmt: skip
-        return list(reading.sources(origins, self._engine.key))
+                "the store is too small: %d of %d documents were computed but not kept", gone, len(reading.keys)
+            )
+        return list(reading.sources(origins))
+
+    def prefetch(self, documents: Sequence[Document | str]) -> Future[int]:
+        """Begin to load the stored KVs of ``documents`` into memory, for use while a reranker still chooses.
+
+        Returns at once. What is not stored is not computed.
+
+        Returns:
+            How many of the documents (pieces, where long ones are split) are in memory in the end.
+        """
+        return self._engine.prefetch(self._engine.read(documents, max_tokens=UNLIMITED).keys)
+
+    def forget(self, documents: Sequence[Document | str]) -> int:
+        """Remove the KVs of ``documents`` in this namespace from every tier of the store, whatever model made them.
+
+        Documents are known by the token ids that this model's tokenizer and templates make of them.
+
+        Returns:
+            How many copies were removed.
+        """
+        return self._engine.store.forget(self._engine.read(documents, max_tokens=UNLIMITED).keys)
+
+    def clear(self) -> int:
+        """Remove all document KVs of this namespace from every tier of the store; how many copies that were."""
+        return self._engine.store.clear(namespace_key(self._engine.namespace))
+
+    def bump_epoch(self) -> None:
+        """Say that the weights were changed by a way that torch does not count (``tensor.data``, another library).
+
+        They are read again before the next question; changes in place that torch counts are noticed without.
+        """
+        self._backbone.digest_again()
 
     def check_invariance(
         self,
@@ -469,11 +505,8 @@ def shipped_adapter(folder: str | Path) -> Path | None:
     return found if (found / "adapter_config.json").is_file() else None
 
 
-def _require_arguments(store: object, namespace: object, max_fused_tokens: object, tokens_per_pass: object) -> None:
-    if not isinstance(store, MemoryStore | None):
-        raise InvalidInputError(f"store is {store!r}, but it must be a MemoryStore, 'memory' or None.")
-    if not isinstance(namespace, str):
-        raise InvalidInputError(f"namespace is {namespace!r}, but it must be a string.")
+def _require_arguments(namespace: object, max_fused_tokens: object, tokens_per_pass: object) -> None:
+    require_namespace(namespace)
     for name, value in (
         ("max_fused_tokens", max_fused_tokens),
         ("tokens_per_pass", 1 if tokens_per_pass is None else tokens_per_pass),

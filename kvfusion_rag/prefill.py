@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .backbone import Backbone
-from .schema import DocumentKV
+from .schema import DocumentKV, KVShape
 from .support import routes_tokens
 
 LENGTH_BUCKET = 32  # tokens; padded lengths are multiples of it
@@ -64,6 +64,11 @@ def prefill_prefix(backbone: Backbone, prefix_ids: tuple[int, ...]) -> DocumentK
     if not prefix_ids:
         return None
     return _prefill_pass(backbone, [prefix_ids], None, 1, len(prefix_ids))[0]
+
+
+def kv_shape(backbone: Backbone) -> KVShape:
+    """Shape of the KVs that this model makes, read off those of one token."""
+    return KVShape.of(_prefill_pass(backbone, [(0,)], None, 1, 1)[0])
 
 
 def padded_length(num_tokens: int, backbone: Backbone, prefix: DocumentKV | None) -> int:

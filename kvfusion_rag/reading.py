@@ -6,13 +6,16 @@ Sits between the facade and the engine. Knows templates and limits, but neither 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from .errors import ContextLimitError, InvalidInputError
 from .prompts import PromptEncoder
 from .schema import Document, Origin, Source
-from .settings import LongDocuments
+from .settings import LongDocuments, ModelSettings
+
+UNLIMITED = 1 << 62
+SLOWEST_FIRST: tuple[Origin, ...] = ("prompt", "computed", "remote", "disk", "memory")
 
 logger = logging.getLogger(__name__)
 
@@ -59,24 +62,23 @@ class Reading:
     @property
     def distinct(self) -> dict[str, tuple[int, ...]]:
         """The distinct pieces by key, in the caller's order of their first appearance."""
-        key_of = {ids: key for key, ids in self.keys.items()}
+        key_of = self._key_of
         return {key_of[ids]: ids for document in self.documents for ids in document.pieces}
 
-    def cited_order(self, key_of: Callable[[tuple[int, ...]], str]) -> list[tuple[str, Document]]:
+    @property
+    def cited_order(self) -> list[tuple[str, Document]]:
         """(id, document) pairs with text, in an order that does not depend on the caller's."""
-        full = [d for d in self.documents if d.pieces]
-        full.sort(key=lambda d: (key_of(d.pieces[0]), d.document.text, d.id))
+        key_of, full = self._key_of, [d for d in self.documents if d.pieces]
+        full.sort(key=lambda d: (key_of[d.pieces[0]], d.document.text, d.id))
         return [(d.id, d.document) for d in full]
 
-    def sources(self, origins: dict[str, Origin], key_of: Callable[[tuple[int, ...]], str]) -> tuple[Source, ...]:
-        """What became of each of the caller's documents, in the caller's order."""
+    def sources(self, origins: dict[str, Origin]) -> tuple[Source, ...]:
+        """What became of each of the caller's documents, in the caller's order, by where each key came from."""
+        key_of = self._key_of
         first_with: dict[tuple[tuple[int, ...], ...], str] = {}
         sources = []
         for read in self.documents:
-            found: list[Origin] = [origins[key_of(piece)] for piece in read.pieces]
-            origin: Origin = "blank"
-            if found:
-                origin = "computed" if "computed" in found else found[0]
+            origin = _slowest({origins[key_of[piece]] for piece in read.pieces})
             twin = first_with.get(read.pieces) if read.pieces else None
             first_with.setdefault(read.pieces, read.id)
             sources.append(
@@ -92,6 +94,17 @@ class Reading:
             )
         return tuple(sources)
 
+    @property
+    def _key_of(self) -> dict[tuple[int, ...], str]:
+        return {ids: key for key, ids in self.keys.items()}
+
+
+def _slowest(origins: Collection[Origin]) -> Origin:
+    for origin in SLOWEST_FIRST:
+        if origin in origins:
+            return origin
+    return "blank"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -100,6 +113,14 @@ class Limits:
     document: int
     total: int
     long_documents: LongDocuments
+
+
+def limit_of(settings: ModelSettings, window: int | None, prefix_tokens: int) -> int:
+    """Most tokens of one document for a model with ``window`` positions."""
+    # One position is kept for the question and one for the answer.
+    room = UNLIMITED if window is None else window - prefix_tokens - 2
+    longest = settings.max_document_tokens
+    return room if longest is None else min(room, longest)
 
 
 def read_documents(

@@ -17,7 +17,7 @@ import torch
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 FinishReason = Literal["stop", "length"]
-Origin = Literal["memory", "computed", "prompt", "blank"]
+Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +54,46 @@ class DocumentKV:
         """Bytes of keys and values together."""
         return self.keys.nbytes + self.values.nbytes
 
+    def copy_into(self, other: DocumentKV) -> None:
+        """Write keys and values over those of ``other``, on whatever device."""
+        other.keys.copy_(self.keys, non_blocking=True)
+        other.values.copy_(self.values, non_blocking=True)
+
+    def to(self, device: torch.device) -> DocumentKV:
+        """A copy on ``device``."""
+        return DocumentKV(self.keys.to(device), self.values.to(device), self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What the KVs of all documents of one model have in common: L layers, H_kv heads of d numbers, and the dtype."""
+
+    layers: int
+    heads: int
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, document: DocumentKV) -> KVShape:
+        layers, heads, _, width = document.keys.shape
+        return cls(layers, heads, width, document.keys.dtype)
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of a document of ``tokens`` tokens."""
+        return 2 * self.layers * self.heads * tokens * self.width * self.dtype.itemsize
+
+    def empty(self, token_ids: tuple[int, ...]) -> DocumentKV:
+        """A document KV on the CPU that is still to be filled."""
+        size = (self.layers, self.heads, len(token_ids), self.width)
+        return DocumentKV(torch.empty(size, dtype=self.dtype), torch.empty(size, dtype=self.dtype), token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """What became of one of the caller's documents.
 
-    ``origin`` says where its keys and values came from: ``memory`` (the store), ``computed`` (prefilled
+    ``origin`` says where its keys and values came from: ``memory``, ``disk`` or ``remote`` (the store's tiers),
+    ``computed`` (prefilled
     now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
     ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
     the same tokens, which was fused in its place.

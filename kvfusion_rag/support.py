@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedModelError
-from .schema import Check
+from .schema import Check, KVShape
 
 LENGTH_DEPENDENT_ROPE = {
     "dynamic": "stretches its rotation with the length of the input",
@@ -35,6 +36,13 @@ def routes_tokens(config: PretrainedConfig) -> bool:
     """Whether the model has experts: the shapes of its matrix products then depend on all tokens of a pass."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)
+
+
+def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
+    """Shape of the document KVs of a model, from its text configuration alone."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return KVShape(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width, dtype)
 
 
 def require_supported(config: PretrainedConfig, model_id: str) -> None:

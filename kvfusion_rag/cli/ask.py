@@ -17,6 +17,7 @@ from .options import (
     INDEX_FOLDER,
     add_index_arguments,
     add_model_arguments,
+    add_store_arguments,
     folder_of,
     load_generator,
     open_index,
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: the small embedded model)")
     add_model_arguments(parser)
     add_index_arguments(parser)
+    add_store_arguments(parser)
     parser.add_argument("--mode", choices=["fusion", "concat", "ape"], help="default: the model's own")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")

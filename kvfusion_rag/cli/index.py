@@ -1,7 +1,8 @@
 """Index files and folders, so that later questions find their documents at once.
 
 Only files that are new or changed since the last time are read and embedded; files that are gone leave the
-index. Skipped files are listed with their reasons.
+index. Skipped files are listed with their reasons. With ``--store`` the chunks' KVs are computed too, as far as they
+are not stored yet, so that questions find them there; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,9 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .console import say, say_json, say_list, shown_path
-from .options import INDEX_FOLDER, add_index_arguments, first_folder, load_token_counter, open_index, require_paths
+from .options import (
+    INDEX_FOLDER,
+    add_index_arguments,
+    add_model_arguments,
+    add_store_arguments,
+    first_folder,
+    load_generator,
+    load_token_counter,
+    open_index,
+    require_paths,
+)
 
 if TYPE_CHECKING:
+    from .. import Document
     from ..retrieval import IndexReport
 
 
@@ -24,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="NAME", help="model that will read the chunks (default: the embedded one)")
     add_index_arguments(parser)
-    parser.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
+    add_model_arguments(parser)
+    add_store_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,11 +47,26 @@ def run(args: argparse.Namespace) -> int:
     with open_index(args, folder, count_tokens, passage_length) as index:
         report = index.update(args.paths)
         chunk_tokens = index.chunk_tokens
+        documents = index.documents(files=report.files) if args.store else []
+    stored = _fill(args, documents) if args.store else None
     if args.json:
-        say_json({"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()})
+        found = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
+        say_json(found | ({} if stored is None else {"store": stored}))
     else:
         _say_report(report, folder, chunk_tokens)
+        if stored is not None:
+            say(f"{args.store}: " + ", ".join(f"{count:,} {name}" for name, count in stored.items()))
     return 0
+
+
+def _fill(args: argparse.Namespace, documents: list[Document]) -> dict[str, int]:
+    """Put the KVs of all documents into the store; how many were there, and how many were computed."""
+    generator = load_generator(args)
+    sources = [s for s in generator.prefill(documents, progress=not args.json) if s.origin != "blank"]
+    assert generator.store is not None  # --store names one
+    generator.store.close()
+    computed = sum(source.origin == "computed" for source in sources)
+    return {"computed": computed, "stored already": len(sources) - computed}
 
 
 def _say_report(report: IndexReport, folder: Path, chunk_tokens: int) -> None:

@@ -12,7 +12,11 @@ from ..errors import ModelLoadError, RetrievalError
 from .console import patient_bars
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from .. import DocumentIndex, KVFusionGenerator
+    from ..prompts import PromptEncoder
+    from ..settings import ModelSettings
 
 DEFAULT_CHUNK_TOKENS = 200  # for a model that was not trained with a passage length
 INDEX_FOLDER = ".kvfusion"
@@ -50,22 +54,33 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", metavar="PLACE", help="folder or fsspec URL where document KVs are kept")
+    parser.add_argument("--namespace", default="", metavar="NAME", help="tenant whose documents these are")
+
+
 def load_generator(args: argparse.Namespace) -> KVFusionGenerator:
-    """The generator that ``--model``, ``--adapter``, ``--decoder``, ``--device`` and ``--dtype`` name."""
+    """The generator that the arguments of models, and of stores where a command has them, name."""
     from .. import KVFusionGenerator
 
     with patient_bars():
         return KVFusionGenerator.from_pretrained(
-            args.model, adapter=args.adapter, decoder=args.decoder, device=args.device, dtype=args.dtype
+            args.model,
+            adapter=args.adapter,
+            decoder=args.decoder,
+            device=args.device,
+            dtype=args.dtype,
+            store=getattr(args, "store", None) or "memory",
+            namespace=getattr(args, "namespace", ""),
         )
 
 
-def load_token_counter(model: str | None) -> tuple[Callable[[str], int], int | None]:
-    """How a model counts the tokens of plain text, and its passage length, without loading its weights."""
+def load_encoder(model: str | None) -> tuple[PromptEncoder, ModelSettings]:
+    """How a model reads documents, without its weights."""
     from transformers import AutoTokenizer
 
     from ..generator import EMBEDDED_MODEL
-    from ..prompts import PlainEncoder
+    from ..prompts import PromptEncoder
     from ..settings import load_settings
 
     name = str(model or EMBEDDED_MODEL)
@@ -74,8 +89,28 @@ def load_token_counter(model: str | None) -> tuple[Callable[[str], int], int | N
     except (OSError, ValueError, KeyError) as error:
         cause = " ".join(str(error).split())[:300]
         raise ModelLoadError(f"the tokenizer of {name!r} cannot be loaded: {cause}") from error
-    encoder = PlainEncoder(tokenizer)
-    return lambda text: len(encoder.encode(text)), load_settings(name, tokenizer, model_id=name).passage_length
+    settings = load_settings(name, tokenizer, model_id=name)
+    return PromptEncoder(tokenizer, settings), settings
+
+
+def load_config(model: str | None) -> PretrainedConfig:
+    """The text configuration of a model, without its weights."""
+    from transformers import AutoConfig
+
+    from ..generator import EMBEDDED_MODEL
+
+    name = str(model or EMBEDDED_MODEL)
+    try:
+        return AutoConfig.from_pretrained(name).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ModelLoadError(f"the configuration of {name!r} cannot be loaded: {cause}") from error
+
+
+def load_token_counter(model: str | None) -> tuple[Callable[[str], int], int | None]:
+    """How a model counts the tokens of plain text, and its passage length, without loading its weights."""
+    encoder, settings = load_encoder(model)
+    return lambda text: len(encoder.plain.encode(text)), settings.passage_length
 
 
 def open_index(

@@ -118,6 +118,14 @@ class ChunkCollection:
                     embeddings=vectors[part],
                 )
 
+    def rows(self) -> list[Row]:
+        """All chunks, in the order of files and places."""
+        with _explained(self._folder):
+            found = self._collection.get(include=["documents", "metadatas"])
+        columns = (found["ids"], found["documents"] or [], found["metadatas"] or [])
+        rows = [Row(i, text, meta) for i, text, meta in zip(*columns, strict=True)]
+        return sorted(rows, key=lambda row: (row.metadata["file"], row.metadata["chunk"]))
+
     def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Row, float]]:
         """The ``count`` chunks nearest to ``vector`` with their cosine distance; ties in the order of ids."""
         with _explained(self._folder):

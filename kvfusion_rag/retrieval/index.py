@@ -189,6 +189,12 @@ class DocumentIndex:
             raise _nothing_indexed(named, done.skipped)
         return report
 
+    def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
+        """All chunks, or those of some files, as :meth:`search` would give them (without a distance)."""
+        allowed = None if files is None else frozenset(files)
+        rows = self._collection.rows()
+        return [self._document(row, None) for row in rows if allowed is None or row.metadata["file"] in allowed]
+
     def search(self, question: str, top_k: int = 5, *, files: Collection[str] | None = None) -> list[Document]:
         """The chunks nearest to ``question``, nearest first; fewer where the index holds fewer.
 
@@ -263,13 +269,14 @@ class DocumentIndex:
         path = self._path(name)
         return not os.path.exists(path) or any(path.is_relative_to(root) for root in roots)
 
-    def _document(self, row: Row, distance: float) -> Document:
+    def _document(self, row: Row, distance: float | None) -> Document:
         metadata = {key: row.metadata[key] for key in ("file", "chunk", "start", "end")}
+        metadata |= {} if distance is None else {"distance": distance}
         return Document(
             row.text,
             id=row.id,
             title=str(row.metadata["title"]),
-            metadata={"source": str(self._path(row.metadata["file"])), **metadata, "distance": distance},
+            metadata={"source": str(self._path(row.metadata["file"])), **metadata},
         )
 
     def _name(self, path: Path) -> str:

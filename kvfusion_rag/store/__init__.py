@@ -1,6 +1,31 @@
-"""Where document KVs are kept between questions: keys and the in-memory tier."""
+"""Where document KVs are kept between questions: keys, and the tiers in memory, on disk and behind a URL."""
 
-from .keys import document_key
+from .disk import DiskStore, Miss, VerifyReport
+from .documents import DocumentStore, Place, Wanted, as_store, open_store
+from .format import CODECS, Codec
+from .keys import document_key, namespace_key, require_namespace
 from .memory import MemoryStore, StoreStats
+from .metrics import StoreEvent, StoreMetrics, Tier
+from .remote import RemoteStore
 
-__all__ = ["MemoryStore", "StoreStats", "document_key"]
+__all__ = [
+    "CODECS",
+    "Codec",
+    "DiskStore",
+    "DocumentStore",
+    "MemoryStore",
+    "Miss",
+    "Place",
+    "RemoteStore",
+    "StoreEvent",
+    "StoreMetrics",
+    "StoreStats",
+    "Tier",
+    "VerifyReport",
+    "Wanted",
+    "as_store",
+    "document_key",
+    "namespace_key",
+    "open_store",
+    "require_namespace",
+]

@@ -6,8 +6,11 @@ Knows neither models nor text. Safe from several threads; every operation is O(1
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from ..errors import InvalidInputError
 from ..schema import DocumentKV
@@ -17,7 +20,7 @@ DEFAULT_MAX_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Counts since the store was made; ``rejected`` are documents larger than the whole store."""
+    """Counts since the store was made; ``rejected`` are documents that found no room."""
 
     entries: int
     bytes: int
@@ -26,6 +29,7 @@ class StoreStats:
     misses: int
     evictions: int
     rejected: int
+    pinned: int = 0
 
 
 class MemoryStore:
@@ -33,48 +37,85 @@ class MemoryStore:
 
     Args:
         max_bytes: cap on keys and values together, in bytes.
+        namespace_bytes: cap on each namespace; with it no tenant's documents make another's leave.
+        host: keep KVs in page-locked host memory, from where a GPU reads them by itself; by default they stay on
+            the device that made them.
     """
 
-    def __init__(self, max_bytes: int = DEFAULT_MAX_BYTES) -> None:
-        if not isinstance(max_bytes, int) or max_bytes < 1:
-            raise InvalidInputError(
-                f"max_bytes is {max_bytes!r}, but it must be a whole number of bytes from 1; pass store=None to keep "
-                "nothing."
-            )
-        self._max_bytes = max_bytes
+    def __init__(
+        self, max_bytes: int = DEFAULT_MAX_BYTES, *, namespace_bytes: int | None = None, host: bool = False
+    ) -> None:
+        for name, value in (("max_bytes", max_bytes), ("namespace_bytes", namespace_bytes)):
+            allowed = value is None and name == "namespace_bytes"
+            if not allowed and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InvalidInputError(
+                    f"{name} is {value!r}, but it must be a whole number of bytes from 1; pass store=None to keep "
+                    "nothing."
+                )
+        self._max_bytes, self._namespace_bytes, self._host = max_bytes, namespace_bytes, host
+        # Entries by namespace in the order of their use, and all of them in the order of theirs.
         self._entries: OrderedDict[str, DocumentKV] = OrderedDict()
+        self._of_namespace: defaultdict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
+        self._pins: dict[str, int] = {}
+        self._sizes: defaultdict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
         self._bytes = self._hits = self._misses = self._evictions = self._rejected = 0
 
-    def get(self, key: str, token_ids: tuple[int, ...]) -> DocumentKV | None:
-        """The KV under ``key`` if it was made from exactly ``token_ids``, else ``None``."""
+    def get(self, key: str, token_ids: tuple[int, ...], *, pin: bool = False) -> DocumentKV | None:
+        """The KV under ``key`` if it was made from exactly ``token_ids``, else ``None``.
+
+        Args:
+            pin: it cannot leave until :meth:`unpin` is called as often.
+        """
         with self._lock:
             found = self._entries.get(key)
             if found is None or found.token_ids != token_ids:
                 self._misses += 1
                 return None
             self._entries.move_to_end(key)
+            self._of_namespace[_namespace(key)].move_to_end(key)
             self._hits += 1
+            if pin:
+                self._pins[key] = self._pins.get(key, 0) + 1
             return found
 
-    def put(self, key: str, document: DocumentKV) -> None:
-        """Keep ``document``; one that is larger than the whole store is not kept, and counted."""
+    def unpin(self, key: str) -> None:
         with self._lock:
-            if document.nbytes > self._max_bytes:
-                self._rejected += 1
-                return
+            left = self._pins[key] - 1
+            if left:
+                self._pins[key] = left
+            else:
+                del self._pins[key]
+
+    def put(self, key: str, document: DocumentKV) -> bool:
+        """Keep ``document`` and say so; one that finds no room, for size or for pinned others, is counted instead."""
+        kept = _on_host(document) if self._host else document
+        with self._lock:
+            if key in self._pins:
+                return True  # in use, and the same
             self._drop(key)
-            self._entries[key] = document
-            self._bytes += document.nbytes
-            while self._bytes > self._max_bytes:
-                self._drop(next(iter(self._entries)))
-                self._evictions += 1
+            namespace = _namespace(key)
+            room = self._make_room(kept.nbytes, self._namespace_bytes, namespace)
+            if not (room and self._make_room(kept.nbytes, self._max_bytes, None)):
+                self._rejected += 1
+                return False
+            self._entries[key] = kept
+            self._of_namespace[namespace][key] = None
+            self._bytes += kept.nbytes
+            self._sizes[namespace] += kept.nbytes
+            return True
+
+    def remove(self, wanted: Callable[[str], bool]) -> int:
+        """Drop all entries whose key is wanted, pinned ones too (their readers keep what they hold)."""
+        with self._lock:
+            gone = [key for key in self._entries if wanted(key)]
+            for key in gone:
+                self._drop(key)
+            return len(gone)
 
     def clear(self) -> None:
         """Drop everything."""
-        with self._lock:
-            self._entries.clear()
-            self._bytes = 0
+        self.remove(lambda key: True)
 
     def __repr__(self) -> str:
         return f"MemoryStore({len(self)} documents, {self._bytes:,} of {self._max_bytes:,} bytes)"
@@ -87,6 +128,10 @@ class MemoryStore:
         return key in self._entries
 
     @property
+    def max_bytes(self) -> int:
+        return self._max_bytes
+
+    @property
     def stats(self) -> StoreStats:
         with self._lock:
             return StoreStats(
@@ -97,9 +142,50 @@ class MemoryStore:
                 self._misses,
                 self._evictions,
                 self._rejected,
+                len(self._pins),
             )
+
+    def _make_room(self, size: int, cap: int | None, namespace: str | None) -> bool:
+        """Whether ``size`` more bytes fit under ``cap``, after the longest unused entries have left."""
+        if cap is None:
+            return True
+        if size > cap:
+            return False
+        order = self._entries if namespace is None else self._of_namespace[namespace]
+        skipped: list[str] = []
+        while (self._bytes if namespace is None else self._sizes[namespace]) + size > cap:
+            oldest = next(iter(order), None)
+            if oldest is None or oldest in skipped:
+                break
+            if oldest in self._pins:  # in use, so it counts as used now
+                order.move_to_end(oldest)
+                skipped.append(oldest)
+                continue
+            self._drop(oldest)
+            self._evictions += 1
+        return (self._bytes if namespace is None else self._sizes[namespace]) + size <= cap
 
     def _drop(self, key: str) -> None:
         old = self._entries.pop(key, None)
         if old is not None:
             self._bytes -= old.nbytes
+            namespace = _namespace(key)
+            self._sizes[namespace] -= old.nbytes
+            del self._of_namespace[namespace][key]
+            if not self._of_namespace[namespace]:
+                del self._of_namespace[namespace], self._sizes[namespace]
+
+
+def _namespace(key: str) -> str:
+    return key.partition("-")[0]
+
+
+def _on_host(document: DocumentKV) -> DocumentKV:
+    """A copy in page-locked memory, where there is a GPU that gains by it; on a CPU the document itself."""
+    if document.keys.device.type == "cpu" and not torch.cuda.is_available():
+        return document
+    keys, values = (
+        torch.empty(part.shape, dtype=part.dtype, pin_memory=torch.cuda.is_available()).copy_(part)
+        for part in (document.keys, document.values)
+    )
+    return DocumentKV(keys, values, document.token_ids)

@@ -1,0 +1,165 @@
+"""Look after a document store: what it holds, whether it is whole, and what is to leave it.
+
+The store is a folder or URL as ``--store`` of ``kvfusion ask`` and ``kvfusion index`` takes it. Removing holds for
+every tier that the store has on disk or behind the URL.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidInputError
+from .console import say, say_json
+from .options import add_index_arguments, load_config, load_encoder, open_index, require_paths
+
+if TYPE_CHECKING:
+    from .. import DocumentStore
+
+CODECS = ("raw", "v8")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
+    for name, about in (
+        ("stats", "bytes and documents by namespace"),
+        ("verify", "read every file, put broken ones aside and set the counts right"),
+        ("clear", "remove all documents of a namespace, or of all"),
+        ("forget", "remove the documents of files, whatever model made them"),
+        ("estimate", "how much room the documents of files would take"),
+    ):
+        action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        if name != "estimate":
+            action.add_argument("store", metavar="STORE", help="folder or fsspec URL")
+        if name in ("clear", "forget"):
+            action.add_argument("--namespace", default="", help="tenant whose documents are meant (default: none)")
+        if name == "clear":
+            action.add_argument("--all", action="store_true", help="documents of every namespace")
+        if name in ("forget", "estimate"):
+            action.add_argument("paths", nargs="+", metavar="PATH", help="file or folder (txt, md, html, pdf)")
+            action.add_argument("--model", metavar="NAME", help="hub name or folder (default: the embedded model)")
+            add_index_arguments(action)
+            action.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
+        if name == "estimate":
+            action.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+        about = "print one JSON object and nothing else"
+        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=about)
+
+
+def run(args: argparse.Namespace) -> int:
+    actions = {"stats": _stats, "verify": _verify, "clear": _clear, "forget": _forget, "estimate": _estimate}
+    return actions[args.action](args)
+
+
+def _open(args: argparse.Namespace) -> DocumentStore:
+    """The store of the command line, which must be there already."""
+    from ..store import open_store
+
+    if "://" not in args.store and not (Path(args.store).expanduser() / "format.json").is_file():
+        raise InvalidInputError(f"there is no document store in {args.store!r}.")
+    return open_store(args.store)
+
+
+def _stats(args: argparse.Namespace) -> int:
+    store = _open(args)
+    tiers = {name: tier for name, tier in (("disk", store.disk), ("remote", store.remote)) if tier is not None}
+    found = {name: tier.totals() for name, tier in tiers.items()}
+    facts: dict[str, Any] = {"store": args.store, "tiers": {}}
+    for name, totals in found.items():
+        facts["tiers"][name] = {
+            "documents": sum(count for _, count in totals.values()),
+            "bytes": sum(size for size, _ in totals.values()),
+            "namespaces": {key: {"documents": n, "bytes": size} for key, (size, n) in sorted(totals.items())},
+        }
+    if args.json:
+        say_json(facts)
+        return 0
+    for name, one in facts["tiers"].items():
+        say(f"{name}: {one['documents']:,} documents, {one['bytes']:,} bytes, {len(one['namespaces'])} namespaces")
+        for key, part in one["namespaces"].items():
+            say(f"  {key}  {part['documents']:>8,} documents  {part['bytes']:>16,} bytes")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    store = _open(args)
+    assert store.disk is not None  # open_store makes one
+    report = asdict(store.disk.verify())
+    if args.json:
+        say_json({"store": args.store, **report})
+    else:
+        say(", ".join(f"{count:,} {name}" for name, count in report.items()))
+    return 1 if report["broken"] else 0
+
+
+def _clear(args: argparse.Namespace) -> int:
+    from ..store import namespace_key, require_namespace
+
+    require_namespace(args.namespace)
+    removed = _open(args).clear(None if args.all else namespace_key(args.namespace))
+    return _say_removed(args, removed)
+
+
+def _forget(args: argparse.Namespace) -> int:
+    from ..store import document_key, require_namespace
+
+    require_namespace(args.namespace)
+    require_paths(args.paths)
+    store = _open(args)
+    # Documents are found by namespace and token ids, under whatever model they are stored.
+    keys = [document_key("", args.namespace, ids) for ids in _pieces(args)]
+    return _say_removed(args, store.forget(keys))
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..schema import KVShape
+    from ..store.format import layout
+    from ..support import expected_kv_shape
+
+    require_paths(args.paths)
+    dtype = getattr(torch, args.dtype)
+    shape: KVShape = expected_kv_shape(load_config(args.model), dtype)
+    lengths = [len(ids) for ids in _pieces(args)]
+    key = "0" * 130
+    facts = {
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "dtype": args.dtype,
+        "bytes_per_1000_tokens": shape.nbytes(1000),
+        "bytes": {codec: sum(layout(key, n, shape, codec).total for n in lengths) for codec in CODECS},
+    }
+    if args.json:
+        say_json(facts)
+        return 0
+    say(f"{facts['documents']:,} documents of {facts['tokens']:,} tokens, {shape.nbytes(1000):,} bytes a thousand")
+    for codec, size in facts["bytes"].items():
+        say(f"  codec {codec}: {size:,} bytes on disk")
+    return 0
+
+
+def _pieces(args: argparse.Namespace) -> list[tuple[int, ...]]:
+    """The token ids of the distinct documents of the files, cut as ``kvfusion ask`` and ``kvfusion index`` do."""
+    from ..reading import UNLIMITED, Limits, limit_of, read_documents
+    from ..store import document_key
+
+    encoder, settings = load_encoder(args.model)
+    window = getattr(load_config(args.model), "max_position_embeddings", None)
+    limit = limit_of(settings, window, len(encoder.prefix_ids))
+    with open_index(args, None, lambda text: len(encoder.plain.encode(text)), settings.passage_length) as index:
+        index.update(args.paths)
+        documents = index.documents()
+    limits = Limits(limit, UNLIMITED, settings.long_documents)
+    reading = read_documents(documents, encoder, limits, lambda ids: document_key("", "", ids))
+    return list(reading.keys.values())
+
+
+def _say_removed(args: argparse.Namespace, removed: int) -> int:
+    if args.json:
+        say_json({"store": args.store, "removed": removed})
+    else:
+        say(f"{args.store}: {removed:,} removed")
+    return 0

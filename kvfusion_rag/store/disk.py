@@ -1,0 +1,510 @@
+"""The disk tier: one file a document, in hashed subfolders, under a cap in bytes that all processes share.
+
+A document is written under another name and then renamed, so a file is either whole or absent; it is read only if
+its header, checksum and token ids are those that were asked for and its numbers are finite. Every other outcome
+is a miss with its reason. Files are never changed in place, so a reader keeps what it has opened.
+
+    FOLDER/format.json             what this folder is
+    FOLDER/index.sqlite            sizes and use, for eviction (index.py)
+    FOLDER/v2-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
+    FOLDER/tmp/                    files being written
+    FOLDER/quarantine/             the last broken ones, to be looked at
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import logging
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import xxhash
+
+from ..errors import InvalidInputError, StoreError
+from ..schema import DocumentKV, KVShape
+from .format import (
+    CODECS,
+    FORMAT_VERSION,
+    Buffer,
+    Codec,
+    Layout,
+    checksum,
+    chunks,
+    encode,
+    expand,
+    is_finite,
+    layout,
+    scratch,
+    token_bytes,
+)
+from .index import Caps, Entry, Index
+from .keys import document_part, is_key
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_BYTES = 20 << 30
+PAUSE_SECONDS = 60.0  # without writing, after a write that failed
+QUARANTINED = 16  # broken files that are kept
+SUFFIX = ".safetensors"
+_MOST_BUFFERS = 1024  # of one preadv or writev
+_LONGEST_HEADER = 1 << 16  # bytes
+
+
+class Miss(StrEnum):
+    """Why a document was not found."""
+
+    ABSENT = "absent"
+    TRUNCATED = "truncated"  # or longer than it should be
+    HEADER = "header"  # of another document, model or format
+    CHECKSUM = "checksum"
+    TOKENS = "tokens"
+    NUMBERS = "numbers"  # infinite or not a number
+    UNREADABLE = "unreadable"  # the system's error
+    LATE = "late"  # a remote store took too long
+    SLOWER = "slower"  # than computing it again
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What came of reading every file of a store."""
+
+    whole: int
+    broken: int
+    uncounted: int
+    missing: int
+
+
+class DiskStore:
+    """Document KVs in a folder.
+
+    Args:
+        path: made if it does not exist; must be empty or a store.
+        max_bytes: cap on all files together.
+        namespace_bytes: cap on each namespace; with it no tenant's documents make another's leave.
+        codec: "raw", or "v8": values in 8 bit, which changes answers slightly and saves a quarter to three eighths.
+        fsync: wait until a document is on the disk; without it a power cut can lose documents (never spoil them).
+        mode: permissions of files; folders get the same with the right to enter.
+        read_only: never write, remove or count anything.
+
+    Raises:
+        StoreError: the path is a file or somebody else's folder, cannot be written, or is of a newer format.
+        InvalidInputError: a cap or mode that is not allowed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        *,
+        namespace_bytes: int | None = None,
+        codec: Codec = "raw",
+        fsync: bool = False,
+        mode: int = 0o600,
+        read_only: bool = False,
+    ) -> None:
+        for name, value in (
+            ("max_bytes", max_bytes),
+            ("namespace_bytes", 1 if namespace_bytes is None else namespace_bytes),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of bytes from 1.")
+        if codec not in CODECS:
+            raise InvalidInputError(f"codec is {codec!r}, but it must be one of {list(CODECS)}.")
+        self.path, self.caps = Path(path).expanduser(), Caps(max_bytes, namespace_bytes)
+        self.codec: Codec = codec
+        self._fsync, self._mode, self._read_only = fsync, mode, read_only
+        self._files = self.path / f"v{FORMAT_VERSION}-{codec}"
+        self._numbers = itertools.count()
+        self._paused_until = 0.0
+        self._warned: set[str] = set()
+        self._open()
+        self._index = None if read_only else self._open_index()
+        self.evictions = self.rejected = self.written = self.failed_writes = self.sweeps = 0
+
+    def __repr__(self) -> str:
+        return f"DiskStore({str(self.path)!r}, codec={self.codec!r}, max_bytes={self.caps.total:,})"
+
+    def __contains__(self, key: str) -> bool:
+        """Whether there is a file for ``key``; counts as no look-up."""
+        return self._file(key).exists()
+
+    def get(self, key: str, shape: KVShape, into: DocumentKV) -> Miss | None:
+        """Read the document ``into.token_ids`` under ``key`` straight into the CPU tensors of ``into``.
+
+        What ``into`` holds after a miss is undefined.
+
+        Returns:
+            ``None`` when it is there, else why it is not.
+        """
+        plan = layout(key, into.num_tokens, shape, self.codec)
+        file = self._file(key)
+        try:
+            place = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return Miss.ABSENT
+        except OSError as error:
+            return self._unreadable(error)
+        try:
+            found = _read(place, plan, into, self.codec)
+        except OSError as error:
+            return self._unreadable(error)
+        finally:
+            os.close(place)
+        if found is not None:
+            self._quarantine(file, found)
+        elif self._index is not None:
+            self._index.touch(self._name(file))
+        return found
+
+    def put(self, key: str, document: DocumentKV) -> bool:
+        """Write ``document``, making room for it; whether it is there now. Faults are counted and logged once."""
+        file = self._file(key)
+        if self._index is None or time.monotonic() < self._paused_until:
+            return False
+        if file.exists():
+            return True
+        if not is_finite(document):
+            self._warn("a document's keys or values are not finite numbers; it is not stored")
+            return False
+        buffers = encode(key, document, self.codec)
+        entry = Entry(self._name(file), key[:32], sum(len(part) for part in buffers))
+        try:
+            removed = self._index.reserve(entry, self.caps, self._unlink)
+            if removed is None:
+                self.rejected += 1
+                return False
+            self.evictions += removed
+            self._write(file, buffers)
+            if not self._index.holds(entry.name):  # another process made room meanwhile
+                self._unlink(entry.name)
+                return False
+        except (OSError, sqlite3.Error) as error:
+            self.failed_writes += 1
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            self._warn(f"documents cannot be stored for now ({_cause(error)}); answers go on without")
+            with suppress(OSError, sqlite3.Error):
+                self._index.remove([entry.name], self._unlink)
+            return False
+        self.written += entry.bytes
+        return True
+
+    def adopt(self, key: str, data: bytes, shape: KVShape, into: DocumentKV) -> Miss | None:
+        """Take in a file that was made elsewhere, as far as it is what ``key`` asks for, and read it."""
+        file = self._file(key)
+        if self._index is None:
+            return Miss.UNREADABLE
+        if len(data) != layout(key, into.num_tokens, shape, self.codec).total:
+            return Miss.TRUNCATED
+        entry = Entry(self._name(file), key[:32], len(data))
+        try:
+            removed = self._index.reserve(entry, self.caps, self._unlink)
+            if removed is None:
+                return Miss.UNREADABLE
+            self.evictions += removed
+            self._write(file, [data])
+        except (OSError, sqlite3.Error) as error:
+            self._warn(f"documents from elsewhere cannot be stored ({_cause(error)}); they are computed again")
+            return Miss.UNREADABLE
+        return self.get(key, shape, into)
+
+    def forget(self, key: str) -> int:
+        """Remove the document of ``key`` under every model; how many files that were."""
+        namespace, document = document_part(key).split("-")
+        files = [
+            file
+            for codec in CODECS
+            for file in (self.path / f"v{FORMAT_VERSION}-{codec}" / namespace / document[:2]).glob(f"{document}-*")
+        ]
+        return self._remove(files)
+
+    def clear(self, namespace: str | None = None) -> int:
+        """Remove all documents of a namespace (the first part of its keys), or of all; how many files that were."""
+        removed = self._remove([file for file, _ in self._scan(namespace)])
+        if namespace is None:
+            for file in (self.path / "quarantine").iterdir():
+                file.unlink(missing_ok=True)
+        return removed
+
+    def totals(self) -> dict[str, tuple[int, int]]:
+        """Bytes and number of documents by namespace (the first part of its keys)."""
+        found: dict[str, tuple[int, int]] = {}
+        if self._index is not None:
+            with suppress(OSError, sqlite3.Error):
+                return self._index.totals()
+        for _, entry in self._scan():
+            size, count = found.get(entry.namespace, (0, 0))
+            found[entry.namespace] = (size + entry.bytes, count + 1)
+        return found
+
+    def verify(self) -> VerifyReport:
+        """Read every file; put the broken ones aside and set the index right."""
+        whole = broken = 0
+        present: set[str] = set()
+        for file, entry in self._scan():
+            reason = _check_alone(file)
+            if reason is None:
+                whole += 1
+                present.add(entry.name)
+            else:
+                broken += 1
+                self._quarantine(file, reason)
+        counted = {entry.name for entry in self._index.entries()} if self._index is not None else present
+        if self._index is not None and counted != present:
+            self._index.rebuild()
+        return VerifyReport(whole, broken, len(present - counted), len(counted - present))
+
+    def close(self) -> None:
+        if self._index is not None:
+            self._index.close()
+
+    # Opening
+
+    def _open(self) -> None:
+        marker = self.path / "format.json"
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise StoreError(f"the store {str(self.path)!r} is a file, but it must be a folder.")
+            if not self._read_only:
+                self.path.mkdir(mode=_folder_mode(self._mode), parents=True, exist_ok=True)
+            if marker.exists():
+                version = _version(marker)
+                if version > FORMAT_VERSION:
+                    raise StoreError(
+                        f"the store {str(self.path)!r} has format {version}, but this version reads up to "
+                        f"{FORMAT_VERSION}; update kvfusion-rag, or name another folder."
+                    )
+            elif self._read_only or any(self.path.iterdir()):
+                raise StoreError(
+                    f"the folder {str(self.path)!r} is no document store, since it has no format.json; name an empty "
+                    "or a new one."
+                )
+            if not self._read_only:
+                self._prepare(marker)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"the store {str(self.path)!r} cannot be opened for writing ({_cause(error)}); name another folder, "
+                "or open it with read_only=True."
+            ) from error
+
+    def _prepare(self, marker: Path) -> None:
+        for name in ("tmp", "quarantine", self._files.name):
+            (self.path / name).mkdir(mode=_folder_mode(self._mode), exist_ok=True)
+        self._sweep()
+        text = json.dumps({"format": "kvfusion-document-store", "version": FORMAT_VERSION}).encode()
+        self._write(marker, [text])  # shows too that the folder can be written
+
+    def _open_index(self) -> Index:
+        try:
+            return Index(self.path / "index.sqlite", lambda: [entry for _, entry in self._scan()])
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"the index of the store {str(self.path)!r} cannot be opened ({_cause(error)})."
+            ) from error
+
+    def _sweep(self) -> None:
+        """Remove what processes left behind that died while they wrote."""
+        host = socket.gethostname()
+        for file in (self.path / "tmp").iterdir():
+            owner, _, rest = file.name.partition("~")
+            pid = rest.split("~")[0]
+            mine = owner == host and pid.isdecimal()
+            dead = not _is_alive(int(pid)) if mine else time.time() - file.stat().st_mtime > 3600
+            if dead:
+                file.unlink(missing_ok=True)
+
+    # Files
+
+    def _file(self, key: str) -> Path:
+        if not is_key(key):
+            raise InvalidInputError(f"{key!r} is no document key.")
+        namespace, rest = key.split("-", 1)
+        return self._files / namespace / rest[:2] / f"{rest}{SUFFIX}"
+
+    def _name(self, file: Path) -> str:
+        return str(file.relative_to(self.path))
+
+    def _scan(self, namespace: str | None = None) -> Iterator[tuple[Path, Entry]]:
+        """All document files, of both codecs."""
+        for codec in CODECS:
+            for file in (self.path / f"v{FORMAT_VERSION}-{codec}").glob(f"{namespace or '*'}/*/*{SUFFIX}"):
+                with suppress(FileNotFoundError):
+                    yield file, Entry(self._name(file), file.parts[-3], file.stat().st_size)
+
+    def _write(self, file: Path, buffers: Sequence[Buffer]) -> None:
+        temporary = self.path / "tmp" / f"{socket.gethostname()}~{os.getpid()}~{id(self)}~{next(self._numbers)}"
+        place = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
+        try:
+            try:
+                os.fchmod(place, self._mode)  # whatever the umask says
+                _write_all(place, buffers)
+                if self._fsync:
+                    os.fsync(place)
+            finally:
+                os.close(place)
+            try:
+                os.replace(temporary, file)
+            except FileNotFoundError:  # the first document of its folder
+                for folder in (file.parent.parent, file.parent):
+                    folder.mkdir(mode=_folder_mode(self._mode), exist_ok=True)
+                os.replace(temporary, file)
+            if self._fsync:
+                _sync_folder(file.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+    def _unlink(self, name: str) -> None:
+        (self.path / name).unlink(missing_ok=True)
+
+    def _remove(self, files: Sequence[Path]) -> int:
+        if self._index is None:
+            raise StoreError(f"the store {str(self.path)!r} was opened with read_only=True; nothing can be removed.")
+        self._index.remove(map(self._name, files), self._unlink)
+        return len(files)
+
+    def _quarantine(self, file: Path, reason: Miss) -> None:
+        self._warn(f"a stored document is broken ({reason}); it was put aside and is computed again")
+        if self._index is None:
+            return
+        with suppress(OSError, sqlite3.Error):
+            kept = sorted((self.path / "quarantine").iterdir(), key=lambda one: one.stat().st_mtime)
+            for old in kept[: max(0, len(kept) - QUARANTINED + 1)]:
+                old.unlink(missing_ok=True)
+            aside = self.path / "quarantine" / f"{file.stem}.{reason}"
+            self._index.remove([self._name(file)], lambda _: os.replace(file, aside))
+
+    def _unreadable(self, error: OSError) -> Miss:
+        self._warn(f"stored documents cannot be read ({_cause(error)}); they are computed again")
+        return Miss.UNREADABLE
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning("store %s: %s", self.path, message)
+
+
+def _read(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
+    """Read the file that is open at ``place`` into ``into`` and check it."""
+    if os.fstat(place).st_size != plan.total:
+        return Miss.TRUNCATED
+    header, ids = bytearray(len(plan.header)), bytearray(plan.sizes[3])
+    small = scratch(into) if codec == "v8" else None
+    data = chunks(into.keys)
+    data += chunks(into.values) if small is None else [part for tensor in small for part in chunks(tensor)]
+    if not _read_all(place, [header, *data, ids]):
+        return Miss.TRUNCATED
+    end = plan.checksum_at + 32
+    written = bytes(header[plan.checksum_at : end])
+    header[plan.checksum_at : end] = plan.header[plan.checksum_at : end]
+    if header != plan.header:
+        return Miss.HEADER
+    if checksum(plan.header, [*data, ids]) != written:
+        return Miss.CHECKSUM
+    if ids != token_bytes(into.token_ids):
+        return Miss.TOKENS
+    if small is not None:
+        expand(small[0], small[1], into.values)
+    return None if is_finite(into) else Miss.NUMBERS
+
+
+def _read_all(place: int, buffers: Sequence[Buffer]) -> bool:
+    """Fill all buffers from the start of the file; whether there was enough."""
+    offset, todo = 0, [memoryview(part).cast("B") for part in buffers if len(part)]
+    while todo:
+        count = os.preadv(place, todo[:_MOST_BUFFERS], offset)
+        if count == 0:
+            return False
+        offset += count
+        todo = _after(todo, count)
+    return True
+
+
+def _write_all(place: int, buffers: Sequence[Buffer]) -> None:
+    todo = [memoryview(part).cast("B") for part in buffers if len(part)]
+    while todo:
+        count = os.writev(place, todo[:_MOST_BUFFERS])
+        if count == 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        todo = _after(todo, count)
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of ``buffers`` behind the first ``count`` bytes."""
+    for number, part in enumerate(buffers):
+        if count < len(part):
+            return [part[count:], *buffers[number + 1 :]]
+        count -= len(part)
+    return []
+
+
+def _check_alone(file: Path) -> Miss | None:
+    """Whether a file is whole and stands under its own name, without a model to compare it with."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= _LONGEST_HEADER:
+                return Miss.HEADER
+            header = bytearray(length.to_bytes(8, "little") + stream.read(length))
+            facts = json.loads(header[8:])["__metadata__"]
+            namespace, rest = file.parts[-3], file.name.removesuffix(SUFFIX)
+            if facts["key"] != f"{namespace}-{rest}":
+                return Miss.HEADER
+            place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
+            header[place : place + 32] = b"0" * 32
+            digest = xxhash.xxh3_128(header)
+            while part := stream.read(1 << 20):
+                digest.update(part)
+            return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
+    except OSError:
+        return Miss.UNREADABLE
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not ours
+        return Miss.HEADER
+
+
+def _version(marker: Path) -> int:
+    try:
+        found = json.loads(marker.read_text(encoding="utf-8"))["version"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{str(marker)!r} is damaged; name another folder, or remove this one.") from error
+    if not isinstance(found, int):
+        raise StoreError(f"{str(marker)!r} names the version {found!r}, which is no number.")
+    return found
+
+
+def _folder_mode(mode: int) -> int:
+    """Permissions of a folder whose files have ``mode``: who may read may enter."""
+    return mode | (mode & 0o444) >> 2
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def _cause(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,505 @@
+"""The disk tier: what is read is what was written, or a miss with its reason."""
+
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from stores import SHAPE, files_of, ids_of, key_of, kv_of, read, same
+
+from kvfusion_rag import DiskStore, InvalidInputError, StoreError
+from kvfusion_rag.schema import KVShape
+from kvfusion_rag.store import Miss
+from kvfusion_rag.store.format import CODECS, checksum, encode, layout
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def store(tmp_path) -> DiskStore:
+    return DiskStore(tmp_path / "store")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_c2_what_is_read_is_what_was_written(store, dtype):
+    shape = KVShape(2, 3, 8, dtype)
+    for number, tokens in ((1, 1), (2, 5), (3, 33)):
+        assert store.put(key_of(number, tokens), kv_of(number, tokens, shape))
+        miss, found = read(store, number, tokens, shape)
+        assert miss is None and same(found, kv_of(number, tokens, shape))
+        again = DiskStore(store.path)
+        assert read(again, number, tokens, shape)[0] is None
+
+
+def test_it_is_read_straight_into_slots_of_a_larger_buffer(store):
+    store.put(key_of(1), kv_of(1))
+    buffer = torch.full((2, 4, 3, 20, 8), 7.0)
+    into = SHAPE.empty(ids_of(1))
+    views = type(into)(buffer[:, 1, :, 6:11], buffer[:, 3, :, 6:11], ids_of(1))
+    assert store.get(key_of(1), SHAPE, views) is None
+    assert same(views, kv_of(1))
+    buffer[:, 1, :, 6:11], buffer[:, 3, :, 6:11] = 7.0, 7.0
+    assert (buffer == 7.0).all()
+
+
+@given(st.integers(0, 2**20), st.sampled_from(DTYPES))
+@settings(deadline=None, max_examples=30)
+def test_v8_keeps_keys_and_rounds_values_by_less_than_half_a_step(tmp_path_factory, seed, dtype):
+    shape = KVShape(2, 3, 8, dtype)
+    store = DiskStore(tmp_path_factory.mktemp("store") / "s", codec="v8")
+    document = kv_of(seed, 4, shape)
+    store.put(key_of(seed, 4), document)
+    miss, found = read(store, seed, 4, shape)
+    assert miss is None and torch.equal(found.keys, document.keys)
+    step = document.values.float().abs().amax(dim=-1, keepdim=True) / 127
+    rounding = torch.finfo(dtype).eps * document.values.float().abs()
+    assert ((found.values.float() - document.values.float()).abs() <= step * 0.501 + rounding).all()
+    assert files_of(store)[0].stat().st_size < len(b"".join(encode(key_of(seed, 4), document, "raw")))
+
+
+def test_a_file_is_a_safetensors_file(store):
+    store.put(key_of(1), kv_of(1))
+    (file,) = files_of(store)
+    with safe_open(file, "pt") as found:
+        assert torch.equal(found.get_tensor("keys"), kv_of(1).keys)
+        assert torch.equal(found.get_tensor("values"), kv_of(1).values)
+        assert tuple(found.get_tensor("token_ids").tolist()) == ids_of(1)
+        assert found.metadata()["key"] == key_of(1)
+
+
+# F2: damaged files
+
+
+def damage(how: str, data: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(data))
+    return {
+        "truncated": data[:place],
+        "empty": b"",
+        "longer": data + b"\0",
+        "zero tail": data[: len(data) // 2] + bytes(len(data) - len(data) // 2),
+        "flipped": data[:place] + bytes([data[place] ^ 1 << rng.randrange(8)]) + data[place + 1 :],
+    }[how]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("how", ["truncated", "empty", "longer", "zero tail", "flipped"])
+def test_f2_a_damaged_file_is_a_miss_put_aside_and_said_once(tmp_path, caplog, how, codec):
+    store = DiskStore(tmp_path / "store", codec=codec)
+    for number in range(8):
+        store.put(key_of(number), kv_of(number))
+        (file,) = files_of(store)
+        file.write_bytes(damage(how, file.read_bytes(), random.Random(number)))
+        miss, _ = read(store, number)
+        expected = {"flipped": {Miss.CHECKSUM, Miss.HEADER}, "zero tail": {Miss.CHECKSUM}}
+        assert miss in expected.get(how, {Miss.TRUNCATED})
+        assert not file.exists() and read(store, number)[0] is Miss.ABSENT
+        assert sum(count for _, count in store.totals().values()) == 0
+    assert len(list((store.path / "quarantine").iterdir())) == 8
+    assert 1 <= len([r for r in caplog.records if "broken" in r.message]) <= 2  # one for each reason
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_f2_no_flipped_bit_is_ever_read(tmp_path, codec):
+    """Every byte of a small file, one bit each."""
+    shape, store = KVShape(1, 1, 4, torch.float32), DiskStore(tmp_path / "store", codec=codec)
+    store.put(key_of(1, 2), kv_of(1, 2, shape))
+    (file,) = files_of(store)
+    data = file.read_bytes()
+    for place in range(len(data)):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
+        assert read(store, 1, 2, shape)[0] is not None, place
+    file.write_bytes(data)
+    assert read(store, 1, 2, shape)[0] is None
+
+
+@given(st.binary(max_size=400))
+@settings(deadline=None)
+def test_f2_arbitrary_bytes_are_a_miss(tmp_path_factory, data):
+    store = DiskStore(tmp_path_factory.mktemp("store") / "s")
+    store.put(key_of(1), kv_of(1))
+    (file,) = files_of(store)
+    file.write_bytes(data)
+    assert read(store, 1)[0] is Miss.TRUNCATED
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes((data * (file_size() // max(len(data), 1) + 1))[: file_size()])
+    assert read(store, 1)[0] is not None
+    file.write_bytes(data)
+    assert store.verify().broken == 1
+
+
+def file_size() -> int:
+    return layout(key_of(1), 5, SHAPE, "raw").total
+
+
+def test_f4_another_document_model_or_shape_under_this_name_is_a_miss(store):
+    """A file with a right checksum of its own, in a place that is not its."""
+    store.put(key_of(1), kv_of(1))
+    (file,) = files_of(store)
+    for other in (
+        encode(key_of(2), kv_of(2), "raw"),
+        encode(key_of(1, model="another"), kv_of(1), "raw"),
+        encode(key_of(1), kv_of(1, shape=KVShape(2, 3, 8, torch.bfloat16)), "raw"),
+    ):
+        file.write_bytes(b"".join(other))
+        assert read(store, 1)[0] in (Miss.HEADER, Miss.TRUNCATED)
+    wrong_ids = type(kv_of(1))(kv_of(1).keys, kv_of(1).values, ids_of(9))
+    file.write_bytes(b"".join(encode(key_of(1), wrong_ids, "raw")))
+    assert read(store, 1)[0] is Miss.TOKENS
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_neither_written_nor_read(store, number):
+    broken = kv_of(1)
+    broken.values[0, 0, 0, 0] = number
+    assert not store.put(key_of(1), broken) and not files_of(store)
+    store.put(key_of(1), kv_of(1))
+    (file,) = files_of(store)
+    file.write_bytes(b"".join(encode(key_of(1), broken, "raw")))  # with a right checksum
+    assert read(store, 1)[0] is Miss.NUMBERS
+
+
+def test_f6_a_document_that_leaves_while_it_is_read_is_read_to_its_end(store, monkeypatch):
+    store.put(key_of(1), kv_of(1))
+    whole = os.preadv
+
+    def leaving(place, buffers, offset):
+        store.clear()
+        return whole(place, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", leaving)
+    miss, found = read(store, 1)
+    assert miss is None and same(found, kv_of(1)) and not files_of(store)
+
+
+def test_a_file_that_vanished_is_absent_and_comes_again(store):
+    store.put(key_of(1), kv_of(1))
+    files_of(store)[0].unlink()
+    assert read(store, 1)[0] is Miss.ABSENT
+    assert store.put(key_of(1), kv_of(1)) and read(store, 1)[0] is None
+    assert [count for _, count in store.totals().values()] == [1]
+
+
+# Caps
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.booleans()), max_size=30), st.integers(1, 6))
+@settings(deadline=None, max_examples=40)
+def test_files_stay_under_the_cap_and_the_longest_unused_leave_first(tmp_path_factory, uses, cap):
+    size = file_size()
+    store = DiskStore(tmp_path_factory.mktemp("store") / "s", max_bytes=cap * size)
+    expected: list[int] = []  # longest unused first
+    for number, is_put in uses:
+        if is_put and number not in expected:
+            store.put(key_of(number), kv_of(number))
+            expected = [*expected, number][-cap:]
+        else:
+            found = read(store, number)[0] is None
+            assert found == (number in expected)
+            if found:
+                expected = [*[n for n in expected if n != number], number]
+        assert {f.stat().st_size for f in files_of(store)} <= {size}
+        assert len(files_of(store)) == len(expected) <= cap
+    assert store.verify().whole == len(expected)
+
+
+def test_t3_one_tenant_cannot_make_anothers_files_leave(tmp_path):
+    store = DiskStore(tmp_path / "s", max_bytes=8 * file_size(), namespace_bytes=4 * file_size())
+    for number in range(4):
+        store.put(key_of(number, namespace="b"), kv_of(number))
+    for number in range(30):
+        store.put(key_of(number, namespace="a"), kv_of(number))
+    assert all(read(store, n, namespace="b")[0] is None for n in range(4))
+    assert sorted(count for _, count in store.totals().values()) == [4, 4]
+
+
+def test_a_document_larger_than_the_cap_is_rejected(tmp_path):
+    store = DiskStore(tmp_path / "s", max_bytes=file_size())
+    store.put(key_of(1), kv_of(1))
+    assert not store.put(key_of(2, 50), kv_of(2, 50))
+    assert store.rejected == 1 and read(store, 1)[0] is None
+
+
+# F1, F3: faults while writing
+
+SYSTEM_CALLS = ("open", "fchmod", "writev", "close", "replace", "mkdir", "fsync")
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS", "EACCES"])
+def test_f3_a_disk_that_fails_costs_a_warning_and_no_answer(tmp_path, monkeypatch, caplog, error):
+    import errno
+
+    store = DiskStore(tmp_path / "store")
+    store.put(key_of(0), kv_of(0))
+
+    def failing(*_, **__):
+        raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+
+    monkeypatch.setattr(os, "writev", failing)
+    assert not store.put(key_of(1), kv_of(1)) and not store.put(key_of(2), kv_of(2))
+    assert len([r for r in caplog.records if "cannot be stored" in r.message]) == 1
+    assert not list((store.path / "tmp").iterdir()) and read(store, 0)[0] is None
+    assert [count for _, count in store.totals().values()] == [1]
+    monkeypatch.undo()
+    assert not store.put(key_of(1), kv_of(1))  # left alone for a while
+    store._paused_until = 0.0
+    assert store.put(key_of(1), kv_of(1)) and read(store, 1)[0] is None
+
+
+def test_f3_unreadable_files_are_misses(store, monkeypatch, caplog):
+    store.put(key_of(1), kv_of(1))
+
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert read(store, 1)[0] is read(store, 1)[0] is Miss.UNREADABLE
+    assert len([r for r in caplog.records if "cannot be read" in r.message]) == 1
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = sys.argv[3:]
+import torch
+torch.set_num_threads(1)
+from stores import key_of, kv_of
+from kvfusion_rag import DiskStore
+name, count, folder = sys.argv[1].split(":")[0], int(sys.argv[1].split(":")[1]), sys.argv[2]
+store = DiskStore(folder, fsync=True, max_bytes=3 * 1500)
+real, left = getattr(os, name), count
+def dying(*arguments, **options):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), 9)
+    return real(*arguments, **options)
+setattr(os, name, dying)
+for number in range(4):
+    store.put(key_of(number), kv_of(number))
+print("survived")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SYSTEM_CALLS)
+def test_f1_a_process_killed_at_any_system_call_of_a_put_leaves_whole_files_or_none(tmp_path, name):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+    for count in range(1, 40):
+        folder = tmp_path / f"store{count}"
+        command = [sys.executable, str(script), f"{name}:{count}", str(folder), *paths]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        store = DiskStore(folder, max_bytes=3 * 1500)
+        report = store.verify()
+        assert report.broken == 0
+        assert all(miss in (None, Miss.ABSENT) for miss in (read(store, n)[0] for n in range(4)))
+        assert not list((store.path / "tmp").iterdir())
+        assert sum(size for size, _ in store.totals().values()) <= 3 * 1500
+        assert store.put(key_of(9), kv_of(9)) and read(store, 9)[0] is None
+        if "survived" in done.stdout:
+            return
+        assert done.returncode == -9, done.stderr
+    raise AssertionError(f"{name} is called more often than this test counts")
+
+
+def test_f1_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    import socket
+
+    store = DiskStore(tmp_path / "store")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, temporary = socket.gethostname(), store.path / "tmp"
+    names = {f"{host}~{dead.pid}~1~1": False, f"{host}~{os.getpid()}~1~1": True, "elsewhere~1~1~1": True}
+    old = temporary / "elsewhere~1~1~2"
+    for name in (*names, old.name):
+        (temporary / name).write_bytes(b"x")
+    os.utime(old, (time.time() - 7200,) * 2)
+    DiskStore(store.path)
+    assert {name: (temporary / name).exists() for name in names} == names and not old.exists()
+
+
+# F5: many processes
+
+MANY = """
+import sys
+sys.path[:0] = sys.argv[4:]
+import random, time, torch
+torch.set_num_threads(1)
+from stores import key_of, kv_of, read, same
+from kvfusion_rag import DiskStore
+folder, seed, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+store, rng, end = DiskStore(folder, max_bytes=6 * 1500), random.Random(seed), time.monotonic() + seconds
+hits = 0
+while time.monotonic() < end:
+    number = rng.randrange(12)
+    miss, found = read(store, number)
+    if miss is None:
+        hits += 1
+        assert same(found, kv_of(number)), "wrong bytes"
+    else:
+        assert miss == "absent", miss
+        store.put(key_of(number), kv_of(number))
+    if rng.random() < 0.02:
+        store.forget(key_of(number))
+store.close()
+print(hits)
+"""
+
+
+def run_many(tmp_path: Path, processes: int, seconds: float) -> DiskStore:
+    script = tmp_path / "script.py"
+    script.write_text(MANY)
+    paths = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+    command = [sys.executable, str(script), str(tmp_path / "store")]
+    running = [
+        subprocess.Popen([*command, str(seed), str(seconds), *paths], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for seed in range(processes)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=seconds + 120)
+        assert process.returncode == 0, err.decode()[-2000:]
+        assert int(out) > 0
+    return DiskStore(tmp_path / "store", max_bytes=6 * 1500)
+
+
+def test_f5_processes_share_keys_and_a_cap(tmp_path):
+    store = run_many(tmp_path, 3, 2.0)
+    report = store.verify()
+    assert report.broken == 0 and 0 < sum(f.stat().st_size for f in files_of(store)) <= 6 * 1500
+
+
+@pytest.mark.slow
+def test_f5_eight_processes_share_keys_and_a_cap_for_a_minute(tmp_path):
+    store = run_many(tmp_path, 8, 60.0)
+    report = store.verify()
+    assert report.broken == report.uncounted == 0
+    assert 0 < sum(f.stat().st_size for f in files_of(store)) <= 6 * 1500
+
+
+# F11 and opening
+
+
+def test_f11_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    store = DiskStore(tmp_path / "s", max_bytes=2 * file_size())
+    store.put(key_of(1), kv_of(1))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    store.put(key_of(2), kv_of(2))
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    store.put(key_of(3), kv_of(3))
+    assert [read(store, n)[0] for n in (1, 2, 3)] == [Miss.ABSENT, None, None]
+
+
+def test_f11_a_folder_with_letters_of_all_kinds(tmp_path):
+    store = DiskStore(tmp_path / "магазин 店 ü")
+    assert store.put(key_of(1), kv_of(1)) and read(store, 1)[0] is None
+
+
+def test_a_damaged_index_is_built_anew(store):
+    for number in range(3):
+        store.put(key_of(number), kv_of(number))
+    store.close()
+    for junk in (b"", b"not a database, certainly", os.urandom(5000)):
+        (store.path / "index.sqlite").write_bytes(junk)
+        for suffix in ("-wal", "-shm"):
+            (store.path / f"index.sqlite{suffix}").unlink(missing_ok=True)
+        again = DiskStore(store.path)
+        assert [count for _, count in again.totals().values()] == [3]
+        assert read(again, 1)[0] is None
+        again.close()
+
+
+def test_verify_counts_and_mends(store):
+    for number in range(4):
+        store.put(key_of(number), kv_of(number))
+    first, second, third, _ = files_of(store)
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    second.unlink()
+    moved = third.with_name("0" * 32 + third.name[32:])
+    third.rename(moved)
+    report = store.verify()
+    assert (report.whole, report.broken, report.missing) == (1, 2, 2)
+    assert [count for _, count in store.totals().values()] == [1]
+    assert store.verify() == type(report)(1, 0, 0, 0)
+
+
+def test_forgetting_a_document_removes_it_under_every_model_and_codec(tmp_path):
+    stores = [DiskStore(tmp_path / "s", codec=codec) for codec in CODECS]
+    for store in stores:
+        for model in ("one", "two"):
+            for number in (1, 2):
+                store.put(key_of(number, model=model), kv_of(number))
+    assert stores[0].forget(key_of(1, model="third")) == 4
+    assert len(list((tmp_path / "s").glob("v*/*/*/*.safetensors"))) == 4
+    assert read(stores[1], 1, model="two")[0] is Miss.ABSENT and read(stores[1], 2, model="two")[0] is None
+
+
+def test_clearing_a_namespace_leaves_the_others(store):
+    for namespace in ("a", "b"):
+        store.put(key_of(1, namespace=namespace), kv_of(1))
+    assert store.clear(key_of(1, namespace="a")[:32]) == 1
+    assert read(store, 1, namespace="a")[0] is Miss.ABSENT and read(store, 1, namespace="b")[0] is None
+    assert store.clear() == 1 and not files_of(store)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o664])
+def test_files_and_folders_have_the_mode_that_was_asked_for(tmp_path, mode):
+    before = os.umask(0o077)
+    try:
+        store = DiskStore(tmp_path / "s", mode=mode)
+        store.put(key_of(1), kv_of(1))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(files_of(store)[0].stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("wrong", [{"max_bytes": 0}, {"namespace_bytes": 0}, {"codec": "zip"}])
+def test_wrong_options(tmp_path, wrong):
+    with pytest.raises(InvalidInputError, match=next(iter(wrong))):
+        DiskStore(tmp_path / "s", **wrong)
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_path_that_cannot_be_a_store_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StoreError, match="is a file"):
+        DiskStore(tmp_path / "file")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="is no document store"):
+        DiskStore(tmp_path / "mine")
+    store = DiskStore(tmp_path / "newer")
+    (store.path / "format.json").write_text(json.dumps({"version": 99}))
+    with pytest.raises(StoreError, match="format 99"):
+        DiskStore(store.path)
+    (store.path / "format.json").write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        DiskStore(store.path)
+
+
+def test_a_path_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch):
+    store = DiskStore(tmp_path / "s")
+    store.put(key_of(1), kv_of(1))
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "writev", denied)
+    with pytest.raises(StoreError, match=r"cannot be opened for writing .*read_only=True"):
+        DiskStore(store.path)
+    reader = DiskStore(store.path, read_only=True)
+    assert read(reader, 1)[0] is None and not reader.put(key_of(2), kv_of(2))
+
+
+def test_the_checksum_covers_the_header():
+    assert checksum(b"a", [b"data"]) != checksum(b"b", [b"data"])

@@ -1,0 +1,415 @@
+"""The document store: the fastest tier that has a document, one computation however many ask, no fault that shows."""
+
+import asyncio
+import multiprocessing
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import CPU, SHAPE, Computer, files_of, ids_of, key_of, kv_of, same, wanted_of
+
+from kvfusion_rag import (
+    DiskStore,
+    DocumentStore,
+    InvalidInputError,
+    MemoryStore,
+    OverloadError,
+    RemoteStore,
+    StoreError,
+    StoreEvent,
+)
+from kvfusion_rag.store import Miss, Wanted, as_store, namespace_key, open_store
+from kvfusion_rag.store.format import layout
+
+SIZE = layout(key_of(1), 5, SHAPE, "raw").total
+
+
+def fetch(store: DocumentStore, numbers, compute=None, namespace="", **options):
+    numbers = list(numbers)
+    compute = compute or Computer(numbers, namespace=namespace)
+    found, origins = store.fetch(wanted_of(numbers, namespace=namespace), SHAPE, CPU, "model", compute, **options)
+    for number in numbers if options.get("keep", True) else ():
+        assert same(found[key_of(number, namespace=namespace)], kv_of(number))
+    return [origins[key_of(number, namespace=namespace)] for number in numbers]
+
+
+def layered(tmp_path, **options) -> DocumentStore:
+    return DocumentStore(MemoryStore(), DiskStore(tmp_path / "disk"), load="always", **options)
+
+
+def test_c2_computed_from_memory_and_from_disk_are_the_same(tmp_path):
+    store = layered(tmp_path)
+    assert fetch(store, range(5)) == ["computed"] * 5
+    assert fetch(store, range(5)) == ["memory"] * 5
+    store.memory.clear()
+    assert fetch(store, range(5)) == ["disk"] * 5
+    assert fetch(store, range(5)) == ["memory"] * 5
+    assert fetch(layered(tmp_path), range(6)) == ["disk"] * 5 + ["computed"]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=25)
+def test_whatever_the_tiers_hold_the_right_kv_comes(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("tiers")
+    memory = MemoryStore(max_bytes=data.draw(st.integers(1, 4)) * kv_of(0).nbytes)
+    store = DocumentStore(
+        memory, DiskStore(folder / "d", max_bytes=data.draw(st.integers(1, 4)) * SIZE), load="always"
+    )
+    for _ in range(data.draw(st.integers(1, 6))):
+        numbers = data.draw(st.lists(st.integers(0, 6), unique=True, max_size=5))
+        if data.draw(st.booleans()) and files_of(store.disk):
+            data.draw(st.sampled_from(files_of(store.disk))).write_bytes(data.draw(st.binary(max_size=60)))
+        fetch(store, numbers)
+        assert memory.stats.bytes <= memory.max_bytes
+        assert len(files_of(store.disk)) * SIZE <= store.disk.caps.total
+
+
+def test_documents_are_put_into_the_slots_that_were_named(tmp_path):
+    store = layered(tmp_path)
+    for origin in ("computed", "memory", "disk"):
+        slots = {n: SHAPE.empty(ids_of(n)) for n in range(3)}
+        wanted = {key_of(n): Wanted(ids_of(n), slots[n]) for n in range(3)}
+        found, origins = store.fetch(wanted, SHAPE, CPU, "model", Computer(range(3)))
+        assert set(origins.values()) == {origin} and all(found[key_of(n)] is slots[n] for n in range(3))
+        assert all(same(slots[n], kv_of(n)) for n in range(3))
+        if origin == "memory":
+            store.memory.clear()
+    slots[0].keys.zero_()  # a buffer that is used again changes nothing that is kept
+    assert fetch(store, range(3)) == ["memory"] * 3
+
+
+def test_a_store_without_tiers_keeps_nothing():
+    store = DocumentStore()
+    assert fetch(store, range(2)) == fetch(store, range(2)) == ["computed"] * 2
+
+
+def test_v8_answers_the_same_whether_computed_or_stored(tmp_path):
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d", codec="v8"), load="always")
+    found = []
+    for origin in ("computed", "memory", "disk"):
+        kvs, origins = store.fetch(wanted_of([1]), SHAPE, CPU, "model", Computer([1]))
+        assert set(origins.values()) == {origin}
+        found.append(kvs[key_of(1)])
+        if origin == "memory":
+            store.memory.clear()
+    assert same(found[0], found[1]) and same(found[1], found[2]) and not same(found[0], kv_of(1))
+
+
+# One computation however many ask
+
+
+def test_l1_threads_that_ask_together_compute_each_document_once(tmp_path):
+    store, barrier = layered(tmp_path), threading.Barrier(16)
+    compute = Computer(range(6), before=lambda: time.sleep(0.01))
+
+    def ask(seed: int):
+        barrier.wait()
+        return fetch(store, [(seed + n) % 6 for n in range(6)], compute)
+
+    with ThreadPoolExecutor(16) as threads:
+        origins = list(threads.map(ask, range(16)))
+    assert sorted(compute.asked) == sorted(key_of(n) for n in range(6))
+    assert sum(one.count("computed") for one in origins) == 6
+    metrics = store.metrics
+    assert metrics.lookups == 16 * 6 == metrics.computed + sum(metrics.hits.values())
+
+
+def test_l1_asyncio_tasks_and_threads_mixed_equal_serial_ones():
+    store = DocumentStore(MemoryStore(max_bytes=4 * kv_of(0).nbytes))  # far too small, so that all is in motion
+
+    async def main():
+        return await asyncio.gather(
+            *(asyncio.to_thread(fetch, store, [n % 9, (n * 7 + 1) % 9 + 10]) for n in range(200))
+        )
+
+    with ThreadPoolExecutor(32) as threads:
+        running = [threads.submit(fetch, store, [n % 9]) for n in range(200)]
+        asyncio.run(main())
+        for one in running:
+            one.result()
+    assert not store._flights and store.memory.stats.pinned == 0
+
+
+def test_where_one_thread_fails_the_others_compute_for_themselves():
+    store, begun, go = DocumentStore(MemoryStore()), threading.Event(), threading.Event()
+
+    def failing(keys):
+        begun.set()
+        go.wait(10)
+        raise MemoryError("no room")
+        yield
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(store.fetch, wanted_of([1]), SHAPE, CPU, "model", failing)
+        begun.wait(10)
+        second = threads.submit(fetch, store, [1])
+        time.sleep(0.05)
+        go.set()
+        with pytest.raises(MemoryError):
+            first.result()
+        assert second.result() == ["computed"]
+    assert not store._flights
+
+
+def test_f8_a_computation_that_is_broken_off_leaves_nothing_behind():
+    store = DocumentStore(MemoryStore())
+
+    def interrupted(keys):
+        yield keys[0], kv_of(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.fetch(wanted_of([1, 2]), SHAPE, CPU, "model", interrupted)
+    assert not store._flights and store.memory.stats.pinned == 0
+    assert fetch(store, [1, 2]) == ["memory", "computed"]
+
+
+def test_f12_a_forked_process_reads_on(tmp_path):
+    store = layered(tmp_path)
+    fetch(store, range(3))
+    store.memory.clear()
+    fetch(store, range(3))  # threads are running
+    store.memory.clear()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(fetch(store, [0, 1, 2, 3])))
+    child.start()
+    assert queue.get(timeout=60) == ["disk", "disk", "disk", "computed"]
+    child.join()
+    assert fetch(store, [3]) == ["disk"]
+
+
+def test_f12_a_store_is_not_pickled(tmp_path):
+    with pytest.raises(TypeError, match="open it anew"):
+        pickle.dumps(layered(tmp_path))
+
+
+# Tenants
+
+
+def test_t1_t2_tenants_share_no_document_at_any_tier(tmp_path):
+    remote = RemoteStore(f"file://{tmp_path}/remote")
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote, load="always")
+    assert fetch(store, range(3), namespace="a") == ["computed"] * 3
+    store.flush()
+    assert fetch(store, range(3), namespace="b") == ["computed"] * 3  # A's hits cannot be told by time or origin
+    for tier in (store.disk, remote):
+        assert set(tier.totals()) == {namespace_key("a"), namespace_key("b")} or tier is remote
+    store.flush()
+    assert set(remote.totals()) == {namespace_key("a"), namespace_key("b")}
+
+
+def test_t5_no_text_ids_or_tenant_in_names_events_and_repr(tmp_path, caplog):
+    events: list[StoreEvent] = []
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), load="always", on_event=events.append)
+    fetch(store, range(3), namespace="secret tenant")
+    files_of(store.disk)[0].write_bytes(b"x")
+    store.memory.clear()
+    fetch(store, range(3), namespace="secret tenant")
+    names = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")]
+    said = " ".join([*names, repr(events), repr(store), caplog.text, str(store.metrics.to_dict())])
+    said = said.replace(str(tmp_path), "")
+    assert "secret" not in said and "tenant" not in said
+    assert not any(str(ids_of(n)).strip("()") in said for n in range(3))
+
+
+def test_forgetting_holds_at_every_tier(tmp_path):
+    remote = RemoteStore(f"file://{tmp_path}/remote")
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote, load="always")
+    fetch(store, range(4))
+    store.flush()
+    assert store.forget([key_of(1), key_of(2, model="another model")]) == 6
+    for number, origin in ((0, "memory"), (1, "computed"), (2, "computed"), (3, "memory")):
+        assert fetch(store, [number]) == [origin]
+    store.flush()
+    assert store.clear(namespace_key("other")) == 0
+    assert store.clear(namespace_key("")) == 12
+    assert (len(store.memory), store.disk.totals(), remote.totals()) == (0, {}, {})
+
+
+# The remote tier
+
+
+def test_a_shared_folder_serves_a_machine_that_has_nothing(tmp_path):
+    url = f"file://{tmp_path}/shared"
+    first = open_store(url, local=tmp_path / "one")
+    fetch(first, range(3))
+    first.close()
+    second = open_store(url, local=tmp_path / "two")
+    assert fetch(second, range(4)) == ["remote"] * 3 + ["computed"]
+    second.memory.clear()
+    assert fetch(second, range(3)) == ["disk"] * 3  # which it has kept
+
+
+@pytest.mark.parametrize("data", [b"", b"junk", bytes(SIZE)])
+def test_f9_what_a_remote_store_sends_is_checked(tmp_path, data):
+    url = f"file://{tmp_path}/shared"
+    first = open_store(url, local=tmp_path / "one")
+    fetch(first, [1])
+    first.close()
+    (file,) = (tmp_path / "shared").glob("v*/*/*/*.safetensors")
+    file.write_bytes(data)
+    second = open_store(url, local=tmp_path / "two")
+    assert fetch(second, [1]) == ["computed"]
+    assert sum(second.metrics.faults.values()) == 1 and next(iter(second.metrics.faults)).startswith("remote/")
+
+
+def test_f9_a_slow_remote_store_costs_one_bounded_wait(tmp_path, monkeypatch, caplog):
+    remote = RemoteStore(f"memory://{tmp_path.name}", wait=0.1)
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote, load="always")
+    monkeypatch.setattr(remote._system, "cat_file", lambda path: time.sleep(0.6) or b"")
+    began = time.monotonic()
+    assert fetch(store, [1]) == ["computed"]
+    assert time.monotonic() - began < 0.5
+    began = time.monotonic()
+    assert fetch(store, range(2, 6)) == ["computed"] * 4  # left alone for a while
+    assert time.monotonic() - began < 0.5 and len(caplog.records) == 1
+    assert store.metrics.faults == {"remote/late": 1}
+
+
+def test_f9_a_remote_store_that_is_down_costs_a_warning(tmp_path, monkeypatch, caplog):
+    remote = RemoteStore(f"memory://{tmp_path.name}")
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote, load="always")
+
+    def down(*_, **__):
+        raise ConnectionError("no route")
+
+    for name in ("cat_file", "pipe_file", "exists", "makedirs"):
+        monkeypatch.setattr(remote._system, name, down)
+    assert fetch(store, range(4)) == ["computed"] * 4
+    store.close()
+    assert len(caplog.records) == 1 and "no route" in caplog.text
+
+
+def test_a_remote_cap_is_kept_in_the_long_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.store.remote._CHECKED_EVERY", 4)
+    remote = RemoteStore(f"file://{tmp_path}/remote", max_bytes=6 * SIZE)
+    store = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always")
+    for number in range(24):
+        fetch(store, [number])
+        store.flush()
+    assert 0 < sum(count for _, count in remote.totals().values()) <= 6 + 4 and remote.evictions > 0
+
+
+# Load or compute
+
+
+def test_what_is_slower_to_load_than_to_compute_is_computed(tmp_path):
+    store = DocumentStore(None, DiskStore(tmp_path / "d"))
+    policy = store._policy
+    assert policy.should_load("m")
+    policy.note_prefill("m", 300, 0.3)
+    assert policy.should_load("m")
+    policy.note_load("m", 300, 0.6)
+    assert not policy.should_load("m") and policy.should_load("another")
+    again = DocumentStore(None, DiskStore(tmp_path / "d"))
+    assert not again._policy.should_load("m")  # measured once
+    for load in ("always", "never"):
+        decided = DocumentStore(None, DiskStore(tmp_path / "d"), load=load)
+        assert decided._policy.should_load("m") == (load == "always")
+    (tmp_path / "d/calibration.json").write_text("[1, 2")
+    assert DocumentStore(None, DiskStore(tmp_path / "d"))._policy.should_load("m")
+
+
+def test_documents_that_are_not_loaded_are_counted_so(tmp_path):
+    fetch(layered(tmp_path), range(3))
+    store = DocumentStore(None, DiskStore(tmp_path / "disk"), load="never")
+    assert fetch(store, range(3)) == ["computed"] * 3
+    assert store.metrics.misses == {Miss.SLOWER: 3}
+
+
+def test_prefetch_brings_what_is_stored_into_memory_and_computes_nothing(tmp_path):
+    fetch(layered(tmp_path), range(3))
+    store = layered(tmp_path)
+    there = store.prefetch({key_of(n): ids_of(n) for n in range(5)}, SHAPE, CPU, "model")
+    assert there.result(10) == 3 == len(store.memory)
+    assert fetch(store, range(4)) == ["memory"] * 3 + ["computed"]
+
+
+# Metrics
+
+
+def test_metrics_add_up(tmp_path):
+    events: list[StoreEvent] = []
+    store = layered(tmp_path, on_event=events.append)
+    fetch(store, range(4))
+    fetch(store, range(4))
+    store.memory.clear()
+    files_of(store.disk)[0].write_bytes(b"")
+    origins = fetch(store, range(4))
+    metrics = store.metrics
+    assert origins.count("disk") == 3
+    assert metrics.lookups == 12 and metrics.hits == {"memory": 4, "disk": 3}
+    assert metrics.misses == {"absent": 4, "truncated": 1} and metrics.faults == {"disk/truncated": 1}
+    assert (metrics.computed, metrics.computed_tokens) == (5, 25)
+    assert metrics.loaded_bytes == {"memory": 4 * kv_of(0).nbytes, "disk": 3 * kv_of(0).nbytes}
+    assert metrics.used_bytes == {"memory": 4 * kv_of(0).nbytes, "disk": 4 * SIZE}
+    assert metrics.hit_rate == 7 / 12 == metrics.to_dict()["hit_rate"]
+    assert {event.kind for event in events} == {"hit", "miss", "computed", "stored"}
+
+
+def test_a_callback_that_fails_is_left_alone(caplog):
+    def broken(event):
+        raise RuntimeError("mine")
+
+    store = DocumentStore(MemoryStore(), on_event=broken)
+    assert fetch(store, range(3)) == ["computed"] * 3
+    assert len(caplog.records) == 1
+
+
+# What a caller may name
+
+
+def test_names_of_stores(tmp_path):
+    assert as_store(None).is_empty and not as_store("memory").is_empty
+    memory = MemoryStore()
+    assert as_store(memory).memory is memory
+    for place in (tmp_path / "s", str(tmp_path / "s"), DiskStore(tmp_path / "s")):
+        assert as_store(place).disk.path == tmp_path / "s"
+    store = DocumentStore()
+    assert as_store(store) is store
+    for wrong in (3, {}, b"s"):
+        with pytest.raises(InvalidInputError, match="store is"):
+            as_store(wrong)
+    with pytest.raises(StoreError, match="cannot be opened"):
+        as_store("nosuchprotocol://x")
+
+
+def test_a_cap_smaller_than_one_document_is_one_clear_error(tmp_path):
+    for store in (DocumentStore(MemoryStore(10)), DocumentStore(None, DiskStore(tmp_path / "s", max_bytes=10))):
+        with pytest.raises(InvalidInputError, match=r"max_bytes of the .* store is 10"):
+            store.require_room(100, "a document")
+    assert torch.is_tensor(kv_of(1).keys)
+
+
+# L3: queues have bounds
+
+
+def test_l3_more_prefetches_than_may_wait_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.store.documents.PREFETCHES", 3)
+    store, go = layered(tmp_path), threading.Event()
+    monkeypatch.setattr(store, "_prefetch", lambda *_: go.wait(10))
+    waiting = [store.prefetch({}, SHAPE, CPU, "model") for _ in range(3)]
+    with pytest.raises(OverloadError, match="3 calls of prefetch wait already"):
+        store.prefetch({}, SHAPE, CPU, "model")
+    go.set()
+    assert all(one.result(10) for one in waiting)
+    assert store.prefetch({}, SHAPE, CPU, "model").result(10)
+
+
+def test_l3_uploads_that_find_no_place_in_the_queue_are_dropped_and_counted(tmp_path, monkeypatch):
+    remote = RemoteStore(f"memory://{tmp_path.name}")
+    store, go = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always"), threading.Event()
+    real = remote._system.pipe_file
+    monkeypatch.setattr(remote._system, "pipe_file", lambda *a, **k: (go.wait(30), real(*a, **k)))
+    began = time.monotonic()
+    fetch(store, range(70))
+    assert time.monotonic() - began < 10 and remote.dropped == 70 - 64
+    go.set()
+    store.flush()
+    assert sum(count for _, count in remote.totals().values()) == 64
