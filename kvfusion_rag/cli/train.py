@@ -18,7 +18,7 @@ from .options import positive, require_paths
 
 if TYPE_CHECKING:
     from ..qa import QARow
-    from ..training import Progress
+    from ..training import Progress, TrainingConfig
 
 # Settings of TrainingConfig that are flags or lists get arguments of their own.
 NUMBERS = (
@@ -73,13 +73,20 @@ def run(args: argparse.Namespace) -> int:
         rows, output=args.output, model=args.model, dev=dev, config=config, device=args.device,
         dtype=args.dtype, resume=args.resume, files=_files(args), report=report,
     )  # fmt: skip
-    if not PartialState().is_main_process:
-        return 0
+    processes = PartialState()
+    if processes.is_main_process:
+        _say_end(args, config, progress)
+    if processes.num_processes > 1:  # or those that end last abort, because their peers are gone
+        processes.wait_for_everyone()
+        processes.destroy_process_group()
+    return 0
+
+
+def _say_end(args: argparse.Namespace, config: TrainingConfig, progress: Progress) -> None:
     if args.json:
         say_json({"output": args.output, "config": asdict(config), **asdict(progress), "best": progress.best})
     else:
         say(f"{progress.step} steps; the best decoder is in {shown_path(args.output)}/best")
-    return 0
 
 
 def _require_plot(path: Path | None, *, resume: bool) -> None:
