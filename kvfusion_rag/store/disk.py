@@ -13,7 +13,6 @@ is a miss with its reason. Files are never changed in place, so a reader keeps w
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
 import logging
@@ -24,28 +23,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-
-import xxhash
 
 from ..errors import InvalidInputError, StoreError
 from ..schema import DocumentKV, KVShape
-from .format import (
-    CODECS,
-    FORMAT_VERSION,
-    Buffer,
-    Codec,
-    Layout,
-    checksum,
-    chunks,
-    encode,
-    expand,
-    is_finite,
-    layout,
-    scratch,
-    token_bytes,
-)
+from .files import SUFFIX, Miss, check_alone, read_file, write_all
+from .format import CODECS, FORMAT_VERSION, Buffer, Codec, encode, is_finite, layout
 from .index import Caps, Entry, Index
 from .keys import document_part, is_key
 
@@ -54,23 +37,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_BYTES = 20 << 30
 PAUSE_SECONDS = 60.0  # without writing, after a write that failed
 QUARANTINED = 16  # broken files that are kept
-SUFFIX = ".safetensors"
-_MOST_BUFFERS = 1024  # of one preadv or writev
-_LONGEST_HEADER = 1 << 16  # bytes
-
-
-class Miss(StrEnum):
-    """Why a document was not found."""
-
-    ABSENT = "absent"
-    TRUNCATED = "truncated"  # or longer than it should be
-    HEADER = "header"  # of another document, model or format
-    CHECKSUM = "checksum"
-    TOKENS = "tokens"
-    NUMBERS = "numbers"  # infinite or not a number
-    UNREADABLE = "unreadable"  # the system's error
-    LATE = "late"  # a remote store took too long
-    SLOWER = "slower"  # than computing it again
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +94,7 @@ class DiskStore:
         self._warned: set[str] = set()
         self._open()
         self._index = None if read_only else self._open_index()
-        self.evictions = self.rejected = self.written = self.failed_writes = self.sweeps = 0
+        self.evictions = self.rejected = self.written = self.failed_writes = 0
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, codec={self.codec!r}, max_bytes={self.caps.total:,})"
@@ -154,7 +120,7 @@ class DiskStore:
         except OSError as error:
             return self._unreadable(error)
         try:
-            found = _read(place, plan, into, self.codec)
+            found = read_file(place, plan, into, self.codec)
         except OSError as error:
             return self._unreadable(error)
         finally:
@@ -168,53 +134,21 @@ class DiskStore:
     def put(self, key: str, document: DocumentKV) -> bool:
         """Write ``document``, making room for it; whether it is there now. Faults are counted and logged once."""
         file = self._file(key)
-        if self._index is None or time.monotonic() < self._paused_until:
+        if not self._writable:
             return False
         if file.exists():
             return True
         if not is_finite(document):
             self._warn("a document's keys or values are not finite numbers; it is not stored")
             return False
-        buffers = encode(key, document, self.codec)
-        entry = Entry(self._name(file), key[:32], sum(len(part) for part in buffers))
-        try:
-            removed = self._index.reserve(entry, self.caps, self._unlink)
-            if removed is None:
-                self.rejected += 1
-                return False
-            self.evictions += removed
-            self._write(file, buffers)
-            if not self._index.holds(entry.name):  # another process made room meanwhile
-                self._unlink(entry.name)
-                return False
-        except (OSError, sqlite3.Error) as error:
-            self.failed_writes += 1
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
-            self._warn(f"documents cannot be stored for now ({_cause(error)}); answers go on without")
-            with suppress(OSError, sqlite3.Error):
-                self._index.remove([entry.name], self._unlink)
-            return False
-        self.written += entry.bytes
-        return True
+        return self._place(file, encode(key, document, self.codec))
 
     def adopt(self, key: str, data: bytes, shape: KVShape, into: DocumentKV) -> Miss | None:
         """Take in a file that was made elsewhere, as far as it is what ``key`` asks for, and read it."""
         file = self._file(key)
-        if self._index is None:
-            return Miss.UNREADABLE
         if len(data) != layout(key, into.num_tokens, shape, self.codec).total:
             return Miss.TRUNCATED
-        entry = Entry(self._name(file), key[:32], len(data))
-        try:
-            removed = self._index.reserve(entry, self.caps, self._unlink)
-            if removed is None:
-                return Miss.UNREADABLE
-            self.evictions += removed
-            self._write(file, [data])
-        except (OSError, sqlite3.Error) as error:
-            self._warn(f"documents from elsewhere cannot be stored ({_cause(error)}); they are computed again")
-            return Miss.UNREADABLE
-        return self.get(key, shape, into)
+        return self.get(key, shape, into) if self._place(file, [data]) else Miss.UNREADABLE
 
     def forget(self, key: str) -> int:
         """Remove the document of ``key`` under every model; how many files that were."""
@@ -250,7 +184,7 @@ class DiskStore:
         whole = broken = 0
         present: set[str] = set()
         for file, entry in self._scan():
-            reason = _check_alone(file)
+            reason = check_alone(file)
             if reason is None:
                 whole += 1
                 present.add(entry.name)
@@ -341,13 +275,42 @@ class DiskStore:
                 with suppress(FileNotFoundError):
                     yield file, Entry(self._name(file), file.parts[-3], file.stat().st_size)
 
+    @property
+    def _writable(self) -> bool:
+        return self._index is not None and time.monotonic() >= self._paused_until
+
+    def _place(self, file: Path, buffers: Sequence[Buffer]) -> bool:
+        """Make room for a document's file, count it and write it; whether it is there now."""
+        if self._index is None or not self._writable:
+            return False
+        entry = Entry(self._name(file), file.parts[-3], sum(len(part) for part in buffers))
+        try:
+            removed = self._index.reserve(entry, self.caps, self._unlink)
+            if removed is None:
+                self.rejected += 1
+                return False
+            self.evictions += removed
+            self._write(file, buffers)
+            if not self._index.holds(entry.name):  # another process made room meanwhile
+                self._unlink(entry.name)
+                return False
+        except (OSError, sqlite3.Error) as error:
+            self.failed_writes += 1
+            self._paused_until = time.monotonic() + PAUSE_SECONDS
+            self._warn(f"documents cannot be stored for now ({_cause(error)}); answers go on without")
+            with suppress(OSError, sqlite3.Error):
+                self._index.remove([entry.name], self._unlink)
+            return False
+        self.written += entry.bytes
+        return True
+
     def _write(self, file: Path, buffers: Sequence[Buffer]) -> None:
         temporary = self.path / "tmp" / f"{socket.gethostname()}~{os.getpid()}~{id(self)}~{next(self._numbers)}"
         place = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
         try:
             try:
                 os.fchmod(place, self._mode)  # whatever the umask says
-                _write_all(place, buffers)
+                write_all(place, buffers)
                 if self._fsync:
                     os.fsync(place)
             finally:
@@ -393,84 +356,6 @@ class DiskStore:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning("store %s: %s", self.path, message)
-
-
-def _read(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
-    """Read the file that is open at ``place`` into ``into`` and check it."""
-    if os.fstat(place).st_size != plan.total:
-        return Miss.TRUNCATED
-    header, ids = bytearray(len(plan.header)), bytearray(plan.sizes[3])
-    small = scratch(into) if codec == "v8" else None
-    data = chunks(into.keys)
-    data += chunks(into.values) if small is None else [part for tensor in small for part in chunks(tensor)]
-    if not _read_all(place, [header, *data, ids]):
-        return Miss.TRUNCATED
-    end = plan.checksum_at + 32
-    written = bytes(header[plan.checksum_at : end])
-    header[plan.checksum_at : end] = plan.header[plan.checksum_at : end]
-    if header != plan.header:
-        return Miss.HEADER
-    if checksum(plan.header, [*data, ids]) != written:
-        return Miss.CHECKSUM
-    if ids != token_bytes(into.token_ids):
-        return Miss.TOKENS
-    if small is not None:
-        expand(small[0], small[1], into.values)
-    return None if is_finite(into) else Miss.NUMBERS
-
-
-def _read_all(place: int, buffers: Sequence[Buffer]) -> bool:
-    """Fill all buffers from the start of the file; whether there was enough."""
-    offset, todo = 0, [memoryview(part).cast("B") for part in buffers if len(part)]
-    while todo:
-        count = os.preadv(place, todo[:_MOST_BUFFERS], offset)
-        if count == 0:
-            return False
-        offset += count
-        todo = _after(todo, count)
-    return True
-
-
-def _write_all(place: int, buffers: Sequence[Buffer]) -> None:
-    todo = [memoryview(part).cast("B") for part in buffers if len(part)]
-    while todo:
-        count = os.writev(place, todo[:_MOST_BUFFERS])
-        if count == 0:
-            raise OSError(errno.EIO, "nothing could be written")
-        todo = _after(todo, count)
-
-
-def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
-    """What is left of ``buffers`` behind the first ``count`` bytes."""
-    for number, part in enumerate(buffers):
-        if count < len(part):
-            return [part[count:], *buffers[number + 1 :]]
-        count -= len(part)
-    return []
-
-
-def _check_alone(file: Path) -> Miss | None:
-    """Whether a file is whole and stands under its own name, without a model to compare it with."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= _LONGEST_HEADER:
-                return Miss.HEADER
-            header = bytearray(length.to_bytes(8, "little") + stream.read(length))
-            facts = json.loads(header[8:])["__metadata__"]
-            namespace, rest = file.parts[-3], file.name.removesuffix(SUFFIX)
-            if facts["key"] != f"{namespace}-{rest}":
-                return Miss.HEADER
-            place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
-            header[place : place + 32] = b"0" * 32
-            digest = xxhash.xxh3_128(header)
-            while part := stream.read(1 << 20):
-                digest.update(part)
-            return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
-    except OSError:
-        return Miss.UNREADABLE
-    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not ours
-        return Miss.HEADER
 
 
 def _version(marker: Path) -> int:

@@ -7,22 +7,22 @@ nor text: what is missing is computed by a function of the caller's.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 
 from ..errors import InvalidInputError, OverloadError
 from ..schema import DocumentKV, KVShape, Origin
-from .disk import DiskStore, Miss
+from .disk import DiskStore
+from .files import Miss
 from .format import compress, encode, expand
+from .keys import document_part
 from .memory import MemoryStore
 from .metrics import Counters, StoreEvent, StoreMetrics, Tier
 from .policy import Loading, LoadPolicy
@@ -166,7 +166,7 @@ class DocumentStore:
         """Remove documents, under every model, from every tier; how many copies that were."""
         removed = 0
         for key in keys:
-            prefix = key[:65]
+            prefix = document_part(key)
             if self.memory is not None:
                 removed += self.memory.remove(lambda one, prefix=prefix: one.startswith(prefix))
             removed += sum(tier.forget(key) for tier in (self.disk, self.remote) if tier is not None)
@@ -404,61 +404,3 @@ class DocumentStore:
             if place not in self._pools:
                 self._pools[place] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
             return self._pools[place]
-
-
-Place = DocumentStore | MemoryStore | DiskStore | str | os.PathLike[str] | None
-
-
-def as_store(place: Place) -> DocumentStore:
-    """A document store of what a caller names: "memory" (1 GiB of it), a folder or URL, a tier, a store, or nothing.
-
-    Raises:
-        InvalidInputError: it is none of these.
-        StoreError: it cannot be opened.
-    """
-    match place:
-        case DocumentStore():
-            return place
-        case None:
-            return DocumentStore()
-        case "memory" | MemoryStore():
-            return DocumentStore(MemoryStore() if place == "memory" else place)
-        case DiskStore():
-            return DocumentStore(MemoryStore(), place)
-        case str() | os.PathLike():
-            return open_store(place)
-    raise InvalidInputError(
-        f"store is {place!r}, but it must be 'memory', a folder, a URL, a MemoryStore, DiskStore or DocumentStore, or "
-        "None."
-    )
-
-
-def open_store(
-    place: str | os.PathLike[str],
-    *,
-    memory: MemoryStore | None = None,
-    local: str | os.PathLike[str] | None = None,
-    **options: Any,
-) -> DocumentStore:
-    """The store in a folder or behind a URL, with a memory tier in front.
-
-    Args:
-        place: a folder, or an fsspec URL (``s3://bucket/folder``) with a local disk tier in front.
-        memory: by default one of 1 GiB.
-        local: folder of that local disk tier; by default one of its own in the user's cache folder.
-        options: of :class:`DiskStore`.
-
-    Raises:
-        StoreError, InvalidInputError: as the tiers.
-    """
-    memory = MemoryStore() if memory is None else memory
-    text = os.fspath(place)
-    if "://" not in text:
-        return DocumentStore(memory, DiskStore(text, **options))
-    remote = RemoteStore(text, codec=options.get("codec", "raw"), read_only=options.get("read_only", False))
-    return DocumentStore(memory, DiskStore(local or _cache_folder(text), **options), remote)
-
-
-def _cache_folder(url: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "kvfusion" / "store" / hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -92,7 +92,7 @@ class Counters:
                 self._loaded[event.tier] += event.bytes
                 self._load_seconds[event.tier] = self._load_seconds.get(event.tier, 0.0) + event.seconds
             elif event.kind == "miss":
-                reason = event.reason or "absent"
+                reason = str(event.reason or "absent")  # an enum's name would show in every report
                 if event.tier is not None and reason != "absent":
                     self._faults[f"{event.tier}/{reason}"] += event.documents
                 if event.tier is None:

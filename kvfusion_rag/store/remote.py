@@ -16,7 +16,7 @@ from concurrent.futures import TimeoutError as LateError
 from typing import Any
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
-from .disk import SUFFIX, Miss
+from .files import SUFFIX, Miss
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec
 from .keys import document_part
 

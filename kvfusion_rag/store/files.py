@@ -1,0 +1,112 @@
+"""Reading, writing and checking the file of one document: system calls over what ``format.py`` lays out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+
+import xxhash
+
+from ..schema import DocumentKV
+from .format import Buffer, Codec, Layout, checksum, chunks, expand, is_finite, scratch, token_bytes
+
+SUFFIX = ".safetensors"
+_MOST_BUFFERS = 1024  # of one preadv or writev
+_LONGEST_HEADER = 1 << 16  # bytes
+
+
+class Miss(StrEnum):
+    """Why a document was not found."""
+
+    ABSENT = "absent"
+    TRUNCATED = "truncated"  # or longer than it should be
+    HEADER = "header"  # of another document, model or format
+    CHECKSUM = "checksum"
+    TOKENS = "tokens"
+    NUMBERS = "numbers"  # infinite or not a number
+    UNREADABLE = "unreadable"  # the system's error
+    LATE = "late"  # a remote store took too long
+    SLOWER = "slower"  # than computing it again
+
+
+def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
+    """Read the file that is open at ``place`` into ``into`` and check it."""
+    if os.fstat(place).st_size != plan.total:
+        return Miss.TRUNCATED
+    header, ids = bytearray(len(plan.header)), bytearray(plan.sizes[3])
+    small = scratch(into) if codec == "v8" else None
+    data = chunks(into.keys)
+    data += chunks(into.values) if small is None else [part for tensor in small for part in chunks(tensor)]
+    if not _read_all(place, [header, *data, ids]):
+        return Miss.TRUNCATED
+    end = plan.checksum_at + 32
+    written = bytes(header[plan.checksum_at : end])
+    header[plan.checksum_at : end] = plan.header[plan.checksum_at : end]
+    if header != plan.header:
+        return Miss.HEADER
+    if checksum(plan.header, [*data, ids]) != written:
+        return Miss.CHECKSUM
+    if ids != token_bytes(into.token_ids):
+        return Miss.TOKENS
+    if small is not None:
+        expand(small[0], small[1], into.values)
+    return None if is_finite(into) else Miss.NUMBERS
+
+
+def _read_all(place: int, buffers: Sequence[Buffer]) -> bool:
+    """Fill all buffers from the start of the file; whether there was enough."""
+    offset, todo = 0, [memoryview(part).cast("B") for part in buffers if len(part)]
+    while todo:
+        count = os.preadv(place, todo[:_MOST_BUFFERS], offset)
+        if count == 0:
+            return False
+        offset += count
+        todo = _after(todo, count)
+    return True
+
+
+def write_all(place: int, buffers: Sequence[Buffer]) -> None:
+    """Write all buffers one after the other."""
+    todo = [memoryview(part).cast("B") for part in buffers if len(part)]
+    while todo:
+        count = os.writev(place, todo[:_MOST_BUFFERS])
+        if count == 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        todo = _after(todo, count)
+
+
+def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
+    """What is left of ``buffers`` behind the first ``count`` bytes."""
+    for number, part in enumerate(buffers):
+        if count < len(part):
+            return [part[count:], *buffers[number + 1 :]]
+        count -= len(part)
+    return []
+
+
+def check_alone(file: Path) -> Miss | None:
+    """Whether a file is whole and stands under its own name, without a model to compare it with."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= _LONGEST_HEADER:
+                return Miss.HEADER
+            header = bytearray(length.to_bytes(8, "little") + stream.read(length))
+            facts = json.loads(header[8:])["__metadata__"]
+            namespace, rest = file.parts[-3], file.name.removesuffix(SUFFIX)
+            if facts["key"] != f"{namespace}-{rest}":
+                return Miss.HEADER
+            place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
+            header[place : place + 32] = b"0" * 32
+            digest = xxhash.xxh3_128(header)
+            while part := stream.read(1 << 20):
+                digest.update(part)
+            return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
+    except OSError:
+        return Miss.UNREADABLE
+    except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not ours
+        return Miss.HEADER
