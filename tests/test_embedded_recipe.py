@@ -6,6 +6,8 @@ import json
 import lzma
 import math
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
@@ -99,9 +101,52 @@ def test_unanswerable_questions_come_from_other_documents(texts, tokenizer):
     assert 0 < (made.golds >= 0).sum() < made.questions
 
 
+def test_a_swapped_answer_stands_wherever_the_old_one_stood(texts, tokenizer):
+    text = Text(
+        "Built by Amara Oke in 1874, it was sold by Amara Oke in 1902. Amara Okeke came later.",
+        "A house",
+        [
+            ("who built it?", "Amara Oke", 9),
+            ("when was it built?", "1874", 22),
+            ("when did Amara Oke sell it?", "1902", 56),
+            ("who sold it, and when?", "Amara Oke in 1902", 43),
+        ],
+    )
+    made = sampler([*texts, text], tokenizer)._swap_answer(
+        random.Random(1), replace(text, questions=text.questions[:1])
+    )
+    (asked, new, start) = made.questions[0]
+    assert asked == "who built it?" and new != "Amara Oke" and made.text.count(new) == 2
+    assert "Amara Okeke came later" in made.text and "Amara Oke " not in made.text
+    for seed in range(20):
+        made = sampler([*texts, text], tokenizer)._swap_answer(random.Random(seed), text)
+        assert all(made.text[start:].startswith(answer) for _, answer, start in made.questions)
+        if (
+            "Amara Oke " not in made.text
+        ):  # the question that names the old one no longer holds, nor does a longer answer
+            assert {question for question, _, _ in made.questions} == {"who built it?", "when was it built?"}
+
+
+def test_a_question_on_a_swapped_document_is_never_called_unanswerable(texts, tokenizer):
+    options = {"cloze": 0.0, "unanswerable": 1.0, "large": 2, "swapped": 1.0, "joined_every": 99}
+    made, checked = sampler(texts, tokenizer, **options), 0
+    for step in range(1, 9):
+        batch = made.batch(STAGES[1], step, 0, 0.0)
+        documents = tokenizer.batch_decode([ids[ids != 0] for ids in batch.documents])
+        for group in range(2):
+            for number in range(int(batch.owner[group].max()) + 1):
+                asked = tokenizer.decode(batch.ids[group][batch.owner[group] == number])
+                thing = re.search(r"thing (\d+)", asked)
+                if thing and "unanswerable" in asked:
+                    opening = " ".join(texts[int(thing[1])].text.split()[:12])
+                    assert not any(opening in document for document in documents[group * 3 : group * 3 + 3])
+                    checked += 1
+    assert checked > 5
+
+
 @pytest.mark.parametrize("joined", [False, True])
 def test_golds_are_the_documents_that_answer(texts, tokenizer, joined):
-    options = {"cloze": 0.0, "joined_every": 1 if joined else 99, "joined_tokens": 120}
+    options = {"cloze": 0.0, "swapped": 0.5, "joined_every": 1 if joined else 99, "joined_tokens": 120}
     batch = sampler(texts, tokenizer, **options).batch(STAGES[1], 1, 0, 0.0)
     slots = batch.documents.view(len(batch.ids), -1)
     row = batch.targets // batch.ids.shape[1]
@@ -192,6 +237,7 @@ def arguments(folder, **changes) -> argparse.Namespace:
         "joined": False,
         "learning_rate": 1e-3,
         "dropout": 0.1,
+        "dtype": "float32",
         "warmup": 1,
         "eval_every": 2,
         "seed": 0,

@@ -8,6 +8,7 @@ Knows tokenizers, but no weights.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,8 @@ _CLOZE_ANSWER = re.compile(
     r"(?<=[a-z,;\)] )(?:[A-Z][\w'\-\.]*\w(?: (?:of |the |de |and )?[A-Z][\w'\-\.]*\w)*|\d[\d,\.]*\d|\d+)"
 )
 _CLOZE_REACH = 90  # characters on either side
+_YEAR, _NUMBER = re.compile(r"1\d{3}|20\d\d"), re.compile(r"\d[\d,.]*")
+_NAME = re.compile(r"[A-Z][\w'\-]+(?: [A-Z][\w'\-]+){0,3}")
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ class Mixture:
         related: groups whose documents are neighbours of one another.
         cloze: cloze questions beside each document's real ones, at the start; it halves towards the end.
         plain: documents without real questions among the unrelated ones.
+        swapped: documents in which an answer is replaced by another of its kind, so that it has to be read and not
+            remembered (the idea of NQ-swap).
         unanswerable: questions on a document that is not in the group, from ``large`` documents on.
         joined_every: one step in so many reads its documents as one joined prompt, of at most ``joined_documents`` and
             ``joined_tokens``.
@@ -75,6 +80,7 @@ class Mixture:
     related: float = 0.75
     cloze: float = 0.5
     plain: float = 0.2
+    swapped: float = 0.25
     unanswerable: float = 0.04
     large: int = 8
     joined_every: int = 8
@@ -112,6 +118,10 @@ class GroupSampler:
         self._tokenizer, self._encoder = tokenizer, encoder
         self._end, self._position, self._mixture, self._seed = end_id, question_position, mixture, seed
         self._epoch_order = lru_cache(maxsize=2)(self._shuffled)
+        self._answers: dict[str, list[str]] = {}
+        for _, answer, _ in itertools.chain.from_iterable(text.questions for text in texts):
+            if kind := _kind(answer):
+                self._answers.setdefault(kind, []).append(answer)
 
     def batch(self, stage: Stage, step: int, first_document: int, progress: float) -> GroupBatch:
         """The batch of one step.
@@ -141,6 +151,8 @@ class GroupSampler:
         documents: list[list[int]] = [[]] * count
         asked: list[Asked] = []
         for place, text in zip(order, chosen, strict=True):
+            if rng.random() < self._mixture.swapped:
+                text = self._swap_answer(rng, text)
             documents[place], window = self._window(rng, text, room)
             asked += [(pair, place) for pair in self._pairs(rng, text, window, cloze)]
         if count >= self._mixture.large:
@@ -170,6 +182,26 @@ class GroupSampler:
         random.Random(f"{self._seed}/epoch/{epoch}").shuffle(order)
         return order
 
+    def _swap_answer(self, rng: random.Random, text: Text) -> Text:
+        """The document with one of its answers replaced wherever it stands, and the questions that still hold."""
+        known = [answer for _, answer, _ in text.questions if _kind(answer) and answer not in (text.title or "")]
+        if not known:
+            return text
+        old = rng.choice(known)
+        new = rng.choice(self._answers[_kind(old)])
+        pattern = re.compile(rf"(?<!\w){re.escape(old)}(?!\w)")
+        places = [match.start() for match in pattern.finditer(text.text)]
+        questions = []
+        for question, answer, start in text.questions:
+            moved = start + (len(new) - len(old)) * sum(place < start for place in places)
+            if old in question:
+                continue
+            if answer == old and start in places:
+                questions.append((question, new, moved))
+            elif all(place + len(old) <= start or start + len(answer) <= place for place in places):
+                questions.append((question, answer, moved))
+        return Text(pattern.sub(lambda _: new, text.text), text.title, questions)
+
     def _window(self, rng: random.Random, text: Text, room: int) -> tuple[list[int], tuple[int, int]]:
         """Ids of a document, cut to ``room`` tokens, and the characters of the text that they cover."""
         title = text.title if text.title and rng.random() < TITLE_SHARE else None
@@ -194,7 +226,7 @@ class GroupSampler:
 
     def _unanswerable(self, rng: random.Random, chosen: Sequence[Text], anchor: int) -> list[Pair]:
         near = self._neighbours[self._at(anchor)][:20]
-        text = "\n".join(one.text for one in chosen)
+        text = "\n".join(f"{one.title} {one.text}" for one in chosen)
         pairs = []
         for _ in range(len(chosen) * self._mixture.questions_a_document):
             if rng.random() < self._mixture.unanswerable:
@@ -284,6 +316,15 @@ def texts_of(examples: Iterable[Example]) -> list[Text]:
                 if start >= 0:
                     text.questions.append((example.question, answer, start))
     return [text for text in found.values() if text.questions]
+
+
+def _kind(answer: str) -> str:
+    """What an answer can be replaced by: a year, a number or a name of as many words; empty for anything else."""
+    if _YEAR.fullmatch(answer):
+        return "year"
+    if _NUMBER.fullmatch(answer):
+        return "number"
+    return f"name of {len(answer.split())}" if _NAME.fullmatch(answer) else ""
 
 
 def _as_typed(rng: random.Random, question: str) -> str:

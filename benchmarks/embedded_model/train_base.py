@@ -77,7 +77,17 @@ GUIDED_LAYERS, GUIDANCE = 3, 0.5  # attention of these last layers is taught to 
 AVERAGE_DECAY = 0.998  # of the weights that are kept
 PREPARED = 6  # batches made ahead
 NEIGHBOURS = 40
-MAY_CHANGE = ("output", "dev", "dev_limit", "threads", "eval_every", "device", "eager", "resume")  # on resuming
+MAY_CHANGE = (
+    "output",
+    "dev",
+    "dev_limit",
+    "threads",
+    "dtype",
+    "eval_every",
+    "device",
+    "eager",
+    "resume",
+)  # on resuming
 
 
 def main() -> None:
@@ -132,6 +142,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of matrix products; a CPU without bfloat16 instructions is many times slower with bfloat16",
+    )
     parser.add_argument("--eval-every", type=int, default=500, help="steps")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--eager", action="store_true", help="do not compile (for short runs)")
@@ -169,7 +185,8 @@ class Run:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.sampler, self.stages, self.args = sampler, stages, args
         self.averaged = AveragedModel(model, multi_avg_fn=_average)
-        self.reader = reader_of(model, settings, compiled=not args.eager, dropout=args.dropout)
+        dtype = getattr(torch, args.dtype)
+        self.reader = reader_of(model, settings, compiled=not args.eager, dropout=args.dropout, dtype=dtype)
         flat = [p for p in model.parameters() if p.dim() < 2]
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": flat, "weight_decay": 0.0}]
@@ -233,7 +250,7 @@ class Run:
 
     def _evaluate(self, rows: Sequence[QARow]) -> float:
         """Exact match (%) of the averaged weights in the product's own hands."""
-        generator = KVFusionGenerator.from_pretrained(self.args.output / "model", dtype="bfloat16", store=None)
+        generator = KVFusionGenerator.from_pretrained(self.args.output / "model", dtype=self.args.dtype, store=None)
         right = 0
         for row in rows:
             documents = [passage.document(str(n)) for n, passage in enumerate(row.passages)]
@@ -307,11 +324,13 @@ def load_start(folder: Path | None) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer, load_settings(str(folder), tokenizer, model_id=folder.name)
 
 
-def reader_of(model: PreTrainedModel, settings: ModelSettings, *, compiled: bool, dropout: float) -> Reader:
+def reader_of(
+    model: PreTrainedModel, settings: ModelSettings, *, compiled: bool, dropout: float, dtype: torch.dtype
+) -> Reader:
     bidirectional = settings.document_attention == "bidirectional"
     if isinstance(model, BertLMHeadModel) and bidirectional:
-        return BertReader(model, compiled=compiled, guided=GUIDED_LAYERS, dropout=dropout)
-    return CacheReader(model, bidirectional=bidirectional)
+        return BertReader(model, compiled=compiled, guided=GUIDED_LAYERS, dropout=dropout, dtype=dtype)
+    return CacheReader(model, bidirectional=bidirectional, dtype=dtype)
 
 
 def extend_positions(model: PreTrainedModel, positions: int) -> None:

@@ -171,7 +171,7 @@ def _backbone(options: StoreBenchmark) -> Backbone:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).to(options.device)
     settings = ModelSettings(document_template="{text}", titled_document_template="{title} {text}",
-                             question_template="{question}", prompt_template=None)  # fmt: skip
+                             question_template="{question}", prompt_template=None, tuned=True)  # fmt: skip
     return Backbone(model, tokenizer, settings, model_id=f"random-{options.shape}")
 
 
