@@ -77,6 +77,7 @@ GUIDED_LAYERS, GUIDANCE = 3, 0.5  # attention of these last layers is taught to 
 AVERAGE_DECAY = 0.998  # of the weights that are kept
 PREPARED = 6  # batches made ahead
 NEIGHBOURS = 40
+# What may be another on resuming.
 MAY_CHANGE = (
     "output",
     "dev",
