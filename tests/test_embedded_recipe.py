@@ -115,7 +115,7 @@ def test_a_swapped_answer_stands_wherever_the_old_one_stood(texts, tokenizer):
     made = sampler([*texts, text], tokenizer)._swap_answer(
         random.Random(1), replace(text, questions=text.questions[:1])
     )
-    (asked, new, start) = made.questions[0]
+    asked, new, _ = made.questions[0]
     assert asked == "who built it?" and new != "Amara Oke" and made.text.count(new) == 2
     assert "Amara Okeke came later" in made.text and "Amara Oke " not in made.text
     for seed in range(20):
