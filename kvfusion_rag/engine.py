@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
+from tqdm.auto import tqdm
 
 from .ape import Ape
 from .backbone import Backbone
@@ -31,20 +32,29 @@ from .prompts import PromptEncoder
 from .reading import Limits, Reading, limit_of, read_documents
 from .schema import Answer, Document, DocumentKV, Mode, Origin, Timings, Usage
 from .settings import ModelSettings, require_mode
-from .store import Place, Tier, Wanted, as_store, document_key
+from .store import Fetched, Miss, Place, Tier, Wanted, as_store, document_key
 
 logger = logging.getLogger(__name__)
 
+STORED_AT_ONCE = 128  # documents
 MAX_BATCH = 32  # rows; the first step computes logits for every row at every distinct question length
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Ids that are prefilled apart, the store key of their KV, and the position of the first."""
+    """Ids that are prefilled apart.
+
+    Attributes:
+        key: of their KV in the store.
+        start: position of the first.
+        stored: whether other questions can use it: not where it holds several documents, or stands where the others
+            of one question left room.
+    """
 
     key: str
     ids: tuple[int, ...]
     start: int
+    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +62,22 @@ class Request:
     """One question with its documents, encoded and checked against the limits.
 
     ``fused`` is what is prefilled apart, in the order in which it is fused; ``None`` where all documents stand in the
-    question's own prompt.
+    question's own prompt. ``model`` is what the keys were made with.
     """
 
     reading: Reading
     question: Question
     mode: Mode
     fused: tuple[Placed, ...] | None
+    model: str
 
 
 class Run:
-    """Requests of one mode being decoded together: fused context, origins of document KVs, rows and times."""
+    """Requests of one mode being decoded together: fused context, where documents came from, rows and times."""
 
-    def __init__(
-        self, requests: Sequence[Request], origins: dict[str, Origin], context: FusedContext, began: float
-    ) -> None:
+    def __init__(self, requests: Sequence[Request], fetched: Fetched, context: FusedContext, began: float) -> None:
         self.requests = requests
-        self.origins = origins
+        self.origins, self.misses = fetched.origins, fetched.misses
         self.context = context
         self.began = began
         self.prefill_seconds = time.perf_counter() - began
@@ -111,7 +120,7 @@ class Engine:
         self.kv_shape = kv_shape(backbone)
         self.namespace = namespace
         self._max_fused_tokens = max_fused_tokens
-        self._weights, self._fingerprint = "", ""
+        self._weights, self._fingerprint = "", ""  # of the model at the last look
         self.refresh()
         self.warned: set[str] = set()
         self._ape_is_exact = False  # until measured
@@ -128,14 +137,23 @@ class Engine:
         facts = [self.backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def key(self, token_ids: tuple[int, ...]) -> str:
-        """Store key of a document's ids: everything that changes the bits of its KV, and the namespace.
+    @property
+    def model(self) -> str:
+        """Everything that changes the bits of a document's KV besides its ids, as far as :meth:`refresh` has seen.
 
         That is the model, the prefix, the shape of a prefill pass, and what the process may change at any time:
         the number of threads and the precision of matrix products.
         """
-        numerics = f"{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
-        return document_key(f"{self._fingerprint}/{numerics}", self.namespace, token_ids)
+        return f"{self._fingerprint}/{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
+
+    def key(self, token_ids: tuple[int, ...]) -> str:
+        """Store key of a document's ids: the model and the namespace are in it."""
+        return document_key(self.model, self.namespace, token_ids)
+
+    def is_current(self, request: Request) -> bool:
+        """Whether a request's keys are still those of the model, whose weights may have been changed since."""
+        self.refresh()
+        return request.model == self.model
 
     def ordinary_ids(self) -> list[int]:
         """All ids of the model that are no control tokens."""
@@ -180,30 +198,54 @@ class Engine:
         row = Question((*before, *ids), start)
         self._require_room(row, len(ids), mode, options)
         self._log_mode(mode)
-        return Request(reading, row, mode, fused)
+        return Request(reading, row, mode, fused, self.model)
 
     def joined_document(self, reading: Reading) -> dict[str, tuple[int, ...]]:
         """All documents as one, in the caller's order: what bidirectional attention reads in mode ``concat``."""
         return {self.key(reading.joined): reading.joined} if reading.joined else {}
 
-    def document_kvs(
-        self, keys: Mapping[str, tuple[int, ...]], *, keep: bool = True, progress: bool = False
-    ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
-        """KV of every key, from the store or computed now (and then stored), and where each came from.
+    def document_kvs(self, keys: Mapping[str, tuple[int, ...]]) -> dict[str, DocumentKV]:
+        """KV of every key, from the store or computed now (and then stored)."""
+        return self._fetch({key: Wanted(ids) for key, ids in keys.items()}, None, self.model).kvs
 
-        With ``keep=False`` computed KVs go to the store alone, pass by pass, so memory is bounded by its caps.
+    def store_all(
+        self, keys: Mapping[str, tuple[int, ...]], *, progress: bool
+    ) -> tuple[dict[str, Origin], dict[str, Miss]]:
+        """Compute what no local tier of the store has; where each document was, and why not in the store.
+
+        KVs go to the store alone, pass by pass, so memory is bounded by its caps; and few documents at a time, so
+        that a question about one of the others does not wait for all.
         """
-        wanted = {key: Wanted(ids) for key, ids in keys.items()}
-        return self._fetch(wanted, None, keep=keep, progress=progress)
+        misses: dict[str, Miss] = {}
+        origins: dict[str, Origin] = {key: tier for key in keys if (tier := self.store.tier_of(key)) is not None}
+        absent = sorted((key for key in keys if key not in origins), key=lambda key: len(keys[key]))
+        model = self.model
+        with tqdm(
+            total=len(keys), initial=len(origins), desc="prefill", unit="doc", delay=1, disable=not progress
+        ) as bar:
+            for start in range(0, len(absent), STORED_AT_ONCE):
+                wanted = {key: Wanted(keys[key]) for key in absent[start : start + STORED_AT_ONCE]}
+                fetched = self._fetch(wanted, None, model, keep=False)
+                origins |= fetched.origins
+                misses |= fetched.misses
+                bar.update(len(wanted))
+        return origins, misses
 
     def prefetch(self, keys: Mapping[str, tuple[int, ...]]) -> Future[int]:
         """Begin to bring stored documents into memory; the future has how many are there."""
         return self.store.prefetch(keys, self.kv_shape, self.backbone.device, self._fingerprint)
 
     def _fetch(
-        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, *, keep: bool, progress: bool = False
-    ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:
-        """Documents from the store, or prefilled at ``starts`` (by default right after the prefix)."""
+        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, model: str, *, keep: bool = True
+    ) -> Fetched:
+        """Documents from the store, or prefilled at ``starts`` (by default right after the prefix).
+
+        Args:
+            model: what the keys were made with.
+
+        Raises:
+            InvalidInputError: the weights were changed after that; nothing is stored under a wrong key.
+        """
 
         def compute(missing: Sequence[str]) -> Iterator[tuple[str, DocumentKV]]:
             computed = prefill(
@@ -212,11 +254,20 @@ class Engine:
                 self.prefix,
                 tokens_per_pass=self.tokens_per_pass,
                 starts=None if starts is None else [starts[key] for key in missing],
-                progress=progress,
             )
-            return ((missing[index], kv) for index, kv in computed)
+            for index, kv in computed:
+                self._require_unchanged(model)
+                yield missing[index], kv
 
         return self.store.fetch(wanted, self.kv_shape, self.backbone.device, self._fingerprint, compute, keep=keep)
+
+    def _require_unchanged(self, model: str) -> None:
+        self.refresh()
+        if self.model != model:
+            raise InvalidInputError(
+                f"the weights of {self.backbone.model_id!r}, its threads or its precision were changed while it was "
+                "answering; change them between questions."
+            )
 
     def groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -265,8 +316,8 @@ class Engine:
             raise self._memory_limit(requests) from error
 
     def _start(self, requests: Sequence[Request], began: float) -> Run:
-        buffer, origins = self.fill(requests)
-        return Run(requests, origins, buffer.context(self.backbone.config), began)
+        buffer, fetched = self.fill(requests)
+        return Run(requests, fetched, buffer.context(self.backbone.config), began)
 
     def _memory_limit(self, requests: Sequence[Request]) -> MemoryLimitError:
         slots = max(self._fused_tokens(request) for request in requests)
@@ -275,8 +326,14 @@ class Engine:
             "tokens; pass fewer or shorter documents, or load the model in a smaller dtype."
         )
 
-    def fill(self, requests: Sequence[Request]) -> tuple[FusedBuffer, dict[str, Origin]]:
-        """A row of slots for each request with its documents in them, and where each document came from."""
+    def fill(self, requests: Sequence[Request]) -> tuple[FusedBuffer, Fetched]:
+        """A row of slots for each request with its documents in them, and where each document came from.
+
+        Raises:
+            InvalidInputError: weights, threads or precision were changed since a request was made.
+        """
+        for request in requests:
+            self._require_unchanged(request.model)
         buffer = self._buffer(requests)
         prefix = len(self.encoder.prefix_ids)
         wanted: dict[str, Wanted] = {}
@@ -289,12 +346,12 @@ class Engine:
                 if piece.key in wanted:
                     copies.append((piece.key, slots))
                 else:
-                    wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots), piece.start
+                    wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots, piece.stored), piece.start
                 at += len(piece.ids)
-        kvs, origins = self._fetch(wanted, starts, keep=True)
+        fetched = self._fetch(wanted, starts, requests[0].model)
         for key, slots in copies:
-            kvs[key].copy_into(slots)
-        return buffer, origins
+            fetched.kvs[key].copy_into(slots)
+        return buffer, fetched
 
     def _buffer(self, requests: Sequence[Request]) -> FusedBuffer:
         """Slots for all documents of ``requests``, the prefix put in."""
@@ -359,7 +416,7 @@ class Engine:
         return Answer(
             text=row.text,
             mode=request.mode,
-            sources=reading.sources(origins),
+            sources=reading.sources(origins, run.misses if apart else {}),
             citations=find_citations(row.text, reading.cited_order),
             usage=Usage(
                 prompt_tokens=self._fused_tokens(request) + len(request.question.ids),
@@ -394,13 +451,15 @@ class Engine:
             if settings.document_attention == "causal":
                 return None, 0
             joined = self.joined_document(reading).items()
-            return tuple(Placed(key, ids, prefix) for key, ids in joined), prefix + len(reading.joined)
+            return tuple(Placed(key, ids, prefix, stored=False) for key, ids in joined), prefix + len(reading.joined)
         if mode == "fusion" and settings.positions == "global":
             pieces = reading.distinct
             *starts, start = global_starts(prefix, [len(ids) for ids in pieces.values()])
-            # A key of its own, but for the document that stands right after the prefix as ever.
-            keys = [key if at == prefix else f"{key}@{at}" for key, at in zip(pieces, starts, strict=True)]
-            return tuple(map(Placed, keys, pieces.values(), starts)), start
+            fused = zip(pieces.items(), starts, strict=True)
+            return tuple(  # keys of their own, but for the document that stands right after the prefix as ever
+                Placed(key if at == prefix else f"{key}@{at}", ids, at, stored=at == prefix)
+                for (key, ids), at in fused
+            ), start
         passage_length = None if mode == "ape" else settings.passage_length
         fused = tuple(Placed(key, ids, prefix) for key, ids in reading.keys.items())
         return fused, question_start(prefix, passage_length, reading.longest)

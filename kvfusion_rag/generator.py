@@ -10,7 +10,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
@@ -106,8 +106,7 @@ class KVFusionGenerator:
         }
         self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
         self._encoder = self._engine.encoder
-        tokens = self.settings.passage_length or LENGTH_BUCKET
-        self._engine.store.require_room(self._engine.kv_shape.nbytes(tokens), f"one document of {tokens} tokens")
+        self._engine.store.require_room(self._engine.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
         self.gate: GateReport = run_gate(
             backbone, self._engine.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._engine.tokens_per_pass
         )
@@ -372,7 +371,11 @@ class KVFusionGenerator:
         decoding = self._options(options)
         began = time.perf_counter()
         request = self._engine.request(question, documents, prompt, mode, decoding)
-        return AnswerStream(self._pieces(request, decoding, began))
+
+        def again() -> Request:
+            return self._engine.request(question, documents, prompt, mode, decoding)
+
+        return AnswerStream(self._pieces(request, again, decoding, began))
 
     def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
@@ -394,12 +397,12 @@ class KVFusionGenerator:
                 "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
         reading = self._engine.read(documents, max_tokens=UNLIMITED)
-        _, origins = self._engine.document_kvs(reading.keys, keep=False, progress=progress)
+        origins, misses = self._engine.store_all(reading.keys, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
             logger.warning(
                 "the store is too small: %d of %d documents were computed but not kept", gone, len(reading.keys)
             )
-        return list(reading.sources(origins))
+        return list(reading.sources(origins, misses))
 
     def prefetch(self, documents: Sequence[Document | str]) -> Future[int]:
         """Begin to load the stored KVs of ``documents`` into memory, for use while a reranker still chooses.
@@ -476,7 +479,11 @@ class KVFusionGenerator:
         wanted = self.max_new_tokens if wanted is None else wanted
         return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
-    def _pieces(self, request: Request, options: DecodingOptions, began: float) -> Generator[str | Answer, None, None]:
+    def _pieces(
+        self, request: Request, again: Callable[[], Request], options: DecodingOptions, began: float
+    ) -> Generator[str | Answer, None, None]:
+        if not self._engine.is_current(request):  # much may happen before a stream is first read
+            request = again()
         run = self._engine.start([request], began)
         with closing(self._engine.decode(run, options)) as steps:
             for _ in steps:

@@ -12,7 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-from tqdm.auto import tqdm
 
 from .backbone import Backbone
 from .schema import DocumentKV, KVShape
@@ -29,7 +28,6 @@ def prefill(
     *,
     tokens_per_pass: int,
     starts: Sequence[int] | None = None,
-    progress: bool = False,
 ) -> Iterator[tuple[int, DocumentKV]]:
     """Prefill each document alone, at the positions after the prefix (paper section 3.2) or from its own start on.
 
@@ -38,7 +36,6 @@ def prefill(
         prefix: KV that every document sees, or ``None``.
         tokens_per_pass: padded tokens that one forward pass aims at.
         starts: position of each document's first token; by default right after the prefix.
-        progress: show a bar once this takes longer than a second.
 
     Yields:
         (index in ``token_ids``, DocumentKV) pass by pass, shortest documents first, with tensors of their own.
@@ -48,15 +45,13 @@ def prefill(
     buckets: defaultdict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(token_ids):
         buckets[padded_length(len(ids), backbone, prefix)].append(index)
-    with tqdm(total=len(token_ids), desc="prefill", unit="doc", delay=1, disable=not progress) as bar:
-        for length, members in sorted(buckets.items()):
-            rows = max(1, tokens_per_pass // length)
-            for start in range(0, len(members), rows):
-                batch = members[start : start + rows]
-                places = None if starts is None else [starts[i] for i in batch]
-                kvs = _prefill_pass(backbone, [token_ids[i] for i in batch], prefix, rows, length, places)
-                bar.update(len(batch))
-                yield from zip(batch, kvs, strict=True)
+    for length, members in sorted(buckets.items()):
+        rows = max(1, tokens_per_pass // length)
+        for start in range(0, len(members), rows):
+            batch = members[start : start + rows]
+            places = None if starts is None else [starts[i] for i in batch]
+            kvs = _prefill_pass(backbone, [token_ids[i] for i in batch], prefix, rows, length, places)
+            yield from zip(batch, kvs, strict=True)
 
 
 def prefill_prefix(backbone: Backbone, prefix_ids: tuple[int, ...]) -> DocumentKV | None:

@@ -6,7 +6,7 @@ Sits between the facade and the engine. Knows templates and limits, but neither 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import ContextLimitError, InvalidInputError
@@ -72,8 +72,13 @@ class Reading:
         full.sort(key=lambda d: (key_of[d.pieces[0]], d.document.text, d.id))
         return [(d.id, d.document) for d in full]
 
-    def sources(self, origins: dict[str, Origin]) -> tuple[Source, ...]:
-        """What became of each of the caller's documents, in the caller's order, by where each key came from."""
+    def sources(self, origins: Mapping[str, Origin], misses: Mapping[str, str]) -> tuple[Source, ...]:
+        """What became of each of the caller's documents, in the caller's order.
+
+        Args:
+            origins: where each key came from.
+            misses: why the store had it not, of those that were computed for want of it.
+        """
         key_of = self._key_of
         first_with: dict[tuple[tuple[int, ...], ...], str] = {}
         sources = []
@@ -89,6 +94,7 @@ class Reading:
                     title=read.document.title,
                     pieces=len(read.pieces),
                     duplicate_of=twin,
+                    miss=next((str(misses[key_of[piece]]) for piece in read.pieces if key_of[piece] in misses), None),
                     metadata=dict(read.document.metadata),
                 )
             )

@@ -93,8 +93,8 @@ class Source:
     """What became of one of the caller's documents.
 
     ``origin`` says where its keys and values came from: ``memory``, ``disk`` or ``remote`` (the store's tiers),
-    ``computed`` (prefilled
-    now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
+    ``computed`` (prefilled now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
+    ``miss`` is the reason why the store had a computed one not (of its first missing piece).
     ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
     the same tokens, which was fused in its place.
     """
@@ -105,6 +105,7 @@ class Source:
     title: str | None = None
     pieces: int = 1
     duplicate_of: str | None = None
+    miss: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -24,6 +24,7 @@ from kvfusion_rag import (
     MemoryStore,
 )
 from kvfusion_rag.prefill import kv_shape
+from kvfusion_rag.settings import ModelSettings
 from kvfusion_rag.store import namespace_key
 from kvfusion_rag.support import expected_kv_shape
 
@@ -123,6 +124,36 @@ def test_f4_weights_changed_in_place_are_noticed(tmp_path):
     assert gen.identity() != identity
 
 
+def test_f4_a_stream_that_is_read_late_stores_nothing_under_the_keys_of_former_weights():
+    bone = backbone("llama")
+    gen, weight = over(DocumentStore(MemoryStore()), bone=bone), bone.model.get_input_embeddings().weight
+    expected = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
+    gen.store.clear()
+    stream, kept = gen.stream("who?", DOCUMENTS, max_new_tokens=5), weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(1.5)
+        list(stream)
+        weight.copy_(kept)
+    found = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
+    assert origins(found) == {"computed"} and found.token_ids == expected.token_ids
+
+
+def test_f4_weights_changed_under_a_request_are_one_clear_error_and_nothing_is_stored(monkeypatch):
+    bone = backbone("llama")
+    gen = over(DocumentStore(MemoryStore()), bone=bone)
+    compute = bone.prefill
+
+    def change(*given):
+        with torch.no_grad():
+            bone.model.get_input_embeddings().weight.mul_(1.5)
+        return compute(*given)
+
+    monkeypatch.setattr(bone, "prefill", change)
+    with pytest.raises(InvalidInputError, match=r"weights .* were changed while it was answering"):
+        gen.answer("who?", DOCUMENTS)
+    assert not len(gen.store.memory)
+
+
 def test_f4_weights_changed_behind_torchs_back_are_declared(tmp_path):
     bone = backbone("llama", seed=4)
     gen = over(tmp_path / "s", bone=bone)
@@ -186,6 +217,55 @@ def test_forgetting_a_document_takes_it_from_every_model_of_the_tokenizer(tmp_pa
     for gen in (one, other):
         answer = gen.answer("who?", DOCUMENTS, max_new_tokens=2)
         assert [s.origin for s in answer.sources] == ["computed", "memory", "memory"]
+
+
+def test_joined_documents_are_not_stored():
+    """They hold several documents, so that neither another question nor forgetting would find them."""
+    bone = backbone("bert", settings=ModelSettings(document_attention="bidirectional"))
+    gen = over(DocumentStore(MemoryStore()), bone=bone)
+    answers = [gen.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=3) for _ in range(2)]
+    assert answers[0].token_ids == answers[1].token_ids and not len(gen.store.memory)
+
+
+def test_documents_that_stand_behind_others_are_not_stored():
+    gen = over(DocumentStore(MemoryStore())).with_settings(positions="global")
+    first = gen.answer("who?", DOCUMENTS, max_new_tokens=3)
+    assert gen.answer("who?", DOCUMENTS, max_new_tokens=3).token_ids == first.token_ids
+    assert len(gen.store.memory) == 1  # the one right after the prefix
+
+
+def test_a_corpus_is_prefilled_in_slices_so_that_questions_need_not_wait_for_all_of_it(monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.engine.STORED_AT_ONCE", 2)
+    gen = over(DocumentStore(MemoryStore()))
+    claimed: list[int] = []
+    prefill = gen._backbone.prefill
+    monkeypatch.setattr(
+        gen._backbone, "prefill", lambda *given: claimed.append(len(gen.store._flights)) or prefill(*given)
+    )
+    corpus = [f"the mill {word}" for word in VOCABULARY[:7]]
+    assert {source.origin for source in gen.prefill(corpus)} == {"computed"}
+    assert max(claimed) <= 2
+    claimed.clear()
+    assert {source.origin for source in gen.prefill(corpus)} == {"memory"} and not claimed
+
+
+def test_what_is_stored_already_is_not_read_again_to_be_stored(tmp_path):
+    gen = over(DocumentStore(None, DiskStore(tmp_path / "s"), load="always"))
+    gen.prefill(DOCUMENTS)
+    assert {source.origin for source in gen.prefill(DOCUMENTS)} == {"disk"}
+    assert not gen.store.metrics.hits
+
+
+def test_sources_say_why_the_store_had_a_document_not(tmp_path):
+    gen = over(DocumentStore(None, DiskStore(tmp_path / "s"), load="always"))
+    assert {source.miss for source in gen.answer("who?", DOCUMENTS, max_new_tokens=1).sources} == {"absent"}
+    assert {source.miss for source in gen.answer("who?", DOCUMENTS, max_new_tokens=1).sources} == {None}
+    file = next(gen.store.disk.path.glob("v*/*/*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    found = [source.miss for source in gen.answer("who?", DOCUMENTS, max_new_tokens=1).sources]
+    assert sorted(map(str, found)) == ["None", "None", "truncated"]
+    nothing = over(DocumentStore()).answer("who?", DOCUMENTS, max_new_tokens=1, mode="concat")
+    assert {source.miss for source in nothing.sources} == {None}
 
 
 def test_prefetch_loads_while_a_reranker_runs(tmp_path):

@@ -1,14 +1,15 @@
 """The document store: the fastest tier that has a document, one computation however many ask, no fault that shows."""
 
 import asyncio
+import errno
 import multiprocessing
 import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import CPU, SHAPE, Computer, files_of, ids_of, key_of, kv_of, same, wanted_of
@@ -32,7 +33,7 @@ SIZE = layout(key_of(1), 5, SHAPE, "raw").total
 def fetch(store: DocumentStore, numbers, compute=None, namespace="", **options):
     numbers = list(numbers)
     compute = compute or Computer(numbers, namespace=namespace)
-    found, origins = store.fetch(wanted_of(numbers, namespace=namespace), SHAPE, CPU, "model", compute, **options)
+    found, origins, _ = store.fetch(wanted_of(numbers, namespace=namespace), SHAPE, CPU, "model", compute, **options)
     for number in numbers if options.get("keep", True) else ():
         assert same(found[key_of(number, namespace=namespace)], kv_of(number))
     return [origins[key_of(number, namespace=namespace)] for number in numbers]
@@ -74,7 +75,7 @@ def test_documents_are_put_into_the_slots_that_were_named(tmp_path):
     for origin in ("computed", "memory", "disk"):
         slots = {n: SHAPE.empty(ids_of(n)) for n in range(3)}
         wanted = {key_of(n): Wanted(ids_of(n), slots[n]) for n in range(3)}
-        found, origins = store.fetch(wanted, SHAPE, CPU, "model", Computer(range(3)))
+        found, origins, _ = store.fetch(wanted, SHAPE, CPU, "model", Computer(range(3)))
         assert set(origins.values()) == {origin} and all(found[key_of(n)] is slots[n] for n in range(3))
         assert all(same(slots[n], kv_of(n)) for n in range(3))
         if origin == "memory":
@@ -92,7 +93,7 @@ def test_v8_answers_the_same_whether_computed_or_stored(tmp_path):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d", codec="v8"), load="always")
     found = []
     for origin in ("computed", "memory", "disk"):
-        kvs, origins = store.fetch(wanted_of([1]), SHAPE, CPU, "model", Computer([1]))
+        kvs, origins, _ = store.fetch(wanted_of([1]), SHAPE, CPU, "model", Computer([1]))
         assert set(origins.values()) == {origin}
         found.append(kvs[key_of(1)])
         if origin == "memory":
@@ -156,6 +157,48 @@ def test_where_one_thread_fails_the_others_compute_for_themselves():
     assert not store._flights
 
 
+def test_l1_what_prefetch_does_not_find_is_computed_once_for_all_who_wait(tmp_path, monkeypatch):
+    store, go = layered(tmp_path), threading.Event()
+    fetch(store, [9])
+    store.memory.clear()
+    computed_before = store.metrics.computed
+    held = store._from_files
+    monkeypatch.setattr(store, "_from_files", lambda *given: go.wait(10) and held(*given))
+    prefetch = store.prefetch({key_of(n): ids_of(n) for n in (1, 2, 3, 9)}, SHAPE, CPU, "model")
+    compute = Computer([1, 2, 3, 9], before=lambda: time.sleep(0.02))
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(fetch, store, [1, 2, 3, 9], compute) for _ in range(4)]
+        time.sleep(0.1)
+        go.set()
+        for one in waiting:
+            one.result(10)
+    assert prefetch.result(10) >= 1
+    assert sorted(compute.asked) == sorted(key_of(n) for n in (1, 2, 3))
+    assert store.metrics.computed == computed_before + 3
+
+
+def test_l1_those_who_wait_for_a_failed_computation_share_the_next_one():
+    store, begun, go = DocumentStore(MemoryStore()), threading.Event(), threading.Event()
+
+    def fail() -> None:
+        begun.set()
+        go.wait(10)
+        raise RuntimeError("no power")
+
+    compute = Computer([1, 2], before=lambda: time.sleep(0.02))
+    with ThreadPoolExecutor(5) as pool:
+        first = pool.submit(fetch, store, [1, 2], Computer([1, 2], before=fail))
+        begun.wait(10)
+        others = [pool.submit(fetch, store, [1, 2], compute) for _ in range(4)]
+        time.sleep(0.1)
+        go.set()
+        with pytest.raises(RuntimeError, match="no power"):
+            first.result(10)
+        for one in others:
+            one.result(10)
+    assert sorted(compute.asked) == sorted([key_of(1), key_of(2)])
+
+
 def test_f8_a_computation_that_is_broken_off_leaves_nothing_behind():
     store = DocumentStore(MemoryStore())
 
@@ -182,6 +225,26 @@ def test_f12_a_forked_process_reads_on(tmp_path):
     assert queue.get(timeout=60) == ["disk", "disk", "disk", "computed"]
     child.join()
     assert fetch(store, [3]) == ["disk"]
+
+
+def test_f12_a_process_forked_while_a_document_is_computed_does_not_wait_for_it():
+    store, begun, go = DocumentStore(MemoryStore()), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        go.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(fetch, store, [1], Computer([1], before=wait))
+        begun.wait(30)
+        child = multiprocessing.get_context("fork").Process(target=fetch, args=(store, [1, 2]))
+        child.start()
+        child.join(30)
+        alive = child.is_alive()
+        child.kill()
+        go.set()
+        assert first.result(30) == ["computed"]
+    assert not alive and child.exitcode == 0
 
 
 def test_f12_a_store_is_not_pickled(tmp_path):
@@ -216,6 +279,45 @@ def test_t5_no_text_ids_or_tenant_in_names_events_and_repr(tmp_path, caplog):
     said = said.replace(str(tmp_path), "")
     assert "secret" not in said and "tenant" not in said
     assert not any(str(ids_of(n)).strip("()") in said for n in range(3))
+
+
+@pytest.mark.parametrize("remove", ["forget", "clear"])
+def test_what_is_computed_while_it_is_removed_is_not_kept(tmp_path, remove):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "disk"), remote, load="always")
+
+    def take_away() -> None:
+        store.forget([key_of(1)]) if remove == "forget" else store.clear(namespace_key(""))
+
+    assert fetch(store, [1], Computer([1], before=take_away)) == ["computed"]
+    store.flush()
+    assert key_of(1) not in store and not remote.totals()
+    assert fetch(store, [1]) == ["computed"] and key_of(1) in store  # later ones are kept as ever
+
+
+def test_what_is_loaded_while_it_is_removed_is_not_kept_in_memory(tmp_path, monkeypatch):
+    store = layered(tmp_path)
+    fetch(store, [1])
+    store.memory.clear()
+    load = store.disk.get
+
+    def slow(*given):
+        miss = load(*given)
+        store.forget([key_of(1)])
+        return miss
+
+    monkeypatch.setattr(store.disk, "get", slow)
+    assert fetch(store, [1]) == ["disk"]
+    assert key_of(1) not in store
+
+
+def test_a_namespace_is_cleared_by_its_key_alone(tmp_path):
+    store = layered(tmp_path)
+    fetch(store, [1])
+    for wrong in ("", "tenant", "../x", namespace_key("")[:31]):
+        with pytest.raises(InvalidInputError, match="32 hex digits"):
+            store.clear(wrong)
+    assert key_of(1) in store and store.clear(namespace_key("")) == 2
 
 
 def test_forgetting_holds_at_every_tier(tmp_path):
@@ -334,6 +436,34 @@ def test_prefetch_brings_what_is_stored_into_memory_and_computes_nothing(tmp_pat
 # Metrics
 
 
+def test_prefetching_counts_as_no_look_up_that_missed(tmp_path):
+    store = layered(tmp_path)
+    store.prefetch({key_of(n): ids_of(n) for n in range(3)}, SHAPE, CPU, "model").result(10)
+    assert store.metrics.lookups == 0 and not store.metrics.misses
+
+
+def test_f3_measurements_that_cannot_be_written_are_not_kept(tmp_path, monkeypatch):
+    store = DocumentStore(None, DiskStore(tmp_path / "disk"))
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EROFS, "read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    numbers = range(60)  # 300 tokens, enough for a measurement
+    assert fetch(store, numbers) == ["computed"] * 60
+    assert fetch(store, numbers) == ["disk"] * 60
+    assert not (tmp_path / "disk" / "calibration.json").exists()
+
+
+def test_a_store_that_is_read_only_is_not_written_to(tmp_path):
+    fetch(DocumentStore(None, DiskStore(tmp_path / "disk"), load="always"), range(60))
+    reader = DocumentStore(None, DiskStore(tmp_path / "disk", read_only=True))
+    before = sorted(tmp_path.rglob("*"))
+    assert fetch(reader, range(60)) == ["disk"] * 60 and fetch(reader, [90]) == ["computed"]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_metrics_add_up(tmp_path):
     events: list[StoreEvent] = []
     store = layered(tmp_path, on_event=events.append)
@@ -381,10 +511,17 @@ def test_names_of_stores(tmp_path):
 
 
 def test_a_cap_smaller_than_one_document_is_one_clear_error(tmp_path):
-    for store in (DocumentStore(MemoryStore(10)), DocumentStore(None, DiskStore(tmp_path / "s", max_bytes=10))):
-        with pytest.raises(InvalidInputError, match=r"max_bytes of the .* store is 10"):
-            store.require_room(100, "a document")
-    assert torch.is_tensor(kv_of(1).keys)
+    memory, file = SHAPE.nbytes(5), SIZE
+    stores = {
+        "max_bytes of the memory": DocumentStore(MemoryStore(memory - 1)),
+        "namespace_bytes of the memory": DocumentStore(MemoryStore(namespace_bytes=memory - 1)),
+        "max_bytes of the disk": DocumentStore(None, DiskStore(tmp_path / "a", max_bytes=file - 1)),
+        "namespace_bytes of the disk": DocumentStore(None, DiskStore(tmp_path / "b", namespace_bytes=file - 1)),
+    }
+    for name, store in stores.items():
+        with pytest.raises(InvalidInputError, match=f"{name} store is .* one document of 5 tokens"):
+            store.require_room(SHAPE, 5)
+    DocumentStore(MemoryStore(memory), DiskStore(tmp_path / "c", max_bytes=file)).require_room(SHAPE, 5)
 
 
 # L3: queues have bounds

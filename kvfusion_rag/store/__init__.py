@@ -1,7 +1,7 @@
 """Where document KVs are kept between questions: keys, and the tiers in memory, on disk and behind a URL."""
 
 from .disk import DiskStore, VerifyReport
-from .documents import DocumentStore, Wanted
+from .documents import DocumentStore, Fetched, Wanted
 from .files import Miss
 from .format import CODECS, Codec
 from .keys import document_key, namespace_key, require_namespace
@@ -15,6 +15,7 @@ __all__ = [
     "Codec",
     "DiskStore",
     "DocumentStore",
+    "Fetched",
     "MemoryStore",
     "Miss",
     "Place",

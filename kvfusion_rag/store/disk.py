@@ -30,7 +30,7 @@ from ..schema import DocumentKV, KVShape
 from .files import SUFFIX, Miss, check_alone, read_file, write_all
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec, encode, is_finite, layout
 from .index import Caps, Entry, Index
-from .keys import document_part, is_key
+from .keys import document_key, document_part, is_key
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +98,14 @@ class DiskStore:
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, codec={self.codec!r}, max_bytes={self.caps.total:,})"
+
+    @property
+    def read_only(self) -> bool:
+        return self._read_only
+
+    def file_bytes(self, shape: KVShape, tokens: int) -> int:
+        """Size of the file of a document of ``tokens`` tokens."""
+        return layout(document_key("", "", ()), tokens, shape, self.codec).total
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a file for ``key``; counts as no look-up."""

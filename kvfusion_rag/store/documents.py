@@ -10,10 +10,12 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
@@ -22,7 +24,7 @@ from ..schema import DocumentKV, KVShape, Origin
 from .disk import DiskStore
 from .files import Miss
 from .format import compress, encode, expand
-from .keys import document_part
+from .keys import document_part, require_namespace_key
 from .memory import MemoryStore
 from .metrics import Counters, StoreEvent, StoreMetrics, Tier
 from .policy import Loading, LoadPolicy
@@ -36,15 +38,33 @@ PREFETCHES = 256  # calls that may wait
 class Wanted:
     """A document that is asked for.
 
-    ``into``, where given, are the tensors that its keys and values are to be put into (slots of a fused buffer).
+    Attributes:
+        into: the tensors that its keys and values are to be put into (slots of a fused buffer), where given.
+        stored: whether it is looked for and kept; without, it is computed each time.
     """
 
     token_ids: tuple[int, ...]
     into: DocumentKV | None = None
+    stored: bool = True
+
+
+class Fetched(NamedTuple):
+    """What :meth:`DocumentStore.fetch` found, by key.
+
+    Attributes:
+        kvs: the KVs, those that were to be put somewhere included; empty where they were not to be kept.
+        origins: where each came from.
+        misses: why no tier had those that were looked for and computed.
+    """
+
+    kvs: dict[str, DocumentKV]
+    origins: dict[str, Origin]
+    misses: dict[str, Miss]
 
 
 T = TypeVar("T")
 R = TypeVar("R")
+Take = Callable[[str, DocumentKV, Origin], None]
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]
 
 
@@ -70,12 +90,20 @@ class DocumentStore:
         on_event: Callable[[StoreEvent], None] | None = None,
     ) -> None:
         self.memory, self.disk, self.remote = memory, disk, remote
-        self._policy = LoadPolicy(load, None if disk is None else disk.path / "calibration.json")
+        figures = None if disk is None or disk.read_only else disk.path / "calibration.json"
+        self._policy = LoadPolicy(load, figures)
         self._counters = Counters(on_event)
-        self._flights: dict[str, Future[DocumentKV]] = {}
+        self._removals = 0  # calls of forget and clear so far
+        self._begin()
+        in_child = weakref.WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
+
+    def _begin(self) -> None:
+        """Nothing is under way: so in a new store, and in a forked process, which has none of its parent's threads."""
+        self._flights: dict[str, Future[DocumentKV | None]] = {}
         self._lock = threading.Lock()
         self._waiting = threading.BoundedSemaphore(PREFETCHES)
-        self._pools: dict[tuple[int, str], ThreadPoolExecutor] = {}
+        self._pools: dict[str, ThreadPoolExecutor] = {}
 
     def __repr__(self) -> str:
         tiers = [tier for tier in (self.memory, self.disk, self.remote) if tier is not None]
@@ -86,12 +114,18 @@ class DocumentStore:
 
     def __contains__(self, key: str) -> bool:
         """Whether a local tier has ``key``; counts as no look-up."""
-        return any(key in tier for tier in (self.memory, self.disk) if tier is not None)
+        return self.tier_of(key) is not None
+
+    def tier_of(self, key: str) -> Tier | None:
+        """The fastest local tier that has ``key``; counts as no look-up."""
+        if self.memory is not None and key in self.memory:
+            return "memory"
+        return "disk" if self.disk is not None and key in self.disk else None
 
     def fetch(
         self, wanted: Mapping[str, Wanted], shape: KVShape, device: torch.device, model: str, compute: Compute,
         *, keep: bool = True,
-    ) -> tuple[dict[str, DocumentKV], dict[str, Origin]]:  # fmt: skip
+    ) -> Fetched:  # fmt: skip
         """All wanted documents, from the fastest tier that has them, or computed and then stored.
 
         Documents that another thread is bringing already are waited for.
@@ -102,11 +136,10 @@ class DocumentStore:
             compute: prefills documents by key, one after another as they are ready.
             keep: return the KVs; without, they go to the tiers alone, so that memory is bounded by their caps.
 
-        Returns:
-            The KVs, ``into`` itself where it was given, and where each came from.
         """
         found: dict[str, DocumentKV] = {}
         origins: dict[str, Origin] = {}
+        misses: dict[str, Miss] = {}
 
         def take(key: str, document: DocumentKV, origin: Origin) -> None:
             origins[key] = origin
@@ -117,21 +150,23 @@ class DocumentStore:
             if keep:
                 found[key] = document if document.keys.device == device else document.to(device)
 
-        mine, others = self._claim(self._from_memory(wanted, take))
-        try:
-            # Another thread may have landed a document between the look and the claim.
-            left = self._from_memory({key: wanted[key] for key in mine}, take)
-            absent = self._from_files(left, shape, device, model, take)
-            self._compute(absent, wanted, compute, model, take)
-        finally:
-            self._abandon(mine)
-        for key, flight in others.items():
+        removals = self._removals
+        self._compute([key for key, one in wanted.items() if not one.stored], compute, take)
+        left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, take)
+        while left:
+            mine, others = self._claim(left)
             try:
-                take(key, flight.result(), "memory")
-                self._counters.note(StoreEvent("hit", "memory", tokens=len(wanted[key].token_ids)))
-            except Exception:  # the other thread failed with its own error; this one tries for itself
-                self._compute([key], wanted, compute, model, take)
-        return found, origins
+                # Another thread may have landed a document between the look and the claim.
+                again = self._from_memory({key: left[key] for key in mine}, take)
+                absent = self._from_files(again, shape, device, model, take, removals)
+                misses |= absent
+                for miss in absent.values():
+                    self._counters.note(StoreEvent("miss", reason=miss))
+                self._compute_and_store(list(absent), compute, model, take, removals)
+            finally:
+                self._abandon(mine)
+            left = self._from_others(others, left, take)
+        return Fetched(found, origins, {key: miss for key, miss in misses.items() if origins[key] == "computed"})
 
     def prefetch(
         self, wanted: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device, model: str
@@ -150,35 +185,49 @@ class DocumentStore:
     def _prefetch(
         self, wanted: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device, model: str
     ) -> int:
-        if self.memory is None:
+        if self.memory is None or self.disk is None:
             return 0
-        todo = {key: Wanted(ids) for key, ids in wanted.items() if key not in self.memory}
+        removals = self._removals
+        todo = {
+            key: Wanted(ids)
+            for key, ids in wanted.items()
+            if key not in self.memory and (self.remote is not None or key in self.disk)
+        }
         mine, others = self._claim(todo)
         try:
-            self._from_files({key: todo[key] for key in mine}, shape, device, model, lambda *_: None)
+            self._from_files({key: todo[key] for key in mine}, shape, device, model, lambda *_: None, removals)
         finally:
             self._abandon(mine)
         for flight in others.values():
-            flight.exception()
+            flight.result()
         return sum(key in self.memory for key in wanted)
 
     def forget(self, keys: Iterable[str]) -> int:
-        """Remove documents, under every model, from every tier; how many copies that were."""
-        removed = 0
-        for key in keys:
-            prefix = document_part(key)
-            if self.memory is not None:
-                removed += self.memory.remove(lambda one, prefix=prefix: one.startswith(prefix))
-            removed += sum(tier.forget(key) for tier in (self.disk, self.remote) if tier is not None)
-        self._counters.note(StoreEvent("forgotten", documents=removed))
-        return removed
+        """Remove documents, under every model, from every tier; how many copies that were.
+
+        What this store is bringing or computing at the moment is not kept either. Other processes keep what they
+        hold in their own memory, and may store again what they are computing.
+        """
+        return self._remove({document_part(key): key for key in keys}.values())
 
     def clear(self, namespace_key: str | None = None) -> int:
-        """Remove all documents of a namespace (its key), or of all, from every tier; how many copies that were."""
+        """Remove all documents of a namespace (its key), or of all, from every tier; how many copies that were.
+
+        Raises:
+            InvalidInputError: ``namespace_key`` is not what :func:`namespace_key` makes.
+        """
+        if namespace_key is not None:
+            require_namespace_key(namespace_key)
+        return self._remove(None, namespace_key)
+
+    def _remove(self, keys: Iterable[str] | None, namespace_key: str | None = None) -> int:
+        """From the slowest tier to the fastest, so that no reader brings a document back from behind."""
+        self._removals += 1  # from here on nothing that was begun before is kept
         removed = 0
-        if self.memory is not None:
-            removed += self.memory.remove(lambda key: namespace_key is None or key.startswith(namespace_key))
-        removed += sum(tier.clear(namespace_key) for tier in (self.disk, self.remote) if tier is not None)
+        for tier in (self.remote, self.disk, self.memory):
+            if tier is None:
+                continue
+            removed += tier.clear(namespace_key) if keys is None else sum(tier.forget(key) for key in keys)
         self._counters.note(StoreEvent("forgotten", documents=removed))
         return removed
 
@@ -190,17 +239,21 @@ class DocumentStore:
         self.memory.clear()
         return held
 
-    def require_room(self, document_bytes: int, what: str) -> None:
-        """Raise InvalidInputError where a tier could not hold one document of ``document_bytes``."""
-        caps: dict[str, int] = {}
+    def require_room(self, shape: KVShape, tokens: int) -> None:
+        """Raise InvalidInputError where a tier could not hold one document of ``tokens``."""
+        caps: list[tuple[str, int, int | None]] = []
         if self.memory is not None:
-            caps["memory"] = self.memory.max_bytes
+            size = shape.nbytes(tokens)
+            caps += [("max_bytes of the memory", size, self.memory.max_bytes)]
+            caps += [("namespace_bytes of the memory", size, self.memory.namespace_bytes)]
         if self.disk is not None:
-            caps["disk"] = self.disk.caps.total
-        for tier, cap in caps.items():
-            if cap < document_bytes:
+            size = self.disk.file_bytes(shape, tokens)
+            caps += [("max_bytes of the disk", size, self.disk.caps.total)]
+            caps += [("namespace_bytes of the disk", size, self.disk.caps.namespace)]
+        for name, size, cap in caps:
+            if cap is not None and cap < size:
                 raise InvalidInputError(
-                    f"max_bytes of the {tier} store is {cap:,}, but {what} alone takes {document_bytes:,} bytes."
+                    f"{name} store is {cap:,}, but one document of {tokens} tokens alone takes {size:,} bytes."
                 )
 
     @property
@@ -230,16 +283,20 @@ class DocumentStore:
             self.remote.flush()
 
     def close(self) -> None:
-        """Finish writing and let go of files."""
+        """Finish writing and let go of files and threads."""
         self.flush()
+        with self._lock:
+            pools, self._pools = self._pools, {}
+        for pool in pools.values():
+            pool.shutdown()
+        if self.remote is not None:
+            self.remote.close()
         if self.disk is not None:
             self.disk.close()
 
     # The tiers, from the fastest on
 
-    def _from_memory(
-        self, wanted: Mapping[str, Wanted], take: Callable[[str, DocumentKV, Origin], None]
-    ) -> dict[str, Wanted]:
+    def _from_memory(self, wanted: Mapping[str, Wanted], take: Take) -> dict[str, Wanted]:
         if self.memory is None:
             return dict(wanted)
         missing: dict[str, Wanted] = {}
@@ -256,47 +313,57 @@ class DocumentStore:
         return missing
 
     def _from_files(
-        self, wanted: Mapping[str, Wanted], shape: KVShape, device: torch.device, model: str,
-        take: Callable[[str, DocumentKV, Origin], None],
-    ) -> list[str]:  # fmt: skip
-        """Take what disk and remote have, in parallel; the keys that they have not, in order."""
+        self, wanted: Mapping[str, Wanted], shape: KVShape, device: torch.device, model: str, take: Take,
+        removals: int,
+    ) -> dict[str, Miss]:  # fmt: skip
+        """Take what disk and remote have, in parallel; why they have not the others, in order."""
         if self.disk is None or not wanted:
-            for _ in wanted:
-                self._counters.note(StoreEvent("miss", reason=Miss.ABSENT))
-            return list(wanted)
+            return dict.fromkeys(wanted, Miss.ABSENT)
         if not self._policy.should_load(model):
-            for _ in wanted:
-                self._counters.note(StoreEvent("miss", reason=Miss.SLOWER))
-            return list(wanted)
-        disk, missing = self.disk, []
+            return dict.fromkeys(wanted, Miss.SLOWER)
+        disk, missing = self.disk, {}
         direct = device.type == "cpu"
 
-        def read(item: tuple[str, Wanted]) -> tuple[str, DocumentKV, Miss | None, Origin, float]:
+        def read(item: tuple[str, Wanted]) -> tuple[str, DocumentKV, Miss | None, Tier, float]:
             key, one = item
             document = one.into if direct and one.into is not None else shape.empty(one.token_ids)
             began = time.perf_counter()
-            miss, origin = disk.get(key, shape, document), "disk"
+            miss, tier = disk.get(key, shape, document), "disk"
             if miss is not None and self.remote is not None:
                 self._note_fault("disk", miss)
-                miss, origin = self._from_remote(self.remote, disk, key, shape, document), "remote"
-            return key, document, miss, origin, time.perf_counter() - began
+                miss, tier = self._from_remote(self.remote, disk, key, shape, document), "remote"
+            return key, document, miss, tier, time.perf_counter() - began
 
-        for key, document, miss, origin, seconds in self._each(read, list(wanted.items())):
+        began, loaded = time.perf_counter(), Counter[str]()
+        for key, document, miss, tier, seconds in self._each(read, list(wanted.items())):
             if miss is not None:
-                self._note_fault("disk" if origin == "disk" else "remote", miss)
-                self._counters.note(StoreEvent("miss", reason=miss))
-                missing.append(key)
+                self._note_fault(tier, miss)
+                missing[key] = miss
                 continue
-            tier: Tier = "disk" if origin == "disk" else "remote"
-            event = StoreEvent("hit", tier, tokens=document.num_tokens, bytes=document.nbytes, seconds=seconds)
-            self._counters.note(event)
-            if tier == "disk":
-                self._policy.note_load(model, document.num_tokens, seconds)
-            self._keep_in_memory(key, document, owned=document is not wanted[key].into, device=device)
-            take(key, document, origin)
+            self._counters.note(
+                StoreEvent("hit", tier, tokens=document.num_tokens, bytes=document.nbytes, seconds=seconds)
+            )
+            loaded[tier] += document.num_tokens
+            self._keep_in_memory(key, document, removals, owned=document is not wanted[key].into, device=device)
+            take(key, document, tier)
             self._land(key, document)
-        order = {key: place for place, key in enumerate(wanted)}
-        return sorted(missing, key=order.__getitem__)
+        if loaded["disk"] == loaded.total():  # files are read side by side, so only the whole time says what one costs
+            self._policy.note_load(model, loaded["disk"], time.perf_counter() - began)
+        return {key: missing[key] for key in wanted if key in missing}
+
+    def _from_others(
+        self, flights: Mapping[str, Future[DocumentKV | None]], wanted: Mapping[str, Wanted], take: Take
+    ) -> dict[str, Wanted]:
+        """Wait for what other threads are bringing; what they did not bring is still wanted."""
+        left: dict[str, Wanted] = {}
+        for key, flight in flights.items():
+            document = flight.result()
+            if document is None:
+                left[key] = wanted[key]
+                continue
+            take(key, document, "memory")
+            self._counters.note(StoreEvent("hit", "memory", tokens=len(wanted[key].token_ids)))
+        return left
 
     def _from_remote(
         self, remote: RemoteStore, disk: DiskStore, key: str, shape: KVShape, document: DocumentKV
@@ -311,20 +378,21 @@ class DocumentStore:
             return file
         return disk.adopt(key, file, shape, document)
 
-    def _compute(
-        self, keys: Sequence[str], wanted: Mapping[str, Wanted], compute: Compute, model: str,
-        take: Callable[[str, DocumentKV, Origin], None],
-    ) -> None:  # fmt: skip
+    def _compute(self, keys: Sequence[str], compute: Compute, take: Take) -> None:
+        """Documents that are computed each time."""
+        for key, made in compute(keys) if keys else ():
+            take(key, made, "computed")
+
+    def _compute_and_store(self, keys: Sequence[str], compute: Compute, model: str, take: Take, removals: int) -> None:
         if not keys:
             return
-        began, tokens = time.perf_counter(), 0
-        spent = 0.0
+        began, tokens, spent = time.perf_counter(), 0, 0.0
         for key, made in compute(keys):
             spent += time.perf_counter() - began
             document = self._as_stored(made)
             tokens += document.num_tokens
             take(key, document, "computed")
-            self._keep(key, document)
+            self._keep(key, document, removals)
             self._land(key, document)
             began = time.perf_counter()
         self._policy.note_prefill(model, tokens, spent)
@@ -339,7 +407,7 @@ class DocumentStore:
         expand(small, scales, values)
         return DocumentKV(document.keys, values, document.token_ids)
 
-    def _keep(self, key: str, document: DocumentKV) -> None:
+    def _keep(self, key: str, document: DocumentKV, removals: int) -> None:
         if self.memory is not None and self.memory.put(key, document):
             self._counters.note(StoreEvent("stored", "memory", bytes=document.nbytes))
         began = time.perf_counter()
@@ -348,22 +416,38 @@ class DocumentStore:
             self._counters.note(StoreEvent("stored", "disk", bytes=document.nbytes, seconds=seconds))
         if self.remote is not None:
             buffers = encode(key, document, self.remote.codec)
-            self.remote.upload(
-                key, buffers, lambda size: self._counters.note(StoreEvent("stored", "remote", bytes=size))
-            )
+            self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
+        self._unless_removed(key, removals, self.disk, self.memory)
 
-    def _keep_in_memory(self, key: str, document: DocumentKV, *, owned: bool, device: torch.device) -> None:
+    def _uploaded(self, key: str, size: int, removals: int) -> None:
+        self._counters.note(StoreEvent("stored", "remote", bytes=size))
+        self._unless_removed(key, removals, self.remote)
+
+    def _keep_in_memory(
+        self, key: str, document: DocumentKV, removals: int, *, owned: bool, device: torch.device
+    ) -> None:
         if self.memory is None:
             return
         kept = document if owned else DocumentKV(document.keys.clone(), document.values.clone(), document.token_ids)
         self.memory.put(key, kept if kept.keys.device == device else kept.to(device))
+        self._unless_removed(key, removals, self.memory)
+
+    def _unless_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
+        """Take back what was just stored, if documents were removed since it was asked for: it may be one of them.
+
+        A removal that begins later finds it in its place.
+        """
+        if self._removals != removals:
+            for tier in tiers:
+                if tier is not None:
+                    tier.forget(key)
 
     # One prefill a document, however many threads ask
 
-    def _claim(self, wanted: Mapping[str, Wanted]) -> tuple[list[str], dict[str, Future[DocumentKV]]]:
+    def _claim(self, wanted: Mapping[str, Wanted]) -> tuple[list[str], dict[str, Future[DocumentKV | None]]]:
         """The keys that this thread is to bring, and those that another one is bringing."""
         mine: list[str] = []
-        others: dict[str, Future[DocumentKV]] = {}
+        others: dict[str, Future[DocumentKV | None]] = {}
         with self._lock:
             for key in wanted:
                 flight = self._flights.get(key)
@@ -385,7 +469,7 @@ class DocumentStore:
         with self._lock:
             left = [flight for key in keys if (flight := self._flights.pop(key, None)) is not None]
         for flight in left:
-            flight.set_exception(RuntimeError("not brought"))
+            flight.set_result(None)
 
     def _note_fault(self, tier: Tier, miss: Miss) -> None:
         if miss is not Miss.ABSENT:
@@ -398,9 +482,8 @@ class DocumentStore:
         return self._threads("read").map(function, items)
 
     def _threads(self, use: str) -> ThreadPoolExecutor:
-        """Threads for one use, made when first needed; a forked process has none of its parent's."""
-        place = (os.getpid(), use)
+        """Threads for one use, made when first needed."""
         with self._lock:
-            if place not in self._pools:
-                self._pools[place] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
-            return self._pools[place]
+            if use not in self._pools:
+                self._pools[use] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
+            return self._pools[use]

@@ -16,7 +16,8 @@ from ..errors import InvalidInputError
 
 _SCHEMA = 2
 _NAMESPACE = re.compile(r"[A-Za-z0-9 _.:@+=-]{0,128}")
-_KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9a-f]{64}(@[0-9]+)?")
+_NAMESPACE_KEY = re.compile(r"[0-9a-f]{32}")
+_KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9a-f]{64}")
 
 
 def document_key(fingerprint: str, namespace: str, token_ids: Sequence[int]) -> str:
@@ -51,6 +52,14 @@ def require_namespace(namespace: object) -> None:
     if not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
         raise InvalidInputError(
             f"namespace is {namespace!r}, but it must be up to 128 letters, digits, blanks and _.:@+=- (no path)."
+        )
+
+
+def require_namespace_key(text: object) -> None:
+    """Raise InvalidInputError for what :func:`namespace_key` never makes."""
+    if not isinstance(text, str) or not _NAMESPACE_KEY.fullmatch(text):
+        raise InvalidInputError(
+            f"the key of a namespace is {text!r}, but it must be 32 hex digits; namespace_key(name) makes it."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import InvalidInputError
 from ..schema import DocumentKV
+from .keys import document_part
 
 DEFAULT_MAX_BYTES = 1 << 30
 
@@ -37,7 +38,8 @@ class MemoryStore:
 
     Args:
         max_bytes: cap on keys and values together, in bytes.
-        namespace_bytes: cap on each namespace; with it no tenant's documents make another's leave.
+        namespace_bytes: cap on each namespace; while all of these together stay under
+            ``max_bytes``, no tenant's documents make another's leave.
         host: keep KVs in page-locked host memory, from where a GPU reads them by itself; by default they stay on
             the device that made them.
     """
@@ -91,7 +93,7 @@ class MemoryStore:
         """Keep ``document`` and say so; one that finds no room, for size or for pinned others, is counted instead."""
         kept = _on_host(document) if self._host else document
         with self._lock:
-            if key in self._pins:
+            if key in self._pins and key in self._entries:
                 return True  # in use, and the same
             self._drop(key)
             namespace = _namespace(key)
@@ -113,9 +115,13 @@ class MemoryStore:
                 self._drop(key)
             return len(gone)
 
-    def clear(self) -> None:
-        """Drop everything."""
-        self.remove(lambda key: True)
+    def forget(self, key: str) -> int:
+        """Drop the document of ``key`` under every model; how many entries that were."""
+        return self.remove(lambda one: one.startswith(document_part(key)))
+
+    def clear(self, namespace_key: str | None = None) -> int:
+        """Drop everything, or what one namespace (its key) has; how many entries that were."""
+        return self.remove(lambda key: namespace_key is None or _namespace(key) == namespace_key)
 
     def __repr__(self) -> str:
         return f"MemoryStore({len(self)} documents, {self._bytes:,} of {self._max_bytes:,} bytes)"
@@ -130,6 +136,10 @@ class MemoryStore:
     @property
     def max_bytes(self) -> int:
         return self._max_bytes
+
+    @property
+    def namespace_bytes(self) -> int | None:
+        return self._namespace_bytes
 
     @property
     def stats(self) -> StoreStats:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -51,7 +52,7 @@ class LoadPolicy:
         return dict(self._known.get(model, {}))
 
     def _note(self, model: str, way: str, tokens: int, seconds: float) -> None:
-        if self._loading != "auto" or way in self._known.get(model, {}):
+        if not tokens or self._loading != "auto" or way in self._known.get(model, {}):
             return
         with self._lock:
             total, spent = self._running.get((model, way), (0, 0.0))
@@ -86,4 +87,5 @@ class LoadPolicy:
             os.replace(fresh, self._file)
         except OSError as error:
             logger.debug("measurements are not kept: %s", error)
-            fresh.unlink(missing_ok=True)
+            with suppress(OSError):  # as on a file system that is read-only
+                fresh.unlink(missing_ok=True)

@@ -128,6 +128,10 @@ class RemoteStore:
         for _ in range(_QUEUED):
             self._room.release()
 
+    def close(self) -> None:
+        """Finish writing."""
+        self.flush()
+
     def _path(self, key: str) -> str:
         namespace, rest = key.split("-", 1)
         return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{namespace}/{rest[:2]}/{rest}{SUFFIX}"
