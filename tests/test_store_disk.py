@@ -1,12 +1,16 @@
 """The disk tier: what is read is what was written, or a miss with its reason."""
 
+import errno
 import json
+import multiprocessing
 import os
 import random
+import sqlite3
 import stat
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,8 @@ from stores import SHAPE, files_of, ids_of, key_of, kv_of, read, same
 
 from kvfusion_rag import DiskStore, InvalidInputError, StoreError
 from kvfusion_rag.schema import KVShape
-from kvfusion_rag.store import Miss
+from kvfusion_rag.store import Miss, VerifyReport, namespace_key
+from kvfusion_rag.store.disk import ORPHANED_SECONDS, QUARANTINED
 from kvfusion_rag.store.format import CODECS, checksum, encode, layout
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,7 +108,7 @@ def test_f2_a_damaged_file_is_a_miss_put_aside_and_said_once(tmp_path, caplog, h
         assert miss in expected.get(how, {Miss.TRUNCATED})
         assert not file.exists() and read(store, number)[0] is Miss.ABSENT
         assert sum(count for _, count in store.totals().values()) == 0
-    assert len(list((store.path / "quarantine").iterdir())) == 8
+    assert len(list((store.path / "quarantine").iterdir())) == QUARANTINED
     assert 1 <= len([r for r in caplog.records if "broken" in r.message]) <= 2  # one for each reason
 
 
@@ -322,7 +327,7 @@ def test_f1_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_no
     old = temporary / "elsewhere~1~1~2"
     for name in (*names, old.name):
         (temporary / name).write_bytes(b"x")
-    os.utime(old, (time.time() - 7200,) * 2)
+    os.utime(old, (time.time() - 2 * ORPHANED_SECONDS,) * 2)
     DiskStore(store.path)
     assert {name: (temporary / name).exists() for name in names} == names and not old.exists()
 
@@ -503,3 +508,250 @@ def test_a_path_that_cannot_be_written_is_one_clear_error(tmp_path, monkeypatch)
 
 def test_the_checksum_covers_the_header():
     assert checksum(b"a", [b"data"]) != checksum(b"b", [b"data"])
+
+
+# What other processes do meanwhile
+
+
+def test_f5_a_file_that_another_process_removed_while_it_was_written_is_not_kept_uncounted(tmp_path, monkeypatch):
+    store, other = DiskStore(tmp_path / "s"), DiskStore(tmp_path / "s")
+    write = store._write
+    monkeypatch.setattr(store, "_write", lambda *given: (other.clear(), write(*given)))
+    assert not store.put(key_of(1), kv_of(1))
+    assert not files_of(store) and not store.totals()
+
+
+@pytest.mark.parametrize("remove", ["forget", "clear", "clear all"])
+def test_a_document_that_is_just_being_written_is_removed_too(tmp_path, monkeypatch, remove):
+    store = DiskStore(tmp_path / "s")
+    write, ways = store._write, {"forget": lambda: store.forget(key_of(1)), "clear all": store.clear,
+                                 "clear": lambda: store.clear(namespace_key(""))}  # fmt: skip
+    monkeypatch.setattr(store, "_write", lambda *given: (ways[remove](), write(*given)))
+    assert not store.put(key_of(1), kv_of(1))
+    assert not files_of(store) and not store.totals()
+
+
+@pytest.mark.parametrize("remove", ["forget", "clear"])
+def test_what_was_put_aside_is_removed_too(tmp_path, remove):
+    store = DiskStore(tmp_path / "s")
+    for number, namespace in ((1, ""), (2, ""), (1, "other")):
+        store.put(key_of(number, namespace=namespace), kv_of(number))
+    for file in files_of(store):
+        file.write_bytes(b"x")
+    assert store.verify().broken == 3
+    store.forget(key_of(1)) if remove == "forget" else store.clear(namespace_key(""))
+    left = [file.name for file in (store.path / "quarantine").iterdir()]
+    assert len(left) == (2 if remove == "forget" else 1)
+    assert not any(name.startswith(key_of(1)[:65]) for name in left)
+
+
+def test_verifying_a_store_in_use_keeps_its_cap(tmp_path, monkeypatch):
+    """A document that is being written while the index is set right is counted in the end, or not there."""
+    size = files_size(tmp_path)
+    one, two = (DiskStore(tmp_path / "s", max_bytes=4 * size) for _ in range(2))
+    write = one._write
+    monkeypatch.setattr(one, "_write", lambda *given: (two.verify(), write(*given)))
+    for number in range(8):
+        one.put(key_of(number), kv_of(number))
+        two.put(key_of(100 + number), kv_of(100 + number))
+    assert len(files_of(one)) <= 4
+    assert one.totals() == two.totals() == {namespace_key(""): (len(files_of(one)) * size, len(files_of(one)))}
+
+
+def files_size(folder: Path) -> int:
+    return DiskStore(folder / "sizes").file_bytes(SHAPE, 5)
+
+
+def test_verifying_does_not_mistake_a_file_that_leaves_for_a_broken_one(tmp_path, monkeypatch):
+    store = DiskStore(tmp_path / "s")
+    store.put(key_of(1), kv_of(1))
+    scan = store._scan
+
+    def leaving(*given):
+        for found in list(scan(*given)):
+            store.forget(key_of(1)) if not given else None
+            yield found
+
+    monkeypatch.setattr(store, "_scan", leaving)
+    assert store.verify() == VerifyReport(0, 0, 0, 0)
+
+
+def _open_one(folder: str, start) -> None:
+    start.wait()
+    assert DiskStore(folder).put(key_of(1), kv_of(1))
+
+
+def test_f5_processes_may_open_a_new_folder_together(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for turn in range(5):
+        start = context.Event()
+        opening = [context.Process(target=_open_one, args=(str(tmp_path / str(turn)), start)) for _ in range(6)]
+        for process in opening:
+            process.start()
+        start.set()
+        for process in opening:
+            process.join(30)
+        assert [process.exitcode for process in opening] == [0] * 6
+
+
+@pytest.mark.parametrize("made", [["tmp"], ["tmp", "quarantine"], ["tmp", "quarantine", "v2-raw"]])
+def test_f1_a_folder_whose_first_opening_was_killed_can_be_opened(tmp_path, made):
+    for name in made:
+        (tmp_path / "s" / name).mkdir(parents=True)
+    assert DiskStore(tmp_path / "s").put(key_of(1), kv_of(1))
+    (tmp_path / "foreign" / "tmp").mkdir(parents=True)
+    (tmp_path / "foreign" / "letter.txt").write_text("dear")
+    with pytest.raises(StoreError, match="is no document store"):
+        DiskStore(tmp_path / "foreign")
+
+
+# Damage and other faults of the index
+
+
+@pytest.mark.parametrize("use", ["put", "verify", "forget", "totals"])
+def test_f2_a_damaged_index_is_built_anew_while_the_store_is_open(tmp_path, use):
+    store = DiskStore(tmp_path / "s")
+    for number in range(3):
+        store.put(key_of(number), kv_of(number))
+    store.close()
+    index = store.path / "index.sqlite"
+    index.write_bytes(index.read_bytes()[:100] + b"\xff" * (index.stat().st_size - 100))
+    if use == "put":
+        assert store.put(key_of(3), kv_of(3))
+    elif use == "verify":
+        assert store.verify().whole == 3
+    elif use == "forget":
+        assert store.forget(key_of(0)) == 1
+    files = len(files_of(store))
+    assert store.totals() == {namespace_key(""): (files * files_size(tmp_path), files)}
+
+
+def test_f1_an_index_whose_maker_died_before_it_was_filled_is_filled(tmp_path):
+    store = DiskStore(tmp_path / "s")
+    for number in range(3):
+        store.put(key_of(number), kv_of(number))
+    store.close()
+    with closing(sqlite3.connect(store.path / "index.sqlite")) as database:
+        database.executescript("DELETE FROM documents; DELETE FROM totals; PRAGMA user_version = 0;")
+    size = files_size(tmp_path)
+    again = DiskStore(store.path, max_bytes=3 * size)
+    assert again.totals() == {namespace_key(""): (3 * size, 3)}
+    assert again.put(key_of(9), kv_of(9)) and len(files_of(again)) == 3
+
+
+def test_f3_another_process_that_holds_the_index_costs_a_short_wait_and_no_fault(tmp_path):
+    store = DiskStore(tmp_path / "s")
+    with closing(sqlite3.connect(store.path / "index.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        began = time.monotonic()
+        assert not store.put(key_of(1), kv_of(1))
+        assert time.monotonic() - began < 5
+        database.execute("ROLLBACK")
+    assert store.failed_writes == 0 and store.put(key_of(1), kv_of(1))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_f3_a_folder_that_cannot_be_looked_into_holds_nothing(tmp_path, monkeypatch, code):
+    store = DiskStore(tmp_path / "s")
+
+    def refuse(*_args, **_options):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    assert key_of(1) not in store and not store.put(key_of(1), kv_of(1))
+
+
+def test_f3_maintenance_that_fails_is_one_clear_error(tmp_path, monkeypatch):
+    store = DiskStore(tmp_path / "s")
+    store.put(key_of(1), kv_of(1))
+
+    def refuse(*_args, **_options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for work in (store.clear, lambda: store.forget(key_of(1))):
+        with pytest.raises(StoreError, match="cannot be changed \\(Read-only file system\\)"):
+            work()
+
+
+def test_t4_only_keys_reach_the_file_system(tmp_path):
+    store, foreign = DiskStore(tmp_path / "s"), tmp_path / "outside" / "x" / "y" / "m.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"x")
+    for wrong in ("../../outside/x", "", "tenant", "*"):
+        with pytest.raises(InvalidInputError):
+            store.clear(wrong)
+        with pytest.raises(InvalidInputError):
+            store.forget(wrong)
+    assert foreign.exists()
+
+
+# Use and permissions
+
+
+def test_the_document_used_longest_ago_leaves_first(tmp_path):
+    store = DiskStore(tmp_path / "s", max_bytes=2 * files_size(tmp_path))
+    store.put(key_of(1), kv_of(1))
+    store.put(key_of(2), kv_of(2))
+    assert read(store, 1)[0] is None
+    store.put(key_of(3), kv_of(3))
+    assert [key_of(number) in store for number in (1, 2, 3)] == [True, False, True]
+
+
+def test_what_one_process_reads_is_not_the_first_to_leave_for_another(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.store.index.FLUSH_SECONDS", 0.0)
+    size = files_size(tmp_path)
+    reader, writer = (DiskStore(tmp_path / "s", max_bytes=2 * size) for _ in range(2))
+    writer.put(key_of(1), kv_of(1))
+    writer.put(key_of(2), kv_of(2))
+    for number in (1, 2, 1):
+        assert read(reader, number)[0] is None
+    assert read(reader, 1)[0] is None
+    writer.put(key_of(3), kv_of(3))
+    assert [key_of(number) in writer for number in (1, 2, 3)] == [True, False, True]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o660])
+def test_folders_and_index_have_the_rights_of_the_files_whatever_the_umask(tmp_path, mode):
+    before = os.umask(0o077)
+    try:
+        store = DiskStore(tmp_path / "s", mode=mode)
+        store.put(key_of(1), kv_of(1))
+    finally:
+        os.umask(before)
+    (file,) = files_of(store)
+    folders = [store.path, *file.parents[:3], store.path / "tmp", store.path / "quarantine"]
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {mode | (mode & 0o444) >> 2}
+    files = [file, store.path / "format.json", *store.path.glob("index.sqlite*")]
+    assert {one.stat().st_mode & 0o777 for one in files} == {mode}
+
+
+@pytest.mark.parametrize("mode", ["0600", 0o400, True, 0o1777])
+def test_a_mode_that_is_no_permission_is_one_clear_error(tmp_path, mode):
+    with pytest.raises(InvalidInputError, match="mode is"):
+        DiskStore(tmp_path / "s", mode=mode)
+
+
+def test_f12_parent_and_forked_child_count_together(tmp_path):
+    size = files_size(tmp_path)
+    store = DiskStore(tmp_path / "s", max_bytes=4 * size)
+    store.put(key_of(0), kv_of(0))
+    context = multiprocessing.get_context("fork")
+    closed = context.Event()
+
+    def child() -> None:
+        for number in range(1, 4):
+            store.put(key_of(number), kv_of(number))
+        closed.wait(30)
+        for number in range(4, 8):
+            store.put(key_of(number), kv_of(number))
+
+    process = context.Process(target=child)
+    process.start()
+    time.sleep(0.2)
+    store.close()
+    closed.set()
+    process.join(30)
+    assert process.exitcode == 0 and len(files_of(store)) == 4
+    assert DiskStore(store.path).totals() == {namespace_key(""): (4 * size, 4)}

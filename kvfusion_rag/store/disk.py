@@ -8,7 +8,7 @@ is a miss with its reason. Files are never changed in place, so a reader keeps w
     FOLDER/index.sqlite            sizes and use, for eviction (index.py)
     FOLDER/v2-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
     FOLDER/tmp/                    files being written
-    FOLDER/quarantine/             the last broken ones, to be looked at
+    FOLDER/quarantine/             the last few broken ones, to be looked at, beside the cap
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,14 +29,16 @@ from ..errors import InvalidInputError, StoreError
 from ..schema import DocumentKV, KVShape
 from .files import SUFFIX, Miss, check_alone, read_file, write_all
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec, encode, is_finite, layout
-from .index import Caps, Entry, Index
-from .keys import document_key, document_part, is_key
+from .index import Caps, Entry, Index, is_held
+from .keys import document_key, document_part, is_key, require_namespace_key
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 20 << 30
 PAUSE_SECONDS = 60.0  # without writing, after a write that failed
-QUARANTINED = 16  # broken files that are kept
+QUARANTINED = 4  # broken files that are kept
+REMOVED_AT_ONCE = 256  # files, so that other processes need not wait long for the index
+ORPHANED_SECONDS = 86_400.0  # after which another machine's half-written file counts as left behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class DiskStore:
     Args:
         path: made if it does not exist; must be empty or a store.
         max_bytes: cap on all files together.
-        namespace_bytes: cap on each namespace; with it no tenant's documents make another's leave.
+        namespace_bytes: cap on each namespace; while all of these together stay under ``max_bytes``, no tenant's
+            documents make another's leave.
         codec: "raw", or "v8": values in 8 bit, which changes answers slightly and saves a quarter to three eighths.
         fsync: wait until a document is on the disk; without it a power cut can lose documents (never spoil them).
         mode: permissions of files; folders get the same with the right to enter.
@@ -83,6 +86,11 @@ class DiskStore:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of bytes from 1.")
+        if not isinstance(mode, int) or isinstance(mode, bool) or not 0o600 <= mode <= 0o777 or mode & 0o600 != 0o600:
+            raise InvalidInputError(
+                f"mode is {mode!r}, but it must be permissions such as 0o600 or 0o660, the owner's right to read and "
+                "write among them."
+            )
         if codec not in CODECS:
             raise InvalidInputError(f"codec is {codec!r}, but it must be one of {list(CODECS)}.")
         self.path, self.caps = Path(path).expanduser(), Caps(max_bytes, namespace_bytes)
@@ -109,7 +117,11 @@ class DiskStore:
 
     def __contains__(self, key: str) -> bool:
         """Whether there is a file for ``key``; counts as no look-up."""
-        return self._file(key).exists()
+        file = self._file(key)
+        try:
+            return file.exists()
+        except OSError:  # as of a network folder that is gone
+            return False
 
     def get(self, key: str, shape: KVShape, into: DocumentKV) -> Miss | None:
         """Read the document ``into.token_ids`` under ``key`` straight into the CPU tensors of ``into``.
@@ -144,7 +156,7 @@ class DiskStore:
         file = self._file(key)
         if not self._writable:
             return False
-        if file.exists():
+        if key in self:
             return True
         if not is_finite(document):
             self._warn("a document's keys or values are not finite numbers; it is not stored")
@@ -159,22 +171,31 @@ class DiskStore:
         return self.get(key, shape, into) if self._place(file, [data]) else Miss.UNREADABLE
 
     def forget(self, key: str) -> int:
-        """Remove the document of ``key`` under every model; how many files that were."""
+        """Remove the document of ``key`` under every model; how many files that were.
+
+        One that is just being written goes with it.
+
+        Raises:
+            InvalidInputError: ``key`` is none.
+            StoreError: nothing can be removed here.
+        """
+        self._file(key)  # refuses what is no key
         namespace, document = document_part(key).split("-")
-        files = [
-            file
-            for codec in CODECS
-            for file in (self.path / f"v{FORMAT_VERSION}-{codec}" / namespace / document[:2]).glob(f"{document}-*")
-        ]
-        return self._remove(files)
+        return self._remove(f"{namespace}/{document[:2]}/{document}-", f"{namespace}-{document}-")
 
     def clear(self, namespace: str | None = None) -> int:
-        """Remove all documents of a namespace (the first part of its keys), or of all; how many files that were."""
-        removed = self._remove([file for file, _ in self._scan(namespace)])
+        """Remove all documents of a namespace (the first part of its keys), or of all; how many files that were.
+
+        Those that are just being written go with them.
+
+        Raises:
+            InvalidInputError: ``namespace`` is no key of one.
+            StoreError: nothing can be removed here.
+        """
         if namespace is None:
-            for file in (self.path / "quarantine").iterdir():
-                file.unlink(missing_ok=True)
-        return removed
+            return self._remove("", "")
+        require_namespace_key(namespace)
+        return self._remove(f"{namespace}/", f"{namespace}-")
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Bytes and number of documents by namespace (the first part of its keys)."""
@@ -190,19 +211,19 @@ class DiskStore:
     def verify(self) -> VerifyReport:
         """Read every file; put the broken ones aside and set the index right."""
         whole = broken = 0
-        present: set[str] = set()
-        for file, entry in self._scan():
-            reason = check_alone(file)
+        for file, _ in self._scan():
+            try:
+                reason = check_alone(file)
+            except FileNotFoundError:  # it made room for another one
+                continue
             if reason is None:
                 whole += 1
-                present.add(entry.name)
             else:
                 broken += 1
                 self._quarantine(file, reason)
-        counted = {entry.name for entry in self._index.entries()} if self._index is not None else present
-        if self._index is not None and counted != present:
-            self._index.rebuild()
-        return VerifyReport(whole, broken, len(present - counted), len(counted - present))
+        with self._maintaining():
+            uncounted, missing = (0, 0) if self._index is None else self._index.set_right()
+        return VerifyReport(whole, broken, uncounted, missing)
 
     def close(self) -> None:
         if self._index is not None:
@@ -216,7 +237,8 @@ class DiskStore:
             if self.path.exists() and not self.path.is_dir():
                 raise StoreError(f"the store {str(self.path)!r} is a file, but it must be a folder.")
             if not self._read_only:
-                self.path.mkdir(mode=_folder_mode(self._mode), parents=True, exist_ok=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._make_folder(self.path)
             if marker.exists():
                 version = _version(marker)
                 if version > FORMAT_VERSION:
@@ -224,7 +246,7 @@ class DiskStore:
                         f"the store {str(self.path)!r} has format {version}, but this version reads up to "
                         f"{FORMAT_VERSION}; update kvfusion-rag, or name another folder."
                     )
-            elif self._read_only or any(self.path.iterdir()):
+            elif self._read_only or not all(map(_is_own, self.path.iterdir())):
                 raise StoreError(
                     f"the folder {str(self.path)!r} is no document store, since it has no format.json; name an empty "
                     "or a new one."
@@ -241,14 +263,14 @@ class DiskStore:
 
     def _prepare(self, marker: Path) -> None:
         for name in ("tmp", "quarantine", self._files.name):
-            (self.path / name).mkdir(mode=_folder_mode(self._mode), exist_ok=True)
+            self._make_folder(self.path / name)
         self._sweep()
         text = json.dumps({"format": "kvfusion-document-store", "version": FORMAT_VERSION}).encode()
         self._write(marker, [text])  # shows too that the folder can be written
 
     def _open_index(self) -> Index:
         try:
-            return Index(self.path / "index.sqlite", lambda: [entry for _, entry in self._scan()])
+            return Index(self.path / "index.sqlite", lambda: [entry for _, entry in self._scan()], self._mode)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"the index of the store {str(self.path)!r} cannot be opened ({_cause(error)})."
@@ -261,9 +283,10 @@ class DiskStore:
             owner, _, rest = file.name.partition("~")
             pid = rest.split("~")[0]
             mine = owner == host and pid.isdecimal()
-            dead = not _is_alive(int(pid)) if mine else time.time() - file.stat().st_mtime > 3600
-            if dead:
-                file.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # its writer has just renamed it
+                dead = not _is_alive(int(pid)) if mine else time.time() - file.stat().st_mtime > ORPHANED_SECONDS
+                if dead:
+                    file.unlink()
 
     # Files
 
@@ -299,15 +322,19 @@ class DiskStore:
                 return False
             self.evictions += removed
             self._write(file, buffers)
-            if not self._index.holds(entry.name):  # another process made room meanwhile
-                self._unlink(entry.name)
+            if not self._index.confirm(entry.name, self._unlink):  # another process made room, or removed it
                 return False
         except (OSError, sqlite3.Error) as error:
+            if is_held(error):  # another process is at it for long; not a fault
+                self.rejected += 1
+                with suppress(OSError):
+                    self._unlink(entry.name)
+                return False
             self.failed_writes += 1
             self._paused_until = time.monotonic() + PAUSE_SECONDS
             self._warn(f"documents cannot be stored for now ({_cause(error)}); answers go on without")
             with suppress(OSError, sqlite3.Error):
-                self._index.remove([entry.name], self._unlink)
+                self._index.remove([entry.name], self._unlink, wait=0.0)
             return False
         self.written += entry.bytes
         return True
@@ -327,7 +354,7 @@ class DiskStore:
                 os.replace(temporary, file)
             except FileNotFoundError:  # the first document of its folder
                 for folder in (file.parent.parent, file.parent):
-                    folder.mkdir(mode=_folder_mode(self._mode), exist_ok=True)
+                    self._make_folder(folder)
                 os.replace(temporary, file)
             if self._fsync:
                 _sync_folder(file.parent)
@@ -339,21 +366,57 @@ class DiskStore:
     def _unlink(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
 
-    def _remove(self, files: Sequence[Path]) -> int:
+    def _make_folder(self, folder: Path) -> None:
+        """A folder with the rights of the store's, whatever the umask says; one that is there stays as it is."""
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return
+        folder.chmod(_folder_mode(self._mode))
+        if self._fsync:
+            _sync_folder(folder.parent)
+
+    def _remove(self, beginning: str, aside: str) -> int:
+        """Remove all documents whose names begin so, and what was put aside of them; how many files that were."""
         if self._index is None:
             raise StoreError(f"the store {str(self.path)!r} was opened with read_only=True; nothing can be removed.")
-        self._index.remove(map(self._name, files), self._unlink)
-        return len(files)
+        removed = 0
+        with self._maintaining():
+            for codec in CODECS:
+                folder = f"v{FORMAT_VERSION}-{codec}"
+                begins = f"{folder}/{beginning}"
+                files = {
+                    name for _, entry in self._scan(beginning[:32] or None) if (name := entry.name).startswith(begins)
+                }
+                names = sorted(files.union(self._index.names(begins)))
+                for start in range(0, len(names), REMOVED_AT_ONCE):
+                    self._index.remove(names[start : start + REMOVED_AT_ONCE], self._unlink)
+                removed += len(files)
+            for file in (self.path / "quarantine").glob(f"{aside}*"):
+                file.unlink(missing_ok=True)
+        return removed
+
+    @contextmanager
+    def _maintaining(self) -> Iterator[None]:
+        """Faults while the store is looked after are told, other than those of answering."""
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"the store {str(self.path)!r} cannot be changed ({_cause(error)}); see whether its disk is full, "
+                "read-only or held by another process."
+            ) from error
 
     def _quarantine(self, file: Path, reason: Miss) -> None:
-        self._warn(f"a stored document is broken ({reason}); it was put aside and is computed again")
         if self._index is None:
+            self._warn(f"a stored document is broken ({reason}); it is computed again")
             return
+        self._warn(f"a stored document is broken ({reason}); it was put aside and is computed again")
         with suppress(OSError, sqlite3.Error):
             kept = sorted((self.path / "quarantine").iterdir(), key=lambda one: one.stat().st_mtime)
             for old in kept[: max(0, len(kept) - QUARANTINED + 1)]:
                 old.unlink(missing_ok=True)
-            aside = self.path / "quarantine" / f"{file.stem}.{reason}"
+            aside = self.path / "quarantine" / f"{file.parts[-3]}-{file.stem}.{reason}"
             self._index.remove([self._name(file)], lambda _: os.replace(file, aside))
 
     def _unreadable(self, error: OSError) -> Miss:
@@ -374,6 +437,13 @@ def _version(marker: Path) -> int:
     if not isinstance(found, int):
         raise StoreError(f"{str(marker)!r} names the version {found!r}, which is no number.")
     return found
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether a store makes such an entry: a process may have died, or be, at opening this one."""
+    return entry.name in ("tmp", "quarantine", "format.json") or entry.name.startswith(
+        (f"v{FORMAT_VERSION}-", "index.sqlite")
+    )
 
 
 def _folder_mode(mode: int) -> int:

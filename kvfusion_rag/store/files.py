@@ -89,7 +89,11 @@ def _after(buffers: Sequence[memoryview], count: int) -> list[memoryview]:
 
 
 def check_alone(file: Path) -> Miss | None:
-    """Whether a file is whole and stands under its own name, without a model to compare it with."""
+    """Whether a file is whole and stands under its own name, without a model to compare it with.
+
+    Raises:
+        FileNotFoundError: it has left meanwhile.
+    """
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -106,6 +110,8 @@ def check_alone(file: Path) -> Miss | None:
             while part := stream.read(1 << 20):
                 digest.update(part)
             return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
+    except FileNotFoundError:
+        raise
     except OSError:
         return Miss.UNREADABLE
     except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not ours
