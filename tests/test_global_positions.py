@@ -72,7 +72,7 @@ def test_order_matters_which_is_what_it_measures(architecture):
     assert moved.check_invariance("who?", DOCUMENTS, permutations=3, mode="ape").identical  # of mode fusion alone
 
 
-def test_stored_documents_are_found_again_at_their_place_and_no_other():
+def test_only_the_document_right_after_the_prefix_is_looked_for_in_the_store():
     store = MemoryStore()
     gen = tiny.generator("llama", store=store)
     moved = gen.with_settings(positions="global")
@@ -80,8 +80,10 @@ def test_stored_documents_are_found_again_at_their_place_and_no_other():
     first = moved.answer("who?", DOCUMENTS, max_new_tokens=6)
     assert [s.origin for s in first.sources] == ["memory", "computed", "computed"]  # the first stands where it stood
     again = moved.answer("who?", DOCUMENTS, max_new_tokens=6)
-    assert [s.origin for s in again.sources] == ["memory"] * 3 and again.token_ids == first.token_ids
-    assert "computed" in {s.origin for s in moved.answer("who?", DOCUMENTS[::-1], max_new_tokens=6).sources}
+    assert [s.origin for s in again.sources] == [
+        s.origin for s in first.sources
+    ] and again.token_ids == first.token_ids
+    assert len(store) == len(DOCUMENTS)
     alone = KVFusionGenerator(tiny.backbone("llama"), store=None).with_settings(positions="global")
     assert alone.answer("who?", DOCUMENTS, max_new_tokens=6).token_ids == first.token_ids
 

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
-    "errors", "schema", "settings", "prompts", "positions", "support", "ape", "attention", "backbone", "prefill",
-    "fusion", "gate", "citations", "store", "reading", "decoding", "engine", "generator", "qa", "retrieval",
+    "errors", "probe", "schema", "settings", "prompts", "positions", "support", "ape", "attention", "backbone",
+    "prefill", "fusion", "gate", "citations", "store", "reading", "decoding", "engine", "generator", "qa", "retrieval",
     "evaluation", "training", "cli",
 ]  # fmt: skip
 

@@ -4,6 +4,8 @@ import asyncio
 import errno
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -385,7 +387,113 @@ def test_f9_a_remote_store_that_is_down_costs_a_warning(tmp_path, monkeypatch, c
         monkeypatch.setattr(remote._system, name, down)
     assert fetch(store, range(4)) == ["computed"] * 4
     store.close()
-    assert len(caplog.records) == 1 and "no route" in caplog.text
+    assert len(caplog.records) == 2 and caplog.text.count("no route") == 2  # one for reading, one for writing
+
+
+def test_f9_a_remote_store_that_cannot_be_written_is_still_read(tmp_path, monkeypatch):
+    shared = f"memory://{tmp_path.name}"
+    first = DocumentStore(None, DiskStore(tmp_path / "a"), RemoteStore(shared), load="always")
+    fetch(first, range(3))
+    first.close()
+    remote = RemoteStore(shared)
+    second = DocumentStore(None, DiskStore(tmp_path / "b"), remote, load="always")
+
+    def refuse(*_, **__):
+        raise PermissionError("read-only credentials")
+
+    monkeypatch.setattr(remote._system, "pipe_file", refuse)
+    assert fetch(second, [9]) == ["computed"]
+    second.flush()
+    assert fetch(second, range(3)) == ["remote"] * 3
+
+
+def test_f9_a_broken_remote_file_is_replaced_by_the_next_upload(tmp_path):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    for turn, expected in enumerate(["computed", "computed", "remote"]):
+        store = DocumentStore(None, DiskStore(tmp_path / f"d{turn}"), remote, load="always")
+        assert fetch(store, [1]) == [expected]
+        store.close()
+        if turn == 0:
+            (file,) = (tmp_path / "remote").rglob("*.safetensors")
+            file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+
+def test_f9_a_remote_store_that_hangs_delays_neither_answers_nor_flushing_nor_the_end(tmp_path):
+    """In a process of its own: a thread that hangs for ever must not keep it from ending."""
+    script = f"""
+import sys, threading, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from stores import CPU, SHAPE, Computer, wanted_of
+from kvfusion_rag import DiskStore, DocumentStore, RemoteStore
+remote = RemoteStore("memory://hangs", wait=0.2)
+for name in ("cat_file", "exists"):
+    setattr(remote._system, name, lambda *_: threading.Event().wait())
+store = DocumentStore(None, DiskStore({str(tmp_path / "d")!r}), remote, load="always")
+origins = store.fetch(wanted_of(range(3)), SHAPE, CPU, "model", Computer(range(3))).origins
+assert set(origins.values()) == {{"computed"}}
+flushing = [threading.Thread(target=remote.flush, args=(0.2,)) for _ in range(2)]
+for one in flushing: one.start()
+for one in flushing: one.join(10)
+assert not remote.flush(0.1) and not any(one.is_alive() for one in flushing)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_f12_a_forked_process_reads_the_remote_store(tmp_path):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    store = DocumentStore(None, DiskStore(tmp_path / "a"), remote, load="always")
+    fetch(store, [1])
+    store.flush()
+    store.disk.clear()
+
+    def child() -> None:
+        assert fetch(store, [1]) == ["remote"]
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
+
+
+def test_numbers_that_are_not_finite_are_not_uploaded(tmp_path):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    store = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always")
+
+    def broken(keys):
+        for key in keys:
+            document = kv_of(1)
+            document.keys[0, 0, 0, 0] = float("nan")
+            yield key, document
+
+    store.fetch(wanted_of([1]), SHAPE, CPU, "model", broken)
+    store.close()
+    assert not remote.totals() and not files_of(store.disk)
+
+
+def test_a_remote_store_needs_a_disk_of_its_codec(tmp_path):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    with pytest.raises(InvalidInputError, match=r"needs a disk store .* there is none"):
+        DocumentStore(MemoryStore(), None, remote)
+    with pytest.raises(InvalidInputError, match="codec, 'raw', but its codec is 'v8'"):
+        DocumentStore(None, DiskStore(tmp_path / "d", codec="v8"), remote)
+
+
+def test_a_remote_store_that_is_read_only_is_read_through_a_local_disk_and_never_changed(tmp_path):
+    url = (tmp_path / "remote").as_uri()
+    writer = open_store(url, local=tmp_path / "a", remote={"wait": 5.0})
+    fetch(writer, range(3))
+    writer.close()
+    before = sorted(tmp_path.joinpath("remote").rglob("*"))
+    reader = open_store(url, local=tmp_path / "b", read_only=True)
+    reader._policy = writer._policy
+    assert fetch(reader, [0, 1, 2, 9]) == ["remote"] * 3 + ["computed"]
+    with pytest.raises(StoreError, match="read_only=True; nothing can be removed"):
+        reader.clear()
+    assert not len(reader.memory) and not files_of(reader.disk)  # the tiers that can let go have
+    assert sorted(tmp_path.joinpath("remote").rglob("*")) == before
+    with pytest.raises(InvalidInputError, match="is a folder"):
+        open_store(tmp_path / "c", remote={"wait": 1})
 
 
 def test_a_remote_cap_is_kept_in_the_long_run(tmp_path, monkeypatch):

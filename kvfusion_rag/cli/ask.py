@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         shuffled = generator.check_invariance(
             args.question, documents, permutations=args.shuffle_check, mode=args.mode
         )
+    if generator.store is not None:
+        generator.store.close()  # ends uploads, and notes which documents were used
     if args.json:
         say_json(
             {

@@ -22,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", type=positive, default=20, metavar="N", help="of a question (default: 20)")
     parser.add_argument("--document-tokens", type=positive, default=256, metavar="N", help="default: 256")
     parser.add_argument("--question-tokens", type=positive, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="default: bfloat16, or float32 on a CPU that has no instructions for it",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--codec", choices=["raw", "v8"], default="raw")
     parser.add_argument("--repeats", type=positive, default=5, metavar="N", help="of each measurement (default: 5)")
@@ -31,11 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..backbone import choose_device
     from ..evaluation.report import run_facts
     from ..evaluation.store_speed import SHAPES, StoreBenchmark, measure_store
+    from ..probe import fast_dtype
 
     if args.shape not in SHAPES:
         raise InvalidInputError(f"--shape is {args.shape!r}, but it must be one of {', '.join(SHAPES)}.")
+    args.dtype = args.dtype or str(fast_dtype(choose_device(args.device))).removeprefix("torch.")
     names = ("shape", "documents", "document_tokens", "question_tokens", "dtype", "device", "codec", "repeats")
     found = measure_store(StoreBenchmark(**{name: getattr(args, name) for name in names}), args.folder)
     found["run"] = run_facts()

@@ -19,11 +19,11 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 
-from ..errors import InvalidInputError, OverloadError
+from ..errors import InvalidInputError, OverloadError, StoreError
 from ..schema import DocumentKV, KVShape, Origin
 from .disk import DiskStore
 from .files import Miss
-from .format import compress, encode, expand
+from .format import compress, encode, expand, is_finite
 from .keys import document_part, require_namespace_key
 from .memory import MemoryStore
 from .metrics import Counters, StoreEvent, StoreMetrics, Tier
@@ -89,6 +89,11 @@ class DocumentStore:
         load: Loading = "auto",
         on_event: Callable[[StoreEvent], None] | None = None,
     ) -> None:
+        if remote is not None and (disk is None or disk.codec != remote.codec):
+            found = "there is none" if disk is None else f"its codec is {disk.codec!r}"
+            raise InvalidInputError(
+                f"a remote store needs a disk store in front with the same codec, {remote.codec!r}, but {found}."
+            )
         self.memory, self.disk, self.remote = memory, disk, remote
         figures = None if disk is None or disk.read_only else disk.path / "calibration.json"
         self._policy = LoadPolicy(load, figures)
@@ -215,6 +220,7 @@ class DocumentStore:
 
         Raises:
             InvalidInputError: ``namespace_key`` is not what :func:`namespace_key` makes.
+            StoreError: a tier cannot remove its own; the others have.
         """
         if namespace_key is not None:
             require_namespace_key(namespace_key)
@@ -223,12 +229,17 @@ class DocumentStore:
     def _remove(self, keys: Iterable[str] | None, namespace_key: str | None = None) -> int:
         """From the slowest tier to the fastest, so that no reader brings a document back from behind."""
         self._removals += 1  # from here on nothing that was begun before is kept
-        removed = 0
+        removed, failed = 0, None
         for tier in (self.remote, self.disk, self.memory):
             if tier is None:
                 continue
-            removed += tier.clear(namespace_key) if keys is None else sum(tier.forget(key) for key in keys)
+            try:
+                removed += tier.clear(namespace_key) if keys is None else sum(tier.forget(key) for key in keys)
+            except StoreError as error:  # the other tiers let go of theirs all the same
+                failed = failed or error
         self._counters.note(StoreEvent("forgotten", documents=removed))
+        if failed is not None:
+            raise failed
         return removed
 
     def release_memory(self) -> int:
@@ -278,7 +289,7 @@ class DocumentStore:
         return self._counters.snapshot(used_bytes=used, entries=entries, evictions=evictions)
 
     def flush(self) -> None:
-        """Wait for what is still being written to the remote tier."""
+        """Wait for what is still being written to the remote tier, for a minute at most."""
         if self.remote is not None:
             self.remote.flush()
 
@@ -289,8 +300,6 @@ class DocumentStore:
             pools, self._pools = self._pools, {}
         for pool in pools.values():
             pool.shutdown()
-        if self.remote is not None:
-            self.remote.close()
         if self.disk is not None:
             self.disk.close()
 
@@ -372,11 +381,14 @@ class DocumentStore:
         began = time.monotonic()
         fetching = remote.start(key)
         if fetching is None:
-            return Miss.ABSENT
+            return Miss.PAUSED
         file = remote.finish(fetching, began)
         if isinstance(file, Miss):
             return file
-        return disk.adopt(key, file, shape, document)
+        miss = disk.adopt(key, file, shape, document)
+        if miss is not None and miss is not Miss.UNREADABLE:
+            remote.note_broken(key)
+        return miss
 
     def _compute(self, keys: Sequence[str], compute: Compute, take: Take) -> None:
         """Documents that are computed each time."""
@@ -414,7 +426,7 @@ class DocumentStore:
         if self.disk is not None and self.disk.put(key, document):
             seconds = time.perf_counter() - began
             self._counters.note(StoreEvent("stored", "disk", bytes=document.nbytes, seconds=seconds))
-        if self.remote is not None:
+        if self.remote is not None and self.remote.takes_uploads and is_finite(document):
             buffers = encode(key, document, self.remote.codec)
             self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
         self._unless_removed(key, removals, self.disk, self.memory)
@@ -472,7 +484,7 @@ class DocumentStore:
             flight.set_result(None)
 
     def _note_fault(self, tier: Tier, miss: Miss) -> None:
-        if miss is not Miss.ABSENT:
+        if miss not in (Miss.ABSENT, Miss.PAUSED):
             self._counters.note(StoreEvent("miss", tier, reason=miss))
 
     def _each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:

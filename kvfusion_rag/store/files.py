@@ -30,6 +30,7 @@ class Miss(StrEnum):
     NUMBERS = "numbers"  # infinite or not a number
     UNREADABLE = "unreadable"  # the system's error
     LATE = "late"  # a remote store took too long
+    PAUSED = "paused"  # a remote store is left alone for a while, after a fault
     SLOWER = "slower"  # than computing it again
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError
 from .disk import DiskStore
 from .documents import DocumentStore
+from .format import Codec
 from .memory import MemoryStore
 from .remote import RemoteStore
 
@@ -45,6 +47,9 @@ def open_store(
     *,
     memory: MemoryStore | None = None,
     local: str | os.PathLike[str] | None = None,
+    remote: Mapping[str, Any] | None = None,
+    read_only: bool = False,
+    codec: Codec = "raw",
     **options: Any,
 ) -> DocumentStore:
     """The store in a folder or behind a URL, with a memory tier in front.
@@ -53,6 +58,9 @@ def open_store(
         place: a folder, or an fsspec URL (``s3://bucket/folder``) with a local disk tier in front.
         memory: by default one of 1 GiB.
         local: folder of that local disk tier; by default one of its own in the user's cache folder.
+        remote: options of :class:`RemoteStore` behind a URL: max_bytes, wait, and what fsspec takes (credentials).
+        read_only: never write to the folder or the URL; the local disk tier in front of a URL is written to.
+        codec: of the files of both.
         options: of :class:`DiskStore`.
 
     Raises:
@@ -61,9 +69,13 @@ def open_store(
     memory = MemoryStore() if memory is None else memory
     text = os.fspath(place)
     if "://" not in text:
-        return DocumentStore(memory, DiskStore(text, **options))
-    remote = RemoteStore(text, codec=options.get("codec", "raw"), read_only=options.get("read_only", False))
-    return DocumentStore(memory, DiskStore(local or _cache_folder(text), **options), remote)
+        if remote is not None:
+            raise InvalidInputError(
+                f"remote is given, but {text!r} is a folder; a URL such as s3://bucket/folder is not."
+            )
+        return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options))
+    tier = RemoteStore(text, codec=codec, read_only=read_only, **(remote or {}))
+    return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier)
 
 
 def _cache_folder(url: str) -> Path:

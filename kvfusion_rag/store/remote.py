@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Literal
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from .files import SUFFIX, Miss
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec
-from .keys import document_part
+from .keys import document_part, is_key, require_namespace_key
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 2.0  # for one document, before it is computed instead
 PAUSE_SECONDS = 60.0  # without asking, after a fault
-_QUEUED = 64  # uploads that may wait
+FLUSH_SECONDS = 60.0  # for what is being written, when a store is closed
+_QUEUED, _QUEUED_BYTES = 64, 512 << 20  # uploads that may wait
+_AT_ONCE = 4  # uploads
 _CHECKED_EVERY = 64  # uploads between two looks at the cap
 
 
@@ -33,8 +38,8 @@ class RemoteStore:
 
     Args:
         url: of a folder of its own.
-        max_bytes: cap on all files, kept approximately: looked at after every 64 uploads of a process, the oldest
-            files leaving first; ``None`` leaves it to the bucket's own rules.
+        max_bytes: cap on all files, kept approximately: looked at with the first and then every 64th upload of a
+            process, the oldest files leaving first; ``None`` leaves it to the bucket's own rules.
         wait: seconds that one document may take to come.
         read_only: never write or remove anything.
         options: passed on to fsspec (credentials, endpoints).
@@ -65,43 +70,70 @@ class RemoteStore:
         self.url = url
         self.codec: Codec = codec
         self._max_bytes, self._wait, self._read_only = max_bytes, wait, read_only
-        self._pool = ThreadPoolExecutor(8, thread_name_prefix="kvfusion-remote")
-        self._room = threading.BoundedSemaphore(_QUEUED)
-        self._uploads = itertools.count(1)
-        self._paused_until = 0.0
-        self._warned = False
+        self._temporary, self._written = itertools.count(), itertools.count()
+        self._broken: set[str] = set()
+        self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
+        self._warned: set[str] = set()
         self.evictions = self.dropped = 0
+        self._begin()
+        in_child = weakref.WeakMethod(self._begin)
+        os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
+
+    def _begin(self) -> None:
+        """Nothing is being written: so in a new store, and in a forked process, which has no threads."""
+        self._changed = threading.Condition()
+        self._slots = threading.BoundedSemaphore(_AT_ONCE)
+        self._waiting = self._waiting_bytes = 0
 
     def __repr__(self) -> str:
         return f"RemoteStore({self.url!r})"
 
     def start(self, key: str) -> Future[bytes | Miss] | None:
         """Begin to fetch the file of ``key``; ``None`` while the store is left alone."""
-        if time.monotonic() < self._paused_until:
+        if self._is_paused("read"):
             return None
-        return self._pool.submit(self._download, key)
+        fetching: Future[bytes | Miss] = Future()
+        self._in_background(lambda: fetching.set_result(self._download(key)))
+        return fetching
 
     def finish(self, fetching: Future[bytes | Miss], began: float) -> bytes | Miss:
         """The file, or why it is not there."""
         try:
             return fetching.result(max(0.0, began + self._wait - time.monotonic()))
         except LateError:
-            fetching.cancel()
-            self._pause(f"takes more than {self._wait:g} s a document")
+            self._pause("read", f"takes more than {self._wait:g} s a document")
             return Miss.LATE
+
+    def note_broken(self, key: str) -> None:
+        """What came for ``key`` was not what it should be: the next upload replaces it."""
+        self._broken.add(key)
+
+    @property
+    def takes_uploads(self) -> bool:
+        return not self._read_only and not self._is_paused("write")
 
     def upload(self, key: str, buffers: Sequence[Buffer], done: Callable[[int], None]) -> None:
         """Write a file in the background; dropped where too many wait already."""
-        if self._read_only or time.monotonic() < self._paused_until:
-            return
-        if not self._room.acquire(blocking=False):
-            self.dropped += 1
+        if not self.takes_uploads:
             return
         data = b"".join(buffers)
-        self._pool.submit(self._store, key, data, done).add_done_callback(lambda _: self._room.release())
+        with self._changed:
+            if self._waiting == _QUEUED or (self._waiting and self._waiting_bytes + len(data) > _QUEUED_BYTES):
+                self.dropped += 1
+                return
+            self._waiting += 1
+            self._waiting_bytes += len(data)
+        self._in_background(lambda: self._upload(key, data, done))
 
     def forget(self, key: str) -> int:
-        """Remove the document of ``key`` under every model; how many files that were."""
+        """Remove the document of ``key`` under every model; how many files that were.
+
+        Raises:
+            InvalidInputError: ``key`` is none.
+            StoreError: nothing can be removed there.
+        """
+        if not is_key(key):
+            raise InvalidInputError(f"{key!r} is no document key.")
         namespace, document = document_part(key).split("-")
         return sum(
             self._remove(f"{self._root}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}/{document}-*")
@@ -109,8 +141,10 @@ class RemoteStore:
         )
 
     def clear(self, namespace: str | None = None) -> int:
-        """Remove all documents of a namespace, or of all; how many files that were."""
-        return self._remove(f"{self._root}/v{FORMAT_VERSION}-*/{namespace or '*'}/*/*{SUFFIX}")
+        """Remove all documents of a namespace, or of all; how many files that were. Raises as :meth:`forget`."""
+        if namespace is not None:
+            require_namespace_key(namespace)
+        return self._remove(f"{self._root}/v{FORMAT_VERSION}-*/{namespace or '*'}/*/*{SUFFIX}*")
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Bytes and number of documents by namespace."""
@@ -121,16 +155,10 @@ class RemoteStore:
             found[namespace] = (size + facts["size"], count + 1)
         return found
 
-    def flush(self) -> None:
-        """Wait for uploads under way."""
-        for _ in range(_QUEUED):
-            self._room.acquire()
-        for _ in range(_QUEUED):
-            self._room.release()
-
-    def close(self) -> None:
-        """Finish writing."""
-        self.flush()
+    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Wait for uploads under way, for ``timeout`` seconds at most; whether they have ended."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._waiting, timeout)
 
     def _path(self, key: str) -> str:
         namespace, rest = key.split("-", 1)
@@ -142,26 +170,38 @@ class RemoteStore:
         except FileNotFoundError:
             return Miss.ABSENT
         except Exception as error:  # every file system has its own
-            self._pause(f"cannot be read ({type(error).__name__}: {error})")
+            self._pause("read", f"cannot be read ({type(error).__name__}: {error})")
             return Miss.UNREADABLE
+
+    def _upload(self, key: str, data: bytes, done: Callable[[int], None]) -> None:
+        try:
+            with self._slots:
+                if not self._is_paused("write"):
+                    self._store(key, data, done)
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._waiting_bytes -= len(data)
+                self._changed.notify_all()
 
     def _store(self, key: str, data: bytes, done: Callable[[int], None]) -> None:
         path = self._path(key)
         try:
-            if self._system.exists(path):
+            if key not in self._broken and self._system.exists(path):
                 return
             self._system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            temporary = f"{path}.{id(self):x}.{next(self._uploads)}.tmp"
             if self._system.protocol in ("file", ("file", "local")):  # a bucket's files appear at once and whole
+                temporary = f"{path}.{os.getpid()}.{id(self):x}.{next(self._temporary)}.tmp"
                 self._system.pipe_file(temporary, data)
                 self._system.mv(temporary, path)
             else:
                 self._system.pipe_file(path, data)
-            done(len(data))
-            if self._max_bytes is not None and next(self._uploads) % _CHECKED_EVERY == 0:
+            self._broken.discard(key)
+            if self._max_bytes is not None and next(self._written) % _CHECKED_EVERY == 0:
                 self._make_room(self._max_bytes)
+            done(len(data))
         except Exception as error:
-            self._pause(f"cannot be written ({type(error).__name__}: {error})")
+            self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
 
     def _make_room(self, cap: int) -> None:
         files = sorted(self._list().items(), key=lambda item: str(item[1].get("mtime") or item[1].get("LastModified")))
@@ -177,15 +217,35 @@ class RemoteStore:
         return self._system.glob(f"{self._root}/v{FORMAT_VERSION}-*/*/*/*{SUFFIX}", detail=True)
 
     def _remove(self, pattern: str) -> int:
-        names = self._system.glob(pattern)
-        for name in names:
-            self._system.rm_file(name)
-        return len(names)
+        """Remove the files of a pattern, half-written ones too; how many documents that were."""
+        if self._read_only:
+            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
+        with self._told():
+            names = self._system.glob(pattern)
+            for name in names:
+                self._system.rm_file(name)
+        return sum(name.endswith(SUFFIX) for name in names)
 
-    def _pause(self, what: str) -> None:
-        self._paused_until = time.monotonic() + PAUSE_SECONDS
-        if not self._warned:
-            self._warned = True
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Faults while the store is looked after are told, other than those of answering."""
+        try:
+            yield
+        except Exception as error:  # every file system has its own
+            raise StoreError(f"the remote store {self.url!r} fails ({type(error).__name__}: {error}).") from error
+
+    def _is_paused(self, way: Literal["read", "write"]) -> bool:
+        return time.monotonic() < self._paused_until[way]
+
+    def _pause(self, way: Literal["read", "write"], what: str) -> None:
+        self._paused_until[way] = time.monotonic() + PAUSE_SECONDS
+        if way not in self._warned:
+            self._warned.add(way)
             logger.warning(
                 "the remote store %s %s; it is left alone for %g s at a time", self.url, what, PAUSE_SECONDS
             )
+
+    @staticmethod
+    def _in_background(work: Callable[[], None]) -> None:
+        """In a thread that no process waits for at its end: a remote store may hang."""
+        threading.Thread(target=work, name="kvfusion-remote", daemon=True).start()
