@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 class CommandGenerator(RecordingGenerator):
     """The fake generator with what only the commands ask for."""
 
+    store = None
     settings = SimpleNamespace(passage_length=40)
     gate = GateReport("fake/model", (Check("full attention", True, "2 layers"),))
     report = InvarianceReport("fusion", 3, ("in lima",), 0.0)

@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name != "estimate":
             action.add_argument("store", metavar="STORE", help="folder or fsspec URL")
         if name in ("clear", "forget"):
-            action.add_argument("--namespace", default="", help="tenant whose documents are meant (default: none)")
+            action.add_argument(
+                "--namespace", default="", help="tenant whose documents are meant (default: the one without a name)"
+            )
         if name == "clear":
             action.add_argument("--all", action="store_true", help="documents of every namespace")
         if name in ("forget", "estimate"):
