@@ -21,7 +21,7 @@ def control_contents(tok) -> dict[str, int]:
 
 
 @kinds
-def test_every_added_token_stays_text(kind):
+def test_i4_every_added_token_stays_text(kind):
     tok = tokenizer(kind)
     encoder = PlainEncoder(tok)
     control = control_contents(tok)
@@ -40,14 +40,14 @@ def test_the_plain_tokenizer_would_have_leaked(kind):
         assert token_id in tok(content, add_special_tokens=False)["input_ids"]
 
 
-def test_every_added_token_of_the_embedded_model_stays_text(embedded):
+def test_i4_every_added_token_of_the_embedded_model_stays_text(embedded):
     encoder = embedded._encoder.plain
     for content in ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "x [SEP] y", "[CLS][SEP]"):
         assert not encoder.control_ids.intersection(encoder.encode(content))
 
 
 @kinds
-def test_control_tokens_in_documents_titles_questions_and_prompts(kind):
+def test_i4_control_tokens_in_documents_titles_questions_and_prompts(kind):
     tok = tokenizer(kind)
     encoder = PromptEncoder(tok, default_settings(tok))
     clean = Document("text", title="title")
