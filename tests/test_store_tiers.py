@@ -565,7 +565,9 @@ def test_f3_measurements_that_cannot_be_written_are_not_kept(tmp_path, monkeypat
 
 
 def test_a_store_that_is_read_only_is_not_written_to(tmp_path):
-    fetch(DocumentStore(None, DiskStore(tmp_path / "disk"), load="always"), range(60))
+    writer = DocumentStore(None, DiskStore(tmp_path / "disk"), load="always")
+    fetch(writer, range(60))
+    writer.close()
     reader = DocumentStore(None, DiskStore(tmp_path / "disk", read_only=True))
     before = sorted(tmp_path.rglob("*"))
     assert fetch(reader, range(60)) == ["disk"] * 60 and fetch(reader, [90]) == ["computed"]
