@@ -27,7 +27,7 @@ from kvfusion_rag import (
     StoreEvent,
 )
 from kvfusion_rag.store import Miss, Wanted, as_store, namespace_key, open_store
-from kvfusion_rag.store.format import layout
+from kvfusion_rag.store.format import encode, layout
 
 SIZE = layout(key_of(1), 5, SHAPE, "raw").total
 
@@ -504,6 +504,17 @@ def test_a_remote_cap_is_kept_in_the_long_run(tmp_path, monkeypatch):
         fetch(store, [number])
         store.flush()
     assert 0 < sum(count for _, count in remote.totals().values()) <= 6 + 4 and remote.evictions > 0
+
+
+def upload(remote: RemoteStore, number: int, done=lambda size: None) -> None:
+    remote.upload(key_of(number), encode(key_of(number), kv_of(number), "raw"), done)
+
+
+def test_options_of_the_remote_store_go_before_those_of_both(tmp_path):
+    store = open_store((tmp_path / "remote").as_uri(), local=tmp_path / "d", remote={"read_only": True})
+    assert not store.remote.takes_uploads and fetch(store, [1]) == ["computed"] and files_of(store.disk)
+    with pytest.raises(InvalidInputError, match="same codec"):
+        open_store((tmp_path / "remote").as_uri(), local=tmp_path / "d", remote={"codec": "v8"})
 
 
 # Load or compute

@@ -58,7 +58,8 @@ def open_store(
         place: a folder, or an fsspec URL (``s3://bucket/folder``) with a local disk tier in front.
         memory: by default one of 1 GiB.
         local: folder of that local disk tier; by default one of its own in the user's cache folder.
-        remote: options of :class:`RemoteStore` behind a URL: max_bytes, wait, and what fsspec takes (credentials).
+        remote: options of :class:`RemoteStore` behind a URL: max_bytes, wait, and what fsspec takes (credentials);
+            they go before ``read_only`` and ``codec``.
         read_only: never write to the folder or the URL; the local disk tier in front of a URL is written to.
         codec: of the files of both.
         options: of :class:`DiskStore`.
@@ -74,7 +75,7 @@ def open_store(
                 f"remote is given, but {text!r} is a folder; a URL such as s3://bucket/folder is not."
             )
         return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options))
-    tier = RemoteStore(text, codec=codec, read_only=read_only, **(remote or {}))
+    tier = RemoteStore(text, **{"codec": codec, "read_only": read_only, **(remote or {})})
     return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier)
 
 
