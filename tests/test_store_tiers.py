@@ -510,6 +510,23 @@ def upload(remote: RemoteStore, number: int, done=lambda size: None) -> None:
     remote.upload(key_of(number), encode(key_of(number), kv_of(number), "raw"), done)
 
 
+@pytest.mark.parametrize("wrong", [None, 3, "", "../x", key_of(1) + "/..", key_of(1)[:-1] + "*"])
+def test_only_keys_of_documents_reach_a_remote_store(tmp_path, wrong):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    for use in (remote.start, remote.forget, lambda key: remote.upload(key, [b""], lambda size: None)):
+        with pytest.raises(InvalidInputError, match=r"the key of a document is .* must be 32, 32 and 64 hex digits"):
+            use(wrong)
+    if wrong is not None:
+        with pytest.raises(InvalidInputError, match="32 hex digits"):
+            remote.clear(wrong)
+
+
+@pytest.mark.parametrize("wait", [0, -1, "2", None, float("inf"), float("nan")])
+def test_f9_the_wait_for_a_remote_store_is_bounded(tmp_path, wait):
+    with pytest.raises(InvalidInputError, match=r"wait is .* a number of seconds above 0"):
+        RemoteStore(tmp_path.as_uri(), wait=wait)
+
+
 def test_options_of_the_remote_store_go_before_those_of_both(tmp_path):
     store = open_store((tmp_path / "remote").as_uri(), local=tmp_path / "d", remote={"read_only": True})
     assert not store.remote.takes_uploads and fetch(store, [1]) == ["computed"] and files_of(store.disk)

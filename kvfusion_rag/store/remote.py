@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -57,6 +58,8 @@ class RemoteStore:
     ) -> None:
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise InvalidInputError(f"max_bytes is {max_bytes!r}, but it must be a whole number of bytes from 1.")
+        if not isinstance(wait, int | float) or not 0 < wait < math.inf:
+            raise InvalidInputError(f"wait is {wait!r}, but it must be a number of seconds above 0.")
         if codec not in CODECS:
             raise InvalidInputError(f"codec is {codec!r}, but it must be one of {list(CODECS)}.")
         try:
@@ -90,6 +93,7 @@ class RemoteStore:
 
     def start(self, key: str) -> Future[bytes | Miss] | None:
         """Begin to fetch the file of ``key``; ``None`` while the store is left alone."""
+        _require_key(key)
         if self._is_paused("read"):
             return None
         fetching: Future[bytes | Miss] = Future()
@@ -114,6 +118,7 @@ class RemoteStore:
 
     def upload(self, key: str, buffers: Sequence[Buffer], done: Callable[[int], None]) -> None:
         """Write a file in the background; dropped where too many wait already."""
+        _require_key(key)
         if not self.takes_uploads:
             return
         data = b"".join(buffers)
@@ -132,8 +137,7 @@ class RemoteStore:
             InvalidInputError: ``key`` is none.
             StoreError: nothing can be removed there.
         """
-        if not is_key(key):
-            raise InvalidInputError(f"{key!r} is no document key.")
+        _require_key(key)
         namespace, document = document_part(key).split("-")
         return sum(
             self._remove(f"{self._root}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}/{document}-*")
@@ -249,3 +253,12 @@ class RemoteStore:
     def _in_background(work: Callable[[], None]) -> None:
         """In a thread that no process waits for at its end: a remote store may hang."""
         threading.Thread(target=work, name="kvfusion-remote", daemon=True).start()
+
+
+def _require_key(key: object) -> None:
+    """Raise InvalidInputError for what :func:`document_key` never makes: a path is made of it."""
+    if not isinstance(key, str) or not is_key(key):
+        raise InvalidInputError(
+            f"the key of a document is {key!r}, but it must be 32, 32 and 64 hex digits with dashes between; "
+            "document_key(...) makes it."
+        )
