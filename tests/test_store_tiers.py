@@ -11,7 +11,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import CPU, SHAPE, Computer, files_of, ids_of, key_of, kv_of, same, wanted_of
@@ -508,6 +510,29 @@ def test_a_remote_cap_is_kept_in_the_long_run(tmp_path, monkeypatch):
 
 def upload(remote: RemoteStore, number: int, done=lambda size: None) -> None:
     remote.upload(key_of(number), encode(key_of(number), kv_of(number), "raw"), done)
+
+
+def test_f12_a_forked_process_reads_a_bucket(tmp_path):
+    """File systems of buckets refuse to work in a process forked from the one that opened them."""
+
+    class Bucket(AsyncFileSystem):
+        protocol = "forked"
+
+        async def _cat_file(self, path, start=None, end=None, **_):
+            return b"file"
+
+    fsspec.register_implementation("forked", Bucket, clobber=True)
+    remote = RemoteStore("forked://bucket/kv")
+
+    def read() -> None:
+        fetching = remote.start(key_of(1))
+        assert fetching is not None and remote.finish(fetching, time.monotonic()) == b"file"
+
+    read()
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "", "../x", key_of(1) + "/..", key_of(1)[:-1] + "*"])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
@@ -66,8 +67,10 @@ class RemoteStore:
             from fsspec.core import url_to_fs
         except ImportError as error:
             raise MissingDependencyError("a remote store needs fsspec: pip install fsspec.") from error
+        self._open = partial(url_to_fs, url, **options)
+        self._begin()
         try:
-            self._system, self._root = url_to_fs(url, **options)
+            self._opened, self._root = self._open()
         except (ImportError, ValueError) as error:
             raise StoreError(f"the remote store {url!r} cannot be opened: {error}") from error
         self.url = url
@@ -78,18 +81,25 @@ class RemoteStore:
         self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
         self._warned: set[str] = set()
         self.evictions = self.dropped = 0
-        self._begin()
         in_child = weakref.WeakMethod(self._begin)
         os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
 
     def _begin(self) -> None:
         """Nothing is being written: so in a new store, and in a forked process, which has no threads."""
+        self._opened: Any = None
         self._changed = threading.Condition()
         self._slots = threading.BoundedSemaphore(_AT_ONCE)
         self._waiting = self._waiting_bytes = 0
 
     def __repr__(self) -> str:
         return f"RemoteStore({self.url!r})"
+
+    @property
+    def _system(self) -> Any:
+        """The file system, opened anew in a forked process: those of buckets refuse to work in one."""
+        if self._opened is None:
+            self._opened, _ = self._open()
+        return self._opened
 
     def start(self, key: str) -> Future[bytes | Miss] | None:
         """Begin to fetch the file of ``key``; ``None`` while the store is left alone."""
