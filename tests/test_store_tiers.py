@@ -2,7 +2,9 @@
 
 import asyncio
 import errno
+import itertools
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -535,6 +537,30 @@ def test_f12_a_forked_process_reads_a_bucket(tmp_path):
     assert process.exitcode == 0
 
 
+def test_what_is_forgotten_leaves_a_folder_whose_name_has_signs_of_patterns(tmp_path):
+    remote = RemoteStore(f"file://{tmp_path}/shared [1]*")
+    for number in range(3):
+        upload(remote, number)
+    assert remote.flush() and remote.totals()[namespace_key("")][1] == 3
+    assert remote.forget(key_of(1)) == 1 and remote.clear() == 2
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_other_machines_stored_since_the_last_listing_is_forgotten_too(tmp_path, monkeypatch):
+    remote = RemoteStore(f"memory://{tmp_path.name}")
+    look, seen = remote._system.glob, {}
+    monkeypatch.setattr(
+        remote._system, "glob", lambda path, **given: seen.setdefault((path, *given), look(path, **given))
+    )
+    monkeypatch.setattr(remote._system, "invalidate_cache", lambda path=None: seen.clear())
+    assert remote.forget(key_of(1)) == remote.clear() == 0 and not remote.totals()
+    other = RemoteStore(f"memory://{tmp_path.name}")
+    for number in range(2):
+        upload(other, number)
+    other.flush()
+    assert remote.forget(key_of(1)) == 1 and remote.totals()[namespace_key("")][1] == 1 and remote.clear() == 1
+
+
 @pytest.mark.parametrize("wrong", [None, 3, "", "../x", key_of(1) + "/..", key_of(1)[:-1] + "*"])
 def test_only_keys_of_documents_reach_a_remote_store(tmp_path, wrong):
     remote = RemoteStore((tmp_path / "remote").as_uri())
@@ -557,6 +583,102 @@ def test_options_of_the_remote_store_go_before_those_of_both(tmp_path):
     assert not store.remote.takes_uploads and fetch(store, [1]) == ["computed"] and files_of(store.disk)
     with pytest.raises(InvalidInputError, match="same codec"):
         open_store((tmp_path / "remote").as_uri(), local=tmp_path / "d", remote={"codec": "v8"})
+
+
+def test_f9_a_remote_store_that_cannot_be_listed_says_so(tmp_path, monkeypatch):
+    remote = RemoteStore(f"memory://{tmp_path.name}")
+
+    def down(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(remote._system, "glob", down)
+    for use in (remote.totals, remote.clear, lambda: remote.forget(key_of(1))):
+        with pytest.raises(StoreError, match=r"fails .ConnectionError: no route"):
+            use()
+
+
+def test_f9_downloads_that_hang_are_bounded_in_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.store.remote.PAUSE_SECONDS", 0.0)
+    remote, go = RemoteStore(f"memory://{tmp_path.name}", wait=0.01), threading.Event()
+    monkeypatch.setattr(remote._system, "cat_file", lambda path: go.wait(30) and b"file")
+    before = threading.active_count()
+    for _ in range(40):
+        fetching = remote.start(key_of(1))
+        assert fetching is None or remote.finish(fetching, time.monotonic()) is Miss.LATE
+    hanging = threading.active_count() - before
+    go.set()
+    assert hanging == 16
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    assert remote.finish(remote.start(key_of(1)), time.monotonic() + 5) == b"file"  # there is room again
+
+
+def test_f9_closing_gives_up_what_waits_behind_uploads_that_hang(tmp_path, monkeypatch, caplog):
+    remote, go = RemoteStore(f"memory://{tmp_path.name}"), threading.Event()
+    monkeypatch.setattr(remote._system, "exists", lambda path: not go.wait(30))
+    before = threading.active_count()
+    for number in range(40):
+        upload(remote, number)
+    assert threading.active_count() - before == 4  # and none for each that waits
+    began = time.monotonic()
+    assert not remote.close(0.1) and time.monotonic() - began < 5
+    assert remote.dropped == 40 - 4 and "has not taken all documents within 0.1 s" in caplog.text
+    go.set()
+    assert remote.close(10) and sum(count for _, count in remote.totals().values()) == 4
+    while threading.active_count() > before:
+        time.sleep(0.01)
+
+
+def test_what_is_removed_by_another_machine_meanwhile_stops_no_uploads(tmp_path, monkeypatch, caplog):
+    remote = RemoteStore((tmp_path / "remote").as_uri(), max_bytes=1)
+    remove = remote._system.rm_file
+    monkeypatch.setattr(remote._system, "rm_file", lambda name: (Path(name).unlink(), remove(name)))
+    upload(remote, 1)
+    assert remote.flush() and remote.takes_uploads and remote.evictions == 1 and not caplog.records
+
+
+def test_what_is_stored_is_told_though_the_cap_cannot_be_kept(tmp_path, monkeypatch):
+    """Else a document that was forgotten while it was uploaded would stay."""
+    remote, told = RemoteStore(f"memory://{tmp_path.name}", max_bytes=1), []
+
+    def refuse(*_, **__):
+        raise PermissionError("no listing")
+
+    monkeypatch.setattr(remote._system, "glob", refuse)
+    upload(remote, 1, told.append)
+    assert remote.flush() and told == [SIZE]
+
+
+def test_a_remote_cap_removes_the_oldest(tmp_path):
+    remote = RemoteStore(f"memory://{tmp_path.name}", max_bytes=int(2.5 * SIZE))
+    for number in (3, 2, 1, 0):
+        remote._written = itertools.count()  # looks at the cap each time
+        upload(remote, number)
+        remote.flush()
+    assert sorted(remote._system.find(remote._root)) == sorted(remote._path(key_of(number)) for number in (0, 1))
+
+
+def test_half_written_remote_files_leave(tmp_path, monkeypatch):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    write = remote._system.pipe_file
+
+    def fill_up(path, data):
+        write(path, data[:10])
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(remote._system, "pipe_file", fill_up)
+    upload(remote, 1)
+    assert remote.flush() and not list(tmp_path.rglob("*.tmp"))
+    monkeypatch.undo()
+    file = Path(remote._path(key_of(1)))
+    orphan, fresh = (file.with_name(f"{file.name}.{name}.tmp") for name in ("killed", "running"))
+    for one in (orphan, fresh):
+        one.write_bytes(b"half")
+    os.utime(orphan, (0, 0))
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    upload(remote, 2)
+    assert remote.flush() and not orphan.exists() and fresh.exists()
+    assert remote.forget(key_of(1)) == 0 and not fresh.exists()
 
 
 # Load or compute

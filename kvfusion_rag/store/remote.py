@@ -6,19 +6,22 @@ slow, down or full costs a bounded wait and is then left alone for a while; it n
 
 from __future__ import annotations
 
+import glob
 import itertools
 import logging
 import math
 import os
 import threading
 import time
+import uuid
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from .files import SUFFIX, Miss
@@ -31,8 +34,16 @@ WAIT_SECONDS = 2.0  # for one document, before it is computed instead
 PAUSE_SECONDS = 60.0  # without asking, after a fault
 FLUSH_SECONDS = 60.0  # for what is being written, when a store is closed
 _QUEUED, _QUEUED_BYTES = 64, 512 << 20  # uploads that may wait
-_AT_ONCE = 4  # uploads
+_AT_ONCE = {"read": 16, "write": 4}
 _CHECKED_EVERY = 64  # uploads between two looks at the cap
+_ORPHANED_SECONDS = 86400.0  # after which nobody goes on with a half-written file
+_AGES = ("mtime", "LastModified", "last_modified", "created")  # what file systems call the time of a file
+
+
+class _Upload(NamedTuple):
+    key: str
+    data: bytes
+    done: Callable[[int], None]
 
 
 class RemoteStore:
@@ -45,6 +56,10 @@ class RemoteStore:
         wait: seconds that one document may take to come.
         read_only: never write or remove anything.
         options: passed on to fsspec (credentials, endpoints).
+
+    Raises:
+        InvalidInputError: an argument is not what it may be.
+        StoreError: the URL is of no known kind.
     """
 
     def __init__(
@@ -70,13 +85,14 @@ class RemoteStore:
         self._open = partial(url_to_fs, url, **options)
         self._begin()
         try:
-            self._opened, self._root = self._open()
+            self._opened, root = self._open()
         except (ImportError, ValueError) as error:
             raise StoreError(f"the remote store {url!r} cannot be opened: {error}") from error
+        self._root, self._root_pattern = root, glob.escape(root)
         self.url = url
         self.codec: Codec = codec
         self._max_bytes, self._wait, self._read_only = max_bytes, wait, read_only
-        self._temporary, self._written = itertools.count(), itertools.count()
+        self._written = itertools.count()
         self._broken: set[str] = set()
         self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
         self._warned: set[str] = set()
@@ -85,11 +101,12 @@ class RemoteStore:
         os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
 
     def _begin(self) -> None:
-        """Nothing is being written: so in a new store, and in a forked process, which has no threads."""
+        """Nothing is under way: so in a new store, and in a forked process, which has no threads."""
         self._opened: Any = None
+        self._downloads = threading.BoundedSemaphore(_AT_ONCE["read"])
         self._changed = threading.Condition()
-        self._slots = threading.BoundedSemaphore(_AT_ONCE)
-        self._waiting = self._waiting_bytes = 0
+        self._queue: deque[_Upload] = deque()
+        self._workers = self._waiting = self._waiting_bytes = 0  # waiting: queued or being written
 
     def __repr__(self) -> str:
         return f"RemoteStore({self.url!r})"
@@ -102,12 +119,16 @@ class RemoteStore:
         return self._opened
 
     def start(self, key: str) -> Future[bytes | Miss] | None:
-        """Begin to fetch the file of ``key``; ``None`` while the store is left alone."""
+        """Begin to fetch the file of ``key``; ``None`` while the store is left alone, or has enough to fetch.
+
+        Raises:
+            InvalidInputError: ``key`` is none.
+        """
         _require_key(key)
-        if self._is_paused("read"):
+        if self._is_paused("read") or not self._downloads.acquire(blocking=False):
             return None
         fetching: Future[bytes | Miss] = Future()
-        self._in_background(lambda: fetching.set_result(self._download(key)))
+        self._in_background(lambda: self._fetch(key, fetching))
         return fetching
 
     def finish(self, fetching: Future[bytes | Miss], began: float) -> bytes | Miss:
@@ -120,25 +141,33 @@ class RemoteStore:
 
     def note_broken(self, key: str) -> None:
         """What came for ``key`` was not what it should be: the next upload replaces it."""
-        self._broken.add(key)
+        if not self._read_only:
+            self._broken.add(key)
 
     @property
     def takes_uploads(self) -> bool:
         return not self._read_only and not self._is_paused("write")
 
     def upload(self, key: str, buffers: Sequence[Buffer], done: Callable[[int], None]) -> None:
-        """Write a file in the background; dropped where too many wait already."""
+        """Write a file in the background; dropped where too many wait already.
+
+        Raises:
+            InvalidInputError: ``key`` is none.
+        """
         _require_key(key)
         if not self.takes_uploads:
             return
-        data = b"".join(buffers)
+        size = sum(memoryview(part).nbytes for part in buffers)
         with self._changed:
-            if self._waiting == _QUEUED or (self._waiting and self._waiting_bytes + len(data) > _QUEUED_BYTES):
+            if self._waiting == _QUEUED or (self._waiting and self._waiting_bytes + size > _QUEUED_BYTES):
                 self.dropped += 1
                 return
+            self._queue.append(_Upload(key, b"".join(buffers), done))
             self._waiting += 1
-            self._waiting_bytes += len(data)
-        self._in_background(lambda: self._upload(key, data, done))
+            self._waiting_bytes += size
+            if self._workers < _AT_ONCE["write"]:
+                self._workers += 1
+                self._in_background(self._work)
 
     def forget(self, key: str) -> int:
         """Remove the document of ``key`` under every model; how many files that were.
@@ -150,7 +179,7 @@ class RemoteStore:
         _require_key(key)
         namespace, document = document_part(key).split("-")
         return sum(
-            self._remove(f"{self._root}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}/{document}-*")
+            self._remove(f"{self._root_pattern}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}/{document}-*")
             for codec in CODECS
         )
 
@@ -158,12 +187,18 @@ class RemoteStore:
         """Remove all documents of a namespace, or of all; how many files that were. Raises as :meth:`forget`."""
         if namespace is not None:
             require_namespace_key(namespace)
-        return self._remove(f"{self._root}/v{FORMAT_VERSION}-*/{namespace or '*'}/*/*{SUFFIX}*")
+        return self._remove(f"{self._root_pattern}/v{FORMAT_VERSION}-*/{namespace or '*'}/*/*{SUFFIX}*")
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """Bytes and number of documents by namespace."""
+        """Bytes and number of documents by namespace.
+
+        Raises:
+            StoreError: the store cannot be listed.
+        """
+        with self._told():
+            files = self._list(SUFFIX)
         found: dict[str, tuple[int, int]] = {}
-        for name, facts in self._list().items():
+        for name, facts in files.items():
             namespace = name.split("/")[-3]
             size, count = found.get(namespace, (0, 0))
             found[namespace] = (size + facts["size"], count + 1)
@@ -174,9 +209,25 @@ class RemoteStore:
         with self._changed:
             return self._changed.wait_for(lambda: not self._waiting, timeout)
 
+    def close(self, timeout: float = FLUSH_SECONDS) -> bool:
+        """Wait as :meth:`flush`, then give up what has not begun; whether nothing was. It can be used again."""
+        if self.flush(timeout):
+            return True
+        self._pause("write", f"has not taken all documents within {timeout:g} s")
+        with self._changed:
+            self.dropped += len(self._queue)
+            while self._queue:
+                self._end(self._queue.popleft())
+        return False
+
     def _path(self, key: str) -> str:
         namespace, rest = key.split("-", 1)
         return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{namespace}/{rest[:2]}/{rest}{SUFFIX}"
+
+    def _fetch(self, key: str, fetching: Future[bytes | Miss]) -> None:
+        file = self._download(key)
+        self._downloads.release()
+        fetching.set_result(file)
 
     def _download(self, key: str) -> bytes | Miss:
         try:
@@ -187,57 +238,92 @@ class RemoteStore:
             self._pause("read", f"cannot be read ({type(error).__name__}: {error})")
             return Miss.UNREADABLE
 
-    def _upload(self, key: str, data: bytes, done: Callable[[int], None]) -> None:
-        try:
-            with self._slots:
-                if not self._is_paused("write"):
-                    self._store(key, data, done)
-        finally:
+    def _work(self) -> None:
+        """Upload what is queued, until nothing is."""
+        while True:
             with self._changed:
-                self._waiting -= 1
-                self._waiting_bytes -= len(data)
-                self._changed.notify_all()
+                if not self._queue:
+                    self._workers -= 1
+                    return
+                upload = self._queue.popleft()
+            if not self._is_paused("write"):
+                self._store(upload)
+            with self._changed:
+                self._end(upload)
 
-    def _store(self, key: str, data: bytes, done: Callable[[int], None]) -> None:
-        path = self._path(key)
+    def _end(self, upload: _Upload) -> None:
+        self._waiting -= 1
+        self._waiting_bytes -= len(upload.data)
+        self._changed.notify_all()
+
+    def _store(self, upload: _Upload) -> None:
+        path = self._path(upload.key)
         try:
-            if key not in self._broken and self._system.exists(path):
+            self._system.invalidate_cache()  # of listings: other machines write and remove too
+            if upload.key not in self._broken and self._system.exists(path):
                 return
             self._system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            if self._system.protocol in ("file", ("file", "local")):  # a bucket's files appear at once and whole
-                temporary = f"{path}.{os.getpid()}.{id(self):x}.{next(self._temporary)}.tmp"
-                self._system.pipe_file(temporary, data)
-                self._system.mv(temporary, path)
-            else:
-                self._system.pipe_file(path, data)
-            self._broken.discard(key)
-            if self._max_bytes is not None and next(self._written) % _CHECKED_EVERY == 0:
-                self._make_room(self._max_bytes)
-            done(len(data))
+            self._place(path, upload.data)
+            self._broken.discard(upload.key)
+            upload.done(len(upload.data))  # before anything else may fail: it takes back what was forgotten meanwhile
+            self._tidy(next(self._written))
         except Exception as error:
             self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
 
+    @property
+    def _is_folder(self) -> bool:
+        """Whether files appear before they are whole; those of a bucket do not."""
+        return self._system.protocol in ("file", ("file", "local"))
+
+    def _place(self, path: str, data: bytes) -> None:
+        if not self._is_folder:
+            self._system.pipe_file(path, data)
+            return
+        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+        try:
+            self._system.pipe_file(temporary, data)
+            self._system.mv(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                self._system.rm_file(temporary)
+            raise
+
+    def _tidy(self, written: int) -> None:
+        """Now and then: remove what killed processes left half-written, and what is above the cap."""
+        if written == 0 and self._is_folder:
+            for name, facts in self._list(f"{SUFFIX}.*.tmp").items():
+                if facts["mtime"] < time.time() - _ORPHANED_SECONDS:
+                    self._remove_file(name)
+        if written % _CHECKED_EVERY == 0 and self._max_bytes is not None:
+            self._make_room(self._max_bytes)
+
     def _make_room(self, cap: int) -> None:
-        files = sorted(self._list().items(), key=lambda item: str(item[1].get("mtime") or item[1].get("LastModified")))
+        files = sorted(self._list(f"{SUFFIX}*").items(), key=lambda item: _age(item[1]))
         used = sum(facts["size"] for _, facts in files)
         for name, facts in files:
             if used <= cap * 0.9:
                 break
-            self._system.rm_file(name)
+            self._remove_file(name)
             used -= facts["size"]
             self.evictions += 1
 
-    def _list(self) -> dict[str, dict[str, Any]]:
-        return self._system.glob(f"{self._root}/v{FORMAT_VERSION}-*/*/*/*{SUFFIX}", detail=True)
+    def _list(self, ending: str) -> dict[str, dict[str, Any]]:
+        self._system.invalidate_cache()
+        return self._system.glob(f"{self._root_pattern}/v{FORMAT_VERSION}-*/*/*/*{ending}", detail=True)
+
+    def _remove_file(self, name: str) -> None:
+        with suppress(FileNotFoundError):  # another machine was faster
+            self._system.rm_file(name)
 
     def _remove(self, pattern: str) -> int:
         """Remove the files of a pattern, half-written ones too; how many documents that were."""
         if self._read_only:
             raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
         with self._told():
+            self._system.invalidate_cache()
             names = self._system.glob(pattern)
             for name in names:
-                self._system.rm_file(name)
+                self._remove_file(name)
         return sum(name.endswith(SUFFIX) for name in names)
 
     @contextmanager
@@ -272,3 +358,8 @@ def _require_key(key: object) -> None:
             f"the key of a document is {key!r}, but it must be 32, 32 and 64 hex digits with dashes between; "
             "document_key(...) makes it."
         )
+
+
+def _age(facts: dict[str, Any]) -> str:
+    """When a file was written, in a form that sorts within one file system."""
+    return next((str(facts[name]) for name in _AGES if name in facts), "")
