@@ -294,8 +294,9 @@ class DocumentStore:
             self.remote.flush()
 
     def close(self) -> None:
-        """Finish writing and let go of files and threads."""
-        self.flush()
+        """Finish writing, for a minute at most, and let go of files and threads."""
+        if self.remote is not None:
+            self.remote.close()
         with self._lock:
             pools, self._pools = self._pools, {}
         for pool in pools.values():
