@@ -334,7 +334,8 @@ def test_f1_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_no
     old = temporary / "elsewhere~1~1~2"
     for name in (*names, old.name):
         (temporary / name).write_bytes(b"x")
-    os.utime(temporary / f"{host}~{dead.pid}~1~1", (time.time() - 2 * DEAD_SECONDS,) * 2)
+    for name in names:
+        os.utime(temporary / name, (time.time() - 2 * DEAD_SECONDS,) * 2)
     os.utime(old, (time.time() - 2 * ORPHANED_SECONDS,) * 2)
     DiskStore(store.path)
     assert {name: (temporary / name).exists() for name in names} == names and not old.exists()
@@ -980,3 +981,21 @@ def test_f1_a_process_killed_at_any_step_of_opening_leaves_a_folder_that_opens(t
             assert count > 1
             return
     raise AssertionError(f"{name} is called more often than this test counts")
+
+
+def test_f5_opening_waits_for_another_process_that_sets_up_the_index(tmp_path, monkeypatch):
+    """SQLite refuses at once, whatever its timeout, where two processes set up the log together."""
+    refused: list[str] = []
+
+    class Refusing(sqlite3.Connection):
+        def execute(self, sql, *given):
+            if "journal_mode" in sql and len(refused) < 3:
+                refused.append(sql)
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                raise error
+            return super().execute(sql, *given)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **options: connect(*given, factory=Refusing, **options))
+    assert DiskStore(tmp_path / "s").put(key_of(1), kv_of(1)) and len(refused) == 3

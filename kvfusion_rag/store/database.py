@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -101,9 +102,14 @@ class Database:
         if self._connection is None:
             self._make()
             self._opened = _identity(self._path)
-            self._connection = sqlite3.connect(self._path, timeout=wait, isolation_level=None, check_same_thread=False)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = OFF")
+            connection = sqlite3.connect(self._path, timeout=wait, isolation_level=None, check_same_thread=False)
+            try:
+                _use_log(connection, wait)
+                connection.execute("PRAGMA synchronous = OFF")
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
         return self._connection
 
     def _make(self) -> None:
@@ -127,6 +133,22 @@ class Database:
             return self._connect(wait).execute("PRAGMA quick_check").fetchone()[0] == "ok"
         except sqlite3.DatabaseError:
             return False
+
+
+def _use_log(connection: sqlite3.Connection, wait: float) -> None:
+    """Let readers and a writer go on beside each other.
+
+    Where two processes set this up together SQLite refuses at once, so waiting is done here.
+    """
+    end = time.monotonic() + wait
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if not is_held(error) or time.monotonic() >= end:
+                raise
+        time.sleep(0.01)
 
 
 def is_held(error: Exception) -> bool:
