@@ -1,15 +1,19 @@
 """The disk tier: what is read is what was written, or a miss with its reason."""
 
 import errno
+import gc
 import json
 import multiprocessing
 import os
 import random
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from contextlib import closing
 from pathlib import Path
 
@@ -23,8 +27,9 @@ from stores import SHAPE, files_of, ids_of, key_of, kv_of, read, same
 from kvfusion_rag import DiskStore, InvalidInputError, StoreError
 from kvfusion_rag.schema import KVShape
 from kvfusion_rag.store import Miss, VerifyReport, namespace_key
-from kvfusion_rag.store.disk import ORPHANED_SECONDS, QUARANTINED
+from kvfusion_rag.store.folder import DEAD_SECONDS, ORPHANED_SECONDS
 from kvfusion_rag.store.format import CODECS, checksum, encode, layout
+from kvfusion_rag.store.index import QUARANTINED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -303,6 +308,8 @@ def test_f1_a_process_killed_at_any_system_call_of_a_put_leaves_whole_files_or_n
         folder = tmp_path / f"store{count}"
         command = [sys.executable, str(script), f"{name}:{count}", str(folder), *paths]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        for left in folder.glob("tmp/*"):
+            os.utime(left, (time.time() - 2 * DEAD_SECONDS,) * 2)
         store = DiskStore(folder, max_bytes=3 * 1500)
         report = store.verify()
         assert report.broken == 0
@@ -327,6 +334,8 @@ def test_f1_what_a_dead_process_left_is_swept_and_what_a_living_one_writes_is_no
     old = temporary / "elsewhere~1~1~2"
     for name in (*names, old.name):
         (temporary / name).write_bytes(b"x")
+    for name in names:
+        os.utime(temporary / name, (time.time() - 2 * DEAD_SECONDS,) * 2)
     os.utime(old, (time.time() - 2 * ORPHANED_SECONDS,) * 2)
     DiskStore(store.path)
     assert {name: (temporary / name).exists() for name in names} == names and not old.exists()
@@ -515,8 +524,8 @@ def test_the_checksum_covers_the_header():
 
 def test_f5_a_file_that_another_process_removed_while_it_was_written_is_not_kept_uncounted(tmp_path, monkeypatch):
     store, other = DiskStore(tmp_path / "s"), DiskStore(tmp_path / "s")
-    write = store._write
-    monkeypatch.setattr(store, "_write", lambda *given: (other.clear(), write(*given)))
+    write = store._folder.write
+    monkeypatch.setattr(store._folder, "write", lambda *given: (other.clear(), write(*given)))
     assert not store.put(key_of(1), kv_of(1))
     assert not files_of(store) and not store.totals()
 
@@ -524,9 +533,9 @@ def test_f5_a_file_that_another_process_removed_while_it_was_written_is_not_kept
 @pytest.mark.parametrize("remove", ["forget", "clear", "clear all"])
 def test_a_document_that_is_just_being_written_is_removed_too(tmp_path, monkeypatch, remove):
     store = DiskStore(tmp_path / "s")
-    write, ways = store._write, {"forget": lambda: store.forget(key_of(1)), "clear all": store.clear,
+    write, ways = store._folder.write, {"forget": lambda: store.forget(key_of(1)), "clear all": store.clear,
                                  "clear": lambda: store.clear(namespace_key(""))}  # fmt: skip
-    monkeypatch.setattr(store, "_write", lambda *given: (ways[remove](), write(*given)))
+    monkeypatch.setattr(store._folder, "write", lambda *given: (ways[remove](), write(*given)))
     assert not store.put(key_of(1), kv_of(1))
     assert not files_of(store) and not store.totals()
 
@@ -549,8 +558,8 @@ def test_verifying_a_store_in_use_keeps_its_cap(tmp_path, monkeypatch):
     """A document that is being written while the index is set right is counted in the end, or not there."""
     size = files_size(tmp_path)
     one, two = (DiskStore(tmp_path / "s", max_bytes=4 * size) for _ in range(2))
-    write = one._write
-    monkeypatch.setattr(one, "_write", lambda *given: (two.verify(), write(*given)))
+    write = one._folder.write
+    monkeypatch.setattr(one._folder, "write", lambda *given: (two.verify(), write(*given)))
     for number in range(8):
         one.put(key_of(number), kv_of(number))
         two.put(key_of(100 + number), kv_of(100 + number))
@@ -755,3 +764,238 @@ def test_f12_parent_and_forked_child_count_together(tmp_path):
     process.join(30)
     assert process.exitcode == 0 and len(files_of(store)) == 4
     assert DiskStore(store.path).totals() == {namespace_key(""): (4 * size, 4)}
+
+
+# Forks, waits and space
+
+
+def test_f12_a_child_goes_on_when_its_parent_has_closed(tmp_path):
+    """Each in turn, so that the child's connection is in use while the parent's is closed."""
+    size = files_size(tmp_path)
+    store = DiskStore(tmp_path / "s", max_bytes=20 * size)
+    store.put(key_of(0), kv_of(0))
+    context = multiprocessing.get_context("fork")
+    begun, closed = context.Event(), context.Event()
+
+    def child() -> None:
+        assert store.put(key_of(1), kv_of(1))
+        begun.set()
+        assert closed.wait(30)
+        for number in range(2, 7):
+            assert store.put(key_of(number), kv_of(number))
+        os._exit(0)  # without closing
+
+    process = context.Process(target=child)
+    process.start()
+    assert begun.wait(30)
+    store.close()
+    closed.set()
+    process.join(30)
+    assert process.exitcode == 0
+    assert DiskStore(store.path).totals() == {namespace_key(""): (7 * size, 7)}
+
+
+def test_stores_that_are_no_longer_used_are_collected(tmp_path):
+    index = weakref.ref(DiskStore(tmp_path / "s")._index)
+    gc.collect()
+    assert index() is None
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A store with a document, whose index another process holds while a thread waits to remove something."""
+    store = DiskStore(tmp_path / "s")
+    store.put(key_of(1), kv_of(1))
+    with closing(sqlite3.connect(store.path / "index.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        waiting = threading.Thread(target=lambda: store.forget(key_of(5)))
+        waiting.start()
+        time.sleep(0.2)
+        yield store
+        database.execute("ROLLBACK")
+        waiting.join()
+
+
+def test_f3_reading_and_writing_wait_for_no_maintenance(held, monkeypatch, caplog):
+    monkeypatch.setattr("kvfusion_rag.store.index.FLUSH_SECONDS", 0.0)
+    began = time.monotonic()
+    assert read(held, 1)[0] is None and not held.put(key_of(2), kv_of(2))
+    files_of(held)[0].write_bytes(b"x")
+    assert read(held, 1)[0] is Miss.TRUNCATED
+    assert time.monotonic() - began < 4
+    assert held.failed_writes == 0 and "was put aside" not in caplog.text
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system"), sqlite3.OperationalError("full")])
+def test_f3_an_index_that_fails_costs_no_reader_anything(store, monkeypatch, error):
+    monkeypatch.setattr("kvfusion_rag.store.index.FLUSH_SECONDS", 0.0)
+    store.put(key_of(1), kv_of(1))
+
+    def failing(*_, **__):
+        raise error
+
+    store.close()
+    monkeypatch.setattr(sqlite3, "connect", failing)
+    assert read(store, 1)[0] is None
+    store.close()
+
+
+def test_t3_full_store_a_tenants_own_documents_leave_before_anothers(tmp_path):
+    size = files_size(tmp_path)
+    store = DiskStore(tmp_path / "s", max_bytes=8 * size, namespace_bytes=4 * size)
+    for namespace in ("a", "b"):
+        for number in range(4):
+            store.put(key_of(number, namespace=namespace), kv_of(number))
+    for number in range(6):
+        assert store.put(key_of(number, namespace="c"), kv_of(number))
+    left = {name: store.totals().get(namespace_key(name), (0, 0))[1] for name in "abc"}
+    assert left == {"a": 3, "b": 4, "c": 1}
+
+
+def test_what_was_put_aside_counts_and_leaves_first(tmp_path):
+    size = files_size(tmp_path)
+    store = DiskStore(tmp_path / "s", max_bytes=6 * size)
+    for number in range(6):
+        store.put(key_of(number), kv_of(number))
+    for file in files_of(store):
+        file.write_bytes(b"x" * size)
+    assert all(read(store, number)[0] is not None for number in range(6))
+    aside = store.path / "quarantine"
+    assert len(list(aside.iterdir())) == QUARANTINED and not store.totals()
+    for number in range(6):
+        assert store.put(key_of(number), kv_of(number))
+        assert len(list(aside.iterdir())) + len(files_of(store)) <= 6
+    assert not list(aside.iterdir()) and len(files_of(store)) == 6 and store.evictions == 0
+
+
+def test_an_index_that_was_replaced_is_noticed(tmp_path):
+    one = DiskStore(tmp_path / "s")
+    one.put(key_of(1), kv_of(1))
+    for suffix in ("", "-wal", "-shm"):
+        (one.path / f"index.sqlite{suffix}").unlink()
+    two = DiskStore(tmp_path / "s")
+    two.put(key_of(2), kv_of(2))
+    one.put(key_of(3), kv_of(3))
+    assert one.totals() == two.totals() == {namespace_key(""): (3 * files_size(tmp_path), 3)}
+
+
+def test_fsync_waits_for_the_file_and_its_folder_if_it_is_asked_for(tmp_path, monkeypatch):
+    synced: list[str] = []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda place: (synced.append(os.readlink(f"/proc/self/fd/{place}")), real(place)))
+    DiskStore(tmp_path / "without").put(key_of(1), kv_of(1))
+    assert not synced
+    store = DiskStore(tmp_path / "with", fsync=True)
+    synced.clear()
+    store.put(key_of(1), kv_of(1))
+    (file,) = files_of(store)
+    assert Path(synced[0]).parent == store.path / "tmp" or str(store.path / "tmp") in synced[0]
+    assert {str(folder) for folder in file.parents[:3]} <= set(synced)
+
+
+# F6, F11: other processes, clocks, folders that cannot be written
+
+
+def test_f6_another_process_removes_a_document_while_it_is_read(store, monkeypatch):
+    store.put(key_of(1), kv_of(1))
+    whole, context = os.preadv, multiprocessing.get_context("fork")
+
+    def leaving(place, buffers, offset):
+        other = context.Process(target=lambda: DiskStore(store.path, max_bytes=file_size()).put(key_of(2), kv_of(2)))
+        other.start()
+        other.join(30)
+        assert other.exitcode == 0 and key_of(1) not in store
+        return whole(place, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", leaving)
+    miss, found = read(store, 1)
+    assert miss is None and same(found, kv_of(1))
+
+
+@pytest.mark.parametrize("clock", [0.0, 1e12])
+def test_f11_a_clock_that_jumps_sweeps_nothing_that_is_being_written(store, monkeypatch, clock):
+    young = store.path / "tmp" / "elsewhere~1~1~1"
+    young.write_bytes(b"x")
+    monkeypatch.setattr(time, "time", lambda: clock)
+    DiskStore(store.path)
+    assert young.exists()
+
+
+def test_f1_what_is_written_under_the_same_host_name_is_not_swept_nor_is_what_is_not_ours(store):
+    """Containers may share a host name and see each other's processes as dead."""
+    import socket
+
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    young = store.path / "tmp" / f"{socket.gethostname()}~{dead.pid}~1~1"
+    foreign = store.path / "tmp" / "notes.txt"
+    for file in (young, foreign):
+        file.write_bytes(b"x")
+    os.utime(foreign, (0, 0))
+    DiskStore(store.path)
+    assert young.exists() and foreign.exists()
+
+
+def test_f11_a_store_that_is_only_read_is_left_as_it_is(store):
+    for number in range(2):
+        store.put(key_of(number), kv_of(number))
+    files_of(store)[1].write_bytes(b"x")
+    store.close()
+
+    def state() -> dict[str, tuple[int, int]]:
+        return {str(f): (f.stat().st_size, f.stat().st_mtime_ns) for f in (store.path, *store.path.rglob("*"))}
+
+    before, reader = state(), DiskStore(store.path, read_only=True)
+    assert sorted(str(read(reader, number)[0]) for number in range(2)) == ["None", "truncated"]
+    assert not reader.put(key_of(9), kv_of(9)) and reader.verify().broken == 1 and len(reader.totals()) == 1
+    for work in (reader.clear, lambda: reader.forget(key_of(1))):
+        with pytest.raises(StoreError, match="read_only=True"):
+            work()
+    reader.close()
+    assert state() == before
+
+
+@pytest.mark.parametrize("name", ["mkdir", "open", "writev", "replace"])
+def test_f1_a_process_killed_at_any_step_of_opening_leaves_a_folder_that_opens(tmp_path, monkeypatch, name):
+    context, real = multiprocessing.get_context("fork"), getattr(os, name)
+
+    def opening(folder: Path, left: int) -> None:
+        def dying(*arguments, **options):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **options)
+
+        setattr(os, name, dying)
+        DiskStore(folder)
+        os._exit(0)
+
+    for count in range(1, 20):
+        folder = tmp_path / str(count)
+        process = context.Process(target=opening, args=(folder, count))
+        process.start()
+        process.join(30)
+        assert DiskStore(folder).put(key_of(1), kv_of(1))
+        if process.exitcode == 0:
+            assert count > 1
+            return
+    raise AssertionError(f"{name} is called more often than this test counts")
+
+
+def test_f5_opening_waits_for_another_process_that_sets_up_the_index(tmp_path, monkeypatch):
+    """SQLite refuses at once, whatever its timeout, where two processes set up the log together."""
+    refused: list[str] = []
+
+    class Refusing(sqlite3.Connection):
+        def execute(self, sql, *given):
+            if "journal_mode" in sql and len(refused) < 3:
+                refused.append(sql)
+                error = sqlite3.OperationalError("database is locked")
+                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+                raise error
+            return super().execute(sql, *given)
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *given, **options: connect(*given, factory=Refusing, **options))
+    assert DiskStore(tmp_path / "s").put(key_of(1), kv_of(1)) and len(refused) == 3

@@ -8,16 +8,13 @@ is a miss with its reason. Files are never changed in place, so a reader keeps w
     FOLDER/index.sqlite            sizes and use, for eviction (index.py)
     FOLDER/v2-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
     FOLDER/tmp/                    files being written
-    FOLDER/quarantine/             the last few broken ones, to be looked at, beside the cap
+    FOLDER/quarantine/             the last few broken ones, to be looked at; the first to make room
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import logging
 import os
-import socket
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -27,18 +24,18 @@ from pathlib import Path
 
 from ..errors import InvalidInputError, StoreError
 from ..schema import DocumentKV, KVShape
-from .files import SUFFIX, Miss, check_alone, read_file, write_all
+from .database import is_held
+from .files import SUFFIX, Miss, check_alone, read_file
+from .folder import Folder
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec, encode, is_finite, layout
-from .index import Caps, Entry, Index, is_held
+from .index import ASIDE, Caps, Entry, Index
 from .keys import document_key, document_part, is_key, require_namespace_key
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 20 << 30
 PAUSE_SECONDS = 60.0  # without writing, after a write that failed
-QUARANTINED = 4  # broken files that are kept
 REMOVED_AT_ONCE = 256  # files, so that other processes need not wait long for the index
-ORPHANED_SECONDS = 86_400.0  # after which another machine's half-written file counts as left behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +53,9 @@ class DiskStore:
 
     Args:
         path: made if it does not exist; must be empty or a store.
-        max_bytes: cap on all files together.
-        namespace_bytes: cap on each namespace; while all of these together stay under ``max_bytes``, no tenant's
-            documents make another's leave.
+        max_bytes: cap on all documents together, broken ones that were put aside among them.
+        namespace_bytes: cap on each namespace. With it, a document that finds the store full lets those of its own
+            namespace leave first, and another's only when none of its own is left.
         codec: "raw", or "v8": values in 8 bit, which changes answers slightly and saves a quarter to three eighths.
         fsync: wait until a document is on the disk; without it a power cut can lose documents (never spoil them).
         mode: permissions of files; folders get the same with the right to enter.
@@ -95,9 +92,9 @@ class DiskStore:
             raise InvalidInputError(f"codec is {codec!r}, but it must be one of {list(CODECS)}.")
         self.path, self.caps = Path(path).expanduser(), Caps(max_bytes, namespace_bytes)
         self.codec: Codec = codec
-        self._fsync, self._mode, self._read_only = fsync, mode, read_only
+        self._mode, self._read_only = mode, read_only
+        self._folder = Folder(self.path, mode, fsync)
         self._files = self.path / f"v{FORMAT_VERSION}-{codec}"
-        self._numbers = itertools.count()
         self._paused_until = 0.0
         self._warned: set[str] = set()
         self._open()
@@ -222,6 +219,8 @@ class DiskStore:
                 broken += 1
                 self._quarantine(file, reason)
         with self._maintaining():
+            if self._index is not None:
+                self._folder.sweep()
             uncounted, missing = (0, 0) if self._index is None else self._index.set_right()
         return VerifyReport(whole, broken, uncounted, missing)
 
@@ -232,61 +231,24 @@ class DiskStore:
     # Opening
 
     def _open(self) -> None:
-        marker = self.path / "format.json"
         try:
-            if self.path.exists() and not self.path.is_dir():
-                raise StoreError(f"the store {str(self.path)!r} is a file, but it must be a folder.")
-            if not self._read_only:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._make_folder(self.path)
-            if marker.exists():
-                version = _version(marker)
-                if version > FORMAT_VERSION:
-                    raise StoreError(
-                        f"the store {str(self.path)!r} has format {version}, but this version reads up to "
-                        f"{FORMAT_VERSION}; update kvfusion-rag, or name another folder."
-                    )
-            elif self._read_only or not all(map(_is_own, self.path.iterdir())):
-                raise StoreError(
-                    f"the folder {str(self.path)!r} is no document store, since it has no format.json; name an empty "
-                    "or a new one."
-                )
-            if not self._read_only:
-                self._prepare(marker)
-        except StoreError:
-            raise
+            if self._read_only:
+                self._folder.open_to_read()
+            else:
+                self._folder.open([ASIDE, self._files.name])
         except OSError as error:
             raise StoreError(
                 f"the store {str(self.path)!r} cannot be opened for writing ({_cause(error)}); name another folder, "
                 "or open it with read_only=True."
             ) from error
 
-    def _prepare(self, marker: Path) -> None:
-        for name in ("tmp", "quarantine", self._files.name):
-            self._make_folder(self.path / name)
-        self._sweep()
-        text = json.dumps({"format": "kvfusion-document-store", "version": FORMAT_VERSION}).encode()
-        self._write(marker, [text])  # shows too that the folder can be written
-
     def _open_index(self) -> Index:
         try:
-            return Index(self.path / "index.sqlite", lambda: [entry for _, entry in self._scan()], self._mode)
+            return Index(self.path / "index.sqlite", self._entries, self._mode)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"the index of the store {str(self.path)!r} cannot be opened ({_cause(error)})."
             ) from error
-
-    def _sweep(self) -> None:
-        """Remove what processes left behind that died while they wrote."""
-        host = socket.gethostname()
-        for file in (self.path / "tmp").iterdir():
-            owner, _, rest = file.name.partition("~")
-            pid = rest.split("~")[0]
-            mine = owner == host and pid.isdecimal()
-            with suppress(FileNotFoundError):  # its writer has just renamed it
-                dead = not _is_alive(int(pid)) if mine else time.time() - file.stat().st_mtime > ORPHANED_SECONDS
-                if dead:
-                    file.unlink()
 
     # Files
 
@@ -306,6 +268,14 @@ class DiskStore:
                 with suppress(FileNotFoundError):
                     yield file, Entry(self._name(file), file.parts[-3], file.stat().st_size)
 
+    def _entries(self) -> list[Entry]:
+        """All that is counted: document files and those that were put aside."""
+        found = [entry for _, entry in self._scan()]
+        for file in (self.path / ASIDE).iterdir():
+            with suppress(FileNotFoundError):
+                found.append(Entry(self._name(file), ASIDE, file.stat().st_size))
+        return found
+
     @property
     def _writable(self) -> bool:
         return self._index is not None and time.monotonic() >= self._paused_until
@@ -321,7 +291,7 @@ class DiskStore:
                 self.rejected += 1
                 return False
             self.evictions += removed
-            self._write(file, buffers)
+            self._folder.write(file, buffers)
             if not self._index.confirm(entry.name, self._unlink):  # another process made room, or removed it
                 return False
         except (OSError, sqlite3.Error) as error:
@@ -339,42 +309,8 @@ class DiskStore:
         self.written += entry.bytes
         return True
 
-    def _write(self, file: Path, buffers: Sequence[Buffer]) -> None:
-        temporary = self.path / "tmp" / f"{socket.gethostname()}~{os.getpid()}~{id(self)}~{next(self._numbers)}"
-        place = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
-        try:
-            try:
-                os.fchmod(place, self._mode)  # whatever the umask says
-                write_all(place, buffers)
-                if self._fsync:
-                    os.fsync(place)
-            finally:
-                os.close(place)
-            try:
-                os.replace(temporary, file)
-            except FileNotFoundError:  # the first document of its folder
-                for folder in (file.parent.parent, file.parent):
-                    self._make_folder(folder)
-                os.replace(temporary, file)
-            if self._fsync:
-                _sync_folder(file.parent)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-
     def _unlink(self, name: str) -> None:
         (self.path / name).unlink(missing_ok=True)
-
-    def _make_folder(self, folder: Path) -> None:
-        """A folder with the rights of the store's, whatever the umask says; one that is there stays as it is."""
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            return
-        folder.chmod(_folder_mode(self._mode))
-        if self._fsync:
-            _sync_folder(folder.parent)
 
     def _remove(self, beginning: str, aside: str) -> int:
         """Remove all documents whose names begin so, and what was put aside of them; how many files that were."""
@@ -392,8 +328,7 @@ class DiskStore:
                 for start in range(0, len(names), REMOVED_AT_ONCE):
                     self._index.remove(names[start : start + REMOVED_AT_ONCE], self._unlink)
                 removed += len(files)
-            for file in (self.path / "quarantine").glob(f"{aside}*"):
-                file.unlink(missing_ok=True)
+            self._index.remove(map(self._name, (self.path / ASIDE).glob(f"{aside}*")), self._unlink)
         return removed
 
     @contextmanager
@@ -411,13 +346,14 @@ class DiskStore:
         if self._index is None:
             self._warn(f"a stored document is broken ({reason}); it is computed again")
             return
-        self._warn(f"a stored document is broken ({reason}); it was put aside and is computed again")
-        with suppress(OSError, sqlite3.Error):
-            kept = sorted((self.path / "quarantine").iterdir(), key=lambda one: one.stat().st_mtime)
-            for old in kept[: max(0, len(kept) - QUARANTINED + 1)]:
-                old.unlink(missing_ok=True)
-            aside = self.path / "quarantine" / f"{file.parts[-3]}-{file.stem}.{reason}"
-            self._index.remove([self._name(file)], lambda _: os.replace(file, aside))
+        aside = self.path / ASIDE / f"{file.parts[-3]}-{file.stem}.{reason}"
+        try:
+            entry = Entry(self._name(aside), ASIDE, file.stat().st_size)
+            self._index.put_aside(self._name(file), entry, lambda: os.replace(file, aside), self._unlink)
+        except (OSError, sqlite3.Error) as error:  # it left meanwhile, or the index is held by others
+            self._warn(f"a stored document is broken ({reason}) and could not be put aside ({_cause(error)})")
+        else:
+            self._warn(f"a stored document is broken ({reason}); it was put aside and is computed again")
 
     def _unreadable(self, error: OSError) -> Miss:
         self._warn(f"stored documents cannot be read ({_cause(error)}); they are computed again")
@@ -427,46 +363,6 @@ class DiskStore:
         if message not in self._warned:
             self._warned.add(message)
             logger.warning("store %s: %s", self.path, message)
-
-
-def _version(marker: Path) -> int:
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{str(marker)!r} is damaged; name another folder, or remove this one.") from error
-    if not isinstance(found, int):
-        raise StoreError(f"{str(marker)!r} names the version {found!r}, which is no number.")
-    return found
-
-
-def _is_own(entry: Path) -> bool:
-    """Whether a store makes such an entry: a process may have died, or be, at opening this one."""
-    return entry.name in ("tmp", "quarantine", "format.json") or entry.name.startswith(
-        (f"v{FORMAT_VERSION}-", "index.sqlite")
-    )
-
-
-def _folder_mode(mode: int) -> int:
-    """Permissions of a folder whose files have ``mode``: who may read may enter."""
-    return mode | (mode & 0o444) >> 2
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    place = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(place)
-    finally:
-        os.close(place)
 
 
 def _cause(error: Exception) -> str:

@@ -99,14 +99,13 @@ def encode(key: str, document: DocumentKV, codec: Codec) -> list[Buffer]:
     """
     keys, values = document.keys.cpu().contiguous(), document.values.cpu().contiguous()
     plan = layout(key, document.num_tokens, KVShape.of(document), codec)
-    ids = np.asarray(document.token_ids, dtype="<i4").tobytes()
     data: list[Buffer] = [_bytes(keys)]
     if codec == "v8":
         small, scales = compress(values)
         data += [_bytes(small), _bytes(scales)]
     else:
         data.append(_bytes(values))
-    data.append(ids)
+    data.append(token_bytes(document.token_ids))
     header = bytearray(plan.header)
     header[plan.checksum_at : plan.checksum_at + len(_UNKNOWN)] = checksum(plan.header, data)
     return [header, *data]
