@@ -9,7 +9,8 @@ own. That is registered with transformers under its own name; ``backbone.py`` sw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ class Ape:
         documents = mask.to(torch.bool, copy=True)
         documents[:, :prefix_length] = False
         return cls(documents, temperature, scale)
+
+    def keep(self, rows: Sequence[int]) -> Ape:
+        """The same for these rows of the context alone."""
+        return replace(self, documents=self.documents[rows])
 
     def adapt(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (B, H, Q, S) over all slots so far, those that may not be seen at -inf, as APE weighs them.

@@ -1,9 +1,14 @@
-"""Attention that reads a fused context from an argument of its own, for training with gradient checkpointing.
+"""Two attention functions of ours beside transformers' own.
 
-A checkpointed layer of transformers drops its cache, since recomputing the layer would append to it a second time.
-Keys and values of the context that are handed over as a keyword argument are only read, so a layer can be computed
-twice. The function is registered under a name of ours, by the library's public interfaces, and used by a model only
-after ``set_attn_implementation``. Knows neither weights nor text.
+*Grouped*: query heads that share keys and values become further queries of one head, so a fused cache is read as it
+lies; transformers' "sdpa" copies it once for each query head wherever there is a mask and more than one query.
+
+*Context*, for training with gradient checkpointing: a checkpointed layer of transformers drops its cache, since
+recomputing the layer would append to it a second time. Keys and values of the context that are handed over as a
+keyword argument are only read, so a layer can be computed twice.
+
+Both are registered under names of ours, by the library's public interfaces, and used by a model only after
+``set_attn_implementation``. Knows neither weights nor text.
 """
 
 from __future__ import annotations
@@ -12,15 +17,65 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .errors import UnsupportedModelError
 
-NAME = "kvfusion_context"
+GROUPED = "kvfusion_grouped"
+CONTEXT = "kvfusion_context"
+FOLDED_ON_CPU = 64  # most queries of a head whose mask is worth copying for each head of its group (measured)
 
 Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values (R, H_kv, K, d) of each layer
+
+
+def share_heads(model: PreTrainedModel) -> str:
+    """Have a model with grouped-query "sdpa" attention use ours; the name of what it uses now."""
+    config = model.config
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if config._attn_implementation == "sdpa" and shared is not None and shared < heads:
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)  # without a mask function, padding would be ignored
+        model.set_attn_implementation(GROUPED)
+    return str(config._attn_implementation)
+
+
+def grouped_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Scaled dot-product attention over keys and values (B, H_kv, S, d) that are not repeated for each query head.
+
+    Args:
+        query: (B, H, Q, d), already rotated.
+        attention_mask: (B, 1, Q, S), or ``None``: then one query sees everything, and several are causal.
+
+    Whatever asks for more (dropout, biases, masks by head, causality without a mask) goes the library's own way.
+    """
+    batch, heads, length, width = query.shape
+    plain = not any(kwargs.get(name) for name in ("dropout", "output_attentions")) and all(
+        kwargs.get(name) is None for name in ("position_bias", "softcap", "cache")
+    )
+    one_mask = length == 1 if attention_mask is None else attention_mask.shape[1] == 1
+    if not plain or not one_mask:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if length > FOLDED_ON_CPU and query.device.type == "cpu":
+        out = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).contiguous(), None
+    groups = heads // key.shape[1]
+    if attention_mask is not None and length > 1:
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)  # (B, 1, H / H_kv * Q, S)
+    queries = query.reshape(batch, key.shape[1], groups * length, width)
+    out = scaled_dot_product_attention(queries, key, value, attention_mask, scale=scaling)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 def read_context_twice(model: PreTrainedModel, model_id: str) -> None:
@@ -32,15 +87,15 @@ def read_context_twice(model: PreTrainedModel, model_id: str) -> None:
     Raises:
         UnsupportedModelError: the architecture has no checkpoints, or its attention function cannot be named.
     """
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation not in ("sdpa", GROUPED):
         raise UnsupportedModelError(
             f"{model_id!r} computes attention as {model.config._attn_implementation!r}, but gradient checkpointing "
             "over a fused cache needs 'sdpa'; train without gradient_checkpointing."
         )
-    AttentionInterface.register(NAME, context_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)  # without a mask function, padding would be ignored in silence
-    model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:
+    AttentionInterface.register(CONTEXT, context_attention)
+    AttentionMaskInterface.register(CONTEXT, sdpa_mask)  # without a mask function, padding would be ignored in silence
+    model.set_attn_implementation(CONTEXT)
+    if model.config._attn_implementation != CONTEXT:
         raise UnsupportedModelError(
             f"{model_id!r} does not let its attention function be named, so gradient checkpointing would lose the "
             "fused cache; train without gradient_checkpointing."

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from . import ape as ape_attention
-from .attention import read_context_twice
+from .attention import GROUPED, read_context_twice, share_heads
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
 from .schema import DocumentKV
@@ -68,7 +68,7 @@ class Backbone:
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device = model.device
         self.dtype: torch.dtype = model.dtype
-        self.attention = cast(str, self.config._attn_implementation)
+        self.attention = share_heads(self.model)
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
@@ -199,25 +199,30 @@ class Backbone:
         cache: DynamicCache,
         last: torch.Tensor,
         *,
+        rows: torch.Tensor | None = None,
         adapter: bool,
         ape: ape_attention.Ape | None = None,
     ) -> torch.Tensor:
         """One pass of Dt over ``ids``, appended to ``cache``.
 
         Args:
-            ids: (B, Q) token ids, right-padded.
-            positions: (B, Q) position of each.
-            mask: (B, K + Q), 1 where a slot of the cache or of ``ids`` is real; or (B, 1, Q, K + Q) bool.
+            ids: (R, Q) token ids.
+            positions: (R, Q) position of each.
+            mask: (R, K + Q), 1 where a slot of the cache or of ``ids`` is real; or (R, 1, Q, K + Q) bool, if the model
+                :attr:`takes_any_mask`.
             cache: K slots; grows by Q.
-            last: (B,) index in ``ids`` whose next token is asked for.
+            last: (N,) columns of ``ids`` whose next tokens are asked for.
+            rows: (N,) and their rows; by default one of each row.
             adapter: whether the adapter takes part, if one is loaded.
             ape: attend to the documents' slots as APE does, in this pass alone.
 
         Returns:
-            Logits (B, V), float32.
+            Logits (N, V), float32.
         """
         wanted, place = torch.unique(last, return_inverse=True)
         extra = {} if ape is None else {"ape": ape}
+        if mask.dim() == 4 and ape is None:
+            mask = additive(mask, self.dtype)  # once, not in every layer
         with self._turn(adapter=adapter, attention=None if ape is None else ape_attention.register()):
             out = self.model(
                 input_ids=ids,
@@ -228,8 +233,9 @@ class Backbone:
                 logits_to_keep=wanted,
                 **extra,
             )
-        rows = torch.arange(ids.shape[0], device=ids.device)
-        return out.logits[rows, place].float()  # (B, len(wanted), V) -> (B, V)
+        if rows is None:
+            rows = torch.arange(ids.shape[0], device=ids.device)
+        return out.logits[rows, place].float()  # (R, len(wanted), V) -> (N, V)
 
     def training_logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, kept: torch.Tensor
@@ -304,6 +310,11 @@ class Backbone:
     def digest_again(self) -> None:
         """Read all weights again at the next look: they were changed in a way that torch does not count."""
         self._digest_of = None
+
+    @property
+    def takes_any_mask(self) -> bool:
+        """Whether attention honours a mask that is not one of padding; flash attention does not."""
+        return self.attention in ("sdpa", "eager", GROUPED)
 
     @property
     def has_adapter(self) -> bool:

@@ -1,7 +1,7 @@
-"""Dt: from a fused context and encoded questions to answers, one token of every row a step.
+"""Dt: from a fused context and encoded questions to answers, one token of every open answer a step.
 
 Our own loop over the backbone in place of ``generate``: a stream is then a plain generator that raises where
-it fails and stops when it is closed, rows sample from random generators of their own, and positions and
+it fails and stops when it is closed, answers sample from random generators of their own, and positions and
 masks are never guessed. Owns sampling, stop strings and the growing text. Knows nothing of documents.
 """
 
@@ -23,6 +23,7 @@ from .ape import Ape
 from .backbone import Backbone
 from .errors import InvalidInputError
 from .fusion import FusedContext
+from .positions import packed_mask
 from .schema import FinishReason
 from .settings import is_count
 
@@ -40,7 +41,7 @@ class DecodingOptions:
         top_p: keep the likeliest tokens that hold this share of the probability.
         top_k: keep this many likeliest tokens; ``None`` for all.
         stop: strings that end an answer wherever their letters fall on tokens; not part of it.
-        seed: of the random generator of each row, below 2**63; ``None`` for a fresh one.
+        seed: of the random generator of each answer, below 2**63; ``None`` for a fresh one.
     """
 
     max_new_tokens: int
@@ -66,7 +67,7 @@ class DecodingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row to decode: its ids and the position of the first (``positions.question_start``)."""
+    """One question to decode: its ids and the position of the first (``positions.question_start``)."""
 
     ids: tuple[int, ...]
     start: int
@@ -130,85 +131,158 @@ def decode(
     options: DecodingOptions,
     decode_ids: Callable[[list[int]], str],
     *,
+    row_of: Sequence[int] | None = None,
+    seen: torch.Tensor | None = None,
     adapter: bool,
     ape: Ape | None = None,
     unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
 ) -> Generator[list[Row], None, None]:
-    """Answer every row of ``context``, yielding all rows after each step.
+    """Answer every question over ``context``, yielding all answers so far after each step.
+
+    Answers that have ended take no further part, nor do rows of the context without an open one.
 
     Args:
-        context: fused context of B rows; it is used up.
-        questions: B encoded questions.
-        options: one set for all rows.
+        context: fused context of R rows; it is used up.
+        questions: N encoded questions.
+        options: one set for all.
         decode_ids: ids -> text.
+        row_of: N rows of the context, which questions may share; by default one each.
+        seen: (N, K) bool, the slots that each question may see; by default all of its row.
         adapter: whether the adapter takes part.
         ape: attend to the documents' slots as APE does.
         unsettling_ids: tokens after which the text so far may still be read anew.
-        on_logits: called with the logits (B, V) of each step.
+        on_logits: called with the logits (n, V) of the n open questions at each step.
     """
-    device = backbone.device
-    rows = [Row(decode_ids, options.stop, unsettling_ids) for _ in questions]
-    choose = _sampler(options, len(rows), device)
-    ids, positions, mask, last = _first_step(questions, context.mask)
-    next_position = (positions[torch.arange(len(rows), device=device), last] + 1)[:, None]  # (B, 1)
+    answers = [Row(decode_ids, options.stop, unsettling_ids) for _ in questions]
+    choose = _sampler(options, len(answers), backbone.device)
+    table = _Table(context, list(range(len(questions))) if row_of is None else row_of, seen)
+    open_ones = list(range(len(answers)))
+    tokens: list[Sequence[int]] = [question.ids for question in questions]  # that each reads next
+    positions = [question.start for question in questions]
     for step in range(options.max_new_tokens):
-        logits = backbone.forward(ids, positions, mask, context.cache, last, adapter=adapter, ape=ape)
+        asked = table.seat(open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones])
+        logits = backbone.forward(
+            asked.ids, asked.positions, asked.mask, context.cache, asked.columns, rows=asked.rows, adapter=adapter,
+            ape=ape,
+        )  # fmt: skip
         if on_logits is not None:
             on_logits(logits)
-        ids = choose(logits)[:, None]  # (B, 1)
-        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
-            if row.finish_reason is None:
-                row.push(token, is_end=token in backbone.end_ids, is_last=step + 1 == options.max_new_tokens)
-        yield rows
-        if all(row.finish_reason for row in rows):
+        for i, token in zip(open_ones, choose(logits, open_ones), strict=True):
+            positions[i] += len(tokens[i])
+            tokens[i] = (token,)
+            answers[i].push(token, is_end=token in backbone.end_ids, is_last=step + 1 == options.max_new_tokens)
+        yield answers
+        open_ones = [i for i in open_ones if answers[i].finish_reason is None]
+        if not open_ones:
             return
-        positions, next_position = next_position, next_position + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-        last = torch.zeros_like(last)
+        if kept := table.keep(open_ones):
+            ape = ape and ape.keep(kept)
 
 
-def _first_step(
-    questions: Sequence[Question], context_mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Right-padded ids and positions (B, Q), mask (B, K + Q) and index (B,) of each question's last token."""
-    longest = max(len(question.ids) for question in questions)
-    ids = torch.zeros(len(questions), longest, dtype=torch.long)
-    positions, used = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, question in enumerate(questions):
-        length = len(question.ids)
-        ids[row, :length] = torch.tensor(question.ids)
-        steps = torch.arange(longest).clamp(max=length - 1)  # pads stay at the last position, inside the window
-        positions[row] = question.start + steps
-        used[row, :length] = 1
-    device = context_mask.device
-    last = used.sum(dim=1) - 1
-    mask = torch.cat([context_mask, used.to(device)], dim=1)
-    return ids.to(device), positions.to(device), mask, last.to(device)
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One forward pass: ids and positions (R, Q), its mask, and the places of n tokens whose next one is asked for."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
 
 
-def _sampler(options: DecodingOptions, rows: int, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Function from logits (B, V) to the next tokens (B,)."""
+class _Table:
+    """Which slot of which row belongs to which question.
+
+    A question of its own row needs a mask of padding alone, (R, S), which every attention takes.
+    """
+
+    def __init__(self, context: FusedContext, row_of: Sequence[int], seen: torch.Tensor | None) -> None:
+        self._context, self._seen = context, seen
+        self._row_of = list(row_of)
+        self._padding_alone = seen is None and len(set(row_of)) == len(row_of)
+        rows = context.mask.shape[0]
+        self._written = torch.empty(rows, 0, dtype=torch.long, device=context.mask.device)  # owners; -1 for pads
+
+    def seat(self, open_ones: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> _Asked:
+        """Put the tokens of open questions side by side into their rows, padded on the right."""
+        rows = self._context.mask.shape[0]
+        ids: list[list[int]] = [[] for _ in range(rows)]
+        positions: list[list[int]] = [[] for _ in range(rows)]
+        owners: list[list[int]] = [[] for _ in range(rows)]
+        columns: list[int] = []
+        for i, own, start in zip(open_ones, tokens, starts, strict=True):
+            row = self._row_of[i]
+            ids[row] += own
+            positions[row] += range(start, start + len(own))
+            owners[row] += [i] * len(own)
+            columns.append(len(ids[row]) - 1)
+        longest = max(map(len, ids))
+        for row in range(rows):
+            missing = longest - len(ids[row])
+            ids[row] += [0] * missing
+            positions[row] += positions[row][-1:] * missing  # pads stay at the last position, inside the window
+            owners[row] += [-1] * missing
+        device = self._context.mask.device
+        owner = torch.tensor(owners, device=device)
+        asked = _Asked(
+            torch.tensor(ids, device=device),
+            torch.tensor(positions, device=device),
+            self._mask(owner),
+            torch.tensor([self._row_of[i] for i in open_ones], device=device),
+            torch.tensor(columns, device=device),
+        )
+        self._written = torch.cat([self._written, owner], dim=1)
+        return asked
+
+    def keep(self, open_ones: Sequence[int]) -> list[int] | None:
+        """Drop rows without an open question; which are left, in their new order, where that are fewer."""
+        used = {self._row_of[i] for i in open_ones}
+        if len(used) == self._context.mask.shape[0]:
+            return None
+        movable = sorted(row for row in used if row >= len(used))
+        kept = [row if row in used else movable.pop() for row in range(len(used))]
+        self._context.keep(kept)
+        self._written = self._written[kept]
+        for i in open_ones:
+            self._row_of[i] = kept.index(self._row_of[i])
+        return kept
+
+    def _mask(self, owner: torch.Tensor) -> torch.Tensor:
+        context = self._context.mask
+        if self._padding_alone:
+            return torch.cat([context, (torch.cat([self._written, owner], dim=1) >= 0).long()], dim=1)
+        if self._seen is not None:
+            context = self._seen[owner.clamp(min=0)]  # (R, Q, K)
+        return packed_mask(context, owner, self._written)
+
+
+def _sampler(
+    options: DecodingOptions, answers: int, device: torch.device
+) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
+    """Function from logits (n, V), and which answers they are for, to the next token of each."""
     if options.temperature < GREEDY_BELOW:
-        return lambda logits: logits.argmax(dim=-1)
+        return lambda logits, open_ones: logits.argmax(dim=-1).tolist()
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
     if options.top_k is not None:
         warpers.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
         warpers.append(TopPLogitsWarper(options.top_p))
-    # A generator a row: an answer does not depend on what is sampled beside it, nor on torch's global state.
-    generators = [torch.Generator(device) for _ in range(rows)]
+    # A generator each: an answer does not depend on what is sampled beside it, nor on torch's global state.
+    generators = [torch.Generator(device) for _ in range(answers)]
     for generator in generators:
         generator.seed() if options.seed is None else generator.manual_seed(options.seed)
 
     no_ids = cast(torch.LongTensor, torch.empty(0, dtype=torch.long))  # these warpers do not look at ids
 
-    def sample(logits: torch.Tensor) -> torch.Tensor:
+    def sample(logits: torch.Tensor, open_ones: Sequence[int]) -> list[int]:
         for warper in warpers:
             logits = warper(no_ids, cast(torch.FloatTensor, logits))
         probabilities = logits.softmax(dim=-1)
-        drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, generators, strict=True)]
-        return torch.cat(drawn)
+        drawn = [
+            torch.multinomial(p, 1, generator=generators[i]) for p, i in zip(probabilities, open_ones, strict=True)
+        ]
+        return torch.cat(drawn).tolist()
 
     return sample
 

@@ -12,8 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -21,10 +20,11 @@ from tqdm.auto import tqdm
 
 from .ape import Ape
 from .backbone import Backbone
+from .batching import Batch, Placed, Request, batches
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
 from .errors import ContextLimitError, InvalidInputError, MemoryLimitError, UnsupportedModelError
-from .fusion import FusedBuffer, FusedContext
+from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
 from .positions import global_starts, question_start
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
@@ -37,48 +37,16 @@ from .store import Fetched, Miss, Place, Tier, Wanted, as_store, document_key
 logger = logging.getLogger(__name__)
 
 STORED_AT_ONCE = 128  # documents
-MAX_BATCH = 32  # rows; the first step computes logits for every row at every distinct question length
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Ids that are prefilled apart.
-
-    Attributes:
-        key: of their KV in the store.
-        start: position of the first.
-        stored: whether other questions can use it: not where it holds several documents, or stands where the others
-            of one question left room.
-    """
-
-    key: str
-    ids: tuple[int, ...]
-    start: int
-    stored: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One question with its documents, encoded and checked against the limits.
-
-    ``fused`` is what is prefilled apart, in the order in which it is fused; ``None`` where all documents stand in the
-    question's own prompt. ``model`` is what the keys were made with.
-    """
-
-    reading: Reading
-    question: Question
-    mode: Mode
-    fused: tuple[Placed, ...] | None
-    model: str
+ROOM = 4096  # slots kept free behind a row for answers; more are made when they are needed
 
 
 class Run:
-    """Requests of one mode being decoded together: fused context, where documents came from, rows and times."""
+    """A batch being decoded: fused context, where documents came from, answers so far and times."""
 
-    def __init__(self, requests: Sequence[Request], fetched: Fetched, context: FusedContext, began: float) -> None:
-        self.requests = requests
+    def __init__(self, batch: Batch, buffer: FusedBuffer, fetched: Fetched, began: float) -> None:
+        self.batch = batch
         self.origins, self.misses = fetched.origins, fetched.misses
-        self.context = context
+        self.buffer, self.context = buffer, buffer.context()
         self.began = began
         self.prefill_seconds = time.perf_counter() - began
         self.first_token_seconds = 0.0
@@ -120,6 +88,7 @@ class Engine:
         self.kv_shape = kv_shape(backbone)
         self.namespace = namespace
         self._max_fused_tokens = max_fused_tokens
+        self._pool = BufferPool()
         self._weights, self._fingerprint = "", ""  # of the model at the last look
         self.refresh()
         self.warned: set[str] = set()
@@ -269,108 +238,123 @@ class Engine:
                 "answering; change them between questions."
             )
 
-    def groups(self, requests: Sequence[Request]) -> Iterator[list[Request]]:
+    def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
-        group: list[Request] = []
-        context = question = 0  # longest of the group, in slots; the two are padded apart
-        for request in requests:
-            fused = self._fused_tokens(request)
-            context, question = max(context, fused), max(question, len(request.question.ids))
-            if group and (len(group) == MAX_BATCH or (context + question) * (len(group) + 1) > self._max_fused_tokens):
-                yield group
-                group, context, question = [], fused, len(request.question.ids)
-            group.append(request)
-        if group:
-            yield group
+        return batches(
+            requests,
+            prefix_tokens=len(self.encoder.prefix_ids),
+            max_slots=self._max_fused_tokens,
+            share=self.backbone.takes_any_mask and self.decoder.takes_any_mask,
+        )
 
     def answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
         """Answers of all requests, decoded in as few batches as the limit on fused tokens allows."""
         return [
             answer
-            for group in self.groups(requests)
-            for answer in self._answer_group(group, options, began)  # a group's cache is gone before the next one's
+            for batch in self.batches(requests)
+            for answer in self._answer_batch(batch, options, began)  # its cache is given back before the next one's
         ]
 
-    def start(self, requests: Sequence[Request], began: float) -> Run:
-        """Prefill what is missing and fuse each request's documents, in canonical order if positions are uniform.
+    def start(self, batch: Batch, options: DecodingOptions, began: float) -> Run:
+        """Prefill what is missing and fuse each row's documents, in canonical order if positions are uniform.
 
-        Where memory runs out, the store gives back what it keeps there, and it is tried once more.
+        Where memory runs out, what is kept for later is given back, and it is tried once more.
 
         Raises:
             MemoryLimitError: it runs out again.
         """
         try:
-            return self._start(requests, began)
+            return self._start(batch, options, began)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-        released = self.store.release_memory()  # the failed pass is gone by now, its tensors with it
+        released = (
+            self.store.release_memory() + self._pool.clear()
+        )  # the failed pass is gone by now, its tensors with it
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
-        logger.warning("memory ran out; the store gave %d bytes back, and it is tried once more", released)
+        logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
         try:
-            return self._start(requests, began)
+            return self._start(batch, options, began)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            raise self._memory_limit(requests) from error
+            raise self._memory_limit(batch) from error
 
-    def _start(self, requests: Sequence[Request], began: float) -> Run:
-        buffer, fetched = self.fill(requests)
-        return Run(requests, fetched, buffer.context(self.backbone.config), began)
+    def _start(self, batch: Batch, options: DecodingOptions, began: float) -> Run:
+        buffer, fetched = self.fill(batch, options.max_new_tokens)
+        return Run(batch, buffer, fetched, began)
 
-    def _memory_limit(self, requests: Sequence[Request]) -> MemoryLimitError:
-        slots = max(self._fused_tokens(request) for request in requests)
+    def _memory_limit(self, batch: Batch) -> MemoryLimitError:
+        questions, slots = len(batch.requests), max(row.tokens for row in batch.rows)
         return MemoryLimitError(
-            f"{self.backbone.device} has not enough memory for {len(requests)} question(s) over {slots} document "
-            "tokens; pass fewer or shorter documents, or load the model in a smaller dtype."
+            f"{self.backbone.device} has not enough memory for {questions} question(s) over {slots} document tokens; "
+            "pass fewer or shorter documents, or load the model in a smaller dtype."
         )
 
-    def fill(self, requests: Sequence[Request]) -> tuple[FusedBuffer, Fetched]:
-        """A row of slots for each request with its documents in them, and where each document came from.
+    def fill(self, batch: Batch, new_tokens: int) -> tuple[FusedBuffer, Fetched]:
+        """The rows of ``batch`` with their documents in them, and where each document came from.
+
+        Args:
+            new_tokens: of each answer, at most; there is room for that many, but for no more than ``ROOM`` of a row's
+                together, since most answers end earlier.
 
         Raises:
             InvalidInputError: weights, threads or precision were changed since a request was made.
         """
-        for request in requests:
+        for request in batch.requests:
             self._require_unchanged(request.model)
-        buffer = self._buffer(requests)
         prefix = len(self.encoder.prefix_ids)
+        answers = min(ROOM, new_tokens * max(len(row.members) for row in batch.rows))
+        buffer = FusedBuffer(
+            [row.tokens + row.has_prefix * prefix for row in batch.rows],
+            self.kv_shape,
+            self.backbone.device,
+            room=max(row.question_tokens for row in batch.rows) + answers,
+            pool=self._pool,
+        )
         wanted: dict[str, Wanted] = {}
         copies: list[tuple[str, DocumentKV]] = []  # further slots of documents that several rows share
         starts: dict[str, int] = {}
-        for row, request in enumerate(requests):
+        for row, shared in enumerate(batch.rows):
+            if self.prefix is not None and shared.has_prefix:
+                self.prefix.copy_into(buffer.slots(row, 0, self.prefix.token_ids))
             at = prefix
-            for piece in request.fused or ():
+            for piece in shared.pieces.values():
                 slots = buffer.slots(row, at, piece.ids)
                 if piece.key in wanted:
                     copies.append((piece.key, slots))
                 else:
                     wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots, piece.stored), piece.start
                 at += len(piece.ids)
-        fetched = self._fetch(wanted, starts, requests[0].model)
+        fetched = self._fetch(wanted, starts, batch.requests[0].model)
         for key, slots in copies:
             fetched.kvs[key].copy_into(slots)
         return buffer, fetched
 
-    def _buffer(self, requests: Sequence[Request]) -> FusedBuffer:
-        """Slots for all documents of ``requests``, the prefix put in."""
-        buffer = FusedBuffer([self._fused_tokens(r) for r in requests], self.kv_shape, self.backbone.device)
-        if self.prefix is not None:
-            for row, request in enumerate(requests):
-                if request.fused is not None:
-                    self.prefix.copy_into(buffer.slots(row, 0, self.prefix.token_ids))
-        return buffer
+    def _seen(self, batch: Batch, slots: int) -> torch.Tensor | None:
+        """(N, K) bool, which slots each question may see; ``None`` where that is all of its row."""
+        if not batch.has_foreign:
+            return None
+        seen = torch.zeros(len(batch.requests), slots, dtype=torch.bool)
+        for number, (request, row) in enumerate(zip(batch.requests, batch.row_of, strict=True)):
+            at = len(self.encoder.prefix_ids)
+            seen[number, :at] = True
+            own = {piece.key for piece in request.fused or ()}
+            for key, piece in batch.rows[row].pieces.items():
+                seen[number, at : at + len(piece.ids)] = key in own
+                at += len(piece.ids)
+        return seen.to(self.backbone.device)
 
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
-        """Decode ``run`` step by step, filling its rows and times.
+        """Decode ``run`` step by step, filling its rows and times; its memory goes to the next run in the end.
 
         Raises:
             MemoryLimitError: memory runs out.
         """
-        mode, settings = run.requests[0].mode, self.settings
+        mode, settings = run.batch.requests[0].mode, self.settings
         tuned = self._answers_tuned(mode)
         if tuned and settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
             options = replace(options, stop=(*options.stop, mark))
@@ -381,31 +365,32 @@ class Engine:
         steps = decode(
             self.decoder if tuned else self.backbone,
             run.context,
-            [request.question for request in run.requests],
+            [request.question for request in run.batch.requests],
             options,
             self.encoder.decode,
+            row_of=run.batch.row_of,
+            seen=self._seen(run.batch, run.context.mask.shape[1]),
             adapter=tuned,
             ape=ape,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
         )
-        with closing(steps):
-            while True:
-                try:
-                    rows = next(steps)
-                except StopIteration:
-                    return
-                except (RuntimeError, MemoryError) as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    raise self._memory_limit(run.requests) from error
+        try:
+            for rows in steps:
                 run.first_token_seconds = run.first_token_seconds or time.perf_counter() - run.began
                 run.rows = rows
                 yield
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise self._memory_limit(run.batch) from error
+        finally:
+            steps.close()
+            run.buffer.release()
 
     def answer(self, run: Run, number: int) -> Answer:
         """The answer of row ``number`` of a run whose decoding has ended."""
-        request, row = run.requests[number], run.rows[number]
+        request, row = run.batch.requests[number], run.rows[number]
         reading = request.reading
         apart = request.mode != "concat"
         origins: dict[str, Origin] = dict.fromkeys(reading.keys, "prompt")
@@ -429,10 +414,11 @@ class Engine:
             token_ids=tuple(row.ids),
         )
 
-    def _answer_group(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
+    def _answer_batch(self, batch: Batch, options: DecodingOptions, began: float) -> list[Answer]:
         """Answers of one batch; in two halves where it needs more memory than there is."""
+        requests = batch.requests
         try:
-            run = self.start(requests, began)
+            run = self.start(batch, options, began)
             for _ in self.decode(run, options):
                 pass
             return [self.answer(run, number) for number in range(len(requests))]
@@ -442,7 +428,12 @@ class Engine:
         half = len(requests) // 2
         logger.warning("a batch of %d questions needs too much memory and is answered in halves", len(requests))
         parts = (requests[:half], requests[half:])
-        return [answer for part in parts for answer in self._answer_group(part, options, began)]
+        return [
+            answer
+            for part in parts
+            for smaller in self.batches(part)
+            for answer in self._answer_batch(smaller, options, began)
+        ]
 
     def _place(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
         """What is fused, in order and with first positions, and the question's own; ``None`` for a joined prompt."""
@@ -468,7 +459,7 @@ class Engine:
         """Slots that prefix and documents take before the question is read."""
         if request.fused is None:
             return 0
-        return len(self.encoder.prefix_ids) + sum(len(piece.ids) for piece in request.fused)
+        return len(self.encoder.prefix_ids) + request.fused_tokens
 
     def _require_fit(self) -> None:
         """Refuse settings and tokenizers that no question could be asked with."""

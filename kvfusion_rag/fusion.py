@@ -1,19 +1,72 @@
 """RES: the documents' keys and values joined along the token axis (paper section 3.2, appendix code).
 
-Rows of slots, allocated once, that documents are put into (or loaded straight into, from a file), and then one
-transformers ``Cache`` over them with its mask. Knows nothing of text, models or stores. Document KVs are copied, never
-kept or changed, so a store may hand out its own.
+Rows of slots, allocated once, that documents are put into (or loaded straight into, from a file), with room behind
+them for what is read and written next; and one transformers ``Cache`` over them with its mask. Knows nothing of text,
+models or stores. Document KVs are copied, never kept or changed, so a store may hand out its own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from .schema import DocumentKV, KVShape
+
+
+class FusedLayer(DynamicLayer):
+    """One layer's slots (B, H_kv, S, d), of which the first are used; new ones go into the room behind, in place.
+
+    Where the room is used up, everything moves to a larger place; so it does where a gradient has to flow, which
+    nothing that is written over can carry.
+    """
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._place = keys, values
+        self._show(used)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.is_grad_enabled():
+            return super().update(key_states, value_states)
+        used, end = self._used, self._used + key_states.shape[2]
+        if end > self._place[0].shape[2]:
+            keys, values = self._place
+            self._place = _larger(keys[:, :, :used], end), _larger(values[:, :, :used], end)
+        for place, states in zip(self._place, (key_states, value_states), strict=True):
+            place[:, :, used:end] = states
+        return self._show(end)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these; none may stand further behind than it stood (``FusedContext.keep``)."""
+        for to, row in enumerate(rows):
+            if to != row:
+                for place in self._place:
+                    place[to, :, : self._used] = place[row, :, : self._used]
+        keys, values = self._place
+        self._place = keys[: len(rows)], values[: len(rows)]
+        self._show(self._used)
+
+    def _show(self, used: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self._used = used
+        self.keys, self.values = (place[:, :, :used] for place in self._place)
+        return self.keys, self.values
+
+
+def _larger(used: torch.Tensor, slots: int) -> torch.Tensor:
+    """A place for ``slots`` and half as many more, that begins with what is used already."""
+    rows, heads, length, width = used.shape
+    place = used.new_empty(rows, heads, slots + slots // 2, width)
+    place[:, :, :length] = used
+    return place
 
 
 @dataclass(slots=True)
@@ -23,50 +76,111 @@ class FusedContext:
     Decoding appends to the cache, so one context serves one decoding.
     """
 
-    cache: DynamicCache
+    layers: list[FusedLayer]
     mask: torch.Tensor
+    cache: DynamicCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = DynamicCache()
+        self.cache.layers.extend(self.layers)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these, in this order, by moving as few as possible.
+
+        Args:
+            rows: distinct; the i-th is i or above, so that no row is written over before it has moved.
+        """
+        for layer in self.layers:
+            layer.keep(rows)
+        self.mask = self.mask[rows]
 
 
 class FusedBuffer:
-    """Slots for the documents of B rows, (L, B, H_kv, K, d) for keys and for values.
+    """Slots for the documents of B rows, (L, B, H_kv, K, d) for keys and for values, and room behind them.
 
     Rows are as long as the longest; what is left on the right is zero and masked. A row without documents is all pad.
 
     Args:
         lengths: slots of each row.
         shape: of the model's KVs.
+        room: slots behind the documents, for questions and answers.
+        pool: where memory is taken from, and given back to by :meth:`release`.
     """
 
-    def __init__(self, lengths: Sequence[int], shape: KVShape, device: torch.device) -> None:
-        slots = max(lengths)
-        size = (shape.layers, len(lengths), shape.heads, slots, shape.width)
-        self._keys, self._values = (torch.empty(size, dtype=shape.dtype, device=device) for _ in range(2))
-        self._mask = torch.zeros(len(lengths), slots, dtype=torch.long, device=device)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        shape: KVShape,
+        device: torch.device,
+        *,
+        room: int = 0,
+        pool: BufferPool | None = None,
+    ) -> None:
+        self._slots = max(lengths)
+        size = (shape.layers, len(lengths), shape.heads, self._slots + room, shape.width)
+        self._pool = pool or BufferPool(0)
+        self._memory = self._pool.take(2 * torch.Size(size).numel(), shape.dtype, device)
+        self._keys, self._values = self._memory[: 2 * torch.Size(size).numel()].view(2, *size)
+        self._mask = torch.zeros(len(lengths), self._slots, dtype=torch.long, device=device)
         for row, length in enumerate(lengths):
             self._mask[row, :length] = 1
-            self._keys[:, row, :, length:] = 0
-            self._values[:, row, :, length:] = 0
+            for part in (self._keys, self._values):
+                part[:, row, :, length : self._slots] = 0
 
     def slots(self, row: int, start: int, token_ids: tuple[int, ...]) -> DocumentKV:
         """The slots of a document from ``start`` on, to be filled; views of this buffer."""
         end = start + len(token_ids)
         return DocumentKV(self._keys[:, row, :, start:end], self._values[:, row, :, start:end], token_ids)
 
-    def context(self, config: PretrainedConfig) -> FusedContext:
-        """The filled slots as a cache for a model of ``config`` (its text configuration)."""
-        cache = DynamicCache(config=config)
-        if self._mask.shape[1]:
-            for layer in range(self._keys.shape[0]):  # one at a time, since the cache makes a copy
-                cache.update(self._keys[layer], self._values[layer], layer)
-        return FusedContext(cache, self._mask)
+    def context(self) -> FusedContext:
+        """The filled slots as a cache; views of this buffer."""
+        layers = zip(self._keys, self._values, strict=True)
+        return FusedContext([FusedLayer(keys, values, self._slots) for keys, values in layers], self._mask)
+
+    def release(self) -> None:
+        """Give the memory back for the next buffer; nothing made of this one may be used any more."""
+        self._pool.give(self._memory)
 
 
-def fuse(rows: Sequence[Sequence[DocumentKV]], config: PretrainedConfig, device: torch.device) -> FusedContext:
+class BufferPool:
+    """Memory of the last fused context, kept for the next one: the system takes long to hand out fresh pages.
+
+    Args:
+        kept: most pieces kept; on accelerators none are, since torch keeps what it frees there itself.
+    """
+
+    def __init__(self, kept: int = 1) -> None:
+        self._most = kept
+        self._kept: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for ``numbers`` numbers or more, (N,), with anything in it."""
+        with self._lock:
+            for index, memory in enumerate(self._kept):
+                if len(memory) >= numbers and memory.dtype == dtype:
+                    return self._kept.pop(index)
+        with torch.inference_mode(False):  # what is made under a caller's inference mode could never leave it
+            return torch.empty(numbers, dtype=dtype, device=device)
+
+    def give(self, memory: torch.Tensor) -> None:
+        """Take memory back that nothing uses any more; the largest pieces are kept."""
+        if memory.device.type == "cpu":
+            with self._lock:
+                self._kept = sorted([*self._kept, memory], key=len, reverse=True)[: self._most]
+
+    def clear(self) -> int:
+        """Let go of what is kept; how many bytes that were."""
+        with self._lock:
+            kept, self._kept = self._kept, []
+        return sum(memory.nbytes for memory in kept)
+
+
+def fuse(rows: Sequence[Sequence[DocumentKV]], device: torch.device) -> FusedContext:
     """Join the document KVs of each row (one row a question), in the order given.
 
     Args:
         rows: B sequences of document KVs, each (L, H_kv, T_i, d); a shared prefix goes first, like a document.
-        config: text configuration of the model that will read the cache.
         device: where the document KVs are.
     """
     first = next((kv for row in rows for kv in row), None)
@@ -77,4 +191,4 @@ def fuse(rows: Sequence[Sequence[DocumentKV]], config: PretrainedConfig, device:
         for kv in row:
             kv.copy_into(buffer.slots(number, start, kv.token_ids))
             start += kv.num_tokens
-    return buffer.context(config)
+    return buffer.context()

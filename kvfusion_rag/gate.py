@@ -167,7 +167,7 @@ class _Probe:
 
     def _fused(self, kvs: list[DocumentKV], shift: int = 0, ape: tuple[float, float] | None = None) -> torch.Tensor:
         row = [self.prefix, *kvs] if self.prefix else kvs
-        context = fuse([row], self.backbone.config, self.backbone.device)
+        context = fuse([row], self.backbone.device)
         start = question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs)) + shift
         positions = torch.arange(start, start + QUESTION_LENGTH)
         mask = torch.ones(1, context.mask.shape[1] + QUESTION_LENGTH)

@@ -21,8 +21,9 @@ import torch
 
 from . import __version__
 from .backbone import Backbone, require_trained_on
+from .batching import Batch, Request
 from .decoding import DecodingOptions
-from .engine import Engine, Request
+from .engine import Engine
 from .errors import InvalidInputError, ModelLoadError
 from .gate import run_gate
 from .prefill import LENGTH_BUCKET
@@ -459,9 +460,8 @@ class KVFusionGenerator:
         difference = 0.0
         for _ in range(permutations + 1):
             logits: list[torch.Tensor] = []
-            run = self._engine.start(
-                [self._engine.request(question, shuffled, None, mode, decoding)], time.perf_counter()
-            )
+            request = self._engine.request(question, shuffled, None, mode, decoding)
+            run = self._engine.start(Batch.of(request), decoding, time.perf_counter())
             for _ in self._engine.decode(run, decoding, on_logits=logits.append):
                 pass
             expected = expected or logits
@@ -484,7 +484,7 @@ class KVFusionGenerator:
     ) -> Generator[str | Answer, None, None]:
         if not self._engine.is_current(request):  # much may happen before a stream is first read
             request = again()
-        run = self._engine.start([request], began)
+        run = self._engine.start(Batch.of(request), options, began)
         with closing(self._engine.decode(run, options)) as steps:
             for _ in steps:
                 if piece := run.rows[0].take():

@@ -75,22 +75,31 @@ def bidirectional_mask(prefix_length: int, lengths: torch.Tensor, padded_length:
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask as what is added to attention logits, the one form that every attention implementation takes."""
+    """A bool mask as what is added to attention logits, the one form that every attention implementation takes.
+
+    One that is additive already is returned as it is.
+    """
+    if mask.is_floating_point():
+        return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
-def packed_mask(context: torch.Tensor, question_of: torch.Tensor) -> torch.Tensor:
-    """What the tokens of questions that share one fused context may attend to, (R, 1, Q, K + Q) bool.
+def packed_mask(context: torch.Tensor, question_of: torch.Tensor, written: torch.Tensor | None = None) -> torch.Tensor:
+    """What the tokens of questions that share one fused context may attend to, (R, 1, Q, K + W + Q) bool.
 
-    Every question sees the whole context and, causally, itself, but none of the questions beside it.
+    Every question sees the documents and, causally, itself, but none of the questions beside it.
 
     Args:
-        context: (R, K), 1 where a slot of the fused context is real.
+        context: (R, K), 1 where a slot of the fused context is real; or (R, Q, K), where that differs by question.
         question_of: (R, Q), number of the question that a token belongs to; pads have a number of their own, so
             that they see something and their softmax is defined.
+        written: (R, W), the same of the tokens behind the context that were read or written before.
     """
     length = question_of.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=question_of.device).tril()
     own = (question_of[:, :, None] == question_of[:, None, :]) & causal  # (R, Q, Q)
-    documents = context.bool()[:, None, :].expand(-1, length, -1)  # (R, Q, K)
-    return torch.cat([documents, own], dim=2)[:, None]
+    documents = context.bool()
+    parts = [documents if context.dim() == 3 else documents[:, None, :].expand(-1, length, -1), own]
+    if written is not None:
+        parts.insert(1, question_of[:, :, None] == written[:, None, :])
+    return torch.cat(parts, dim=2)[:, None]

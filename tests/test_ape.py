@@ -197,7 +197,7 @@ def test_every_other_pass_has_the_models_own_attention(folders):
         thread.join()
     assert found == expected
     assert not any(others)
-    assert gen._backbone.model.config._attn_implementation == "sdpa"
+    assert gen._backbone.model.config._attn_implementation == gen._backbone.attention
 
 
 def test_a_pass_that_fails_gives_the_attention_back():

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, WORDS, backbone, generator, model, tokenizer
+from tiny import ARCHITECTURES, WORDS, backbone, generator, tokenizer
 from transformers import DynamicCache
 
 from kvfusion_rag import Document
+from kvfusion_rag.batching import Batch
 from kvfusion_rag.decoding import DecodingOptions
 from kvfusion_rag.fusion import fuse
 from kvfusion_rag.gate import run_gate
@@ -43,7 +44,7 @@ def prefilled(bone, documents, prefix, tokens_per_pass):
 def fused_logits(bone, prefix, kvs, question, passage_length):
     """Logits after ``question``, read over the fused ``kvs``."""
     row = [prefix, *kvs] if prefix else list(kvs)
-    context = fuse([row], bone.config, bone.device)
+    context = fuse([row], bone.device)
     start = question_start(prefix.num_tokens if prefix else 0, passage_length, max(kv.num_tokens for kv in kvs))
     positions = torch.arange(start, start + len(question))[None]
     mask = torch.cat([context.mask, torch.ones(1, len(question), dtype=torch.long)], dim=1)
@@ -111,7 +112,8 @@ def logits_of(gen, question, documents):
     """Every step's logits and the tokens of one greedy answer."""
     kept: list[torch.Tensor] = []
     options = DecodingOptions(max_new_tokens=5)
-    run = gen._engine.start([gen._engine.request(question, documents, None, None, options)], 0.0)
+    request = gen._engine.request(question, documents, None, None, options)
+    run = gen._engine.start(Batch.of(request), options, 0.0)
     for _ in gen._engine.decode(run, options, on_logits=kept.append):
         pass
     return torch.cat(kept), run.rows[0].ids
@@ -190,7 +192,7 @@ def test_padding_a_batch_does_not_move_the_logits(architecture):
     kvs = prefilled(bone, [tuple(range(20, 60)), tuple(range(30, 41))], None, tokens_per_pass=128)
     question = [15, 16, 17]
     alone = fused_logits(bone, None, kvs[1:], question, None)
-    context = fuse([kvs, kvs[1:]], bone.config, bone.device)
+    context = fuse([kvs, kvs[1:]], bone.device)
     positions = torch.stack([torch.arange(40, 43), torch.arange(11, 14)])
     mask = torch.cat([context.mask, torch.ones(2, 3, dtype=torch.long)], dim=1)
     both = bone.forward(
@@ -218,7 +220,7 @@ def test_fusing_and_decoding_leave_document_kvs_unchanged():
 
 
 def test_rows_without_documents_fuse_to_an_empty_cache():
-    context = fuse([[], []], model("llama").config, torch.device("cpu"))
+    context = fuse([[], []], torch.device("cpu"))
     assert context.mask.shape == (2, 0)
     assert isinstance(context.cache, DynamicCache) and context.cache.get_seq_length() == 0
 

@@ -250,11 +250,11 @@ def test_a_batch_over_the_limit_is_decoded_in_several(gen):
     documents = [["the river runs past an old mill " * (1 + i % 3)] for i in range(9)]
     options = small._options({"max_new_tokens": 3})
     requests = [small._engine.request(q, d, None, None, options) for q, d in zip(questions, documents, strict=True)]
-    groups = list(small._engine.groups(requests))
-    assert 1 < len(groups) < 9 and [r for group in groups for r in group] == requests
-    for group in groups:
-        longest = max(r.reading.tokens + len(r.question.ids) for r in group)
-        assert longest * len(group) <= 400
+    batches = list(small._engine.batches(requests))
+    assert 1 < len(batches) < 9 and [r for batch in batches for r in batch.requests] == requests
+    for batch in batches:
+        longest = max(row.tokens + row.question_tokens for row in batch.rows)
+        assert longest * len(batch.rows) <= 400
     expected = [a.token_ids for a in gen.answer_batch(questions, documents, max_new_tokens=3)]
     assert [a.token_ids for a in small.answer_batch(questions, documents, max_new_tokens=3)] == expected
 

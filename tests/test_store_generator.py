@@ -320,7 +320,7 @@ def test_f7_a_prefill_without_memory_is_tried_again_without_the_stores(monkeypat
     expected = over(DocumentStore()).answer("who?", DOCUMENTS, max_new_tokens=4).token_ids
     running_out(gen, monkeypatch, times=1)
     assert gen.answer("who?", DOCUMENTS, max_new_tokens=4).token_ids == expected
-    assert "gave" in caplog.text and len(gen.store.memory) == len(DOCUMENTS)
+    assert "given back" in caplog.text and len(gen.store.memory) == len(DOCUMENTS)
 
 
 def test_f7_a_batch_without_memory_is_answered_in_halves(monkeypatch):

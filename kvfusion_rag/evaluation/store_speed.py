@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from ..backbone import Backbone
+from ..batching import Batch
 from ..decoding import DecodingOptions
 from ..generator import KVFusionGenerator
 from ..settings import ModelSettings
@@ -130,7 +131,7 @@ class _Run:
         engine = generator._engine
         request = engine.request(self.question, self.documents, None, "fusion", DecodingOptions(1))
         began = time.perf_counter()
-        engine.fill([request])
+        engine.fill(Batch.of(request), 1)[0].release()
         return time.perf_counter() - began
 
     def _writes(self) -> list[float]:

@@ -354,9 +354,10 @@ class DocumentStore:
                 StoreEvent("hit", tier, tokens=document.num_tokens, bytes=document.nbytes, seconds=seconds)
             )
             loaded[tier] += document.num_tokens
-            self._keep_in_memory(key, document, removals, owned=document is not wanted[key].into, device=device)
+            kept = self._keep_in_memory(key, document, removals, owned=document is not wanted[key].into, device=device)
             take(key, document, tier)
-            self._land(key, document)
+            if kept is not None:  # the caller's own slots may hold something else by the time others look at them
+                self._land(key, kept)
         if loaded["disk"] == loaded.total():  # files are read side by side, so only the whole time says what one costs
             self._policy.note_load(model, loaded["disk"], time.perf_counter() - began)
         return {key: missing[key] for key in wanted if key in missing}
@@ -438,12 +439,15 @@ class DocumentStore:
 
     def _keep_in_memory(
         self, key: str, document: DocumentKV, removals: int, *, owned: bool, device: torch.device
-    ) -> None:
+    ) -> DocumentKV | None:
+        """Put a document that was read into memory; a copy that others may have, where there is one."""
         if self.memory is None:
-            return
+            return document if owned else None
         kept = document if owned else DocumentKV(document.keys.clone(), document.values.clone(), document.token_ids)
-        self.memory.put(key, kept if kept.keys.device == device else kept.to(device))
+        kept = kept if kept.keys.device == device else kept.to(device)
+        self.memory.put(key, kept)
         self._unless_removed(key, removals, self.memory)
+        return kept
 
     def _unless_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
         """Take back what was just stored, if documents were removed since it was asked for: it may be one of them.

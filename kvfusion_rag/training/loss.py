@@ -46,7 +46,7 @@ def batch_logits(engine: Engine, batch: Batch, kept: torch.Tensor) -> torch.Tens
     ]
     decoder = engine.decoder
     with torch.no_grad():
-        context = fuse(rows, decoder.config, decoder.device)
+        context = fuse(rows, decoder.device)
     if batch.packed or decoder.checkpoints_activations:
         mask = packed_mask(context.mask, batch.question_of.to(decoder.device))  # (R, 1, Q, K + Q)
     else:
