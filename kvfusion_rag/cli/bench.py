@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidInputError
 from .console import say, say_json
 from .options import positive
 
@@ -37,11 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..backbone import choose_device
     from ..evaluation.report import run_facts
-    from ..evaluation.store_speed import SHAPES, StoreBenchmark, measure_store
+    from ..evaluation.shapes import shape_named
+    from ..evaluation.store_speed import StoreBenchmark, measure_store
     from ..probe import fast_dtype
 
-    if args.shape not in SHAPES:
-        raise InvalidInputError(f"--shape is {args.shape!r}, but it must be one of {', '.join(SHAPES)}.")
+    shape_named(args.shape)
     args.dtype = args.dtype or str(fast_dtype(choose_device(args.device))).removeprefix("torch.")
     names = ("shape", "documents", "document_tokens", "question_tokens", "dtype", "device", "codec", "repeats")
     found = measure_store(StoreBenchmark(**{name: getattr(args, name) for name in names}), args.folder)
