@@ -81,7 +81,8 @@ class AnswerRun:
         stores = {"cold": DocumentStore(), "memory": DocumentStore(memory),
                   "disk": DocumentStore(None, disk, load="always")}  # fmt: skip
         self._generators = {name: self._generator(stores[name]) for name in stores if name in options.systems}
-        self._filler = None if memory is disk else self._generator(DocumentStore(memory, disk))
+        kept = DocumentStore(memory, disk)  # the same tiers, so that a document is computed once for both
+        self._filler = None if kept.is_empty else self._generator(kept)
         self._stored: list[str] = []
 
     def facts(self) -> dict[str, Any]:
@@ -206,7 +207,7 @@ class AnswerRun:
         times = [measured for measured, _ in found]
         first, further = self._costs.first_token(case, name), self._costs.next_token(case, name)
         row: dict[str, Any] = {
-            "hit_share": times[0].hit_share,
+            "hit_share": min(one.hit_share for one in times),
             "seconds_to_first_token": _spread([one.first_token for one in times]),
             "seconds_per_token": _spread([one.per_token for one in times]),
             "seconds_in_all": _spread([one.in_all for one in times]),
