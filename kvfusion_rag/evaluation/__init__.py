@@ -2,7 +2,7 @@
 
 The metrics are imported from here. The harness is imported by module: ``orders`` (which documents in which order),
 ``systems`` (what is judged), ``ape`` (the search for its factors), ``runner`` (asking), ``summary`` and ``bootstrap``
-(figures and intervals), ``report``, ``tables`` and ``plots`` (showing them).
+(figures and intervals), ``report``, ``tables`` and ``plots`` (showing them), ``speed`` and ``store_speed`` (times).
 """
 
 from .metrics import answer_in_text, exact_match, normalize_answer, token_f1

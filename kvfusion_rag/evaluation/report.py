@@ -74,6 +74,7 @@ def run_facts() -> dict[str, Any]:
         "versions": {"kvfusion-rag": __version__, "python": platform.python_version(), **_versions()},
         "hardware": {
             "processor": _processor(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -14,37 +14,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from ..backbone import Backbone
 from ..batching import Batch
 from ..decoding import DecodingOptions
 from ..generator import KVFusionGenerator
-from ..settings import ModelSettings
 from ..store import Codec, DiskStore, DocumentStore, MemoryStore
-
-
-class Shape(NamedTuple):
-    """Of a Qwen2 model."""
-
-    hidden_size: int
-    intermediate_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-
-
-SHAPES = {  # of the configurations that were published with these names
-    "qwen2.5-0.5b": Shape(896, 4864, 24, 14, 2, 151_936),
-    "qwen2.5-1.5b": Shape(1536, 8960, 28, 12, 2, 151_936),
-    "tiny": Shape(64, 128, 2, 4, 2, 6_000),
-}
-WORDS = 5_000
+from .shapes import random_backbone, random_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +53,10 @@ def measure_store(options: StoreBenchmark, folder: Path | None = None) -> dict[s
 class _Run:
     def __init__(self, options: StoreBenchmark, folder: Path) -> None:
         self.options, self.folder = options, folder
-        torch.manual_seed(options.seed)
         rng = random.Random(options.seed)
-        self.backbone = _backbone(options)
-        self.documents = [_text(rng, options.document_tokens) for _ in range(options.documents)]
-        self.question = _text(rng, options.question_tokens)
+        self.backbone = random_backbone(options.shape, options.dtype, options.device, options.seed)
+        self.documents = [random_text(rng, options.document_tokens) for _ in range(options.documents)]
+        self.question = random_text(rng, options.question_tokens)
 
     def measure(self) -> dict[str, Any]:
         options = self.options
@@ -152,32 +129,6 @@ class _Run:
             before()
             found.append(measure())
         return found
-
-
-def _backbone(options: StoreBenchmark) -> Backbone:
-    words = {f"w{n}": n for n in range(WORDS)} | {"<unk>": WORDS, "<end>": WORDS + 1}
-    tokens = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", unk_token="<unk>")
-    shape = SHAPES[options.shape]
-    config = Qwen2Config(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=1 << 20,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).to(options.device)
-    settings = ModelSettings(document_template="{text}", titled_document_template="{title} {text}",
-                             question_template="{question}", prompt_template=None, tuned=True)  # fmt: skip
-    return Backbone(model, tokenizer, settings, model_id=f"random-{options.shape}")
-
-
-def _text(rng: random.Random, tokens: int) -> str:
-    return " ".join(f"w{rng.randrange(WORDS)}" for _ in range(tokens))
 
 
 def _read_raw(files: Sequence[Path]) -> float:

@@ -45,7 +45,7 @@ def _gold_table(summary: Summary) -> str:
         if matches:
             cells.append(_shown(matches[name]))
         lines.append([name, *cells])
-    return _titled("Exact match by place of the gold document", ["system", *heads], lines)
+    return titled("Exact match by place of the gold document", ["system", *heads], lines)
 
 
 def _top_table(summary: Summary) -> str:
@@ -53,14 +53,14 @@ def _top_table(summary: Summary) -> str:
     if not columns:
         return ""
     lines = [[name, *(_cell(summary, name, column) for column in columns)] for name in summary.systems]
-    return _titled("Exact match from the first k documents", ["system", *(f"k = {c.number}" for c in columns)], lines)
+    return titled("Exact match from the first k documents", ["system", *(f"k = {c.number}" for c in columns)], lines)
 
 
 def _no_gold_table(summary: Summary) -> str:
     if NO_GOLD not in summary.conditions:
         return ""
     lines = [[name, _cell(summary, name, NO_GOLD)] for name in summary.systems]
-    return _titled('No gold document: empty or "unanswerable" answers', ["system", "abstained"], lines)
+    return titled('No gold document: empty or "unanswerable" answers', ["system", "abstained"], lines)
 
 
 def _metrics_table(summary: Summary) -> str:
@@ -77,7 +77,7 @@ def _metrics_table(summary: Summary) -> str:
         "abstained": "abstained",
     }
     lines = [[name, *(_cell(summary, name, condition, metric) for metric in metrics)] for name in summary.systems]
-    return _titled(f"All metrics, {condition.label}", ["system", *metrics.values()], lines)
+    return titled(f"All metrics, {condition.label}", ["system", *metrics.values()], lines)
 
 
 def _difference_table(summary: Summary) -> str:
@@ -87,7 +87,7 @@ def _difference_table(summary: Summary) -> str:
     found = {(one.system, one.condition): one.figure for one in summary.differences}
     lines = [[name, *(_shown(found[name, column], sign="+") for column in columns)] for name in summary.systems[1:]]
     title = f"Points above {summary.systems[0]} on the same questions (exact match; no-gold: abstained)"
-    return _titled(title, ["system", *(column.label for column in columns)], lines)
+    return titled(title, ["system", *(column.label for column in columns)], lines)
 
 
 def _foot(summary: Summary, report: dict[str, Any]) -> str:
@@ -103,13 +103,17 @@ def _foot(summary: Summary, report: dict[str, Any]) -> str:
         notes.append(
             "- no interval: all questions gave the same value, so resampling them cannot tell how far others do"
         )
-    run = report["run"]
+    return "\n".join([*notes, *run_notes(report["run"])])
+
+
+def run_notes(run: dict[str, Any]) -> list[str]:
+    """The facts of ``run_facts`` as list items."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     hardware = run["hardware"]
     threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)}"
     where = hardware["accelerator"] or f"{hardware['processor']}, {threads}"
     commit = f", commit {run['commit']}" if run["commit"] else ""
-    return "\n".join([*notes, f"- {run['date']}{commit}; {where}; {versions}", f"- `{run['command']}`"])
+    return [f"- {run['date']}{commit}; {where}; {versions}", f"- `{run['command']}`"]
 
 
 def _cell(summary: Summary, system: str, condition: Condition, metric: str | None = None) -> str:
@@ -128,7 +132,7 @@ def _shown(figure: Interval | None, sign: str = "") -> str:
     return f"{figure.mean:{sign}.1f} ({figure.low:{sign}.1f} to {figure.high:{sign}.1f})"
 
 
-def _titled(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def titled(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table whose columns line up in a terminal, too."""
     widths = [max(len(row[column]) for row in [heads, *lines]) for column in range(len(heads))]
     rows = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *lines]]
