@@ -6,8 +6,9 @@ and are read once a step for all of them. Knows token counts and keys, but neith
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .decoding import Question
 from .reading import Reading
@@ -40,7 +41,8 @@ class Request:
     """One question with its documents, encoded and checked against the limits.
 
     ``fused`` is what is prefilled apart, in the order in which it is fused; ``None`` where all documents stand in the
-    question's own prompt. ``model`` is what the keys were made with.
+    question's own prompt. ``model`` is what the keys were made with, ``began`` the time at which the caller asked.
+    Once ``cancelled`` is set, the answer ends at its next token.
     """
 
     reading: Reading
@@ -48,6 +50,8 @@ class Request:
     mode: Mode
     fused: tuple[Placed, ...] | None
     model: str
+    began: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
     @property
     def fused_tokens(self) -> int:

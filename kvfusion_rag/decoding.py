@@ -137,6 +137,7 @@ def decode(
     ape: Ape | None = None,
     unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
+    is_cancelled: Callable[[int], bool] = lambda number: False,
 ) -> Generator[list[Row], None, None]:
     """Answer every question over ``context``, yielding all answers so far after each step.
 
@@ -153,6 +154,7 @@ def decode(
         ape: attend to the documents' slots as APE does.
         unsettling_ids: tokens after which the text so far may still be read anew.
         on_logits: called with the logits (n, V) of the n open questions at each step.
+        is_cancelled: asked at each step whether a question's answer is still wanted.
     """
     answers = [Row(decode_ids, options.stop, unsettling_ids) for _ in questions]
     choose = _sampler(options, len(answers), backbone.device)
@@ -172,6 +174,8 @@ def decode(
             positions[i] += len(tokens[i])
             tokens[i] = (token,)
             answers[i].push(token, is_end=token in backbone.end_ids, is_last=step + 1 == options.max_new_tokens)
+            if answers[i].finish_reason is None and is_cancelled(i):
+                answers[i].finish_reason = "cancelled"
         yield answers
         open_ones = [i for i in open_ones if answers[i].finish_reason is None]
         if not open_ones:

@@ -43,13 +43,12 @@ ROOM = 4096  # slots kept free behind a row for answers; more are made when they
 class Run:
     """A batch being decoded: fused context, where documents came from, answers so far and times."""
 
-    def __init__(self, batch: Batch, buffer: FusedBuffer, fetched: Fetched, began: float) -> None:
+    def __init__(self, batch: Batch, buffer: FusedBuffer, fetched: Fetched) -> None:
         self.batch = batch
         self.origins, self.misses = fetched.origins, fetched.misses
         self.buffer, self.context = buffer, buffer.context()
-        self.began = began
-        self.prefill_seconds = time.perf_counter() - began
-        self.first_token_seconds = 0.0
+        self.prefilled_at = time.perf_counter()
+        self.first_token_at = 0.0
         self.rows: list[Row] = []
 
 
@@ -147,6 +146,7 @@ class Engine:
         options: DecodingOptions,
     ) -> Request:
         """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
+        began = time.perf_counter()
         mode = mode or self.settings.mode
         require_mode(mode)
         if not isinstance(question, str) or not question.strip():
@@ -167,7 +167,7 @@ class Engine:
         row = Question((*before, *ids), start)
         self._require_room(row, len(ids), mode, options)
         self._log_mode(mode)
-        return Request(reading, row, mode, fused, self.model)
+        return Request(reading, row, mode, fused, self.model, began)
 
     def joined_document(self, reading: Reading) -> dict[str, tuple[int, ...]]:
         """All documents as one, in the caller's order: what bidirectional attention reads in mode ``concat``."""
@@ -247,15 +247,15 @@ class Engine:
             share=self.backbone.takes_any_mask and self.decoder.takes_any_mask,
         )
 
-    def answer_all(self, requests: Sequence[Request], options: DecodingOptions, began: float) -> list[Answer]:
+    def answer_all(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
         """Answers of all requests, decoded in as few batches as the limit on fused tokens allows."""
         return [
             answer
             for batch in self.batches(requests)
-            for answer in self._answer_batch(batch, options, began)  # its cache is given back before the next one's
+            for answer in self._answer_batch(batch, options)  # its cache is given back before the next one's
         ]
 
-    def start(self, batch: Batch, options: DecodingOptions, began: float) -> Run:
+    def start(self, batch: Batch, options: DecodingOptions) -> Run:
         """Prefill what is missing and fuse each row's documents, in canonical order if positions are uniform.
 
         Where memory runs out, what is kept for later is given back, and it is tried once more.
@@ -264,7 +264,7 @@ class Engine:
             MemoryLimitError: it runs out again.
         """
         try:
-            return self._start(batch, options, began)
+            return self._start(batch, options)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -275,15 +275,15 @@ class Engine:
             torch.cuda.empty_cache()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
         try:
-            return self._start(batch, options, began)
+            return self._start(batch, options)
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             raise self._memory_limit(batch) from error
 
-    def _start(self, batch: Batch, options: DecodingOptions, began: float) -> Run:
+    def _start(self, batch: Batch, options: DecodingOptions) -> Run:
         buffer, fetched = self.fill(batch, options.max_new_tokens)
-        return Run(batch, buffer, fetched, began)
+        return Run(batch, buffer, fetched)
 
     def _memory_limit(self, batch: Batch) -> MemoryLimitError:
         questions, slots = len(batch.requests), max(row.tokens for row in batch.rows)
@@ -374,10 +374,11 @@ class Engine:
             ape=ape,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
+            is_cancelled=lambda number: run.batch.requests[number].cancelled.is_set(),
         )
         try:
             for rows in steps:
-                run.first_token_seconds = run.first_token_seconds or time.perf_counter() - run.began
+                run.first_token_at = run.first_token_at or time.perf_counter()
                 run.rows = rows
                 yield
         except (RuntimeError, MemoryError) as error:
@@ -409,16 +410,18 @@ class Engine:
                 cached_document_tokens=cached,
                 completion_tokens=len(row.ids),
             ),
-            timings=Timings(run.prefill_seconds, run.first_token_seconds, time.perf_counter() - run.began),
+            timings=Timings(
+                *(at - request.began for at in (run.prefilled_at, run.first_token_at, time.perf_counter()))
+            ),
             finish_reason=row.finish_reason or "length",
             token_ids=tuple(row.ids),
         )
 
-    def _answer_batch(self, batch: Batch, options: DecodingOptions, began: float) -> list[Answer]:
+    def _answer_batch(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
         """Answers of one batch; in two halves where it needs more memory than there is."""
         requests = batch.requests
         try:
-            run = self.start(batch, options, began)
+            run = self.start(batch, options)
             for _ in self.decode(run, options):
                 pass
             return [self.answer(run, number) for number in range(len(requests))]
@@ -432,7 +435,7 @@ class Engine:
             answer
             for part in parts
             for smaller in self.batches(part)
-            for answer in self._answer_batch(smaller, options, began)
+            for answer in self._answer_batch(smaller, options)
         ]
 
     def _place(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:

@@ -5,11 +5,11 @@ Checks arguments and names things; what happens to a request is ``engine.py``'s.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 import random
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -26,6 +26,7 @@ from .decoding import DecodingOptions
 from .engine import Engine
 from .errors import InvalidInputError, ModelLoadError
 from .gate import run_gate
+from .gathering import Gatherer
 from .prefill import LENGTH_BUCKET
 from .reading import UNLIMITED, require_sequence
 from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
@@ -80,7 +81,7 @@ class AnswerStream(Iterator[str]):
 class KVFusionGenerator:
     """Answers questions from separately prefilled documents (KV-Fusion, arXiv 2501.07523).
 
-    Made by :meth:`from_pretrained`. Safe from several threads: forward passes take turns.
+    Made by :meth:`from_pretrained`. Safe from several threads and tasks, whose questions are answered together.
 
     Raises:
         UnsupportedModelError: the support gate measured that fusion is not exact on this model.
@@ -96,6 +97,7 @@ class KVFusionGenerator:
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
         decoder: Backbone | None = None,
+        gather: bool = True,
     ) -> None:
         _require_arguments(namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
@@ -107,6 +109,7 @@ class KVFusionGenerator:
         }
         self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
         self._encoder = self._engine.encoder
+        self._gatherer = Gatherer(self._engine.answer_all) if gather else None
         self._engine.store.require_room(self._engine.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
         self.gate: GateReport = run_gate(
             backbone, self._engine.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._engine.tokens_per_pass
@@ -133,6 +136,7 @@ class KVFusionGenerator:
         ape_scale: float | None = None,
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
+        gather: bool = True,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> KVFusionGenerator:
         """Load a model and prove that fusion is exact on it.
@@ -154,6 +158,9 @@ class KVFusionGenerator:
                 settings; ``ModelSettings`` describes them.
             max_fused_tokens: most document tokens of one question.
             tokens_per_pass: padded tokens of one prefill pass.
+            gather: answer callers that wait at the same time together. That is several times faster; but kernels round
+                differently for other shapes, so only without it are the bits of an answer's logits the same in any
+                company (in any order of its documents they always are, in the same company).
             model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
         Raises:
@@ -202,6 +209,7 @@ class KVFusionGenerator:
             max_fused_tokens=max_fused_tokens,
             tokens_per_pass=tokens_per_pass,
             decoder=tuned,
+            gather=gather,
         )
 
     # What the generator is
@@ -291,7 +299,13 @@ class KVFusionGenerator:
                 f"document_attention is {settings.document_attention!r}, but the weights were loaded with "
                 f"{self.settings.document_attention!r}; set it in the model's kvfusion.json."
             )
-        made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, **self._engine_options)
+        made = KVFusionGenerator(
+            self._backbone,
+            settings=settings,
+            store=self.store,
+            **self._engine_options,
+            gather=self._gatherer is not None,
+        )
         made._engine.warned = self._engine.warned  # what is said of the model once is not said again
         return made
 
@@ -324,9 +338,20 @@ class KVFusionGenerator:
             ControlTokenError: untrusted text would have become a control token.
         """
         decoding = self._options(options)
-        began = time.perf_counter()
         request = self._engine.request(question, documents, prompt, mode, decoding)
-        return self._engine.answer_all([request], decoding, began)[0]
+        return self._ask([request], decoding)[0]
+
+    async def aanswer(
+        self,
+        question: str,
+        documents: Sequence[Document | str] = (),
+        *,
+        prompt: str | None = None,
+        mode: Mode | None = None,
+        **options: Unpack[DecodingKwargs],
+    ) -> Answer:
+        """As :meth:`answer`, while the event loop stays free. Once its task is cancelled, work ends at a token."""
+        return (await self.aanswer_batch([question], [documents], prompts=[prompt], mode=mode, **options))[0]
 
     def answer_batch(
         self,
@@ -337,12 +362,41 @@ class KVFusionGenerator:
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
-        """Answer several questions, each from its own documents, in one padded batch.
+        """Answer several questions, each from its own documents, together.
 
-        Arguments are those of :meth:`answer`, one question, document list and prompt a row. Times are the
-        batch's. Nothing is computed when one row is wrong. Where all rows together would pass
+        Arguments are those of :meth:`answer`, one question, document list and prompt each. Questions over the same
+        documents read them once. Nothing is computed when one question is wrong. Where all together would pass
         ``max_fused_tokens``, they are decoded in several batches, in order.
         """
+        return self._ask(*self._requests(questions, documents, prompts, mode, options))
+
+    async def aanswer_batch(
+        self,
+        questions: Sequence[str],
+        documents: Sequence[Sequence[Document | str]],
+        *,
+        prompts: Sequence[str | None] | None = None,
+        mode: Mode | None = None,
+        **options: Unpack[DecodingKwargs],
+    ) -> list[Answer]:
+        """As :meth:`answer_batch`, while the event loop stays free. Once its task is cancelled, work ends at a token."""
+        requests, decoding = await asyncio.to_thread(self._requests, questions, documents, prompts, mode, options)
+        if self._gatherer is None:
+            return await asyncio.to_thread(self._engine.answer_all, requests, decoding)
+        return await self._gatherer.aask(requests, decoding)
+
+    def _ask(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
+        ask = self._engine.answer_all if self._gatherer is None else self._gatherer.ask
+        return ask(requests, options)
+
+    def _requests(
+        self,
+        questions: Sequence[str],
+        documents: Sequence[Sequence[Document | str]],
+        prompts: Sequence[str | None] | None,
+        mode: Mode | None,
+        options: DecodingKwargs,
+    ) -> tuple[list[Request], DecodingOptions]:
         prompts = [None for _ in questions] if prompts is None else prompts
         if not all(
             isinstance(rows, Sequence) and not isinstance(rows, str) for rows in (questions, documents, prompts)
@@ -354,10 +408,8 @@ class KVFusionGenerator:
                 "but there must be as many of each."
             )
         decoding = self._options(options)
-        began = time.perf_counter()
         rows = zip(questions, documents, prompts, strict=True)
-        requests = [self._engine.request(question, row, prompt, mode, decoding) for question, row, prompt in rows]
-        return self._engine.answer_all(requests, decoding, began)
+        return [self._engine.request(q, row, prompt, mode, decoding) for q, row, prompt in rows], decoding
 
     def stream(
         self,
@@ -370,13 +422,12 @@ class KVFusionGenerator:
     ) -> AnswerStream:
         """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
         decoding = self._options(options)
-        began = time.perf_counter()
         request = self._engine.request(question, documents, prompt, mode, decoding)
 
         def again() -> Request:
             return self._engine.request(question, documents, prompt, mode, decoding)
 
-        return AnswerStream(self._pieces(request, again, decoding, began))
+        return AnswerStream(self._pieces(request, again, decoding))
 
     def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
@@ -461,7 +512,7 @@ class KVFusionGenerator:
         for _ in range(permutations + 1):
             logits: list[torch.Tensor] = []
             request = self._engine.request(question, shuffled, None, mode, decoding)
-            run = self._engine.start(Batch.of(request), decoding, time.perf_counter())
+            run = self._engine.start(Batch.of(request), decoding)
             for _ in self._engine.decode(run, decoding, on_logits=logits.append):
                 pass
             expected = expected or logits
@@ -480,11 +531,11 @@ class KVFusionGenerator:
         return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
     def _pieces(
-        self, request: Request, again: Callable[[], Request], options: DecodingOptions, began: float
+        self, request: Request, again: Callable[[], Request], options: DecodingOptions
     ) -> Generator[str | Answer, None, None]:
         if not self._engine.is_current(request):  # much may happen before a stream is first read
             request = again()
-        run = self._engine.start(Batch.of(request), options, began)
+        run = self._engine.start(Batch.of(request), options)
         with closing(self._engine.decode(run, options)) as steps:
             for _ in steps:
                 if piece := run.rows[0].take():

@@ -16,7 +16,7 @@ import torch
 
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "cancelled"]
 Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
 
 

@@ -113,7 +113,7 @@ def logits_of(gen, question, documents):
     kept: list[torch.Tensor] = []
     options = DecodingOptions(max_new_tokens=5)
     request = gen._engine.request(question, documents, None, None, options)
-    run = gen._engine.start(Batch.of(request), options, 0.0)
+    run = gen._engine.start(Batch.of(request), options)
     for _ in gen._engine.decode(run, options, on_logits=kept.append):
         pass
     return torch.cat(kept), run.rows[0].ids

@@ -234,7 +234,7 @@ class KVFusionLLM(BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """As BaseLLM's; all prompts are one padded batch, or one of ``max_concurrency`` prompts each."""
+        """As BaseLLM's; all prompts are answered together, or in batches of ``max_concurrency``."""
         try:
             dealt, rest = self._deal(inputs, documents, kwargs)
         except KVFusionError as error:
@@ -312,13 +312,30 @@ class KVFusionLLM(BaseLLM):
         self._warn_of_missing_documents(fused)
         if self.streaming and len(fused) == 1:
             return self._result([_whole(list(self._stream(fused[0], stop, run_manager, **kwargs)))])
-        answers = self._engine().answer_batch(
-            [prompt.question for prompt in fused],
-            [prompt.documents for prompt in fused],
-            prompts=[_wording(prompt) for prompt in fused],
-            **self._decoding(stop, kwargs),
-        )
-        return self._result([Generation(text=a.text, generation_info=generation_info(a)) for a in answers])
+        return self._result(_generations(self._engine().answer_batch(**self._asked(fused, stop, kwargs))))
+
+    async def _agenerate(
+        self,
+        prompts: list[str],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> LLMResult:
+        fused = self._fuse(prompts)
+        self._warn_of_missing_documents(fused)
+        if self.streaming and len(fused) == 1:
+            chunks = [chunk async for chunk in self._astream(fused[0], stop, run_manager, **kwargs)]
+            return self._result([_whole(chunks)])
+        return self._result(_generations(await self._engine().aanswer_batch(**self._asked(fused, stop, kwargs))))
+
+    def _asked(self, fused: Sequence[FusedPrompt], stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of ``answer_batch``."""
+        return {
+            "questions": [prompt.question for prompt in fused],
+            "documents": [prompt.documents for prompt in fused],
+            "prompts": [_wording(prompt) for prompt in fused],
+            **self._decoding(stop, given),
+        }
 
     def _stream(
         self,
@@ -409,6 +426,10 @@ def _wording(fused: FusedPrompt) -> str | None:
 def _last_chunk(answer: Answer | None) -> GenerationChunk:
     assert answer is not None, "an exhausted stream has its answer"
     return GenerationChunk(text="", generation_info=generation_info(answer))
+
+
+def _generations(answers: Sequence[Answer]) -> list[Generation]:
+    return [Generation(text=a.text, generation_info=generation_info(a)) for a in answers]
 
 
 def _whole(chunks: list[GenerationChunk]) -> Generation:

@@ -131,9 +131,9 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Like `complete`, in a worker thread."""
+        """Like `complete`, while the event loop stays free; calls at the same time are answered together."""
         request = self._request(prompt, formatted, kwargs)
-        return completion_response(await asyncio.to_thread(self._generator.answer, **request))
+        return completion_response(await self._generator.aanswer(**request))
 
     @llm_completion_callback()
     async def astream_complete(
@@ -156,9 +156,9 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Like `chat`, in a worker thread."""
+        """Like `chat`, while the event loop stays free; calls at the same time are answered together."""
         request = self._chat_request(messages, kwargs)
-        return chat_response(completion_response(await asyncio.to_thread(self._generator.answer, **request)))
+        return chat_response(completion_response(await self._generator.aanswer(**request)))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:

@@ -227,7 +227,7 @@ class Trainer:
         asked = [(row, request) for row, request in self._dev if request is not None]
         for start in range(0, len(asked), EVAL_BATCH):
             rows, requests = zip(*asked[start : start + EVAL_BATCH], strict=True)
-            answers = engine.answer_all(requests, self._dev_options, time.perf_counter())
+            answers = engine.answer_all(requests, self._dev_options)
             right += sum(is_right(a.text, r.answers) for a, r in zip(answers, rows, strict=True))
         decoder.model.train()
         return 100 * right / len(self._dev)
