@@ -155,7 +155,7 @@ class DiskStore:
             return False
         if key in self:
             return True
-        if not is_finite(document):
+        if not is_finite(document.keys, document.values):
             self._warn("a document's keys or values are not finite numbers; it is not stored")
             return False
         return self._place(file, encode(key, document, self.codec))

@@ -30,7 +30,7 @@ from .metrics import Counters, StoreEvent, StoreMetrics, Tier
 from .policy import Loading, LoadPolicy
 from .remote import RemoteStore
 
-THREADS = 4  # that read files
+THREADS = min(4, os.cpu_count() or 1)  # that read files: most of it is copying, which more of them only disturb
 PREFETCHES = 256  # calls that may wait
 
 
@@ -427,7 +427,7 @@ class DocumentStore:
         if self.disk is not None and self.disk.put(key, document):
             seconds = time.perf_counter() - began
             self._counters.note(StoreEvent("stored", "disk", bytes=document.nbytes, seconds=seconds))
-        if self.remote is not None and self.remote.takes_uploads and is_finite(document):
+        if self.remote is not None and self.remote.takes_uploads and is_finite(document.keys, document.values):
             buffers = encode(key, document, self.remote.codec)
             self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
         self._unless_removed(key, removals, self.disk, self.memory)
