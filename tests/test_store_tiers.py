@@ -768,6 +768,43 @@ def test_metrics_add_up(tmp_path):
     assert {event.kind for event in events} == {"hit", "miss", "computed", "stored"}
 
 
+def test_what_is_stored_already_is_not_counted_as_stored_again(tmp_path):
+    fetch(layered(tmp_path), range(3))
+    store = DocumentStore(None, DiskStore(tmp_path / "disk"), load="never")
+    assert fetch(store, range(4)) == ["computed"] * 4
+    assert store.metrics.stored_bytes == {"disk": SIZE}
+
+
+def test_documents_that_no_tier_took_are_counted_by_tier(tmp_path, monkeypatch):
+    remote = RemoteStore(f"memory://{tmp_path.name}")
+    memory, disk = MemoryStore(kv_of(0).nbytes - 1), DiskStore(tmp_path / "d", max_bytes=2 * SIZE - 1)
+    store = DocumentStore(memory, disk, remote, load="always")
+    fetch(store, [0])
+    metrics = store.metrics
+    assert metrics.rejected == {"memory": 1, "disk": 0} and not any(metrics.failed_writes.values())
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.flush()
+    monkeypatch.setattr(os, "writev", full)
+    monkeypatch.setattr(remote._system, "pipe_file", full)
+    for number in range(1, 4):  # the first fails; then the tiers are left alone for a while
+        fetch(store, [number])
+        store.flush()
+    metrics = store.metrics
+    assert metrics.failed_writes == {"disk": 1, "remote": 1} and metrics.dropped == {"disk": 2, "remote": 2}
+    assert metrics.rejected == {"memory": 4, "disk": 0}
+
+
+def test_what_leaves_a_remote_store_is_counted(tmp_path):
+    remote = RemoteStore(f"memory://{tmp_path.name}", max_bytes=1)
+    store = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always")
+    fetch(store, [1])
+    store.flush()
+    assert store.metrics.evictions == {"disk": 0, "remote": 1} and not store.metrics.failed_writes["remote"]
+
+
 def test_a_callback_that_fails_is_left_alone(caplog):
     def broken(event):
         raise RuntimeError("mine")

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -275,18 +275,21 @@ class DocumentStore:
     @property
     def metrics(self) -> StoreMetrics:
         """Counts since the store was opened."""
-        used: dict[str, int] = {}
-        entries: dict[str, int] = {}
-        evictions: dict[str, int] = {}
+        now: defaultdict[str, dict[str, int]] = defaultdict(dict)
         if self.memory is not None:
             stats = self.memory.stats
-            used["memory"], entries["memory"], evictions["memory"] = stats.bytes, stats.entries, stats.evictions
+            now["used_bytes"]["memory"], now["entries"]["memory"] = stats.bytes, stats.entries
+            now["evictions"]["memory"], now["rejected"]["memory"] = stats.evictions, stats.rejected
         if self.disk is not None:
             totals = self.disk.totals()
-            used["disk"] = sum(size for size, _ in totals.values())
-            entries["disk"] = sum(count for _, count in totals.values())
-            evictions["disk"] = self.disk.evictions
-        return self._counters.snapshot(used_bytes=used, entries=entries, evictions=evictions)
+            now["used_bytes"]["disk"] = sum(size for size, _ in totals.values())
+            now["entries"]["disk"] = sum(count for _, count in totals.values())
+            now["rejected"]["disk"] = self.disk.rejected
+        for tier, store in (("disk", self.disk), ("remote", self.remote)):
+            if store is not None:
+                now["evictions"][tier] = store.evictions
+                now["failed_writes"][tier], now["dropped"][tier] = store.failed_writes, store.dropped
+        return self._counters.snapshot(**now)
 
     def flush(self) -> None:
         """Wait for what is still being written to the remote tier, for a minute at most."""
@@ -424,12 +427,18 @@ class DocumentStore:
         if self.memory is not None and self.memory.put(key, document):
             self._counters.note(StoreEvent("stored", "memory", bytes=document.nbytes))
         began = time.perf_counter()
-        if self.disk is not None and self.disk.put(key, document):
-            seconds = time.perf_counter() - began
-            self._counters.note(StoreEvent("stored", "disk", bytes=document.nbytes, seconds=seconds))
-        if self.remote is not None and self.remote.takes_uploads and is_finite(document.keys, document.values):
-            buffers = encode(key, document, self.remote.codec)
-            self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
+        if self.disk is not None and key not in self.disk and self.disk.put(key, document):
+            size, seconds = (
+                self.disk.file_bytes(KVShape.of(document), document.num_tokens),
+                time.perf_counter() - began,
+            )
+            self._counters.note(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
+        if self.remote is not None and is_finite(document.keys, document.values):
+            if self.remote.takes_uploads:
+                buffers = encode(key, document, self.remote.codec)
+                self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
+            else:
+                self.remote.note_dropped()
         self._unless_removed(key, removals, self.disk, self.memory)
 
     def _uploaded(self, key: str, size: int, removals: int) -> None:

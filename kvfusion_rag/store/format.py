@@ -140,7 +140,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def copy(source: torch.Tensor, into: torch.Tensor) -> None:
-    """As ``into.copy_(source)`` on a CPU, in this thread alone: torch's threads would disturb those that read files."""
+    """As ``into.copy_(source)`` on a CPU, in this thread alone: torch's would disturb those that read files."""
     np.copyto(_bits(into), _bits(source))
 
 

@@ -96,7 +96,7 @@ class RemoteStore:
         self._broken: set[str] = set()
         self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
         self._warned: set[str] = set()
-        self.evictions = self.dropped = 0
+        self.evictions = self.dropped = self.failed_writes = 0
         in_child = weakref.WeakMethod(self._begin)
         os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
 
@@ -143,6 +143,11 @@ class RemoteStore:
         """What came for ``key`` was not what it should be: the next upload replaces it."""
         if not self._read_only:
             self._broken.add(key)
+
+    def note_dropped(self) -> None:
+        """A document was not uploaded, since the store is left alone for a while."""
+        if not self._read_only:
+            self.dropped += 1
 
     @property
     def takes_uploads(self) -> bool:
@@ -246,7 +251,9 @@ class RemoteStore:
                     self._workers -= 1
                     return
                 upload = self._queue.popleft()
-            if not self._is_paused("write"):
+            if self._is_paused("write"):
+                self.dropped += 1
+            else:
                 self._store(upload)
             with self._changed:
                 self._end(upload)
@@ -266,9 +273,14 @@ class RemoteStore:
             self._place(path, upload.data)
             self._broken.discard(upload.key)
             upload.done(len(upload.data))  # before anything else may fail: it takes back what was forgotten meanwhile
+        except Exception as error:
+            self.failed_writes += 1
+            self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
+            return
+        try:
             self._tidy(next(self._written))
         except Exception as error:
-            self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
+            self._pause("write", f"cannot be kept under its cap ({type(error).__name__}: {error})")
 
     @property
     def _is_folder(self) -> bool:
