@@ -31,7 +31,9 @@ from kvfusion_rag import (
     StoreEvent,
 )
 from kvfusion_rag.store import Miss, Wanted, as_store, namespace_key, open_store
+from kvfusion_rag.store.documents import _on_device
 from kvfusion_rag.store.format import encode, layout
+from kvfusion_rag.store.policy import LoadPolicy
 
 SIZE = layout(key_of(1), 5, SHAPE, "raw").total
 
@@ -697,8 +699,36 @@ def test_what_is_slower_to_load_than_to_compute_is_computed(tmp_path):
     for load in ("always", "never"):
         decided = DocumentStore(None, DiskStore(tmp_path / "d"), load=load)
         assert decided._policy.should_load("m") == (load == "always")
-    (tmp_path / "d/calibration.json").write_text("[1, 2")
-    assert DocumentStore(None, DiskStore(tmp_path / "d"))._policy.should_load("m")
+    for other in ("[1, 2", '{"m": {"load": 2.0, "prefill": 1.0}}', '{"version": 2}'):  # the second of an older version
+        (tmp_path / "d/calibration.json").write_text(other)
+        assert DocumentStore(None, DiskStore(tmp_path / "d"))._policy.should_load("m")
+
+
+def test_one_bad_measurement_is_not_for_ever(tmp_path):
+    policy = LoadPolicy("auto", tmp_path / "calibration.json")
+    policy.note_prefill("m", 300, 0.3)
+    policy.note_load("m", 300, 3.0)
+    refused = 0
+    for _ in range(2000):
+        if policy.should_load("m"):
+            policy.note_load("m", 300, 0.03)
+        else:
+            refused += 1
+    assert 63 <= refused <= 63 * 10 and policy.should_load("m")
+    assert LoadPolicy("auto", tmp_path / "calibration.json").should_load("m")
+    for _ in range(20):  # and a disk that becomes slow is noticed
+        policy.note_load("m", 300, 3.0)
+    assert not policy.should_load("m")
+
+
+def test_what_was_measured_on_one_kind_of_device_says_nothing_of_another(tmp_path, monkeypatch):
+    store = DocumentStore(None, DiskStore(tmp_path / "d"))
+    store._policy.note_prefill(_on_device("model", CPU), 300, 0.0)
+    store._policy.note_load(_on_device("model", CPU), 300, 3.0)
+    fetch(store, [1])
+    assert fetch(store, [1]) == ["computed"]
+    monkeypatch.setattr("kvfusion_rag.store.documents.device_name", lambda device: "a faster one")
+    assert fetch(store, [1]) == ["disk"]
 
 
 def test_documents_that_are_not_loaded_are_counted_so(tmp_path):

@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 
 from ..errors import InvalidInputError, OverloadError, StoreError
+from ..probe import device_name
 from ..schema import DocumentKV, KVShape, Origin
 from .disk import DiskStore
 from .files import Miss
@@ -73,8 +74,8 @@ class DocumentStore:
 
     Args:
         memory, disk, remote: the tiers; a remote one needs a disk in front of it.
-        load: "auto" reads a file where that is faster than computing the document again (measured once for each
-            model and device); "always" and "never" decide otherwise.
+        load: "auto" reads a file where that is faster than computing the document again (measured for each model
+            and kind of device, as it goes); "always" and "never" decide otherwise.
         on_event: called with each :class:`StoreEvent`, from any thread.
 
     Safe from several threads and processes. It cannot be pickled: open it in each process.
@@ -137,7 +138,7 @@ class DocumentStore:
 
         Args:
             shape, device: of the model's KVs.
-            model: name of model and device, for the choice between loading and computing.
+            model: its name, for the choice between loading and computing.
             compute: prefills documents by key, one after another as they are ready.
             keep: return the KVs; without, they go to the tiers alone, so that memory is bounded by their caps.
 
@@ -155,7 +156,7 @@ class DocumentStore:
             if keep:
                 found[key] = document if document.keys.device == device else document.to(device)
 
-        removals = self._removals
+        model, removals = _on_device(model, device), self._removals
         self._compute([key for key, one in wanted.items() if not one.stored], compute, take)
         left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, take)
         while left:
@@ -192,7 +193,7 @@ class DocumentStore:
     ) -> int:
         if self.memory is None or self.disk is None:
             return 0
-        removals = self._removals
+        model, removals = _on_device(model, device), self._removals
         todo = {
             key: Wanted(ids)
             for key, ids in wanted.items()
@@ -509,3 +510,8 @@ class DocumentStore:
             if use not in self._pools:
                 self._pools[use] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
             return self._pools[use]
+
+
+def _on_device(model: str, device: torch.device) -> str:
+    """What figures are measured for."""
+    return f"{model} on {device_name(device)}"
