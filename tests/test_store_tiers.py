@@ -599,6 +599,45 @@ def test_f9_a_remote_store_that_cannot_be_listed_says_so(tmp_path, monkeypatch):
             use()
 
 
+@pytest.mark.parametrize("remove", ["forget", "clear"])
+def test_f9_a_remote_store_that_hangs_holds_up_no_removal_from_the_other_tiers(tmp_path, monkeypatch, remove):
+    monkeypatch.setattr("kvfusion_rag.store.remote.STALLED_SECONDS", 0.2)
+    remote, go = RemoteStore(f"memory://{tmp_path.name}"), threading.Event()
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote, load="always")
+    fetch(store, [1, 2])
+    assert store.flush()
+    glob = remote._system.glob
+    monkeypatch.setattr(remote._system, "glob", lambda *given, **options: go.wait(30) and glob(*given, **options))
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"has not answered for 0.2 s"):
+        store.forget([key_of(1), key_of(2)]) if remove == "forget" else store.clear()
+    assert time.monotonic() - began < 5 and not len(store.memory) and not files_of(store.disk)
+    go.set()
+
+
+def test_flushing_says_whether_uploads_have_ended(tmp_path, monkeypatch):
+    remote, go = RemoteStore(f"memory://{tmp_path.name}"), threading.Event()
+    store = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always")
+    assert DocumentStore().flush()
+    monkeypatch.setattr(remote._system, "exists", lambda path: not go.wait(30))
+    monkeypatch.setattr(remote, "flush", lambda: RemoteStore.flush(remote, 0.1))
+    fetch(store, [1])
+    assert not store.flush()
+    go.set()
+    assert RemoteStore.flush(remote)
+
+
+def test_verifying_a_remote_store_removes_what_is_broken(tmp_path):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    for number in range(3):
+        upload(remote, number)
+    remote.flush()
+    file = next((tmp_path / "remote").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert RemoteStore(remote.url, read_only=True).verify() == (2, 1) and file.exists()
+    assert remote.verify() == (2, 1) and not file.exists() and remote.verify() == (2, 0)
+
+
 def test_f9_downloads_that_hang_are_bounded_in_number(tmp_path, monkeypatch):
     monkeypatch.setattr("kvfusion_rag.store.remote.PAUSE_SECONDS", 0.0)
     remote, go = RemoteStore(f"memory://{tmp_path.name}", wait=0.01), threading.Event()

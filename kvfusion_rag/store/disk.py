@@ -29,7 +29,7 @@ from .files import SUFFIX, Miss, check_alone, read_file
 from .folder import Folder
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec, encode, is_finite, layout
 from .index import ASIDE, Caps, Entry, Index
-from .keys import document_key, document_part, is_key, require_namespace_key
+from .keys import document_key, document_part, require_key, require_namespace_key
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +257,7 @@ class DiskStore:
     # Files
 
     def _file(self, key: str) -> Path:
-        if not is_key(key):
-            raise InvalidInputError(f"{key!r} is no document key.")
+        require_key(key)
         namespace, rest = key.split("-", 1)
         return self._files / namespace / rest[:2] / f"{rest}{SUFFIX}"
 

@@ -292,10 +292,12 @@ class DocumentStore:
                 now["failed_writes"][tier], now["dropped"][tier] = store.failed_writes, store.dropped
         return self._counters.snapshot(**now)
 
-    def flush(self) -> None:
-        """Wait for what is still being written to the remote tier, for a minute at most."""
-        if self.remote is not None:
-            self.remote.flush()
+    def flush(self) -> bool:
+        """Wait for what is still being written to the remote tier, for a minute at most; whether all of it has ended.
+
+        What could not be written is in the metrics.
+        """
+        return self.remote is None or self.remote.flush()
 
     def close(self) -> None:
         """Finish writing, for a minute at most, and let go of files and threads."""

@@ -8,7 +8,8 @@ import os
 import threading
 from collections.abc import Sequence
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
 import torch
 import xxhash
@@ -134,23 +135,28 @@ def check_alone(file: Path) -> Miss | None:
     """
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= _LONGEST_HEADER:
-                return Miss.HEADER
-            header = bytearray(length.to_bytes(8, "little") + stream.read(length))
-            facts = json.loads(header[8:])["__metadata__"]
-            namespace, rest = file.parts[-3], file.name.removesuffix(SUFFIX)
-            if facts["key"] != f"{namespace}-{rest}":
-                return Miss.HEADER
-            place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
-            header[place : place + 32] = b"0" * 32
-            digest = xxhash.xxh3_128(header)
-            while part := stream.read(1 << 20):
-                digest.update(part)
-            return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
+            return check_stream(stream, file)
     except FileNotFoundError:
         raise
     except OSError:
         return Miss.UNREADABLE
+
+
+def check_stream(stream: BinaryIO, file: PurePath) -> Miss | None:
+    """As :func:`check_alone`, of the bytes of ``file``."""
+    try:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= _LONGEST_HEADER:
+            return Miss.HEADER
+        header = bytearray(length.to_bytes(8, "little") + stream.read(length))
+        facts = json.loads(header[8:])["__metadata__"]
+        if facts["key"] != f"{file.parts[-3]}-{file.name.removesuffix(SUFFIX)}":
+            return Miss.HEADER
+        place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
+        header[place : place + 32] = b"0" * 32
+        digest = xxhash.xxh3_128(header)
+        while part := stream.read(1 << 20):
+            digest.update(part)
+        return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
     except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not ours
         return Miss.HEADER
