@@ -599,6 +599,14 @@ def test_f9_a_remote_store_that_cannot_be_listed_says_so(tmp_path, monkeypatch):
             use()
 
 
+def let_end(go: threading.Event) -> None:
+    """Let threads that wait for ``go`` end, so that later tests do not count them."""
+    hanging = [thread for thread in threading.enumerate() if thread.name == "kvfusion-remote"]
+    go.set()
+    for thread in hanging:
+        thread.join(10)
+
+
 @pytest.mark.parametrize("remove", ["forget", "clear"])
 def test_f9_a_remote_store_that_hangs_holds_up_no_removal_from_the_other_tiers(tmp_path, monkeypatch, remove):
     monkeypatch.setattr("kvfusion_rag.store.remote.STALLED_SECONDS", 0.2)
@@ -612,7 +620,7 @@ def test_f9_a_remote_store_that_hangs_holds_up_no_removal_from_the_other_tiers(t
     with pytest.raises(StoreError, match=r"has not answered for 0.2 s"):
         store.forget([key_of(1), key_of(2)]) if remove == "forget" else store.clear()
     assert time.monotonic() - began < 5 and not len(store.memory) and not files_of(store.disk)
-    go.set()
+    let_end(go)
 
 
 def test_flushing_says_whether_uploads_have_ended(tmp_path, monkeypatch):
@@ -623,7 +631,7 @@ def test_flushing_says_whether_uploads_have_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(remote, "flush", lambda: RemoteStore.flush(remote, 0.1))
     fetch(store, [1])
     assert not store.flush()
-    go.set()
+    let_end(go)
     assert RemoteStore.flush(remote)
 
 
@@ -636,6 +644,7 @@ def test_verifying_a_remote_store_removes_what_is_broken(tmp_path):
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     assert RemoteStore(remote.url, read_only=True).verify() == (2, 1) and file.exists()
     assert remote.verify() == (2, 1) and not file.exists() and remote.verify() == (2, 0)
+    let_end(threading.Event())
 
 
 def test_f9_downloads_that_hang_are_bounded_in_number(tmp_path, monkeypatch):
