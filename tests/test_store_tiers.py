@@ -651,14 +651,14 @@ def test_f9_downloads_that_hang_are_bounded_in_number(tmp_path, monkeypatch):
     monkeypatch.setattr("kvfusion_rag.store.remote.PAUSE_SECONDS", 0.0)
     remote, go = RemoteStore(f"memory://{tmp_path.name}", wait=0.01), threading.Event()
     monkeypatch.setattr(remote._system, "cat_file", lambda path: go.wait(30) and b"file")
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(40):
         fetching = remote.start(key_of(1))
         assert fetching is None or remote.finish(fetching, time.monotonic()) is Miss.LATE
-    hanging = threading.active_count() - before
+    hanging = len(set(threading.enumerate()) - before)  # those of other tests may be ending
     go.set()
     assert hanging == 16
-    while threading.active_count() > before:
+    while set(threading.enumerate()) - before:
         time.sleep(0.01)
     assert remote.finish(remote.start(key_of(1)), time.monotonic() + 5) == b"file"  # there is room again
 
