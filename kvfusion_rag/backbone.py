@@ -33,6 +33,7 @@ from . import ape as ape_attention
 from .attention import GROUPED, read_context_twice, share_heads
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
+from .probe import device_name
 from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
@@ -290,7 +291,7 @@ class Backbone:
             "weights": self.weights_digest,
             "revision": self.revision,
             "dtype": str(self.dtype),
-            "device": self.device.type,
+            "device": device_name(self.device),  # kinds of processors round differently
             "attention": self.attention,
             "document_attention": self.settings.document_attention,
             "config": config,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import time
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -19,6 +22,23 @@ def fast_dtype(device: torch.device) -> torch.dtype:
     """bfloat16, or float32 on a CPU that has no instructions for bfloat16."""
     is_slow = device.type == "cpu" and slowness(torch.bfloat16) > SLOW
     return torch.float32 if is_slow else torch.bfloat16
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What kind of device it is: speed, and the last bits of results, may differ between kinds."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _processor() if device.type == "cpu" else device.type
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

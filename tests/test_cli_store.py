@@ -10,6 +10,7 @@ from test_retrieval import WordEmbedder
 
 from kvfusion_rag import DiskStore
 from kvfusion_rag.cli import main
+from kvfusion_rag.cli.options import byte_count
 from kvfusion_rag.store import namespace_key
 
 
@@ -84,6 +85,49 @@ def test_verify_finds_a_broken_file_and_says_so_by_its_exit_code(run, docs, tmp_
     code, found = run("store", "verify", tmp_path / "s", "--json")
     assert code == 1 and (found["whole"], found["broken"]) == (3, 1)
     assert run("store", "verify", tmp_path / "s", "--json")[0] == 0
+
+
+def test_verify_reads_what_is_behind_a_url_too(run, docs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = (tmp_path / "shared").as_uri()
+    run("index", docs, "--index", tmp_path / "ix", "--store", url, "--json")
+    file = next((tmp_path / "shared").glob("v*/*/*/*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    code, found = run("store", "verify", url, "--json")
+    assert code == 1 and found["remote"] == {"whole": 3, "broken": 1} and (found["whole"], found["broken"]) == (4, 0)
+    code, said = run("store", "verify", url)
+    assert code == 0 and "disk: 4 whole" in said and "remote: 3 whole, 0 broken" in said
+
+
+def test_options_of_the_store(run, docs, tmp_path):
+    code, _ = index(run, docs, tmp_path, "--store-codec", "v8", "--store-max-bytes", "1GiB")
+    assert code == 0 and len(list((tmp_path / "s").glob("v2-v8/*/*/*.safetensors"))) == 4
+    asking = ("ask", "Where?", "--docs", docs, "--index", tmp_path / "ix", "--store", tmp_path / "s", "--json")
+    for options, origin in (((), "computed"), (("--store-codec", "v8"), "disk")):
+        assert {source["origin"] for source in run(*asking, *options)[1]["sources"]} == {origin}
+    never = run(*asking, "--store-codec", "v8", "--store-load", "never")[1]["sources"]
+    assert {(source["origin"], source["miss"]) for source in never} == {("computed", "slower")}
+
+
+def test_sizes():
+    sizes = {"1000": 1000, "2GiB": 2 << 30, "500MB": 500_000_000, "1.5 kb": 1500, "7b": 7, "1TiB": 1 << 40}
+    assert {text: byte_count(text) for text in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--store-max-bytes", "much"], "'much' is not a size from 1 byte such as 2GiB"),
+        (["--store-max-bytes", "0GB"], "'0GB' is not a size"),
+        (["--store-max-bytes", "5"], "max_bytes of the disk store is 5, but one document"),
+        (["--store-codec", "zip"], "invalid choice: 'zip'"),
+        (["--store-load", "perhaps"], "invalid choice: 'perhaps'"),
+        (["--store", "", "--store-load", "never"], "--store-load is given without --store"),
+    ],
+)
+def test_wrong_options_of_the_store_are_one_error(run, docs, tmp_path, options, message):
+    code, said = index(run, docs, tmp_path, *options)
+    assert code == 2 and message in said and said.count("\n") == 1
 
 
 def test_an_estimate_is_what_the_files_take(run, docs, tmp_path):

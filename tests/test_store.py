@@ -95,6 +95,17 @@ def test_t3_one_tenant_cannot_make_anothers_documents_leave():
     assert all(f"b-{n}" in store for n in range(4)) and store.stats.entries == 8
 
 
+def test_t3_full_store_a_tenants_own_documents_leave_before_anothers():
+    store = MemoryStore(max_bytes=8 * 64, namespace_bytes=4 * 64)
+    for name in "ab":
+        for n in range(4):
+            store.put(f"{name}-{n}", kv(1))
+    for n in range(6):
+        assert store.put(f"c-{n}", kv(1))
+    left = {name: sum(f"{name}-{n}" in store for n in range(6)) for name in "abc"}
+    assert left == {"a": 3, "b": 4, "c": 1}  # as of a disk store
+
+
 def test_a_hit_needs_the_same_token_ids():
     store = MemoryStore()
     store.put("a", kv(3))

@@ -28,7 +28,7 @@ from kvfusion_rag import DiskStore, InvalidInputError, StoreError
 from kvfusion_rag.schema import KVShape
 from kvfusion_rag.store import Miss, VerifyReport, namespace_key
 from kvfusion_rag.store.folder import DEAD_SECONDS, ORPHANED_SECONDS
-from kvfusion_rag.store.format import CODECS, checksum, encode, layout
+from kvfusion_rag.store.format import CODECS, checksum, encode, is_finite, layout
 from kvfusion_rag.store.index import QUARANTINED
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -175,6 +175,29 @@ def test_numbers_that_are_none_are_neither_written_nor_read(store, number):
     (file,) = files_of(store)
     file.write_bytes(b"".join(encode(key_of(1), broken, "raw")))  # with a right checksum
     assert read(store, 1)[0] is Miss.NUMBERS
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_numbers_are_stored_as_any_others(tmp_path, dtype, codec):
+    store, shape = DiskStore(tmp_path / "s", codec=codec), KVShape(2, 3, 8, dtype)
+    document = kv_of(1, shape=shape)
+    document.keys.fill_(torch.finfo(dtype).max)
+    assert store.put(key_of(1), document)
+    miss, found = read(store, 1, shape=shape)
+    assert miss is None and torch.equal(found.keys, document.keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_is_what_torch_says_it_is_for_every_number(dtype):
+    """All numbers of 16 bits; of 32, those with all of these as their upper half and the ends of the lower one."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)
+    if dtype == torch.float32:
+        numbers = torch.cat([(upper << 16) + lower for lower in (0, 1, 2**16 - 1)]).view(dtype)
+    else:
+        numbers = upper.to(torch.int16).view(dtype)
+    for number, expected in zip(numbers[:, None], torch.isfinite(numbers).tolist(), strict=True):
+        assert is_finite(number) == expected, number
 
 
 def test_f6_a_document_that_leaves_while_it_is_read_is_read_to_its_end(store, monkeypatch):

@@ -25,4 +25,6 @@ def test_a_scrape_shows_the_counts_of_the_store(tmp_path):
     assert registry.get_sample_value("kvfusion_store_misses_total", {"reason": "absent"}) == 3
     for tier in ("memory", "disk"):
         assert registry.get_sample_value("kvfusion_store_used_bytes", {"tier": tier}) == metrics.used_bytes[tier]
+    for name in ("rejected", "dropped", "failed_writes"):
+        assert registry.get_sample_value(f"kvfusion_store_{name}_total", {"tier": "disk"}) == 0
     assert "kvfusion_store_load_seconds_total" in prometheus.generate_latest(registry).decode()

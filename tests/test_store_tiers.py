@@ -31,7 +31,9 @@ from kvfusion_rag import (
     StoreEvent,
 )
 from kvfusion_rag.store import Miss, Wanted, as_store, namespace_key, open_store
+from kvfusion_rag.store.documents import _on_device
 from kvfusion_rag.store.format import encode, layout
+from kvfusion_rag.store.policy import LoadPolicy
 
 SIZE = layout(key_of(1), 5, SHAPE, "raw").total
 
@@ -597,18 +599,66 @@ def test_f9_a_remote_store_that_cannot_be_listed_says_so(tmp_path, monkeypatch):
             use()
 
 
+def let_end(go: threading.Event) -> None:
+    """Let threads that wait for ``go`` end, so that later tests do not count them."""
+    hanging = [thread for thread in threading.enumerate() if thread.name == "kvfusion-remote"]
+    go.set()
+    for thread in hanging:
+        thread.join(10)
+
+
+@pytest.mark.parametrize("remove", ["forget", "clear"])
+def test_f9_a_remote_store_that_hangs_holds_up_no_removal_from_the_other_tiers(tmp_path, monkeypatch, remove):
+    monkeypatch.setattr("kvfusion_rag.store.remote.STALLED_SECONDS", 0.2)
+    remote, go = RemoteStore(f"memory://{tmp_path.name}"), threading.Event()
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote, load="always")
+    fetch(store, [1, 2])
+    assert store.flush()
+    glob = remote._system.glob
+    monkeypatch.setattr(remote._system, "glob", lambda *given, **options: go.wait(30) and glob(*given, **options))
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"has not answered for 0.2 s"):
+        store.forget([key_of(1), key_of(2)]) if remove == "forget" else store.clear()
+    assert time.monotonic() - began < 5 and not len(store.memory) and not files_of(store.disk)
+    let_end(go)
+
+
+def test_flushing_says_whether_uploads_have_ended(tmp_path, monkeypatch):
+    remote, go = RemoteStore(f"memory://{tmp_path.name}"), threading.Event()
+    store = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always")
+    assert DocumentStore().flush()
+    monkeypatch.setattr(remote._system, "exists", lambda path: not go.wait(30))
+    monkeypatch.setattr(remote, "flush", lambda: RemoteStore.flush(remote, 0.1))
+    fetch(store, [1])
+    assert not store.flush()
+    let_end(go)
+    assert RemoteStore.flush(remote)
+
+
+def test_verifying_a_remote_store_removes_what_is_broken(tmp_path):
+    remote = RemoteStore((tmp_path / "remote").as_uri())
+    for number in range(3):
+        upload(remote, number)
+    remote.flush()
+    file = next((tmp_path / "remote").rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert RemoteStore(remote.url, read_only=True).verify() == (2, 1) and file.exists()
+    assert remote.verify() == (2, 1) and not file.exists() and remote.verify() == (2, 0)
+    let_end(threading.Event())
+
+
 def test_f9_downloads_that_hang_are_bounded_in_number(tmp_path, monkeypatch):
     monkeypatch.setattr("kvfusion_rag.store.remote.PAUSE_SECONDS", 0.0)
     remote, go = RemoteStore(f"memory://{tmp_path.name}", wait=0.01), threading.Event()
     monkeypatch.setattr(remote._system, "cat_file", lambda path: go.wait(30) and b"file")
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(40):
         fetching = remote.start(key_of(1))
         assert fetching is None or remote.finish(fetching, time.monotonic()) is Miss.LATE
-    hanging = threading.active_count() - before
+    hanging = len(set(threading.enumerate()) - before)  # those of other tests may be ending
     go.set()
     assert hanging == 16
-    while threading.active_count() > before:
+    while set(threading.enumerate()) - before:
         time.sleep(0.01)
     assert remote.finish(remote.start(key_of(1)), time.monotonic() + 5) == b"file"  # there is room again
 
@@ -697,8 +747,36 @@ def test_what_is_slower_to_load_than_to_compute_is_computed(tmp_path):
     for load in ("always", "never"):
         decided = DocumentStore(None, DiskStore(tmp_path / "d"), load=load)
         assert decided._policy.should_load("m") == (load == "always")
-    (tmp_path / "d/calibration.json").write_text("[1, 2")
-    assert DocumentStore(None, DiskStore(tmp_path / "d"))._policy.should_load("m")
+    for other in ("[1, 2", '{"m": {"load": 2.0, "prefill": 1.0}}', '{"version": 2}'):  # the second of an older version
+        (tmp_path / "d/calibration.json").write_text(other)
+        assert DocumentStore(None, DiskStore(tmp_path / "d"))._policy.should_load("m")
+
+
+def test_one_bad_measurement_is_not_for_ever(tmp_path):
+    policy = LoadPolicy("auto", tmp_path / "calibration.json")
+    policy.note_prefill("m", 300, 0.3)
+    policy.note_load("m", 300, 3.0)
+    refused = 0
+    for _ in range(2000):
+        if policy.should_load("m"):
+            policy.note_load("m", 300, 0.03)
+        else:
+            refused += 1
+    assert 63 <= refused <= 63 * 10 and policy.should_load("m")
+    assert LoadPolicy("auto", tmp_path / "calibration.json").should_load("m")
+    for _ in range(20):  # and a disk that becomes slow is noticed
+        policy.note_load("m", 300, 3.0)
+    assert not policy.should_load("m")
+
+
+def test_what_was_measured_on_one_kind_of_device_says_nothing_of_another(tmp_path, monkeypatch):
+    store = DocumentStore(None, DiskStore(tmp_path / "d"))
+    store._policy.note_prefill(_on_device("model", CPU), 300, 0.0)
+    store._policy.note_load(_on_device("model", CPU), 300, 3.0)
+    fetch(store, [1])
+    assert fetch(store, [1]) == ["computed"]
+    monkeypatch.setattr("kvfusion_rag.store.documents.device_name", lambda device: "a faster one")
+    assert fetch(store, [1]) == ["disk"]
 
 
 def test_documents_that_are_not_loaded_are_counted_so(tmp_path):
@@ -766,6 +844,43 @@ def test_metrics_add_up(tmp_path):
     assert metrics.used_bytes == {"memory": 4 * kv_of(0).nbytes, "disk": 4 * SIZE}
     assert metrics.hit_rate == 7 / 12 == metrics.to_dict()["hit_rate"]
     assert {event.kind for event in events} == {"hit", "miss", "computed", "stored"}
+
+
+def test_what_is_stored_already_is_not_counted_as_stored_again(tmp_path):
+    fetch(layered(tmp_path), range(3))
+    store = DocumentStore(None, DiskStore(tmp_path / "disk"), load="never")
+    assert fetch(store, range(4)) == ["computed"] * 4
+    assert store.metrics.stored_bytes == {"disk": SIZE}
+
+
+def test_documents_that_no_tier_took_are_counted_by_tier(tmp_path, monkeypatch):
+    remote = RemoteStore(f"memory://{tmp_path.name}")
+    memory, disk = MemoryStore(kv_of(0).nbytes - 1), DiskStore(tmp_path / "d", max_bytes=2 * SIZE - 1)
+    store = DocumentStore(memory, disk, remote, load="always")
+    fetch(store, [0])
+    metrics = store.metrics
+    assert metrics.rejected == {"memory": 1, "disk": 0} and not any(metrics.failed_writes.values())
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store.flush()
+    monkeypatch.setattr(os, "writev", full)
+    monkeypatch.setattr(remote._system, "pipe_file", full)
+    for number in range(1, 4):  # the first fails; then the tiers are left alone for a while
+        fetch(store, [number])
+        store.flush()
+    metrics = store.metrics
+    assert metrics.failed_writes == {"disk": 1, "remote": 1} and metrics.dropped == {"disk": 2, "remote": 2}
+    assert metrics.rejected == {"memory": 4, "disk": 0}
+
+
+def test_what_leaves_a_remote_store_is_counted(tmp_path):
+    remote = RemoteStore(f"memory://{tmp_path.name}", max_bytes=1)
+    store = DocumentStore(None, DiskStore(tmp_path / "d"), remote, load="always")
+    fetch(store, [1])
+    store.flush()
+    assert store.metrics.evictions == {"disk": 0, "remote": 1} and not store.metrics.failed_writes["remote"]
 
 
 def test_a_callback_that_fails_is_left_alone(caplog):

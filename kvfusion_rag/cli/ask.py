@@ -23,6 +23,7 @@ from .options import (
     open_index,
     positive,
     require_paths,
+    require_store,
 )
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def _check(args: argparse.Namespace) -> None:
     if not args.docs and not Path(args.index).is_dir():
         raise RetrievalError(f"the index {args.index!r} does not exist; name its documents with --docs to make it.")
     require_paths(args.docs)
+    require_store(args)
 
 
 def _index_folder(args: argparse.Namespace) -> Path | None:

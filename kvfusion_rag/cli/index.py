@@ -22,6 +22,7 @@ from .options import (
     load_token_counter,
     open_index,
     require_paths,
+    require_store,
 )
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_paths(args.paths)
+    require_store(args)
     folder = Path(args.index or first_folder(args.paths) / INDEX_FOLDER)
     count_tokens, passage_length = load_token_counter(args.model)
     with open_index(args, folder, count_tokens, passage_length) as index:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ModelLoadError, RetrievalError
+from ..errors import InvalidInputError, ModelLoadError, RetrievalError
 from .console import patient_bars
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from .. import DocumentIndex, KVFusionGenerator
+    from .. import DocumentIndex, DocumentStore, KVFusionGenerator
     from ..prompts import PromptEncoder
     from ..settings import ModelSettings
 
 DEFAULT_CHUNK_TOKENS = 200  # for a model that was not trained with a passage length
+CODECS = ("raw", "v8")  # of a store's files; named here since its modules load torch
+LOADING = ("auto", "always", "never")
 INDEX_FOLDER = ".kvfusion"
 
 
@@ -27,6 +31,18 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
+
+
+def byte_count(text: str) -> int:
+    """Argument type: a size such as 2GiB, 500MB or 1000000."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(i?)B)?", text, re.IGNORECASE)
+    size = 0
+    if found is not None:
+        number, letter, binary = found.groups(default="")
+        size = int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size from 1 byte such as 2GiB, 500MB or 1000000")
+    return size
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +73,38 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", metavar="PLACE", help="folder or fsspec URL where document KVs are kept")
     parser.add_argument("--namespace", default="", metavar="NAME", help="tenant whose documents these are")
+    parser.add_argument(
+        "--store-codec", choices=CODECS, help="form of its files: raw (default), or v8, which is smaller"
+    )
+    parser.add_argument(
+        "--store-max-bytes",
+        type=byte_count,
+        metavar="SIZE",
+        help="cap of its files on this machine's disk, such as 2GiB or 500MB (default: 20GiB)",
+    )
+    parser.add_argument(
+        "--store-load",
+        choices=LOADING,
+        help="read stored documents where that is faster than computing (auto, default)",
+    )
+
+
+def require_store(args: argparse.Namespace) -> None:
+    """Fail on options of a store that is not there, before models are loaded."""
+    for name in ("codec", "max_bytes", "load"):
+        if getattr(args, f"store_{name}") is not None and not args.store:
+            option = f"--store-{name.replace('_', '-')}"
+            raise InvalidInputError(f"{option} is given without --store; name the folder or URL of the store too.")
+
+
+def _open_store(args: argparse.Namespace) -> DocumentStore | str:
+    """The store that the arguments name; without, one in memory."""
+    if not getattr(args, "store", None):
+        return "memory"
+    from ..store import open_store
+
+    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes", "load")}
+    return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
 
 
 def load_generator(args: argparse.Namespace) -> KVFusionGenerator:
@@ -70,7 +118,7 @@ def load_generator(args: argparse.Namespace) -> KVFusionGenerator:
             decoder=args.decoder,
             device=args.device,
             dtype=args.dtype,
-            store=getattr(args, "store", None) or "memory",
+            store=_open_store(args),
             namespace=getattr(args, "namespace", ""),
         )
 

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from .console import say, say_json
-from .options import add_index_arguments, load_config, load_encoder, open_index, require_paths
+from .options import CODECS, add_index_arguments, load_config, load_encoder, open_index, require_paths
 
 if TYPE_CHECKING:
     from .. import DocumentStore
-
-CODECS = ("raw", "v8")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
     for name, about in (
         ("stats", "bytes and documents by namespace"),
-        ("verify", "read every file, put broken ones aside and set the counts right"),
+        ("verify", "read every file, of a URL too, take broken ones away and set the counts right"),
         ("clear", "remove all documents of a namespace, or of all"),
         ("forget", "remove the documents of files, whatever model made them"),
         ("estimate", "how much room the documents of files would take"),
@@ -88,12 +86,17 @@ def _stats(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     store = _open(args)
     assert store.disk is not None  # open_store makes one
-    report = asdict(store.disk.verify())
+    report: dict[str, int] = asdict(store.disk.verify())
+    remote: dict[str, int] | None = None
+    if store.remote is not None:
+        remote = dict(zip(("whole", "broken"), store.remote.verify(), strict=True))
     if args.json:
-        say_json({"store": args.store, **report})
+        say_json({"store": args.store, **report, **({} if remote is None else {"remote": remote})})
     else:
-        say(", ".join(f"{count:,} {name}" for name, count in report.items()))
-    return 1 if report["broken"] else 0
+        for name, counts in (("disk", report), ("remote", remote)):
+            if counts is not None:
+                say(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
+    return 1 if report["broken"] or (remote is not None and remote["broken"]) else 0
 
 
 def _clear(args: argparse.Namespace) -> int:

@@ -29,7 +29,7 @@ from .files import SUFFIX, Miss, check_alone, read_file
 from .folder import Folder
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec, encode, is_finite, layout
 from .index import ASIDE, Caps, Entry, Index
-from .keys import document_key, document_part, is_key, require_namespace_key
+from .keys import document_key, document_part, require_key, require_namespace_key
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class DiskStore:
         self._warned: set[str] = set()
         self._open()
         self._index = None if read_only else self._open_index()
-        self.evictions = self.rejected = self.written = self.failed_writes = 0
+        self.evictions = self.rejected = self.dropped = self.written = self.failed_writes = 0
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, codec={self.codec!r}, max_bytes={self.caps.total:,})"
@@ -151,11 +151,13 @@ class DiskStore:
     def put(self, key: str, document: DocumentKV) -> bool:
         """Write ``document``, making room for it; whether it is there now. Faults are counted and logged once."""
         file = self._file(key)
-        if not self._writable:
+        if self._index is None:
             return False
         if key in self:
             return True
-        if not is_finite(document):
+        if self._is_paused():
+            return False
+        if not is_finite(document.keys, document.values):
             self._warn("a document's keys or values are not finite numbers; it is not stored")
             return False
         return self._place(file, encode(key, document, self.codec))
@@ -163,6 +165,8 @@ class DiskStore:
     def adopt(self, key: str, data: bytes, shape: KVShape, into: DocumentKV) -> Miss | None:
         """Take in a file that was made elsewhere, as far as it is what ``key`` asks for, and read it."""
         file = self._file(key)
+        if self._is_paused():
+            return Miss.UNREADABLE
         if len(data) != layout(key, into.num_tokens, shape, self.codec).total:
             return Miss.TRUNCATED
         return self.get(key, shape, into) if self._place(file, [data]) else Miss.UNREADABLE
@@ -253,8 +257,7 @@ class DiskStore:
     # Files
 
     def _file(self, key: str) -> Path:
-        if not is_key(key):
-            raise InvalidInputError(f"{key!r} is no document key.")
+        require_key(key)
         namespace, rest = key.split("-", 1)
         return self._files / namespace / rest[:2] / f"{rest}{SUFFIX}"
 
@@ -276,13 +279,15 @@ class DiskStore:
                 found.append(Entry(self._name(file), ASIDE, file.stat().st_size))
         return found
 
-    @property
-    def _writable(self) -> bool:
-        return self._index is not None and time.monotonic() >= self._paused_until
+    def _is_paused(self) -> bool:
+        """Whether nothing is written for a while, after a write that failed; each document is counted."""
+        paused = time.monotonic() < self._paused_until
+        self.dropped += paused
+        return paused
 
     def _place(self, file: Path, buffers: Sequence[Buffer]) -> bool:
         """Make room for a document's file, count it and write it; whether it is there now."""
-        if self._index is None or not self._writable:
+        if self._index is None:
             return False
         entry = Entry(self._name(file), file.parts[-3], sum(len(part) for part in buffers))
         try:

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 
 from ..errors import InvalidInputError, OverloadError, StoreError
+from ..probe import device_name
 from ..schema import DocumentKV, KVShape, Origin
 from .disk import DiskStore
 from .files import Miss
@@ -30,7 +31,7 @@ from .metrics import Counters, StoreEvent, StoreMetrics, Tier
 from .policy import Loading, LoadPolicy
 from .remote import RemoteStore
 
-THREADS = 4  # that read files
+THREADS = min(4, os.cpu_count() or 1)  # that read files: most of it is copying, which more of them only disturb
 PREFETCHES = 256  # calls that may wait
 
 
@@ -73,8 +74,8 @@ class DocumentStore:
 
     Args:
         memory, disk, remote: the tiers; a remote one needs a disk in front of it.
-        load: "auto" reads a file where that is faster than computing the document again (measured once for each
-            model and device); "always" and "never" decide otherwise.
+        load: "auto" reads a file where that is faster than computing the document again (measured for each model
+            and kind of device, as it goes); "always" and "never" decide otherwise.
         on_event: called with each :class:`StoreEvent`, from any thread.
 
     Safe from several threads and processes. It cannot be pickled: open it in each process.
@@ -137,7 +138,7 @@ class DocumentStore:
 
         Args:
             shape, device: of the model's KVs.
-            model: name of model and device, for the choice between loading and computing.
+            model: its name, for the choice between loading and computing.
             compute: prefills documents by key, one after another as they are ready.
             keep: return the KVs; without, they go to the tiers alone, so that memory is bounded by their caps.
 
@@ -155,7 +156,7 @@ class DocumentStore:
             if keep:
                 found[key] = document if document.keys.device == device else document.to(device)
 
-        removals = self._removals
+        model, removals = _on_device(model, device), self._removals
         self._compute([key for key, one in wanted.items() if not one.stored], compute, take)
         left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, take)
         while left:
@@ -192,7 +193,7 @@ class DocumentStore:
     ) -> int:
         if self.memory is None or self.disk is None:
             return 0
-        removals = self._removals
+        model, removals = _on_device(model, device), self._removals
         todo = {
             key: Wanted(ids)
             for key, ids in wanted.items()
@@ -275,23 +276,28 @@ class DocumentStore:
     @property
     def metrics(self) -> StoreMetrics:
         """Counts since the store was opened."""
-        used: dict[str, int] = {}
-        entries: dict[str, int] = {}
-        evictions: dict[str, int] = {}
+        now: defaultdict[str, dict[str, int]] = defaultdict(dict)
         if self.memory is not None:
             stats = self.memory.stats
-            used["memory"], entries["memory"], evictions["memory"] = stats.bytes, stats.entries, stats.evictions
+            now["used_bytes"]["memory"], now["entries"]["memory"] = stats.bytes, stats.entries
+            now["evictions"]["memory"], now["rejected"]["memory"] = stats.evictions, stats.rejected
         if self.disk is not None:
             totals = self.disk.totals()
-            used["disk"] = sum(size for size, _ in totals.values())
-            entries["disk"] = sum(count for _, count in totals.values())
-            evictions["disk"] = self.disk.evictions
-        return self._counters.snapshot(used_bytes=used, entries=entries, evictions=evictions)
+            now["used_bytes"]["disk"] = sum(size for size, _ in totals.values())
+            now["entries"]["disk"] = sum(count for _, count in totals.values())
+            now["rejected"]["disk"] = self.disk.rejected
+        for tier, store in (("disk", self.disk), ("remote", self.remote)):
+            if store is not None:
+                now["evictions"][tier] = store.evictions
+                now["failed_writes"][tier], now["dropped"][tier] = store.failed_writes, store.dropped
+        return self._counters.snapshot(**now)
 
-    def flush(self) -> None:
-        """Wait for what is still being written to the remote tier, for a minute at most."""
-        if self.remote is not None:
-            self.remote.flush()
+    def flush(self) -> bool:
+        """Wait for what is still being written to the remote tier, for a minute at most; whether all of it has ended.
+
+        What could not be written is in the metrics.
+        """
+        return self.remote is None or self.remote.flush()
 
     def close(self) -> None:
         """Finish writing, for a minute at most, and let go of files and threads."""
@@ -425,12 +431,18 @@ class DocumentStore:
         if self.memory is not None and self.memory.put(key, document):
             self._counters.note(StoreEvent("stored", "memory", bytes=document.nbytes))
         began = time.perf_counter()
-        if self.disk is not None and self.disk.put(key, document):
-            seconds = time.perf_counter() - began
-            self._counters.note(StoreEvent("stored", "disk", bytes=document.nbytes, seconds=seconds))
-        if self.remote is not None and self.remote.takes_uploads and is_finite(document):
-            buffers = encode(key, document, self.remote.codec)
-            self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
+        if self.disk is not None and key not in self.disk and self.disk.put(key, document):
+            size, seconds = (
+                self.disk.file_bytes(KVShape.of(document), document.num_tokens),
+                time.perf_counter() - began,
+            )
+            self._counters.note(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
+        if self.remote is not None and is_finite(document.keys, document.values):
+            if self.remote.takes_uploads:
+                buffers = encode(key, document, self.remote.codec)
+                self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
+            else:
+                self.remote.note_dropped()
         self._unless_removed(key, removals, self.disk, self.memory)
 
     def _uploaded(self, key: str, size: int, removals: int) -> None:
@@ -504,3 +516,8 @@ class DocumentStore:
             if use not in self._pools:
                 self._pools[use] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
             return self._pools[use]
+
+
+def _on_device(model: str, device: torch.device) -> str:
+    """What figures are measured for."""
+    return f"{model} on {device_name(device)}"

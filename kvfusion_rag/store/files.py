@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Sequence
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import BinaryIO
 
+import torch
 import xxhash
 
 from ..schema import DocumentKV
-from .format import Buffer, Codec, Layout, checksum, chunks, expand, is_finite, scratch, token_bytes
+from .format import Buffer, Codec, Layout, as_bytes, copy, expand, is_finite, scratch, token_bytes
 
 SUFFIX = ".safetensors"
 _MOST_BUFFERS = 1024  # of one preadv or writev
+_PART = 4 << 20  # bytes that are read and checked together: they stay in the processor's cache
 _LONGEST_HEADER = 1 << 16  # bytes
 
 
@@ -35,38 +39,72 @@ class Miss(StrEnum):
 
 
 def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
-    """Read the file that is open at ``place`` into ``into`` and check it."""
+    """Read the file that is open at ``place`` into ``into`` and check it.
+
+    Each part in one piece, even if its heads lie apart in ``into``: a checksum of many small ones would keep Python
+    from its other threads, and costs more than the copy.
+    """
     if os.fstat(place).st_size != plan.total:
         return Miss.TRUNCATED
-    header, ids = bytearray(len(plan.header)), bytearray(plan.sizes[3])
-    small = scratch(into) if codec == "v8" else None
-    data = chunks(into.keys)
-    data += chunks(into.values) if small is None else [part for tensor in small for part in chunks(tensor)]
-    if not _read_all(place, [header, *data, ids]):
+    header, end = bytearray(len(plan.header)), plan.checksum_at + 32
+    if not _read(place, header, 0):
         return Miss.TRUNCATED
-    end = plan.checksum_at + 32
     written = bytes(header[plan.checksum_at : end])
     header[plan.checksum_at : end] = plan.header[plan.checksum_at : end]
     if header != plan.header:
         return Miss.HEADER
-    if checksum(plan.header, [*data, ids]) != written:
+    small = scratch(into) if codec == "v8" else None
+    digest, offset, finite = xxhash.xxh3_128(header), len(header), True
+    for tensor in (into.keys, *((into.values,) if small is None else small)):
+        for part in tensor.split(max(1, _PART * len(tensor) // tensor.nbytes)):  # some layers
+            room = part if part.is_contiguous() else _room(part)
+            data = as_bytes(room)
+            if not _read(place, data, offset):
+                return Miss.TRUNCATED
+            digest.update(data)
+            finite = finite and is_finite(room)
+            if room is not part:
+                copy(room, part)
+            offset += len(data)
+    ids = bytearray(plan.sizes[3])
+    if not _read(place, ids, offset):
+        return Miss.TRUNCATED
+    digest.update(ids)
+    if digest.hexdigest().encode() != written:
         return Miss.CHECKSUM
     if ids != token_bytes(into.token_ids):
         return Miss.TOKENS
     if small is not None:
         expand(small[0], small[1], into.values)
-    return None if is_finite(into) else Miss.NUMBERS
+        finite = finite and is_finite(into.values)
+    return None if finite else Miss.NUMBERS
 
 
-def _read_all(place: int, buffers: Sequence[Buffer]) -> bool:
-    """Fill all buffers from the start of the file; whether there was enough."""
-    offset, todo = 0, [memoryview(part).cast("B") for part in buffers if len(part)]
+class _Rooms(threading.local):
+    """What each thread reads into before it puts it where its heads lie apart: kept, since new memory is slow."""
+
+    room = torch.empty(0, dtype=torch.uint8)
+
+
+_rooms = _Rooms()
+
+
+def _room(like: torch.Tensor) -> torch.Tensor:
+    """Memory of this thread for as many numbers, all in a row."""
+    if _rooms.room.nbytes < like.nbytes:
+        _rooms.room = torch.empty(max(like.nbytes, _PART), dtype=torch.uint8)
+    return _rooms.room[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _read(place: int, buffer: Buffer, offset: int) -> bool:
+    """Fill ``buffer`` from ``offset`` of the file on; whether there was enough."""
+    todo = memoryview(buffer)
     while todo:
-        count = os.preadv(place, todo[:_MOST_BUFFERS], offset)
+        count = os.preadv(place, [todo], offset)
         if count == 0:
             return False
         offset += count
-        todo = _after(todo, count)
+        todo = todo[count:]
     return True
 
 
@@ -97,23 +135,28 @@ def check_alone(file: Path) -> Miss | None:
     """
     try:
         with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= _LONGEST_HEADER:
-                return Miss.HEADER
-            header = bytearray(length.to_bytes(8, "little") + stream.read(length))
-            facts = json.loads(header[8:])["__metadata__"]
-            namespace, rest = file.parts[-3], file.name.removesuffix(SUFFIX)
-            if facts["key"] != f"{namespace}-{rest}":
-                return Miss.HEADER
-            place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
-            header[place : place + 32] = b"0" * 32
-            digest = xxhash.xxh3_128(header)
-            while part := stream.read(1 << 20):
-                digest.update(part)
-            return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
+            return check_stream(stream, file)
     except FileNotFoundError:
         raise
     except OSError:
         return Miss.UNREADABLE
+
+
+def check_stream(stream: BinaryIO, file: PurePath) -> Miss | None:
+    """As :func:`check_alone`, of the bytes of ``file``."""
+    try:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= _LONGEST_HEADER:
+            return Miss.HEADER
+        header = bytearray(length.to_bytes(8, "little") + stream.read(length))
+        facts = json.loads(header[8:])["__metadata__"]
+        if facts["key"] != f"{file.parts[-3]}-{file.name.removesuffix(SUFFIX)}":
+            return Miss.HEADER
+        place = header.index(f'"xxh3_128":"{facts["xxh3_128"]}"'.encode()) + len('"xxh3_128":"')
+        header[place : place + 32] = b"0" * 32
+        digest = xxhash.xxh3_128(header)
+        while part := stream.read(1 << 20):
+            digest.update(part)
+        return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
     except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not ours
         return Miss.HEADER

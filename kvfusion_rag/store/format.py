@@ -2,7 +2,7 @@
 
 A file is a safetensors file (keys, values, token ids) whose header is a function of what it should hold, but for a
 checksum: so a reader that knows what it asks for compares the header byte for byte, and never parses what it found.
-Data is laid out as in memory, (L, H_kv, T, d), so that the kernel can scatter it straight into a fused buffer.
+Data is laid out as in memory, (L, H_kv, T, d), so that some layers of it are read in one piece.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ CODECS: tuple[Codec, ...] = ("raw", "v8")
 Buffer = memoryview | bytes | bytearray
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
 _UNKNOWN = "0" * 32  # stands for the checksum in the header that is compared
 _ALIGNMENT = 64  # bytes; of the data in the file
 
@@ -74,15 +75,6 @@ def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
     return Layout(header, found, (parts[0][3], parts[1][3], parts[2][3], parts[3][3]))
 
 
-def chunks(tensor: torch.Tensor) -> list[memoryview]:
-    """The bytes of an (L, H_kv, T, d) CPU tensor in order, without a copy; each head's tokens must lie together."""
-    layers, heads = tensor.shape[:2]
-    if tensor.is_contiguous():
-        return [_bytes(tensor)]
-    array = tensor.view(torch.uint8).numpy()
-    return [array[layer, head].data.cast("B") for layer in range(layers) for head in range(heads)]
-
-
 def checksum(header: bytes, parts: Iterable[Buffer]) -> bytes:
     """xxh3-128 in hex over the header (with zeros for the checksum) and all data."""
     digest = xxhash.xxh3_128(header)
@@ -99,12 +91,12 @@ def encode(key: str, document: DocumentKV, codec: Codec) -> list[Buffer]:
     """
     keys, values = document.keys.cpu().contiguous(), document.values.cpu().contiguous()
     plan = layout(key, document.num_tokens, KVShape.of(document), codec)
-    data: list[Buffer] = [_bytes(keys)]
+    data: list[Buffer] = [as_bytes(keys)]
     if codec == "v8":
         small, scales = compress(values)
-        data += [_bytes(small), _bytes(scales)]
+        data += [as_bytes(small), as_bytes(scales)]
     else:
-        data.append(_bytes(values))
+        data.append(as_bytes(values))
     data.append(token_bytes(document.token_ids))
     header = bytearray(plan.header)
     header[plan.checksum_at : plan.checksum_at + len(_UNKNOWN)] = checksum(plan.header, data)
@@ -130,15 +122,37 @@ def scratch(document: DocumentKV) -> tuple[torch.Tensor, torch.Tensor]:
     return small, torch.empty((*document.values.shape[:3], 1), dtype=torch.float32)
 
 
-def is_finite(document: DocumentKV) -> bool:
-    """Whether every number is one; a sum shows it in one pass."""
-    return all(bool(torch.isfinite(part.sum(dtype=torch.float32))) for part in (document.keys, document.values))
+def is_finite(*tensors: torch.Tensor) -> bool:
+    """Whether every number is one: neither infinite nor NaN."""
+    return all(_is_finite(tensor) for tensor in tensors)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if tensor.dtype == torch.int8:
+        return True
+    if tensor.device.type != "cpu":
+        return bool(torch.isfinite(tensor).all())
+    # Infinite and NaN are the largest of the positive and, seen as unsigned, of the negative ones. As integers nothing
+    # overflows, as a sum may.
+    bits, infinity = _bits(tensor), _INFINITY[tensor.dtype]
+    unsigned = bits.view(f"u{bits.itemsize}")
+    return bool(bits.max() < infinity) and bool(unsigned.max() < infinity + (1 << 8 * bits.itemsize - 1))
+
+
+def copy(source: torch.Tensor, into: torch.Tensor) -> None:
+    """As ``into.copy_(source)`` on a CPU, in this thread alone: torch's would disturb those that read files."""
+    np.copyto(_bits(into), _bits(source))
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """A CPU tensor's numbers as signed integers of their width, without a copy."""
+    return tensor.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
 
 
 def token_bytes(token_ids: Sequence[int]) -> bytes:
     return np.asarray(token_ids, dtype="<i4").tobytes()
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: torch.Tensor) -> memoryview:
     """A contiguous CPU tensor's bytes, without a copy."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data.cast("B")

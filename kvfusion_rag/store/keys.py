@@ -63,6 +63,15 @@ def require_namespace_key(text: object) -> None:
         )
 
 
+def require_key(key: object) -> None:
+    """Raise InvalidInputError for what :func:`document_key` never makes: a path is made of it."""
+    if not isinstance(key, str) or not is_key(key):
+        raise InvalidInputError(
+            f"the key of a document is {key!r}, but it must be 32, 32 and 64 hex digits with dashes between; "
+            "document_key(...) makes it."
+        )
+
+
 def is_key(text: str) -> bool:
     return _KEY.fullmatch(text) is not None
 

@@ -38,8 +38,8 @@ class MemoryStore:
 
     Args:
         max_bytes: cap on keys and values together, in bytes.
-        namespace_bytes: cap on each namespace; while all of these together stay under
-            ``max_bytes``, no tenant's documents make another's leave.
+        namespace_bytes: cap on each namespace. With it, a document that finds the store full lets those of its own
+            namespace leave first, and another's only when none of its own is left.
         host: keep KVs in page-locked host memory, from where a GPU reads them by itself; by default they stay on
             the device that made them.
     """
@@ -97,8 +97,7 @@ class MemoryStore:
                 return True  # in use, and the same
             self._drop(key)
             namespace = _namespace(key)
-            room = self._make_room(kept.nbytes, self._namespace_bytes, namespace)
-            if not (room and self._make_room(kept.nbytes, self._max_bytes, None)):
+            if not self._make_room(kept.nbytes, namespace):
                 self._rejected += 1
                 return False
             self._entries[key] = kept
@@ -155,25 +154,31 @@ class MemoryStore:
                 len(self._pins),
             )
 
-    def _make_room(self, size: int, cap: int | None, namespace: str | None) -> bool:
-        """Whether ``size`` more bytes fit under ``cap``, after the longest unused entries have left."""
-        if cap is None:
-            return True
-        if size > cap:
+    def _make_room(self, size: int, namespace: str) -> bool:
+        """Whether ``size`` more bytes fit under the caps, after the longest unused entries have left.
+
+        Where namespaces have a cap, those of ``namespace`` leave first, as in a disk store.
+        """
+        own = self._max_bytes if self._namespace_bytes is None else min(self._namespace_bytes, self._max_bytes)
+        if size > own:
             return False
-        order = self._entries if namespace is None else self._of_namespace[namespace]
-        skipped: list[str] = []
-        while (self._bytes if namespace is None else self._sizes[namespace]) + size > cap:
-            oldest = next(iter(order), None)
-            if oldest is None or oldest in skipped:
-                break
-            if oldest in self._pins:  # in use, so it counts as used now
-                order.move_to_end(oldest)
-                skipped.append(oldest)
-                continue
-            self._drop(oldest)
-            self._evictions += 1
-        return (self._bytes if namespace is None else self._sizes[namespace]) + size <= cap
+        mine = self._of_namespace.get(namespace, OrderedDict[str, None]())
+        for order in (mine, self._entries) if self._namespace_bytes else (self._entries,):
+            skipped: set[str] = set()
+            while self._bytes + size > self._max_bytes or (order is mine and self._held(namespace) + size > own):
+                oldest = next(iter(order), None)
+                if oldest is None or oldest in skipped:
+                    break
+                if oldest in self._pins:  # in use, so it counts as used now
+                    order.move_to_end(oldest)
+                    skipped.add(oldest)
+                    continue
+                self._drop(oldest)
+                self._evictions += 1
+        return self._bytes + size <= self._max_bytes and self._held(namespace) + size <= own
+
+    def _held(self, namespace: str) -> int:
+        return self._sizes.get(namespace, 0)
 
     def _drop(self, key: str) -> None:
         old = self._entries.pop(key, None)

@@ -43,8 +43,15 @@ class StoreMetrics:
         faults: by ``tier/reason``: what was there but could not be used.
         computed, computed_tokens, prefill_seconds: documents that were prefilled because they were not found.
         loaded_bytes, load_seconds: by tier.
-        stored_bytes, store_seconds: by tier; a remote tier is written to in the background.
-        used_bytes, entries, evictions: by tier, now.
+        stored_bytes, store_seconds: by tier, of what was not there already; a remote tier is written to in the
+            background.
+        used_bytes, entries: by tier, now.
+        evictions: documents that made room, by tier.
+        rejected: documents that found no room, by tier: larger than a cap, behind others in use, or with the index of
+            the disk held by another process.
+        failed_writes: by tier, as on a full disk.
+        dropped: documents whose writing was not tried, by tier: for a while after a write that failed, or with too
+            many waiting for the remote tier already.
     """
 
     lookups: int = 0
@@ -61,6 +68,9 @@ class StoreMetrics:
     used_bytes: Mapping[str, int] = field(default_factory=dict)
     entries: Mapping[str, int] = field(default_factory=dict)
     evictions: Mapping[str, int] = field(default_factory=dict)
+    rejected: Mapping[str, int] = field(default_factory=dict)
+    failed_writes: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def hit_rate(self) -> float:
@@ -113,7 +123,7 @@ class Counters:
                 logger.exception("the store's on_event failed and is not called again")
 
     def snapshot(self, **now: Mapping[str, int]) -> StoreMetrics:
-        """The counts, with ``used_bytes``, ``entries`` and ``evictions`` by tier as they are now."""
+        """The counts, with those that the tiers keep themselves, by tier, as they are now."""
         with self._lock:
             return StoreMetrics(
                 self._lookups,

@@ -13,6 +13,7 @@ from .disk import DiskStore
 from .documents import DocumentStore
 from .format import Codec
 from .memory import MemoryStore
+from .policy import Loading
 from .remote import RemoteStore
 
 Place = DocumentStore | MemoryStore | DiskStore | str | os.PathLike[str] | None
@@ -50,6 +51,7 @@ def open_store(
     remote: Mapping[str, Any] | None = None,
     read_only: bool = False,
     codec: Codec = "raw",
+    load: Loading = "auto",
     **options: Any,
 ) -> DocumentStore:
     """The store in a folder or behind a URL, with a memory tier in front.
@@ -62,6 +64,7 @@ def open_store(
             they go before ``read_only`` and ``codec``.
         read_only: never write to the folder or the URL; the local disk tier in front of a URL is written to.
         codec: of the files of both.
+        load: whether files are read, as :class:`DocumentStore` says.
         options: of :class:`DiskStore`.
 
     Raises:
@@ -74,9 +77,9 @@ def open_store(
             raise InvalidInputError(
                 f"remote is given, but {text!r} is a folder; a URL such as s3://bucket/folder is not."
             )
-        return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options))
+        return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options), load=load)
     tier = RemoteStore(text, **{"codec": codec, "read_only": read_only, **(remote or {})})
-    return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier)
+    return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier, load=load)
 
 
 def _cache_folder(url: str) -> Path:

@@ -32,6 +32,10 @@ class StoreCollector:
         yield _counter("loaded_bytes", "Bytes loaded, by tier.", found.loaded_bytes, "tier")
         yield _counter("load_seconds", "Seconds spent loading, by tier.", found.load_seconds, "tier")
         yield _counter("stored_bytes", "Bytes written, by tier.", found.stored_bytes, "tier")
+        yield _counter("store_seconds", "Seconds spent writing, by tier.", found.store_seconds, "tier")
+        yield _counter("rejected", "Documents that found no room, by tier.", found.rejected, "tier")
+        yield _counter("dropped", "Documents whose writing was not tried, by tier.", found.dropped, "tier")
+        yield _counter("failed_writes", "Documents whose writing failed, by tier.", found.failed_writes, "tier")
         yield _counter("evictions", "Documents that made room, by tier.", found.evictions, "tier")
         for name, about, values in (
             ("used_bytes", "Bytes held, by tier.", found.used_bytes),

@@ -7,6 +7,7 @@ slow, down or full costs a bounded wait and is then left alone for a while; it n
 from __future__ import annotations
 
 import glob
+import io
 import itertools
 import logging
 import math
@@ -16,23 +17,26 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as LateError
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from pathlib import PurePosixPath
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
-from .files import SUFFIX, Miss
+from .files import SUFFIX, Miss, check_stream
 from .format import CODECS, FORMAT_VERSION, Buffer, Codec
-from .keys import document_part, is_key, require_namespace_key
+from .keys import document_part, require_key, require_namespace_key
 
 logger = logging.getLogger(__name__)
+R = TypeVar("R")
 
 WAIT_SECONDS = 2.0  # for one document, before it is computed instead
 PAUSE_SECONDS = 60.0  # without asking, after a fault
 FLUSH_SECONDS = 60.0  # for what is being written, when a store is closed
+STALLED_SECONDS = 30.0  # without a sign of the store, after which removing and listing are given up
 _QUEUED, _QUEUED_BYTES = 64, 512 << 20  # uploads that may wait
 _AT_ONCE = {"read": 16, "write": 4}
 _CHECKED_EVERY = 64  # uploads between two looks at the cap
@@ -96,7 +100,7 @@ class RemoteStore:
         self._broken: set[str] = set()
         self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
         self._warned: set[str] = set()
-        self.evictions = self.dropped = 0
+        self.evictions = self.dropped = self.failed_writes = 0
         in_child = weakref.WeakMethod(self._begin)
         os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
 
@@ -124,7 +128,7 @@ class RemoteStore:
         Raises:
             InvalidInputError: ``key`` is none.
         """
-        _require_key(key)
+        require_key(key)
         if self._is_paused("read") or not self._downloads.acquire(blocking=False):
             return None
         fetching: Future[bytes | Miss] = Future()
@@ -144,6 +148,11 @@ class RemoteStore:
         if not self._read_only:
             self._broken.add(key)
 
+    def note_dropped(self) -> None:
+        """A document was not uploaded, since the store is left alone for a while."""
+        if not self._read_only:
+            self.dropped += 1
+
     @property
     def takes_uploads(self) -> bool:
         return not self._read_only and not self._is_paused("write")
@@ -154,7 +163,7 @@ class RemoteStore:
         Raises:
             InvalidInputError: ``key`` is none.
         """
-        _require_key(key)
+        require_key(key)
         if not self.takes_uploads:
             return
         size = sum(memoryview(part).nbytes for part in buffers)
@@ -176,7 +185,7 @@ class RemoteStore:
             InvalidInputError: ``key`` is none.
             StoreError: nothing can be removed there.
         """
-        _require_key(key)
+        require_key(key)
         namespace, document = document_part(key).split("-")
         return sum(
             self._remove(f"{self._root_pattern}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}/{document}-*")
@@ -189,14 +198,35 @@ class RemoteStore:
             require_namespace_key(namespace)
         return self._remove(f"{self._root_pattern}/v{FORMAT_VERSION}-*/{namespace or '*'}/*/*{SUFFIX}*")
 
+    def verify(self) -> tuple[int, int]:
+        """Download and check every file, and remove the broken ones; how many are whole, and how many were broken.
+
+        Raises:
+            StoreError: the store cannot be read, or a broken file not be removed.
+        """
+        return self._told(self._verify)
+
+    def _verify(self) -> tuple[int, int]:
+        found = [0, 0]
+        for path in self._list(SUFFIX):
+            try:
+                stream = io.BytesIO(self._system.cat_file(path))
+            except FileNotFoundError:  # another machine has removed it
+                continue
+            is_broken = check_stream(stream, PurePosixPath(path)) is not None
+            if is_broken and not self._read_only:
+                self._remove_file(path)
+            found[is_broken] += 1
+            self._heard = time.monotonic()
+        return found[0], found[1]
+
     def totals(self) -> dict[str, tuple[int, int]]:
         """Bytes and number of documents by namespace.
 
         Raises:
             StoreError: the store cannot be listed.
         """
-        with self._told():
-            files = self._list(SUFFIX)
+        files = self._told(lambda: self._list(SUFFIX))
         found: dict[str, tuple[int, int]] = {}
         for name, facts in files.items():
             namespace = name.split("/")[-3]
@@ -246,7 +276,9 @@ class RemoteStore:
                     self._workers -= 1
                     return
                 upload = self._queue.popleft()
-            if not self._is_paused("write"):
+            if self._is_paused("write"):
+                self.dropped += 1
+            else:
                 self._store(upload)
             with self._changed:
                 self._end(upload)
@@ -266,9 +298,14 @@ class RemoteStore:
             self._place(path, upload.data)
             self._broken.discard(upload.key)
             upload.done(len(upload.data))  # before anything else may fail: it takes back what was forgotten meanwhile
+        except Exception as error:
+            self.failed_writes += 1
+            self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
+            return
+        try:
             self._tidy(next(self._written))
         except Exception as error:
-            self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
+            self._pause("write", f"cannot be kept under its cap ({type(error).__name__}: {error})")
 
     @property
     def _is_folder(self) -> bool:
@@ -319,20 +356,44 @@ class RemoteStore:
         """Remove the files of a pattern, half-written ones too; how many documents that were."""
         if self._read_only:
             raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
-        with self._told():
-            self._system.invalidate_cache()
-            names = self._system.glob(pattern)
-            for name in names:
-                self._remove_file(name)
+        return self._told(lambda: self._remove_all(pattern))
+
+    def _remove_all(self, pattern: str) -> int:
+        self._system.invalidate_cache()
+        names = self._system.glob(pattern)
+        for name in names:
+            self._remove_file(name)
+            self._heard = time.monotonic()
         return sum(name.endswith(SUFFIX) for name in names)
 
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Faults while the store is looked after are told, other than those of answering."""
-        try:
-            yield
-        except Exception as error:  # every file system has its own
+    def _told(self, work: Callable[[], R]) -> R:
+        """``work`` of looking after the store; in the background and given up after a while, since it may hang.
+
+        Raises:
+            StoreError: faults are told, other than those of answering.
+        """
+        working: Future[R] = Future()
+
+        def run() -> None:
+            try:
+                working.set_result(work())
+            except BaseException as error:  # every file system has its own
+                working.set_exception(error)
+
+        self._heard = time.monotonic()
+        self._in_background(run)
+        while not working.done():
+            left = self._heard + STALLED_SECONDS - time.monotonic()
+            if left <= 0:
+                raise StoreError(
+                    f"the remote store {self.url!r} has not answered for {STALLED_SECONDS:g} s; see whether it can be "
+                    "reached, and do this again."
+                )
+            wait([working], left)
+        error = working.exception()
+        if error is not None:
             raise StoreError(f"the remote store {self.url!r} fails ({type(error).__name__}: {error}).") from error
+        return working.result()
 
     def _is_paused(self, way: Literal["read", "write"]) -> bool:
         return time.monotonic() < self._paused_until[way]
@@ -349,15 +410,6 @@ class RemoteStore:
     def _in_background(work: Callable[[], None]) -> None:
         """In a thread that no process waits for at its end: a remote store may hang."""
         threading.Thread(target=work, name="kvfusion-remote", daemon=True).start()
-
-
-def _require_key(key: object) -> None:
-    """Raise InvalidInputError for what :func:`document_key` never makes: a path is made of it."""
-    if not isinstance(key, str) or not is_key(key):
-        raise InvalidInputError(
-            f"the key of a document is {key!r}, but it must be 32, 32 and 64 hex digits with dashes between; "
-            "document_key(...) makes it."
-        )
 
 
 def _age(facts: dict[str, Any]) -> str:
