@@ -1,6 +1,7 @@
 """Callers that come while others are being answered wait, and are then answered together.
 
-There is no thread of its own: whoever waits and finds nobody at work answers for all. Knows neither models nor tensors.
+There is no thread of its own: whoever waits and finds nobody at work answers for all. Knows neither models nor
+tensors.
 """
 
 from __future__ import annotations

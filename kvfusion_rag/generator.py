@@ -379,7 +379,7 @@ class KVFusionGenerator:
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
-        """As :meth:`answer_batch`, while the event loop stays free. Once its task is cancelled, work ends at a token."""
+        """As :meth:`answer_batch`, while the event loop stays free; see :meth:`aanswer`."""
         requests, decoding = await asyncio.to_thread(self._requests, questions, documents, prompts, mode, options)
         if self._gatherer is None:
             return await asyncio.to_thread(self._engine.answer_all, requests, decoding)
