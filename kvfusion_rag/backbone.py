@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,10 +34,12 @@ from . import ape as ape_attention
 from .attention import GROUPED, read_context_twice, share_heads
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
-from .probe import device_name
+from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options of from_pretrained that say where to find a model; configuration, tokenizer and kvfusion.json need them too.
@@ -108,6 +111,8 @@ class Backbone:
         """
         place = choose_device(device)
         precision = choose_dtype(dtype, place)
+        if place.type == "cpu" and isinstance(precision, torch.dtype) and slowness(precision) > SLOW:
+            logger.warning("this processor has no instructions for %s: float32 is many times faster here", dtype)
         kwargs = dict(model_kwargs or {})
         if wrong := sorted(kwargs.keys() & set(OWN_OPTIONS)):
             raise InvalidInputError(

@@ -6,6 +6,7 @@ arguments as early as the real one does. It can be held at any step, or made to 
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -78,6 +79,12 @@ class RecordingGenerator:
         if self.error is not None:
             raise self.error
         return [self.answer_to(call) for call in calls]
+
+    async def aanswer(self, *args: Any, **kwargs: Any) -> Answer:
+        return await asyncio.to_thread(self.answer, *args, **kwargs)
+
+    async def aanswer_batch(self, *args: Any, **kwargs: Any) -> list[Answer]:
+        return await asyncio.to_thread(self.answer_batch, *args, **kwargs)
 
     def stream(
         self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any

@@ -553,3 +553,10 @@ def test_the_direction_of_reading_is_part_of_the_key():
         for attention in ("causal", "bidirectional")
     }
     assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("times", "warned"), [(50.0, True), (1.1, False)])
+def test_a_dtype_that_the_cpu_has_no_instructions_for_is_warned_of(times, warned, monkeypatch, caplog):
+    monkeypatch.setattr("kvfusion_rag.backbone.slowness", lambda dtype: times)
+    KVFusionGenerator.from_pretrained(dtype="bfloat16", device="cpu")
+    assert ("no instructions for bfloat16" in caplog.text) == warned

@@ -5,21 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
-import threading
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
-import torch
 import xxhash
 
 from ..schema import DocumentKV
-from .format import Buffer, Codec, Layout, as_bytes, copy, expand, is_finite, scratch, token_bytes
+from .format import Buffer, Codec, Layout, are_finite, bits, expand, is_finite, scratch, token_bytes
 
 SUFFIX = ".safetensors"
 _MOST_BUFFERS = 1024  # of one preadv or writev
-_PART = 4 << 20  # bytes that are read and checked together: they stay in the processor's cache
+_PIECE = 1 << 20  # bytes that are read and checked together: they stay in the processor's cache
 _LONGEST_HEADER = 1 << 16  # bytes
 
 
@@ -41,13 +39,13 @@ class Miss(StrEnum):
 def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
     """Read the file that is open at ``place`` into ``into`` and check it.
 
-    Each part in one piece, even if its heads lie apart in ``into``: a checksum of many small ones would keep Python
-    from its other threads, and costs more than the copy.
+    It goes piece by piece, so that what was read is still in the processor's cache when it is checked, and by numpy
+    alone: a call of torch on a piece would cost as much as the work itself.
     """
     if os.fstat(place).st_size != plan.total:
         return Miss.TRUNCATED
     header, end = bytearray(len(plan.header)), plan.checksum_at + 32
-    if not _read(place, header, 0):
+    if not _read(place, [header], 0):
         return Miss.TRUNCATED
     written = bytes(header[plan.checksum_at : end])
     header[plan.checksum_at : end] = plan.header[plan.checksum_at : end]
@@ -56,18 +54,20 @@ def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss 
     small = scratch(into) if codec == "v8" else None
     digest, offset, finite = xxhash.xxh3_128(header), len(header), True
     for tensor in (into.keys, *((into.values,) if small is None else small)):
-        for part in tensor.split(max(1, _PART * len(tensor) // tensor.nbytes)):  # some layers
-            room = part if part.is_contiguous() else _room(part)
-            data = as_bytes(room)
+        numbers = bits(tensor)
+        layers = max(1, _PIECE * len(numbers) // numbers.nbytes)  # of a piece
+        for first in range(0, len(numbers), layers):
+            part = numbers[first : first + layers]
+            heads = [part] if part.flags.c_contiguous else [head for layer in part for head in layer]
+            data = [head.data.cast("B") for head in heads]
             if not _read(place, data, offset):
                 return Miss.TRUNCATED
-            digest.update(data)
-            finite = finite and is_finite(room)
-            if room is not part:
-                copy(room, part)
-            offset += len(data)
+            for head in data:
+                digest.update(head)
+            finite = finite and are_finite(part, tensor.dtype)
+            offset += part.nbytes
     ids = bytearray(plan.sizes[3])
-    if not _read(place, ids, offset):
+    if not _read(place, [ids], offset):
         return Miss.TRUNCATED
     digest.update(ids)
     if digest.hexdigest().encode() != written:
@@ -80,31 +80,15 @@ def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss 
     return None if finite else Miss.NUMBERS
 
 
-class _Rooms(threading.local):
-    """What each thread reads into before it puts it where its heads lie apart: kept, since new memory is slow."""
-
-    room = torch.empty(0, dtype=torch.uint8)
-
-
-_rooms = _Rooms()
-
-
-def _room(like: torch.Tensor) -> torch.Tensor:
-    """Memory of this thread for as many numbers, all in a row."""
-    if _rooms.room.nbytes < like.nbytes:
-        _rooms.room = torch.empty(max(like.nbytes, _PART), dtype=torch.uint8)
-    return _rooms.room[: like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _read(place: int, buffer: Buffer, offset: int) -> bool:
-    """Fill ``buffer`` from ``offset`` of the file on; whether there was enough."""
-    todo = memoryview(buffer)
+def _read(place: int, buffers: Sequence[Buffer], offset: int) -> bool:
+    """Fill ``buffers`` from ``offset`` of the file on; whether there was enough."""
+    todo = [memoryview(buffer) for buffer in buffers]
     while todo:
-        count = os.preadv(place, [todo], offset)
+        count = os.preadv(place, todo[:_MOST_BUFFERS], offset)
         if count == 0:
             return False
         offset += count
-        todo = todo[count:]
+        todo = _after(todo, count)
     return True
 
 

@@ -124,27 +124,25 @@ def scratch(document: DocumentKV) -> tuple[torch.Tensor, torch.Tensor]:
 
 def is_finite(*tensors: torch.Tensor) -> bool:
     """Whether every number is one: neither infinite nor NaN."""
-    return all(_is_finite(tensor) for tensor in tensors)
+    return all(
+        are_finite(bits(tensor), tensor.dtype) if tensor.device.type == "cpu" else bool(torch.isfinite(tensor).all())
+        for tensor in tensors
+    )
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    if tensor.dtype == torch.int8:
+def are_finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
+    """Whether the numbers with these :func:`bits` are: neither infinite nor NaN.
+
+    Those that are not are the largest of the positive and, seen as unsigned, of the negative ones. Nothing overflows
+    here, as a sum may, and nothing is done by several threads, which would disturb those that read files.
+    """
+    if dtype == torch.int8:
         return True
-    if tensor.device.type != "cpu":
-        return bool(torch.isfinite(tensor).all())
-    # Infinite and NaN are the largest of the positive and, seen as unsigned, of the negative ones. As integers nothing
-    # overflows, as a sum may.
-    bits, infinity = _bits(tensor), _INFINITY[tensor.dtype]
-    unsigned = bits.view(f"u{bits.itemsize}")
-    return bool(bits.max() < infinity) and bool(unsigned.max() < infinity + (1 << 8 * bits.itemsize - 1))
+    unsigned, infinity = numbers.view(f"u{numbers.itemsize}"), _INFINITY[dtype]
+    return bool(numbers.max() < infinity) and bool(unsigned.max() < infinity + (1 << 8 * numbers.itemsize - 1))
 
 
-def copy(source: torch.Tensor, into: torch.Tensor) -> None:
-    """As ``into.copy_(source)`` on a CPU, in this thread alone: torch's would disturb those that read files."""
-    np.copyto(_bits(into), _bits(source))
-
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
+def bits(tensor: torch.Tensor) -> np.ndarray:
     """A CPU tensor's numbers as signed integers of their width, without a copy."""
     return tensor.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
 
