@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .batching import MAX_BATCH, Request
@@ -128,8 +129,9 @@ class Gatherer:
             if len(jobs) > 1:
                 for job in jobs:
                     self._answer([job])
-            elif not jobs[0].future.cancelled():
-                jobs[0].future.set_exception(error)
+            else:
+                with suppress(InvalidStateError):  # cancelled meanwhile
+                    jobs[0].future.set_exception(error)
             return
         except BaseException:  # the caller who works for all is interrupted: another one goes on
             with self._lock:
@@ -137,5 +139,5 @@ class Gatherer:
             raise
         for job in jobs:
             own = [next(answers) for _ in job.requests]
-            if not job.future.cancelled():
+            with suppress(InvalidStateError):  # cancelled meanwhile
                 job.future.set_result(own)
