@@ -186,6 +186,14 @@ class AnswerRun:
     def _generate(self, case: Case, asked: _Asked) -> _Measured:
         """As a user of transformers would: one prompt a question, rows in a batch, the model's default attention."""
         model: Any = self._backbone.model
+        ours = model.config._attn_implementation
+        model.set_attn_implementation("sdpa")  # transformers' default
+        try:
+            return self._generated(model, case, asked)
+        finally:
+            model.set_attn_implementation(ours)
+
+    def _generated(self, model: Any, case: Case, asked: _Asked) -> _Measured:
         clock = _Clock()
         began = time.perf_counter()
         prompts = [" ".join([*d, question]) for question, d in zip(asked.questions, asked.documents, strict=True)]
