@@ -243,3 +243,15 @@ def test_wrong_options_are_one_error(capsys, options, message):
 def test_the_shape_of_a_name_is_checked():
     with pytest.raises(InvalidInputError, match="shape is 'huge'"):
         shape_named("huge")
+
+
+def test_generate_runs_with_transformers_own_attention_and_ours_is_given_back(any_machine, tmp_path, monkeypatch):
+    run = AnswerRun(AnswerBenchmark("tiny", "float32", systems=("generate", "memory"), repeats=1, warmups=0), tmp_path)
+    model = run._backbone.model
+    ours, used = model.config._attn_implementation, []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: (used.append(model.config._attn_implementation), generate(*a, **k))[1]
+    )
+    assert [row["system"] for row in run.measure(SMALL)] == ["generate", "memory"]
+    assert used == ["sdpa"] and model.config._attn_implementation == ours == "kvfusion_grouped"

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..errors import InvalidInputError
 from .console import say, say_json
-from .options import positive
+from .options import count, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hit-rate; 'batch=4,16 over=shared,different' measures all four; may be given several times",
     )
     answer.add_argument("--systems", default="generate,cold,memory,disk", metavar="A,B", help="default: all four")
-    answer.add_argument("--warmups", type=positive, default=1, metavar="N", help="of each measurement (default: 1)")
+    answer.add_argument("--warmups", type=count, default=1, metavar="N", help="of each measurement (default: 1)")
     answer.add_argument(
         "--generate-up-to",
         type=positive,

@@ -33,6 +33,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """Argument type: a whole number from 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def byte_count(text: str) -> int:
     """Argument type: a size such as 2GiB, 500MB or 1000000."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(i?)B)?", text, re.IGNORECASE)
