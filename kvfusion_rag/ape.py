@@ -54,6 +54,7 @@ class Ape:
         slots = pad(self.documents, (0, logits.shape[-1] - self.documents.shape[1]))[:, None, None]  # (B, 1, 1, S)
         tempered = logits / self.temperature
         lse = tempered.masked_fill(~slots, float("-inf")).logsumexp(dim=-1, keepdim=True)
+        lse = lse.masked_fill(lse.isneginf(), 0.0)  # of who sees no document
         return torch.where(slots, tempered + (self.scale - 1) * lse, logits)
 
 

@@ -256,8 +256,9 @@ class _Table:
         context = self._context.mask
         if self._padding_alone:
             return torch.cat([context, (torch.cat([self._written, owner], dim=1) >= 0).long()], dim=1)
-        if self._seen is not None:
-            context = self._seen[owner.clamp(min=0)]  # (R, Q, K)
+        if self._seen is not None:  # pads see what is in their own row, so that their softmax is defined
+            seen = self._seen[owner.clamp(min=0)]  # (R, Q, K)
+            context = torch.where((owner >= 0)[..., None], seen, context.bool()[:, None])
         return packed_mask(context, owner, self._written)
 
 

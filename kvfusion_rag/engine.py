@@ -37,7 +37,7 @@ from .store import Fetched, Miss, Place, Tier, Wanted, as_store, document_key
 logger = logging.getLogger(__name__)
 
 STORED_AT_ONCE = 128  # documents
-ROOM = 4096  # slots kept free behind a row for answers; more are made when they are needed
+ROOM = 4096  # slots kept free for answers behind all rows; more are made when they are needed
 
 
 class Run:
@@ -118,10 +118,18 @@ class Engine:
         """Store key of a document's ids: the model and the namespace are in it."""
         return document_key(self.model, self.namespace, token_ids)
 
-    def is_current(self, request: Request) -> bool:
-        """Whether a request's keys are still those of the model, whose weights may have been changed since."""
+    def current(self, request: Request) -> Request:
+        """``request`` with keys of the model as it is now, in the thread that answers.
+
+        Much may happen before a request has its turn: weights may change, and each thread has a number of threads of
+        its own for torch.
+        """
         self.refresh()
-        return request.model == self.model
+        if request.model == self.model:
+            return request
+        reading = request.reading.with_keys(self.key)
+        fused, _ = self._place(reading, request.mode)
+        return replace(request, reading=reading, fused=fused, model=self.model)
 
     def ordinary_ids(self) -> list[int]:
         """All ids of the model that are no control tokens."""
@@ -249,6 +257,7 @@ class Engine:
 
     def answer_all(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
         """Answers of all requests, decoded in as few batches as the limit on fused tokens allows."""
+        requests = [self.current(request) for request in requests]
         return [
             answer
             for batch in self.batches(requests)
@@ -296,7 +305,7 @@ class Engine:
         """The rows of ``batch`` with their documents in them, and where each document came from.
 
         Args:
-            new_tokens: of each answer, at most; there is room for that many, but for no more than ``ROOM`` of a row's
+            new_tokens: of each answer, at most; there is room for that many, but for no more than ``ROOM`` of all
                 together, since most answers end earlier.
 
         Raises:
@@ -305,7 +314,7 @@ class Engine:
         for request in batch.requests:
             self._require_unchanged(request.model)
         prefix = len(self.encoder.prefix_ids)
-        answers = min(ROOM, new_tokens * max(len(row.members) for row in batch.rows))
+        answers = min(ROOM // len(batch.rows), new_tokens * max(len(row.members) for row in batch.rows))
         buffer = FusedBuffer(
             [row.tokens + row.has_prefix * prefix for row in batch.rows],
             self.kv_shape,
@@ -421,13 +430,14 @@ class Engine:
         """Answers of one batch; in two halves where it needs more memory than there is."""
         requests = batch.requests
         try:
-            run = self.start(batch, options)
-            for _ in self.decode(run, options):
-                pass
-            return [self.answer(run, number) for number in range(len(requests))]
+            return self._answers(batch, options)
         except MemoryLimitError:
             if len(requests) == 1:
                 raise
+        # The failed run is gone by now, its memory with it.
+        self._pool.clear()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
         half = len(requests) // 2
         logger.warning("a batch of %d questions needs too much memory and is answered in halves", len(requests))
         parts = (requests[:half], requests[half:])
@@ -437,6 +447,12 @@ class Engine:
             for smaller in self.batches(part)
             for answer in self._answer_batch(smaller, options)
         ]
+
+    def _answers(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
+        run = self.start(batch, options)
+        for _ in self.decode(run, options):
+            pass
+        return [self.answer(run, number) for number in range(len(batch.requests))]
 
     def _place(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
         """What is fused, in order and with first positions, and the question's own; ``None`` for a joined prompt."""

@@ -7,8 +7,9 @@ models or stores. Document KVs are copied, never kept or changed, so a store may
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .schema import DocumentKV, KVShape
+
+MOST_SPARE = 8  # times the memory that is needed, up to which a kept piece serves
 
 
 class FusedLayer(DynamicLayer):
@@ -36,7 +39,8 @@ class FusedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled():
-            return super().update(key_states, value_states)
+            self._place = super().update(key_states, value_states)
+            return self._show(self._place[0].shape[2])
         used, end = self._used, self._used + key_states.shape[2]
         if end > self._place[0].shape[2]:
             keys, values = self._place
@@ -118,7 +122,7 @@ class FusedBuffer:
     ) -> None:
         self._slots = max(lengths)
         size = (shape.layers, len(lengths), shape.heads, self._slots + room, shape.width)
-        self._pool = pool or BufferPool(0)
+        self._pool = pool or BufferPool()
         self._memory = self._pool.take(2 * torch.Size(size).numel(), shape.dtype, device)
         self._keys, self._values = self._memory[: 2 * torch.Size(size).numel()].view(2, *size)
         self._mask = torch.zeros(len(lengths), self._slots, dtype=torch.long, device=device)
@@ -145,35 +149,33 @@ class FusedBuffer:
 class BufferPool:
     """Memory of the last fused context, kept for the next one: the system takes long to hand out fresh pages.
 
-    Args:
-        kept: most pieces kept; on accelerators none are, since torch keeps what it frees there itself.
+    One piece at most, and none that is much larger than was needed last. On accelerators nothing is kept, since torch
+    keeps there what it frees itself. A deque takes and gives in one step, so there is no lock that a fork or the
+    garbage collector could meet.
     """
 
-    def __init__(self, kept: int = 1) -> None:
-        self._most = kept
-        self._kept: list[torch.Tensor] = []
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
+        self._kept: deque[torch.Tensor] = deque(maxlen=1)
 
     def take(self, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for ``numbers`` numbers or more, (N,), with anything in it."""
-        with self._lock:
-            for index, memory in enumerate(self._kept):
-                if len(memory) >= numbers and memory.dtype == dtype:
-                    return self._kept.pop(index)
+        with suppress(IndexError):
+            memory = self._kept.pop()
+            if numbers <= len(memory) <= MOST_SPARE * numbers and memory.dtype == dtype:
+                return memory
         with torch.inference_mode(False):  # what is made under a caller's inference mode could never leave it
             return torch.empty(numbers, dtype=dtype, device=device)
 
     def give(self, memory: torch.Tensor) -> None:
-        """Take memory back that nothing uses any more; the largest pieces are kept."""
+        """Take memory back that nothing uses any more."""
         if memory.device.type == "cpu":
-            with self._lock:
-                self._kept = sorted([*self._kept, memory], key=len, reverse=True)[: self._most]
+            self._kept.append(memory)
 
     def clear(self) -> int:
         """Let go of what is kept; how many bytes that were."""
-        with self._lock:
-            kept, self._kept = self._kept, []
-        return sum(memory.nbytes for memory in kept)
+        with suppress(IndexError):
+            return self._kept.pop().nbytes
+        return 0
 
 
 def fuse(rows: Sequence[Sequence[DocumentKV]], device: torch.device) -> FusedContext:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
@@ -382,7 +382,12 @@ class KVFusionGenerator:
         """As :meth:`answer_batch`, while the event loop stays free; see :meth:`aanswer`."""
         requests, decoding = await asyncio.to_thread(self._requests, questions, documents, prompts, mode, options)
         if self._gatherer is None:
-            return await asyncio.to_thread(self._engine.answer_all, requests, decoding)
+            try:
+                return await asyncio.to_thread(self._engine.answer_all, requests, decoding)
+            except asyncio.CancelledError:
+                for request in requests:
+                    request.cancelled.set()
+                raise
         return await self._gatherer.aask(requests, decoding)
 
     def _ask(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
@@ -423,11 +428,7 @@ class KVFusionGenerator:
         """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
         decoding = self._options(options)
         request = self._engine.request(question, documents, prompt, mode, decoding)
-
-        def again() -> Request:
-            return self._engine.request(question, documents, prompt, mode, decoding)
-
-        return AnswerStream(self._pieces(request, again, decoding))
+        return AnswerStream(self._pieces(request, decoding))
 
     def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
@@ -530,11 +531,8 @@ class KVFusionGenerator:
         wanted = self.max_new_tokens if wanted is None else wanted
         return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
-    def _pieces(
-        self, request: Request, again: Callable[[], Request], options: DecodingOptions
-    ) -> Generator[str | Answer, None, None]:
-        if not self._engine.is_current(request):  # much may happen before a stream is first read
-            request = again()
+    def _pieces(self, request: Request, options: DecodingOptions) -> Generator[str | Answer, None, None]:
+        request = self._engine.current(request)  # much may happen before a stream is first read
         run = self._engine.start(Batch.of(request), options)
         with closing(self._engine.decode(run, options)) as steps:
             for _ in steps:

@@ -44,6 +44,10 @@ class Reading:
     documents: tuple[ReadDocument, ...]
     keys: dict[str, tuple[int, ...]] = field(repr=False)
 
+    def with_keys(self, key_of: Callable[[tuple[int, ...]], str]) -> Reading:
+        """The same documents under other keys."""
+        return Reading(self.documents, dict(sorted((key_of(ids), ids) for ids in self.keys.values())))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest piece, 0 without documents."""

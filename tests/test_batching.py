@@ -1,7 +1,9 @@
 """Questions decoded together: whose documents share a row of the fused cache, and that no answer tells it."""
 
 import asyncio
+import os
 import random
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, WORDS, backbone, generator
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvfusion_rag import Document, DocumentStore, InvalidInputError, KVFusionGenerator, MemoryStore, OverloadError
+from kvfusion_rag import Document, DocumentStore, KVFusionGenerator, MemoryStore, OverloadError
 from kvfusion_rag.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.batching import MAX_BATCH, MAX_ROW_TOKENS, MOST_FOREIGN, Batch, Placed, Request, batches
 from kvfusion_rag.decoding import DecodingOptions, Question
@@ -372,12 +374,12 @@ def test_a_caller_with_an_error_does_not_take_the_others_with_it():
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         good = pool.submit(gen.answer, "where?", max_new_tokens=2)
-        bad = pool.submit(gen._ask, [replace(request("ab"), model="another")], DecodingOptions(2))
+        bad = pool.submit(gen._ask, [replace(request("ab"), mode="fusion", reading=None)], DecodingOptions(2))
         until(lambda: len(gen._gatherer._waiting) == 2)
         go_on.set()
         assert first.result().finish_reason == "length"
         assert len(good.result().token_ids) == 2
-        with pytest.raises(InvalidInputError, match="were changed"):
+        with pytest.raises(AttributeError):
             bad.result()
 
 
@@ -443,3 +445,138 @@ def test_without_gathering_everyone_is_answered_alone():
     assert gen.answer("who?", ["the old mill"], max_new_tokens=3).token_ids == expected
     assert asyncio.run(gen.aanswer("who?", ["the old mill"], max_new_tokens=3)).token_ids == expected
     assert gen.with_settings(max_new_tokens=3)._gatherer is None
+
+
+def test_a_question_without_documents_does_not_spoil_others_in_mode_ape():
+    """Pads of a row used to see what the first question sees, which can be nothing of it: NaN for the whole row."""
+    rng = random.Random(12)
+    gen = generator("llama", mode="ape", ape_scale=0.9)
+    docs = documents(rng, 8)
+    rows = [[], docs[:7], docs]
+    questions = [" ".join(rng.choices(VOCABULARY, k=60)), "who?", "where was it?"]
+    singles = [gen.answer(q, row, max_new_tokens=5).token_ids for q, row in zip(questions, rows, strict=True)]
+    assert [a.token_ids for a in gen.answer_batch(questions, rows, max_new_tokens=5)] == singles
+
+
+def test_threads_that_differ_in_torchs_threads_answer_for_each_other():
+    """Their number is a setting of each thread, and part of every key."""
+    gen, rows = generator("llama"), documents(random.Random(13), 3)
+    usual, options = torch.get_num_threads(), DecodingOptions(2)
+
+    def ask_elsewhere():
+        torch.set_num_threads(usual + 1)
+        return gen._engine.request("who?", rows, None, None, options)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            made = pool.submit(ask_elsewhere).result()
+        assert made.model != gen._engine.model
+        assert gen._ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
+    finally:
+        torch.set_num_threads(usual)
+
+
+def test_a_request_that_waited_while_weights_changed_is_answered_with_the_new_ones():
+    gen, rows = generator("llama"), documents(random.Random(14), 3)
+    options = DecodingOptions(3)
+    waiting = gen._engine.request("who?", rows, None, None, options)
+    with torch.no_grad():
+        gen._backbone.model.get_input_embeddings().weight.mul_(1.5)
+    (found,) = gen._engine.answer_all([waiting], options)
+    assert found.token_ids == gen.answer("who?", rows, max_new_tokens=3).token_ids
+    assert {s.origin for s in found.sources} == {"computed"}
+
+
+def test_an_interrupt_among_retries_loses_nobody():
+    gen = generator("llama")
+    begun, go_on = held(gen)
+    answer, calls = gen._gatherer._answer_all, []
+
+    def failing(requests, options):
+        calls.append(len(requests))
+        if len(calls) == 2:  # the three who waited, together
+            raise RuntimeError("no")
+        if len(calls) == 3:  # the first of them alone
+            raise KeyboardInterrupt
+        return answer(requests, options)
+
+    gen._gatherer._answer_all = failing
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(gen.answer, "who?", max_new_tokens=1)
+        assert begun.wait(20)
+        others = [pool.submit(gen.answer, "where?", max_new_tokens=2) for _ in range(3)]
+        until(lambda: len(gen._gatherer._waiting) == 3)
+        go_on.set()
+        assert first.result().token_ids
+        ends = [other.exception(20) for other in others]
+    assert sum(isinstance(end, KeyboardInterrupt) for end in ends) == 1 and ends.count(None) == 2
+    assert calls[:3] == [1, 3, 1]
+
+
+def test_a_callback_of_the_store_may_ask():
+    asked = []
+
+    def on_event(event):
+        if event.kind == "computed" and not asked:
+            asked.append(gen)
+            asked.append(gen.answer("where?", max_new_tokens=2).token_ids)
+
+    gen = KVFusionGenerator(backbone("llama"), store=DocumentStore(MemoryStore(), on_event=on_event))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(gen.answer, "who?", ["the old mill"], max_new_tokens=2).result(20).token_ids
+    assert len(asked[1]) == 2
+
+
+def test_callers_who_gave_up_do_not_count_as_waiting():
+    gen = generator("llama")
+    gen._gatherer._most_waiting = 2
+    begun, go_on = held(gen)
+    with ThreadPoolExecutor(4) as pool:
+        first = pool.submit(gen.answer, "who?", max_new_tokens=1)
+        assert begun.wait(20)
+        given_up = gen._gatherer._submit([request("")] * 2, DecodingOptions(1))
+        with pytest.raises(OverloadError):
+            gen.answer("where?", max_new_tokens=1)
+        given_up.cancel()
+        second = pool.submit(gen.answer, "where?", max_new_tokens=1)
+        until(lambda: len(gen._gatherer._waiting) == 1)
+        go_on.set()
+        assert first.result().token_ids and second.result().token_ids
+
+
+def test_a_caller_with_many_questions_lets_others_have_their_turn():
+    gen = generator("llama")
+    seen = gathered(gen)
+    answers = gen.answer_batch(
+        [f"who has {n}?" for n in range(MAX_BATCH + 5)], [[]] * (MAX_BATCH + 5), max_new_tokens=1
+    )
+    assert seen == [MAX_BATCH, 5] and len(answers) == MAX_BATCH + 5
+
+
+def test_a_forked_process_answers_though_its_parent_was_answering():
+    gen = generator("llama")
+    expected = gen.answer("where?", max_new_tokens=2).token_ids
+    begun, go_on = held(gen)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(gen.answer, "who?", max_new_tokens=1)
+        assert begun.wait(20)
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            go_on.set()
+            torch.set_num_threads(1)  # the parent's threads are gone
+            os._exit(0 if gen._gatherer._turn.acquire(blocking=False) and not gen._gatherer._waiting else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        go_on.set()
+        first.result()
+    assert len(expected) == 2
+
+
+def test_memory_much_larger_than_needed_is_let_go():
+    pool = BufferPool()
+    large = FusedBuffer([400], SHAPE, CPU, pool=pool)
+    large.release()
+    small = FusedBuffer([4], SHAPE, CPU, pool=pool)
+    assert small._memory.nbytes < large._memory.nbytes
+    small.release()
+    assert pool.clear() == small._memory.nbytes
