@@ -277,9 +277,8 @@ class Engine:
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-        released = (
-            self.store.release_memory() + self._pool.clear()
-        )  # the failed pass is gone by now, its tensors with it
+        # The failed pass is gone by now, its tensors with it.
+        released = self.store.release_memory() + self._pool.clear()
         if self.backbone.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)

@@ -158,10 +158,9 @@ class Gatherer:
     def _answer(self, jobs: Sequence[_Job]) -> None:
         """Answer jobs together; where that fails, each alone, so that every caller gets an error of its own alone."""
         parts = [job.next_part for job in jobs]
+        requests = [request for part in parts for request in part]
         try:
-            answers = (
-                self._answer_all([request for part in parts for request in part], jobs[0].options) if jobs else []
-            )
+            answers = self._answer_all(requests, jobs[0].options) if jobs else []
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].fail(error)

@@ -31,7 +31,7 @@ from .metrics import Counters, StoreEvent, StoreMetrics, Tier
 from .policy import Loading, LoadPolicy
 from .remote import RemoteStore
 
-THREADS = min(4, os.cpu_count() or 1)  # that read files: most of it is copying, which more of them only disturb
+THREADS = min(4, os.cpu_count() or 1)  # that read files: each keeps a processor busy with reading and checking
 PREFETCHES = 256  # calls that may wait
 
 
@@ -432,10 +432,8 @@ class DocumentStore:
             self._counters.note(StoreEvent("stored", "memory", bytes=document.nbytes))
         began = time.perf_counter()
         if self.disk is not None and key not in self.disk and self.disk.put(key, document):
-            size, seconds = (
-                self.disk.file_bytes(KVShape.of(document), document.num_tokens),
-                time.perf_counter() - began,
-            )
+            seconds = time.perf_counter() - began
+            size = self.disk.file_bytes(KVShape.of(document), document.num_tokens)
             self._counters.note(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
         if self.remote is not None and is_finite(document.keys, document.values):
             if self.remote.takes_uploads:
