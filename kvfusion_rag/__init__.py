@@ -28,6 +28,7 @@ _HOME = {
     "KVFusionGenerator": "generator",
     "MemoryLimitError": "errors",
     "MemoryStore": "store",
+    "Message": "schema",
     "MissingDependencyError": "errors",
     "ModelLoadError": "errors",
     "OverloadError": "errors",
@@ -60,7 +61,18 @@ if TYPE_CHECKING:
     )
     from .generator import AnswerStream, KVFusionGenerator
     from .retrieval import DocumentIndex
-    from .schema import Answer, Check, Citation, Document, GateReport, InvarianceReport, Source, Timings, Usage
+    from .schema import (
+        Answer,
+        Check,
+        Citation,
+        Document,
+        GateReport,
+        InvarianceReport,
+        Message,
+        Source,
+        Timings,
+        Usage,
+    )
     from .store import DiskStore, DocumentStore, MemoryStore, RemoteStore, StoreEvent, StoreMetrics
 
 

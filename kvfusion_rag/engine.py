@@ -30,7 +30,7 @@ from .positions import global_starts, question_start
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, limit_of, read_documents
-from .schema import Answer, Document, DocumentKV, Mode, Origin, Timings, Usage
+from .schema import Answer, Document, DocumentKV, Mode, Origin, Prompt, Timings, Usage
 from .settings import ModelSettings, require_mode
 from .store import Fetched, Miss, Place, Tier, Wanted, as_store, document_key
 
@@ -149,7 +149,7 @@ class Engine:
         self,
         question: str,
         documents: Sequence[Document | str],
-        prompt: str | None,
+        prompt: Prompt,
         mode: Mode | None,
         options: DecodingOptions,
     ) -> Request:
@@ -159,8 +159,8 @@ class Engine:
         require_mode(mode)
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
-        if not isinstance(prompt, str | None):
-            raise InvalidInputError(f"the prompt is {prompt!r}, but it must be a text or None.")
+        if not isinstance(prompt, str | Sequence | None):
+            raise InvalidInputError(f"the prompt is {prompt!r}, but it must be a text, a list of messages or None.")
         reading = self.read(documents)
         if not reading.keys:
             self._warn_once("no documents: this is plain generation over the question alone")

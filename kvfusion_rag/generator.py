@@ -29,7 +29,7 @@ from .gate import run_gate
 from .gathering import Gatherer
 from .prefill import LENGTH_BUCKET
 from .reading import UNLIMITED, require_sequence
-from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Source
+from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Prompt, Source
 from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
 
@@ -316,7 +316,7 @@ class KVFusionGenerator:
         question: str,
         documents: Sequence[Document | str] = (),
         *,
-        prompt: str | None = None,
+        prompt: Prompt = None,
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
@@ -327,7 +327,7 @@ class KVFusionGenerator:
             documents: retrieved documents; strings are documents without id and title. None at all means
                 plain generation; blank ones are skipped; repeated ones are fused once.
             prompt: the caller's complete wording without the documents, read in place of the question by
-                models that follow instructions.
+                models that follow instructions: a text, or the messages of a conversation that ends with the user.
             mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (one joined prompt in the
                 caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
                 (training-free fusion, arXiv 2502.05431; the adapter takes no part).
@@ -346,7 +346,7 @@ class KVFusionGenerator:
         question: str,
         documents: Sequence[Document | str] = (),
         *,
-        prompt: str | None = None,
+        prompt: Prompt = None,
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
@@ -358,7 +358,7 @@ class KVFusionGenerator:
         questions: Sequence[str],
         documents: Sequence[Sequence[Document | str]],
         *,
-        prompts: Sequence[str | None] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
@@ -375,7 +375,7 @@ class KVFusionGenerator:
         questions: Sequence[str],
         documents: Sequence[Sequence[Document | str]],
         *,
-        prompts: Sequence[str | None] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
@@ -398,7 +398,7 @@ class KVFusionGenerator:
         self,
         questions: Sequence[str],
         documents: Sequence[Sequence[Document | str]],
-        prompts: Sequence[str | None] | None,
+        prompts: Sequence[Prompt] | None,
         mode: Mode | None,
         options: DecodingKwargs,
     ) -> tuple[list[Request], DecodingOptions]:
@@ -421,7 +421,7 @@ class KVFusionGenerator:
         question: str,
         documents: Sequence[Document | str] = (),
         *,
-        prompt: str | None = None,
+        prompt: Prompt = None,
         mode: Mode | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> AnswerStream:

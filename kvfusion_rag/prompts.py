@@ -11,15 +11,16 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .chat import DOCUMENTS_MARK, MARK, as_text, conversation, documents_turn, mark, render
 from .errors import ContextLimitError, ControlTokenError, UnsupportedModelError
-from .schema import Document
+from .schema import Document, Prompt
 from .settings import FIELD, ModelSettings
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -147,8 +148,10 @@ class _Control:
 class Template:
     """A template of the model's owner, cut into control tokens and plain text with fields."""
 
-    def __init__(self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder) -> None:
-        self._encoder = encoder
+    def __init__(
+        self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder, field: re.Pattern[str] = FIELD
+    ) -> None:
+        self._encoder, self._field = encoder, field
         self._parts = _split_at_control_tokens(text, tokenizer, encoder.control_ids)
 
     def encode(self, **values: str) -> list[int]:
@@ -158,7 +161,7 @@ class Template:
             if isinstance(part, _Control):
                 ids.append(part.token_id)
             else:
-                ids += self._encoder.encode(FIELD.sub(lambda match: values[match[0][1:-1]], part))
+                ids += self._encoder.encode(self._field.sub(lambda match: values[match[0][1:-1]], part))
         return ids
 
 
@@ -236,11 +239,30 @@ class PromptEncoder:
             rest = rest[cut:]
         return [piece for piece in pieces if piece]
 
-    def encode_question(self, question: str, prompt: str | None = None) -> tuple[int, ...]:
-        """Ids (Q,) of the question, or of the caller's ``prompt`` where the model follows instructions."""
-        if prompt is not None and self._prompt is not None:
+    def encode_question(self, question: str, prompt: Prompt = None) -> tuple[int, ...]:
+        """Ids (Q,) of the question, or of the caller's ``prompt`` where the model follows instructions.
+
+        Raises:
+            InvalidInputError: the prompt is a conversation that cannot be answered.
+        """
+        if prompt is None or self._prompt is None:
+            return tuple(self._question.encode(question=question))
+        if isinstance(prompt, str):
             return tuple(self._prompt.encode(prompt=prompt))
-        return tuple(self._question.encode(question=question))
+        turns = conversation(prompt)
+        template = self._chat_template([turn.role for turn in turns])
+        if template is None:
+            return tuple(self._prompt.encode(prompt=as_text(turns)))
+        return tuple(template.encode(**{f"message{n}": turn.text for n, turn in enumerate(turns)}))
+
+    def _chat_template(self, roles: Sequence[str]) -> Template | None:
+        """What stands behind the documents in a conversation; ``None`` where the prefix is not the chat template's."""
+        if self._tokenizer.chat_template is None:
+            return None
+        texts = [mark(f"message{number}") for number in range(len(roles))]
+        texts[0] = documents_turn(texts[0])
+        prefix, _, rest = render(self._tokenizer, list(zip(roles, texts, strict=True))).partition(DOCUMENTS_MARK)
+        return Template(rest, self._tokenizer, self.plain, MARK) if prefix == self._settings.prefix else None
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
         """Ids (A,) of an answer as the model is trained to write it, without the end token."""

@@ -8,7 +8,7 @@ T document tokens, d head dimension.
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,8 @@ import torch
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 FinishReason = Literal["stop", "length", "cancelled"]
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = get_args(Role)
 Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
 
 
@@ -32,6 +34,17 @@ class Document:
     id: str | None = None
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; ``prompt=`` takes a list of them, the user's last."""
+
+    role: Role
+    text: str
+
+
+Prompt = str | Sequence[Message] | None  # the caller's wording without the documents; None: the bare question
 
 
 @dataclass(frozen=True, slots=True, eq=False)

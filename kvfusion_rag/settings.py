@@ -20,6 +20,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
+from .chat import DOCUMENTS_MARK, documents_turn, mark, render
 from .errors import InvalidInputError, ModelLoadError
 from .schema import MODES, Mode
 
@@ -31,8 +32,6 @@ DocumentAttention = Literal["causal", "bidirectional"]
 Positions = Literal["uniform", "global"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
-# Llama-3.x templates print today's date unless given one; a date in the prefix would change every key at midnight.
-FIXED_DATE = "26 Jul 2024"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +166,9 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
     """Settings for a model without a ``kvfusion.json``: its chat template, cut where documents and question go."""
     if tokenizer.chat_template is None:
         return ModelSettings(prefix=_leading_bos(tokenizer))
-    documents, request = "\u2983documents\u2984", "\u2983request\u2984"  # unlikely marks, cut out again below
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": f"Documents:\n\n{documents}{request}"}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
-        date_string=FIXED_DATE,
-    )
-    assert isinstance(text, str)
-    prefix, found, rest = text.partition(documents)
+    request = mark("request")
+    text = render(tokenizer, [("user", documents_turn(request))])
+    prefix, found, rest = text.partition(DOCUMENTS_MARK)
     between, found_request, suffix = rest.partition(request)
     if not (found and found_request) or between:
         raise ModelLoadError(

@@ -7,7 +7,8 @@ from tiny import TOKENIZER_KINDS, WORDS, generator, tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvfusion_rag import Document, KVFusionGenerator
+from kvfusion_rag import Document, KVFusionGenerator, Message
+from kvfusion_rag.chat import conversation
 from kvfusion_rag.errors import ContextLimitError, ControlTokenError, InvalidInputError, ModelLoadError
 from kvfusion_rag.prompts import PlainEncoder, PromptEncoder
 from kvfusion_rag.settings import DEFAULT_INSTRUCTION, ModelSettings, default_settings
@@ -103,6 +104,92 @@ def test_chat_template_becomes_prefix_and_question():
     content = f"Documents:\n\nTitle: Mill\nthe mill\n\n{DEFAULT_INSTRUCTION}\nQuestion: who built it?"
     whole = tok.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
     assert tok.decode(ids) == whole
+
+
+TALK = [
+    Message("system", "Be brief."), Message("user", "who built it?"), Message("assistant", "the miller"),
+    Message("user", "when was "), Message("user", "that?\n"),
+]  # fmt: skip
+TALKED = [
+    {"role": "user", "content": "Documents:\n\nthe mill\n\nBe brief.\n\nwho built it?"},
+    {"role": "assistant", "content": "the miller"},
+    {"role": "user", "content": "when was\n\nthat?"},
+]
+
+
+def test_a_conversation_reads_as_the_chat_template_has_it():
+    tok = tokenizer("byte-bpe")
+    encoder = PromptEncoder(tok, default_settings(tok))
+    ids = [*encoder.prefix_ids, *encoder.encode_document(Document("the mill")), *encoder.encode_question("q", TALK)]
+    assert tok.decode(ids) == tok.apply_chat_template(TALKED, add_generation_prompt=True, tokenize=False)
+
+
+@kinds
+def test_one_user_message_is_the_same_as_its_text(kind):
+    tok = tokenizer(kind)
+    encoder = PromptEncoder(tok, default_settings(tok))
+    assert encoder.encode_question("q", [Message("user", "who built it?")]) == encoder.encode_question(
+        "q", "who built it?"
+    )
+
+
+def test_an_assistant_that_speaks_first_leaves_the_documents_turn_to_the_user():
+    tok = tokenizer("byte-bpe")
+    encoder = PromptEncoder(tok, default_settings(tok))
+    ids = encoder.encode_question("q", [Message("assistant", "Hello."), Message("user", "who?")])
+    turns = tok.decode(ids).split("<|im_start|>")
+    assert turns == ["<|im_end|>\n", "assistant\nHello.<|im_end|>\n", "user\nwho?<|im_end|>\n", "assistant\n"]
+
+
+def test_a_conversation_is_labelled_text_where_there_is_no_chat_template():
+    tok = tokenizer("byte-bpe")
+    for settings in (default_settings(tokenizer("unigram")), ModelSettings(prefix="Read:\n")):
+        encoder = PromptEncoder(tok, settings)  # the second has a prefix of its own, so the chat template is not used
+        expected = "User: Be brief.\n\nwho built it?\n\nAssistant: the miller\n\nUser: when was\n\nthat?"
+        assert tok.decode(encoder.encode_question("q", TALK)) == expected
+
+
+@kinds
+def test_i4_control_tokens_in_conversations(kind):
+    tok = tokenizer(kind)
+    encoder = PromptEncoder(tok, default_settings(tok))
+
+    def controls(extra: str) -> list[int]:
+        ids = encoder.encode_question("q", [Message(m.role, m.text + extra) for m in TALK])
+        return [i for i in ids if i in encoder.plain.control_ids]
+
+    for content in (*control_contents(tok), "\u2983message1\u2984", "\u2983documents\u2984"):
+        assert controls(f" {content}") == controls("")
+
+
+@given(texts=st.lists(st.text(), max_size=5))
+def test_any_conversation_reads_as_the_chat_template_has_it(texts):
+    tok = tokenizer("byte-bpe")
+    encoder = PromptEncoder(tok, default_settings(tok))
+    roles = ("user", "assistant") * 3
+    talk = [*map(Message, roles, texts), Message("user", "who?")]
+    turns = [{"role": turn.role, "content": turn.text} for turn in conversation(talk)]
+    turns[0]["content"] = f"Documents:\n\n{turns[0]['content']}"
+    whole = tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert tok.decode([*encoder.prefix_ids, *encoder.encode_question("q", talk)]) == whole
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ([], "no text"),
+        ([Message("user", " ")], "no text"),
+        ([Message("user", "a"), Message("assistant", "b")], "assistant"),
+        ([Message("tool", "a")], "tool"),
+        ([Message("user", 3)], "message 0"),
+        (["text"], "message 0"),
+        (7, "list of messages"),
+    ],
+    ids=str,
+)
+def test_a_wrong_conversation_is_refused(prompt, named):
+    with pytest.raises(InvalidInputError, match=named):
+        generator().answer("q", ["the mill"], prompt=prompt)
 
 
 def test_bos_becomes_the_prefix_where_the_tokenizer_puts_one_in_front():
