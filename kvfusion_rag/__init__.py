@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Answer": "schema",
     "AnswerStream": "generator",
+    "Attribution": "attribution",
     "Check": "schema",
     "Citation": "schema",
     "ContextLimitError": "errors",
@@ -22,6 +23,7 @@ _HOME = {
     "DocumentIndex": "retrieval",
     "DocumentStore": "store",
     "GateReport": "schema",
+    "Influence": "attribution",
     "InvalidInputError": "errors",
     "InvarianceReport": "schema",
     "KVFusionError": "errors",
@@ -46,6 +48,7 @@ _HOME = {
 __all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
+    from .attribution import Attribution, Influence
     from .errors import (
         ContextLimitError,
         ControlTokenError,

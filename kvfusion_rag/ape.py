@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+
+from .attention import explicit_attention, explicit_mask
 
 NAME = "kvfusion_ape"
 
@@ -61,7 +62,7 @@ class Ape:
 def register() -> str:
     """Make attention and mask known to transformers, as often as it is called; returns their name."""
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, explicit_mask)
     return NAME
 
 
@@ -80,14 +81,4 @@ def _attention(
 
     That the model passes on all that its attention needs is measured by the gate (``gate.require_ape``).
     """
-    batch, heads, length, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H / H_kv * Q, d): heads share keys
-    logits = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, -1).float() * scaling
-    weights = ape.adapt(logits.masked_fill(~attention_mask, float("-inf"))).softmax(dim=-1).to(value.dtype)
-    out = weights.reshape(batch, key.shape[1], -1, key.shape[2]) @ value  # (B, H_kv, H / H_kv * Q, d)
-    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
-
-
-def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' boolean mask, always made, since ``_attention`` has no causal flag to rely on."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return explicit_attention(query, key, value, attention_mask, scaling, ape.adapt)[0], None

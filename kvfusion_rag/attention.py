@@ -1,4 +1,4 @@
-"""Two attention functions of ours beside transformers' own.
+"""Attention functions of ours beside transformers' own.
 
 *Grouped*: query heads that share keys and values become further queries of one head, so a fused cache is read as it
 lies; transformers' "sdpa" copies it once for each query head wherever there is a mask and more than one query.
@@ -7,13 +7,15 @@ lies; transformers' "sdpa" copies it once for each query head wherever there is 
 recomputing the layer would append to it a second time. Keys and values of the context that are handed over as a
 keyword argument are only read, so a layer can be computed twice.
 
-Both are registered under names of ours, by the library's public interfaces, and used by a model only after
+*Explicit* has all weights in hand: for what changes them (``ape.py``) or adds them up (``watch.py``).
+
+They are registered under names of ours, by the library's public interfaces, and used by a model only after
 ``set_attn_implementation``. Knows neither weights nor text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +78,33 @@ def grouped_attention(
     queries = query.reshape(batch, key.shape[1], groups * length, width)
     out = scaled_dot_product_attention(queries, key, value, attention_mask, scale=scaling)
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+def explicit_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    adapt: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d), and weights (B, H, Q, S).
+
+    Args:
+        attention_mask: (B, 1, Q, S) bool.
+        adapt: changes the float32 logits (B, H, Q, S) before the softmax; those that may not be seen are at -inf.
+    """
+    batch, heads, length, width = query.shape
+    grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H / H_kv * Q, d): heads share keys
+    logits = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, -1).float() * scaling
+    weights = adapt(logits.masked_fill(~attention_mask, float("-inf"))).softmax(dim=-1)
+    out = weights.to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2]) @ value  # (B, H_kv, H / H_kv * Q, d)
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), weights
+
+
+def explicit_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' boolean mask, always made, since explicit attention has no causal flag to rely on."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
 def read_context_twice(model: PreTrainedModel, model_id: str) -> None:

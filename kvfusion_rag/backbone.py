@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from . import ape as ape_attention
+from . import watch as watched_attention
 from .attention import GROUPED, read_context_twice, share_heads
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
@@ -208,6 +209,7 @@ class Backbone:
         rows: torch.Tensor | None = None,
         adapter: bool,
         ape: ape_attention.Ape | None = None,
+        watch: watched_attention.Watch | None = None,
     ) -> torch.Tensor:
         """One pass of Dt over ``ids``, appended to ``cache``.
 
@@ -221,15 +223,17 @@ class Backbone:
             rows: (N,) and their rows; by default one of each row.
             adapter: whether the adapter takes part, if one is loaded.
             ape: attend to the documents' slots as APE does, in this pass alone.
+            watch: adds up the attention of this pass, which has one row.
 
         Returns:
             Logits (N, V), float32.
         """
         wanted, place = torch.unique(last, return_inverse=True)
-        extra = {} if ape is None else {"ape": ape}
-        if mask.dim() == 4 and ape is None:
+        extra = {name: value for name, value in (("ape", ape), ("watch", watch)) if value is not None}
+        if mask.dim() == 4 and not extra:
             mask = additive(mask, self.dtype)  # once, not in every layer
-        with self._turn(adapter=adapter, attention=None if ape is None else ape_attention.register()):
+        own = watched_attention if watch is not None else ape_attention
+        with self._turn(adapter=adapter, attention=own.register() if extra else None):
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,

@@ -184,6 +184,35 @@ def decode(
             ape = ape and ape.keep(kept)
 
 
+@torch.inference_mode()
+def log_probabilities(
+    backbone: Backbone,
+    context: FusedContext,
+    questions: Sequence[Question],
+    answer: Sequence[int],
+    *,
+    seen: torch.Tensor | None = None,
+    adapter: bool,
+    ape: Ape | None = None,
+) -> list[float]:
+    """Natural logarithm of the probability that each of several questions over one row has this ``answer``.
+
+    Arguments are those of :func:`decode`. One pass; logits of every answer's tokens are in memory at once.
+    """
+    table = _Table(context, [0] * len(questions), seen)
+    read = [(*question.ids, *answer[:-1]) for question in questions]
+    asked = table.seat(range(len(questions)), read, [question.start for question in questions])
+    back = torch.arange(len(answer) - 1, -1, -1, device=asked.columns.device)
+    columns = (asked.columns[:, None] - back).flatten()  # (N A,): where each of the answer's tokens is asked for
+    logits = backbone.forward(
+        asked.ids, asked.positions, asked.mask, context.cache, columns, rows=torch.zeros_like(columns),
+        adapter=adapter, ape=ape,
+    )  # fmt: skip
+    tokens = torch.tensor([*answer] * len(questions), device=logits.device)
+    chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])  # (N A, 1)
+    return chosen.view(len(questions), -1).double().sum(dim=1).tolist()
+
+
 @dataclass(frozen=True, slots=True)
 class _Asked:
     """One forward pass: ids and positions (R, Q), its mask, and the places of n tokens whose next one is asked for."""

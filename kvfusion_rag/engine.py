@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from tqdm.auto import tqdm
@@ -91,7 +91,7 @@ class Engine:
         self._weights, self._fingerprint = "", ""  # of the model at the last look
         self.refresh()
         self.warned: set[str] = set()
-        self._ape_is_exact = False  # until measured
+        self._explicit_is_exact = False  # until measured
 
     def refresh(self) -> None:
         """Notice weights that were changed in place: from then on documents have other keys, and prefix and all KVs
@@ -167,14 +167,24 @@ class Engine:
         if prompt is not None and not self.encoder.follows_instructions:
             name = self.backbone.model_id
             self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
-        ids = self.encoder.encode_question(question, prompt)
         if mode == "ape":
-            self._require_ape()
+            self.require_explicit_attention()
+        made = self.request_for(reading, self.encoder.encode_question(question, prompt), mode, options, began)
+        self._log_mode(mode)
+        return made
+
+    def request_for(
+        self, reading: Reading, ids: Sequence[int], mode: Mode, options: DecodingOptions, began: float
+    ) -> Request:
+        """A request over documents that were read already; ``ids`` are the question's own.
+
+        Raises:
+            ContextLimitError: documents, question and answer do not fit into the window.
+        """
         fused, start = self._place(reading, mode)
         before = (*self.encoder.prefix_ids, *reading.joined) if fused is None else ()
         row = Question((*before, *ids), start)
         self._require_room(row, len(ids), mode, options)
-        self._log_mode(mode)
         return Request(reading, row, mode, fused, self.model, began)
 
     def joined_document(self, reading: Reading) -> dict[str, tuple[int, ...]]:
@@ -340,8 +350,9 @@ class Engine:
             fetched.kvs[key].copy_into(slots)
         return buffer, fetched
 
-    def _seen(self, batch: Batch, slots: int) -> torch.Tensor | None:
+    def seen(self, run: Run) -> torch.Tensor | None:
         """(N, K) bool, which slots each question may see; ``None`` where that is all of its row."""
+        batch, slots = run.batch, run.context.mask.shape[1]
         if not batch.has_foreign:
             return None
         seen = torch.zeros(len(batch.requests), slots, dtype=torch.bool)
@@ -354,6 +365,16 @@ class Engine:
                 at += len(piece.ids)
         return seen.to(self.backbone.device)
 
+    def answering(self, run: Run) -> tuple[Backbone, dict[str, Any]]:
+        """The decoder that answers ``run``, and how: adapter on or off, attention as APE's or its own."""
+        mode, settings = run.batch.requests[0].mode, self.settings
+        tuned = self._answers_tuned(mode)
+        ape = None
+        if mode == "ape":
+            prefix_length = len(self.encoder.prefix_ids)
+            ape = Ape.over(run.context.mask, prefix_length, settings.ape_temperature, settings.ape_scale)
+        return self.decoder if tuned else self.backbone, {"adapter": tuned, "ape": ape}
+
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
@@ -362,24 +383,18 @@ class Engine:
         Raises:
             MemoryLimitError: memory runs out.
         """
-        mode, settings = run.batch.requests[0].mode, self.settings
-        tuned = self._answers_tuned(mode)
-        if tuned and settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
+        decoder, ways = self.answering(run)
+        if ways["adapter"] and self.settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
             options = replace(options, stop=(*options.stop, mark))
-        ape = None
-        if mode == "ape":
-            prefix_length = len(self.encoder.prefix_ids)
-            ape = Ape.over(run.context.mask, prefix_length, settings.ape_temperature, settings.ape_scale)
         steps = decode(
-            self.decoder if tuned else self.backbone,
+            decoder,
             run.context,
             [request.question for request in run.batch.requests],
             options,
             self.encoder.decode,
             row_of=run.batch.row_of,
-            seen=self._seen(run.batch, run.context.mask.shape[1]),
-            adapter=tuned,
-            ape=ape,
+            seen=self.seen(run),
+            **ways,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
             is_cancelled=lambda number: run.batch.requests[number].cancelled.is_set(),
@@ -515,11 +530,11 @@ class Engine:
         """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
         return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
 
-    def _require_ape(self) -> None:
-        """Refuse a model whose attention APE's cannot stand in for, measured when the mode is first asked for."""
-        if not self._ape_is_exact:
+    def require_explicit_attention(self) -> None:
+        """Refuse a model whose attention ours cannot stand in for, measured when it is first asked for."""
+        if not self._explicit_is_exact:
             require_ape(self.backbone, self.prefix, self.ordinary_ids(), tokens_per_pass=self.tokens_per_pass)
-            self._ape_is_exact = True
+            self._explicit_is_exact = True
 
     def _log_mode(self, mode: Mode) -> None:
         name = self.backbone.model_id

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack
 import torch
 
 from . import __version__
+from .attribution import Attribution, attribute, with_attention
 from .backbone import Backbone, require_trained_on
 from .batching import Batch, Request
 from .decoding import DecodingOptions
@@ -318,6 +319,7 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: Mode | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
         """Answer ``question`` from ``documents``, whose order does not matter in modes ``fusion`` and ``ape``.
@@ -331,15 +333,17 @@ class KVFusionGenerator:
             mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (one joined prompt in the
                 caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
                 (training-free fusion, arXiv 2502.05431; the adapter takes no part).
+            attention: measure each document's share of attention (``Answer.sources``), by one more pass over question
+                and answer.
             options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
 
         Raises:
             InvalidInputError: a bad argument; ContextLimitError where something is too long.
             ControlTokenError: untrusted text would have become a control token.
         """
-        decoding = self._options(options)
-        request = self._engine.request(question, documents, prompt, mode, decoding)
-        return self._ask([request], decoding)[0]
+        return self.answer_batch([question], [documents], prompts=[prompt], mode=mode, attention=attention, **options)[
+            0
+        ]
 
     async def aanswer(
         self,
@@ -348,10 +352,15 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: Mode | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
         """As :meth:`answer`, while the event loop stays free. Once its task is cancelled, work ends at a token."""
-        return (await self.aanswer_batch([question], [documents], prompts=[prompt], mode=mode, **options))[0]
+        return (
+            await self.aanswer_batch(
+                [question], [documents], prompts=[prompt], mode=mode, attention=attention, **options
+            )
+        )[0]
 
     def answer_batch(
         self,
@@ -360,6 +369,7 @@ class KVFusionGenerator:
         *,
         prompts: Sequence[Prompt] | None = None,
         mode: Mode | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """Answer several questions, each from its own documents, together.
@@ -368,7 +378,10 @@ class KVFusionGenerator:
         documents read them once. Nothing is computed when one question is wrong. Where all together would pass
         ``max_fused_tokens``, they are decoded in several batches, in order.
         """
-        return self._ask(*self._requests(questions, documents, prompts, mode, options))
+        requests, decoding = self._requests(questions, documents, prompts, mode, options)
+        self._require_attention(attention)
+        ask = self._engine.answer_all if self._gatherer is None else self._gatherer.ask
+        return self._attended(requests, ask(requests, decoding), attention)
 
     async def aanswer_batch(
         self,
@@ -377,22 +390,31 @@ class KVFusionGenerator:
         *,
         prompts: Sequence[Prompt] | None = None,
         mode: Mode | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """As :meth:`answer_batch`, while the event loop stays free; see :meth:`aanswer`."""
         requests, decoding = await asyncio.to_thread(self._requests, questions, documents, prompts, mode, options)
+        await asyncio.to_thread(self._require_attention, attention)
         if self._gatherer is None:
             try:
-                return await asyncio.to_thread(self._engine.answer_all, requests, decoding)
+                answers = await asyncio.to_thread(self._engine.answer_all, requests, decoding)
             except asyncio.CancelledError:
                 for request in requests:
                     request.cancelled.set()
                 raise
-        return await self._gatherer.aask(requests, decoding)
+        else:
+            answers = await self._gatherer.aask(requests, decoding)
+        return await asyncio.to_thread(self._attended, requests, answers, attention)
 
-    def _ask(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
-        ask = self._engine.answer_all if self._gatherer is None else self._gatherer.ask
-        return ask(requests, options)
+    def _attended(self, requests: Sequence[Request], answers: list[Answer], attention: bool) -> list[Answer]:
+        if not attention:
+            return answers
+        return [with_attention(self._engine, *pair) for pair in zip(requests, answers, strict=True)]
+
+    def _require_attention(self, attention: bool) -> None:
+        if attention:
+            self._engine.require_explicit_attention()
 
     def _requests(
         self,
@@ -423,12 +445,44 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: Mode | None = None,
+        attention: bool = False,
         **options: Unpack[DecodingKwargs],
     ) -> AnswerStream:
         """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
         decoding = self._options(options)
         request = self._engine.request(question, documents, prompt, mode, decoding)
-        return AnswerStream(self._pieces(request, decoding))
+        self._require_attention(attention)
+        return AnswerStream(self._pieces(request, decoding, attention))
+
+    def attribute(
+        self,
+        question: str,
+        documents: Sequence[Document | str],
+        *,
+        answer: Answer | str | None = None,
+        prompt: Prompt = None,
+        mode: Mode | None = None,
+        **options: Unpack[DecodingKwargs],
+    ) -> Attribution:
+        """Which documents an answer came from: what it is worth without each of them, and the attention each got.
+
+        All variants read the same fused cache in one pass (in mode "concat" each is a prompt of its own).
+
+        Args:
+            answer: an answer of this generator or a text to judge; by default the question is answered first.
+            question, documents, prompt, mode, options: as :meth:`answer` takes them.
+        """
+        if answer is None:
+            answer = self.answer(question, documents, prompt=prompt, mode=mode, **options)
+        if isinstance(answer, str):
+            ends = [self._backbone.end_id] if self._backbone.end_id is not None else []
+            ids, text = (*self._encoder.encode_answer(answer), *ends), answer
+        else:
+            ids, text = answer.token_ids, answer.text
+        if not ids:
+            raise InvalidInputError("the answer has no tokens, so no document can have brought it about.")
+        request = self._engine.request(question, documents, prompt, mode, DecodingOptions(max_new_tokens=len(ids)))
+        return attribute(self._engine, request, self._encoder.encode_question(question, prompt), ids, text)
 
     def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
@@ -531,14 +585,16 @@ class KVFusionGenerator:
         wanted = self.max_new_tokens if wanted is None else wanted
         return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
-    def _pieces(self, request: Request, options: DecodingOptions) -> Generator[str | Answer, None, None]:
+    def _pieces(
+        self, request: Request, options: DecodingOptions, attention: bool
+    ) -> Generator[str | Answer, None, None]:
         request = self._engine.current(request)  # much may happen before a stream is first read
         run = self._engine.start(Batch.of(request), options)
         with closing(self._engine.decode(run, options)) as steps:
             for _ in steps:
                 if piece := run.rows[0].take():
                     yield piece
-        yield self._engine.answer(run, 0)
+        yield self._attended([request], [self._engine.answer(run, 0)], attention)[0]
 
 
 def locate_model(model: str | Path | None) -> tuple[str, str]:

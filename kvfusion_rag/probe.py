@@ -15,6 +15,8 @@ SLOW = 4.0  # times float32's time from which on a dtype counts as one that the 
 
 def slowness(dtype: torch.dtype) -> float:
     """How many times longer a matrix product takes on the CPU in ``dtype`` than in float32."""
+    if dtype == torch.float32:  # two measurements of one thing differ widely on a busy machine
+        return 1.0
     return _product_seconds(dtype) / _product_seconds(torch.float32)
 
 

@@ -48,6 +48,12 @@ class Reading:
         """The same documents under other keys."""
         return Reading(self.documents, dict(sorted((key_of(ids), ids) for ids in self.keys.values())))
 
+    def without(self, number: int) -> Reading:
+        """All documents but the one at this place; what it shares with another one stays."""
+        documents = self.documents[:number] + self.documents[number + 1 :]
+        left = {ids for document in documents for ids in document.pieces}
+        return Reading(documents, {key: ids for key, ids in self.keys.items() if ids in left})
+
     @property
     def longest(self) -> int:
         """Tokens of the longest piece, 0 without documents."""

@@ -108,6 +108,8 @@ class Source:
     ``origin`` says where its keys and values came from: ``memory``, ``disk`` or ``remote`` (the store's tiers),
     ``computed`` (prefilled now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
     ``miss`` is the reason why the store had a computed one not (of its first missing piece).
+    ``attention`` is its share of the attention of all layers and heads while the answer's tokens were chosen, if that
+    was asked for; prefix, question and answer got the rest.
     ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
     the same tokens, which was fused in its place.
     """
@@ -120,6 +122,7 @@ class Source:
     duplicate_of: str | None = None
     miss: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    attention: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +197,19 @@ class Answer:
     def _repr_html_(self) -> str:
         """Rich output in notebooks. Documents and answers are untrusted text, so all of it is escaped."""
         cited = {c.document_id for c in self.citations}
+        heads = ["cited", "document", "title", "KV from", "tokens"]
+        if attended := any(source.attention is not None for source in self.sources):
+            heads.append("attention")
         rows = "".join(
             f"<tr><td>{'&#10003;' if s.id in cited else ''}</td><td>{html.escape(s.id)}</td>"
-            f"<td>{html.escape(s.title or '')}</td><td>{s.origin}</td><td>{s.tokens}</td></tr>"
+            f"<td>{html.escape(s.title or '')}</td><td>{s.origin}</td><td>{s.tokens}</td>"
+            f"{f'<td>{100 * (s.attention or 0):.1f} %</td>' if attended else ''}</tr>"
             for s in self.sources
         )
         return (
             f"<p><b>{html.escape(self.cited_text)}</b> <small>({self.mode}, "
-            f"{self.timings.total:.2f} s)</small></p><table><tr><th>cited</th><th>document</th><th>title</th>"
-            f"<th>KV from</th><th>tokens</th></tr>{rows}</table>"
+            f"{self.timings.total:.2f} s)</small></p><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
+            f"{rows}</table>"
         )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvfusion_rag import Answer, Citation, Document, InvalidInputError, Source, Timings, Usage
+from kvfusion_rag import Answer, Attribution, Citation, Document, Influence, InvalidInputError, Source, Timings, Usage
 
 HOLD_LIMIT = 10.0  # seconds after which a held call gives up, so that a blocked event loop fails and does not hang
 
@@ -91,6 +91,17 @@ class RecordingGenerator:
     ) -> RecordingStream:
         self.streams.append(RecordingStream(self, self._record("stream", question, documents, prompt, options)))
         return self.streams[-1]
+
+    def attribute(
+        self, question: str, documents: Sequence[Document | str], *, answer: Answer, **options: Any
+    ) -> Attribution:
+        """As if each document were worth as many nats as its text has words."""
+        call = self._record("attribute", question, documents, None, options)
+        influences = (
+            Influence(s.id, s.title, 1 / len(call.documents), -1.0 - s.tokens, float(s.tokens))
+            for s in self._sources(call.documents)
+        )
+        return Attribution(answer.text, -1.0, answer.mode, tuple(influences))
 
     def prefill(self, documents: Sequence[Document | str]) -> list[Source]:
         return list(self._sources(list(documents)))

@@ -374,7 +374,7 @@ def test_a_caller_with_an_error_does_not_take_the_others_with_it():
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         good = pool.submit(gen.answer, "where?", max_new_tokens=2)
-        bad = pool.submit(gen._ask, [replace(request("ab"), mode="fusion", reading=None)], DecodingOptions(2))
+        bad = pool.submit(gen._gatherer.ask, [replace(request("ab"), mode="fusion", reading=None)], DecodingOptions(2))
         until(lambda: len(gen._gatherer._waiting) == 2)
         go_on.set()
         assert first.result().finish_reason == "length"
@@ -471,7 +471,7 @@ def test_threads_that_differ_in_torchs_threads_answer_for_each_other():
         with ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask_elsewhere).result()
         assert made.model != gen._engine.model
-        assert gen._ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
+        assert gen._gatherer.ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
     finally:
         torch.set_num_threads(usual)
 

@@ -188,6 +188,19 @@ def test_a_shuffle_check_that_found_a_difference_says_so(capsys, generator, docs
     ]
 
 
+def test_attribution_names_what_matters_most_first(capsys, generator, docs):
+    out = run(capsys, "ask", "Where is the office?", "--docs", docs, "--attribute")[1]
+    assert out.splitlines()[-3:] == [
+        "attribution (the answer's log-probability is -1.00)",
+        "   +16.00   50.0% of attention  Peru",
+        "    +4.00   50.0% of attention  rice",
+    ]
+    data = json.loads(run(capsys, "ask", "Where is the office?", "--docs", docs, "--attribute", "--json")[1])
+    assert [document["effect"] for document in data["attribution"]["documents"]] == [16.0, 4.0]
+    plain = json.loads(run(capsys, "ask", "Where is the office?", "--docs", docs, "--json")[1])
+    assert plain["attribution"] is None
+
+
 def test_ask_streams_piece_by_piece(capsys, generator, docs, monkeypatch):
     flushed = []
     monkeypatch.setattr(ask, "say", lambda text="", end="\n": flushed.append(text + end))

@@ -26,6 +26,7 @@ from kvfusion_rag import (
 )
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.positions import additive, block_mask
+from kvfusion_rag.probe import slowness
 from kvfusion_rag.settings import ModelSettings
 
 DOCUMENTS = [
@@ -560,3 +561,9 @@ def test_a_dtype_that_the_cpu_has_no_instructions_for_is_warned_of(times, warned
     monkeypatch.setattr("kvfusion_rag.backbone.slowness", lambda dtype: times)
     KVFusionGenerator.from_pretrained(dtype="bfloat16", device="cpu")
     assert ("no instructions for bfloat16" in caplog.text) == warned
+
+
+def test_a_busy_machine_says_nothing_of_float32(monkeypatch):
+    seconds = iter([9.0, 1.0])
+    monkeypatch.setattr("kvfusion_rag.probe._product_seconds", lambda dtype: next(seconds))
+    assert slowness(torch.float32) == 1.0

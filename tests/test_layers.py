@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
-    "errors", "probe", "schema", "chat", "settings", "prompts", "positions", "support", "ape", "attention", "backbone",
-    "prefill", "fusion", "gate", "citations", "store", "reading", "decoding", "batching", "gathering", "engine",
-    "generator", "qa", "retrieval", "evaluation", "training", "cli",
+    "errors", "probe", "schema", "chat", "settings", "prompts", "positions", "support", "attention", "ape", "watch",
+    "backbone", "prefill", "fusion", "gate", "citations", "store", "reading", "decoding", "batching", "gathering",
+    "engine", "attribution", "generator", "qa", "retrieval", "evaluation", "training", "cli",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .console import say, shown_path
 
 if TYPE_CHECKING:
-    from .. import Answer, Document, InvarianceReport
+    from .. import Answer, Attribution, Document, InvarianceReport
 
 _SENTENCE_BORDER = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 MAX_SENTENCE_CHARACTERS = 300
@@ -92,6 +92,15 @@ def say_facts(answer: Answer) -> None:
         f"{usage.cached_document_tokens} from the store) · prefill {timings.prefill:.2f} s, "
         f"first token {timings.first_token:.2f} s, total {timings.total:.2f} s"
     )
+
+
+def say_attribution(attribution: Attribution, answer: Answer) -> None:
+    """What the answer gains in log-probability by each document, and the attention it got; the greatest gain first."""
+    say()
+    say(f"attribution (the answer's log-probability is {attribution.log_probability:.2f})")
+    pairs = zip(attribution.documents, answer.sources, strict=True)
+    for influence, source in sorted(pairs, key=lambda pair: -pair[0].effect):
+        say(f"  {influence.effect:+7.2f}  {influence.attention:6.1%} of attention  {source.title or source.id}")
 
 
 def say_shuffle_check(report: InvarianceReport) -> None:

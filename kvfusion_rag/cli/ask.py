@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, RetrievalError
-from .answers import answer_to_json, say_answer, say_facts, say_shuffle_check, say_sources, say_spelling
+from .answers import (
+    answer_to_json,
+    say_answer,
+    say_attribution,
+    say_facts,
+    say_shuffle_check,
+    say_sources,
+    say_spelling,
+)
 from .console import say, say_json, shown_path
 from .options import (
     INDEX_FOLDER,
@@ -49,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is made (not with --json)")
     parser.add_argument(
+        "--attribute", action="store_true", help="what the answer is worth without each document, and its attention"
+    )
+    parser.add_argument(
         "--shuffle-check", type=positive, metavar="N", help="answer in N orders and compare the bytes and logits"
     )
 
@@ -64,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
         shuffled = generator.check_invariance(
             args.question, documents, permutations=args.shuffle_check, mode=args.mode
         )
+    attribution = None
+    if args.attribute:
+        attribution = generator.attribute(args.question, documents, answer=answer, mode=args.mode)
     if generator.store is not None:
         generator.store.close()  # ends uploads, and notes which documents were used
     if args.json:
@@ -71,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "question": args.question,
                 **answer_to_json(answer, documents, shuffled),
+                "attribution": None if attribution is None else attribution.to_dict(),
                 "model": generator.identity(),
                 "index": None if folder is None else str(folder.resolve()),
                 "update": None if report is None else report.to_dict(),
@@ -81,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         say_answer(answer)
     say_sources(answer, documents)
     say_facts(answer)
+    if attribution is not None:
+        say_attribution(attribution, answer)
     if shuffled is not None:
         say_shuffle_check(shuffled)
     return 0
