@@ -223,7 +223,9 @@ def test_an_attention_that_cannot_be_exchanged_is_refused():
     )
     gen = KVFusionGenerator(made, store=None)
     assert gen.answer("who?", DOCUMENTS, max_new_tokens=2).token_ids
-    with pytest.raises(UnsupportedModelError, match=r"'old' \(gptj\) cannot answer in mode 'ape': .* exchanged"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'old' \(gptj\) cannot answer in mode 'ape' or measure attention: .* exchanged"
+    ):
         gen.answer("who?", DOCUMENTS, mode="ape")
 
 
