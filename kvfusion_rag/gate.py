@@ -60,8 +60,8 @@ def require_ape(
     checks = _probed(lambda: _Probe(backbone, prefix, ordinary_ids, tokens_per_pass).ape_checks())
     if failed := [check for check in checks if not check.passed]:
         raise UnsupportedModelError(
-            f"{backbone.model_id!r} ({backbone.config.model_type}) cannot answer in mode 'ape' or measure attention: {failed[0].name}: "
-            f"{failed[0].detail}; modes 'fusion' and 'concat' work."
+            f"{backbone.model_id!r} ({backbone.config.model_type}) cannot answer in mode 'ape' or measure attention: "
+            f"{failed[0].name}: {failed[0].detail}; modes 'fusion' and 'concat' work."
         )
 
 
