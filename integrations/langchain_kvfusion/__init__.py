@@ -1,4 +1,4 @@
-"""KV-Fusion for LangChain: an LLM, prompts and a documents chain that keep retrieved documents apart.
+"""KV-Fusion for LangChain: an LLM, a chat model, prompts and a documents chain that keep retrieved documents apart.
 
 Stock chains join all documents into one prompt; these hand them over one by one. This package uses only the
 public names of `kvfusion_rag` and needs the extra `langchain`.
@@ -16,7 +16,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .chains import create_kvfusion_documents_chain
+from .chat_model import ChatKVFusion
 from .documents import DocumentLike
+from .errors import AnswerTimeoutError, UnsupportedFeatureError
 from .framing import KVFusionDocumentPrompt
 from .fused import FusedPrompt
 from .llm import KVFusionLLM
@@ -24,12 +26,15 @@ from .prompts import KVFusionPrompt, KVFusionPromptValue
 from .questions import bare_question
 
 __all__ = [
+    "AnswerTimeoutError",
+    "ChatKVFusion",
     "DocumentLike",
     "FusedPrompt",
     "KVFusionDocumentPrompt",
     "KVFusionLLM",
     "KVFusionPrompt",
     "KVFusionPromptValue",
+    "UnsupportedFeatureError",
     "bare_question",
     "create_kvfusion_documents_chain",
 ]
