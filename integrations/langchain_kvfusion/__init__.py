@@ -24,6 +24,7 @@ from .fused import FusedPrompt
 from .llm import KVFusionLLM
 from .prompts import KVFusionPrompt, KVFusionPromptValue
 from .questions import bare_question
+from .retrievers import PrefetchingRetriever
 
 __all__ = [
     "AnswerTimeoutError",
@@ -34,6 +35,7 @@ __all__ = [
     "KVFusionLLM",
     "KVFusionPrompt",
     "KVFusionPromptValue",
+    "PrefetchingRetriever",
     "UnsupportedFeatureError",
     "bare_question",
     "create_kvfusion_documents_chain",

@@ -1,16 +1,16 @@
 """Chat messages as a generator reads them: separate documents, the bare question, and the turns around it.
 
-``gather`` brings the documents of a call and of frames into the messages, where traces and LangChain's response cache
-see them; ``read`` takes everything out again. Knows no template, no chat model and no generator.
+``gather`` brings the messages, with the documents of a call and of frames, into one plain form, which traces show and
+LangChain's response cache has as its key; ``read`` takes it apart. Knows no template, no chat model and no generator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from langchain_core.messages import AIMessage, BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 
 from kvfusion_rag import Document, InvalidInputError, Message
 
@@ -18,6 +18,8 @@ from .documents import DocumentLike, to_documents
 from .framing import close_gap, split_frames
 from .messages import last_human, lifted_documents, map_text, message_text, speaker
 from .questions import bare_question, labelled_question
+
+_ROLES: dict[str, Literal["system", "assistant"]] = {"system": "system", "ai": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -36,47 +38,50 @@ class Conversation:
 
 
 def gather(messages: Sequence[BaseMessage], documents: Sequence[DocumentLike] = ()) -> list[BaseMessage]:
-    """``messages`` without frames; documents of frames, or those given beside them, on the last human message.
+    """The turns of ``messages``, with all documents and the bare question on the last human one as plain data.
+
+    System texts, what people said and what the model answered stay. A tool's result becomes something that the user
+    tells, unless it is found documents; the model's request for it falls away. The question is the last human text:
+    the part after its "Question:" label, or what ``additional_kwargs["question"]`` says.
 
     Raises:
-        InvalidInputError: no human said anything, documents come two ways, or frames are forged.
+        InvalidInputError: no human said anything, or not last; documents come two ways; frames are forged.
     """
     split = [_without_frames(message) for message in messages]
     clean = [message for message, _ in split]
-    framed = [document for _, found in split for document in found]
     index = last_human(clean)
     if index is None:
         raise InvalidInputError(
             f"the prompt holds {len(messages)} messages and no human message with a text, so there is no question to "
             "answer; end it with the user's question."
         )
-    _require_one_way(documents, framed, lifted_documents(clean))
-    if split[index][1]:  # a template around documents says more than the question
-        clean[index] = attach(clean[index], question=bare_question(message_text(clean[index])))
-    if framed or documents:
-        clean[index] = attach(clean[index], documents=framed or to_documents(documents))
-    return clean
+    framed = [document for _, found in split for document in found]
+    found = _only_one_way({
+        "documents=": to_documents(documents),
+        "KVFusionDocumentPrompt": to_documents(framed),
+        "the messages": lifted_documents(clean),
+    })  # fmt: skip
+    human = message_text(clean[index])
+    question = clean[index].additional_kwargs.get("question")
+    if question is None:  # a template around documents says more than the question
+        question = bare_question(human) if split[index][1] else labelled_question(human) or human
+    turns = [_turn(message) for message in clean]
+    turns[index] = attach(HumanMessage(human), found, question)
+    spoken = [turn for turn in turns if turn is not None]
+    if isinstance(spoken[-1], AIMessage | SystemMessage):
+        raise InvalidInputError(
+            f"the last message with a text is of type {spoken[-1].type!r}, but an answer needs the user's question at "
+            "the end; leave out what the model said after it, and put system messages first."
+        )
+    return spoken
 
 
 def read(messages: Sequence[BaseMessage]) -> Conversation:
-    """The conversation that ``messages``, from :func:`gather`, stand for.
-
-    System texts, what people said and what the model answered become turns. A tool's result is something that the
-    user tells, unless it is found documents; the model's request for it is no turn. The question is the last human
-    text: the part after its "Question:" label, or what ``additional_kwargs["question"]`` says.
-    """
+    """The conversation that ``messages``, from :func:`gather`, stand for."""
     index = last_human(messages)
     assert index is not None, "gather has seen a human message"
-    human = message_text(messages[index])
-    question = messages[index].additional_kwargs.get("question") or labelled_question(human) or human
-    texts = [(message, message_text(message)) for message in messages if not _asks_for_tools(message)]
-    turns = tuple(_turn(message, text) for message, text in texts if text.strip())
-    if turns[-1].role != "user":
-        raise InvalidInputError(
-            f"the last message with a text is of type {messages[-1].type!r}, but an answer needs the user's question "
-            "at the end; leave out what the model said after it, and put system messages first."
-        )
-    return Conversation(question, lifted_documents(messages), turns)
+    turns = tuple(Message(_ROLES.get(message.type, "user"), message_text(message)) for message in messages)
+    return Conversation(messages[index].additional_kwargs["question"], lifted_documents(messages), turns)
 
 
 def attach(message: BaseMessage, documents: Sequence[Document] = (), question: str | None = None) -> BaseMessage:
@@ -88,6 +93,8 @@ def attach(message: BaseMessage, documents: Sequence[Document] = (), question: s
 
 
 def _without_frames(message: BaseMessage) -> tuple[BaseMessage, list[Document]]:
+    if not message_text(message):  # also of a tool that found documents, whose text is not read
+        return message, []
     found: list[Document] = []
 
     def split(text: str) -> str:
@@ -99,25 +106,28 @@ def _without_frames(message: BaseMessage) -> tuple[BaseMessage, list[Document]]:
     return (clean, found) if found else (message, [])
 
 
-def _require_one_way(*ways: Sequence[object]) -> None:
-    counts = dict(zip(("documents=", "KVFusionDocumentPrompt", "the messages"), map(len, ways), strict=True))
-    if sum(count > 0 for count in counts.values()) > 1:
-        given = " and ".join(f"{count} by {name}" for name, count in counts.items() if count)
-        raise InvalidInputError(f"documents come {given}; pass them one way only.")
+def _only_one_way(ways: Mapping[str, Sequence[Document]]) -> Sequence[Document]:
+    given = {name: documents for name, documents in ways.items() if documents}
+    if len(given) > 1:
+        counted = " and ".join(f"{len(documents)} by {name}" for name, documents in given.items())
+        raise InvalidInputError(f"documents come {counted}; pass them one way only.")
+    return next(iter(given.values()), ())
 
 
-def _asks_for_tools(message: BaseMessage) -> bool:
-    return isinstance(message, AIMessage) and bool(message.tool_calls)
-
-
-def _turn(message: BaseMessage, text: str) -> Message:
+def _turn(message: BaseMessage) -> BaseMessage | None:
+    """``message`` as plain text of whoever says it; None where it says nothing."""
+    text = message_text(message)
+    if not text.strip() or (isinstance(message, AIMessage) and message.tool_calls):
+        return None
     match speaker(message):
         case "System":
-            return Message("system", text)
+            return SystemMessage(text)
         case "Assistant":
-            return Message("assistant", text)
-        case _:
-            return Message("user", text)
+            return AIMessage(text)
+        case "User":
+            return HumanMessage(text)
+        case other:  # what the user is told, but did not ask
+            return ChatMessage(content=text, role=other.lower())
 
 
 def _plain(document: Document) -> dict[str, Any]:
