@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
         f'langchain_kvfusion cannot import {error.name}; LangChain comes with pip install "kvfusion-rag[langchain]".'
     ) from error
 
+from .capture import DocumentCapture, enable_document_capture
 from .chains import create_kvfusion_documents_chain
 from .chat_model import ChatKVFusion
 from .documents import DocumentLike
@@ -29,6 +30,7 @@ from .retrievers import PrefetchingRetriever
 __all__ = [
     "AnswerTimeoutError",
     "ChatKVFusion",
+    "DocumentCapture",
     "DocumentLike",
     "FusedPrompt",
     "KVFusionDocumentPrompt",
@@ -39,4 +41,5 @@ __all__ = [
     "UnsupportedFeatureError",
     "bare_question",
     "create_kvfusion_documents_chain",
+    "enable_document_capture",
 ]

@@ -17,9 +17,11 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.outputs import LLMResult
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config
 
 from kvfusion_rag import InvalidInputError
 
+from .capture import retrieved_for_each
 from .conversations import attach, gather
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
 from .fused import FusedPrompt, FusedPromptValue
@@ -39,9 +41,10 @@ class DocumentChatModel(BaseChatModel):
             return ChatPromptValue(messages=[attach(human, model_input.documents, model_input.question)])
         return super()._convert_input(model_input)
 
-    def _carrying(self, model_input: LanguageModelInput, documents: DocumentsArgument | None) -> list[BaseMessage]:
-        [share] = documents_per_prompt(documents, 1)
-        return gather(self._convert_input(model_input).to_messages(), share)
+    def _carrying(
+        self, model_input: LanguageModelInput, documents: DocumentsArgument | None, callbacks: Any = None
+    ) -> list[BaseMessage]:
+        return gathered([self._convert_input(model_input).to_messages()], documents, callbacks)[0]
 
     def generate_prompt(
         self, prompts: list[PromptValue], stop: list[str] | None = None, callbacks: Callbacks = None, **kwargs: Any
@@ -63,7 +66,7 @@ class DocumentChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """As BaseChatModel's, with ``documents``: one list for every prompt, or a list of lists, one for each."""
-        return super().generate(gathered(messages, documents), stop, callbacks, **kwargs)
+        return super().generate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
 
     async def agenerate(
         self,
@@ -75,7 +78,7 @@ class DocumentChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """As :meth:`generate`; the event loop stays free."""
-        return await super().agenerate(gathered(messages, documents), stop, callbacks, **kwargs)
+        return await super().agenerate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
 
     def batch(
         self,
@@ -119,7 +122,7 @@ class DocumentChatModel(BaseChatModel):
         if not is_nested(documents):
             return inputs, given if documents is None else {**given, "documents": documents}
         shares = documents_per_prompt(documents, len(inputs))
-        return [self._carrying(each, share) for each, share in zip(inputs, shares, strict=True)], given
+        return [self._carrying(each, [*share]) for each, share in zip(inputs, shares, strict=True)], given
 
     def stream(
         self,
@@ -131,7 +134,8 @@ class DocumentChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """Pieces of the answer; added up they are the answer, and the last one has all that is known of it."""
-        yield from super().stream(self._carrying(input, documents), config, stop=stop, **kwargs)
+        carrying = self._carrying(input, documents, ensure_config(config).get("callbacks"))
+        yield from super().stream(carrying, config, stop=stop, **kwargs)
 
     async def astream(
         self,
@@ -143,13 +147,17 @@ class DocumentChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """As :meth:`stream`; the event loop stays free."""
-        pieces: Any = super().astream(self._carrying(input, documents), config, stop=stop, **kwargs)
+        carrying = self._carrying(input, documents, ensure_config(config).get("callbacks"))
+        pieces: Any = super().astream(carrying, config, stop=stop, **kwargs)
         async with aclosing(pieces):
             async for piece in pieces:
                 yield piece
 
 
-def gathered(prompts: list[list[BaseMessage]], documents: DocumentsArgument | None) -> list[list[BaseMessage]]:
-    """Each prompt's messages with its share of ``documents``, see ``gather``."""
+def gathered(
+    prompts: list[list[BaseMessage]], documents: DocumentsArgument | None, callbacks: Any = None
+) -> list[list[BaseMessage]]:
+    """Each prompt's messages with its share of ``documents``, or with what an open capture knows; see ``gather``."""
     shares = documents_per_prompt(documents, len(prompts))
-    return [gather(messages, share) for messages, share in zip(prompts, shares, strict=True)]
+    retrieved = retrieved_for_each(callbacks, len(prompts))
+    return [gather(*each) for each in zip(prompts, shares, retrieved, strict=True)]

@@ -6,16 +6,18 @@ LangChain's response cache has as its key; ``read`` takes it apart. Knows no tem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from langchain_core.documents import Document as LangChainDocument
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 
 from kvfusion_rag import Document, InvalidInputError, Message
 
 from .documents import DocumentLike, to_documents
 from .framing import close_gap, split_frames
+from .matching import cut_out
 from .messages import last_human, lifted_documents, map_text, message_text, speaker
 from .questions import bare_question, labelled_question
 
@@ -37,28 +39,36 @@ class Conversation:
         return None if is_bare and self.documents else self.turns
 
 
-def gather(messages: Sequence[BaseMessage], documents: Sequence[DocumentLike] = ()) -> list[BaseMessage]:
+def gather(
+    messages: Sequence[BaseMessage],
+    documents: Sequence[DocumentLike] = (),
+    retrieved: Sequence[LangChainDocument] = (),
+) -> list[BaseMessage]:
     """The turns of ``messages``, with all documents and the bare question on the last human one as plain data.
 
     System texts, what people said and what the model answered stay. A tool's result becomes something that the user
     tells, unless it is found documents; the model's request for it falls away. The question is the last human text:
-    the part after its "Question:" label, or what ``additional_kwargs["question"]`` says.
+    the part after its "Question:" label, or what ``additional_kwargs["question"]`` says. Where no documents come
+    otherwise, those of the ``retrieved`` ones that stand in a text are taken out of it.
 
     Raises:
         InvalidInputError: no human said anything, or not last; documents come two ways; frames are forged.
     """
-    split = [_without_frames(message) for message in messages]
+    split = [_split(message, _framed) for message in messages]
     clean = [message for message, _ in split]
+    if retrieved and not (documents or lifted_documents(clean) or any(found for _, found in split)):
+        split = _without_retrieved(messages, retrieved)
+        clean = [message for message, _ in split]
     index = last_human(clean)
     if index is None:
         raise InvalidInputError(
             f"the prompt holds {len(messages)} messages and no human message with a text, so there is no question to "
             "answer; end it with the user's question."
         )
-    framed = [document for _, found in split for document in found]
+    inside = [document for _, found in split for document in found]
     found = _only_one_way({
         "documents=": to_documents(documents),
-        "KVFusionDocumentPrompt": to_documents(framed),
+        "KVFusionDocumentPrompt": to_documents(inside),
         "the messages": lifted_documents(clean),
     })  # fmt: skip
     human = message_text(clean[index])
@@ -92,18 +102,42 @@ def attach(message: BaseMessage, documents: Sequence[Document] = (), question: s
     return message.model_copy(update={"additional_kwargs": {**message.additional_kwargs, **carried}})
 
 
-def _without_frames(message: BaseMessage) -> tuple[BaseMessage, list[Document]]:
-    if not message_text(message):  # also of a tool that found documents, whose text is not read
-        return message, []
+def _split(
+    message: BaseMessage, split_text: Callable[[str], tuple[str, Sequence[Document]]]
+) -> tuple[BaseMessage, list[Document]]:
+    """``message`` without the documents that stand inside its texts, and these."""
     found: list[Document] = []
+    if not message_text(message):  # also of a tool that found documents, whose text is not read
+        return message, found
 
     def split(text: str) -> str:
-        before, documents, after = split_frames(text)
+        rest, documents = split_text(text)
         found.extend(documents)
-        return close_gap(before, after) if documents else text
+        return rest
 
-    clean = map_text(message, split)
-    return (clean, found) if found else (message, [])
+    return map_text(message, split), found
+
+
+def _without_retrieved(
+    messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument]
+) -> list[tuple[BaseMessage, list[Document]]]:
+    """Each message without retrieved documents, and these, each where it stands first. What the model said stays."""
+    seen: set[str] = set()
+
+    def split(text: str) -> tuple[str, Sequence[Document]]:
+        rest, documents = cut_out(text, retrieved)
+        return rest, [document for document in documents if document.text not in seen]
+
+    parted = []
+    for message in messages:
+        parted.append((message, []) if isinstance(message, AIMessage) else _split(message, split))
+        seen.update(document.text for document in parted[-1][1])
+    return parted
+
+
+def _framed(text: str) -> tuple[str, Sequence[Document]]:
+    before, documents, after = split_frames(text)
+    return (close_gap(before, after) if documents else text), documents
 
 
 def _only_one_way(ways: Mapping[str, Sequence[Document]]) -> Sequence[Document]:

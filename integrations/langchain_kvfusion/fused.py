@@ -10,14 +10,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from langchain_core.documents import Document as LangChainDocument
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
 from pydantic import InstanceOf
 
 from kvfusion_rag import Document, InvalidInputError
 
-from .documents import TEXT_SEPARATOR, joined_text
+from .documents import TEXT_SEPARATOR, joined_text, to_documents
 from .framing import close_gap, split_frames
+from .matching import cut_out
 from .questions import bare_question
 
 
@@ -96,3 +98,14 @@ def fuse_prompt(text: str, documents: Sequence[Document] = ()) -> FusedPrompt:
         question=fused.question if isinstance(text, FusedPrompt) else bare_question(text),
         prompt=fused.prompt,
     )
+
+
+def take_out(prompt: FusedPrompt, retrieved: Sequence[LangChainDocument]) -> FusedPrompt:
+    """``prompt`` with those of the ``retrieved`` documents that stand in its text apart; as it is if it has others."""
+    if prompt.documents or not retrieved:
+        return prompt
+    wording, documents = cut_out(prompt.prompt, retrieved)
+    question, within = cut_out(prompt.question, retrieved)
+    if within:  # a template around the documents says more than the question
+        question = bare_question(question)
+    return FusedPrompt(prompt, documents=to_documents(documents), question=question, prompt=wording)

@@ -21,14 +21,16 @@ from langchain_core.messages import convert_to_messages
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables.config import ensure_config
 from pydantic import PrivateAttr
 
 from kvfusion_rag import Answer, KVFusionError
 
 from .backed import STRICT_FIELDS, GeneratorBacked
 from .cache import DocumentAwareCache
+from .capture import retrieved_for_each
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
-from .fused import FusedPrompt, FusedPromptValue, fuse_prompt
+from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, take_out
 from .messages import fuse_messages
 from .options import call_options, generation_info, total_usage
 from .streams import StreamReader
@@ -81,14 +83,18 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         return super()._convert_input(model_input)
 
     def _with_documents(
-        self, inputs: Sequence[LanguageModelInput], documents: DocumentsArgument | None
+        self, inputs: Sequence[LanguageModelInput], documents: DocumentsArgument | None, callbacks: Any = None
     ) -> list[FusedPromptValue]:
         texts = [self._convert_input(model_input).to_string() for model_input in inputs]
-        return [FusedPromptValue(fused=fused) for fused in self._fuse(texts, documents)]
+        return [FusedPromptValue(fused=fused) for fused in self._fuse(texts, documents, callbacks)]
 
-    def _fuse(self, prompts: Sequence[str], documents: DocumentsArgument | None = None) -> list[FusedPrompt]:
+    def _fuse(
+        self, prompts: Sequence[str], documents: DocumentsArgument | None = None, callbacks: Any = None
+    ) -> list[FusedPrompt]:
         shares = documents_per_prompt(documents, len(prompts))
         fused = [fuse_prompt(prompt, share) for prompt, share in zip(prompts, shares, strict=True)]
+        retrieved = retrieved_for_each(callbacks, len(prompts))
+        fused = [take_out(prompt, found) for prompt, found in zip(fused, retrieved, strict=True)]
         self._check_documents(all_have_documents=all(prompt.documents for prompt in fused))
         return fused
 
@@ -120,7 +126,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """As BaseLLM's, with ``documents``: one list for every prompt, or a list of lists, one for each."""
-        fused: list[Any] = self._fuse(prompts, documents)
+        fused: list[Any] = self._fuse(prompts, documents, callbacks)
         return super(KVFusionLLM, self._for_call(kwargs)).generate(fused, stop, callbacks, **kwargs)
 
     async def agenerate(
@@ -133,7 +139,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """As :meth:`generate`; the event loop stays free."""
-        fused: list[Any] = self._fuse(prompts, documents)
+        fused: list[Any] = self._fuse(prompts, documents, callbacks)
         return await super(KVFusionLLM, self._for_call(kwargs)).agenerate(fused, stop, callbacks, **kwargs)
 
     def _for_call(self, given: dict[str, Any]) -> KVFusionLLM:
@@ -199,7 +205,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     ) -> Iterator[str]:
         """Pieces of the answer; joined they are the answer."""
         call_options(kwargs)
-        [value] = self._with_documents([input], documents)
+        [value] = self._with_documents([input], documents, ensure_config(config).get("callbacks"))
         yield from super().stream(value, config, stop=stop, **kwargs)
 
     async def astream(
@@ -213,7 +219,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     ) -> AsyncIterator[str]:
         """As :meth:`stream`; the event loop stays free."""
         call_options(kwargs)
-        [value] = self._with_documents([input], documents)
+        [value] = self._with_documents([input], documents, ensure_config(config).get("callbacks"))
         pieces: Any = super().astream(value, config, stop=stop, **kwargs)
         async with aclosing(pieces):
             async for piece in pieces:
