@@ -156,7 +156,7 @@ def retrieved_for(callbacks: Any) -> list[LangChainDocument]:
 
 
 def retrieved_for_each(callbacks: Any, prompts: int) -> list[list[LangChainDocument]]:
-    """As :func:`retrieved_for`, for a batch: its callbacks are one manager, or a list with one for each prompt."""
+    """As :func:`retrieved_for`, for a batch: its callbacks are those of every prompt, or a list of them for each."""
     is_each = isinstance(callbacks, list) and len(callbacks) == prompts
     return [retrieved_for(each) for each in (callbacks if is_each else [callbacks] * prompts)]
 

@@ -6,7 +6,7 @@ LangChain's response cache has as its key; ``read`` takes it apart. Knows no tem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,7 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from kvfusion_rag import Document, InvalidInputError, Message
 
 from .documents import DocumentLike, to_documents
-from .framing import close_gap, split_frames
-from .matching import cut_out
+from .fused import part
 from .messages import last_human, lifted_documents, map_text, message_text, speaker
 from .questions import bare_question, labelled_question
 
@@ -54,11 +53,8 @@ def gather(
     Raises:
         InvalidInputError: no human said anything, or not last; documents come two ways; frames are forged.
     """
-    split = [_split(message, _framed) for message in messages]
+    split = _split_all(messages, () if documents or lifted_documents(messages) else retrieved)
     clean = [message for message, _ in split]
-    if retrieved and not (documents or lifted_documents(clean) or any(found for _, found in split)):
-        split = _without_retrieved(messages, retrieved)
-        clean = [message for message, _ in split]
     index = last_human(clean)
     if index is None:
         raise InvalidInputError(
@@ -102,42 +98,31 @@ def attach(message: BaseMessage, documents: Sequence[Document] = (), question: s
     return message.model_copy(update={"additional_kwargs": {**message.additional_kwargs, **carried}})
 
 
-def _split(
-    message: BaseMessage, split_text: Callable[[str], tuple[str, Sequence[Document]]]
-) -> tuple[BaseMessage, list[Document]]:
-    """``message`` without the documents that stand inside its texts, and these."""
+def _split_all(
+    messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument]
+) -> list[tuple[BaseMessage, list[Document]]]:
+    """Each message without the documents inside its texts, and these; a retrieved one only where it stands first."""
+    seen: set[str] = set()
+    split = []
+    for message in messages:  # what the model said stays, though it quotes a document
+        clean, found = _split(message, () if isinstance(message, AIMessage) else retrieved)
+        fresh = [document for document in found if not retrieved or document.text not in seen]
+        seen.update(document.text for document in found)
+        split.append((clean, fresh))
+    return split
+
+
+def _split(message: BaseMessage, retrieved: Sequence[LangChainDocument]) -> tuple[BaseMessage, list[Document]]:
     found: list[Document] = []
     if not message_text(message):  # also of a tool that found documents, whose text is not read
         return message, found
 
     def split(text: str) -> str:
-        rest, documents = split_text(text)
+        rest, documents = part(text, retrieved)
         found.extend(documents)
         return rest
 
     return map_text(message, split), found
-
-
-def _without_retrieved(
-    messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument]
-) -> list[tuple[BaseMessage, list[Document]]]:
-    """Each message without retrieved documents, and these, each where it stands first. What the model said stays."""
-    seen: set[str] = set()
-
-    def split(text: str) -> tuple[str, Sequence[Document]]:
-        rest, documents = cut_out(text, retrieved)
-        return rest, [document for document in documents if document.text not in seen]
-
-    parted = []
-    for message in messages:
-        parted.append((message, []) if isinstance(message, AIMessage) else _split(message, split))
-        seen.update(document.text for document in parted[-1][1])
-    return parted
-
-
-def _framed(text: str) -> tuple[str, Sequence[Document]]:
-    before, documents, after = split_frames(text)
-    return (close_gap(before, after) if documents else text), documents
 
 
 def _only_one_way(ways: Mapping[str, Sequence[Document]]) -> Sequence[Document]:

@@ -18,7 +18,7 @@ from pydantic import InstanceOf
 from kvfusion_rag import Document, InvalidInputError
 
 from .documents import TEXT_SEPARATOR, joined_text, to_documents
-from .framing import close_gap, split_frames
+from .framing import close_gap, has_frames, split_frames
 from .matching import cut_out
 from .questions import bare_question
 
@@ -43,11 +43,14 @@ class FusedPrompt(str):
         return self
 
     @classmethod
-    def parse(cls, text: str) -> FusedPrompt:
-        """A finished prompt text: its frames become documents, and the rest is the wording.
+    def parse(cls, text: str, retrieved: Sequence[LangChainDocument] = ()) -> FusedPrompt:
+        """A finished prompt text: frames, or ``retrieved`` ones in it, become documents, and the rest is the wording.
 
-        Without frames the whole text is the question. Raises InvalidInputError for forged frames.
+        Without either the whole text is the question. Raises InvalidInputError for forged frames.
         """
+        rest, found = cut_out(text, retrieved)
+        if found and not has_frames(rest):
+            return cls(text, documents=to_documents(found), question=bare_question(rest), prompt=rest)
         before, documents, after = split_frames(text)
         if not documents:
             return cls(text)
@@ -78,13 +81,26 @@ class FusedPromptValue(PromptValue):
         return [HumanMessage(content=str(self.fused))]
 
 
-def fuse_prompt(text: str, documents: Sequence[Document] = ()) -> FusedPrompt:
+def part(text: str, retrieved: Sequence[LangChainDocument] = ()) -> tuple[str, tuple[Document, ...]]:
+    """``text`` without the documents that stand in it, framed or as they were ``retrieved``, and these.
+
+    A frame inside a retrieved document is text of that document. Raises InvalidInputError for forged frames.
+    """
+    fused = FusedPrompt.parse(text, retrieved)
+    return fused.prompt, fused.documents
+
+
+def fuse_prompt(
+    text: str, documents: Sequence[Document] = (), retrieved: Sequence[LangChainDocument] = ()
+) -> FusedPrompt:
     """The prompt as the generator needs it, with the ``documents=`` that a call gave beside it.
+
+    Where it gave none, those of the ``retrieved`` ones count that stand in the text.
 
     Raises:
         InvalidInputError: the prompt carries documents and the call gives some too; forged frames.
     """
-    fused = text if isinstance(text, FusedPrompt) else FusedPrompt.parse(text)
+    fused = text if isinstance(text, FusedPrompt) else FusedPrompt.parse(text, () if documents else retrieved)
     if not documents:
         return fused
     if fused.documents:
@@ -98,14 +114,3 @@ def fuse_prompt(text: str, documents: Sequence[Document] = ()) -> FusedPrompt:
         question=fused.question if isinstance(text, FusedPrompt) else bare_question(text),
         prompt=fused.prompt,
     )
-
-
-def take_out(prompt: FusedPrompt, retrieved: Sequence[LangChainDocument]) -> FusedPrompt:
-    """``prompt`` with those of the ``retrieved`` documents that stand in its text apart; as it is if it has others."""
-    if prompt.documents or not retrieved:
-        return prompt
-    wording, documents = cut_out(prompt.prompt, retrieved)
-    question, within = cut_out(prompt.question, retrieved)
-    if within:  # a template around the documents says more than the question
-        question = bare_question(question)
-    return FusedPrompt(prompt, documents=to_documents(documents), question=question, prompt=wording)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.documents import Document
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
@@ -21,16 +22,16 @@ from langchain_core.messages import convert_to_messages
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import ensure_config
+from langchain_core.runnables.config import ensure_config, get_config_list
 from pydantic import PrivateAttr
 
 from kvfusion_rag import Answer, KVFusionError
 
 from .backed import STRICT_FIELDS, GeneratorBacked
 from .cache import DocumentAwareCache
-from .capture import retrieved_for_each
+from .capture import retrieved_for, retrieved_for_each
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
-from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, take_out
+from .fused import FusedPrompt, FusedPromptValue, fuse_prompt
 from .messages import fuse_messages
 from .options import call_options, generation_info, total_usage
 from .streams import StreamReader
@@ -74,27 +75,34 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     # From LangChain's inputs to prompts with documents
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        return self._convert(model_input, retrieved_for(ensure_config().get("callbacks")))
+
+    def _convert(self, model_input: LanguageModelInput, retrieved: Sequence[Document]) -> PromptValue:
         if isinstance(model_input, FusedPrompt):
             return FusedPromptValue(fused=model_input)
         if isinstance(model_input, ChatPromptValue):
-            return FusedPromptValue(fused=fuse_messages(model_input.messages))
+            return FusedPromptValue(fused=fuse_messages(model_input.messages, retrieved))
         if isinstance(model_input, Sequence) and not isinstance(model_input, str):
-            return FusedPromptValue(fused=fuse_messages(convert_to_messages(model_input)))
+            messages = convert_to_messages(model_input)
+            return FusedPromptValue(fused=fuse_messages(messages, retrieved))
         return super()._convert_input(model_input)
+
+    def _convert_all(self, inputs: Sequence[Any], callbacks: Any) -> list[PromptValue]:
+        retrieved = retrieved_for_each(callbacks, len(inputs))
+        return [self._convert(model_input, found) for model_input, found in zip(inputs, retrieved, strict=True)]
 
     def _with_documents(
         self, inputs: Sequence[LanguageModelInput], documents: DocumentsArgument | None, callbacks: Any = None
     ) -> list[FusedPromptValue]:
-        texts = [self._convert_input(model_input).to_string() for model_input in inputs]
+        texts = [value.to_string() for value in self._convert_all(inputs, callbacks)]
         return [FusedPromptValue(fused=fused) for fused in self._fuse(texts, documents, callbacks)]
 
     def _fuse(
         self, prompts: Sequence[str], documents: DocumentsArgument | None = None, callbacks: Any = None
     ) -> list[FusedPrompt]:
         shares = documents_per_prompt(documents, len(prompts))
-        fused = [fuse_prompt(prompt, share) for prompt, share in zip(prompts, shares, strict=True)]
         retrieved = retrieved_for_each(callbacks, len(prompts))
-        fused = [take_out(prompt, found) for prompt, found in zip(fused, retrieved, strict=True)]
+        fused = [fuse_prompt(*each) for each in zip(prompts, shares, retrieved, strict=True)]
         self._check_documents(all_have_documents=all(prompt.documents for prompt in fused))
         return fused
 
@@ -105,7 +113,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         callbacks: Callbacks | list[Callbacks] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return super().generate_prompt([self._convert_input(p) for p in prompts], stop, callbacks, **kwargs)
+        return super().generate_prompt(self._convert_all(prompts, callbacks), stop, callbacks, **kwargs)
 
     async def agenerate_prompt(
         self,
@@ -114,7 +122,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         callbacks: Callbacks | list[Callbacks] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return await super().agenerate_prompt([self._convert_input(p) for p in prompts], stop, callbacks, **kwargs)
+        return await super().agenerate_prompt(self._convert_all(prompts, callbacks), stop, callbacks, **kwargs)
 
     def generate(
         self,
@@ -162,7 +170,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     ) -> list[str]:
         """As BaseLLM's; all prompts are answered together, or in batches of ``max_concurrency``."""
         try:
-            dealt, rest = self._deal(inputs, documents, kwargs)
+            dealt, rest = self._deal(inputs, config, documents, kwargs)
         except KVFusionError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
@@ -180,7 +188,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     ) -> list[str]:
         """As :meth:`batch`; the event loop stays free."""
         try:
-            dealt, rest = self._deal(inputs, documents, kwargs)
+            dealt, rest = self._deal(inputs, config, documents, kwargs)
         except KVFusionError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
@@ -188,11 +196,17 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         return await super().abatch(dealt, config, return_exceptions=return_exceptions, **rest)
 
     def _deal(
-        self, inputs: list[LanguageModelInput], documents: DocumentsArgument | None, given: dict[str, Any]
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None,
+        documents: DocumentsArgument | None,
+        given: dict[str, Any],
     ) -> tuple[list[Any], dict[str, Any]]:
+        callbacks = [each.get("callbacks") for each in get_config_list(config, len(inputs))]
         if is_nested(documents):  # dealt out at once, because BaseLLM may cut the prompts into several batches
-            return list(self._with_documents(inputs, documents)), given
-        return inputs, given if documents is None else {**given, "documents": documents}
+            return list(self._with_documents(inputs, documents, callbacks)), given
+        converted = self._convert_all(inputs, callbacks)
+        return converted, given if documents is None else {**given, "documents": documents}
 
     def stream(
         self,

@@ -15,15 +15,14 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from kvfusion_rag import Document, InvalidInputError
 
 from .documents import TEXT_SEPARATOR, joined_text, to_documents
-from .framing import close_gap, split_frames
-from .fused import FusedPrompt
+from .fused import FusedPrompt, part
 from .questions import bare_question, labelled_question
 
 _SPEAKERS = {"human": "User", "user": "User", "ai": "Assistant", "assistant": "Assistant"}
 
 
-def fuse_messages(messages: Sequence[BaseMessage]) -> FusedPrompt:
-    """One prompt from chat messages.
+def fuse_messages(messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument] = ()) -> FusedPrompt:
+    """One prompt from chat messages; documents are those it carries, or those ``retrieved`` ones that stand in it.
 
     The question is the last human message (the part after its "Question:" label, if it has one).
 
@@ -32,26 +31,24 @@ def fuse_messages(messages: Sequence[BaseMessage]) -> FusedPrompt:
     """
     lifted = lifted_documents(messages)
     text = render(messages)
-    before, framed, after = split_frames(text)
-    if framed and lifted:
+    inside = FusedPrompt.parse(text, () if lifted else retrieved)
+    if inside.documents and lifted:
         raise InvalidInputError(
-            f"the messages carry {len(lifted)} documents and {len(framed)} framed ones; pass them one way only."
+            f"the messages carry {len(lifted)} documents and {len(inside.documents)} framed ones; pass them one way "
+            "only."
         )
-    wording = close_gap(before, after) if framed else text
-    ordinary = f"{before}{joined_text(framed)}{after}"
-    if lifted:
-        ordinary = TEXT_SEPARATOR.join(part for part in (joined_text(lifted), text) if part)
-    question = question_in(last_human_text(messages), wording)
-    return FusedPrompt(ordinary, documents=framed or lifted, question=question, prompt=wording)
+    ordinary = TEXT_SEPARATOR.join(each for each in (joined_text(lifted), text) if each) if lifted else str(inside)
+    question = question_in(last_human_text(messages), inside.prompt, retrieved)
+    return FusedPrompt(ordinary, documents=inside.documents or lifted, question=question, prompt=inside.prompt)
 
 
-def question_in(human: str | None, wording: str) -> str:
+def question_in(human: str | None, wording: str, retrieved: Sequence[LangChainDocument] = ()) -> str:
     """The bare question of the last human text, or of the whole wording where no human said anything."""
     if human is None:
         return bare_question(wording)
-    before, framed, after = split_frames(human)
-    if framed:  # the message is a template around the documents, so it says more than the question
-        return bare_question(close_gap(before, after))
+    rest, documents = part(human, retrieved)
+    if documents:  # the message is a template around the documents, so it says more than the question
+        return bare_question(rest)
     return labelled_question(human) or human
 
 
