@@ -1,4 +1,4 @@
-"""KV-Fusion for LangChain: an LLM, prompts and a documents chain that keep retrieved documents apart.
+"""KV-Fusion for LangChain: an LLM, a chat model, prompts and a documents chain that keep retrieved documents apart.
 
 Stock chains join all documents into one prompt; these hand them over one by one. This package uses only the
 public names of `kvfusion_rag` and needs the extra `langchain`.
@@ -15,21 +15,31 @@ except ModuleNotFoundError as error:
         f'langchain_kvfusion cannot import {error.name}; LangChain comes with pip install "kvfusion-rag[langchain]".'
     ) from error
 
+from .capture import DocumentCapture, enable_document_capture
 from .chains import create_kvfusion_documents_chain
+from .chat_model import ChatKVFusion
 from .documents import DocumentLike
+from .errors import AnswerTimeoutError, UnsupportedFeatureError
 from .framing import KVFusionDocumentPrompt
 from .fused import FusedPrompt
 from .llm import KVFusionLLM
 from .prompts import KVFusionPrompt, KVFusionPromptValue
 from .questions import bare_question
+from .retrievers import PrefetchingRetriever
 
 __all__ = [
+    "AnswerTimeoutError",
+    "ChatKVFusion",
+    "DocumentCapture",
     "DocumentLike",
     "FusedPrompt",
     "KVFusionDocumentPrompt",
     "KVFusionLLM",
     "KVFusionPrompt",
     "KVFusionPromptValue",
+    "PrefetchingRetriever",
+    "UnsupportedFeatureError",
     "bare_question",
     "create_kvfusion_documents_chain",
+    "enable_document_capture",
 ]

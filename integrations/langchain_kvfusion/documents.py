@@ -15,6 +15,7 @@ from langchain_core.documents import Document as LangChainDocument
 from kvfusion_rag import Document, InvalidInputError
 
 DocumentLike = Document | LangChainDocument | str | Mapping[str, Any]
+DocumentsArgument = Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]]
 
 TEXT_SEPARATOR = "\n\n"
 
@@ -60,9 +61,7 @@ def to_documents(items: Sequence[DocumentLike]) -> tuple[Document, ...]:
     return tuple(_with_distinct_ids(to_document(item) for item in items))
 
 
-def documents_per_prompt(
-    documents: Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]] | None, prompts: int
-) -> list[tuple[Document, ...]]:
+def documents_per_prompt(documents: DocumentsArgument | None, prompts: int) -> list[tuple[Document, ...]]:
     """What a ``documents=`` argument means for each of ``prompts`` prompts.
 
     A flat list goes to every prompt, a list of lists gives each prompt its own.

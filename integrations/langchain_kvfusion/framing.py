@@ -67,6 +67,11 @@ def frame(document: Document) -> str:
     return f"{_OPEN}{_signature(body)}{_FIELD_END}{body}{_CLOSE}"
 
 
+def has_frames(text: str) -> bool:
+    """Whether anything in ``text`` looks like a frame, forged ones too."""
+    return _FRAME.search(text) is not None
+
+
 def split_frames(text: str) -> tuple[str, tuple[Document, ...], str]:
     """What stands before the frames, their documents, and what stands after; all of it before if there are none.
 

@@ -10,14 +10,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+from langchain_core.documents import Document as LangChainDocument
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.prompt_values import PromptValue
 from pydantic import InstanceOf
 
 from kvfusion_rag import Document, InvalidInputError
 
-from .documents import TEXT_SEPARATOR, joined_text
-from .framing import close_gap, split_frames
+from .documents import TEXT_SEPARATOR, joined_text, to_documents
+from .framing import close_gap, has_frames, split_frames
+from .matching import cut_out
 from .questions import bare_question
 
 
@@ -41,11 +43,14 @@ class FusedPrompt(str):
         return self
 
     @classmethod
-    def parse(cls, text: str) -> FusedPrompt:
-        """A finished prompt text: its frames become documents, and the rest is the wording.
+    def parse(cls, text: str, retrieved: Sequence[LangChainDocument] = ()) -> FusedPrompt:
+        """A finished prompt text: frames, or ``retrieved`` ones in it, become documents, and the rest is the wording.
 
-        Without frames the whole text is the question. Raises InvalidInputError for forged frames.
+        Without either the whole text is the question. Raises InvalidInputError for forged frames.
         """
+        rest, found = cut_out(text, retrieved)
+        if found and not has_frames(rest):
+            return cls(text, documents=to_documents(found), question=bare_question(rest), prompt=rest)
         before, documents, after = split_frames(text)
         if not documents:
             return cls(text)
@@ -76,13 +81,26 @@ class FusedPromptValue(PromptValue):
         return [HumanMessage(content=str(self.fused))]
 
 
-def fuse_prompt(text: str, documents: Sequence[Document] = ()) -> FusedPrompt:
+def part(text: str, retrieved: Sequence[LangChainDocument] = ()) -> tuple[str, tuple[Document, ...]]:
+    """``text`` without the documents that stand in it, framed or as they were ``retrieved``, and these.
+
+    A frame inside a retrieved document is text of that document. Raises InvalidInputError for forged frames.
+    """
+    fused = FusedPrompt.parse(text, retrieved)
+    return fused.prompt, fused.documents
+
+
+def fuse_prompt(
+    text: str, documents: Sequence[Document] = (), retrieved: Sequence[LangChainDocument] = ()
+) -> FusedPrompt:
     """The prompt as the generator needs it, with the ``documents=`` that a call gave beside it.
+
+    Where it gave none, those of the ``retrieved`` ones count that stand in the text.
 
     Raises:
         InvalidInputError: the prompt carries documents and the call gives some too; forged frames.
     """
-    fused = text if isinstance(text, FusedPrompt) else FusedPrompt.parse(text)
+    fused = text if isinstance(text, FusedPrompt) else FusedPrompt.parse(text, () if documents else retrieved)
     if not documents:
         return fused
     if fused.documents:

@@ -7,14 +7,13 @@ question, wording and options. Templates, frames and cache keys are the neighbou
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.caches import BaseCache
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun, Callbacks
+from langchain_core.documents import Document
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
@@ -23,27 +22,27 @@ from langchain_core.messages import convert_to_messages
 from langchain_core.outputs import Generation, GenerationChunk, LLMResult
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import RunnableConfig
-from pydantic import AliasChoices, ConfigDict, Field, PrivateAttr
+from langchain_core.runnables.config import ensure_config, get_config_list
+from pydantic import PrivateAttr
 
-from kvfusion_rag import Answer, InvalidInputError, KVFusionError, __version__
+from kvfusion_rag import Answer, KVFusionError
 
+from .backed import STRICT_FIELDS, GeneratorBacked
 from .cache import DocumentAwareCache
-from .documents import DocumentLike, documents_per_prompt, is_nested
+from .capture import retrieved_for, retrieved_for_each
+from .documents import DocumentsArgument, documents_per_prompt, is_nested
 from .fused import FusedPrompt, FusedPromptValue, fuse_prompt
 from .messages import fuse_messages
-from .options import OPTION_NAMES, call_options, generation_info, total_usage
+from .options import call_options, generation_info, total_usage
 from .streams import StreamReader
 
 if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream, KVFusionGenerator
-
-DocumentsArgument = Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]]
-logger = logging.getLogger(__name__)
+    from kvfusion_rag import AnswerStream
 
 _RUN_NAMES = ("tags", "metadata", "run_name", "run_id")  # what BaseLLM.generate takes beside options
 
 
-class KVFusionLLM(BaseLLM):
+class KVFusionLLM(GeneratorBacked, BaseLLM):
     """An LLM that reads every document apart. Made by :meth:`from_model_id`, or from a ready ``generator``.
 
     Documents come with the prompt (``KVFusionPrompt``, ``create_kvfusion_documents_chain``, chat messages,
@@ -56,67 +55,9 @@ class KVFusionLLM(BaseLLM):
     chunk. Traces and callbacks show the documents inside the prompt, as with any other model.
     """
 
-    generator: Any = Field(default=None, exclude=True, repr=False, description="The KVFusionGenerator.")
-    model_id: str = Field(default="", description="The generator's name for its model.")
-    temperature: float = Field(default=0.0, description="0 is greedy decoding.")
-    max_tokens: int | None = Field(
-        default=None,
-        validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
-        description="Longest answer in tokens; None: the generator's default.",
-    )
-    top_p: float = Field(default=1.0, description="Nucleus sampling, used above temperature 0.")
-    top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
-    stop: list[str] | None = Field(default=None, description="Strings that end the answer, left out of it.")
-    seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
-    streaming: bool = Field(default=False, description="Report tokens to callbacks on a single prompt's invoke too.")
-    strict: bool = Field(default=False, description="Refuse prompts that come without documents.")
+    model_config = STRICT_FIELDS
 
     _call_options: dict[str, Any] = PrivateAttr(default_factory=dict)
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    def __init__(self, *, generator: KVFusionGenerator, **fields: Any) -> None:
-        """A ready ``generator``, and any field of this class or of BaseLLM (cache, callbacks, tags, ...).
-
-        Raises:
-            InvalidInputError: ``model_id`` names another model than the generator's.
-        """
-        if fields.setdefault("model_id", generator.model_id) != generator.model_id:
-            raise InvalidInputError(
-                f"model_id is {fields['model_id']!r}, but the generator's is {generator.model_id!r}; leave it out, or "
-                "load another model with KVFusionLLM.from_model_id."
-            )
-        everything: dict[str, Any] = {**fields, "generator": generator}
-        super().__init__(**everything)
-        metadata = self.metadata or {}
-        versions = {**metadata.get("lc_versions", {}), "kvfusion-rag": __version__}
-        self.metadata = {**metadata, "lc_versions": versions}
-
-    @classmethod
-    def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> KVFusionLLM:
-        """Load a model: the embedded one, or a hub name or folder.
-
-        Args:
-            model_id: as ``KVFusionGenerator.from_pretrained`` takes it.
-            options: fields of this class, and options of ``from_pretrained`` (revision, adapter, device, ...).
-
-        Raises:
-            TypeError: an option that neither knows; otherwise what ``from_pretrained`` raises.
-        """
-        from kvfusion_rag import KVFusionGenerator  # the model's libraries take seconds to import
-
-        names = {*cls.model_fields, "max_new_tokens"} - {"generator", "model_id"}
-        fields = {name: value for name, value in options.items() if name in names}
-        loading = {name: value for name, value in options.items() if name not in names}
-        return cls(generator=KVFusionGenerator.from_pretrained(model_id, **loading), **fields)
-
-    def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()  # a pickled LLM keeps its settings, never the model
-        return {**state, "__dict__": {**state["__dict__"], "generator": None}}
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> KVFusionLLM:
-        return self.model_copy()  # its settings are never changed in place, and the model is shared
 
     # What it is
 
@@ -126,50 +67,43 @@ class KVFusionLLM(BaseLLM):
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in (*OPTION_NAMES, "stop", "strict")}
-        identity = None if self.generator is None else self.generator.identity()
-        return {"generator": identity, "model_id": self.model_id, **own, **self._call_options}
+        return {**super()._identifying_params, **self._call_options}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
-        params["ls_provider"] = "kvfusion"
-        params["ls_model_name"] = self.model_id
-        longest = kwargs.get("max_tokens") or kwargs.get("max_new_tokens") or self.max_tokens
-        if longest is not None:
-            params["ls_max_tokens"] = longest
-        return params
-
-    def get_token_ids(self, text: str) -> list[int]:
-        """Token ids of ``text`` as plain text, by the model's own tokenizer."""
-        if self.custom_get_token_ids is not None:
-            return self.custom_get_token_ids(text)
-        return self._engine().encode_text(text)
+        return self._name_model(super()._get_ls_params(stop=stop or self.stop, **kwargs), kwargs)
 
     # From LangChain's inputs to prompts with documents
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
+        return self._convert(model_input, retrieved_for(ensure_config().get("callbacks")))
+
+    def _convert(self, model_input: LanguageModelInput, retrieved: Sequence[Document]) -> PromptValue:
         if isinstance(model_input, FusedPrompt):
             return FusedPromptValue(fused=model_input)
         if isinstance(model_input, ChatPromptValue):
-            return FusedPromptValue(fused=fuse_messages(model_input.messages))
+            return FusedPromptValue(fused=fuse_messages(model_input.messages, retrieved))
         if isinstance(model_input, Sequence) and not isinstance(model_input, str):
-            return FusedPromptValue(fused=fuse_messages(convert_to_messages(model_input)))
+            messages = convert_to_messages(model_input)
+            return FusedPromptValue(fused=fuse_messages(messages, retrieved))
         return super()._convert_input(model_input)
 
-    def _with_documents(
-        self, inputs: Sequence[LanguageModelInput], documents: DocumentsArgument | None
-    ) -> list[FusedPromptValue]:
-        texts = [self._convert_input(model_input).to_string() for model_input in inputs]
-        return [FusedPromptValue(fused=fused) for fused in self._fuse(texts, documents)]
+    def _convert_all(self, inputs: Sequence[Any], callbacks: Any) -> list[PromptValue]:
+        retrieved = retrieved_for_each(callbacks, len(inputs))
+        return [self._convert(model_input, found) for model_input, found in zip(inputs, retrieved, strict=True)]
 
-    def _fuse(self, prompts: Sequence[str], documents: DocumentsArgument | None = None) -> list[FusedPrompt]:
+    def _with_documents(
+        self, inputs: Sequence[LanguageModelInput], documents: DocumentsArgument | None, callbacks: Any = None
+    ) -> list[FusedPromptValue]:
+        texts = [value.to_string() for value in self._convert_all(inputs, callbacks)]
+        return [FusedPromptValue(fused=fused) for fused in self._fuse(texts, documents, callbacks)]
+
+    def _fuse(
+        self, prompts: Sequence[str], documents: DocumentsArgument | None = None, callbacks: Any = None
+    ) -> list[FusedPrompt]:
         shares = documents_per_prompt(documents, len(prompts))
-        fused = [fuse_prompt(prompt, share) for prompt, share in zip(prompts, shares, strict=True)]
-        if self.strict and not all(prompt.documents for prompt in fused):
-            raise InvalidInputError(
-                "a prompt came without documents, but this KVFusionLLM is strict; pass documents= or use "
-                "KVFusionPrompt, unless the retriever found nothing."
-            )
+        retrieved = retrieved_for_each(callbacks, len(prompts))
+        fused = [fuse_prompt(*each) for each in zip(prompts, shares, retrieved, strict=True)]
+        self._check_documents(all_have_documents=all(prompt.documents for prompt in fused))
         return fused
 
     def generate_prompt(
@@ -179,7 +113,7 @@ class KVFusionLLM(BaseLLM):
         callbacks: Callbacks | list[Callbacks] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return super().generate_prompt([self._convert_input(p) for p in prompts], stop, callbacks, **kwargs)
+        return super().generate_prompt(self._convert_all(prompts, callbacks), stop, callbacks, **kwargs)
 
     async def agenerate_prompt(
         self,
@@ -188,7 +122,7 @@ class KVFusionLLM(BaseLLM):
         callbacks: Callbacks | list[Callbacks] | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        return await super().agenerate_prompt([self._convert_input(p) for p in prompts], stop, callbacks, **kwargs)
+        return await super().agenerate_prompt(self._convert_all(prompts, callbacks), stop, callbacks, **kwargs)
 
     def generate(
         self,
@@ -200,7 +134,7 @@ class KVFusionLLM(BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """As BaseLLM's, with ``documents``: one list for every prompt, or a list of lists, one for each."""
-        fused: list[Any] = self._fuse(prompts, documents)
+        fused: list[Any] = self._fuse(prompts, documents, callbacks)
         return super(KVFusionLLM, self._for_call(kwargs)).generate(fused, stop, callbacks, **kwargs)
 
     async def agenerate(
@@ -213,7 +147,7 @@ class KVFusionLLM(BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         """As :meth:`generate`; the event loop stays free."""
-        fused: list[Any] = self._fuse(prompts, documents)
+        fused: list[Any] = self._fuse(prompts, documents, callbacks)
         return await super(KVFusionLLM, self._for_call(kwargs)).agenerate(fused, stop, callbacks, **kwargs)
 
     def _for_call(self, given: dict[str, Any]) -> KVFusionLLM:
@@ -236,7 +170,7 @@ class KVFusionLLM(BaseLLM):
     ) -> list[str]:
         """As BaseLLM's; all prompts are answered together, or in batches of ``max_concurrency``."""
         try:
-            dealt, rest = self._deal(inputs, documents, kwargs)
+            dealt, rest = self._deal(inputs, config, documents, kwargs)
         except KVFusionError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
@@ -254,7 +188,7 @@ class KVFusionLLM(BaseLLM):
     ) -> list[str]:
         """As :meth:`batch`; the event loop stays free."""
         try:
-            dealt, rest = self._deal(inputs, documents, kwargs)
+            dealt, rest = self._deal(inputs, config, documents, kwargs)
         except KVFusionError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
@@ -262,11 +196,17 @@ class KVFusionLLM(BaseLLM):
         return await super().abatch(dealt, config, return_exceptions=return_exceptions, **rest)
 
     def _deal(
-        self, inputs: list[LanguageModelInput], documents: DocumentsArgument | None, given: dict[str, Any]
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None,
+        documents: DocumentsArgument | None,
+        given: dict[str, Any],
     ) -> tuple[list[Any], dict[str, Any]]:
+        callbacks = [each.get("callbacks") for each in get_config_list(config, len(inputs))]
         if is_nested(documents):  # dealt out at once, because BaseLLM may cut the prompts into several batches
-            return list(self._with_documents(inputs, documents)), given
-        return inputs, given if documents is None else {**given, "documents": documents}
+            return list(self._with_documents(inputs, documents, callbacks)), given
+        converted = self._convert_all(inputs, callbacks)
+        return converted, given if documents is None else {**given, "documents": documents}
 
     def stream(
         self,
@@ -279,7 +219,7 @@ class KVFusionLLM(BaseLLM):
     ) -> Iterator[str]:
         """Pieces of the answer; joined they are the answer."""
         call_options(kwargs)
-        [value] = self._with_documents([input], documents)
+        [value] = self._with_documents([input], documents, ensure_config(config).get("callbacks"))
         yield from super().stream(value, config, stop=stop, **kwargs)
 
     async def astream(
@@ -293,7 +233,7 @@ class KVFusionLLM(BaseLLM):
     ) -> AsyncIterator[str]:
         """As :meth:`stream`; the event loop stays free."""
         call_options(kwargs)
-        [value] = self._with_documents([input], documents)
+        [value] = self._with_documents([input], documents, ensure_config(config).get("callbacks"))
         pieces: Any = super().astream(value, config, stop=stop, **kwargs)
         async with aclosing(pieces):
             async for piece in pieces:
@@ -309,7 +249,7 @@ class KVFusionLLM(BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         fused = self._fuse(prompts)
-        self._warn_of_missing_documents(fused)
+        self._warn_of_missing_documents(all_have_documents=all(prompt.documents for prompt in fused))
         if self.streaming and len(fused) == 1:
             return self._result([_whole(list(self._stream(fused[0], stop, run_manager, **kwargs)))])
         return self._result(_generations(self._engine().answer_batch(**self._asked(fused, stop, kwargs))))
@@ -322,7 +262,7 @@ class KVFusionLLM(BaseLLM):
         **kwargs: Any,
     ) -> LLMResult:
         fused = self._fuse(prompts)
-        self._warn_of_missing_documents(fused)
+        self._warn_of_missing_documents(all_have_documents=all(prompt.documents for prompt in fused))
         if self.streaming and len(fused) == 1:
             chunks = [chunk async for chunk in self._astream(fused[0], stop, run_manager, **kwargs)]
             return self._result([_whole(chunks)])
@@ -382,24 +322,9 @@ class KVFusionLLM(BaseLLM):
 
     def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         [fused] = self._fuse([prompt])
-        self._warn_of_missing_documents([fused])
+        self._warn_of_missing_documents(all_have_documents=bool(fused.documents))
         options = self._decoding(stop, given)
         return self._engine().stream(fused.question, fused.documents, prompt=_wording(fused), **options)
-
-    def _warn_of_missing_documents(self, prompts: Sequence[FusedPrompt]) -> None:
-        """A joined prompt is the likeliest mistake, and a model trained on bare questions makes nothing of it."""
-        if not self._engine().follows_instructions and not all(prompt.documents for prompt in prompts):
-            logger.warning(
-                "no separate documents reached %s: wrap the prompt in KVFusionPrompt.from_prompt(prompt) and give it "
-                "the retriever's documents, or pass document_prompt=KVFusionDocumentPrompt() to a stock chain.",
-                self.model_id,
-            )  # fmt: skip
-
-    def _decoding(self, stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-        options = {name: getattr(self, name) for name in OPTION_NAMES} | call_options(given)
-        options["max_new_tokens"] = options.pop("max_tokens")
-        options["stop"] = (self.stop or []) if stop is None else stop
-        return options
 
     def _result(self, generations: list[Generation]) -> LLMResult:
         usage = total_usage([generation.generation_info or {} for generation in generations])
@@ -407,14 +332,6 @@ class KVFusionLLM(BaseLLM):
             generations=[[generation] for generation in generations],
             llm_output={"token_usage": usage, "model_name": self.model_id},
         )
-
-    def _engine(self) -> KVFusionGenerator:
-        if self.generator is None:
-            raise InvalidInputError(
-                "this KVFusionLLM has no generator, because pickling leaves the model out; make a new one with "
-                "KVFusionLLM.from_model_id or KVFusionLLM(generator=...)."
-            )
-        return self.generator
 
 
 def _wording(fused: FusedPrompt) -> str | None:

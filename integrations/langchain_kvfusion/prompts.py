@@ -20,10 +20,11 @@ from pydantic import model_validator
 
 from kvfusion_rag import Document, InvalidInputError
 
+from .conversations import attach
 from .documents import joined_text, to_document, to_documents
 from .framing import close_gap, split_frames
 from .fused import FusedPrompt
-from .messages import last_human_text, lifted_documents, map_text, render
+from .messages import last_human, last_human_text, lifted_documents, map_text, message_text, render
 from .questions import bare_question, labelled_question
 
 logger = logging.getLogger(__name__)
@@ -34,8 +35,8 @@ QUESTION_KEYS = ("question", "input", "query")
 class KVFusionPromptValue(PromptValue):
     """A formatted prompt: ``text`` as usual, and beside it documents, bare question and wording without documents.
 
-    A KVFusionLLM takes ``to_string()``, which carries all of it; any other model reads the ordinary prompt
-    from ``to_string()`` or ``to_messages()``.
+    A KVFusionLLM takes ``to_string()`` and a ChatKVFusion ``conversation()``, which carry all of it; any other model
+    reads the ordinary prompt from ``to_string()`` or ``to_messages()``.
     """
 
     text: str
@@ -43,6 +44,7 @@ class KVFusionPromptValue(PromptValue):
     question: str
     documents: list[Document]
     messages: list[BaseMessage]
+    bare_messages: list[BaseMessage]
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
@@ -57,6 +59,15 @@ class KVFusionPromptValue(PromptValue):
 
     def to_messages(self) -> list[BaseMessage]:
         return list(self.messages)
+
+    def conversation(self) -> list[BaseMessage]:
+        """The messages without the documents' texts; the last human one carries documents and question."""
+        messages = [message for message in self.bare_messages if message_text(message).strip()]
+        index = last_human(messages)
+        if index is None:  # the question stands in a system message, beside a message of documents alone
+            return [attach(HumanMessage(self.wording), self.documents, self.question)]
+        messages[index] = attach(messages[index], self.documents, self.question)
+        return messages
 
 
 class KVFusionPrompt(BasePromptTemplate[str]):
@@ -198,7 +209,12 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         if question is None:
             question = _question_of(last_human_text(messages), marker) or bare_question(wording)
         return KVFusionPromptValue(
-            text=render(full), wording=wording, question=question, documents=documents, messages=full
+            text=render(full),
+            wording=wording,
+            question=question,
+            documents=documents,
+            messages=full,
+            bare_messages=bare,
         )
 
     def _named_question(self, variables: Mapping[str, Any]) -> str | None:

@@ -1,0 +1,52 @@
+"""Answers as chat messages: text, token counts, and what stands beside them in ``response_metadata``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+
+from kvfusion_rag import Answer
+
+from .options import generation_info
+
+PROVIDER = "kvfusion"
+
+
+def chat_result(answer: Answer, model_id: str) -> ChatResult:
+    """A whole answer as LangChain returns it."""
+    message = AIMessage(
+        content=answer.text, usage_metadata=_usage(answer), response_metadata=_metadata(answer, model_id)
+    )
+    return ChatResult(generations=[ChatGeneration(message=message)])
+
+
+def piece_chunk(piece: str) -> ChatGenerationChunk:
+    """One piece of a streamed answer."""
+    return ChatGenerationChunk(message=AIMessageChunk(content=piece))
+
+
+def last_chunk(answer: Answer | None, model_id: str) -> ChatGenerationChunk:
+    """What ends a stream: no text, but everything that is known of the answer."""
+    assert answer is not None, "an exhausted stream has its answer"
+    message = AIMessageChunk(
+        content="", usage_metadata=_usage(answer), response_metadata=_metadata(answer, model_id), chunk_position="last"
+    )
+    return ChatGenerationChunk(message=message)
+
+
+def _usage(answer: Answer) -> UsageMetadata:
+    """Documents are part of the input; those whose keys and values were in the store count as read from a cache."""
+    usage = answer.usage
+    return UsageMetadata(
+        input_tokens=usage.prompt_tokens,
+        output_tokens=usage.completion_tokens,
+        total_tokens=usage.total_tokens,
+        input_token_details=InputTokenDetails(cache_read=usage.cached_document_tokens),
+    )
+
+
+def _metadata(answer: Answer, model_id: str) -> dict[str, Any]:
+    return {"model_name": model_id, "model_provider": PROVIDER, **generation_info(answer)}

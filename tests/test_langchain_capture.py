@@ -1,0 +1,248 @@
+"""enable_document_capture: unchanged chains keep documents apart, and only what was retrieved becomes a document."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_core")
+pytest.importorskip("langchain_classic")
+pytest.importorskip("langchain")
+pytest.importorskip("langgraph")
+
+from conversation_fakes import ChatEcho, ChatRecorder
+from hypothesis import given
+from hypothesis import strategies as st
+from langchain_core.caches import InMemoryCache
+from langchain_core.documents import Document as LangChainDocument
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_routes import PROMPT, ROUTES, SHELF, Route, Shelf, format_docs, lcel
+
+from kvfusion_rag import InvalidInputError
+from langchain_kvfusion import ChatKVFusion, KVFusionLLM, enable_document_capture
+from langchain_kvfusion.matching import cut_out
+
+QUESTION = "Who grinds flour?"
+MODELS = pytest.mark.parametrize("make", [KVFusionLLM, ChatKVFusion])
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def with_retriever(retriever: Any, llm: Any) -> Any:
+    context = retriever | RunnableLambda(format_docs)
+    return {"context": context, "question": RunnablePassthrough()} | PROMPT | llm | StrOutputParser()
+
+
+@MODELS
+@pytest.mark.parametrize("route", [route for route in ROUTES if not route.chat_only], ids=lambda route: route.name)
+async def test_unchanged_chains_keep_their_documents_apart(route: Route, make: Any):
+    fake = ChatRecorder()
+    chain = route.before(make(generator=fake))
+    with enable_document_capture():
+        answers = [chain.invoke(QUESTION), await chain.ainvoke(QUESTION)]
+        answers += [*chain.batch([QUESTION]), *await chain.abatch([QUESTION])]
+        if not route.is_graph:
+            answers += ["".join(chain.stream(QUESTION)), "".join([piece async for piece in chain.astream(QUESTION)])]
+    assert set(answers) == {"in lima"}
+    for call in fake.calls:
+        assert (call.texts, call.ids) == ([SHELF[name] for name in route.found], list(route.found))
+        assert call.question == (route.question or QUESTION)
+        assert not any(text in str(call.prompt) for text in SHELF.values())
+    fake.calls.clear()
+    chain.invoke(QUESTION)
+    assert not fake.calls[0].documents  # closed
+
+
+@MODELS
+def test_a_batch_finds_each_questions_own_documents(make):
+    class Named(Shelf):
+        def _get_relevant_documents(self, query: str, **kwargs: Any) -> list[LangChainDocument]:
+            return [LangChainDocument(SHELF[query], id=query)]
+
+    fake = ChatRecorder()
+    with enable_document_capture():
+        with_retriever(Named(), make(generator=fake)).batch(list(SHELF))
+    assert sorted(call.ids for call in fake.calls) == [["clerk"], ["doves"], ["lamp"], ["mill"]]
+
+
+@MODELS
+def test_retrievers_and_models_that_are_called_by_themselves(make):
+    fake = ChatRecorder()
+    with enable_document_capture():
+        context = format_docs(Shelf().invoke(QUESTION))
+        make(generator=fake).invoke(f"Context:\n{context}\n\nQuestion: {QUESTION}")
+    assert (fake.calls[0].ids, fake.calls[0].question) == (["lamp", "mill"], QUESTION)
+
+
+@MODELS
+def test_what_another_run_found_is_no_document_of_this_one(make):
+    fake = ChatRecorder()
+    with enable_document_capture():
+        lcel(make(generator=fake)).invoke(QUESTION)
+        with_retriever(Shelf(names=["doves"]), make(generator=fake)).invoke(f"Is this right? {SHELF['lamp']}")
+    assert fake.calls[1].ids == ["doves"]
+    assert SHELF["lamp"] in fake.calls[1].question
+
+
+@MODELS
+def test_threads_and_tasks_without_a_capture_are_untouched(make):
+    fake = ChatRecorder()
+    with enable_document_capture():
+        stranger = threading.Thread(target=lambda: lcel(make(generator=fake)).invoke(QUESTION))
+        stranger.start()
+        stranger.join()
+    assert not fake.calls[0].documents
+
+
+async def test_captures_of_two_tasks_do_not_mix():
+    fake = ChatEcho()
+
+    async def serve(name: str) -> Any:
+        with enable_document_capture():
+            context = format_docs(await Shelf(names=[name]).ainvoke(QUESTION))
+            await asyncio.sleep(0.01)
+            quoted = "doves" if name == "lamp" else "lamp"
+            return await ChatKVFusion(generator=fake).ainvoke(f"{context}\n\nQuestion: Is it so? {SHELF[quoted]}")
+
+    first, second = await asyncio.gather(serve("lamp"), serve("doves"))
+    assert first.text == f"Is it so? {SHELF['doves']} <- {SHELF['lamp']} at 0.0"
+    assert second.text == f"Is it so? {SHELF['lamp']} <- {SHELF['doves']} at 0.0"
+
+
+async def test_tasks_that_outlive_a_capture_join_again():
+    fake = ChatRecorder()
+    go = asyncio.Event()
+
+    async def later() -> None:
+        await go.wait()
+        await lcel(ChatKVFusion(generator=fake)).ainvoke(QUESTION)
+
+    with enable_document_capture():
+        task = asyncio.create_task(later())
+        await asyncio.sleep(0)
+    go.set()
+    await task
+    assert not fake.calls[0].documents
+
+
+async def test_a_capture_is_closed_where_it_was_opened():
+    capture = enable_document_capture()
+
+    async def elsewhere() -> None:
+        with pytest.raises(InvalidInputError, match="did not open it"):
+            capture.close()
+
+    await asyncio.create_task(elsewhere())
+    capture.close()
+    capture.close()
+
+
+@MODELS
+def test_what_is_remembered_is_bounded_and_the_oldest_leave(make):
+    fake = ChatRecorder()
+    with enable_document_capture(most_documents=1):
+        lcel(make(generator=fake)).invoke(QUESTION)
+    assert fake.calls[0].ids == ["mill"]
+    with pytest.raises(InvalidInputError, match="most_documents is 0"):
+        enable_document_capture(0)
+
+
+def test_nothing_is_kept_after_a_run():
+    with enable_document_capture() as capture:
+        for _ in range(3):
+            lcel(ChatKVFusion(generator=ChatRecorder())).invoke(QUESTION)
+        assert not capture._found and not capture._roots
+
+
+@MODELS
+def test_documents_that_come_another_way_are_the_only_ones(make):
+    fake = ChatRecorder()
+    with enable_document_capture():
+        context = format_docs(Shelf().invoke(QUESTION))
+        make(generator=fake).invoke(f"Note: {context}\n\nQuestion: {QUESTION}", documents=["another document"])
+    assert fake.calls[0].texts == ["another document"]
+
+
+@MODELS
+def test_the_response_cache_tells_splits_of_one_text_apart(make):
+    fake = ChatRecorder()
+    one, two = (
+        "The lamp was lit in 1874.\n\nThe mill grinds flour.",
+        ["The lamp was lit in 1874.", "The mill grinds flour."],
+    )
+    model = make(generator=fake, cache=InMemoryCache())
+    for texts in ([one], two, [one], two):
+        found = [LangChainDocument(text) for text in texts]
+
+        class Fixed(Shelf):
+            def _get_relevant_documents(
+                self, query: str, found: Any = found, **kwargs: Any
+            ) -> list[LangChainDocument]:
+                return found
+
+        with enable_document_capture():
+            with_retriever(Fixed(), model).invoke(QUESTION)
+    assert [call.texts for call in fake.calls] == [[one], two]
+
+
+def test_a_model_that_quotes_a_document_is_still_quoted():
+    fake = ChatRecorder()
+    with enable_document_capture():
+        context = format_docs(Shelf(names=["lamp"]).invoke(QUESTION))
+        said = AIMessage(f"As I said: {SHELF['lamp']}")
+        ChatKVFusion(generator=fake).invoke(
+            [SystemMessage(context), HumanMessage("When?"), said, HumanMessage("Sure?")]
+        )
+    assert fake.calls[0].ids == ["lamp"]
+    assert SHELF["lamp"] in str(fake.calls[0].prompt)
+
+
+def test_importing_changes_nothing():
+    code = (
+        "import langchain_core.callbacks.manager, langchain_core.tracers.context as c; "
+        "before = len(c._configure_hooks); "
+        "import langchain_kvfusion; print(len(c._configure_hooks) - before); "
+        "langchain_kvfusion.enable_document_capture().close(); langchain_kvfusion.enable_document_capture().close(); "
+        "print(len(c._configure_hooks) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["0", "1"]
+
+
+# Where documents stand in a text
+
+pieces = st.text("ab \n", min_size=0, max_size=40)
+
+
+@given(st.lists(pieces, max_size=4), st.lists(st.one_of(pieces, st.integers(0, 3)), max_size=8))
+def test_only_retrieved_texts_are_cut_out_and_no_word_is_lost(found, parts):
+    text = " ".join(part if isinstance(part, str) else (found[part] if part < len(found) else "") for part in parts)
+    rest, documents = cut_out(text, [LangChainDocument(each) for each in found])
+    assert all(document.text in found and document.text.strip() in text for document in documents)
+    assert len({document.text for document in documents}) == len(documents)
+    kept, words = rest.split(), text.split()
+    remaining = iter(words)
+    assert all(word in remaining for word in kept)  # what is left is the text's own, in order
+    if not documents:
+        assert rest == text
+
+
+def test_longer_documents_first_and_no_place_twice():
+    short, long = "doves sleep on the roof", "Two doves sleep on the roof."
+    rest, documents = cut_out(
+        f"Context: {long}\n\nQuestion: who?", [LangChainDocument(short), LangChainDocument(long)]
+    )
+    assert ([d.text for d in documents], rest) == ([long], "Context:\n\nQuestion: who?")
+
+
+@pytest.mark.parametrize("text", ["too short", "in the midst of words"])
+def test_chance_finds_stay_where_they_are(text):
+    prompt = f"x{text}y, {text[:9]}"
+    assert cut_out(prompt, [LangChainDocument(text)]) == (prompt, [])

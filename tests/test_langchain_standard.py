@@ -1,0 +1,62 @@
+"""LangChain's own standard suites for chat models, on ChatKVFusion with a small random model."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+
+pytest.importorskip("langchain_core")
+pytest.importorskip("langchain_tests")
+
+import tiny
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_tests.integration_tests import ChatModelIntegrationTests
+from langchain_tests.unit_tests import ChatModelUnitTests
+
+from kvfusion_rag import KVFusionGenerator
+from langchain_kvfusion import ChatKVFusion
+
+
+@cache
+def generator() -> KVFusionGenerator:
+    return tiny.generator()
+
+
+class OfChatKVFusion:
+    """What the suites are told: the class, its generator, and that it neither calls tools nor fills schemas."""
+
+    @property
+    def chat_model_class(self) -> type[BaseChatModel]:
+        return ChatKVFusion
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {"generator": generator()}
+
+    @property
+    def has_tool_calling(self) -> bool:
+        return False  # bind_tools is overridden only to say what to do instead
+
+    @property
+    def has_structured_output(self) -> bool:
+        return False  # the same of with_structured_output
+
+    @property
+    def supports_model_override(self) -> bool:
+        return False  # the weights are loaded; another name is refused
+
+
+class TestUnit(OfChatKVFusion, ChatModelUnitTests):
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """Without "api_key": a model of one's own has none, and one that was ignored would promise something."""
+        return {name: value for name, value in super().standard_chat_model_params.items() if name != "api_key"}
+
+
+class TestIntegration(OfChatKVFusion, ChatModelIntegrationTests):
+    @property
+    def standard_chat_model_params(self) -> dict[str, Any]:
+        """A random model never ends its answer, so it is given fewer tokens than the suite's 100."""
+        return {**super().standard_chat_model_params, "max_tokens": 12}
