@@ -95,11 +95,7 @@ async def test_documents_arrive_apart_and_the_history_as_turns(kind: Any, way: s
     answered = generator.calls[-1]
     assert answered.texts == ["It was in Lima.", "It rained."]
     assert (answered.ids, [d.title for d in answered.documents]) == (["n1", "n2"], ["Peru", None])
-    assert answered.prompt == [
-        Message("system", "Be brief: {context_str}."),
-        *TURNS,
-        Message("user", "And {braces}?"),
-    ]
+    assert answered.prompt == [Message("system", "Be brief: {context_str}."), *TURNS, Message("user", "And {braces}?")]
     assert text == "in lima"
     assert [node.node.node_id for node in response.source_nodes] == ["n1", "n2"]
 
@@ -177,10 +173,7 @@ async def test_earlier_nodes_stand_in_for_none(way: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [
-        (KVFusionContextChatEngine, "context_template"),
-        (KVFusionCondensePlusContextChatEngine, "context_prompt"),
-    ],
+    [(KVFusionContextChatEngine, "context_template"), (KVFusionCondensePlusContextChatEngine, "context_prompt")],
 )
 def test_a_context_template_of_the_caller_refers_to_the_documents(kind: Any, name: str) -> None:
     template = PromptTemplate("Speak as a pirate about {context_str}!")

@@ -17,14 +17,20 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .chat_engines import KVFusionCondensePlusContextChatEngine, KVFusionContextChatEngine
+from .citation_engine import KVFusionCitationQueryEngine, source_numbers
 from .documents import DocumentLike
 from .llm import KVFusionLlamaIndexLLM
+from .prefill import KVFusionPrefetch, KVFusionPrefill
 from .synthesizer import KVFusionSynthesizer
 
 __all__ = [
     "DocumentLike",
+    "KVFusionCitationQueryEngine",
     "KVFusionCondensePlusContextChatEngine",
     "KVFusionContextChatEngine",
     "KVFusionLlamaIndexLLM",
+    "KVFusionPrefetch",
+    "KVFusionPrefill",
     "KVFusionSynthesizer",
+    "source_numbers",
 ]

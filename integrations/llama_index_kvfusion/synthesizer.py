@@ -82,6 +82,11 @@ class KVFusionSynthesizer(BaseSynthesizer):
         """The LLM, for ``index.as_query_engine(response_synthesizer=s, llm=s.llm)``."""
         return self._fusion_llm
 
+    @property
+    def metadata_mode(self) -> MetadataMode:
+        """What is read of a node; `KVFusionPrefill` has to be given the same."""
+        return self._metadata_mode
+
     def as_query_engine(
         self,
         index_or_retriever: BaseIndex[Any] | BaseRetriever,
