@@ -12,7 +12,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvfusion_rag import Answer, Attribution, Citation, Document, Influence, InvalidInputError, Source, Timings, Usage
+from kvfusion_rag import (
+    Answer,
+    Attribution,
+    Citation,
+    Document,
+    Influence,
+    InvalidInputError,
+    Message,
+    Source,
+    Timings,
+    Usage,
+)
+
+Prompt = str | Sequence[Message] | None
 
 HOLD_LIMIT = 10.0  # seconds after which a held call gives up, so that a blocked event loop fails and does not hang
 
@@ -24,7 +37,7 @@ class Call:
     method: str
     question: str
     documents: list[Document | str]
-    prompt: str | None
+    prompt: Prompt
     options: dict[str, Any]
 
     @property
@@ -34,6 +47,13 @@ class Call:
     @property
     def ids(self) -> list[str | None]:
         return [None if isinstance(d, str) else d.id for d in self.documents]
+
+    @property
+    def wording(self) -> str:
+        """What is read behind the documents; of a conversation, the texts of its messages."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return self.prompt or self.question
+        return "\n".join(message.text for message in self.prompt)
 
 
 @dataclass
@@ -54,7 +74,7 @@ class RecordingGenerator:
     streams: list[RecordingStream] = field(default_factory=list)
 
     def answer(
-        self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: Prompt = None, **options: Any
     ) -> Answer:
         call = self._record("answer", question, documents, prompt, options)
         self.step()
@@ -67,7 +87,7 @@ class RecordingGenerator:
         questions: Sequence[str],
         documents: Sequence[Sequence[Document | str]],
         *,
-        prompts: Sequence[str | None] | None = None,
+        prompts: Sequence[Prompt] | None = None,
         **options: Any,
     ) -> list[Answer]:
         wordings = prompts or [None] * len(questions)
@@ -87,7 +107,7 @@ class RecordingGenerator:
         return await asyncio.to_thread(self.answer_batch, *args, **kwargs)
 
     def stream(
-        self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: Prompt = None, **options: Any
     ) -> RecordingStream:
         self.streams.append(RecordingStream(self, self._record("stream", question, documents, prompt, options)))
         return self.streams[-1]
@@ -131,7 +151,7 @@ class RecordingGenerator:
             sources=sources,
             citations=tuple(_citations(text, sources, call)),
             usage=Usage(
-                prompt_tokens=document_tokens + self.count_tokens(call.prompt or call.question),
+                prompt_tokens=document_tokens + self.count_tokens(call.wording),
                 document_tokens=document_tokens,
                 cached_document_tokens=0,
                 completion_tokens=len(self.pieces),
@@ -145,7 +165,7 @@ class RecordingGenerator:
         method: str,
         question: str,
         documents: Sequence[Document | str],
-        prompt: str | None,
+        prompt: Prompt,
         options: Mapping[str, Any],
     ) -> Call:
         if options.get("temperature", 0.0) < 0:
@@ -215,7 +235,7 @@ class EchoGenerator(RecordingGenerator):
     """Answers with what it received, so that an answer tells which call it belongs to."""
 
     def stream(
-        self, question: str, documents: Sequence[Document | str] = (), *, prompt: str | None = None, **options: Any
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: Prompt = None, **options: Any
     ) -> RecordingStream:
         call = self._record("stream", question, documents, prompt, options)
         before, space, after = echo(call).partition(" ")

@@ -18,7 +18,7 @@ pytest.importorskip("llama_index.core")
 from fakes import RecordingGenerator
 from llama_index.core import Document as LlamaDocument
 from llama_index.core import PromptTemplate, Settings
-from llama_index.core.base.llms.types import ChatMessage, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.chat_engine import SimpleChatEngine
@@ -27,7 +27,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
-from kvfusion_rag import Document, InvalidInputError, MissingDependencyError
+from kvfusion_rag import Document, InvalidInputError, Message, MissingDependencyError
 from llama_index_kvfusion import KVFusionLlamaIndexLLM
 from llama_index_kvfusion.documents import to_documents
 
@@ -141,7 +141,12 @@ async def test_chat_asks_the_last_user_message_in_the_whole_conversation(way: st
     chunks = await call(llm, way, messages, documents=["a"], seed=3)
     (received,) = generator.calls
     assert received.question == "Where?"
-    assert received.prompt == "system: Be brief.\nuser: Who?\nassistant: She.\nuser: Where?\nassistant: "
+    assert received.prompt == [
+        Message("system", "Be brief."),
+        Message("user", "Who?"),
+        Message("assistant", "She."),
+        Message("user", "Where?"),
+    ]
     assert received.texts == ["a"]
     assert received.options == DEFAULT_OPTIONS | {"seed": 3}
     last = chunks[-1]
@@ -157,13 +162,69 @@ def test_counts_of_one_turn_stay_out_of_the_next_prompt() -> None:
     engine = SimpleChatEngine.from_defaults(llm=llm, memory=ChatMemoryBuffer.from_defaults())
     engine.chat("Who?")
     engine.chat("Where?")
-    assert generator.calls[-1].prompt == "user: Who?\nassistant: in lima\nuser: Where?\nassistant: "
+    assert generator.calls[-1].prompt == [
+        Message("user", "Who?"),
+        Message("assistant", "in lima"),
+        Message("user", "Where?"),
+    ]
 
 
-def test_a_conversation_without_a_user_message_is_asked_as_it_stands() -> None:
+def test_a_conversation_without_a_user_message_has_its_instruction_answered() -> None:
     llm, generator = make()
     llm.chat([ChatMessage(role=MessageRole.SYSTEM, content="Sum up.")])
-    assert generator.calls[-1].question == generator.calls[-1].prompt == "system: Sum up.\nassistant: "
+    assert (generator.calls[-1].question, generator.calls[-1].prompt) == ("Sum up.", [Message("user", "Sum up.")])
+
+
+@pytest.mark.parametrize("way", CHAT)
+async def test_a_messages_to_prompt_of_the_caller_is_what_the_model_reads(way: str) -> None:
+    llm, generator = make(messages_to_prompt=lambda messages: "|".join(message.content for message in messages))
+    await call(llm, way, [ChatMessage(role=MessageRole.SYSTEM, content="Be brief."), *USER], documents=["a"])
+    assert (generator.calls[-1].question, generator.calls[-1].prompt) == ("Where?", "Be brief.|Where?")
+
+
+def test_every_role_of_llama_index_is_a_turn() -> None:
+    llm, generator = make()
+    roles = [role for role in MessageRole if role is not MessageRole.USER]
+    llm.chat([*(ChatMessage(role=role, content=role.value) for role in roles), *USER])
+    spoken = {message.text: message.role for message in generator.calls[-1].prompt[:-1]}
+    assert spoken == {
+        "system": "system",
+        "developer": "system",
+        "assistant": "assistant",
+        "chatbot": "assistant",
+        "model": "assistant",
+        "function": "user",
+        "tool": "user",
+    }
+    assert generator.calls[-1].question == "Where?"
+
+
+@pytest.mark.parametrize(
+    ("documents", "follows", "prompt"),
+    [(["a"], True, None), ([], False, None), ([], True, [Message("user", "Where?")])],
+)
+def test_one_bare_message_is_put_as_a_bare_question(
+    documents: list[str], follows: bool, prompt: list[Message] | None
+) -> None:
+    llm, generator = make()
+    generator.follows_instructions = follows
+    llm.chat(USER, documents=documents)
+    assert (generator.calls[-1].question, generator.calls[-1].prompt) == ("Where?", prompt)
+
+
+@pytest.mark.parametrize("way", CHAT)
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "messages is empty"),
+        ([*USER, ChatMessage(role=MessageRole.USER, blocks=[ImageBlock(image=b"x")])], r"messages\[1\].*ImageBlock"),
+    ],
+)
+async def test_messages_that_cannot_be_read(way: str, messages: list[ChatMessage], error: str) -> None:
+    llm, generator = make()
+    with pytest.raises(InvalidInputError, match=error):
+        await call(llm, way, messages)
+    assert generator.calls == []
 
 
 @pytest.mark.parametrize(
@@ -197,7 +258,13 @@ def test_completion_to_prompt_wraps_only_unformatted_prompts() -> None:
 def test_predict_with_a_template_and_a_system_prompt() -> None:
     llm, generator = make(system_prompt="Be brief.")
     assert llm.predict(PromptTemplate("Sum up {text}"), text="it") == "in lima"
-    assert generator.calls[-1].prompt == "Be brief.\n\nSum up it"
+    assert generator.calls[-1].prompt == [Message("system", "Be brief."), Message("user", "Sum up it")]
+
+
+def test_predict_with_a_wrapper_of_the_caller() -> None:
+    llm, generator = make(system_prompt="Be brief.", completion_to_prompt=lambda text: f"<{text}>")
+    assert llm.predict(PromptTemplate("Sum up {text}"), text="it") == "in lima"
+    assert generator.calls[-1].prompt == "Be brief.\n\n<Sum up it>"
 
 
 def test_options_of_the_llm_and_of_the_call() -> None:
@@ -255,9 +322,25 @@ def test_unknown_constructor_option() -> None:
 def test_metadata_names_the_model_and_its_limits() -> None:
     llm, generator = make()
     assert (llm.metadata.model_name, llm.metadata.context_window, llm.metadata.num_output) == ("fake/model", 4096, 48)
-    assert not llm.metadata.is_chat_model
     assert make(max_new_tokens=5)[0].metadata.num_output == 5
     assert llm.generator is generator
+
+
+@pytest.mark.parametrize(
+    ("follows", "fields", "chat"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"messages_to_prompt": lambda messages: "x"}, False),
+        (True, {"completion_to_prompt": lambda text: text.upper()}, False),
+    ],
+)
+def test_it_is_a_chat_model_where_messages_are_what_the_model_reads(
+    follows: bool, fields: dict[str, Any], chat: bool
+) -> None:
+    llm, generator = make(**fields)
+    generator.follows_instructions = follows
+    assert llm.metadata.is_chat_model is chat
 
 
 def test_it_can_be_the_default_llm_without_openai(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,8 +427,7 @@ async def test_tokens_are_counted_once_and_with_documents(way: str) -> None:
     counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
     llm, _ = make(callback_manager=CallbackManager([counter]))
     await call(llm, way, USER if way in CHAT else "Where?", documents=["one two three"])
-    asked = 3 if way in CHAT else 1  # "user: Where?\nassistant: " or "Where?"
-    assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (3 + asked, 2)
+    assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (3 + 1, 2)
     assert len(counter.llm_token_counts) == 1
 
 

@@ -373,7 +373,7 @@ def test_condense_question_chat_engine() -> None:
     assert str(chat.chat("And then?")) == "in lima"
     first, condense, second = generator.calls
     assert (first.question, first.documents) == (QUESTION, EXPECTED)
-    assert (condense.documents, QUESTION in (condense.prompt or "")) == ([], True)
+    assert (condense.documents, QUESTION in condense.wording) == ([], True)
     assert (second.question, second.documents) == ("in lima", EXPECTED)
 
 

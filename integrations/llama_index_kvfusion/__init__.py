@@ -1,4 +1,4 @@
-"""KV-Fusion for LlamaIndex: an LLM and a response synthesizer that keep documents apart.
+"""KV-Fusion for LlamaIndex: an LLM, a response synthesizer and chat engines that keep documents apart.
 
 `KVFusionSynthesizer` takes the place of the stock synthesizers, which join all node texts into one prompt.
 This package uses only the public names of `kvfusion_rag` and needs the extra `llama-index`.
@@ -16,8 +16,21 @@ except ModuleNotFoundError as error:
         'pip install "kvfusion-rag[llama-index]".'
     ) from error
 
+from .chat_engines import KVFusionCondensePlusContextChatEngine, KVFusionContextChatEngine
+from .citation_engine import KVFusionCitationQueryEngine, source_numbers
 from .documents import DocumentLike
 from .llm import KVFusionLlamaIndexLLM
+from .prefill import KVFusionPrefetch, KVFusionPrefill
 from .synthesizer import KVFusionSynthesizer
 
-__all__ = ["DocumentLike", "KVFusionLlamaIndexLLM", "KVFusionSynthesizer"]
+__all__ = [
+    "DocumentLike",
+    "KVFusionCitationQueryEngine",
+    "KVFusionCondensePlusContextChatEngine",
+    "KVFusionContextChatEngine",
+    "KVFusionLlamaIndexLLM",
+    "KVFusionPrefetch",
+    "KVFusionPrefill",
+    "KVFusionSynthesizer",
+    "source_numbers",
+]

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -20,17 +21,18 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    MessageRole,
 )
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
-from kvfusion_rag import InvalidInputError
+from kvfusion_rag import InvalidInputError, Message
 
 from .documents import to_documents
+from .messages import last_question, to_messages
 from .responses import (
     achat_chunks,
     acompletion_chunks,
@@ -60,6 +62,9 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     Without documents, or where the prompt says more than the question, a model that follows instructions
     reads the prompt as it stands; a bare question over documents is put into the model's own question
     template. A model trained on bare questions reads the question alone.
+
+    Chat messages reach the model as turns of its own chat template, unless `messages_to_prompt` was given,
+    whose text is then read in their place.
     """
 
     temperature: float = Field(default=0.0, description="0 is greedy decoding.")
@@ -108,31 +113,43 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
+        """Limits and name. A chat model (whose prompts LlamaIndex sends as messages) is one that follows
+        instructions, unless the caller's own `messages_to_prompt` or `completion_to_prompt` is to be used."""
+        own_wrapper = self.completion_to_prompt is not default_completion_to_prompt
         return LLMMetadata(
             context_window=self._generator.context_window or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_new_tokens or self._generator.max_new_tokens,
             model_name=self._generator.model_id,
-            is_chat_model=False,
+            is_chat_model=self._generator.follows_instructions and self._sends_turns and not own_wrapper,
         )
 
     def fill(self, template: BasePromptTemplate, **values: Any) -> str:
         """The template's complete wording with this LLM's system prompt and wrappers, ready to send."""
         return self._get_prompt(template, **values)
 
+    def fill_messages(
+        self, template: BasePromptTemplate, chat_history: Sequence[ChatMessage], **values: Any
+    ) -> list[ChatMessage]:
+        """The template's messages behind `chat_history` and this LLM's system prompt. What was said earlier is
+        no template: braces in it stay as they are."""
+        asked = self._get_messages(template, **values)
+        said = self._extend_messages([])
+        return [*said, *chat_history, *asked[len(said) :]]
+
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer `prompt`; see the class for what `kwargs` may hold."""
-        return completion_response(self._generator.answer(**self._request(prompt, formatted, kwargs)))
+        return completion_response(self._generator.answer(**self._complete_request(prompt, formatted, kwargs)))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Like `complete`, piece by piece. Wrong arguments raise here, not at the first piece."""
-        return completion_chunks(self._generator.stream(**self._request(prompt, formatted, kwargs)))
+        return completion_chunks(self._generator.stream(**self._complete_request(prompt, formatted, kwargs)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Like `complete`, while the event loop stays free; calls at the same time are answered together."""
-        request = self._request(prompt, formatted, kwargs)
+        request = self._complete_request(prompt, formatted, kwargs)
         return completion_response(await self._generator.aanswer(**request))
 
     @llm_completion_callback()
@@ -140,12 +157,12 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
         """Like `stream_complete`; each piece is computed in a worker thread."""
-        request = self._request(prompt, formatted, kwargs)
+        request = self._complete_request(prompt, formatted, kwargs)
         return acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answer the last user message; the wording is ``messages_to_prompt(messages)``."""
+        """Answer the last user message, in its conversation; see the class for what `kwargs` may hold."""
         request = self._chat_request(messages, kwargs)
         return chat_response(completion_response(self._generator.answer(**request)))
 
@@ -166,26 +183,33 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         request = self._chat_request(messages, kwargs)
         return achat_chunks(acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request)))
 
+    @property
+    def _sends_turns(self) -> bool:
+        """Whether messages stay messages: the caller has no wording of their own for them."""
+        return self.messages_to_prompt is generic_messages_to_prompt
+
     def _chat_request(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         assert self.messages_to_prompt is not None  # the parent's validator fills it in
-        wording = self.messages_to_prompt(messages)
-        asked = [message.content for message in messages if message.role == MessageRole.USER]
-        question = asked[-1] if asked else None
-        return self._request(wording, True, {"question": question, **kwargs})
+        wording = to_messages(messages) if self._sends_turns else self.messages_to_prompt(messages)
+        return self._request(wording, {"question": last_question(messages), **kwargs})
 
-    def _request(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    def _complete_request(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.completion_to_prompt is not None  # the parent's validator fills it in
+        wording = prompt if formatted else self.completion_to_prompt(prompt)
+        return self._request(wording, {**kwargs, "question": kwargs.get("question") or prompt})
+
+    def _request(self, wording: str | list[Message], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The generator's arguments for one call."""
         unknown = sorted(set(kwargs) - set(_ARGUMENTS))
         if unknown:
             raise InvalidInputError(f"Unknown option {unknown[0]!r}; allowed are {', '.join(_ARGUMENTS)}.")
         given = kwargs.get("documents")
         documents = [] if given is None else to_documents(given)
-        question = kwargs.get("question") or prompt
-        assert self.completion_to_prompt is not None  # the parent's validator fills it in
-        wording = prompt if formatted else self.completion_to_prompt(prompt)
+        question = kwargs.get("question") or _last_text(wording)
         # A wording that adds nothing is left to the model's question template, the one it was tuned with;
         # without documents that template makes no sense, and the prompt is sent as it stands.
-        templated = wording == question and (bool(documents) or not self._generator.follows_instructions)
+        adds_nothing = wording in (question, [Message("user", question)])
+        templated = adds_nothing and (bool(documents) or not self._generator.follows_instructions)
         return {
             "question": question,
             "documents": documents,
@@ -214,3 +238,11 @@ class KVFusionLlamaIndexLLM(CustomLLM):
             "seed": self.seed,
             "mode": self.mode,
         }
+
+
+def _last_text(wording: str | list[Message]) -> str:
+    if isinstance(wording, str):
+        return wording
+    if not wording:
+        raise InvalidInputError("messages is empty, but there must be one at least: the one that is answered.")
+    return wording[-1].text

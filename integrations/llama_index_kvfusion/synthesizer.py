@@ -11,7 +11,7 @@ from contextlib import aclosing, closing
 from typing import Any, cast
 
 from llama_index.core.base.base_retriever import BaseRetriever
-from llama_index.core.base.llms.types import CompletionResponse
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.indices.base import BaseIndex
@@ -47,6 +47,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
         llm: KVFusionLlamaIndexLLM,
         *,
         query_template: BasePromptTemplate | str = _DEFAULT_QUERY_TEMPLATE,
+        chat_history: Sequence[ChatMessage] = (),
         metadata_mode: MetadataMode = MetadataMode.NONE,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
@@ -55,7 +56,10 @@ class KVFusionSynthesizer(BaseSynthesizer):
         """`llm` is required and has to be ours: another one would read no separate documents.
 
         query_template: the complete wording around ``{query_str}``, without the documents. The default adds
-            nothing, so that the model's own question template (the one it was tuned with) is used.
+            nothing, so that the model's own question template (the one it was tuned with) is used. A
+            ChatPromptTemplate gives several messages.
+        chat_history: what was said before the query, as turns; a system message says how to answer. The chat
+            engines of this package fill it in.
         metadata_mode: NONE gives the model the bare passage, plus ``metadata["title"]`` where its template
             has a place for a title. That is what KV-Fusion models are trained on; citations are then offsets
             into the node's text, and equal passages share one stored KV. LLM puts LlamaIndex's "key: value"
@@ -63,16 +67,13 @@ class KVFusionSynthesizer(BaseSynthesizer):
         callback_manager: also set on the LLM. None: the LLM keeps its own if it has handlers, else both take
             the one in `Settings`, as LlamaIndex's own synthesizers do.
         """
-        if not isinstance(llm, KVFusionLlamaIndexLLM):
-            raise InvalidInputError(
-                f"llm is a {type(llm).__name__}; KVFusionSynthesizer needs a KVFusionLlamaIndexLLM, because "
-                "only that reads separate documents."
-            )
+        require_own_llm(llm, type(self).__name__)
         shared = None if llm.callback_manager.handlers else Settings.callback_manager
         super().__init__(
             llm=llm, callback_manager=callback_manager or shared, streaming=streaming, empty_response=empty_response
         )
         self._fusion_llm = llm
+        self._chat_history = chat_history
         self._metadata_mode = metadata_mode
         self._query_template = PromptTemplate(query_template) if isinstance(query_template, str) else query_template
 
@@ -80,6 +81,11 @@ class KVFusionSynthesizer(BaseSynthesizer):
     def llm(self) -> KVFusionLlamaIndexLLM:
         """The LLM, for ``index.as_query_engine(response_synthesizer=s, llm=s.llm)``."""
         return self._fusion_llm
+
+    @property
+    def metadata_mode(self) -> MetadataMode:
+        """What is read of a node; `KVFusionPrefill` has to be given the same."""
+        return self._metadata_mode
 
     def as_query_engine(
         self,
@@ -119,7 +125,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """LlamaIndex's synthesize, with the nodes' ids, titles and scores kept for the answer's record."""
-        record: dict[str, Any] = {}
+        record = self._new_record()
         documents = to_documents(nodes, self._metadata_mode)
         response = super().synthesize(
             query, nodes, additional_source_nodes, documents=documents, record=record, **response_kwargs
@@ -134,7 +140,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
         """Like `synthesize`, without blocking the event loop."""
-        record: dict[str, Any] = {}
+        record = self._new_record()
         documents = to_documents(nodes, self._metadata_mode)
         response = await super().asynthesize(
             query, nodes, additional_source_nodes, documents=documents, record=record, **response_kwargs
@@ -158,9 +164,10 @@ class KVFusionSynthesizer(BaseSynthesizer):
         call = self._call(query_str, text_chunks if documents is None else documents, response_kwargs)
         record = {} if record is None else record
         # Chat engines flip this attribute between two calls, so it is read here and not kept.
+        llm, chats = self._fusion_llm, "messages" in call
         if self._streaming:
-            return _pieces(self._fusion_llm.stream_complete(**call), record)
-        return _text(self._fusion_llm.complete(**call), record)
+            return _pieces(llm.stream_chat(**call) if chats else llm.stream_complete(**call), record)
+        return _text(llm.chat(**call) if chats else llm.complete(**call), record)
 
     async def aget_response(
         self,
@@ -174,15 +181,28 @@ class KVFusionSynthesizer(BaseSynthesizer):
         """Like `get_response`; when streaming, an async generator."""
         call = self._call(query_str, text_chunks if documents is None else documents, response_kwargs)
         record = {} if record is None else record
+        llm, chats = self._fusion_llm, "messages" in call
         if self._streaming:
-            return _apieces(await self._fusion_llm.astream_complete(**call), record)
-        return _text(await self._fusion_llm.acomplete(**call), record)
+            return _apieces(await (llm.astream_chat(**call) if chats else llm.astream_complete(**call)), record)
+        return _text(await (llm.achat(**call) if chats else llm.acomplete(**call)), record)
 
     def _call(
         self, query_str: str, documents: Sequence[Document | str], template_values: dict[str, Any]
     ) -> dict[str, Any]:
-        wording = self._fusion_llm.fill(self._query_template, query_str=query_str, **template_values)
-        return {"prompt": wording, "formatted": True, "question": query_str, "documents": list(documents)}
+        """Arguments of the LLM's chat where there are messages to send, else of its complete."""
+        llm, template, values = self._fusion_llm, self._query_template, {"query_str": query_str, **template_values}
+        call = {"question": self._standalone(query_str), "documents": list(documents)}
+        if self._chat_history or len(template.format_messages(llm=llm, **values)) > 1:
+            return {"messages": llm.fill_messages(template, self._chat_history, **values), **call}
+        return {"prompt": llm.fill(template, **values), "formatted": True, **call}
+
+    def _standalone(self, query_str: str) -> str:
+        """The question for models that read nothing of a conversation."""
+        return query_str
+
+    def _new_record(self) -> dict[str, Any]:
+        """What the next answer fills in."""
+        return {}
 
     def _get_prompts(self) -> PromptDictType:
         return {"query_template": self._query_template}
@@ -191,12 +211,23 @@ class KVFusionSynthesizer(BaseSynthesizer):
         self._query_template = prompts.get("query_template", self._query_template)
 
 
-def _text(response: CompletionResponse, record: dict[str, Any]) -> str:
+def require_own_llm(llm: object, user: str) -> None:
+    """Raise InvalidInputError for an LLM that would read all documents as one text."""
+    if not isinstance(llm, KVFusionLlamaIndexLLM):
+        raise InvalidInputError(
+            f"llm is a {type(llm).__name__}; {user} needs a KVFusionLlamaIndexLLM, because only that reads "
+            "separate documents."
+        )
+
+
+def _text(response: CompletionResponse | ChatResponse, record: dict[str, Any]) -> str:
     _fill(record, response)
-    return response.text
+    return response.text if isinstance(response, CompletionResponse) else response.message.content or ""
 
 
-def _pieces(chunks: Generator[CompletionResponse, None, None], record: dict[str, Any]) -> Generator[str, None, None]:
+def _pieces(
+    chunks: Generator[CompletionResponse | ChatResponse, None, None], record: dict[str, Any]
+) -> Generator[str, None, None]:
     with closing(chunks):
         for chunk in chunks:
             _fill(record, chunk)
@@ -205,7 +236,7 @@ def _pieces(chunks: Generator[CompletionResponse, None, None], record: dict[str,
 
 
 async def _apieces(
-    chunks: AsyncGenerator[CompletionResponse, None], record: dict[str, Any]
+    chunks: AsyncGenerator[CompletionResponse | ChatResponse, None], record: dict[str, Any]
 ) -> AsyncGenerator[str, None]:
     async with aclosing(chunks):
         async for chunk in chunks:
@@ -214,7 +245,7 @@ async def _apieces(
                 yield chunk.delta
 
 
-def _fill(record: dict[str, Any], response: CompletionResponse) -> None:
+def _fill(record: dict[str, Any], response: CompletionResponse | ChatResponse) -> None:
     """Take over what the last (or only) response says of the answer; earlier chunks say nothing."""
     record.update(cast("dict[str, Any] | None", response.raw) or {})
 

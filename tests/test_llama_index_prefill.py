@@ -1,0 +1,197 @@
+"""Prefilling in an ingestion pipeline and loading ahead of a reranker: what a later query finds in the store."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("llama_index.core")
+
+from llama_index.core import Document as LlamaDocument
+from llama_index.core import VectorStoreIndex
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.embeddings.mock_embed_model import MockEmbedding
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
+from llama_index.core.llms import MockLLM
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from tiny import backbone
+from tiny import generator as tiny_generator
+
+from kvfusion_rag import InvalidInputError, KVFusionGenerator, OverloadError
+from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionPrefetch, KVFusionPrefill, KVFusionSynthesizer
+
+QUESTION = "Who built it?"
+MODES = [MetadataMode.NONE, MetadataMode.LLM]
+
+
+def documents() -> list[LlamaDocument]:
+    text = "Amara Osei built a lighthouse. Its lamp was lit in 1874. " * 6
+    return [
+        LlamaDocument(text=text, doc_id="lighthouse", metadata={"title": "Harbour records", "page": 3}),
+        LlamaDocument(text="The miller counts sacks of flour.", doc_id="mill"),
+    ]
+
+
+def llm_on(store: Any) -> KVFusionLlamaIndexLLM:
+    return KVFusionLlamaIndexLLM(KVFusionGenerator(backbone("llama"), store=store))
+
+
+def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode = MetadataMode.NONE, **options: Any) -> IngestionPipeline:
+    steps = [
+        SentenceSplitter(chunk_size=60, chunk_overlap=0),
+        KVFusionPrefill(llm, metadata_mode=mode),
+        MockEmbedding(embed_dim=4),
+    ]
+    return IngestionPipeline(transformations=steps, **options)
+
+
+def origins(llm: KVFusionLlamaIndexLLM, nodes: Any, mode: MetadataMode = MetadataMode.NONE) -> list[str]:
+    """Where a query over an index of `nodes` finds each of them."""
+    index = VectorStoreIndex(nodes, embed_model=MockEmbedding(embed_dim=4))
+    synthesizer = KVFusionSynthesizer(llm, metadata_mode=mode)
+    engine = synthesizer.as_query_engine(index, similarity_top_k=len(nodes))
+    return [source["origin"] for source in engine.query(QUESTION).metadata["kvfusion"]["sources"]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_a_query_finds_every_prefilled_node_in_memory(mode: MetadataMode, asynchronous: bool) -> None:
+    llm = llm_on("memory")
+    made = pipeline(llm, mode)
+    nodes = await made.arun(documents=documents()) if asynchronous else made.run(documents=documents())
+    assert len(nodes) > 2  # the first document was split
+    assert set(origins(llm, nodes, mode)) == {"memory"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_another_process_finds_them_on_disk(tmp_path: Path, mode: MetadataMode) -> None:
+    nodes = pipeline(llm_on(tmp_path), mode).run(documents=documents())
+    assert set(origins(llm_on(tmp_path), nodes, mode)) == {"disk"}
+
+
+def test_another_metadata_mode_reads_other_texts() -> None:
+    llm = llm_on("memory")
+    nodes = pipeline(llm, MetadataMode.LLM).run(documents=documents()[:1])
+    assert set(origins(llm, nodes, MetadataMode.NONE)) == {"computed"}
+
+
+def test_nodes_come_out_unchanged() -> None:
+    nodes = [TextNode(text="The miller counts.", id_="n", metadata={"title": "T"})]
+    before = [node.model_dump() for node in nodes]
+    assert KVFusionPrefill(llm_on("memory"))(nodes) is nodes
+    assert [node.model_dump() for node in nodes] == before
+
+
+class Counted(KVFusionGenerator):
+    """Counts its calls of prefill."""
+
+    prefills = 0
+
+    def prefill(self, *args: Any, **kwargs: Any) -> Any:
+        self.prefills += 1
+        return super().prefill(*args, **kwargs)
+
+
+def test_the_cache_of_a_pipeline_skips_what_this_model_has_in_this_store(tmp_path: Path) -> None:
+    cache = IngestionCache()
+
+    def prefills(store: Any, architecture: str = "llama") -> int:
+        generator = Counted(backbone(architecture), store=store)
+        pipeline(KVFusionLlamaIndexLLM(generator), cache=cache).run(documents=documents())
+        return generator.prefills
+
+    assert [prefills(tmp_path / "a"), prefills(tmp_path / "a")] == [1, 0]
+    assert prefills(tmp_path / "b") == 1
+    assert prefills(tmp_path / "a", "qwen2") == 1
+    assert [prefills("memory"), prefills("memory")] == [1, 1]  # each memory ends with its generator
+
+
+async def test_the_event_loop_is_free_while_nodes_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, held = llm_on("memory"), threading.Event()
+    monkeypatch.setattr(llm.generator, "prefill", lambda documents: held.wait(10))
+    task = asyncio.create_task(KVFusionPrefill(llm).acall([TextNode(text="a")]))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not task.done()
+    held.set()
+    assert [node.text for node in await task] == ["a"]
+
+
+# Loading ahead
+
+
+class FixedRetriever(BaseRetriever):
+    """Gives the same nodes for every query."""
+
+    def __init__(self, nodes: list[NodeWithScore]) -> None:
+        self._nodes = nodes
+        super().__init__()
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return self._nodes
+
+
+class SlowReranker(BaseNodePostprocessor):
+    """Keeps the second node, and takes until the first loading has ended."""
+
+    loading: Any
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        assert self.loading[0].result(10) == len(nodes)
+        return nodes[1:2]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+async def test_files_are_in_memory_once_the_reranker_has_chosen(
+    tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [NodeWithScore(node=node) for node in pipeline(llm_on(tmp_path)).run(documents=documents())]
+    llm, loading = llm_on(tmp_path), list[Any]()
+    prefetch = llm.generator.prefetch
+    monkeypatch.setattr(llm.generator, "prefetch", lambda texts: loading.append(prefetch(texts)))
+    engine = KVFusionSynthesizer(llm).as_query_engine(
+        FixedRetriever(nodes), node_postprocessors=[KVFusionPrefetch(llm), SlowReranker(loading=loading)]
+    )
+    response = await engine.aquery(QUESTION) if asynchronous else engine.query(QUESTION)
+    (source,) = response.metadata["kvfusion"]["sources"]
+    assert (source["id"], source["origin"]) == (nodes[1].node.node_id, "memory")
+
+
+def test_nodes_are_handed_on_when_too_much_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, nodes = llm_on("memory"), [NodeWithScore(node=TextNode(text="a"))]
+
+    def refuse(documents: Any) -> None:
+        raise OverloadError("too many wait")
+
+    monkeypatch.setattr(llm.generator, "prefetch", refuse)
+    assert KVFusionPrefetch(llm).postprocess_nodes(nodes) == nodes
+
+
+# Wrong use
+
+
+@pytest.mark.parametrize("kind", [KVFusionPrefill, KVFusionPrefetch])
+def test_another_llm_and_a_generator_without_a_store_are_refused(kind: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"MockLLM; {kind.__name__} needs"):
+        kind(MockLLM())
+    with pytest.raises(InvalidInputError, match="store=None"):
+        kind(KVFusionLlamaIndexLLM(tiny_generator(store=None)))
+
+
+def test_it_does_not_go_to_another_process() -> None:
+    with pytest.raises(InvalidInputError, match="without num_workers"):
+        pickle.dumps(KVFusionPrefill(llm_on("memory")))
+
+
+def test_a_pipeline_of_several_processes_says_so() -> None:
+    with pytest.raises(InvalidInputError, match="without num_workers"):
+        pipeline(llm_on("memory"), disable_cache=True).run(documents=documents(), num_workers=2)
