@@ -19,7 +19,7 @@ from .batching import Batch, Request
 from .decoding import DecodingOptions, log_probabilities
 from .engine import Engine, Run
 from .errors import MissingDependencyError
-from .schema import Answer, Mode
+from .schema import Answer, Attributed, Mode
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -113,20 +113,20 @@ class Attribution:
         )
 
 
-def with_attention(engine: Engine, request: Request, answer: Answer) -> Answer:
-    """``answer`` with each document's share of attention in its sources."""
-    shares = attention_shares(engine, request, answer.token_ids)
-    sources = zip(answer.sources, shares, strict=True)
-    return replace(answer, sources=tuple(replace(source, attention=share) for source, share in sources))
+def with_attribution(engine: Engine, request: Request, answer: Answer, wanted: Attributed) -> Answer:
+    """``answer`` with the attention that its sources got, and with "effects" what it is worth without each."""
+    if wanted == "attention":
+        shares = attention_shares(engine, request, answer.token_ids)
+        measured = [{"attention": share} for share in shares]
+    else:
+        found = attribute(engine, request, answer.token_ids, answer.text).documents
+        measured = [{"attention": influence.attention, "effect": influence.effect} for influence in found]
+    sources = zip(answer.sources, measured, strict=True)
+    return replace(answer, sources=tuple(replace(source, **facts) for source, facts in sources))
 
 
-def attribute(
-    engine: Engine, request: Request, question: Sequence[int], answer: Sequence[int], text: str
-) -> Attribution:
+def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str) -> Attribution:
     """What each document of ``request`` did for ``answer`` (ids), which reads as ``text``.
-
-    Args:
-        question: ids of the question alone.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be exchanged for one that adds it up.
@@ -139,6 +139,8 @@ def attribute(
     fewer = {number: request.reading.without(number) for number in full}
     if request.mode != "concat":  # nothing leaves with a document whose twin stays fused
         fewer = {number: reading for number, reading in fewer.items() if reading.keys != request.reading.keys}
+    before = 0 if request.fused is not None else len(engine.encoder.prefix_ids) + len(request.reading.joined)
+    question = request.question.ids[before:]
     left = (engine.request_for(reading, question, request.mode, options, began) for reading in fewer.values())
     whole, *without = _log_probabilities(engine, [request, *left], answer)
     found = dict(zip(fewer, without, strict=True))

@@ -15,12 +15,12 @@ from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, TypedDict, Unpack, get_args
 
 import torch
 
 from . import __version__
-from .attribution import Attribution, attribute, with_attention
+from .attribution import Attribution, attribute, with_attribution
 from .backbone import Backbone, require_trained_on
 from .batching import Batch, Request
 from .decoding import DecodingOptions
@@ -30,7 +30,7 @@ from .gate import run_gate
 from .gathering import Gatherer
 from .prefill import LENGTH_BUCKET
 from .reading import UNLIMITED, require_sequence
-from .schema import Answer, Document, GateReport, InvarianceReport, Mode, Prompt, Source
+from .schema import Answer, Attributed, Document, GateReport, InvarianceReport, Mode, Prompt, Source
 from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
 
@@ -319,7 +319,7 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: Mode | None = None,
-        attention: bool = False,
+        attribution: Attributed | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
         """Answer ``question`` from ``documents``, whose order does not matter in modes ``fusion`` and ``ape``.
@@ -333,17 +333,17 @@ class KVFusionGenerator:
             mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (one joined prompt in the
                 caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
                 (training-free fusion, arXiv 2502.05431; the adapter takes no part).
-            attention: measure each document's share of attention (``Answer.sources``), by one more pass over question
-                and answer.
+            attribution: measure what each document did for the answer (``Answer.sources``): "attention" by one more
+                pass over question and answer, "effects" also what it is worth without each (:meth:`attribute`).
             options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
 
         Raises:
             InvalidInputError: a bad argument; ContextLimitError where something is too long.
             ControlTokenError: untrusted text would have become a control token.
         """
-        return self.answer_batch([question], [documents], prompts=[prompt], mode=mode, attention=attention, **options)[
-            0
-        ]
+        return self.answer_batch(
+            [question], [documents], prompts=[prompt], mode=mode, attribution=attribution, **options
+        )[0]
 
     async def aanswer(
         self,
@@ -352,13 +352,13 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: Mode | None = None,
-        attention: bool = False,
+        attribution: Attributed | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
         """As :meth:`answer`, while the event loop stays free. Once its task is cancelled, work ends at a token."""
         return (
             await self.aanswer_batch(
-                [question], [documents], prompts=[prompt], mode=mode, attention=attention, **options
+                [question], [documents], prompts=[prompt], mode=mode, attribution=attribution, **options
             )
         )[0]
 
@@ -369,7 +369,7 @@ class KVFusionGenerator:
         *,
         prompts: Sequence[Prompt] | None = None,
         mode: Mode | None = None,
-        attention: bool = False,
+        attribution: Attributed | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """Answer several questions, each from its own documents, together.
@@ -379,9 +379,9 @@ class KVFusionGenerator:
         ``max_fused_tokens``, they are decoded in several batches, in order.
         """
         requests, decoding = self._requests(questions, documents, prompts, mode, options)
-        self._require_attention(attention)
+        self._require_attributable(attribution)
         ask = self._engine.answer_all if self._gatherer is None else self._gatherer.ask
-        return self._attended(requests, ask(requests, decoding), attention)
+        return self._attributed(requests, ask(requests, decoding), attribution)
 
     async def aanswer_batch(
         self,
@@ -390,12 +390,12 @@ class KVFusionGenerator:
         *,
         prompts: Sequence[Prompt] | None = None,
         mode: Mode | None = None,
-        attention: bool = False,
+        attribution: Attributed | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """As :meth:`answer_batch`, while the event loop stays free; see :meth:`aanswer`."""
         requests, decoding = await asyncio.to_thread(self._requests, questions, documents, prompts, mode, options)
-        await asyncio.to_thread(self._require_attention, attention)
+        await asyncio.to_thread(self._require_attributable, attribution)
         if self._gatherer is None:
             try:
                 answers = await asyncio.to_thread(self._engine.answer_all, requests, decoding)
@@ -405,16 +405,22 @@ class KVFusionGenerator:
                 raise
         else:
             answers = await self._gatherer.aask(requests, decoding)
-        return await asyncio.to_thread(self._attended, requests, answers, attention)
+        return await asyncio.to_thread(self._attributed, requests, answers, attribution)
 
-    def _attended(self, requests: Sequence[Request], answers: list[Answer], attention: bool) -> list[Answer]:
-        if not attention:
+    def _attributed(
+        self, requests: Sequence[Request], answers: list[Answer], wanted: Attributed | None
+    ) -> list[Answer]:
+        if wanted is None:
             return answers
-        return [with_attention(self._engine, *pair) for pair in zip(requests, answers, strict=True)]
+        pairs = zip(requests, answers, strict=True)
+        return [with_attribution(self._engine, request, answer, wanted) for request, answer in pairs]
 
-    def _require_attention(self, attention: bool) -> None:
-        if attention:
-            self._engine.require_explicit_attention()
+    def _require_attributable(self, wanted: Attributed | None) -> None:
+        if wanted is None:
+            return
+        if wanted not in get_args(Attributed):
+            raise InvalidInputError(f"attribution is {wanted!r}, but it must be 'attention', 'effects' or None.")
+        self._engine.require_explicit_attention()
 
     def _requests(
         self,
@@ -445,14 +451,14 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: Mode | None = None,
-        attention: bool = False,
+        attribution: Attributed | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> AnswerStream:
         """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
         decoding = self._options(options)
         request = self._engine.request(question, documents, prompt, mode, decoding)
-        self._require_attention(attention)
-        return AnswerStream(self._pieces(request, decoding, attention))
+        self._require_attributable(attribution)
+        return AnswerStream(self._pieces(request, decoding, attribution))
 
     def attribute(
         self,
@@ -482,7 +488,7 @@ class KVFusionGenerator:
         if not ids:
             raise InvalidInputError("the answer has no tokens, so no document can have brought it about.")
         request = self._engine.request(question, documents, prompt, mode, DecodingOptions(max_new_tokens=len(ids)))
-        return attribute(self._engine, request, self._encoder.encode_question(question, prompt), ids, text)
+        return attribute(self._engine, request, ids, text)
 
     def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
@@ -586,7 +592,7 @@ class KVFusionGenerator:
         return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
 
     def _pieces(
-        self, request: Request, options: DecodingOptions, attention: bool
+        self, request: Request, options: DecodingOptions, attribution: Attributed | None
     ) -> Generator[str | Answer, None, None]:
         request = self._engine.current(request)  # much may happen before a stream is first read
         run = self._engine.start(Batch.of(request), options)
@@ -594,7 +600,7 @@ class KVFusionGenerator:
             for _ in steps:
                 if piece := run.rows[0].take():
                     yield piece
-        yield self._attended([request], [self._engine.answer(run, 0)], attention)[0]
+        yield self._attributed([request], [self._engine.answer(run, 0)], attribution)[0]
 
 
 def locate_model(model: str | Path | None) -> tuple[str, str]:

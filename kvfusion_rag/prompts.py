@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -26,6 +26,7 @@ from .settings import FIELD, ModelSettings
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_USUAL_TOKEN = 8  # characters; more than those of a text that is no white space have on average
 _PAST_ANY_TOKEN = 64  # characters; more than the longest vocabulary entry that matters for finding a cut
 
 
@@ -215,11 +216,20 @@ class PromptEncoder:
             return tuple(self._titled.encode(title=document.title, text=document.text))
         return tuple(self._document.encode(text=document.text))
 
-    def split_document(self, document: Document, max_tokens: int) -> list[tuple[int, ...]]:
+    def encode_up_to(self, document: Document, max_tokens: int) -> tuple[int, ...] | None:
+        """As :meth:`encode_document`; ``None`` for more than ``max_tokens`` ids, before a long text is all read."""
+        beginning = replace(document, text=document.text[: (max_tokens + 1) * _PAST_ANY_TOKEN])
+        ids = self.encode_document(beginning)
+        if len(ids) <= max_tokens and len(beginning.text) < len(document.text):
+            ids = self.encode_document(document)
+        return ids if len(ids) <= max_tokens else None
+
+    def split_document(self, document: Document, max_tokens: int, most: int) -> list[tuple[int, ...]]:
         """Ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template.
 
         Raises:
-            ContextLimitError: template and title alone take more than half of ``max_tokens``.
+            ContextLimitError: template and title alone take more than half of ``max_tokens``, or the distinct pieces
+                have more than ``most`` ids together; the rest is then not encoded.
         """
         frame = len(self.encode_document(Document("x", title=document.title)))  # upper bound of the template's share
         room = max_tokens - frame
@@ -228,16 +238,36 @@ class PromptEncoder:
                 f"template and title take {frame} tokens, more than half of the {max_tokens} that the model reads in "
                 "one document, so it cannot be split; shorten the title."
             )
-        pieces, rest = [], document.text
-        while rest.strip():
-            cut = self.plain.cut(rest[: room * _PAST_ANY_TOKEN], room)
-            piece = self.encode_document(Document(rest[:cut].strip(), title=document.title))
+        pieces: list[tuple[int, ...]] = []
+        text, at = document.text, 0
+        distinct: set[tuple[int, ...]] = set()
+        tokens = 0
+        while at < len(text):
+            cut = self._cut(text, at, room)
+            piece = self.encode_document(replace(document, text=text[at : at + cut].strip()))
             while len(piece) > max_tokens and cut > 1:  # a cut inside a word can spell it with more tokens
                 cut = cut * 3 // 4
-                piece = self.encode_document(Document(rest[:cut].strip(), title=document.title))
-            pieces.append(piece)
-            rest = rest[cut:]
-        return [piece for piece in pieces if piece]
+                piece = self.encode_document(replace(document, text=text[at : at + cut].strip()))
+            at += cut
+            if piece:
+                pieces.append(piece)
+            tokens += 0 if piece in distinct else len(piece)
+            distinct.add(piece)
+            if tokens > most:
+                raise ContextLimitError(
+                    f"the first {at} of {len(text)} characters have {tokens} tokens, but at most {most} may be fused; "
+                    "cut it."
+                )
+        return pieces
+
+    def _cut(self, text: str, at: int, max_tokens: int) -> int:
+        """How many characters from ``at`` on make a piece of at most ``max_tokens`` ids."""
+        for characters in (_USUAL_TOKEN, _PAST_ANY_TOKEN):
+            window = text[at : at + max_tokens * characters]
+            cut = self.plain.cut(window, max_tokens)
+            if cut < len(window):
+                break
+        return cut
 
     def encode_question(self, question: str, prompt: Prompt = None) -> tuple[int, ...]:
         """Ids (Q,) of the question, or of the caller's ``prompt`` where the model follows instructions.

@@ -194,15 +194,16 @@ def _read(document: Document | str, number: int, encoder: PromptEncoder, limits:
             f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens may be "
             "fused; cut it."
         )
-    ids = encoder.encode_document(document)
-    if len(ids) <= limits.document:
+    ids = encoder.encode_up_to(document, limits.document)
+    if ids is not None:
         return ReadDocument(document, document_id, (ids,) if ids else ())
     if limits.long_documents == "split":
         try:
-            return ReadDocument(document, document_id, tuple(encoder.split_document(document, limits.document)))
+            pieces = encoder.split_document(document, limits.document, limits.total)
+            return ReadDocument(document, document_id, tuple(pieces))
         except ContextLimitError as error:
             raise ContextLimitError(f"of document {document_id!r}, {error}") from error
     raise ContextLimitError(
-        f"document {document_id!r} has {len(ids)} tokens, but the model reads at most {limits.document} in one "
-        "document; split it, or pass long_documents='split'."
+        f"document {document_id!r} has {len(document.text)} characters, but the model reads at most {limits.document} "
+        "tokens in one document, and that are more; split it, or pass long_documents='split'."
     )

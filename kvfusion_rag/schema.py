@@ -17,6 +17,7 @@ import torch
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 FinishReason = Literal["stop", "length", "cancelled"]
+Attributed = Literal["attention", "effects"]  # what sources say of their part in an answer, if that is asked for
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
@@ -108,8 +109,7 @@ class Source:
     ``origin`` says where its keys and values came from: ``memory``, ``disk`` or ``remote`` (the store's tiers),
     ``computed`` (prefilled now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
     ``miss`` is the reason why the store had a computed one not (of its first missing piece).
-    ``attention`` is its share of the attention of all layers and heads while the answer's tokens were chosen, if that
-    was asked for; prefix, question and answer got the rest.
+    ``attention`` and ``effect`` are those of ``Influence``, if they were asked for (``attribution=``).
     ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
     the same tokens, which was fused in its place.
     """
@@ -123,6 +123,7 @@ class Source:
     miss: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     attention: float | None = None
+    effect: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +199,16 @@ class Answer:
         """Rich output in notebooks. Documents and answers are untrusted text, so all of it is escaped."""
         cited = {c.document_id for c in self.citations}
         heads = ["cited", "document", "title", "KV from", "tokens"]
-        if attended := any(source.attention is not None for source in self.sources):
-            heads.append("attention")
+        measured = [
+            (head, name, form)
+            for head, name, form in (("attention", "attention", "{:.1%}"), ("effect, nats", "effect", "{:+.2f}"))
+            if any(getattr(source, name) is not None for source in self.sources)
+        ]
+        heads += [head for head, _, _ in measured]
         rows = "".join(
             f"<tr><td>{'&#10003;' if s.id in cited else ''}</td><td>{html.escape(s.id)}</td>"
             f"<td>{html.escape(s.title or '')}</td><td>{s.origin}</td><td>{s.tokens}</td>"
-            f"{f'<td>{100 * (s.attention or 0):.1f} %</td>' if attended else ''}</tr>"
+            f"{''.join(f'<td>{form.format(getattr(s, name))}</td>' for _, name, form in measured)}</tr>"
             for s in self.sources
         )
         return (

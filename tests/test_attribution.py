@@ -114,23 +114,35 @@ def test_parts_of_the_work_add_up_to_the_whole(monkeypatch):
 
 
 @modes
-async def test_every_call_measures_attention_when_asked(mode):
+async def test_every_call_measures_what_is_asked_for(mode):
     gen = tiny.generator("llama", mode=mode)
     plain = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
-    assert all(source.attention is None for source in plain.sources)
-    stream = gen.stream("who?", DOCUMENTS, attention=True, max_new_tokens=5)
-    assert "".join(stream) == plain.text
-    answers = [
-        gen.answer("who?", DOCUMENTS, attention=True, max_new_tokens=5),
-        *gen.answer_batch(["who?"] * 2, [DOCUMENTS] * 2, attention=True, max_new_tokens=5),
-        await gen.aanswer("who?", DOCUMENTS, attention=True, max_new_tokens=5),
-        stream.answer,
-    ]
-    shares = [[source.attention for source in answer.sources] for answer in answers]
-    assert all(answer.token_ids == plain.token_ids for answer in answers)
-    assert all(share == shares[0] for share in shares)
-    assert 0 < sum(shares[0]) <= 1
-    json.dumps(answers[0].to_dict())
+    assert all(source.attention is source.effect is None for source in plain.sources)
+    expected = gen.attribute("who?", DOCUMENTS, answer=plain).documents
+    for wanted in ("attention", "effects"):
+        stream = gen.stream("who?", DOCUMENTS, attribution=wanted, max_new_tokens=5)
+        assert "".join(stream) == plain.text
+        answers = [
+            gen.answer("who?", DOCUMENTS, attribution=wanted, max_new_tokens=5),
+            *gen.answer_batch(["who?"] * 2, [DOCUMENTS] * 2, attribution=wanted, max_new_tokens=5),
+            await gen.aanswer("who?", DOCUMENTS, attribution=wanted, max_new_tokens=5),
+            stream.answer,
+        ]
+        for answer in answers:
+            assert answer.token_ids == plain.token_ids
+            assert [source.attention for source in answer.sources] == [d.attention for d in expected]
+            effects = [source.effect for source in answer.sources]
+            assert effects == ([None] * 3 if wanted == "attention" else [d.effect for d in expected])
+        assert 0 < sum(source.attention for source in answers[0].sources) <= 1
+        json.dumps(answers[0].to_dict())
+        assert answers[0]._repr_html_().count("<th>") == (6 if wanted == "attention" else 7)
+
+
+def test_what_cannot_be_measured_is_refused():
+    gen = tiny.generator("llama")
+    for call in (gen.answer, gen.stream):
+        with pytest.raises(InvalidInputError, match="'attention', 'effects' or None"):
+            call("who?", DOCUMENTS, attribution="shapley")
 
 
 def test_without_documents_there_is_nothing_to_attribute():

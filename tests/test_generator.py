@@ -27,6 +27,7 @@ from kvfusion_rag import (
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.positions import additive, block_mask
 from kvfusion_rag.probe import slowness
+from kvfusion_rag.prompts import PlainEncoder
 from kvfusion_rag.settings import ModelSettings
 
 DOCUMENTS = [
@@ -132,7 +133,7 @@ def test_blank_documents_are_skipped_and_reported(gen, caplog):
 
 def test_a_document_over_the_limit_is_named_or_split(gen):
     huge = Document("the river runs past an old mill. " * 200, id="huge")
-    with pytest.raises(ContextLimitError, match=r"'huge' has \d+ tokens, but the model reads at most \d+"):
+    with pytest.raises(ContextLimitError, match=r"'huge' has 6600 characters, but the model reads at most \d+"):
         gen.answer("who?", ["small", huge])
     splitting = generator("llama", max_document_tokens=60, long_documents="split")
     source = splitting.answer("who?", ["small", huge], max_new_tokens=2).sources[1]
@@ -567,3 +568,21 @@ def test_a_busy_machine_says_nothing_of_float32(monkeypatch):
     seconds = iter([9.0, 1.0])
     monkeypatch.setattr("kvfusion_rag.probe._product_seconds", lambda dtype: next(seconds))
     assert slowness(torch.float32) == 1.0
+
+
+@pytest.mark.parametrize("long_documents", ["split", "error"])
+def test_a_text_of_ten_megabytes_is_refused_before_it_is_all_encoded(long_documents, monkeypatch):
+    gen = generator("llama", long_documents=long_documents)
+    encoded = []
+    encode = PlainEncoder.encode
+    monkeypatch.setattr(PlainEncoder, "encode", lambda self, text: (encoded.append(len(text)), encode(self, text))[1])
+    text = " ".join(f"mill {number}" for number in range(900_000))
+    with pytest.raises(ContextLimitError, match="document '1'"):
+        gen.answer("who?", [text])
+    assert sum(encoded) < len(text) / 2
+
+
+def test_a_long_text_that_says_one_thing_again_and_again_is_split_and_fused_once():
+    gen = generator("llama", long_documents="split", max_document_tokens=200)
+    answer = gen.answer("who?", ["the river runs past an old mill. " * 5_000], max_new_tokens=1)
+    assert answer.sources[0].pieces > 100 and answer.usage.document_tokens < answer.sources[0].tokens / 50

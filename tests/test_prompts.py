@@ -229,14 +229,14 @@ def test_ordinary_added_characters_and_spaces_stay_what_they_are():
 def test_a_title_that_leaves_no_room_is_refused():
     encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings())
     with pytest.raises(ContextLimitError, match="title"):
-        encoder.split_document(Document("the old mill", title="a long title " * 30), 40)
+        encoder.split_document(Document("the old mill", title="a long title " * 30), 40, 1000)
 
 
 @given(words=st.lists(st.sampled_from(WORDS.split()), min_size=30, max_size=200), limit=st.integers(16, 40))
 def test_split_documents_fit_and_lose_nothing(words, limit):
     tok = tokenizer("byte-bpe")
     encoder = PromptEncoder(tok, ModelSettings(document_template="{text}", titled_document_template="{title}: {text}"))
-    pieces = encoder.split_document(Document(" ".join(words)), limit)
+    pieces = encoder.split_document(Document(" ".join(words)), limit, 10_000)
     assert all(len(piece) <= limit for piece in pieces)
     assert " ".join(encoder.decode(list(piece)) for piece in pieces).replace(" ", "") == "".join(words)
 
@@ -245,7 +245,7 @@ def test_split_falls_at_the_end_of_a_sentence():
     encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings(document_template="{text}"))
     sentence = "the river runs past an old mill."
     tokens = len(encoder.plain.encode(sentence))
-    pieces = encoder.split_document(Document(" ".join([sentence] * 4)), 2 * tokens + 6)
+    pieces = encoder.split_document(Document(" ".join([sentence] * 4)), 2 * tokens + 6, 1000)
     assert [encoder.decode(list(p)) for p in pieces] == [f"{sentence} {sentence}"] * 2
 
 
