@@ -284,7 +284,15 @@ def test_the_callers_messages_are_left_as_they_were():
 
 
 async def test_options_of_a_call_come_before_those_of_the_model():
-    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 1, "mode": "concat", "stop": ["and so on"]}
+    given = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "seed": 1,
+        "mode": "concat",
+        "attribution": "effects",
+        "stop": ["and so on"],
+    }
     fake = ChatRecorder()
     model = chat(fake, max_new_tokens=7, stop=["."], temperature=0.1, seed=9)
     await every_way(model, "q", **given, max_tokens=3)
@@ -298,6 +306,7 @@ async def test_options_of_a_call_come_before_those_of_the_model():
         "top_k": None,
         "seed": 9,
         "mode": None,
+        "attribution": None,
         "stop": ["."],
     }
 

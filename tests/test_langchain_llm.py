@@ -34,6 +34,7 @@ DEFAULTS = {
     "top_k": None,
     "seed": None,
     "mode": None,
+    "attribution": None,
     "stop": [],
 }
 
@@ -94,7 +95,15 @@ async def test_a_plain_prompt_is_its_own_question():
 
 
 async def test_options_of_the_model_reach_every_call():
-    options = {"temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 1, "mode": "concat", "stop": ["\n"]}
+    options = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "seed": 1,
+        "mode": "concat",
+        "attribution": "effects",
+        "stop": ["\n"],
+    }
     fake = RecordingGenerator()
     await every_way(KVFusionLLM(generator=fake, max_tokens=7, **options), "q")
     assert all(call.options == {**options, "max_new_tokens": 7} for call in fake.calls)
@@ -102,7 +111,15 @@ async def test_options_of_the_model_reach_every_call():
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_new_tokens"])
 async def test_options_of_a_call_come_before_those_of_the_model(name):
-    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 4, "seed": 1, "mode": "concat", "stop": ["and so on", "\n"]}
+    given = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "seed": 1,
+        "mode": "concat",
+        "attribution": "effects",
+        "stop": ["and so on", "\n"],
+    }
     fake = RecordingGenerator()
     llm = KVFusionLLM(generator=fake, max_new_tokens=7, stop=["."], temperature=0.1, seed=9)
     await every_way(llm, "q", **given, **{name: 3})

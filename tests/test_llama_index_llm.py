@@ -39,6 +39,7 @@ DEFAULT_OPTIONS = {
     "stop": (),
     "seed": None,
     "mode": None,
+    "attribution": None,
 }
 USER = [ChatMessage(role=MessageRole.USER, content="Where?")]
 
@@ -271,7 +272,15 @@ def test_options_of_the_llm_and_of_the_call() -> None:
     llm, generator = make(temperature=0.5, max_new_tokens=7, stop="END", top_k=4)
     llm.complete("Where?")
     llm.complete(
-        "Where?", temperature=0.0, max_tokens=9, stop=["\n", "."], top_p=0.9, seed=1, mode="concat", top_k=None
+        "Where?",
+        temperature=0.0,
+        max_tokens=9,
+        stop=["\n", "."],
+        top_p=0.9,
+        seed=1,
+        mode="concat",
+        attribution="effects",
+        top_k=None,
     )
     first, second = (c.options for c in generator.calls)
     assert first == DEFAULT_OPTIONS | {"temperature": 0.5, "max_new_tokens": 7, "stop": ("END",), "top_k": 4}
@@ -283,6 +292,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "stop": ["\n", "."],
         "seed": 1,
         "mode": "concat",
+        "attribution": "effects",
     }
 
 

@@ -42,6 +42,9 @@ class GeneratorBacked(BaseLanguageModel[Any]):
     stop: list[str] | None = Field(default=None, description="Strings that end the answer, left out of it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
+    attribution: str | None = Field(
+        default=None, description="'attention' or 'effects': what sources say of their part in an answer."
+    )
     streaming: bool = Field(default=False, description="Report tokens to callbacks on a single prompt's invoke too.")
     strict: bool = Field(default=False, description="Refuse prompts that come without documents.")
 

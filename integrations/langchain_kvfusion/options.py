@@ -11,7 +11,7 @@ from typing import Any
 
 from kvfusion_rag import Answer, InvalidInputError
 
-OPTION_NAMES = ("temperature", "max_tokens", "top_p", "top_k", "seed", "mode")
+OPTION_NAMES = ("temperature", "max_tokens", "top_p", "top_k", "seed", "mode", "attribution")
 _ALIAS = "max_new_tokens"
 
 
@@ -58,6 +58,8 @@ def generation_info(answer: Answer) -> dict[str, Any]:
                 "origin": source.origin,
                 "tokens": source.tokens,
                 "duplicate_of": source.duplicate_of,
+                "attention": source.attention,
+                "effect": source.effect,
             }
             for source in answer.sources
         ],

@@ -45,7 +45,7 @@ from .responses import (
 if TYPE_CHECKING:
     from kvfusion_rag import KVFusionGenerator
 
-_OPTIONS = ("temperature", "max_new_tokens", "top_p", "top_k", "stop", "seed", "mode")
+_OPTIONS = ("temperature", "max_new_tokens", "top_p", "top_k", "stop", "seed", "mode", "attribution")
 _ARGUMENTS = ("documents", "question", "max_tokens", *_OPTIONS)
 
 
@@ -74,6 +74,9 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     stop: str | Sequence[str] = Field(default=(), description="Strings that end the answer, left out of it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
+    attribution: str | None = Field(
+        default=None, description="'attention' or 'effects': what sources say of their part in an answer."
+    )
 
     _generator: KVFusionGenerator = PrivateAttr()
 
@@ -237,6 +240,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
             "stop": self.stop,
             "seed": self.seed,
             "mode": self.mode,
+            "attribution": self.attribution,
         }
 
 
