@@ -309,6 +309,22 @@ class KVFusionGenerator:
         made._engine.warned = self._engine.warned  # what is said of the model once is not said again
         return made
 
+    def with_namespace(self, namespace: str) -> KVFusionGenerator:
+        """A generator over the same weights, store and settings, for the documents of another tenant.
+
+        Raises:
+            InvalidInputError: the namespace is no name.
+        """
+        made = KVFusionGenerator(
+            self._backbone,
+            settings=self.settings,
+            store=self.store,
+            **{**self._engine_options, "namespace": namespace},
+            gather=self._gatherer is not None,
+        )
+        made._engine.warned = self._engine.warned
+        return made
+
     # What it does
 
     def answer(
