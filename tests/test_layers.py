@@ -15,7 +15,7 @@ PACKAGE = ROOT / "kvfusion_rag"
 LAYERS = [
     "errors", "probe", "schema", "chat", "settings", "prompts", "positions", "support", "ape", "attention", "backbone",
     "prefill", "fusion", "gate", "citations", "store", "reading", "decoding", "batching", "gathering", "engine",
-    "generator", "qa", "retrieval", "evaluation", "training", "cli",
+    "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 
