@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import InvalidInputError
 from ..store import require_namespace
-from .errors import ApiError, error_reply
+from .errors import ApiError
+from .incoming import Incoming
 
 SHORTEST_KEY = 16  # characters
 OPEN_PATHS = ("/health",)  # asked without a key
@@ -93,7 +94,7 @@ class Guard:
             try:
                 namespace = self._admit(scope["path"], Headers(scope=scope))
             except ApiError as error:
-                return await error_reply(error)(scope, receive, send)
+                return await Incoming(scope, receive).refuse(error, scope, send)
             scope.setdefault("state", {})["namespace"] = namespace
         await self._app(scope, receive, send)
 

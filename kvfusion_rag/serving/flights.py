@@ -7,14 +7,19 @@ client has gone or was told that it took too long: whoever comes back at once fi
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import RETRY_AFTER, ApiError, error_reply
+from .incoming import Incoming, Replay
 from .options import ServingOptions
 from .replies import event
+
+logger = logging.getLogger(__name__)
 
 LAST_WORDS = 5.0  # seconds that a client has to take the news of a stream's end
 
@@ -37,51 +42,56 @@ class Flights:
                 "overloaded",
                 headers=RETRY_AFTER,
             )
-            return await error_reply(error)(scope, receive, send)
+            return await Incoming(scope, receive).refuse(error, scope, send)
         self._under_way += 1
-        try:
-            await self._answer(scope, receive, send)
-        finally:
-            self._under_way -= 1
+        with ExitStack() as place:
+            place.callback(self._leave)
+            await self._answer(scope, Incoming(scope, receive), send, place.close)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def _leave(self) -> None:
+        self._under_way -= 1
+
+    async def _answer(self, scope: Scope, incoming: Incoming, send: Send, leave: Callable[[], None]) -> None:
         began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._options.timeout):
-                body = await _read_body(Headers(scope=scope), receive, self._options.max_body_bytes)
-        except TimeoutError:
-            return await error_reply(self._too_late())(scope, receive, send)
-        except ApiError as error:
-            return await error_reply(error)(scope, receive, send)
+                body = await incoming.read(self._options.max_body_bytes)
+        except (TimeoutError, ApiError) as error:
+            leave()  # nothing is kept of what is still to come
+            return await incoming.refuse(error if isinstance(error, ApiError) else self._too_late(), scope, send)
         if body is None:
             return
-        response = _Response(send)
-        work = asyncio.ensure_future(self._app(scope, _Replay(body), response.send))
-        gone = asyncio.create_task(_until_gone(receive))
+        response = _Response(send, leave)
+        work = asyncio.ensure_future(self._app(scope, Replay(body), response.send))
+        gone = asyncio.create_task(incoming.until_gone())
         left = self._options.timeout - (asyncio.get_running_loop().time() - began)
         try:
             await asyncio.wait({work, gone}, timeout=max(0.0, left), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not response.is_whole:
+            if not work.done() and not (gone.done() and response.is_whole):  # the end of a response ends both
                 response.close()
                 work.cancel()
                 if not gone.done():
-                    await self._say_too_late(response, scope, receive, send)
+                    await self._say_too_late(response, scope, send)
             await asyncio.wait({work})
         finally:  # the server itself may be stopping
             gone.cancel()
             if not work.done():
                 work.cancel()
                 await asyncio.wait({work})
-        if not work.cancelled():
-            work.result()  # raises what the app raised
+        if work.cancelled() or (error := work.exception()) is None:
+            return
+        if response.has_begun or not isinstance(error, Exception):
+            raise error
+        logger.error("a request failed", exc_info=error)  # raised any further, it would end the connection
+        await error_reply(error)(scope, Replay(b""), send)
 
-    async def _say_too_late(self, response: _Response, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _say_too_late(self, response: _Response, scope: Scope, send: Send) -> None:
         error = self._too_late()
         with suppress(TimeoutError):  # a client that reads nothing is left
             async with asyncio.timeout(LAST_WORDS):
                 if not response.has_begun:
-                    await error_reply(error)(scope, receive, send)
-                elif response.is_stream:
+                    await error_reply(error)(scope, Replay(b""), send)
+                elif response.is_stream and not response.is_whole:
                     await send({"type": "http.response.body", "body": event(error.to_dict())})
 
     def _too_late(self) -> ApiError:
@@ -89,10 +99,14 @@ class Flights:
 
 
 class _Response:
-    """What was sent of a response; once closed, nothing more is."""
+    """What was sent of a response; once closed, nothing more is.
 
-    def __init__(self, send: Send) -> None:
-        self._send = send
+    Args:
+        on_end: called before its end is sent, so that a client that asks again at once finds a place.
+    """
+
+    def __init__(self, send: Send, on_end: Callable[[], None]) -> None:
+        self._send, self._on_end = send, on_end
         self._closed = False
         self.has_begun = self.is_stream = self.is_whole = False
 
@@ -104,51 +118,8 @@ class _Response:
             self.is_stream = Headers(raw=message["headers"]).get("content-type", "").startswith("text/event-stream")
         elif not message.get("more_body", False):
             self.is_whole = True
+            self._on_end()
         await self._send(message)
 
     def close(self) -> None:
         self._closed = True
-
-
-class _Replay:
-    """``receive`` of a body that was read already; after it, nothing ever comes."""
-
-    def __init__(self, body: bytes) -> None:
-        self._body: bytes | None = body
-
-    async def __call__(self) -> Message:
-        body, self._body = self._body, None
-        if body is None:
-            await asyncio.Event().wait()
-        return {"type": "http.request", "body": body, "more_body": False}
-
-
-async def _read_body(headers: Headers, receive: Receive, most: int) -> bytes | None:
-    """A whole body; ``None`` where the client went away.
-
-    Raises:
-        ApiError: it is longer than ``most`` bytes, by its header or by what came; the rest is not read.
-    """
-    announced = headers.get("content-length", "")
-    if announced.isdecimal() and (len(announced) > 20 or int(announced) > most):
-        raise _too_large(most)
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            raise _too_large(most)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {most} bytes, which is the most.", "body_too_large")
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -57,7 +57,11 @@ async def answer_events(
         KVFusionError: as ``KVFusionGenerator.stream`` and its first step.
     """
     stream = await in_thread(partial(generator.stream, **arguments))
-    first = await in_thread(_next_piece, stream)
+    try:
+        first = await in_thread(_next_piece, stream)
+    except BaseException:  # it was cancelled, too
+        stream.close()
+        raise
     return EventStream(_events(stream, first, Completion(generator.model_id), include_usage))
 
 
