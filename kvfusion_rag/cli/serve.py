@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-concurrency", type=positive, default=64, metavar="N", help="requests at once (default: 64)"
     )
     parser.add_argument(
-        "--max-body-mib", type=positive, default=8, metavar="N", help="longest body in MiB (default: 8)"
+        "--max-body-mib", type=positive, default=4, metavar="N", help="longest body in MiB (default: 4)"
     )
     parser.add_argument(
         "--max-documents", type=positive, default=256, metavar="N", help="documents of a request (default: 256)"

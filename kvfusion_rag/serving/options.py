@@ -25,7 +25,7 @@ class ServingOptions:
 
     mode: Mode | None = None
     max_concurrency: int = 64
-    max_body_bytes: int = 8 << 20
+    max_body_bytes: int = 4 << 20
     max_documents: int = 256
     timeout: float = 600.0
     metrics: bool = False
