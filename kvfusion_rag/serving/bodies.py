@@ -90,13 +90,17 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False  # padding against guesses from lengths: none is sent
 
 
-class DocumentsRequest(_Body):
-    """Documents to prefill or to forget."""
-
-    documents: list[DocumentBody] = Field(min_length=1)
+class _WithDocuments(_Body):
+    documents: list[DocumentBody] = Field(default_factory=list)
 
     def to_documents(self) -> list[Document]:
         return [body.to_document() for body in self.documents]
+
+
+class DocumentsRequest(_WithDocuments):
+    """Documents to prefill or to forget."""
+
+    documents: list[DocumentBody] = Field(min_length=1)
 
 
 def _only(*allowed: Any) -> AfterValidator:
@@ -120,14 +124,13 @@ def _ends_with_user(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     return messages
 
 
-class ChatRequest(_Body):
+class ChatRequest(_WithDocuments):
     """A request for a chat completion: OpenAI's fields, and documents, top_k and mode besides."""
 
     model: Text
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_ends_with_user)
     ]
-    documents: list[DocumentBody] = Field(default_factory=list)
     mode: Mode | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
@@ -165,9 +168,6 @@ class ChatRequest(_Body):
     tool_choice: Annotated[Any, _only("none", "auto")] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
     parallel_tool_calls: Annotated[Any, _only(True, False)] = None
-
-    def to_documents(self) -> list[Document]:
-        return [body.to_document() for body in self.documents]
 
     def to_arguments(self) -> dict[str, Any]:
         """Arguments of ``KVFusionGenerator.answer`` but for the mode. The question is the last message's text."""

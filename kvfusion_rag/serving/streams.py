@@ -38,7 +38,8 @@ class EventStream(StreamingResponse):
     """Sends ``events`` as they come and ends them with the response, however that ends."""
 
     def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies pass each event on at once
+        super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
