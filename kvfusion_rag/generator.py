@@ -300,13 +300,19 @@ class KVFusionGenerator:
                 f"document_attention is {settings.document_attention!r}, but the weights were loaded with "
                 f"{self.settings.document_attention!r}; set it in the model's kvfusion.json."
             )
-        made = KVFusionGenerator(
-            self._backbone,
-            settings=settings,
-            store=self.store,
-            **self._engine_options,
-            gather=self._gatherer is not None,
-        )
+        return self._sibling(settings, self._engine_options)
+
+    def with_namespace(self, namespace: str) -> KVFusionGenerator:
+        """A generator over the same weights, store and settings, for the documents of another tenant.
+
+        Raises:
+            InvalidInputError: the namespace is no name.
+        """
+        return self._sibling(self.settings, {**self._engine_options, "namespace": namespace})
+
+    def _sibling(self, settings: ModelSettings, engine_options: Mapping[str, Any]) -> KVFusionGenerator:
+        gather = self._gatherer is not None
+        made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, gather=gather, **engine_options)
         made._engine.warned = self._engine.warned  # what is said of the model once is not said again
         return made
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "kvfusion_rag"
 LAYERS = [
     "errors", "probe", "schema", "chat", "settings", "prompts", "positions", "support", "attention", "ape", "watch",
     "backbone", "prefill", "fusion", "gate", "citations", "store", "reading", "decoding", "batching", "gathering",
-    "engine", "attribution", "generator", "qa", "retrieval", "evaluation", "training", "cli",
+    "engine", "attribution", "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 

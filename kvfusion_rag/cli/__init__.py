@@ -13,13 +13,14 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import KVFusionError
-from . import ask, bench, build_data, doctor, evaluate, index, store, train
+from . import ask, bench, build_data, doctor, evaluate, index, serve, store, train
 from .console import Interruption, drop_output, print_error, quiet_libraries
 
 COMMANDS = {
     "ask": ask,
     "index": index,
     "store": store,
+    "serve": serve,
     "bench": bench,
     "doctor": doctor,
     "build-data": build_data,
