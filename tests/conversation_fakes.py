@@ -1,4 +1,4 @@
-"""Generators without a model for tests of chat models: those of fakes.py, but prompts may be conversations."""
+"""What tests of chat models need beside fakes.py: prefetched documents, and the turns of a conversation."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from fakes import Call, EchoGenerator, RecordingGenerator
+from fakes import Call, RecordingGenerator
 
 from kvfusion_rag import Document, Message
 
 
-class _Conversing:
-    def count_tokens(self, text: Any) -> int:
-        """Words of a text, or of all messages of a conversation."""
-        texts = [text] if isinstance(text, str) else [message.text for message in text]
-        return sum(len(each.split()) for each in texts)
-
-
 @dataclass
-class ChatRecorder(_Conversing, RecordingGenerator):
+class ChatRecorder(RecordingGenerator):
     """Records calls; ``prefetched`` has the documents of each prefetch."""
 
     prefetched: list[list[Document | str]] = field(default_factory=list)
@@ -30,11 +23,6 @@ class ChatRecorder(_Conversing, RecordingGenerator):
         future: Future[int] = Future()
         future.set_result(len(documents))
         return future
-
-
-@dataclass
-class ChatEcho(_Conversing, EchoGenerator):
-    """Answers with what it received."""
 
 
 def turns(call: Call) -> list[tuple[str, str]]:

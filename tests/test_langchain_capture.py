@@ -15,7 +15,8 @@ pytest.importorskip("langchain_classic")
 pytest.importorskip("langchain")
 pytest.importorskip("langgraph")
 
-from conversation_fakes import ChatEcho, ChatRecorder
+from conversation_fakes import ChatRecorder
+from fakes import EchoGenerator
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.caches import InMemoryCache
@@ -102,7 +103,7 @@ def test_threads_and_tasks_without_a_capture_are_untouched(make):
 
 
 async def test_captures_of_two_tasks_do_not_mix():
-    fake = ChatEcho()
+    fake = EchoGenerator()
 
     async def serve(name: str) -> Any:
         with enable_document_capture():

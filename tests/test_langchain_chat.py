@@ -14,7 +14,8 @@ import pytest
 
 pytest.importorskip("langchain_core")
 
-from conversation_fakes import ChatEcho, ChatRecorder, turns
+from conversation_fakes import ChatRecorder, turns
+from fakes import EchoGenerator
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document as LangChainDocument
@@ -138,7 +139,7 @@ async def test_generate_takes_documents_too(streaming):
 
 
 async def test_a_list_of_lists_gives_each_input_of_a_batch_its_own():
-    model = chat(ChatEcho())
+    model = chat(EchoGenerator())
     expected = ["p <- a at 0.0", "q <- b + c at 0.0"]
     nested = {"documents": [["a"], ["b", "c"]]}
     assert [answer.text for answer in model.batch(["p", "q"], **nested)] == expected
@@ -496,7 +497,7 @@ PAIRS: list[tuple[Any, Any]] = [
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 async def test_other_documents_or_options_get_an_answer_of_their_own(first, second, is_async):
-    fake = ChatEcho()
+    fake = EchoGenerator()
     model = chat(fake, cache=InMemoryCache())
     for _ in range(2):
         for given, options in (first, second):
@@ -506,7 +507,7 @@ async def test_other_documents_or_options_get_an_answer_of_their_own(first, seco
 
 
 def test_frames_of_one_text_have_one_key_in_every_process(monkeypatch):
-    fake = ChatEcho()
+    fake = EchoGenerator()
     model = chat(fake, cache=InMemoryCache())
     for key in (b"one process", b"another process"):
         monkeypatch.setattr("langchain_kvfusion.framing._signing_key", lambda key=key: key)

@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("langchain_core")
 
-from conversation_fakes import ChatEcho, ChatRecorder
+from conversation_fakes import ChatRecorder
+from fakes import EchoGenerator
 from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.globals import set_llm_cache
@@ -49,7 +50,7 @@ def text(answer: Any) -> str:
 
 @MODELS
 async def test_batches_keep_their_order_whatever_their_width(make):
-    model = make(generator=ChatEcho())
+    model = make(generator=EchoGenerator())
     questions = [f"q{number}" for number in range(7)]
     expected = [f"{question} <- a at 0.0" for question in questions]
     for config in ({}, {"max_concurrency": 3}):
@@ -75,7 +76,7 @@ async def test_an_llm_reports_the_size_of_each_batch():
 @MODELS
 async def test_every_prompt_of_a_batch_has_a_run_of_its_own(make):
     watcher = Watcher()
-    make(generator=ChatEcho(), callbacks=[watcher]).batch(["p", "q"])
+    make(generator=EchoGenerator(), callbacks=[watcher]).batch(["p", "q"])
     assert sorted(watcher.ended.values()) == ["p <-  at 0.0", "q <-  at 0.0"]
 
 
@@ -130,7 +131,7 @@ async def test_an_own_cache_comes_before_the_global_one_and_false_stays_out_of_b
     everyone, own = InMemoryCache(), InMemoryCache()
     set_llm_cache(everyone)
     try:
-        fake = ChatEcho()
+        fake = EchoGenerator()
         for model in (make(generator=fake, cache=own), make(generator=fake, cache=False)):
             for _ in range(2):
                 model.invoke("q", documents=["a"])

@@ -15,7 +15,8 @@ pytest.importorskip("langchain_classic")
 pytest.importorskip("langchain")
 pytest.importorskip("langgraph")
 
-from conversation_fakes import ChatEcho, ChatRecorder, turns
+from conversation_fakes import ChatRecorder, turns
+from fakes import EchoGenerator
 from langchain_core.caches import BaseCache, InMemoryCache
 from langchain_core.globals import set_llm_cache
 from langchain_core.language_models import FakeListChatModel
@@ -146,7 +147,7 @@ async def test_fallbacks_read_the_ordinary_messages_and_we_are_one_too():
 
 
 async def test_parallel_branches_each_have_the_documents():
-    fake = ChatEcho()
+    fake = EchoGenerator()
     model = ChatKVFusion(generator=fake)
     chain = RunnableParallel({name: apart(model.bind(temperature=heat)) for name, heat in (("a", 0.1), ("b", 0.2))})
     expected = {
@@ -198,7 +199,7 @@ class SQLiteCache(BaseCache):
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 @pytest.mark.parametrize(("route", "make"), CASES)
 async def test_caches_answer_again_only_from_the_same_documents(route: Route, make: Any, kind: str, tmp_path: Path):
-    fake = ChatEcho()
+    fake = EchoGenerator()
     set_llm_cache(InMemoryCache() if kind == "memory" else SQLiteCache(tmp_path / "answers.db"))
     try:
         first = [route.after(make(generator=fake)).invoke(QUESTION) for _ in range(2)]

@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import tiny
-from fakes import Call, RecordingGenerator
+from fakes import RecordingGenerator
 from starlette.testclient import TestClient
 
-from kvfusion_rag import (
-    Answer,
-    ContextLimitError,
-    Document,
-    InvalidInputError,
-    MemoryLimitError,
-    Message,
-    OverloadError,
-)
+from kvfusion_rag import ContextLimitError, Document, InvalidInputError, MemoryLimitError, Message, OverloadError
 from kvfusion_rag.serving import Access, ServingOptions, create_app
 
 CHAT = "/v1/chat/completions"
-
-
-class ChatGenerator(RecordingGenerator):
-    """The fake generator, which counts the words of all messages of a prompt."""
-
-    def answer_to(self, call: Call) -> Answer:
-        assert call.prompt is not None
-        return super().answer_to(replace(call, prompt="\n".join(message.text for message in call.prompt)))
 
 
 def client_of(generator: Any, access: Access | None = None, **options: Any) -> TestClient:
@@ -54,8 +37,8 @@ def events(text: str) -> Iterator[dict[str, Any]]:
 
 
 @pytest.fixture
-def generator() -> ChatGenerator:
-    return ChatGenerator()
+def generator() -> RecordingGenerator:
+    return RecordingGenerator()
 
 
 @pytest.fixture
@@ -213,7 +196,7 @@ def test_models_and_health(client):
     ],
 )
 def test_errors_have_a_status_and_openais_form(stream, error, status, kind, code):
-    found = client_of(ChatGenerator(error=error)).post(CHAT, json=request(stream=stream))
+    found = client_of(RecordingGenerator(error=error)).post(CHAT, json=request(stream=stream))
     assert found.status_code == status
     told = found.json()["error"]
     assert (told["type"], told["code"], told["param"]) == (kind, code, None)
@@ -223,7 +206,7 @@ def test_errors_have_a_status_and_openais_form(stream, error, status, kind, code
 
 
 def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
-    generator = ChatGenerator(error=RuntimeError("in /home/me/model.py"), fail_after=1)
+    generator = RecordingGenerator(error=RuntimeError("in /home/me/model.py"), fail_after=1)
     found = client_of(generator).post(CHAT, json=request(stream=True))
     *_, last, rest = found.text.split("\n\n")
     assert found.status_code == 200 and rest == ""
