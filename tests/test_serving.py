@@ -81,10 +81,19 @@ def test_documents_are_strings_or_objects(client, generator):
 
 
 def test_options_of_decoding_are_passed_on(client, generator):
-    fields = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_completion_tokens": 5, "seed": 3, "mode": "ape"}
+    fields = {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "max_completion_tokens": 5,
+        "seed": 3,
+        "mode": "ape",
+        "attribution": "effects",
+    }
     assert client.post(CHAT, json=request(**fields, stop="\n")).status_code == 200
-    expected = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "max_new_tokens": 5, "seed": 3, "mode": "ape"}
-    assert generator.calls[0].options == {**expected, "stop": ["\n"]}
+    expected = {**fields, "max_new_tokens": fields["max_completion_tokens"], "stop": ["\n"]}
+    del expected["max_completion_tokens"]
+    assert generator.calls[0].options == expected
 
 
 @pytest.mark.parametrize(
@@ -262,6 +271,28 @@ def test_another_model_and_another_path_are_not_found(client):
     assert "'fake/model'" in other.json()["error"]["message"]
     assert client.post("/v1/embeddings", json={}).json()["error"]["type"] == "invalid_request_error"
     assert client.get(CHAT).status_code == 405
+
+
+# Attribution
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sources_say_what_they_did_for_the_answer_when_asked(stream):
+    generator = tiny.generator()
+    documents = ["the river runs past an old mill", "two grey doves sleep"]
+    expected = generator.answer(
+        "who?", documents, prompt=[Message("user", "who?")], attribution="effects", max_new_tokens=2
+    )
+    asked = {"model": generator.model_id, "messages": [{"role": "user", "content": "who?"}], "documents": documents}
+    found = client_of(generator).post(
+        CHAT, json={**asked, "max_tokens": 2, "attribution": "effects", "stream": stream}
+    )
+    facts = json.loads(found.text.split("data: ")[-2])["kvfusion"] if stream else found.json()["kvfusion"]
+    assert [(s["attention"], s["effect"]) for s in facts["sources"]] == [
+        (source.attention, source.effect) for source in expected.sources
+    ]
+    plain = client_of(generator).post(CHAT, json={**asked, "max_tokens": 2}).json()
+    assert not {"attention", "effect"} & plain["kvfusion"]["sources"][0].keys()
 
 
 # The store

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..schema import Document, Message, Mode
+from ..schema import Attributed, Document, Message, Mode
 
 MOST_MESSAGES = 1000
 MOST_STOPS = 16
@@ -125,13 +125,14 @@ def _ends_with_user(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
 
 
 class ChatRequest(_WithDocuments):
-    """A request for a chat completion: OpenAI's fields, and documents, top_k and mode besides."""
+    """A request for a chat completion: OpenAI's fields, and documents, top_k, mode and attribution besides."""
 
     model: Text
     messages: Annotated[
         list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_ends_with_user)
     ]
     mode: Mode | None = None
+    attribution: Attributed | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     temperature: float = 0.0
@@ -182,4 +183,5 @@ class ChatRequest(_WithDocuments):
             "top_k": self.top_k,
             "stop": self.stop,
             "seed": self.seed,
+            "attribution": self.attribution,
         }
