@@ -6,7 +6,8 @@ import json
 
 import pytest
 import tiny
-from test_serving import CHAT, ChatGenerator, client_of, request
+from fakes import RecordingGenerator
+from test_serving import CHAT, client_of, request
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.serving import Access, bind, read_keys, require_guarded, running
@@ -35,7 +36,7 @@ def bearer(key: str) -> dict[str, str]:
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/documents", "/v1/models", "/openapi.json", "/no/such/path"])
 def test_without_a_right_key_nothing_is_answered(headers, path):
-    generator = ChatGenerator()
+    generator = RecordingGenerator()
     client = client_of(generator, Access({KEY: None}))
     method = client.post if path in (CHAT, "/v1/documents") else client.get
     found = method(path, headers=headers)
@@ -82,22 +83,24 @@ def test_tenants_have_documents_of_their_own():
     ],
 )
 def test_a_server_without_keys_answers_to_its_own_names_alone(host, status):
-    generator = ChatGenerator()
+    generator = RecordingGenerator()
     found = client_of(generator).post(CHAT, json=request(), headers={"host": host})
     assert found.status_code == status and len(generator.calls) == (status == 200)
 
 
 def test_further_names_are_allowed_by_name_and_keys_make_them_needless():
-    assert client_of(ChatGenerator(), Access(hosts=["Rag.internal"])).get("/health", headers={"host": "rag.internal"})
-    named = client_of(ChatGenerator(), Access({KEY: None}, hosts=["rag.internal"]))
-    keyed = client_of(ChatGenerator(), Access({KEY: None}))
+    assert client_of(RecordingGenerator(), Access(hosts=["Rag.internal"])).get(
+        "/health", headers={"host": "rag.internal"}
+    )
+    named = client_of(RecordingGenerator(), Access({KEY: None}, hosts=["rag.internal"]))
+    keyed = client_of(RecordingGenerator(), Access({KEY: None}))
     for client, host, status in [(named, "rag.internal", 200), (named, "x.example", 403), (keyed, "x.example", 200)]:
         assert client.get("/v1/models", headers={**bearer(KEY), "host": host}).status_code == status
 
 
 @pytest.mark.parametrize("origin", ["https://page.example", "http://localhost:3000", "null"])
 def test_web_pages_are_not_answered_unless_their_origin_is_named(origin):
-    generator = ChatGenerator()
+    generator = RecordingGenerator()
     # What a form or a script can send without asking first:
     simple = {"origin": origin, "content-type": "text/plain"}
     found = client_of(generator).post(CHAT, content=json.dumps(request()), headers=simple)
@@ -113,7 +116,7 @@ def test_web_pages_are_not_answered_unless_their_origin_is_named(origin):
 
 
 def test_a_body_that_is_not_sent_as_json_is_not_read():
-    generator = ChatGenerator()
+    generator = RecordingGenerator()
     for headers in ({"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
         found = client_of(generator).post(CHAT, content=json.dumps(request()), headers=headers)
         assert found.status_code == 400 and "application/json" in found.json()["error"]["message"]
@@ -167,7 +170,7 @@ def test_this_machine_needs_no_key(host):
 def test_an_address_that_is_taken_is_said():
     from kvfusion_rag.serving import create_app
 
-    with running(create_app(ChatGenerator())) as url:  # type: ignore[arg-type]
+    with running(create_app(RecordingGenerator())) as url:  # type: ignore[arg-type]
         port = int(url.rpartition(":")[2])
         with pytest.raises(InvalidInputError, match=f"port {port}: Address already in use"):
             bind("127.0.0.1", port)

@@ -14,13 +14,14 @@ from typing import Any
 import httpx
 import pytest
 import tiny
-from test_serving import CHAT, ChatGenerator, request
+from fakes import RecordingGenerator
+from test_serving import CHAT, request
 
 from kvfusion_rag import Answer, KVFusionGenerator, MemoryStore
 from kvfusion_rag.serving import ServingOptions, create_app, running
 
 
-class NeverAnswers(ChatGenerator):
+class NeverAnswers(RecordingGenerator):
     """Knows when an answer was begun, and when it was given up."""
 
     def __init__(self) -> None:
@@ -36,7 +37,7 @@ class NeverAnswers(ChatGenerator):
             raise
 
 
-class StallsAfterOnePiece(ChatGenerator):
+class StallsAfterOnePiece(RecordingGenerator):
     def step(self) -> None:
         self.threads.append(threading.get_ident())
         assert self.hold is not None
@@ -126,7 +127,7 @@ def test_the_model_stops_at_a_token_once_the_client_has_left():
 
 
 def test_a_stream_ends_when_its_reader_leaves():
-    generator = ChatGenerator(pieces=["word "] * 500_000)
+    generator = RecordingGenerator(pieces=["word "] * 500_000)
     with served(generator) as client:
         with client.stream("POST", CHAT, json=request(stream=True)) as response:
             next(response.iter_lines())
@@ -135,7 +136,7 @@ def test_a_stream_ends_when_its_reader_leaves():
 
 
 def test_a_place_is_free_only_once_the_piece_being_computed_is_done():
-    generator = ChatGenerator(hold=threading.Event())
+    generator = RecordingGenerator(hold=threading.Event())
     with served(generator, max_concurrency=1) as client:
         leave_early(client, request(stream=True), lambda: soon(lambda: bool(generator.threads)))
         time.sleep(0.3)
@@ -168,7 +169,7 @@ def test_a_stream_that_takes_too_long_ends_with_the_error():
 
 
 def test_a_body_that_does_not_come_is_not_waited_for():
-    with served(ChatGenerator(), timeout=0.3, max_concurrency=1) as client:
+    with served(RecordingGenerator(), timeout=0.3, max_concurrency=1) as client:
         with connection(client) as sock:
             sock.sendall(head(100) + b"{")
             assert b" 504 " in sock.recv(4096).partition(b"\r\n")[0]
@@ -179,7 +180,7 @@ def test_a_body_that_does_not_come_is_not_waited_for():
 
 
 def test_a_body_is_measured_while_it_is_read():
-    generator = ChatGenerator()
+    generator = RecordingGenerator()
     body = json.dumps(request(documents=["x" * 3000])).encode()
     with served(generator, max_body_bytes=len(body), max_concurrency=1) as client:
         headers = {"content-type": "application/json"}
@@ -193,13 +194,13 @@ def test_a_body_is_measured_while_it_is_read():
 
 @pytest.mark.parametrize("length", [1 << 40, 10**30, "9" * 5000])
 def test_an_announced_body_is_refused_before_it_comes(length):
-    with served(ChatGenerator()) as client, connection(client) as sock:
+    with served(RecordingGenerator()) as client, connection(client) as sock:
         sock.sendall(head(length))
         assert sock.recv(4096).split(b" ")[1] in (b"413", b"400")  # some numbers uvicorn itself refuses
 
 
 def test_a_client_that_sends_more_than_allowed_reads_why():
-    with served(ChatGenerator(), max_body_bytes=1000, max_concurrency=1) as client:
+    with served(RecordingGenerator(), max_body_bytes=1000, max_concurrency=1) as client:
         for content in (b" " * (20 << 20), iter([b" " * (1 << 20)] * 20)):
             found = client.post(CHAT, content=content, headers={"content-type": "application/json"})
             assert found.status_code == 413
@@ -211,7 +212,7 @@ def test_the_connection_of_an_endless_body_is_closed(headers):
         while True:
             yield b" " * 65536
 
-    with served(ChatGenerator(), max_body_bytes=1 << 20, max_concurrency=1) as client:
+    with served(RecordingGenerator(), max_body_bytes=1 << 20, max_concurrency=1) as client:
         with suppress(httpx.TransportError):  # it may be closed while the client writes
             found = client.post(CHAT, content=endless(), headers={"content-type": "application/json", **headers})
             assert found.status_code in (413, 403)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import openai
 import pytest
 import tiny
+from fakes import RecordingGenerator
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_openai import ChatOpenAI
 from openai import AsyncOpenAI, OpenAI
-from test_serving import ChatGenerator
 from test_serving_flights import soon
 
 from kvfusion_rag import KVFusionGenerator
@@ -107,7 +107,7 @@ def test_errors_have_the_clients_own_types(client, url):
 
 def test_overload_failure_and_timeout_have_the_clients_own_types():
     hold = threading.Event()
-    generator = ChatGenerator(hold=hold)
+    generator = RecordingGenerator(hold=hold)
     app = create_app(generator, options=ServingOptions(max_concurrency=1))  # type: ignore[arg-type]
     ask = {"model": "fake/model", "messages": [{"role": "user", "content": "Where?"}]}
     with running(app) as address:
@@ -119,14 +119,14 @@ def test_overload_failure_and_timeout_have_the_clients_own_types():
             client.chat.completions.create(**ask)
         hold.set()
         first.join()
-    failing = create_app(ChatGenerator(error=RuntimeError("x"), fail_after=1))  # type: ignore[arg-type]
+    failing = create_app(RecordingGenerator(error=RuntimeError("x"), fail_after=1))  # type: ignore[arg-type]
     with running(failing) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.InternalServerError, match="server's log"):
             client.chat.completions.create(**ask)
         with pytest.raises(openai.APIError, match="server's log"):
             list(client.chat.completions.create(**ask, stream=True))
-    slow = create_app(ChatGenerator(hold=threading.Event()), options=ServingOptions(timeout=0.2))  # type: ignore[arg-type]
+    slow = create_app(RecordingGenerator(hold=threading.Event()), options=ServingOptions(timeout=0.2))  # type: ignore[arg-type]
     with running(slow) as address:
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.InternalServerError, match="given up") as late:
@@ -135,7 +135,7 @@ def test_overload_failure_and_timeout_have_the_clients_own_types():
 
 
 def test_a_refused_client_that_tries_again_is_answered():
-    generator = ChatGenerator()
+    generator = RecordingGenerator()
     with running(create_app(generator, options=ServingOptions(max_concurrency=2))) as address:  # type: ignore[arg-type]
         client = OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=8)
         answers: list[str | None] = []

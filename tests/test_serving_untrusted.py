@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import tiny
+from fakes import RecordingGenerator
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from test_serving import CHAT, ChatGenerator, client_of, events, request
+from test_serving import CHAT, client_of, events, request
 
 from kvfusion_rag import KVFusionGenerator, MemoryStore
 
@@ -81,7 +82,7 @@ def test_any_text_is_answered_over_its_documents_alone(client, generator, text):
 
 @given(ANY_JSON, st.sampled_from(FIELDS))
 def test_any_json_in_any_field_is_an_answer_or_the_clients_error(value, name):
-    client = client_of(ChatGenerator())
+    client = client_of(RecordingGenerator())
     for path, body in ((CHAT, {**request(), name: value}), (CHAT, value), ("/v1/documents", {"documents": value})):
         found = client.post(path, content=json.dumps(body), headers=JSON)
         assert found.status_code in (200, 400, 404), found.text
@@ -92,7 +93,7 @@ def test_any_json_in_any_field_is_an_answer_or_the_clients_error(value, name):
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_the_clients_error(data):
-    found = client_of(ChatGenerator()).post(CHAT, content=data, headers=JSON)
+    found = client_of(RecordingGenerator()).post(CHAT, content=data, headers=JSON)
     assert found.status_code == 400 and found.json()["error"]["type"] == "invalid_request_error"
 
 
@@ -114,7 +115,7 @@ def test_any_bytes_are_the_clients_error(data):
     ids=range(11),
 )
 def test_broken_bodies_are_refused(body):
-    generator = ChatGenerator(model_id="x")
+    generator = RecordingGenerator(model_id="x")
     found = client_of(generator).post(CHAT, content=body, headers=JSON)
     assert found.status_code == 400 or (found.status_code == 200 and b"seed" in body)
     assert generator.calls == [] or b"seed" in body
