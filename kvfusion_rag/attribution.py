@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -132,18 +133,19 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
         UnsupportedModelError: the model's attention cannot be exchanged for one that adds it up.
     """
     engine.require_explicit_attention()
+    request = engine.current(request)  # its answer may have waited, and variants have keys of the model as it is now
     options, began = DecodingOptions(max_new_tokens=len(answer)), time.perf_counter()
     documents = request.reading.documents
     # In an order of theirs, not the caller's: where a variant stands among the others rounds its numbers.
     full = sorted((number for number, read in enumerate(documents) if read.pieces), key=lambda n: documents[n].pieces)
     fewer = {number: request.reading.without(number) for number in full}
-    if request.mode != "concat":  # nothing leaves with a document whose twin stays fused
-        fewer = {number: reading for number, reading in fewer.items() if reading.keys != request.reading.keys}
     before = 0 if request.fused is not None else len(engine.encoder.prefix_ids) + len(request.reading.joined)
     question = request.question.ids[before:]
-    left = (engine.request_for(reading, question, request.mode, options, began) for reading in fewer.values())
-    whole, *without = _log_probabilities(engine, [request, *left], answer)
-    found = dict(zip(fewer, without, strict=True))
+    left = {n: engine.request_for(rest, question, request.mode, options, began) for n, rest in fewer.items()}
+    if request.fused is not None:  # nothing leaves with a document whose twin stays fused
+        left = {number: variant for number, variant in left.items() if variant.fused != request.fused}
+    whole, *without = _log_probabilities(engine, [request, *left.values()], answer)
+    found = dict(zip(left, without, strict=True))
     shares = attention_shares(engine, request, answer)
     influences = (
         Influence(read.id, read.document.title, share, found.get(n, whole), whole - found.get(n, whole))
@@ -166,18 +168,19 @@ def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) ->
         step = max(1, WEIGHTS_AT_ONCE // (slots * decoder.config.num_attention_heads))
         cuts = [0, *([first] if first else []), *range(first + step, len(ids), step), len(ids)]
         mask = torch.cat([run.context.mask, run.context.mask.new_ones(1, len(ids))], dim=1)
+        at = request.question.start
         for start, end in pairwise(cuts):
-            decoder.forward(
-                torch.tensor([ids[start:end]], device=decoder.device),
-                torch.arange(request.question.start + start, request.question.start + end, device=decoder.device)[
-                    None
-                ],
-                mask[:, : run.context.mask.shape[1] + end],
-                run.context.cache,
-                torch.tensor([end - start - 1], device=decoder.device),
-                watch=watch if start >= first else None,
-                **ways,
-            )
+            _require_wanted(request)
+            with engine.memory_errors(run.batch):
+                decoder.forward(
+                    torch.tensor([ids[start:end]], device=decoder.device),
+                    torch.arange(at + start, at + end, device=decoder.device)[None],
+                    mask[:, : run.context.mask.shape[1] + end],
+                    run.context.cache,
+                    torch.tensor([end - start - 1], device=decoder.device),
+                    watch=watch if start >= first else None,
+                    **ways,
+                )
     finally:
         run.buffer.release()
     return watch.shares(spans)
@@ -192,6 +195,7 @@ def _log_probabilities(engine: Engine, requests: Sequence[Request], answer: Sequ
         first = start
         for batch in engine.batches([engine.current(request) for request in requests[start : start + at_once]]):
             for row in batch.rows:  # one at a time, since every row would compute the logits that others ask for
+                _require_wanted(requests[0])
                 alone = replace(row, members=tuple(range(len(row.members))))
                 run = engine.start(Batch(tuple(batch.requests[n] for n in row.members), (alone,)), options)
                 numbers = (first + n for n in row.members)
@@ -204,9 +208,16 @@ def _row_log_probabilities(engine: Engine, run: Run, answer: Sequence[int]) -> l
     try:
         decoder, ways = engine.answering(run)
         questions = [request.question for request in run.batch.requests]
-        return log_probabilities(decoder, run.context, questions, answer, seen=engine.seen(run), **ways)
+        with engine.memory_errors(run.batch):
+            return log_probabilities(decoder, run.context, questions, answer, seen=engine.seen(run), **ways)
     finally:
         run.buffer.release()
+
+
+def _require_wanted(request: Request) -> None:
+    """Stop where the task that asked was cancelled; it is told nothing."""
+    if request.cancelled.is_set():
+        raise CancelledError
 
 
 def _spans(request: Request, prefix: int) -> list[list[tuple[int, int]]]:

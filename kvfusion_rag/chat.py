@@ -20,8 +20,10 @@ from .schema import ROLES, Message
 TEXT_SEPARATOR = "\n\n"
 MARK = re.compile("\u2983[a-z0-9]+\u2984")  # unlikely text, and cut out again
 DOCUMENTS_MARK = "\u2983documents\u2984"
-# Llama-3.x templates print today's date unless given one; a date in the prefix would change every key at midnight.
+# Some templates print today's date, which would change the prefix, and so every key, at midnight: they take one as
+# an argument (Llama 3), or ask a function for it (SmolLM 3), which is shadowed.
 FIXED_DATE = "26 Jul 2024"
+_FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
 _LABELS = {"user": "User", "assistant": "Assistant"}
 
@@ -37,9 +39,14 @@ def mark(name: object) -> str:
 
 
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str:
-    """The model's chat template around ``turns`` (role, text), up to where its answer begins."""
+    """The model's chat template around ``turns`` (role, text), up to where its answer begins.
+
+    Raises:
+        jinja2.TemplateError: the template does not take such turns.
+    """
     text = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns],
+        chat_template=_FIXED_CLOCK + tokenizer.get_chat_template(),
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=False,

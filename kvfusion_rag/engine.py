@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -303,6 +304,16 @@ class Engine:
         buffer, fetched = self.fill(batch, options.max_new_tokens)
         return Run(batch, buffer, fetched)
 
+    @contextmanager
+    def memory_errors(self, batch: Batch) -> Iterator[None]:
+        """Where memory runs out in between, raise MemoryLimitError."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise self._memory_limit(batch) from error
+
     def _memory_limit(self, batch: Batch) -> MemoryLimitError:
         questions, slots = len(batch.requests), max(row.tokens for row in batch.rows)
         return MemoryLimitError(
@@ -400,14 +411,11 @@ class Engine:
             is_cancelled=lambda number: run.batch.requests[number].cancelled.is_set(),
         )
         try:
-            for rows in steps:
-                run.first_token_at = run.first_token_at or time.perf_counter()
-                run.rows = rows
-                yield
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise self._memory_limit(run.batch) from error
+            with self.memory_errors(run.batch):
+                for rows in steps:
+                    run.first_token_at = run.first_token_at or time.perf_counter()
+                    run.rows = rows
+                    yield
         finally:
             steps.close()
             run.buffer.release()

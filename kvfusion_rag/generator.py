@@ -411,7 +411,15 @@ class KVFusionGenerator:
                 raise
         else:
             answers = await self._gatherer.aask(requests, decoding)
-        return await asyncio.to_thread(self._attributed, requests, answers, attribution)
+        measured = asyncio.ensure_future(asyncio.to_thread(self._attributed, requests, answers, attribution))
+        try:
+            return await asyncio.shield(measured)
+        except asyncio.CancelledError:
+            for request in requests:
+                request.cancelled.set()
+            await asyncio.wait({measured})  # it ends at its next pass; until then the caller's work is not over
+            measured.cancelled() or measured.exception()  # nobody is left to tell
+            raise
 
     def _attributed(
         self, requests: Sequence[Request], answers: list[Answer], wanted: Attributed | None
@@ -484,6 +492,11 @@ class KVFusionGenerator:
             answer: an answer of this generator or a text to judge; by default the question is answered first.
             question, documents, prompt, mode, options: as :meth:`answer` takes them.
         """
+        self._options(options)
+        if not isinstance(answer, Answer | str | None):
+            raise InvalidInputError(f"the answer is {answer!r}, but it must be an Answer, a text or None.")
+        if isinstance(answer, Answer):
+            mode = mode or answer.mode
         if answer is None:
             answer = self.answer(question, documents, prompt=prompt, mode=mode, **options)
         if isinstance(answer, str):

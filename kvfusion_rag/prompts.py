@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -286,13 +287,23 @@ class PromptEncoder:
         return tuple(template.encode(**{f"message{n}": turn.text for n, turn in enumerate(turns)}))
 
     def _chat_template(self, roles: Sequence[str]) -> Template | None:
-        """What stands behind the documents in a conversation; ``None`` where the prefix is not the chat template's."""
+        """What stands behind the documents in a conversation.
+
+        ``None`` where prefix and prompt template are not the chat template's, or where that does not pass such turns
+        on as they are.
+        """
         if self._tokenizer.chat_template is None:
             return None
-        texts = [mark(f"message{number}") for number in range(len(roles))]
-        texts[0] = documents_turn(texts[0])
-        prefix, _, rest = render(self._tokenizer, list(zip(roles, texts, strict=True))).partition(DOCUMENTS_MARK)
-        return Template(rest, self._tokenizer, self.plain, MARK) if prefix == self._settings.prefix else None
+        marks = [mark(f"message{number}") for number in range(len(roles))]
+        texts = [documents_turn(marks[0]), *marks[1:]]
+        try:
+            text = render(self._tokenizer, list(zip(roles, texts, strict=True)))
+        except TemplateError:
+            return None
+        prefix, _, rest = text.partition(DOCUMENTS_MARK)
+        suffix = rest.rpartition(marks[-1])[2]
+        is_own = (prefix, f"{{prompt}}{suffix}") == (self._settings.prefix, self._settings.prompt_template)
+        return Template(rest, self._tokenizer, self.plain, MARK) if is_own and MARK.findall(rest) == marks else None
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
         """Ids (A,) of an answer as the model is trained to write it, without the end token."""

@@ -183,8 +183,8 @@ def _read(document: Document | str, number: int, encoder: PromptEncoder, limits:
             f"document {number} is a {found}, but it must be a string or a kvfusion_rag.Document; make one of its "
             "text, id and metadata."
         )
-    for name, value in (("text", document.text), ("id", document.id or ""), ("title", document.title or "")):
-        if not isinstance(value, str):
+    for name, value in (("text", document.text), ("id", document.id), ("title", document.title)):
+        if not isinstance(value, str) and (value is not None or name == "text"):
             raise InvalidInputError(f"the {name} of document {number} is {value!r}, but it must be a string.")
     document_id = document.id if document.id is not None else str(number)
     if not document.text.strip():

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .chat import DOCUMENTS_MARK, documents_turn, mark, render
+from .chat import DOCUMENTS_MARK, MARK, documents_turn, mark, render
 from .errors import InvalidInputError, ModelLoadError
 from .schema import MODES, Mode
 
@@ -167,10 +168,15 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
     if tokenizer.chat_template is None:
         return ModelSettings(prefix=_leading_bos(tokenizer))
     request = mark("request")
-    text = render(tokenizer, [("user", documents_turn(request))])
+    try:
+        text = render(tokenizer, [("user", documents_turn(request))])
+    except TemplateError as error:
+        raise ModelLoadError(
+            f"the model's chat template fails for a single user message ({error}); write a {FILE_NAME} beside it."
+        ) from error
     prefix, found, rest = text.partition(DOCUMENTS_MARK)
     between, found_request, suffix = rest.partition(request)
-    if not (found and found_request) or between:
+    if not (found and found_request) or between or MARK.search(prefix + suffix):
         raise ModelLoadError(
             "the model's chat template does not pass a user message on unchanged, so documents have no place in it; "
             f"write a {FILE_NAME} beside the model."

@@ -1,7 +1,9 @@
 """Attribution: attention is what the model's own weights say, and effects are what separate requests say."""
 
+import asyncio
 import json
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from test_fusion_laws import VOCABULARY, architectures, logits_of, random_documents
 from test_generator import DOCUMENTS
 
-from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, attribution
+from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, MemoryLimitError, attribution
 from kvfusion_rag.positions import additive, block_mask, fused_positions
 
 modes = pytest.mark.parametrize("mode", ["fusion", "concat", "ape"])
@@ -186,3 +188,82 @@ def test_the_document_with_the_answer_matters_most(embedded):
     assert found.answer == "forty" and best.id == "ferry" and best.effect > 1
     assert max(found.documents, key=lambda d: d.attention).id == "ferry"
     assert "most='ferry'" in repr(found)
+
+
+def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(monkeypatch):
+    gen = tiny.generator("llama")
+    gen.prefill(DOCUMENTS)
+    values = gen._backbone.model.model.layers[0].self_attn.v_proj.weight
+    answer_all = gen._engine.answer_all
+
+    def changed_meanwhile(requests, options):
+        with torch.no_grad():
+            values.mul_(-1)
+        return answer_all(requests, options)
+
+    gen._gatherer._answer_all = changed_meanwhile
+    late = gen.answer("who?", DOCUMENTS, attribution="effects", max_new_tokens=3)
+    text = late.text
+    after = KVFusionGenerator(gen._backbone, store=None).attribute("who?", DOCUMENTS, answer=late)
+    assert [s.effect for s in late.sources] == [d.effect for d in after.documents]
+    with torch.no_grad():
+        values.mul_(-1)
+    fresh = KVFusionGenerator(gen._backbone, store=None).attribute("who?", DOCUMENTS, answer=text or "the mill")
+    assert gen.attribute("who?", DOCUMENTS, answer=text or "the mill").documents == fresh.documents
+
+
+def test_with_global_positions_a_twin_that_leaves_moves_the_others():
+    gen = tiny.generator("llama", positions="global")
+    documents = [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[0]]
+    answer = gen.answer("who?", documents, max_new_tokens=3)
+    found = gen.attribute("who?", documents, answer=answer)
+    for number, influence in enumerate(found.documents):
+        alone = gen.attribute("who?", documents[:number] + documents[number + 1 :], answer=answer)
+        assert influence.log_probability == pytest.approx(alone.log_probability, rel=1e-3)
+    assert found.documents[0].effect != 0 == found.documents[2].effect
+
+
+def test_arguments_of_attribute_are_checked_and_an_answers_mode_is_its_own():
+    gen = tiny.generator("llama")
+    with pytest.raises(InvalidInputError, match="an Answer, a text or None"):
+        gen.attribute("who?", DOCUMENTS, answer=3)
+    with pytest.raises(InvalidInputError, match="temprature"):
+        gen.attribute("who?", DOCUMENTS, answer="x", temprature=3)
+    joined = gen.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=2)
+    assert gen.attribute("who?", DOCUMENTS, answer=joined).mode == "concat"
+
+
+async def test_a_cancelled_task_ends_its_measuring_at_the_next_pass(monkeypatch):
+    gen = tiny.generator("llama")
+    monkeypatch.setattr(attribution, "LOGITS_AT_ONCE", 1)
+    documents = [f"document {n} of the old mill" for n in range(8)]
+    begun, passes = asyncio.Event(), []
+    loop, measure = asyncio.get_running_loop(), attribution._row_log_probabilities
+
+    def counted(*arguments):
+        passes.append(1)
+        loop.call_soon_threadsafe(begun.set)
+        time.sleep(0.1)
+        return measure(*arguments)
+
+    monkeypatch.setattr(attribution, "_row_log_probabilities", counted)
+    task = asyncio.create_task(gen.aanswer("who?", documents, attribution="effects", max_new_tokens=2))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    done = len(passes)
+    assert done < 9
+    await asyncio.sleep(0.3)
+    assert len(passes) == done
+
+
+def test_memory_that_runs_out_while_measuring_is_our_error(monkeypatch):
+    gen = tiny.generator("llama")
+
+    def fails(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(attribution, "log_probabilities", fails)
+    with pytest.raises(MemoryLimitError):
+        gen.answer("who?", DOCUMENTS, attribution="effects", max_new_tokens=2)

@@ -1,9 +1,12 @@
 """Text to ids: no untrusted text becomes a control token; plain text reads as the model's own tokenizer has it."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import TOKENIZER_KINDS, WORDS, generator, tokenizer
+from tiny import CHATML, TOKENIZER_KINDS, WORDS, generator, tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -172,6 +175,50 @@ def test_any_conversation_reads_as_the_chat_template_has_it(texts):
     turns[0]["content"] = f"Documents:\n\n{turns[0]['content']}"
     whole = tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert tok.decode([*encoder.prefix_ids, *encoder.encode_question("q", talk)]) == whole
+
+
+def with_template(template):
+    tok = copy.deepcopy(tokenizer("byte-bpe"))
+    tok.chat_template = template
+    return tok
+
+
+def test_a_template_that_asks_for_the_time_has_one_prefix_for_all_days():
+    tok = with_template("Today: {{ strftime_now('%S.%f') }}\n" + CHATML)
+    settings = [default_settings(tok) for _ in range(2)]
+    assert settings[0] == settings[1] and settings[0].prefix.startswith("Today: 26 Jul 2024\n")
+    encoder = PromptEncoder(tok, settings[0])
+    assert "<|im_start|>assistant\nthe miller<|im_end|>" in tok.decode(encoder.encode_question("q", TALK))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if messages|length > 1 %}{{ raise_exception('one turn only') }}{% endif %}" + CHATML,
+        "{% if messages|length > 1 %}{{ messages[0].content }}{% endif %}" + CHATML,  # says a turn twice
+        CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}"),  # drops turns
+    ],
+    ids=["refuses", "repeats", "drops"],
+)
+def test_a_template_that_does_not_pass_turns_on_gives_way_to_labelled_text(template):
+    tok = with_template(template)
+    encoder = PromptEncoder(tok, default_settings(tok))
+    text = tok.decode(encoder.encode_question("q", TALK))
+    assert text.startswith("User: Be brief.\n\nwho built it?\n\nAssistant: the miller\n\nUser: when was\n\nthat?")
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", CHATML + "{{ messages[0].content }}"])
+def test_a_template_without_a_place_for_documents_is_refused(template):
+    with pytest.raises(ModelLoadError, match="chat template"):
+        default_settings(with_template(template))
+
+
+def test_a_prompt_template_of_the_models_own_is_kept_in_conversations():
+    tok = tokenizer("byte-bpe")
+    settings = replace(default_settings(tok), prompt_template="In French: {prompt}<|im_end|>")
+    encoder = PromptEncoder(tok, settings)
+    for prompt in ([Message("user", "who?")], "who?"):
+        assert tok.decode(encoder.encode_question("q", prompt)) == "In French: who?<|im_end|>"
 
 
 @pytest.mark.parametrize(
