@@ -245,6 +245,11 @@ class KVFusionGenerator:
         return self._backbone.context_window
 
     @property
+    def namespace(self) -> str:
+        """Whose documents these are in a shared store."""
+        return self._engine.namespace
+
+    @property
     def max_new_tokens(self) -> int:
         return self.settings.max_new_tokens
 
@@ -418,7 +423,8 @@ class KVFusionGenerator:
             for request in requests:
                 request.cancelled.set()
             await asyncio.wait({measured})  # it ends at its next pass; until then the caller's work is not over
-            measured.cancelled() or measured.exception()  # nobody is left to tell
+            if not measured.cancelled():
+                measured.exception()  # seen: nobody is left to tell
             raise
 
     def _attributed(

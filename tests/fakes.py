@@ -69,6 +69,7 @@ class RecordingGenerator:
     mode: str = "fusion"
     context_window: int = 4096
     max_new_tokens: int = 48
+    namespace: str = ""
     calls: list[Call] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     streams: list[RecordingStream] = field(default_factory=list)

@@ -14,7 +14,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.globals import set_llm_cache
 
 from kvfusion_rag import Document
-from langchain_kvfusion import KVFusionLLM, KVFusionPrompt
+from langchain_kvfusion import ChatKVFusion, KVFusionLLM, KVFusionPrompt
 
 
 @pytest.fixture(params=["global", "own", "asked for"])
@@ -129,3 +129,22 @@ def test_its_own_cache_leaves_the_global_one_alone():
 def test_a_cache_that_is_asked_for_must_exist():
     with pytest.raises(ValueError, match="cache"):
         KVFusionLLM(generator=EchoGenerator(), cache=True).invoke("q")
+
+
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"stop": ["x"]}, {"stop": ["y"]}),
+    ({"temperature": 0.0}, {"temperature": 0.7}),
+    ({"mode": "concat"}, {"mode": "fusion"}),
+    ({"attribution": "effects"}, {}),
+]
+
+
+@pytest.mark.parametrize("kind", [KVFusionLLM, ChatKVFusion])
+@pytest.mark.parametrize(("first", "second"), FIELDS)
+async def test_a_calls_none_does_not_hide_what_is_set_on_the_model(kind, first, second):
+    fake, cache = EchoGenerator(), InMemoryCache()
+    for fields in (first, second) * 2:
+        model = kind(generator=fake, cache=cache, **fields)
+        model.invoke("q", documents=["a"], temperature=None, mode=None, attribution=None)
+        await model.ainvoke("q", documents=["a"], temperature=None, mode=None, attribution=None)
+    assert len(fake.calls) == 2

@@ -247,3 +247,16 @@ def test_longer_documents_first_and_no_place_twice():
 def test_chance_finds_stay_where_they_are(text):
     prompt = f"x{text}y, {text[:9]}"
     assert cut_out(prompt, [LangChainDocument(text)]) == (prompt, [])
+
+
+def test_a_cache_knows_documents_that_were_retrieved_outside_of_the_chain():
+    fake, cache = EchoGenerator(), InMemoryCache()
+    text = SHELF["mill"]
+    chain = RunnableLambda(lambda found: f"{found[0].page_content}\n\nQuestion: Who?") | ChatKVFusion(
+        generator=fake, cache=cache
+    )
+    joined = chain.invoke([LangChainDocument(text)])
+    with enable_document_capture():
+        apart = chain.invoke(Shelf(names=["mill"]).invoke("q"))
+    assert [call.texts for call in fake.calls] == [[], [text]]
+    assert apart.text != joined.text

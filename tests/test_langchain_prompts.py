@@ -17,7 +17,7 @@ from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 
 from kvfusion_rag import Document, InvalidInputError
-from langchain_kvfusion import FusedPrompt, KVFusionDocumentPrompt, KVFusionPrompt, KVFusionPromptValue
+from langchain_kvfusion import FusedPrompt, KVFusionDocumentPrompt, KVFusionPrompt, KVFusionPromptValue, bare_question
 from langchain_kvfusion.framing import frame
 from langchain_kvfusion.fused import fuse_prompt
 
@@ -223,3 +223,7 @@ def test_documents_cannot_come_both_ways():
     past = [HumanMessage("Hi", additional_kwargs={"documents": ["x"]})]
     with pytest.raises(InvalidInputError, match="one way only"):
         KVFusionPrompt.from_prompt(inner).format(past=past, **VARIABLES)
+
+
+def test_of_very_many_labels_the_last_with_a_question_counts():
+    assert bare_question("Q: who?\n" + "Q:\nA:\n" * 200_000) == "who?"  # hours, if each label cut up all that follows

@@ -113,6 +113,14 @@ def test_the_cache_of_a_pipeline_skips_what_this_model_has_in_this_store(tmp_pat
     assert [prefills("memory"), prefills("memory")] == [1, 1]  # each memory ends with its generator
 
 
+def test_a_cache_that_tenants_share_skips_nothing_of_the_other(tmp_path: Path) -> None:
+    cache, generator = IngestionCache(), KVFusionGenerator(backbone("llama"), store=tmp_path)
+    for tenant in (generator, generator.with_namespace("b")):
+        llm = KVFusionLlamaIndexLLM(tenant)
+        nodes = pipeline(llm, cache=cache).run(documents=documents())
+        assert "computed" not in origins(llm, nodes, MetadataMode.NONE)
+
+
 async def test_the_event_loop_is_free_while_nodes_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, held = llm_on("memory"), threading.Event()
     monkeypatch.setattr(llm.generator, "prefill", lambda documents: held.wait(10))

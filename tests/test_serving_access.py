@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import asynccontextmanager
 
 import pytest
 import tiny
 from fakes import RecordingGenerator
 from test_serving import CHAT, client_of, request
 
-from kvfusion_rag import InvalidInputError
-from kvfusion_rag.serving import Access, bind, read_keys, require_guarded, running
+from kvfusion_rag import InvalidInputError, KVFusionError
+from kvfusion_rag.serving import Access, bind, create_app, read_keys, require_guarded, running
 
 KEY, OTHER = "key-of-the-first-tenant", "key-of-the-other-tenant"
 
@@ -177,3 +178,22 @@ def test_an_address_that_is_taken_is_said():
     for host, port in (("no.such.host.invalid", 0), ("127.0.0.1", 70_000), ("203.0.113.7", 0)):
         with pytest.raises(InvalidInputError, match="cannot listen"):
             bind(host, port)
+
+
+@pytest.mark.parametrize("name", ["hosts", "origins"])
+def test_one_string_is_no_list_of_names(name):
+    with pytest.raises(InvalidInputError, match=f"{name} is 'https://app.example'"):
+        Access(**{name: "https://app.example"})
+
+
+def test_an_app_that_fails_as_it_starts_does_not_hang():
+    app = create_app(RecordingGenerator())  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def fails(app):
+        raise RuntimeError("no")
+        yield
+
+    app.router.lifespan_context = fails
+    with pytest.raises(KVFusionError, match="did not start"), running(app):
+        pass

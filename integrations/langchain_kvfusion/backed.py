@@ -94,7 +94,8 @@ class GeneratorBacked(BaseLanguageModel[Any]):
     def _identifying_params(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in (*OPTION_NAMES, "stop", "strict")}
         identity = None if self.generator is None else self.generator.identity()
-        return {"generator": identity, "model_id": self.model_id, **own}
+        # Once more under a name of their own: in a cache's key a call's None would hide what is set here.
+        return {"generator": identity, "model_id": self.model_id, **own, "set_here": own}
 
     def _name_model(self, params: LangSmithParams, given: Mapping[str, Any]) -> LangSmithParams:
         """LangSmith's parameters with our provider, model and length."""

@@ -66,10 +66,10 @@ class DocumentCapture(BaseCallbackHandler):
             self._found.clear()
 
     def found_in(self, parent: UUID | None) -> list[LangChainDocument]:
-        """What retrievers found in the run that the run ``parent`` belongs to."""
+        """What retrievers found in the run that the run ``parent`` belongs to, or outside of all runs."""
         with self._lock:
-            root = self._root(parent)
-            return [document for (run, _), document in self._found.items() if run == root]
+            roots = (self._root(parent), _TOP_LEVEL)
+            return [document for (run, _), document in self._found.items() if run in roots]
 
     def on_chain_start(
         self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any

@@ -24,8 +24,9 @@ from kvfusion_rag import Answer, InvalidInputError, OverloadError
 from .backed import STRICT_FIELDS, GeneratorBacked
 from .chat_inputs import DocumentChatModel, gathered
 from .chat_results import chat_result, last_chunk, piece_chunk
-from .conversations import Conversation, read
+from .conversations import Conversation, gather, read
 from .deadlines import answer_within, answered_within, apieces_within, pieces_within
+from .documents import to_documents
 from .errors import UnsupportedFeatureError
 from .streams import StreamReader
 
@@ -237,7 +238,10 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
                 "with ChatKVFusion.from_model_id."
             )
         documents = options.pop("documents", None)  # events of version 3 come here straight
-        conversation = read(gathered([messages], documents)[0])
+        if any("question" in message.additional_kwargs for message in messages):  # generate has gathered them
+            conversation = read(gather(messages, to_documents(documents or ())))
+        else:
+            conversation = read(gathered([messages], documents)[0])
         has_documents = bool(conversation.documents)
         self._check_documents(all_have_documents=has_documents)
         self._warn_of_missing_documents(all_have_documents=has_documents)

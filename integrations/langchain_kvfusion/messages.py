@@ -122,6 +122,8 @@ def _block_text(message: BaseMessage, block: str | Mapping[str, Any]) -> str:
 
 
 def _lifted(message: BaseMessage) -> list[Any]:
+    if isinstance(message, AIMessage):  # other models put sources of theirs there
+        return []
     carried = [*to_documents(message.additional_kwargs.get("documents") or []), *_found_documents(message)]
     if isinstance(message.content, str):
         return carried

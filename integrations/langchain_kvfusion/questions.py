@@ -11,6 +11,7 @@ import re
 _QUESTION_LABEL = re.compile(r"(?<!\w)(?:question|query|q)\s*:[*_]*", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"^\W*(?:\w+ )?(?:answer|a)\s*:", re.IGNORECASE)
 _ANSWER_AT_END = re.compile(r"(?<!\w)(?:(?:helpful|final|short|your) )?(?:answer|a)\s*:\W*$", re.IGNORECASE)
+_LINE_AND_NEXT = re.compile(r"([^\r\n]*)\s*([^\r\n]*)")  # the rest of a line, and the next one that is not blank
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 
@@ -36,9 +37,8 @@ def bare_question(text: str) -> str:
 def labelled_question(text: str) -> str | None:
     """The question after the last question label that has one, or None where no label says which it is."""
     for label in reversed(list(_QUESTION_LABEL.finditer(text))):
-        lines = text[label.end() :].splitlines() or [""]
-        following = next((line for line in lines[1:] if line.strip()), "")
-        question = _question_on(lines[0]) or _question_on(following)
+        line, following = _LINE_AND_NEXT.match(text, label.end()).groups()  # type: ignore[union-attr] # matches all
+        question = _question_on(line) or _question_on(following)
         if question:
             return question
     return None

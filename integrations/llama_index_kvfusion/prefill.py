@@ -46,7 +46,7 @@ class KVFusionPrefill(TransformComponent):
     def __init__(self, llm: KVFusionLlamaIndexLLM, *, metadata_mode: MetadataMode = MetadataMode.NONE) -> None:
         """Raises InvalidInputError for another LLM, or a generator that was made with store=None."""
         store = _require_store(llm, type(self).__name__)
-        prefilled = {**llm.generator.identity(), "store": _place(store)}
+        prefilled = {**llm.generator.identity(), "store": _place(store), "namespace": llm.generator.namespace}
         super().__init__(metadata_mode=metadata_mode, prefilled=prefilled)  # pyright: ignore[reportCallIssue]
         self._generator = llm.generator
 

@@ -37,7 +37,7 @@ class Access:
         origins: of web pages that may ask (CORS), such as ``https://app.example``; by default none.
 
     Raises:
-        InvalidInputError: a key is short or has blanks, or a namespace is no name.
+        InvalidInputError: a key is short or has blanks, a namespace is no name, or hosts or origins are one string.
     """
 
     keys: Mapping[str, str | None] = field(default_factory=dict, repr=False)
@@ -45,6 +45,9 @@ class Access:
     origins: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("hosts", "origins"):
+            if isinstance(getattr(self, name), str):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a list of names.")
         for key, namespace in self.keys.items():
             if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidInputError(

@@ -10,12 +10,12 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import uvicorn
 from fastapi import FastAPI
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, KVFusionError
 from .access import Access
 
 SHUTDOWN_SECONDS = 30  # that requests under way have to end on their own
@@ -77,15 +77,26 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Iterator
 
     Raises:
         InvalidInputError: as :func:`bind`.
+        KVFusionError: the app failed as it started.
     """
     with bind(host, port) as listener:
         ready = threading.Event()
         server = _Server(app, ready.set)
-        thread = threading.Thread(target=server.run, args=([listener],), name="kvfusion-server", daemon=True)
+
+        def run() -> None:
+            try:
+                with suppress(SystemExit):  # uvicorn's way to say that the app failed as it started
+                    server.run([listener])
+            finally:
+                ready.set()
+
+        thread = threading.Thread(target=run, name="kvfusion-server", daemon=True)
         address = url_of(listener)
         thread.start()
         try:
             ready.wait()
+            if not server.started:
+                raise KVFusionError("the server did not start; its log says why.")
             yield address
         finally:
             server.should_exit = True

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,22 +29,28 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.wait({work})
-        work.exception()  # seen: nobody is left to tell
+        while not work.done():  # a second cancellation changes nothing: the thread's work cannot be stopped
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # seen: nobody is left to tell
         raise
 
 
 class EventStream(StreamingResponse):
-    """Sends ``events`` as they come and ends them with the response, however that ends."""
+    """Sends ``events`` as they come and closes their ``stream`` with the response, however that ends."""
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], stream: AnswerStream) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies pass each event on at once
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events = events
+        self._events, self._stream = events, stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            await self.stream_response(send)
+        try:
+            async with aclosing(self._events):
+                await self.stream_response(send)
+        finally:  # events that were never begun end nothing
+            self._stream.close()
 
 
 async def answer_events(
@@ -63,7 +69,7 @@ async def answer_events(
     except BaseException:  # it was cancelled, too
         stream.close()
         raise
-    return EventStream(_events(stream, first, Completion(generator.model_id), include_usage))
+    return EventStream(_events(stream, first, Completion(generator.model_id), include_usage), stream)
 
 
 def _next_piece(stream: AnswerStream) -> str | None:
@@ -87,5 +93,3 @@ async def _events(
         if is_own_fault(error):
             logger.exception("a stream ended early")
         yield event(as_api_error(error).to_dict())
-    finally:
-        stream.close()
