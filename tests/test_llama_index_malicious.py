@@ -234,6 +234,11 @@ async def test_the_answer_is_that_of_the_bare_documents(route: Route, embedded: 
 
 
 @pytest.mark.parametrize("route", ROUTES)
+async def test_the_answer_is_the_right_one_all_the_same(route: Route, embedded: KVFusionGenerator) -> None:
+    assert str(await route(KVFusionLlamaIndexLLM(embedded), retriever())) == "william shakespeare"
+
+
+@pytest.mark.parametrize("route", ROUTES)
 async def test_titles_and_ids_are_data_and_nothing_shows_them_as_html(
     route: Route, embedded: KVFusionGenerator
 ) -> None:
