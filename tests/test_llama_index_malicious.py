@@ -257,6 +257,15 @@ def test_a_line_of_10_megabytes_leaves_the_answer_alone(embedded: KVFusionGenera
     assert engine.query("Who wrote Hamlet?").metadata["kvfusion"]["cited_text"] == "William Shakespeare"
 
 
+@pytest.mark.parametrize("route", [by_citations, by_stock_citations])
+async def test_a_line_of_10_megabytes_is_cited_in_pieces_of_its_own_words(route: Route) -> None:
+    """Words, because LlamaIndex's splitter takes minutes for a line without any."""
+    call = await received(route, TextNode(text="word " * 2_000_000))
+    pieces = call.texts[1 + len(FORGED) :]
+    assert sum(piece.count("word") for piece in pieces) >= 2_000_000
+    assert all(set(piece.rpartition(":")[2].split()) == {"word"} for piece in pieces)  # behind "Source 7:"
+
+
 def test_ids_are_names_and_no_paths(tmp_path: Path) -> None:
     llm = KVFusionLlamaIndexLLM(KVFusionGenerator.from_pretrained(store=tmp_path / "kv", device="cpu"))
     steps = [KVFusionPrefill(llm), MockEmbedding(embed_dim=4)]
