@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_retrieval import count_words
-from test_training import engine
+from test_training import engine, trainer
 from test_training_data import TOWNS, corpora, make_builder, worlds, write
 
 from kvfusion_rag import InvalidInputError
@@ -186,3 +186,14 @@ def test_the_command_groups_and_training_packs_what_it_wrote(tmp_path, capsys):
         encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in read_rows(out)
     ]
     assert [len(group) for group in group_by_documents(examples)] == [4, 4, 4]
+
+
+def test_documents_that_neighbouring_rows_share_are_encoded_once(tmp_path, monkeypatch):
+    passages = [tuple(Passage(f"{letter} {n} stands here.", gold=n == 0) for n in range(3)) for letter in "ab"]
+    rows = [QARow(f"{n}", f"which {n}", ("here",), passages[n // 3]) for n in range(6)]
+    made = engine()
+    expected = [encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in rows]
+    read, asked = made.read, []
+    monkeypatch.setattr(made, "read", lambda documents: asked.append(documents) or read(documents))
+    run = trainer(tmp_path, made, rows)
+    assert run.examples == expected and len(asked) == 2

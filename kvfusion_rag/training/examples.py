@@ -15,6 +15,8 @@ from ..engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
 from ..positions import question_start
 from ..qa import QARow
+from ..reading import Reading
+from ..schema import Document
 from .mining import MatchText
 
 UNANSWERABLE = "Unanswerable"  # the paper's word for questions that no document answers
@@ -40,7 +42,15 @@ class Example:
         return self.question + self.target[:-1]
 
 
-def encode_row(row: QARow, engine: Engine, *, end_id: int, evidence: bool, joined: bool) -> Example:
+def encode_row(
+    row: QARow,
+    engine: Engine,
+    *,
+    end_id: int,
+    evidence: bool,
+    joined: bool,
+    read: Callable[[tuple[Document, ...]], Reading] | None = None,
+) -> Example:
     """Encode one row.
 
     Args:
@@ -48,12 +58,14 @@ def encode_row(row: QARow, engine: Engine, *, end_id: int, evidence: bool, joine
         end_id: the token that ends an answer.
         evidence: append the sentence that holds the answer, as the paper does.
         joined: one prompt with all documents (full attention) in place of fused ones.
+        read: the engine's own ``read``, or one that remembers what it has read.
 
     Raises:
         ContextLimitError: the row does not fit into the model's window.
     """
     encoder, settings = engine.encoder, engine.settings
-    reading = engine.read([passage.document(str(n)) for n, passage in enumerate(row.passages, start=1)])
+    documents = tuple(passage.document(str(n)) for n, passage in enumerate(row.passages, start=1))
+    reading = engine.read(documents) if read is None else read(documents)
     answer = standing_answer(row) or UNANSWERABLE
     if evidence and row.evidence:
         answer += settings.evidence_separator + row.evidence

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +132,13 @@ class Trainer:
                 "the model has no end token, so its answers would never end; set the tokenizer's eos_token."
             )
         joined = torch.Generator().manual_seed(self.config.seed)
+        read = lru_cache(maxsize=1)(self._engine.read)  # rows that share their documents follow one another
 
         def encode(row: QARow) -> Example:
             is_joined = float(torch.rand((), generator=joined)) < self.config.joined_share
-            return encode_row(row, self._engine, end_id=end_id, evidence=self.config.evidence, joined=is_joined)
+            return encode_row(
+                row, self._engine, end_id=end_id, evidence=self.config.evidence, joined=is_joined, read=read
+            )
 
         examples, left_out = encode_rows(rows, encode)
         if left_out:
