@@ -20,6 +20,7 @@ import torch
 import transformers
 import xxhash
 from peft import LoraConfig
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -73,6 +74,7 @@ class Backbone:
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.quantized = bool(getattr(model, "is_quantized", False))  # weights are kept in fewer bits than ``dtype``
         self.attention = share_heads(self.model)
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
@@ -374,13 +376,13 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
     """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
 
     Shapes alone do not tell two models of one family apart. What has no record, or was trained in another precision
-    (which changes the digest), is not judged.
+    or on a base that is quantised here (which changes the digest), is not judged.
 
     Raises:
         ModelLoadError: it was trained on another base model.
     """
     file = folder / RECORD_NAME
-    if not file.is_file():
+    if not file.is_file() or base.quantized:
         return
     with _loading(f"the record of {folder.name!r}"):
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -429,10 +431,20 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _digest(tensors: list[tuple[str, torch.Tensor]], facts: str = "") -> str:
     """xxh3-128 over ``facts`` and the names, shapes, dtypes and bytes of all tensors."""
     digest = xxhash.xxh3_128(facts.encode())
-    for name, tensor in tensors:
+    for name, tensor in (part for named in tensors for part in _plain_parts(*named)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors that a quantised weight is made of, by name; a plain tensor is its own only part."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    parts, facts = tensor.__tensor_flatten__()
+    for part in parts:
+        yield from _plain_parts(f"{name}.{part} {facts}", getattr(tensor, part))
 
 
 def _sorted_if_set(value: object) -> object:

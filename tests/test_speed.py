@@ -255,3 +255,20 @@ def test_generate_runs_with_transformers_own_attention_and_ours_is_given_back(an
     )
     assert [row["system"] for row in run.measure(SMALL)] == ["generate", "memory"]
     assert used == ["sdpa"] and model.config._attn_implementation == ours == "kvfusion_grouped"
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_weights_in_8_bit_are_measured_against_their_own_floor(any_machine, tmp_path, weights):
+    names = {"systems": ("generate", "memory"), "repeats": 1, "warmups": 0}
+    run = AnswerRun(AnswerBenchmark("tiny", "float32", weights=weights, **names), tmp_path)
+    plain = Costs.of(SHAPES["tiny"], torch.float32)
+    assert run.facts()["model"]["weight_bytes_of_a_step"] == plain.body + 4 * plain.head
+    assert all("left_out" not in row for row in run.measure(SMALL))
+    kinds = {name: type(weight).__name__ for name, weight in run._backbone.model.state_dict(keep_vars=True).items()}
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == f"{weights.capitalize()}Tensor"
+    assert kinds["lm_head.weight"] == kinds["model.embed_tokens.weight"] == "Parameter"  # tied
+
+
+def test_kinds_of_weights_are_checked(any_machine, tmp_path):
+    with pytest.raises(InvalidInputError, match="weights is 'int4', but it must be one of int8, float8"):
+        AnswerRun(AnswerBenchmark("tiny", "float32", weights="int4"), tmp_path)

@@ -56,7 +56,8 @@ class Costs:
         head: weights of the output matrix.
         attention: operations for one token that looks at one other, or at itself.
         kv: bytes of one token's keys and values.
-        width: bytes of a weight.
+        width: bytes of a weight of the output matrix.
+        body_width: bytes of a layer's weight.
     """
 
     body: int
@@ -64,9 +65,10 @@ class Costs:
     attention: int
     kv: int
     width: int
+    body_width: int
 
     @classmethod
-    def of(cls, shape: Shape, dtype: torch.dtype) -> Costs:
+    def of(cls, shape: Shape, dtype: torch.dtype, *, body_width: int | None = None) -> Costs:
         hidden, width = shape.hidden_size, shape.hidden_size // shape.heads
         projections = 2 * hidden * shape.heads * width + 2 * hidden * shape.kv_heads * width
         layer = projections + 3 * hidden * shape.intermediate_size
@@ -76,12 +78,13 @@ class Costs:
             attention=4 * shape.layers * shape.heads * width,
             kv=2 * shape.layers * shape.kv_heads * width * dtype.itemsize,
             width=dtype.itemsize,
+            body_width=body_width or dtype.itemsize,
         )
 
     @property
     def weight_bytes(self) -> int:
         """That every step reads."""
-        return (self.body + self.head) * self.width
+        return self.body * self.body_width + self.head * self.width
 
     def first_token(self, case: Case, system: System) -> Work:
         """Until all questions of ``case`` have their first token."""

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from ..backbone import Backbone, choose_device
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, MissingDependencyError
 from ..settings import ModelSettings
 
 
@@ -34,6 +34,7 @@ SHAPES = {  # of the configurations that were published with these names
     "llama-3.1-8b": Shape(LlamaConfig, 4096, 14_336, 32, 32, 8, 128_256, tied=False),
     "tiny": Shape(Qwen2Config, 64, 128, 2, 4, 2, 6_000),
 }
+WEIGHTS = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}  # torchao's names
 WORDS = 5_000
 END = WORDS + 1  # id of the end token
 
@@ -44,8 +45,11 @@ def shape_named(name: str) -> Shape:
     return SHAPES[name]
 
 
-def random_backbone(name: str, dtype: str, device: str, seed: int) -> Backbone:
-    """A model of the shape ``name``, every word of :func:`random_text` one token, whose answers never end early."""
+def random_backbone(name: str, dtype: str, device: str, seed: int, weights: str | None = None) -> Backbone:
+    """A model of the shape ``name``, every word of :func:`random_text` one token, whose answers never end early.
+
+    With ``weights``, "int8" or "float8", torchao keeps the layers' weights in 8 bit; the output matrix stays as it is.
+    """
     words = {f"w{n}": n for n in range(WORDS)} | {"<unk>": WORDS, "<end>": END}
     tokens = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,9 +72,26 @@ def random_backbone(name: str, dtype: str, device: str, seed: int) -> Backbone:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         model.get_output_embeddings().weight[END] = 0  # a logit of 0 is never the largest of thousands
+    if weights is not None:
+        _quantize(model, weights)
     settings = ModelSettings(document_template="{text}", titled_document_template="{title} {text}",
                              question_template="{question}", prompt_template=None, tuned=True)  # fmt: skip
     return Backbone(model, tokenizer, settings, model_id=f"random-{name}")
+
+
+def _quantize(model: PreTrainedModel, weights: str) -> None:
+    if weights not in WEIGHTS:
+        raise InvalidInputError(f"weights is {weights!r}, but it must be one of {', '.join(WEIGHTS)}, or None.")
+    try:
+        from torchao import quantization
+    except ImportError as error:
+        raise MissingDependencyError('weights in 8 bit need torchao: pip install "kvfusion-rag[quantize]".') from error
+    head = model.get_output_embeddings()
+    quantization.quantize_(
+        model,
+        getattr(quantization, WEIGHTS[weights])(),
+        filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and module is not head,
+    )
 
 
 def random_text(rng: random.Random, tokens: int) -> str:

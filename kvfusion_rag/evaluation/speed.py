@@ -38,6 +38,7 @@ class AnswerBenchmark:
         warmups: runs of each system and case that do not count.
         generate_up_to: longest joined prompt, in tokens, that "generate" is asked; the time it takes grows with the
             square.
+        weights: of the layers: in ``dtype`` (``None``), or in 8 bit through torchao, "int8" or "float8".
     """
 
     shape: str = "qwen2.5-0.5b"
@@ -47,6 +48,7 @@ class AnswerBenchmark:
     repeats: int = 3
     warmups: int = 1
     generate_up_to: int | None = None
+    weights: str | None = None
     seed: int = 0
 
 
@@ -73,8 +75,9 @@ class AnswerRun:
 
     def __init__(self, options: AnswerBenchmark, folder: Path) -> None:
         self.options = options
-        self._backbone = random_backbone(options.shape, options.dtype, options.device, options.seed)
-        self._costs = Costs.of(shape_named(options.shape), self._backbone.dtype)
+        self._backbone = random_backbone(options.shape, options.dtype, options.device, options.seed, options.weights)
+        width = None if options.weights is None else 1  # bytes
+        self._costs = Costs.of(shape_named(options.shape), self._backbone.dtype, body_width=width)
         self._peaks = measure_peaks(self._backbone.device, self._backbone.dtype)
         memory = MemoryStore(NO_CAP) if "memory" in options.systems else None
         disk = DiskStore(folder / "store", NO_CAP) if "disk" in options.systems else None

@@ -15,8 +15,9 @@ HEADS = (
 def markdown(found: dict[str, Any]) -> str:
     """The table of ``AnswerRun.facts`` with its ``rows`` and ``run``."""
     options, peaks = found["options"], found["peaks"]
+    weights = f" and {options['weights']}" if options.get("weights") else ""
     about = (
-        f"**{options['shape']} in {options['dtype']}, random weights, {options['device']}.** Medians of "
+        f"**{options['shape']} in {options['dtype']}{weights}, random weights, {options['device']}.** Medians of "
         f"{options['repeats']} (least to most). x floor: times what the machine's best in this run allows, "
         f"{peaks['gflops']:,} GFLOP/s, {peaks['memory_gb_per_second']:,} GB/s of memory and "
         f"{peaks['load_gb_per_second']:,} GB/s into it. Peak: memory above what was in use before (weights, stores). "
