@@ -249,6 +249,20 @@ class Backbone:
             rows = torch.arange(ids.shape[0], device=ids.device)
         return out.logits[rows, place].float()  # (R, len(wanted), V) -> (N, V)
 
+    @torch.inference_mode()
+    def step(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, *, adapter: bool
+    ) -> torch.Tensor:
+        """One pass of Dt as :meth:`forward`, free of all that waits for the device; logits (R, Q, V) of all columns.
+
+        Args:
+            mask: (R, 1, Q, S) additive, over all slots that the cache hands out.
+        """
+        with self._turn(adapter=adapter):
+            return self.model(
+                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            ).logits
+
     def training_logits(
         self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, kept: torch.Tensor
     ) -> torch.Tensor:

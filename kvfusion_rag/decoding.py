@@ -24,6 +24,7 @@ from .backbone import Backbone
 from .errors import InvalidInputError
 from .fusion import FusedContext
 from .positions import packed_mask
+from .recording import Asked, Recorder, Steps
 from .schema import FinishReason
 from .settings import is_count
 
@@ -135,6 +136,7 @@ def decode(
     seen: torch.Tensor | None = None,
     adapter: bool,
     ape: Ape | None = None,
+    recorder: Recorder | None = None,
     unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
     is_cancelled: Callable[[int], bool] = lambda number: False,
@@ -152,6 +154,7 @@ def decode(
         seen: (N, K) bool, the slots that each question may see; by default all of its row.
         adapter: whether the adapter takes part.
         ape: attend to the documents' slots as APE does.
+        recorder: records steps, so that a device runs them as one.
         unsettling_ids: tokens after which the text so far may still be read anew.
         on_logits: called with the logits (n, V) of the n open questions at each step.
         is_cancelled: asked at each step whether a question's answer is still wanted.
@@ -159,15 +162,15 @@ def decode(
     answers = [Row(decode_ids, options.stop, unsettling_ids) for _ in questions]
     choose = _sampler(options, len(answers), backbone.device)
     table = _Table(context, list(range(len(questions))) if row_of is None else row_of, seen)
+    steps = Steps(backbone, context, adapter=adapter, ape=ape, recorder=recorder)
     open_ones = list(range(len(answers)))
     tokens: list[Sequence[int]] = [question.ids for question in questions]  # that each reads next
     positions = [question.start for question in questions]
     for step in range(options.max_new_tokens):
-        asked = table.seat(open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones])
-        logits = backbone.forward(
-            asked.ids, asked.positions, asked.mask, context.cache, asked.columns, rows=asked.rows, adapter=adapter,
-            ape=ape,
-        )  # fmt: skip
+        asked = table.seat(
+            open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones], columns=steps.columns
+        )
+        logits = steps.read(asked, still=options.max_new_tokens - step if step else 0)  # questions are read once
         if on_logits is not None:
             on_logits(logits)
         for i, token in zip(open_ones, choose(logits, open_ones), strict=True):
@@ -180,8 +183,8 @@ def decode(
         open_ones = [i for i in open_ones if answers[i].finish_reason is None]
         if not open_ones:
             return
-        if kept := table.keep(open_ones):
-            ape = ape and ape.keep(kept)
+        if steps.may_drop(table.rows_of(open_ones)) and (kept := table.keep(open_ones)):
+            steps.drop(kept)
 
 
 @torch.inference_mode()
@@ -213,17 +216,6 @@ def log_probabilities(
     return chosen.view(len(questions), -1).double().sum(dim=1).tolist()
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One forward pass: ids and positions (R, Q), its mask, and the places of n tokens whose next one is asked for."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    mask: torch.Tensor
-    rows: torch.Tensor
-    columns: torch.Tensor
-
-
 class _Table:
     """Which slot of which row belongs to which question.
 
@@ -237,36 +229,42 @@ class _Table:
         rows = context.mask.shape[0]
         self._written = torch.empty(rows, 0, dtype=torch.long, device=context.mask.device)  # owners; -1 for pads
 
-    def seat(self, open_ones: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> _Asked:
-        """Put the tokens of open questions side by side into their rows, padded on the right."""
+    def seat(
+        self, open_ones: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int], *, columns: int = 0
+    ) -> Asked:
+        """Put the tokens of open questions side by side into their rows, padded on the right, ``columns`` at least."""
         rows = self._context.mask.shape[0]
         ids: list[list[int]] = [[] for _ in range(rows)]
         positions: list[list[int]] = [[] for _ in range(rows)]
         owners: list[list[int]] = [[] for _ in range(rows)]
-        columns: list[int] = []
+        asked_for: list[int] = []
         for i, own, start in zip(open_ones, tokens, starts, strict=True):
             row = self._row_of[i]
             ids[row] += own
             positions[row] += range(start, start + len(own))
             owners[row] += [i] * len(own)
-            columns.append(len(ids[row]) - 1)
-        longest = max(map(len, ids))
+            asked_for.append(len(ids[row]) - 1)
+        longest = max(columns, *map(len, ids))
         for row in range(rows):
             missing = longest - len(ids[row])
             ids[row] += [0] * missing
-            positions[row] += positions[row][-1:] * missing  # pads stay at the last position, inside the window
+            positions[row] += (positions[row][-1:] or [0]) * missing  # pads stay at a position inside the window
             owners[row] += [-1] * missing
         device = self._context.mask.device
         owner = torch.tensor(owners, device=device)
-        asked = _Asked(
+        asked = Asked(
             torch.tensor(ids, device=device),
             torch.tensor(positions, device=device),
             self._mask(owner),
             torch.tensor([self._row_of[i] for i in open_ones], device=device),
-            torch.tensor(columns, device=device),
+            torch.tensor(asked_for, device=device),
         )
         self._written = torch.cat([self._written, owner], dim=1)
         return asked
+
+    def rows_of(self, open_ones: Sequence[int]) -> int:
+        """How many rows have an open question."""
+        return len({self._row_of[i] for i in open_ones})
 
     def keep(self, open_ones: Sequence[int]) -> list[int] | None:
         """Drop rows without an open question; which are left, in their new order, where that are fewer."""

@@ -31,6 +31,7 @@ from .positions import global_starts, question_start
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, limit_of, read_documents
+from .recording import CudaGraphs, Recorder
 from .schema import Answer, Document, DocumentKV, Mode, Origin, Prompt, Timings, Usage
 from .settings import ModelSettings, require_mode
 from .store import Fetched, Miss, Place, Tier, Wanted, as_store, document_key
@@ -63,6 +64,7 @@ class Engine:
         max_fused_tokens: most document tokens of one question.
         tokens_per_pass: padded tokens of one prefill pass; ``None`` for the device's default.
         decoder: Dt where its weights are its own (full fine-tuning); by default the backbone, adapter on.
+        cuda_graphs: record decoding steps, where the backbone is on a GPU that can.
     """
 
     def __init__(
@@ -75,8 +77,10 @@ class Engine:
         max_fused_tokens: int,
         tokens_per_pass: int | None,
         decoder: Backbone | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         self.backbone = backbone
+        self.recorder: Recorder | None = CudaGraphs() if cuda_graphs and backbone.device.type == "cuda" else None
         self.decoder = decoder or backbone
         self.settings = settings
         self.store = as_store(store)
@@ -406,6 +410,7 @@ class Engine:
             row_of=run.batch.row_of,
             seen=self.seen(run),
             **ways,
+            recorder=self.recorder,
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
             is_cancelled=lambda number: run.batch.requests[number].cancelled.is_set(),

@@ -99,6 +99,7 @@ class KVFusionGenerator:
         tokens_per_pass: int | None = None,
         decoder: Backbone | None = None,
         gather: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         _require_arguments(namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
@@ -107,6 +108,7 @@ class KVFusionGenerator:
             "max_fused_tokens": max_fused_tokens,
             "tokens_per_pass": tokens_per_pass,
             "decoder": decoder,
+            "cuda_graphs": cuda_graphs,
         }
         self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
         self._encoder = self._engine.encoder
@@ -138,6 +140,7 @@ class KVFusionGenerator:
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
         gather: bool = True,
+        cuda_graphs: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> KVFusionGenerator:
         """Load a model and prove that fusion is exact on it.
@@ -162,6 +165,8 @@ class KVFusionGenerator:
             gather: answer callers that wait at the same time together. That is several times faster; but kernels round
                 differently for other shapes, so only without it are the bits of an answer's logits the same in any
                 company (in any order of its documents they always are, in the same company).
+            cuda_graphs: record each answer's decoding step as a CUDA graph, since launching its kernels one by one
+                takes longer than running them. Changes nothing where there is no such GPU.
             model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
         Raises:
@@ -211,6 +216,7 @@ class KVFusionGenerator:
             tokens_per_pass=tokens_per_pass,
             decoder=tuned,
             gather=gather,
+            cuda_graphs=cuda_graphs,
         )
 
     # What the generator is

@@ -108,10 +108,10 @@ def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture, att
     torch.testing.assert_close(kv.values, values[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def logits_of(gen, question, documents):
+def logits_of(gen, question, documents, max_new_tokens=5):
     """Every step's logits and the tokens of one greedy answer."""
     kept: list[torch.Tensor] = []
-    options = DecodingOptions(max_new_tokens=5)
+    options = DecodingOptions(max_new_tokens)
     request = gen._engine.request(question, documents, None, None, options)
     run = gen._engine.start(Batch.of(request), options)
     for _ in gen._engine.decode(run, options, on_logits=kept.append):

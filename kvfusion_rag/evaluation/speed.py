@@ -38,6 +38,7 @@ class AnswerBenchmark:
         warmups: runs of each system and case that do not count.
         generate_up_to: longest joined prompt, in tokens, that "generate" is asked; the time it takes grows with the
             square.
+        cuda_graphs: ours records decoding steps (on a GPU).
         weights: of the layers: in ``dtype`` (``None``), or in 8 bit through torchao, "int8" or "float8".
     """
 
@@ -49,6 +50,7 @@ class AnswerBenchmark:
     warmups: int = 1
     generate_up_to: int | None = None
     weights: str | None = None
+    cuda_graphs: bool = False
     seed: int = 0
 
 
@@ -133,7 +135,9 @@ class AnswerRun:
         return _compared(rows)
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
-        return KVFusionGenerator(self._backbone, store=store, max_fused_tokens=NO_CAP)
+        return KVFusionGenerator(
+            self._backbone, store=store, max_fused_tokens=NO_CAP, cuda_graphs=self.options.cuda_graphs
+        )
 
     def _asked(self, case: Case) -> _Asked:
         """A document is made by its length and number alone, so that cases of a sweep share what is stored."""

@@ -1,0 +1,198 @@
+"""Decoding steps recorded as CUDA graphs: Python launches a step's hundreds of kernels slower than a GPU runs them.
+
+A recorded step reads and writes the same memory each time, so the cache is taken whole, with a mask over what is not
+filled yet, and a step's tokens keep their shape while answers end. Each decoding records its own, which costs a few
+ordinary steps; nothing has to be compiled, and no lengths be rounded up. Knows tensors, neither questions nor text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from .ape import Ape
+from .backbone import Backbone
+from .fusion import FusedContext
+from .gate import TOLERANCE
+from .positions import additive
+
+logger = logging.getLogger(__name__)
+
+WORTH = 8  # steps still to do, above which a recording pays
+
+Pass = Callable[[], torch.Tensor]  # always over the same memory; logits (R, Q, V)
+
+
+class Recorder(Protocol):
+    def record(self, run: Pass, dtype: torch.dtype) -> Pass | None:
+        """``run`` in a faster form; ``None`` where there is none."""
+        ...
+
+
+class CudaGraphs:
+    """Records passes as CUDA graphs, until one cannot be recorded, or gives other logits than the pass itself."""
+
+    def __init__(self) -> None:
+        self._usable = True
+
+    def record(self, run: Pass, dtype: torch.dtype) -> Pass | None:
+        """``run`` as one launch; ``None``, after one warning, where the model does what no graph can hold.
+
+        Args:
+            dtype: of the model, which says how closely both have to agree.
+        """
+        if not self._usable:
+            return None
+        try:
+            expected, replay = self._record(run)
+            error = float((replay() - expected).norm() / expected.norm())
+            cause = f"it gives other logits: relative error {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+        except RuntimeError as failure:
+            error, cause = float("nan"), str(failure)
+        if error <= TOLERANCE[dtype]:
+            return replay
+        self._usable = False
+        logger.warning("decoding steps cannot be recorded as CUDA graphs, and run one kernel at a time: %s", cause)
+        return None
+
+    def _record(self, run: Pass) -> tuple[torch.Tensor, Pass]:
+        """Logits of an ordinary pass, in which libraries make what they need first, and the recorded one."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            expected = run().clone()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on loading documents
+            recorded = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return recorded
+
+        return expected, replay
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One forward pass: ids and positions (R, Q), its mask, and the places of n tokens whose next one is asked for."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+class Steps:
+    """The forward passes of one decoding: ordinary ones, or from some step on a recorded one over and over.
+
+    Args:
+        recorder: what records, or ``None`` for ordinary passes alone. APE attends in a way of its own, and attentions
+            that know masks of padding alone cannot leave out the slots that are not filled yet: they are not recorded.
+    """
+
+    def __init__(
+        self, backbone: Backbone, context: FusedContext, *, adapter: bool, ape: Ape | None, recorder: Recorder | None
+    ) -> None:
+        self._backbone, self._context, self._adapter, self._ape = backbone, context, adapter, ape
+        self._recorder = recorder if ape is None and backbone.takes_any_mask else None
+        self._recording: _Recording | None = None
+
+    @property
+    def columns(self) -> int:
+        """Tokens that each row has to bring, pads among them; 0 while passes are ordinary."""
+        return 0 if self._recording is None else self._recording.columns
+
+    def read(self, asked: Asked, *, still: int) -> torch.Tensor:
+        """Logits (n, V), float32, of what is asked for; the cache grows.
+
+        Args:
+            still: steps, with this one, until the longest answer has to end.
+        """
+        if self._recording is not None and not self._recording.fits(asked):
+            self.stop()
+        if self._recording is None and self._worth(asked, still):
+            self._record(asked)
+        if self._recording is not None:
+            return self._recording.read(asked)
+        return self._backbone.forward(
+            asked.ids, asked.positions, asked.mask, self._context.cache, asked.columns, rows=asked.rows,
+            adapter=self._adapter, ape=self._ape,
+        )  # fmt: skip
+
+    def may_drop(self, left: int) -> bool:
+        """Whether rows may be dropped until ``left`` are: from a recording as soon as that halves them at least."""
+        return self._recording is None or 2 * left <= len(self._recording.ids)
+
+    def drop(self, kept: list[int]) -> None:
+        """Rows were dropped but these."""
+        self.stop()
+        self._ape = self._ape and self._ape.keep(kept)
+
+    def stop(self) -> None:
+        """Go on with ordinary passes."""
+        self._recording = None
+        self._context.take_used()
+
+    def _worth(self, asked: Asked, still: int) -> bool:
+        """Whether there are steps enough to come, and room for all of them where the recorded pass writes."""
+        return still > WORTH and self._context.room >= still * asked.ids.shape[1]
+
+    def _record(self, asked: Asked) -> None:
+        if self._recorder is None:
+            return
+        recording = _Recording(self._backbone, self._context, asked, adapter=self._adapter)
+        if recording.made_by(self._recorder):
+            self._recording = recording
+        else:
+            self._recorder = None
+            self._context.take_used()
+
+
+class _Recording:
+    """The memory that a recorded pass reads, and the pass."""
+
+    def __init__(self, backbone: Backbone, context: FusedContext, asked: Asked, *, adapter: bool) -> None:
+        rows, self.columns = asked.ids.shape
+        self._backbone, self._context, self._adapter = backbone, context, adapter
+        self.ids, self._positions = asked.ids.clone(), asked.positions.clone()
+        self._slots = torch.arange(self.columns, device=asked.ids.device)
+        hidden = torch.zeros(rows, 1, self.columns, context.slots, dtype=torch.bool, device=asked.ids.device)
+        self._mask = additive(hidden, backbone.dtype)
+        self._hidden = float(self._mask.min()) if self._mask.numel() else 0.0
+        self._replay: Pass | None = None
+        context.take_whole(self._slots)
+        self._fill(asked)
+
+    def made_by(self, recorder: Recorder) -> bool:
+        def run() -> torch.Tensor:
+            return self._backbone.step(
+                self.ids, self._positions, self._mask, self._context.cache, adapter=self._adapter
+            )
+
+        self._replay = recorder.record(run, self._backbone.dtype)
+        return self._replay is not None
+
+    def fits(self, asked: Asked) -> bool:
+        return asked.ids.shape == self.ids.shape
+
+    def read(self, asked: Asked) -> torch.Tensor:
+        assert self._replay is not None, "made_by comes first"
+        self._fill(asked)
+        logits = self._replay()
+        self._context.grow(self.columns)
+        return logits[asked.rows, asked.columns].float()
+
+    def _fill(self, asked: Asked) -> None:
+        used, mask = self._context.used, asked.mask
+        self.ids.copy_(asked.ids)
+        self._positions.copy_(asked.positions)
+        torch.arange(used, used + self.columns, out=self._slots)
+        seen = mask if mask.dim() == 4 else mask[:, None, None, :].bool()  # (R, 1, Q or 1, used + Q)
+        self._mask.fill_(self._hidden)
+        self._mask[..., : used + self.columns].masked_fill_(seen, 0)
