@@ -446,6 +446,23 @@ assert not remote.flush(0.1) and not any(one.is_alive() for one in flushing)
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_process_that_closes_nothing_uploads_what_it_has_computed(tmp_path):
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from stores import CPU, SHAPE, Computer, wanted_of
+from kvfusion_rag import DiskStore, DocumentStore, RemoteStore
+remote = RemoteStore({(tmp_path / "remote").as_uri()!r})
+pipe = remote._system.pipe_file
+remote._system.pipe_file = lambda *a, **k: (time.sleep(0.3), pipe(*a, **k))
+store = DocumentStore(None, DiskStore({str(tmp_path / "d")!r}), remote, load="always")
+store.fetch(wanted_of(range(6)), SHAPE, CPU, "model", Computer(range(6)))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert len(list((tmp_path / "remote").rglob("*.safetensors"))) == 6
+
+
 def test_f12_a_forked_process_reads_the_remote_store(tmp_path):
     remote = RemoteStore((tmp_path / "remote").as_uri())
     store = DocumentStore(None, DiskStore(tmp_path / "a"), remote, load="always")

@@ -6,6 +6,7 @@ slow, down or full costs a bounded wait and is then left alone for a while; it n
 
 from __future__ import annotations
 
+import atexit
 import glob
 import io
 import itertools
@@ -36,6 +37,7 @@ R = TypeVar("R")
 WAIT_SECONDS = 2.0  # for one document, before it is computed instead
 PAUSE_SECONDS = 60.0  # without asking, after a fault
 FLUSH_SECONDS = 60.0  # for what is being written, when a store is closed
+END_SECONDS = 5.0  # the same, when a process ends that has closed nothing
 STALLED_SECONDS = 30.0  # without a sign of the store, after which removing and listing are given up
 _QUEUED, _QUEUED_BYTES = 64, 512 << 20  # uploads that may wait
 _AT_ONCE = {"read": 16, "write": 4}
@@ -52,6 +54,8 @@ class _Upload(NamedTuple):
 
 class RemoteStore:
     """Document files behind an fsspec URL (``s3://...``, ``gs://...``, ``file:///mnt/shared``).
+
+    Uploads run in the background; a process that ends without ``close`` gives them five seconds more.
 
     Args:
         url: of a folder of its own.
@@ -101,7 +105,8 @@ class RemoteStore:
         self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
         self._warned: set[str] = set()
         self.evictions = self.dropped = self.failed_writes = 0
-        in_child = weakref.WeakMethod(self._begin)
+        at_end, in_child = weakref.WeakMethod(self.close), weakref.WeakMethod(self._begin)
+        atexit.register(lambda: (close := at_end()) and close(END_SECONDS))
         os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
 
     def _begin(self) -> None:
