@@ -8,10 +8,11 @@ read by ``training/formats.py`` and turned into rows by ``training/data.py``.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -79,6 +80,14 @@ def write_rows(path: str | Path, rows: Iterable[QARow]) -> int:
             out.write(json.dumps(data, ensure_ascii=False) + "\n")
             count += 1
     return count
+
+
+def rows_digest(rows: Iterable[QARow]) -> str:
+    """SHA-256 of all rows in their order, in hex."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def parse_row(line: str, where: str, number: int = 0) -> QARow:

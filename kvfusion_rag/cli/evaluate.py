@@ -32,9 +32,11 @@ from .options import add_model_arguments, load_generator, positive
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
     from ..evaluation.ape import ApeSearch
+    from ..evaluation.journal import Journal
     from ..evaluation.orders import Plan
     from ..evaluation.runner import Predictions
     from ..evaluation.summary import Summary
+    from ..evaluation.systems import System
     from ..qa import QARow
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables that are printed")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw exact match by gold slot (png, svg, pdf)")
     parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer as JSON lines")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="keep answers in this file as they come, and go on from those in it",
+    )
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
 
@@ -120,7 +128,10 @@ def run(args: argparse.Namespace) -> int:
     for note in refused:
         logger.warning("%s", note)
     plan = replace(plan, notes=(*plan.notes, *refused))
-    predictions = predict(rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True)
+    journal = _journal(args, rows, plan, systems)
+    predictions = predict(
+        rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
+    )
     summary = summarize(rows, predictions, Bootstrap(args.seed))
     report = make_report(summary, plan, systems, rows, _settings(args))
     if search is not None:
@@ -195,6 +206,17 @@ def _ape_search(
     )
 
 
+def _journal(args: argparse.Namespace, rows: list[QARow], plan: Plan, systems: list[System]) -> Journal | None:
+    """The answers that ``--resume`` goes on from; what decides them has to be the same."""
+    from ..evaluation.journal import Journal
+    from ..qa import rows_digest
+
+    if args.resume is None:
+        return None
+    facts = {"rows": rows_digest(rows), "documents": plan.documents, "seed": args.seed, "batch_size": args.batch_size}
+    return Journal(args.resume, facts, systems)
+
+
 def _read(path: Path) -> list[QARow]:
     from ..training import read_ready_rows
 
@@ -216,7 +238,8 @@ def _require_outputs(args: argparse.Namespace) -> None:
     """Fail on what could not be written before the hours that it takes to have something to write."""
     from ..evaluation.plots import require_plotting
 
-    places = [path.resolve() for path in _outputs(args)]
+    kept = [] if args.resume is None else [args.resume.resolve()]
+    places = [*(path.resolve() for path in _outputs(args)), *kept]
     read = [Path(path).resolve() for path in (args.rows, args.ape_search) if path is not None]
     if len(read) != len(set(read)):
         raise InvalidInputError(
@@ -225,7 +248,7 @@ def _require_outputs(args: argparse.Namespace) -> None:
     for number, path in enumerate(places):
         if path in [*places[:number], *read]:
             raise InvalidInputError(f"{path.name} is named twice, but every file has to be another one.")
-        if path.is_dir() or (path.exists() and not args.force):
+        if path.is_dir() or (path.exists() and not args.force and path not in kept):
             raise InvalidInputError(f"{str(path)!r} exists; name another file or overwrite it with --force.")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise InvalidInputError(f"{str(path.parent)!r} is no folder that can be written to.")

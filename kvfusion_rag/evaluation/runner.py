@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -16,6 +17,9 @@ from ..qa import QARow
 from ..schema import Document
 from .orders import Condition, Plan, arrange
 from .systems import System
+
+if TYPE_CHECKING:
+    from .journal import Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,7 @@ def predict(
     batch_size: int = 8,
     seed: int = 0,
     progress: bool = False,
+    journal: Journal | None = None,
 ) -> Predictions:
     """Answers of all systems to all rows under all conditions of ``plan``.
 
@@ -47,6 +52,7 @@ def predict(
         batch_size: questions that are answered together.
         seed: of the shuffled order.
         progress: show a bar on stderr where that is a terminal.
+        journal: answers that it holds are not asked for again; others are noted in it, batch by batch.
 
     Raises:
         InvalidInputError: two systems have the same name.
@@ -65,9 +71,14 @@ def predict(
                 answered: dict[tuple[tuple[int, ...], ...], list[Prediction | None]] = {}
                 for condition in plan.conditions:
                     orders = tuple(tuple(arrange(row, condition, plan.documents, seed)) for row in batch)
-                    if orders not in answered:  # rows with the gold passage first have it at slot 1 already
-                        answered[orders] = _answer(system, batch, orders)
-                    found[system.name, condition] += answered[orders]
+                    answers = None if journal is None else journal.recall(system.name, condition, start, len(batch))
+                    if answers is None:
+                        # Rows with the gold passage first have it at slot 1 already.
+                        answers = answered[orders] if orders in answered else _answer(system, batch, orders)
+                        if journal is not None:
+                            journal.note(system.name, condition, start, answers)
+                    answered[orders] = answers
+                    found[system.name, condition] += answers
                     bar.update(len(batch))
     return found
 

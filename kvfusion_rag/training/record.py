@@ -6,7 +6,6 @@ often it is evaluated and what it keeps in memory may change.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 from ..engine import Engine
 from ..errors import InvalidInputError, ModelLoadError
 from ..evaluation.report import run_facts
-from ..qa import QARow
+from ..qa import QARow, rows_digest
 from .config import TrainingConfig
 
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "gradient_checkpointing")
@@ -46,14 +45,6 @@ def make_record(
         "device": str(engine.decoder.device),
         "run": run_facts(),
     }
-
-
-def rows_digest(rows: Sequence[QARow]) -> str:
-    """SHA-256 of all rows in their order, in hex."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()
 
 
 def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
