@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -24,9 +24,10 @@ from .backbone import Backbone
 from .batching import Batch, Placed, Request, batches
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
-from .errors import ContextLimitError, InvalidInputError, MemoryLimitError, UnsupportedModelError
+from .errors import InvalidInputError, MemoryLimitError
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
+from .limits import is_out_of_memory, memory_errors, require_fit, require_room
 from .positions import global_starts, question_start
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 from .prompts import PromptEncoder
@@ -87,7 +88,7 @@ class Engine:
         self.encoder = PromptEncoder(backbone.tokenizer, settings)
         kind = "cpu" if backbone.device.type == "cpu" else "accelerator"
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
-        self._require_fit()
+        require_fit(backbone, self.decoder, self.encoder, settings)
         self.prefix = prefill_prefix(backbone, self.encoder.prefix_ids)
         self.kv_shape = kv_shape(backbone)
         self.namespace = namespace
@@ -189,7 +190,14 @@ class Engine:
         fused, start = self._place(reading, mode)
         before = (*self.encoder.prefix_ids, *reading.joined) if fused is None else ()
         row = Question((*before, *ids), start)
-        self._require_room(row, len(ids), mode, options)
+        require_room(
+            self.backbone,
+            before=start + len(before),
+            question_tokens=len(ids),
+            new_tokens=options.max_new_tokens,
+            mode=mode,
+            positions=self.settings.positions,
+        )
         return Request(reading, row, mode, fused, self.model, began)
 
     def joined_document(self, reading: Reading) -> dict[str, tuple[int, ...]]:
@@ -290,40 +298,30 @@ class Engine:
         try:
             return self._start(batch, options)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # The failed pass is gone by now, its tensors with it.
-        released = self.store.release_memory() + self._pool.clear()
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+        released = self.store.release_memory() + self._give_back()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
-        try:
+        with self.memory_errors(batch):
             return self._start(batch, options)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise self._memory_limit(batch) from error
 
     def _start(self, batch: Batch, options: DecodingOptions) -> Run:
         buffer, fetched = self.fill(batch, options.max_new_tokens)
         return Run(batch, buffer, fetched)
 
-    @contextmanager
-    def memory_errors(self, batch: Batch) -> Iterator[None]:
+    def memory_errors(self, batch: Batch) -> AbstractContextManager[None]:
         """Where memory runs out in between, raise MemoryLimitError."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise self._memory_limit(batch) from error
-
-    def _memory_limit(self, batch: Batch) -> MemoryLimitError:
-        questions, slots = len(batch.requests), max(row.tokens for row in batch.rows)
-        return MemoryLimitError(
-            f"{self.backbone.device} has not enough memory for {questions} question(s) over {slots} document tokens; "
-            "pass fewer or shorter documents, or load the model in a smaller dtype."
+        return memory_errors(
+            self.backbone.device, questions=len(batch.requests), tokens=max(row.tokens for row in batch.rows)
         )
+
+    def _give_back(self) -> int:
+        """Let go of memory that is kept for later; how many bytes that were."""
+        released = self._pool.clear()
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return released
 
     def fill(self, batch: Batch, new_tokens: int) -> tuple[FusedBuffer, Fetched]:
         """The rows of ``batch`` with their documents in them, and where each document came from.
@@ -461,10 +459,7 @@ class Engine:
         except MemoryLimitError:
             if len(requests) == 1:
                 raise
-        # The failed run is gone by now, its memory with it.
-        self._pool.clear()
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._give_back()  # the failed run is gone by now, its memory with it
         half = len(requests) // 2
         logger.warning("a batch of %d questions needs too much memory and is answered in halves", len(requests))
         parts = (requests[:half], requests[half:])
@@ -507,38 +502,6 @@ class Engine:
             return 0
         return len(self.encoder.prefix_ids) + request.fused_tokens
 
-    def _require_fit(self) -> None:
-        """Refuse settings and tokenizers that no question could be asked with."""
-        window, rows = self.backbone.context_window, self.backbone.config.vocab_size
-        if (shapes := [_cache_shape(b) for b in (self.backbone, self.decoder)])[0] != shapes[1]:
-            raise UnsupportedModelError(
-                f"{self.decoder.model_id!r} cannot read the keys and values of {self.backbone.model_id!r}: layers, "
-                f"heads, width and vocabulary are {shapes[1]} against {shapes[0]}; it was tuned from another base."
-            )
-        prefix, passage = len(self.encoder.prefix_ids), self.settings.passage_length or 1
-        if window is not None and prefix + passage + 2 > window:
-            raise InvalidInputError(
-                f"the prefix has {prefix} tokens and passage_length is {passage}, but {self.backbone.model_id} has "
-                f"{window} positions for them, the question and the answer."
-            )
-        if self.encoder.plain.largest_id >= rows:
-            raise UnsupportedModelError(
-                f"the tokenizer of {self.backbone.model_id!r} gives ids up to {self.encoder.plain.largest_id}, but "
-                f"the model has {rows} embeddings; it belongs to another model."
-            )
-
-    def _require_room(self, row: Question, question_tokens: int, mode: Mode, options: DecodingOptions) -> None:
-        window = self.backbone.context_window
-        before = row.start + len(row.ids) - question_tokens
-        if window is not None and before + question_tokens + options.max_new_tokens > window:
-            hint = "; modes 'fusion' and 'ape' let documents share positions" if mode == "concat" else ""
-            if mode == "fusion" and self.settings.positions == "global":
-                hint = "; with positions='uniform' documents share positions"
-            raise ContextLimitError(
-                f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
-                f"{options.max_new_tokens}, but {self.backbone.model_id} has {window}; shorten one of them{hint}."
-            )
-
     def _answers_tuned(self, mode: Mode) -> bool:
         """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
         return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
@@ -568,15 +531,3 @@ class Engine:
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(message)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Accelerators have an exception of their own; the CPU's allocator has only its message."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _cache_shape(backbone: Backbone) -> tuple[int, ...]:
-    """What two models must share for one to read the other's keys and values, and the same token ids."""
-    config = backbone.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return config.num_hidden_layers, heads, config.hidden_size, config.vocab_size

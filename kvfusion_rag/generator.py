@@ -9,7 +9,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import random
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -17,26 +16,25 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack, get_args
 
-import torch
-
 from . import __version__
 from .attribution import Attribution, attribute, with_attribution
 from .backbone import Backbone, require_trained_on
 from .batching import Batch, Request
 from .decoding import DecodingOptions
 from .engine import Engine
-from .errors import InvalidInputError, ModelLoadError
+from .errors import InvalidInputError
 from .gate import run_gate
 from .gathering import Gatherer
+from .invariance import check_invariance
+from .locating import locate_model, shipped_adapter
 from .prefill import LENGTH_BUCKET
-from .reading import UNLIMITED, require_sequence
+from .reading import UNLIMITED
 from .schema import Answer, Attributed, Document, GateReport, InvarianceReport, Mode, Prompt, Source
 from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = Path(__file__).parent / "pretrained"
 MAX_FUSED_TOKENS = 200_000  # slots; a guard against filling the memory by mistake
 
 
@@ -593,26 +591,9 @@ class KVFusionGenerator:
         In modes ``fusion`` and ``ape`` the first pass may compute what later ones find in the store, so this also
         checks that stored and computed KVs are the same.
         """
-        decoding = self._options({})
-        require_sequence(documents)
-        if not is_count(permutations):
-            raise InvalidInputError(f"permutations is {permutations!r}, but it must be a whole number from 1.")
-        shuffled, rng = list(documents), random.Random(seed)
-        answers: list[str] = []
-        expected: list[torch.Tensor] = []
-        difference = 0.0
-        for _ in range(permutations + 1):
-            logits: list[torch.Tensor] = []
-            request = self._engine.request(question, shuffled, None, mode, decoding)
-            run = self._engine.start(Batch.of(request), decoding)
-            for _ in self._engine.decode(run, decoding, on_logits=logits.append):
-                pass
-            expected = expected or logits
-            difference = max(difference, _logit_difference(expected, logits))
-            if run.rows[0].text not in answers:
-                answers.append(run.rows[0].text)
-            rng.shuffle(shuffled)
-        return InvarianceReport(mode or self.mode, permutations, tuple(answers), difference)
+        return check_invariance(
+            self._engine, question, documents, self._options({}), permutations=permutations, mode=mode, seed=seed
+        )
 
     def _options(self, options: DecodingKwargs) -> DecodingOptions:
         allowed = DecodingKwargs.__annotations__
@@ -634,26 +615,6 @@ class KVFusionGenerator:
         yield self._attributed([request], [self._engine.answer(run, 0)], attribution)[0]
 
 
-def locate_model(model: str | Path | None) -> tuple[str, str]:
-    """Folder or hub name to load, and the name to show for it."""
-    if model is None:
-        return str(EMBEDDED_MODEL), "kvfusion-embedded"
-    if not isinstance(model, str | Path):
-        raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder or None.")
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return str(folder), folder.resolve().name
-    if isinstance(model, Path) or folder.is_absolute() or str(model).startswith("."):
-        raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from.")
-    return model, model
-
-
-def shipped_adapter(folder: str | Path) -> Path | None:
-    """The adapter that a model folder carries in ``adapter/``, if it does."""
-    found = Path(folder) / "adapter"
-    return found if (found / "adapter_config.json").is_file() else None
-
-
 def _require_arguments(namespace: object, max_fused_tokens: object, tokens_per_pass: object) -> None:
     require_namespace(namespace)
     for name, value in (
@@ -662,10 +623,3 @@ def _require_arguments(namespace: object, max_fused_tokens: object, tokens_per_p
     ):
         if not is_count(value):
             raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
-
-
-def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
-    """Largest difference over all steps; infinite where one answer has more steps than the other."""
-    if len(expected) != len(found):
-        return float("inf")
-    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))

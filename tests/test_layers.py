@@ -14,8 +14,9 @@ PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
     "errors", "probe", "schema", "chat", "settings", "prompts", "positions", "support", "attention", "ape", "watch",
-    "backbone", "prefill", "fusion", "gate", "citations", "store", "reading", "recording", "decoding", "batching",
-    "gathering", "engine", "attribution", "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
+    "backbone", "prefill", "fusion", "gate", "limits", "locating", "citations", "store", "reading", "recording",
+    "decoding", "batching", "gathering", "engine", "attribution", "invariance", "generator", "qa", "retrieval",
+    "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 

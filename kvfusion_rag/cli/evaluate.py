@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
     """What the command line names to be judged beside the base model."""
-    from ..generator import locate_model, shipped_adapter
+    from ..locating import locate_model, shipped_adapter
 
     found = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
     if args.adapter == "shipped":

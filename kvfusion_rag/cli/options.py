@@ -134,7 +134,7 @@ def load_encoder(model: str | None) -> tuple[PromptEncoder, ModelSettings]:
     """How a model reads documents, without its weights."""
     from transformers import AutoTokenizer
 
-    from ..generator import EMBEDDED_MODEL
+    from ..locating import EMBEDDED_MODEL
     from ..prompts import PromptEncoder
     from ..settings import load_settings
 
@@ -152,7 +152,7 @@ def load_config(model: str | None) -> PretrainedConfig:
     """The text configuration of a model, without its weights."""
     from transformers import AutoConfig
 
-    from ..generator import EMBEDDED_MODEL
+    from ..locating import EMBEDDED_MODEL
 
     name = str(model or EMBEDDED_MODEL)
     try:

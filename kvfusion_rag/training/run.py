@@ -11,7 +11,8 @@ from accelerate import PartialState
 from ..backbone import Backbone, choose_device
 from ..engine import Engine
 from ..errors import InvalidInputError
-from ..generator import MAX_FUSED_TOKENS, locate_model
+from ..generator import MAX_FUSED_TOKENS
+from ..locating import locate_model
 from ..qa import QARow
 from ..store import MemoryStore
 from .checkpoint import recover

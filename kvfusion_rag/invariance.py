@@ -1,0 +1,55 @@
+"""Whether answers are the same in any order of the documents: asked in many, texts and bits of all logits compared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+
+from .batching import Batch
+from .decoding import DecodingOptions
+from .engine import Engine
+from .errors import InvalidInputError
+from .reading import require_sequence
+from .schema import Document, InvarianceReport, Mode
+from .settings import is_count
+
+
+def check_invariance(
+    engine: Engine,
+    question: str,
+    documents: Sequence[Document | str],
+    options: DecodingOptions,
+    *,
+    permutations: int,
+    mode: Mode | None,
+    seed: int,
+) -> InvarianceReport:
+    """See ``KVFusionGenerator.check_invariance``."""
+    require_sequence(documents)
+    if not is_count(permutations):
+        raise InvalidInputError(f"permutations is {permutations!r}, but it must be a whole number from 1.")
+    shuffled, rng = list(documents), random.Random(seed)
+    answers: list[str] = []
+    expected: list[torch.Tensor] = []
+    difference = 0.0
+    for _ in range(permutations + 1):
+        logits: list[torch.Tensor] = []
+        request = engine.request(question, shuffled, None, mode, options)
+        run = engine.start(Batch.of(request), options)
+        for _ in engine.decode(run, options, on_logits=logits.append):
+            pass
+        expected = expected or logits
+        difference = max(difference, _logit_difference(expected, logits))
+        if run.rows[0].text not in answers:
+            answers.append(run.rows[0].text)
+        rng.shuffle(shuffled)
+    return InvarianceReport(mode or engine.settings.mode, permutations, tuple(answers), difference)
+
+
+def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    """Largest difference over all steps; infinite where one answer has more steps than the other."""
+    if len(expected) != len(found):
+        return float("inf")
+    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))

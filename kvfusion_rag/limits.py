@@ -1,0 +1,89 @@
+"""What does not fit: prompts into a model's window, settings and tokenizers to its weights, batches into memory.
+
+Each refusal says what was wrong, what is allowed and what helps. Keeps no state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .backbone import Backbone
+from .errors import ContextLimitError, InvalidInputError, MemoryLimitError, UnsupportedModelError
+from .prompts import PromptEncoder
+from .schema import Mode
+from .settings import ModelSettings, Positions
+
+
+def require_fit(backbone: Backbone, decoder: Backbone, encoder: PromptEncoder, settings: ModelSettings) -> None:
+    """Refuse settings, decoders and tokenizers that no question could be asked with.
+
+    Raises:
+        UnsupportedModelError: the decoder or the tokenizer belongs to another model.
+        InvalidInputError: prefix and passage length leave no room for a question.
+    """
+    window, rows = backbone.context_window, backbone.config.vocab_size
+    if (shapes := [_cache_shape(b) for b in (backbone, decoder)])[0] != shapes[1]:
+        raise UnsupportedModelError(
+            f"{decoder.model_id!r} cannot read the keys and values of {backbone.model_id!r}: layers, heads, width and "
+            f"vocabulary are {shapes[1]} against {shapes[0]}; it was tuned from another base."
+        )
+    prefix, passage = len(encoder.prefix_ids), settings.passage_length or 1
+    if window is not None and prefix + passage + 2 > window:
+        raise InvalidInputError(
+            f"the prefix has {prefix} tokens and passage_length is {passage}, but {backbone.model_id} has {window} "
+            "positions for them, the question and the answer."
+        )
+    if encoder.plain.largest_id >= rows:
+        raise UnsupportedModelError(
+            f"the tokenizer of {backbone.model_id!r} gives ids up to {encoder.plain.largest_id}, but the model has "
+            f"{rows} embeddings; it belongs to another model."
+        )
+
+
+def require_room(
+    backbone: Backbone, *, before: int, question_tokens: int, new_tokens: int, mode: Mode, positions: Positions
+) -> None:
+    """Raise ContextLimitError where ``before`` positions, a question and its answer pass the model's window."""
+    window = backbone.context_window
+    if window is None or before + question_tokens + new_tokens <= window:
+        return
+    hint = "; modes 'fusion' and 'ape' let documents share positions" if mode == "concat" else ""
+    if mode == "fusion" and positions == "global":
+        hint = "; with positions='uniform' documents share positions"
+    raise ContextLimitError(
+        f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
+        f"{new_tokens}, but {backbone.model_id} has {window}; shorten one of them{hint}."
+    )
+
+
+@contextmanager
+def memory_errors(device: torch.device, *, questions: int, tokens: int) -> Iterator[None]:
+    """Where memory runs out in between, raise MemoryLimitError.
+
+    Args:
+        questions, tokens: that were answered together, and of documents in the longest row.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryLimitError(
+            f"{device} has not enough memory for {questions} question(s) over {tokens} document tokens; pass fewer or "
+            "shorter documents, or load the model in a smaller dtype."
+        ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Accelerators have an exception of their own; the CPU's allocator has only its message."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _cache_shape(backbone: Backbone) -> tuple[int, ...]:
+    """What two models must share for one to read the other's keys and values, and the same token ids."""
+    config = backbone.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_hidden_layers, heads, config.hidden_size, config.vocab_size
