@@ -81,8 +81,9 @@ class Engine:
         cuda_graphs: bool = False,
     ) -> None:
         self.backbone = backbone
-        self.recorder: Recorder | None = CudaGraphs() if cuda_graphs and backbone.device.type == "cuda" else None
         self.decoder = decoder or backbone
+        on_gpu = self.decoder.device.type == "cuda"
+        self.recorder: Recorder | None = CudaGraphs(self.decoder.device) if cuda_graphs and on_gpu else None
         self.settings = settings
         self.store = as_store(store)
         self.encoder = PromptEncoder(backbone.tokenizer, settings)

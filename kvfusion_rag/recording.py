@@ -36,7 +36,8 @@ class Recorder(Protocol):
 class CudaGraphs:
     """Records passes as CUDA graphs, until one cannot be recorded, or gives other logits than the pass itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._usable = True
 
     def record(self, run: Pass, dtype: torch.dtype) -> Pass | None:
@@ -48,7 +49,8 @@ class CudaGraphs:
         if not self._usable:
             return None
         try:
-            expected, replay = self._record(run)
+            with torch.cuda.device(self._device):
+                expected, replay = self._record(run)
             error = float((replay() - expected).norm() / expected.norm())
             cause = f"it gives other logits: relative error {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
         except RuntimeError as failure:
@@ -61,14 +63,17 @@ class CudaGraphs:
 
     def _record(self, run: Pass) -> tuple[torch.Tensor, Pass]:
         """Logits of an ordinary pass, in which libraries make what they need first, and the recorded one."""
-        side = torch.cuda.Stream()
+        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             expected = run().clone()
+            # By hand, since torch.cuda.graph would empty the cache of memory each time. Other threads go on loading.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                recorded = run()
+            finally:
+                graph.capture_end()
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on loading documents
-            recorded = run()
 
         def replay() -> torch.Tensor:
             graph.replay()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+from contextlib import nullcontext
 from unittest.mock import ANY
 
 import pytest
@@ -145,8 +146,9 @@ def test_what_cannot_be_recorded_is_said_once_and_answered_all_the_same(fault, m
         return run().clone(), lambda: run() * 1.5
 
     monkeypatch.setattr(CudaGraphs, "_record", record)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     plain, other, _ = pair("llama")
-    other._engine.recorder = CudaGraphs()
+    other._engine.recorder = CudaGraphs(torch.device("cuda"))
     rows = documents(random.Random(7), 3)
     with caplog.at_level(logging.WARNING, "kvfusion_rag.recording"):
         for question in QUESTIONS:
