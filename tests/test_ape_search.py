@@ -115,7 +115,7 @@ def test_the_command_reports_grid_and_choice(capsys, command, tmp_path):  # noqa
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, command, monkeypatch, tmp_path, argv, message):  # noqa: F811
-    monkeypatch.setattr(evaluate, "load_generator", lambda args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(evaluate, "load_generator", lambda args, store: pytest.fail("loaded a model"))
     write_rows(tmp_path / "copy.jsonl", rows())
     write_rows(tmp_path / "short.jsonl", [row([True, False], "short")])
     assert command("rows.jsonl.gz", *argv) == 2

@@ -518,7 +518,7 @@ def test_reordering_reaches_the_generator():
 def command(monkeypatch, tmp_path, generator):
     """``kvfusion evaluate`` on six rows with the random model."""
     monkeypatch.setitem(COMMANDS, "evaluate", evaluate)
-    monkeypatch.setattr(evaluate, "load_generator", lambda args: generator)
+    monkeypatch.setattr(evaluate, "load_generator", lambda args, store: generator)
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl.gz", rows())
     return lambda *argv: main(["evaluate", *map(str, argv)])
@@ -610,7 +610,7 @@ def test_what_does_not_fit_is_marked(capsys, command, monkeypatch):
     ],
 )
 def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, command, monkeypatch, tmp_path, argv, message):
-    monkeypatch.setattr(evaluate, "load_generator", lambda args: pytest.fail("loaded a model"))
+    monkeypatch.setattr(evaluate, "load_generator", lambda args, store: pytest.fail("loaded a model"))
     (tmp_path / "broken.jsonl").write_text('{"question": "who?"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
     packed = (tmp_path / "rows.jsonl.gz").read_bytes()
@@ -633,7 +633,7 @@ def old(monkeypatch):
     config = GPTJConfig(n_embd=48, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, vocab_size=512)
     model, tokenizer = AutoModelForCausalLM.from_config(config), tiny.tokenizer("byte-bpe")
     made = KVFusionGenerator(Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old"), store=None)
-    monkeypatch.setattr(evaluate, "load_generator", lambda args: made)
+    monkeypatch.setattr(evaluate, "load_generator", lambda args, store: made)
 
 
 def test_ape_is_left_out_with_a_note_where_the_model_refuses_it_and_nobody_named_it(capsys, command, old, caplog):
@@ -660,7 +660,7 @@ def test_ape_by_name_is_an_error_before_another_system_answers(capsys, command, 
 
 def test_an_adapter_is_judged_beside_its_base(capsys, command, monkeypatch, generator):
     adapters = []
-    monkeypatch.setattr(evaluate, "load_generator", lambda args: adapters.append(args.adapter) or generator)
+    monkeypatch.setattr(evaluate, "load_generator", lambda args, store: adapters.append(args.adapter) or generator)
     assert command("rows.jsonl.gz", "--adapter", "lora", "--conditions", "original", "--json") == 0
     found = [system["name"] for system in json.loads(capsys.readouterr().out)["systems"]]
     assert found == default_systems({"adapter": "lora"}) and "fusion-base" in found
@@ -672,7 +672,7 @@ def test_the_adapter_in_a_models_folder_is_judged_unless_told_otherwise(
     capsys, command, monkeypatch, generator, tmp_path, given
 ):
     adapters = []
-    monkeypatch.setattr(evaluate, "load_generator", lambda args: adapters.append(args.adapter) or generator)
+    monkeypatch.setattr(evaluate, "load_generator", lambda args, store: adapters.append(args.adapter) or generator)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
     options = [] if given == "shipped" else ["--adapter", "none"]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ..evaluation.summary import Summary
     from ..evaluation.systems import System
     from ..qa import QARow
+    from ..store import DocumentStore
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.runner import predict
     from ..evaluation.summary import summarize
     from ..evaluation.tables import markdown
+    from ..store import DocumentStore, MemoryStore
 
     inputs = _inputs(args)
     chosen = args.systems or default_systems(inputs)
@@ -119,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     require_inputs(chosen, inputs)
     _require_outputs(args)
     rows, plan = _rows_and_plan(args)
-    models = Models(lambda options: _load(args, options), inputs, args.max_new_tokens)
+    store = DocumentStore(MemoryStore())  # systems over the same base share its documents
+    models = Models(lambda options: _load(args, options, store), inputs, args.max_new_tokens)
     factories, search = dict(SYSTEMS), _ape_search(args, chosen, rows, plan, models)
     if search is not None:
         factories["ape"] = lambda models: models.system("ape", "ape", "base", **search.settings)
@@ -225,9 +228,9 @@ def _read(path: Path) -> list[QARow]:
     return list(read_ready_rows(path))
 
 
-def _load(args: argparse.Namespace, options: Mapping[str, str | None]) -> KVFusionGenerator:
+def _load(args: argparse.Namespace, options: Mapping[str, str | None], store: DocumentStore) -> KVFusionGenerator:
     """The generator of the command line with ``options`` in place of its own."""
-    return load_generator(argparse.Namespace(**{**vars(args), **options}))
+    return load_generator(argparse.Namespace(**{**vars(args), **options}), store)
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:

@@ -114,8 +114,8 @@ def _open_store(args: argparse.Namespace) -> DocumentStore | str:
     return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
 
 
-def load_generator(args: argparse.Namespace) -> KVFusionGenerator:
-    """The generator that the arguments of models, and of stores where a command has them, name."""
+def load_generator(args: argparse.Namespace, store: DocumentStore | None = None) -> KVFusionGenerator:
+    """The generator that the arguments of models, and of stores where a command has them, name; over ``store``."""
     from .. import KVFusionGenerator
 
     with patient_bars():
@@ -125,7 +125,7 @@ def load_generator(args: argparse.Namespace) -> KVFusionGenerator:
             decoder=args.decoder,
             device=args.device,
             dtype=args.dtype,
-            store=_open_store(args),
+            store=_open_store(args) if store is None else store,
             namespace=getattr(args, "namespace", ""),
         )
 
