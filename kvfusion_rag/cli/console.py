@@ -23,7 +23,14 @@ from typing import Any, Self
 LISTED_AT_MOST = 20
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-_NOISY_LOGGERS = ("chromadb", "huggingface_hub", "sentence_transformers", "transformers")
+_NOISY_LOGGERS = (
+    "chromadb",
+    "huggingface_hub",
+    "sentence_transformers",
+    "torch.utils._pytree",  # on what torchao registers
+    "torchao",
+    "transformers",
+)
 _QUIET_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
