@@ -322,7 +322,8 @@ class KVFusionGenerator:
     def _sibling(self, settings: ModelSettings, engine_options: Mapping[str, Any]) -> KVFusionGenerator:
         gather = self._gatherer is not None
         made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, gather=gather, **engine_options)
-        made._engine.warned = self._engine.warned  # what is said of the model once is not said again
+        # What is found out and said of the model once is not found out and said again.
+        made._engine.warned, made._engine.recorder = self._engine.warned, self._engine.recorder
         return made
 
     # What it does

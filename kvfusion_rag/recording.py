@@ -8,7 +8,9 @@ ordinary steps; nothing has to be compiled, and no lengths be rounded up. Knows 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,68 +20,85 @@ from .ape import Ape
 from .backbone import Backbone
 from .fusion import FusedContext
 from .gate import TOLERANCE
+from .limits import is_out_of_memory
 from .positions import additive
 
 logger = logging.getLogger(__name__)
 
 WORTH = 8  # steps still to do, above which a recording pays
+_EMPTIED_EVERY = 64  # recordings after which the memory of former ones goes back; torch keeps it until then
+_CAPTURING = threading.Lock()  # a process may capture one graph at a time
 
 Pass = Callable[[], torch.Tensor]  # always over the same memory; logits (R, Q, V)
 
 
 class Recorder(Protocol):
-    def record(self, run: Pass, dtype: torch.dtype) -> Pass | None:
+    def record(self, run: Pass) -> Pass | None:
         """``run`` in a faster form; ``None`` where there is none."""
+        ...
+
+    def give_up(self, cause: str) -> None:
+        """What was recorded last gave other logits; record nothing more."""
         ...
 
 
 class CudaGraphs:
-    """Records passes as CUDA graphs, until one cannot be recorded, or gives other logits than the pass itself."""
+    """Records passes as CUDA graphs, until one cannot be recorded.
+
+    Attributes:
+        recorded: passes so far.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._usable = True
+        self._side: torch.cuda.Stream | None = None  # one for all, since libraries keep memory for each stream
+        self.recorded = 0
 
-    def record(self, run: Pass, dtype: torch.dtype) -> Pass | None:
-        """``run`` as one launch; ``None``, after one warning, where the model does what no graph can hold.
-
-        Args:
-            dtype: of the model, which says how closely both have to agree.
-        """
+    def record(self, run: Pass) -> Pass | None:
+        """``run`` as one launch; ``None`` where memory is short, or the model does what no graph can hold."""
         if not self._usable:
             return None
         try:
-            with torch.cuda.device(self._device):
-                expected, replay = self._record(run)
-            error = float((replay() - expected).norm() / expected.norm())
-            cause = f"it gives other logits: relative error {error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
+            with torch.cuda.device(self._device), _CAPTURING:
+                replay = self._record(run)
         except RuntimeError as failure:
-            error, cause = float("nan"), str(failure)
-        if error <= TOLERANCE[dtype]:
-            return replay
+            if not is_out_of_memory(failure):
+                self.give_up(str(failure))
+            return None
+        self.recorded += 1
+        return replay
+
+    def give_up(self, cause: str) -> None:
         self._usable = False
         logger.warning("decoding steps cannot be recorded as CUDA graphs, and run one kernel at a time: %s", cause)
-        return None
 
-    def _record(self, run: Pass) -> tuple[torch.Tensor, Pass]:
-        """Logits of an ordinary pass, in which libraries make what they need first, and the recorded one."""
-        side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    def _record(self, run: Pass) -> Pass:
+        if self.recorded % _EMPTIED_EVERY == _EMPTIED_EVERY - 1:
+            torch.cuda.empty_cache()
+        side, graph = self._side or torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self._side = side
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            expected = run().clone()
-            # By hand, since torch.cuda.graph would empty the cache of memory each time. Other threads go on loading.
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                recorded = run()
-            finally:
+        try:
+            with torch.cuda.stream(side):
+                run()  # libraries make what they need at a first pass
+                # By hand, since torch.cuda.graph would empty the cache of memory. Other threads go on loading.
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    recorded = run()
+                except BaseException:
+                    with suppress(RuntimeError):  # which would hide the cause
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
-        torch.cuda.current_stream().wait_stream(side)
+        finally:  # what the pass wrote may not be written over before it is done
+            torch.cuda.current_stream().wait_stream(side)
 
         def replay() -> torch.Tensor:
             graph.replay()
             return recorded
 
-        return expected, replay
+        return replay
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +114,8 @@ class Asked:
 
 class Steps:
     """The forward passes of one decoding: ordinary ones, or from some step on a recorded one over and over.
+
+    The first recorded pass has to give the logits of the ordinary one.
 
     Args:
         recorder: what records, or ``None`` for ordinary passes alone. APE attends in a way of its own, and attentions
@@ -121,14 +142,13 @@ class Steps:
         """
         if self._recording is not None and not self._recording.fits(asked):
             self.stop()
-        if self._recording is None and self._worth(asked, still):
-            self._record(asked)
         if self._recording is not None:
             return self._recording.read(asked)
-        return self._backbone.forward(
-            asked.ids, asked.positions, asked.mask, self._context.cache, asked.columns, rows=asked.rows,
-            adapter=self._adapter, ape=self._ape,
-        )  # fmt: skip
+        logits = self._read(asked)
+        # Steps enough to come, and room for all of them where the recorded pass writes.
+        if self._recorder is not None and still > WORTH and self._context.room >= still * asked.ids.shape[1]:
+            return self._record(asked, logits, self._recorder)
+        return logits
 
     def may_drop(self, left: int) -> bool:
         """Whether rows may be dropped until ``left`` are: from a recording as soon as that halves them at least."""
@@ -144,19 +164,30 @@ class Steps:
         self._recording = None
         self._context.take_used()
 
-    def _worth(self, asked: Asked, still: int) -> bool:
-        """Whether there are steps enough to come, and room for all of them where the recorded pass writes."""
-        return still > WORTH and self._context.room >= still * asked.ids.shape[1]
+    def _read(self, asked: Asked) -> torch.Tensor:
+        return self._backbone.forward(
+            asked.ids, asked.positions, asked.mask, self._context.cache, asked.columns, rows=asked.rows,
+            adapter=self._adapter, ape=self._ape,
+        )  # fmt: skip
 
-    def _record(self, asked: Asked) -> None:
-        if self._recorder is None:
-            return
+    def _record(self, asked: Asked, expected: torch.Tensor, recorder: Recorder) -> torch.Tensor:
+        """Record the pass that was just made in the ordinary way, and make it again; its logits."""
+        self._context.grow(-asked.ids.shape[1])
         recording = _Recording(self._backbone, self._context, asked, adapter=self._adapter)
-        if recording.made_by(self._recorder):
-            self._recording = recording
-        else:
-            self._recorder = None
-            self._context.take_used()
+        if recording.made_by(recorder):
+            logits = recording.read(asked)
+            error = float((logits - expected).norm() / expected.norm())
+            allowed = TOLERANCE.get(self._backbone.dtype, TOLERANCE[torch.float16])
+            if error <= allowed:
+                self._recording = recording
+                return logits
+            recorder.give_up(
+                f"the recorded step gives other logits, relative error {error:.1e}, allowed {allowed:.0e}"
+            )
+            self._context.grow(-asked.ids.shape[1])
+        self._recorder = None
+        self._context.take_used()
+        return self._read(asked)  # writes over what the attempt has written
 
 
 class _Recording:
@@ -169,18 +200,19 @@ class _Recording:
         self._slots = torch.arange(self.columns, device=asked.ids.device)
         hidden = torch.zeros(rows, 1, self.columns, context.slots, dtype=torch.bool, device=asked.ids.device)
         self._mask = additive(hidden, backbone.dtype)
-        self._hidden = float(self._mask.min()) if self._mask.numel() else 0.0
         self._replay: Pass | None = None
         context.take_whole(self._slots)
         self._fill(asked)
 
     def made_by(self, recorder: Recorder) -> bool:
+        """Whether ``recorder`` could record the pass."""
+
         def run() -> torch.Tensor:
             return self._backbone.step(
                 self.ids, self._positions, self._mask, self._context.cache, adapter=self._adapter
             )
 
-        self._replay = recorder.record(run, self._backbone.dtype)
+        self._replay = recorder.record(run)
         return self._replay is not None
 
     def fits(self, asked: Asked) -> bool:
@@ -199,5 +231,5 @@ class _Recording:
         self._positions.copy_(asked.positions)
         torch.arange(used, used + self.columns, out=self._slots)
         seen = mask if mask.dim() == 4 else mask[:, None, None, :].bool()  # (R, 1, Q or 1, used + Q)
-        self._mask.fill_(self._hidden)
+        self._mask.fill_(torch.finfo(self._mask.dtype).min)
         self._mask[..., : used + self.columns].masked_fill_(seen, 0)
