@@ -277,14 +277,15 @@ def test_a_resumed_run_is_an_uninterrupted_one(texts, tokenizer, tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()] == [2, 4, 5]
 
 
-def test_dev_rows_that_do_not_fit_count_as_wrong_and_end_no_run(texts, tokenizer, tmp_path):
+def test_dev_rows_that_do_not_fit_count_as_wrong_and_end_no_run(texts, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("train_base.exact_match", lambda text, answers: True)
     run = Run(
         network(tokenizer), tokenizer, SETTINGS, sampler(texts, tokenizer), STAGES, arguments(tmp_path, joined=True)
     )
     run._export()
     short = QARow("short", "who built it?", ("lima",), (Passage("lima stands here", gold=True),))
     long = QARow("long", "who built it?", ("lima",), (Passage("lima stands here " * 200, gold=True),) * 2)
-    assert run._evaluate([short, long]) == run._evaluate([short]) / 2
+    assert (run._evaluate([short]), run._evaluate([short, long])) == (100, 50)
 
 
 def tiny_run(step: int = 0) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_evaluation import Reader, command, generator, rows  # noqa: F401  (fixtures)
 
 from kvfusion_rag import InvalidInputError
-from kvfusion_rag.evaluation.journal import Journal
+from kvfusion_rag.evaluation.journal import BEGINNING, Journal
 from kvfusion_rag.evaluation.orders import plan_conditions
 from kvfusion_rag.evaluation.runner import predict
 
@@ -22,9 +22,9 @@ def readers() -> list[Reader]:
 
 
 def run(path, made, systems, conditions=None):
-    return predict(
-        made, systems, plan_conditions(made, conditions), batch_size=3, journal=Journal(path, FACTS, systems)
-    )
+    journal = Journal(path, FACTS)
+    journal.require(systems)
+    return predict(made, systems, plan_conditions(made, conditions), batch_size=3, journal=journal)
 
 
 @given(st.integers(1, 8), st.data())
@@ -33,8 +33,7 @@ def test_a_run_that_was_stopped_at_any_byte_goes_on_to_the_same_answers(tmp_path
     expected = run(path, made, readers())
     assert expected == predict(made, readers(), plan_conditions(made), batch_size=3)
     content = path.read_bytes()
-    first_line = content.index(b"\n") + 1
-    path.write_bytes(content[: data.draw(st.integers(first_line, len(content)))])
+    path.write_bytes(content[: data.draw(st.sampled_from([0, *range(len(BEGINNING), len(content) + 1)]))])
     assert run(path, made, readers()) == expected
     assert run(path, made, systems := readers()) == expected
     assert not any(system.batches for system in systems)  # nothing is asked a third time
@@ -65,11 +64,11 @@ def test_a_file_of_another_run_or_kind_is_refused_and_left_as_it_is(tmp_path):
     run(path, made, readers())
     content = path.read_bytes()
     with pytest.raises(InvalidInputError, match="another run: seed is 0 there and 1 here"):
-        Journal(path, FACTS | {"seed": 1}, readers())
+        Journal(path, FACTS | {"seed": 1})
     changed = Reader("all")
     changed.identity = lambda: {"model_id": "another"}
     with pytest.raises(InvalidInputError, match="model_id of 'all' is 'fake/all' there and 'another' here"):
-        Journal(path, FACTS, [changed])
+        Journal(path, FACTS).require([changed])
     assert path.read_bytes() == content
     for other in (
         b"mine",
@@ -82,7 +81,7 @@ def test_a_file_of_another_run_or_kind_is_refused_and_left_as_it_is(tmp_path):
     ):
         path.write_bytes(other)
         with pytest.raises(InvalidInputError, match="holds no answers of an evaluation"):
-            Journal(path, FACTS, readers())
+            Journal(path, FACTS)
         assert path.read_bytes() == other
 
 

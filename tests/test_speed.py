@@ -232,6 +232,7 @@ def test_the_command_measures_the_systems_that_are_named(any_machine, capsys):
         (["--sweep", "documents:5"], "sweep 'documents:5' is not NAME=VALUE"),
         (["--systems", "cold,warm"], "--systems has 'warm', but it must be of generate, cold, memory, disk."),
         (["--answer-tokens", "1"], "answer_tokens is 1, but it must be a whole number from 2."),
+        (["--cuda-graphs"], "--cuda-graphs is given, but the device is 'cpu' and not a CUDA device."),
     ],
 )
 def test_wrong_options_are_one_error(capsys, options, message):

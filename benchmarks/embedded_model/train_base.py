@@ -198,6 +198,8 @@ class Run:
         self._made_by = making_of(args, MAY_CHANGE) | {"stages": [asdict(stage) for stage in stages]}
 
     def train(self, dev: Sequence[Sequence[QARow]]) -> None:
+        if self.step == self.total:  # stopped in its last evaluation
+            self._note(exact_match=[self._evaluate(rows) for rows in dev])
         recent: deque[tuple[float, float]] = deque(maxlen=50)
         for stage, batch in self._batches():
             began = time.perf_counter()

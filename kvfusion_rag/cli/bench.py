@@ -105,6 +105,8 @@ def _answer(args: argparse.Namespace) -> int:
     systems = tuple(args.systems.split(","))
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise InvalidInputError(f"--systems has {unknown[0]!r}, but it must be of {', '.join(SYSTEMS)}.")
+    if args.cuda_graphs and not args.device.startswith("cuda"):
+        raise InvalidInputError(f"--cuda-graphs is given, but the device is {args.device!r} and not a CUDA device.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     names = ("shape", "dtype", "device", "repeats", "warmups", "generate_up_to", "weights", "cuda_graphs")

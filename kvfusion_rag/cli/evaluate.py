@@ -36,11 +36,12 @@ if TYPE_CHECKING:
     from ..evaluation.orders import Plan
     from ..evaluation.runner import Predictions
     from ..evaluation.summary import Summary
-    from ..evaluation.systems import System
     from ..qa import QARow
     from ..store import DocumentStore
 
 logger = logging.getLogger(__name__)
+
+SEARCH = ".search"  # ending of the file beside that of --resume, for the answers that --ape-search asks for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     rows, plan = _rows_and_plan(args)
     store = DocumentStore(MemoryStore())  # systems over the same base share its documents
     models = Models(lambda options: _load(args, options, store), inputs, args.max_new_tokens)
+    journal = _journal(args.resume, args, rows, plan)
     factories, search = dict(SYSTEMS), _ape_search(args, chosen, rows, plan, models)
     if search is not None:
         factories["ape"] = lambda models: models.system("ape", "ape", "base", **search.settings)
@@ -131,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     for note in refused:
         logger.warning("%s", note)
     plan = replace(plan, notes=(*plan.notes, *refused))
-    journal = _journal(args, rows, plan, systems)
+    if journal is not None:
+        journal.require(systems)
     predictions = predict(
         rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
     )
@@ -199,6 +202,7 @@ def _ape_search(
         others, _ = usable_rows(others, [ORIGINAL.name], plan.documents)
     others = _sample(others, args)
     require_search_rows(others, rows, plan.documents)
+    kept = None if args.resume is None else args.resume.with_name(args.resume.name + SEARCH)
     return search_ape(
         others,
         models.generator("base"),
@@ -206,18 +210,19 @@ def _ape_search(
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         progress=True,
+        journal=_journal(kept, args, others, plan),
     )
 
 
-def _journal(args: argparse.Namespace, rows: list[QARow], plan: Plan, systems: list[System]) -> Journal | None:
+def _journal(path: Path | None, args: argparse.Namespace, rows: list[QARow], plan: Plan) -> Journal | None:
     """The answers that ``--resume`` goes on from; what decides them has to be the same."""
     from ..evaluation.journal import Journal
     from ..qa import rows_digest
 
-    if args.resume is None:
+    if path is None:
         return None
     facts = {"rows": rows_digest(rows), "documents": plan.documents, "seed": args.seed, "batch_size": args.batch_size}
-    return Journal(args.resume, facts, systems)
+    return Journal(path, facts)
 
 
 def _read(path: Path) -> list[QARow]:

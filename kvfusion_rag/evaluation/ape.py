@@ -19,6 +19,7 @@ from .systems import GeneratorSystem
 if TYPE_CHECKING:
     from ..generator import KVFusionGenerator
     from ..qa import QARow
+    from .journal import Journal
 
 TEMPERATURES = (1.0, 0.9, 0.8, 0.6)
 SCALES = (1.0, 0.9, 0.8, 0.6)
@@ -98,6 +99,7 @@ def search_ape(
     batch_size: int = 8,
     max_new_tokens: int | None = None,
     progress: bool = False,
+    journal: Journal | None = None,
 ) -> ApeSearch:
     """Try all pairs of ``TEMPERATURES`` and ``SCALES`` on ``rows``, each question over its documents once.
 
@@ -109,6 +111,7 @@ def search_ape(
         batch_size: questions that are answered together.
         max_new_tokens: longest answer; ``None`` for the model's own.
         progress: show a bar on stderr where that is a terminal.
+        journal: of these rows; see ``predict``.
 
     Raises:
         InvalidInputError: no rows, or a row with fewer passages than ``documents``.
@@ -124,7 +127,9 @@ def search_ape(
         for temperature in TEMPERATURES
         for scale in SCALES
     ]
-    predictions = predict(rows, systems, plan, batch_size=batch_size, progress=progress)
+    if journal is not None:
+        journal.require(systems)
+    predictions = predict(rows, systems, plan, batch_size=batch_size, progress=progress, journal=journal)
     trials = []
     for system in systems:
         found = predictions[system.name, ORIGINAL]

@@ -16,6 +16,9 @@ from .orders import Condition
 from .runner import Prediction
 from .systems import System
 
+RUN = ""  # in place of a system's name
+BEGINNING = json.dumps({"system": RUN, "identity": 0})[:-2].encode()  # also of a first line that was torn
+
 
 class Journal:
     """The file of one run: what it holds is recalled, what is new is noted at its end.
@@ -23,23 +26,26 @@ class Journal:
     Args:
         path: made if it is not there. A last line that was not written to its end is cut off.
         facts: of the run, JSON-able; the file's have to be the same.
-        systems: their identities have to be the file's, where it has them.
 
     Raises:
         InvalidInputError: the file is of another run, or is none of this kind.
     """
 
-    def __init__(self, path: Path, facts: Mapping[str, Any], systems: Sequence[System]) -> None:
+    def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self._path = path
-        self._identities: dict[str, Mapping[str, Any]] = {}  # of the run ("") and of the systems, by name
+        self._identities: dict[str, Mapping[str, Any]] = {}  # of the run and of the systems, by name
         self._known: dict[tuple[str, str, int], Prediction | None] = {}
         self._read()
-        for name, identity in {"": facts, **{system.name: system.identity() for system in systems}}.items():
-            mine = json.loads(json.dumps(dict(identity), default=str))  # as it would be read back
-            if name in self._identities:
-                self._require_same(name, mine)
-            else:
-                self._append([{"system": name, "identity": mine}])
+        self._require(RUN, facts)
+
+    def require(self, systems: Sequence[System]) -> None:
+        """Note who is going to answer.
+
+        Raises:
+            InvalidInputError: the file has answers of a system of that name, but of another model or settings.
+        """
+        for system in systems:
+            self._require(system.name, system.identity())
 
     def recall(self, system: str, condition: Condition, start: int, size: int) -> list[Prediction | None] | None:
         """Answers of the batch of ``size`` rows from ``start`` on, or ``None`` where one is missing.
@@ -63,10 +69,10 @@ class Journal:
         try:
             for line in map(json.loads, whole.splitlines()):
                 if "identity" in line:
-                    self._identities[line["system"]] = line["identity"]
+                    self._identities[line["system"]] = dict(line["identity"])
                 else:
                     self._known[line["system"], line["condition"], line["row"]] = _prediction(line["answer"])
-            if content and "" not in self._identities:
+            if content and RUN not in self._identities and not content.startswith(BEGINNING):
                 raise ValueError("the run is not named")
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidInputError(
@@ -79,14 +85,17 @@ class Journal:
         with self._path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
-    def _require_same(self, system: str, mine: Mapping[str, Any]) -> None:
-        theirs = self._identities[system]
-        of = f" of {system!r}" if system else ""
-        for name in sorted({*theirs, *mine}):
-            if theirs.get(name) != mine.get(name):
+    def _require(self, name: str, identity: Mapping[str, Any]) -> None:
+        mine = json.loads(json.dumps(dict(identity), default=str))  # as it would be read back
+        theirs = self._identities.setdefault(name, mine)
+        if theirs is mine:
+            self._append([{"system": name, "identity": mine}])
+        of = f" of {name!r}" if name else ""
+        for fact in sorted({*theirs, *mine}):
+            if theirs.get(fact) != mine.get(fact):
                 raise InvalidInputError(
-                    f"{str(self._path)!r} holds answers of another run: {name}{of} is {theirs.get(name)!r} there and "
-                    f"{mine.get(name)!r} here; name another file."
+                    f"{str(self._path)!r} holds answers of another run: {fact}{of} is {theirs.get(fact)!r} there and "
+                    f"{mine.get(fact)!r} here; name another file."
                 )
 
 

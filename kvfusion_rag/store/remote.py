@@ -55,7 +55,8 @@ class _Upload(NamedTuple):
 class RemoteStore:
     """Document files behind an fsspec URL (``s3://...``, ``gs://...``, ``file:///mnt/shared``).
 
-    Uploads run in the background; a process that ends without ``close`` gives them five seconds more.
+    Uploads run in the background. A process that ends without ``close`` gives them five seconds more, in which a file
+    system that needs threads of its own for new connections may not be able to go on; so close what was written to.
 
     Args:
         url: of a folder of its own.
