@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         type=Path,
         metavar="FILE",
-        help="keep answers in this file as they come, and go on from those in it",
+        help="keep answers in this file as they come, and go on from those in it (those of --ape-search: FILE.search)",
     )
     parser.add_argument("--force", action="store_true", help="overwrite files that exist")
 
