@@ -29,6 +29,7 @@ _HOME = {
     "KVFusionError": "errors",
     "KVFusionGenerator": "generator",
     "MemoryLimitError": "errors",
+    "TrainingError": "errors",
     "MemoryStore": "store",
     "Message": "schema",
     "MissingDependencyError": "errors",

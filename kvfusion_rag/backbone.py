@@ -389,8 +389,9 @@ class Backbone:
 def require_trained_on(folder: Path, base: Backbone) -> None:
     """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
 
-    Shapes alone do not tell two models of one family apart. What has no record, or was trained in another precision
-    or on a base that is quantised here (which changes the digest), is not judged.
+    Shapes alone do not tell two models of one family apart. What has no record, or was trained on a base that is
+    quantised here (which changes the digest), is not judged; what was trained in another precision is judged by the
+    base model's name alone, with a warning.
 
     Raises:
         ModelLoadError: it was trained on another base model.
@@ -401,11 +402,17 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
     with _loading(f"the record of {folder.name!r}"):
         record = json.loads(file.read_text(encoding="utf-8"))
         trained_on, dtype = record.get("base_weights"), record.get("dtype")
-    if dtype == str(base.dtype).removeprefix("torch.") and trained_on != base.weights_digest:
+    name, precision = record.get("base_model"), str(base.dtype).removeprefix("torch.")
+    if dtype == precision and trained_on != base.weights_digest:
         raise ModelLoadError(
-            f"{folder.resolve().name!r} was trained on another base model: on {record.get('base_model')!r}, and the "
-            f"weights of {base.model_id!r} are others."
+            f"{folder.resolve().name!r} was trained on another base model: on {name!r}, and the weights of "
+            f"{base.model_id!r} are others."
         )
+    if dtype != precision and name != base.model_id:
+        logger.warning(
+            "%r was trained on %r in %s; whether %r in %s has the same weights cannot be told.",
+            folder.resolve().name, name, dtype, base.model_id, precision,
+        )  # fmt: skip
 
 
 def choose_device(device: str | None) -> torch.device:

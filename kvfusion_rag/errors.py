@@ -33,6 +33,10 @@ class StoreError(KVFusionError):
     """A document KV store cannot be opened; once it is open, its faults are counted misses and never errors."""
 
 
+class TrainingError(KVFusionError):
+    """A training run cannot go on: its loss or gradient is no number any more. What it has saved stays good."""
+
+
 class MemoryLimitError(KVFusionError):
     """The device has not enough memory, even after the store gave its own back and batches were made smaller."""
 

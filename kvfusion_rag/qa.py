@@ -94,7 +94,7 @@ def parse_row(line: str, where: str, number: int = 0) -> QARow:
     """One JSON line as a row; ``where`` is named in errors."""
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{where} is not JSON: {error}.") from error
     return row_from(data, where, number)
 
@@ -107,33 +107,39 @@ def row_from(data: object, where: str, number: int = 0) -> QARow:
     """
     if not isinstance(data, Mapping):
         raise InvalidInputError(f"{where} holds a {type(data).__name__}, but a row must be an object.")
-    question, answers = data.get("question"), data.get("answers", [])
+    question, answers = data.get("question"), data.get("answers")
     if not isinstance(question, str) or not question.strip():
-        raise InvalidInputError(f"{where}: question is {question!r}, but it must be a text that is not blank.")
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise InvalidInputError(f"{where}: answers is {answers!r}, but it must be a list of texts.")
-    if not all(answer.strip() for answer in answers):
-        raise InvalidInputError(f"{where}: answers is {answers!r}, but an answer must not be blank.")
+        raise InvalidInputError(f"{where}: question is {question!r:.100}, but it must be a text that is not blank.")
     passages = data.get("passages")
     if not isinstance(passages, list):
-        raise InvalidInputError(f"{where}: passages is {passages!r}, but it must be a list of objects.")
+        raise InvalidInputError(f"{where}: passages is {passages!r:.100}, but it must be a list of objects.")
+    if answers is None:
+        raise InvalidInputError(f"{where}: answers is absent; a question that its passages do not answer has [].")
+    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+        raise InvalidInputError(f"{where}: answers is {answers!r:.100}, but it must be a list of texts.")
+    if not all(answer.strip() for answer in answers):
+        raise InvalidInputError(f"{where}: answers is {answers!r:.100}, but an answer must not be blank.")
     evidence = data.get("evidence")
     if not isinstance(evidence, str | None):
-        raise InvalidInputError(f"{where}: evidence is {evidence!r}, but it must be a text.")
-    return QARow(
+        raise InvalidInputError(f"{where}: evidence is {evidence!r:.100}, but it must be a text.")
+    row = QARow(
         id=str(data.get("id", number)),
         question=question,
         answers=tuple(answers),
         passages=tuple(_passage(p, f"{where}: passage {n}") for n, p in enumerate(passages, start=1)),
         evidence=evidence,
     )
+    if row.gold and not row.answers:
+        raise InvalidInputError(f"{where}: answers is empty, but a passage is gold; give the answer, or unmark it.")
+    return row
 
 
 def open_text(path: Path, mode: str = "rt") -> IO[str]:
-    """A UTF-8 text file, unpacked where its name ends in ``.gz``."""
+    """A UTF-8 text file, unpacked where its name ends in ``.gz``; a mark at its beginning (BOM) is passed over."""
+    encoding = "utf-8-sig" if "r" in mode else "utf-8"
     if path.suffix == ".gz":
-        return cast(IO[str], gzip.open(path, mode, encoding="utf-8"))
-    return path.open(mode.replace("t", ""), encoding="utf-8")
+        return cast(IO[str], gzip.open(path, mode, encoding=encoding))
+    return path.open(mode.replace("t", ""), encoding=encoding)
 
 
 def _passage(data: object, where: str) -> Passage:
@@ -141,9 +147,9 @@ def _passage(data: object, where: str) -> Passage:
         raise InvalidInputError(f"{where} is a {type(data).__name__}, but it must be an object with a text.")
     text, title, gold = data.get("text"), data.get("title"), data.get("gold", False)
     if not isinstance(text, str):
-        raise InvalidInputError(f"{where}: text is {text!r}, but it must be a text.")
+        raise InvalidInputError(f"{where}: text is {text!r:.100}, but it must be a text.")
     if not isinstance(title, str | None):
-        raise InvalidInputError(f"{where}: title is {title!r}, but it must be a text or absent.")
+        raise InvalidInputError(f"{where}: title is {title!r:.100}, but it must be a text or absent.")
     if not isinstance(gold, bool):
-        raise InvalidInputError(f"{where}: gold is {gold!r}, but it must be true or false.")
+        raise InvalidInputError(f"{where}: gold is {gold!r:.100}, but it must be true or false.")
     return Passage(text, title, gold)

@@ -150,6 +150,39 @@ def test_nothing_of_a_former_run_is_overwritten(base, tmp_path, capsys):
     assert run(base, "--resume") == 2 and "no checkpoint to go on from" in capsys.readouterr().err
 
 
+def test_a_curve_of_a_former_run_is_kept(base, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "losses.json").write_text("mine")
+    assert run(base, "--max-steps", "1") == 2 and "losses.json of a run" in capsys.readouterr().err
+    assert (tmp_path / "out" / "losses.json").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(base, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    arguments = ["train", tmp_path / "train.jsonl.gz", "--model", tmp_path / "absent", "--output"]
+    assert main([str(one) for one in (*arguments, tmp_path / "file" / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "cannot be made: Not a directory" in error and error.count("\n") == 1
+
+
+def test_a_run_that_diverges_ends_with_its_checkpoint_whole(base, tmp_path, capsys):
+    assert run(base, "--max-steps", "2", "--eval-every", "1", "--learning-rate", "1e30") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"step 2 has a loss of nan .* learning_rate below 1e\+30", error), error
+    assert "NaN" not in (tmp_path / "out" / "losses.json").read_text()
+    assert json.loads((tmp_path / "out" / "checkpoint" / "training.json").read_text())["progress"]["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--targets", "nowhere"), r"targets is \('nowhere',\)"), (("--seed", str(1 << 31)), "0 to 2,147,483,647")],
+)
+def test_settings_that_no_library_takes_are_one_error(base, capsys, arguments, message):
+    assert run(base, "--max-steps", "1", *arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and "Traceback" not in error, error
+
+
 def test_a_picture_is_not_drawn_over_another(base, tmp_path, capsys):
     (tmp_path / "loss.png").write_bytes(b"mine")
     assert run(base, "--max-steps", "1", "--plot", tmp_path / "loss.png") == 2
@@ -182,11 +215,15 @@ def test_two_processes_print_one_object(base, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["adapter", "decoder"])
-def test_what_was_trained_on_another_base_model_of_the_same_shape_is_refused(base, tmp_path, option):
+def test_what_was_trained_on_another_base_model_of_the_same_shape_is_refused(base, tmp_path, caplog, option):
     assert run(base, "--max-steps", "1", *(["--full"] if option == "decoder" else [])) == 0
     tuned = {option: tmp_path / "out" / "best"}
     assert KVFusionGenerator.from_pretrained(base, **tuned)
     assert KVFusionGenerator.from_pretrained(base, dtype="bfloat16", **tuned)  # another digest, the same model
+    assert "was trained on" not in caplog.text
+    other = save_model(tmp_path / "third", seed=2)
+    assert KVFusionGenerator.from_pretrained(other, dtype="bfloat16", **tuned)
+    assert "'best' was trained on 'base' in float32; whether 'third' in bfloat16 has the same" in caplog.text
     with pytest.raises(
         ModelLoadError, match=r"'best' was trained on another base model: on 'base'.*'other' are others"
     ):

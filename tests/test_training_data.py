@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import sys
 from dataclasses import replace
@@ -596,6 +597,8 @@ def test_a_malformed_row_names_file_line_and_field(tmp_path, row, field):
         ({"question": "Q?", "answers": ["a"], "passages": [{"text": 1}]}, "passage 1: text is 1, but"),
         ({"question": "Q?", "answers": [""], "passages": []}, r"answers is \[''\], but"),
         ({"question": "Q?"}, "passages is None, but"),
+        ({"question": "Q?", "passages": [{"text": "a"}]}, "answers is absent"),
+        ({"question": "Q?", "answers": [], "passages": [{"text": "a", "gold": True}]}, "answers is empty, but"),
         ({"passages": []}, "question is None, but"),
         ([1], "holds a list, but"),
     ],
@@ -617,6 +620,8 @@ def test_a_malformed_ready_row_names_file_line_and_field(tmp_path, row, message)
         ("a.json", '{"Data": [{"Question": "Q?"}]}', r"Data \[0\]: answers"),
         ("a.tsv", "question\nQ?\n", "line 2: answers"),
         ("a.txt", "x", "ends in '.txt'"),
+        ("a.jsonl", '{"question": ' + "9" * 5000 + "}", "line 1 is not JSON"),  # more digits than Python reads
+        ("a.json", "[" * 99_999, "a.json is not JSON"),
     ],
 )
 def test_a_malformed_file_is_one_error(tmp_path, name, content, message):
@@ -654,8 +659,42 @@ def test_a_corpus_is_rows_contexts_or_a_folder(tmp_path):
     assert [p.title for p in read_corpus(folder)] == ["Head"]
     with pytest.raises(InvalidInputError, match="line 1 of the corpus has neither text nor a context"):
         list(read_corpus(write(tmp_path / "n.jsonl", json.dumps(ROWS["NQ-open"]))))
+    with pytest.raises(InvalidInputError, match="line 1 of the corpus has neither text nor a context"):
+        list(read_corpus(write(tmp_path / "b.jsonl", '{"title": "T", "body": "Four."}')))
     with pytest.raises(InvalidInputError, match="line 1: text"):
         list(read_corpus(write(tmp_path / "e.jsonl", '{"text": 1}')))
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path):
+    rows = {"a.tsv": "question\tanswer\nQ?\ta\n", "a.jsonl": '{"question": "Q?", "answers": ["a"]}'}
+    for name, text in rows.items():
+        (example,) = read_examples(write(tmp_path / name, "\ufeff" + text))
+        assert (example.question, example.answers) == ("Q?", ("a",))
+
+
+def test_a_cell_of_a_table_may_hold_a_list_of_answers(tmp_path):
+    cells = {'["Bob", "Rob"]': ("Bob", "Rob"), "[1]": ("[1]",), "[sic": ("[sic",), "Bob": ("Bob",)}
+    lines = ["question\tanswers", *(f"Q?\t{cell}" for cell in cells)]
+    assert [e.answers for e in read_examples(write(tmp_path / "a.tsv", "\n".join(lines)))] == list(cells.values())
+
+
+# Mining
+
+
+@pytest.mark.parametrize(
+    ("answer", "holding", "other"),
+    [
+        ("绍兴", "鲁迅的故居在绍兴市。", "鲁迅的故居在北京。"),
+        ("Beyoncé", "Then Beyonce\u0301 sang.", "Then Bey sang."),
+        ("Zurich", "Zürich lies there.", "Zuric lies there."),
+        ("สมชาย", "คุณสมชายมา", "คุณมา"),
+        ("서울", "서울은 크다", "부산은 크다"),
+        ("art", "An art.", "A part."),
+    ],
+)
+def test_an_answer_is_seen_in_every_script_and_spelling(answer, holding, other):
+    wanted = [MatchText.of(answer)]
+    assert MatchText.of(holding).holds(wanted) and not MatchText.of(other).holds(wanted)
 
 
 # Writing
@@ -691,6 +730,13 @@ def test_outputs_are_protected(tmp_path):
         with pytest.raises(InvalidInputError, match=message):
             check_output(path, force=force, inputs=inputs)
     check_output(old, force=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_work(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InvalidInputError, match="cannot be written to"):
+        check_output(tmp_path / "rows.jsonl", force=False)
 
 
 # The command
@@ -730,6 +776,17 @@ def test_the_command_writes_rows_and_reports(towns, tmp_path, capsys):
     assert report["dropped"] == {"question is in an excluded file": 1, "answer is not in its context": 1}
     assert run(*arguments, "--force", "--strict") == 2 and out.read_bytes() == first
     assert "towns.jsonl, line 13 (id '13'): answer is not in its context" in capsys.readouterr().err
+
+
+def test_a_command_that_keeps_no_row_says_why(towns, tmp_path, capsys):
+    assert run(towns, "--out", tmp_path / "out.jsonl", "--exclude", towns, "--passages", "2") == 2
+    assert "0 distinct passages beside 12 that are excluded" in capsys.readouterr().err
+    lines = [{"question": f"Where? {n}", "answers": ["Rome"], "context": f"{n} is red."} for n in range(3)]
+    write(tmp_path / "none.jsonl", "\n".join(map(json.dumps, lines)))
+    assert run(tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl", "--passages", "2") == 2
+    error = capsys.readouterr().err
+    assert "of 3 questions: 3: answer is not in its context (first: none.jsonl, line 1)" in error
+    assert error.count("\n") == 1 and not (tmp_path / "out.jsonl").exists()
 
 
 def test_the_command_cuts_and_mines_with_vectors(towns, tmp_path, monkeypatch):

@@ -166,6 +166,17 @@ def test_the_pieces_of_a_long_context_are_shared_and_an_answer_across_them_is_le
     assert builder.report.dropped["answer runs over the pieces that its context is cut into"] == 1
 
 
+def test_the_gold_piece_is_the_one_that_the_start_lies_in():
+    context = "Many took part in it. Then came art at last. More of it."
+    passage = Passage(context, None, True)
+    at = Example("l, line 1", "at", "What came?", ("art",), (passage,), answer_start=context.index(" art ") + 1)
+    inside = Example("l, line 2", "inside", "What took many?", ("art",), (passage,), answer_start=context.index("art"))
+    _, rows = build([at, *TOWNS], DataOptions((3, 3), max_tokens=5, grouped=True))
+    assert next(row for row in rows if row.id == "at").gold[0].text == "Then came art at last."
+    _, rows = build([inside, *TOWNS], DataOptions((3, 3), max_tokens=5, grouped=True))
+    assert next(row for row in rows if row.id == "inside").gold[0].text == "Many took part in it."
+
+
 def test_options_of_groups_are_checked():
     for wrong in ({"passages": (2, 3)}, {"passages": (3, 3), "no_gold": 0.5}):
         with pytest.raises(InvalidInputError, match="share one set"):

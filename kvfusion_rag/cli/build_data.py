@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from .console import patient_bars, say, say_json, say_list, shown_path
 from .options import load_token_counter, positive
 
 if TYPE_CHECKING:
+    from ..qa import QARow
     from ..retrieval import Embedder
     from ..training import DataOptions, DataReport
     from ..training.formats import Example
@@ -83,12 +84,24 @@ def run(args: argparse.Namespace) -> int:
         embedder=_embedder(args),
     )
     rows = tqdm(builder.rows(), desc="rows", unit="row", delay=1, leave=False, disable=None)
-    write_training_rows(out, rows)
+    write_training_rows(out, _some(rows, builder.report))
     if args.json:
         say_json({"out": str(out.resolve()), **builder.report.to_dict()})
     else:
         _say_report(builder.report, options, out)
     return 0
+
+
+def _some(rows: Iterable[QARow], report: DataReport) -> Iterator[QARow]:
+    """``rows``; if there is none, an error that says why."""
+    yield from rows
+    if not report.kept and report.dropped:
+        raise InvalidInputError(f"no row is left of {report.read} questions: {'; '.join(_reasons(report))}.")
+
+
+def _reasons(report: DataReport) -> list[str]:
+    """Why questions were left out, the most frequent reason first."""
+    return [f"{count}: {why} (first: {report.first_dropped[why]})" for why, count in report.dropped.most_common()]
 
 
 def _check_paths(args: argparse.Namespace, out: Path) -> None:
@@ -151,7 +164,7 @@ def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
     )
     say("negatives: " + (", ".join(f"{count} {name}" for name, count in sorted(report.negatives.items())) or "none"))
     say(f"{report.dropped.total()} questions left out")
-    say_list("!", [f"{n}: {why} (first: {report.first_dropped[why]})" for why, n in report.dropped.most_common()])
+    say_list("!", _reasons(report))
 
 
 def _passage_range(text: str) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from ..evaluation.systems import (
     require_systems,
 )
 from .console import say, say_json
-from .options import add_model_arguments, load_generator, positive
+from .options import add_model_arguments, count, load_generator, positive
 
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--skip-rows", action="store_true", help="leave out rows that lack passages for the conditions, and say so"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="evaluate a random sample of N rows")
-    parser.add_argument("--seed", type=seed, default=0, help="of sample, shuffled order and intervals (default: 0)")
+    parser.add_argument("--seed", type=count, default=0, help="of sample, shuffled order and intervals (default: 0)")
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all figures as JSON")
@@ -101,13 +101,6 @@ def names(text: str) -> list[str]:
     return found
 
 
-def seed(text: str) -> int:
-    """Argument type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> int:
     from ..evaluation.bootstrap import Bootstrap
     from ..evaluation.report import make_report
@@ -121,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     require_systems(chosen)
     require_inputs(chosen, inputs)
     _require_outputs(args)
+    settings, searched = _settings(args), _file_facts(args.ape_search)  # of the files as they are read now
     rows, plan = _rows_and_plan(args)
     store = DocumentStore(MemoryStore())  # systems over the same base share its documents
     models = Models(lambda options: _load(args, options, store), inputs, args.max_new_tokens)
@@ -139,15 +133,15 @@ def run(args: argparse.Namespace) -> int:
         rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
     )
     summary = summarize(rows, predictions, Bootstrap(args.seed))
-    report = make_report(summary, plan, systems, rows, _settings(args))
+    report = make_report(summary, plan, systems, rows, settings)
     if search is not None:
-        report["ape_search"] = _file_facts(args.ape_search) | search.to_dict()
+        report["ape_search"] = searched | search.to_dict()
     tables = markdown(summary, report)
+    _write(args, rows, predictions, summary, report, tables)
     if args.json:
         say_json(report)
     else:
         say(tables, end="")
-    _write(args, rows, predictions, summary, report, tables)
     return 0
 
 
@@ -228,8 +222,6 @@ def _journal(path: Path | None, args: argparse.Namespace, rows: list[QARow], pla
 def _read(path: Path) -> list[QARow]:
     from ..training import read_ready_rows
 
-    if not path.is_file():
-        raise InvalidInputError(f"there is no file {str(path)!r} to read rows from.")
     return list(read_ready_rows(path))
 
 
@@ -269,9 +261,13 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return _file_facts(args.rows) | facts
 
 
-def _file_facts(name: str) -> dict[str, Any]:
+def _file_facts(name: str | None) -> dict[str, Any]:
     from ..evaluation.report import file_digest
 
+    if name is None:
+        return {}
+    if not Path(name).is_file():
+        raise InvalidInputError(f"there is no file {name!r} to read rows from.")
     return {"file": Path(name).name, "file_sha256": file_digest(Path(name))}
 
 

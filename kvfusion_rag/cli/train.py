@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_paths([*args.rows, *args.dev])
-    _require_plot(args.plot, resume=args.resume)
+    _require_plot(args.plot, resume=args.resume and (Path(args.output) / "checkpoint").exists())
     from accelerate import PartialState
 
     from ..training import preset, train

@@ -38,7 +38,7 @@ class Bootstrap:
         """Mean of ``values`` (one a row, at least one) with its interval."""
         array = np.asarray(values, dtype=np.float64)
         mean = float(array.mean())
-        low, high = np.percentile(self._weights(len(array)) @ array, [2.5, 97.5])
+        low, high = np.percentile(self._counts(len(array)) @ array / len(array), [2.5, 97.5])
         return Interval(mean, min(float(low), mean), max(float(high), mean))  # rounding may part equal values
 
     def difference(
@@ -47,10 +47,12 @@ class Bootstrap:
         """Mean of ``first - second`` with its interval; both hold the same rows in the same order."""
         return self.interval(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64))
 
-    def _weights(self, rows: int) -> npt.NDArray[np.float64]:
-        """(resamples, rows): the share that each row has in each resample."""
+    def _counts(self, rows: int) -> npt.NDArray[np.float64]:
+        """(resamples, rows): how often each row is in each resample; whole numbers, so that equal rows sum exactly."""
         if rows not in self._draws:
             generator = np.random.default_rng([self._seed, rows])
             drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=self._resamples)
-            self._draws = {rows: drawn / rows}  # one size at a time: it is the largest array of an evaluation
+            self._draws = {
+                rows: drawn.astype(np.float64)
+            }  # one size at a time: it is the largest array of an evaluation
         return self._draws[rows]

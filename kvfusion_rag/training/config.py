@@ -65,8 +65,8 @@ class TrainingConfig:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be above 0.")
         if not self.weight_decay >= 0:
             raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be 0 or above.")
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise InvalidInputError(f"seed is {self.seed!r}, but it must be a whole number from 0.")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 31):
+            raise InvalidInputError(f"seed is {self.seed!r}, but it must be a whole number from 0 to 2,147,483,647.")
 
 
 PRESETS: dict[str, TrainingConfig] = {

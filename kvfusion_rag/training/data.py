@@ -171,8 +171,10 @@ class DataBuilder:
         most, size = self._options.passages[1], len(self._pool)
         outside = not (self._own_corpus or self._options.grouped)  # the gold passage may come from outside the corpus
         if not size or most > size + outside:
+            excluded = self.report.pool_excluded
             raise InvalidInputError(
-                f"passages is {most}, but the corpus holds {size} distinct passages; ask for fewer or add a corpus."
+                f"passages is {most}, but the corpus holds {size} distinct passages"
+                f"{f' beside {excluded} that are excluded' if excluded else ''}; ask for fewer or add a corpus."
             )
 
     def _make_rankings(self, embedder: Embedder | None) -> dict[str, Ranking]:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SUFFIXES = (".jsonl", ".json", ".tsv")
 _ID_FIELDS = ("id", "question_id", "QuestionId")
+_CONTEXT_FIELDS = ("context", "ctxs", "passages")
 _ANSWER_FIELDS = ("answers", "answer", "Answer", "possible_answers")
 
 
@@ -135,11 +136,11 @@ def read_corpus(path: str | Path) -> Iterator[Passage]:
     for record in _read_records(path):
         if isinstance(record.data, Mapping) and "text" in record.data:
             yield _passage(record.data, record.where, gold=False)
-        else:
-            found = parse_example(record.data, record.where, record.number).passages
-            if not found:
-                raise InvalidInputError(f"{record.where} of the corpus has neither text nor a context.")
-            yield from (replace(passage, gold=False) for passage in found)
+            continue
+        if isinstance(record.data, Mapping) and all(record.data.get(name) is None for name in _CONTEXT_FIELDS):
+            raise InvalidInputError(f"{record.where} of the corpus has neither text nor a context.")
+        found = parse_example(record.data, record.where, record.number).passages
+        yield from (replace(passage, gold=False) for passage in found)
 
 
 def parse_example(data: object, where: str, number: int) -> Example:
@@ -197,7 +198,7 @@ def _read_lines(path: Path) -> Iterator[_Record]:
                 where = f"{path.name}, line {number}"
                 try:
                     yield _Record(json.loads(line), where, number)
-                except (json.JSONDecodeError, RecursionError) as error:
+                except (ValueError, RecursionError) as error:
                     raise InvalidInputError(f"{where} is not JSON: {error}.") from error
 
 
@@ -205,18 +206,29 @@ def _read_table(path: Path) -> Iterator[_Record]:
     with open_text(path) as lines:
         rows = csv.DictReader(lines, delimiter="\t")
         for row in rows:
-            yield _Record(row, f"{path.name}, line {rows.line_num}", rows.line_num)
+            answers = {name: _listed(row[name]) for name in _ANSWER_FIELDS if name in row}
+            yield _Record(row | answers, f"{path.name}, line {rows.line_num}", rows.line_num)
+
+
+def _listed(cell: str | None) -> str | list[str] | None:
+    """The answers of a table's cell that holds a JSON list of texts, or the cell as it stands."""
+    try:
+        found = json.loads(cell) if cell and cell.startswith("[") else None
+    except (ValueError, RecursionError):
+        return cell
+    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else cell
 
 
 def _read_json(path: Path) -> Iterator[_Record]:
     with open_text(path) as file:
-        try:
-            whole = json.load(file)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if "Extra data" in str(error):  # JSON lines under the name of JSON
-                yield from _read_lines(path)
-                return
-            raise InvalidInputError(f"{path.name} is not JSON: {error}.") from error
+        text = file.read()
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if "Extra data" in str(error):  # JSON lines under the name of JSON
+            yield from _read_lines(path)
+            return
+        raise InvalidInputError(f"{path.name} is not JSON: {error}.") from error
     if isinstance(whole, dict) and "data" in whole:
         yield from _squad_records(_list(whole, "data", path.name), path.name)
         return
@@ -265,8 +277,6 @@ def _read_folder(folder: Path) -> Iterator[Passage]:
 
 def _own_row(data: Mapping[str, Any], where: str, number: int) -> Example:
     row = row_from(data, where, number)
-    if row.gold and not row.answers:
-        raise InvalidInputError(f"{where}: answers is empty, but one of the passages is gold.")
     answers = _texts(list(row.answers), "answers", where)
     passages = tuple(Passage(_clean(p.text), p.title and _clean(p.title), p.gold) for p in row.passages)
     return Example(where, row.id, _clean(row.question), answers, passages)
@@ -274,7 +284,7 @@ def _own_row(data: Mapping[str, Any], where: str, number: int) -> Example:
 
 def _with_contexts(example: Example, contexts: object) -> Example:
     if not isinstance(contexts, list) or not contexts:
-        raise InvalidInputError(f"{example.where}: ctxs is {contexts!r}, but it must be a list of passages.")
+        raise InvalidInputError(f"{example.where}: ctxs is {contexts!r:.100}, but it must be a list of passages.")
     passages: list[Passage] = []
     for n, context in enumerate(contexts, start=1):
         where = f"{example.where}: ctxs {n}"
@@ -282,7 +292,7 @@ def _with_contexts(example: Example, contexts: object) -> Example:
             raise InvalidInputError(f"{where} is a {type(context).__name__}, but it must be an object with a text.")
         gold = context.get("isgold", False)
         if not isinstance(gold, bool):
-            raise InvalidInputError(f"{where}: isgold is {gold!r}, but it must be true or false.")
+            raise InvalidInputError(f"{where}: isgold is {gold!r:.100}, but it must be true or false.")
         passages.append(_passage(context, where, gold=gold))
     return replace(example, passages=tuple(passages))
 
@@ -298,8 +308,10 @@ def _answers(data: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int 
     if name == "possible_answers" and isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise InvalidInputError(f"{where}: possible_answers is {value!r}, but it must be a JSON list.") from error
+        except ValueError as error:
+            raise InvalidInputError(
+                f"{where}: possible_answers is {value!r:.100}, but it must be a JSON list."
+            ) from error
     if isinstance(value, Mapping):
         value, start = _answer_object(value, where, name)
     elif isinstance(value, str):
@@ -308,7 +320,7 @@ def _answers(data: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int 
         start = value[0].get("answer_start")
         value = [one.get("text") for one in value]
     if not isinstance(start, int | None):
-        raise InvalidInputError(f"{where}: answer_start is {start!r}, but it must be a whole number.")
+        raise InvalidInputError(f"{where}: answer_start is {start!r:.100}, but it must be a whole number.")
     return _texts(value, name, where), start
 
 
@@ -326,10 +338,10 @@ def _answer_object(value: Mapping[str, Any], where: str, name: str) -> tuple[Any
 def _texts(value: object, name: str, where: str) -> tuple[str, ...]:
     """Answers, each once and in order."""
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise InvalidInputError(f"{where}: {name} is {value!r}, but it must be a list of texts.")
+        raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but it must be a list of texts.")
     texts = tuple(dict.fromkeys(_clean(one).strip() for one in value))
     if "" in texts:
-        raise InvalidInputError(f"{where}: {name} is {value!r}, but an answer must not be blank.")
+        raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but an answer must not be blank.")
     return texts
 
 
@@ -340,7 +352,7 @@ def _passage(data: Mapping[str, Any], where: str, *, gold: bool) -> Passage:
 def _title(data: Mapping[str, Any], where: str) -> str | None:
     title = data.get("title")
     if not isinstance(title, str | None):
-        raise InvalidInputError(f"{where}: title is {title!r}, but it must be a text or absent.")
+        raise InvalidInputError(f"{where}: title is {title!r:.100}, but it must be a text or absent.")
     return _clean(title) if title else None
 
 
@@ -350,7 +362,7 @@ def _required(data: object, names: tuple[str, ...], where: str) -> str:
         raise InvalidInputError(f"{where} is a {type(data).__name__}, but it must be an object.")
     value = next((data[name] for name in names if name in data), None)
     if not isinstance(value, str) or not value.strip():
-        raise InvalidInputError(f"{where}: {names[0]} is {value!r}, but it must be a text that is not blank.")
+        raise InvalidInputError(f"{where}: {names[0]} is {value!r:.100}, but it must be a text that is not blank.")
     return _clean(value)
 
 

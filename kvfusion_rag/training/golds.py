@@ -108,11 +108,11 @@ class GoldFinder:
         """The piece of the passage, as the pool has it, that holds the answer."""
         key = text_key(whole.text)
         numbers = self._pool.numbers(key)
-        for number in numbers:
+        places = [_place_in(self._pool.passages[n].text, whole.text, start, len(answers[0])) for n in numbers]
+        # A start is believed, even within a word; without one, or where it lies in no piece, whole words decide.
+        for number, place in sorted(zip(numbers, places, strict=True), key=lambda one: one[1] is None):
             piece = self._pool.passages[number]
-            # A start says that the answer is to be found as it is spelt, even within a word.
-            place = None if start is None else start if piece.text == whole.text else piece.text.find(answers[0])
-            if (place is not None and place >= 0) or self._pool.matches[number].holds([match]):
+            if place is not None or self._pool.matches[number].holds([match]):
                 span = find_answer(piece.text, [answers[0]], place)
                 return Gold(replace(piece, gold=True), key, numbers, answers, span, number)
         raise DroppedError(BETWEEN_PIECES)
@@ -133,6 +133,14 @@ class GoldFinder:
                 gold = replace(found, gold=True)
                 return Gold(gold, text_key(found.text), (number,), ordered, span, number, found=True)
         raise DroppedError(NOT_FOUND)
+
+
+def _place_in(piece: str, whole: str, start: int | None, length: int) -> int | None:
+    """Where in ``piece`` the ``length`` characters from ``start`` of ``whole`` on lie, if they do."""
+    if start is None:
+        return None
+    begin = whole.find(piece, max(0, start + length - len(piece)), start + len(piece))
+    return None if begin < 0 else start - begin
 
 
 def _first_come(answers: tuple[str, ...], held: list[int]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,7 +38,8 @@ def text_key(text: str) -> bytes:
 class MatchText:
     """A text made ready to look for answers: normalised as the metrics do, and as bare words.
 
-    The second form finds what the first joins with its neighbour ("Nixon" in "Nixon's", "67" in "67-member").
+    The second form finds what the first joins with its neighbour ("Nixon" in "Nixon's", "67" in "67-member"), is blind
+    to accents, and has each sign of a script without spaces as a word.
     """
 
     normal: str
@@ -45,7 +47,7 @@ class MatchText:
 
     @classmethod
     def of(cls, text: str) -> MatchText:
-        return cls(f" {normalize_answer(text)} ", f" {' '.join(_WORD.findall(text.lower()))} ")
+        return cls(f" {normalize_answer(text)} ", f" {' '.join(_WORD.findall(_plain(text).lower()))} ")
 
     @property
     def blank(self) -> bool:
@@ -59,6 +61,15 @@ class MatchText:
             for answer in answers
             if not answer.blank
         )
+
+
+def _plain(text: str) -> str:
+    """``text`` without accents, with spaces around every letter that has no case, as of Chinese and Thai."""
+    if text.isascii():
+        return text
+    bare = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+    letters = unicodedata.normalize("NFC", bare)
+    return "".join(f" {char} " if unicodedata.category(char) == "Lo" else char for char in letters)
 
 
 def shows_answer(passage: Passage, answers: Sequence[MatchText]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..store import MemoryStore
 from .checkpoint import recover
 from .config import TrainingConfig
 from .examples import require_answerable
-from .progress import Progress
+from .progress import LOSSES, Progress
 from .trainer import Trainer
 
 DEFAULT_STORE_BYTES = 4 << 30
@@ -72,6 +73,7 @@ def train(
         recover(folder / "best")
     processes.wait_for_everyone()
     _require_output(folder, resume=resume)
+    _make_folder(folder)
     path, model_id = locate_model(model)
     base = Backbone.load(path, model_id=model_id, device=device, dtype=dtype)
     if base.settings.positions != "uniform":
@@ -104,3 +106,17 @@ def _require_output(folder: Path, *, resume: bool) -> None:
         raise InvalidInputError(
             f"{str(folder)!r} holds a trained decoder, but no checkpoint to go on from; name another folder."
         )
+    if (folder / LOSSES).exists():
+        raise InvalidInputError(
+            f"{str(folder)!r} holds the {LOSSES} of a run, but no checkpoint to go on from; name another folder."
+        )
+
+
+def _make_folder(folder: Path) -> None:
+    """Now, so that a folder that cannot be written to costs no training."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"{str(folder)!r} cannot be made: {error.strerror or error}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"{str(folder)!r} cannot be written to; name another folder.")

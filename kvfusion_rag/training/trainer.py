@@ -23,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..decoding import DecodingOptions
 from ..engine import Engine, Request
-from ..errors import ContextLimitError, InvalidInputError
+from ..errors import ContextLimitError, InvalidInputError, TrainingError
 from ..evaluation.metrics import is_right
 from ..qa import QARow
 from ..settings import FILE_NAME, ModelSettings
@@ -170,9 +170,15 @@ class Trainer:
             )
         if not config.full:
             targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
-            decoder.add_adapter(
-                LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets)
+            settings = LoraConfig(
+                r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=targets
             )
+            try:
+                decoder.add_adapter(settings)
+            except ValueError as error:
+                raise InvalidInputError(
+                    f"targets is {config.targets!r}, but no adapter fits there: {' '.join(str(error).split())[:300]}"
+                ) from error
         if config.gradient_checkpointing:
             checkpoint_exactly(self._engine, self.examples[0])
         decoder.model.train()
@@ -212,7 +218,13 @@ class Trainer:
             self._masters.take_gradients()
             total += loss.detach()
         self._sum_over_processes([total, *self._masters.gradients()])
-        torch.nn.utils.clip_grad_norm_(self._masters.copies.values(), self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.copies.values(), self.config.max_grad_norm)
+        if not torch.isfinite(total + norm):  # nothing is updated: what was saved stays good
+            raise TrainingError(
+                f"step {self.progress.step + 1} has a loss of {float(total)} and a gradient of {float(norm)}, so "
+                "nothing more can be learned; go on from the last checkpoint, or start again with a learning_rate "
+                f"below {self.config.learning_rate}."
+            )
         self._optimizer.step()
         self._masters.write_back()
         self._schedule.step()

@@ -16,6 +16,8 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> Non
     """Raises InvalidInputError where writing ``path`` would lose something or cannot succeed."""
     if not path.parent.is_dir():
         raise InvalidInputError(f"the folder of {str(path)!r} does not exist.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"the folder of {str(path)!r} cannot be written to.")
     if path.is_dir():
         raise InvalidInputError(f"{str(path)!r} is a folder, but the rows go into a file.")
     if path.resolve() in {one.resolve() for one in inputs}:
