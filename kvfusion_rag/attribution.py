@@ -182,7 +182,7 @@ def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) ->
                     **ways,
                 )
     finally:
-        run.buffer.release()
+        run.release()
     return watch.shares(spans)
 
 
@@ -211,7 +211,7 @@ def _row_log_probabilities(engine: Engine, run: Run, answer: Sequence[int]) -> l
         with engine.memory_errors(run.batch):
             return log_probabilities(decoder, run.context, questions, answer, seen=engine.seen(run), **ways)
     finally:
-        run.buffer.release()
+        run.release()
 
 
 def _require_wanted(request: Request) -> None:

@@ -21,7 +21,7 @@ from transformers.generation.logits_process import (
 
 from .ape import Ape
 from .backbone import Backbone
-from .errors import InvalidInputError
+from .errors import InvalidInputError, UnsupportedModelError
 from .fusion import FusedContext
 from .positions import packed_mask
 from .recording import Asked, Recorder, Steps
@@ -29,6 +29,7 @@ from .schema import FinishReason
 from .settings import is_count
 
 GREEDY_BELOW = 1e-4  # temperatures at which logits would overflow and the likeliest token is all but certain
+_NO_TOKEN = -1
 _INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes have not all come
 
 
@@ -62,6 +63,7 @@ class DecodingOptions:
         is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         _require(is_list, "stop", self.stop, "a list of strings; put a single one into a list")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
+        object.__setattr__(self, "stop", tuple(self.stop))  # the caller's list may change while answers are decoded
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 63
         _require(self.seed is None or is_seed, "seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
 
@@ -86,9 +88,10 @@ class Row:
         self._decode = decode
         self._stop = stop
         self._unsettling_ids = unsettling_ids
-        self._emitted = self._settled = 0
+        self._emitted = 0  # characters
+        self._length = self._settled = 0  # tokens that are text, and that are certain text
+        self._spelt = 0, ""  # so many of the first tokens, and what they spell
         self.ids: list[int] = []
-        self.text = ""
         self.finish_reason: FinishReason | None = None
 
     def push(self, token: int, *, is_end: bool, is_last: bool) -> None:
@@ -97,31 +100,50 @@ class Row:
         if is_end:
             self.finish_reason = "stop"
             return
-        text = self._decode(self.ids).lstrip()
-        ends = [end for stop in self._stop if (end := text.find(stop)) >= 0]
-        if ends:
-            text, self.finish_reason = text[: min(ends)], "stop"
+        self._length = len(self.ids)
+        if token not in self._unsettling_ids:
+            self._settled = self._length
+        if self._stop and self._stopped_at(self._spell(self._length)) is not None:
+            self.finish_reason = "stop"
         elif is_last:
             self.finish_reason = "length"
-        self.text = text.rstrip()
-        if token not in self._unsettling_ids:
-            self._settled = len(self.text)
+
+    @property
+    def text(self) -> str:
+        """The answer so far; decoded when it is asked for, since that takes as long as the answer is."""
+        return self._text(self._length)
 
     def take(self) -> str:
         """Text that is certain by now and was not taken before.
 
         Held back: a character still incomplete, a run of byte tokens, and an ending that may become a stop string.
         """
-        ready = len(self.text) if self.finish_reason else len(self.text) - self._uncertain()
-        piece = self.text[self._emitted : max(ready, self._emitted)]
+        text = self.text
+        ready = len(text) if self.finish_reason else len(text) - self._uncertain()
+        piece = text[self._emitted : max(ready, self._emitted)]
         self._emitted += len(piece)
         return piece
 
     def _uncertain(self) -> int:
         """Length of the ending that may still change."""
-        text = self.text[: self._settled].rstrip(_INCOMPLETE)
-        open_stop = max((_overlap(text, stop) for stop in self._stop), default=0)
-        return len(self.text) - len(text) + open_stop
+        text = self.text
+        settled = text[: len(self._text(self._settled))].rstrip(_INCOMPLETE)
+        open_stop = max((_overlap(settled, stop) for stop in self._stop), default=0)
+        return len(text) - len(settled) + open_stop
+
+    def _text(self, length: int) -> str:
+        """What the first ``length`` tokens spell, up to a stop string."""
+        spelt = self._spell(length)
+        return spelt[: self._stopped_at(spelt)].rstrip()
+
+    def _spell(self, length: int) -> str:
+        if self._spelt[0] != length:
+            self._spelt = length, self._decode(self.ids[:length]).lstrip() if length else ""
+        return self._spelt[1]
+
+    def _stopped_at(self, text: str) -> int | None:
+        """Where the first stop string begins."""
+        return min((end for stop in self._stop if (end := text.find(stop)) >= 0), default=None)
 
 
 @torch.inference_mode()
@@ -158,6 +180,9 @@ def decode(
         unsettling_ids: tokens after which the text so far may still be read anew.
         on_logits: called with the logits (n, V) of the n open questions at each step.
         is_cancelled: asked at each step whether a question's answer is still wanted.
+
+    Raises:
+        UnsupportedModelError: the model's logits are no numbers.
     """
     answers = [Row(decode_ids, options.stop, unsettling_ids) for _ in questions]
     choose = _sampler(options, len(answers), backbone.device)
@@ -173,7 +198,13 @@ def decode(
         logits = steps.read(asked, still=options.max_new_tokens - step if step else 0)  # questions are read once
         if on_logits is not None:
             on_logits(logits)
-        for i, token in zip(open_ones, choose(logits, open_ones), strict=True):
+        chosen = choose(logits, open_ones)
+        if _NO_TOKEN in chosen:
+            raise UnsupportedModelError(
+                f"{backbone.model_id!r} gives logits that are no finite numbers in {backbone.dtype}, so no token can "
+                "be chosen; load it in 'float32' or 'bfloat16' (dtype)."
+            )
+        for i, token in zip(open_ones, chosen, strict=True):
             positions[i] += len(tokens[i])
             tokens[i] = (token,)
             answers[i].push(token, is_end=token in backbone.end_ids, is_last=step + 1 == options.max_new_tokens)
@@ -292,9 +323,9 @@ class _Table:
 def _sampler(
     options: DecodingOptions, answers: int, device: torch.device
 ) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
-    """Function from logits (n, V), and which answers they are for, to the next token of each."""
+    """Function from logits (n, V), and which answers they are for, to the next token of each, or ``_NO_TOKEN``."""
     if options.temperature < GREEDY_BELOW:
-        return lambda logits, open_ones: logits.argmax(dim=-1).tolist()
+        return lambda logits, open_ones: _likeliest(logits)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
     if options.top_k is not None:
         warpers.append(TopKLogitsWarper(options.top_k))
@@ -310,13 +341,19 @@ def _sampler(
     def sample(logits: torch.Tensor, open_ones: Sequence[int]) -> list[int]:
         for warper in warpers:
             logits = warper(no_ids, cast(torch.FloatTensor, logits))
-        probabilities = logits.softmax(dim=-1)
-        drawn = [
-            torch.multinomial(p, 1, generator=generators[i]) for p, i in zip(probabilities, open_ones, strict=True)
-        ]
-        return torch.cat(drawn).tolist()
+        # The largest p / q, q from an exponential distribution, is each with probability p, as in torch.multinomial.
+        draws = torch.empty_like(logits)
+        for draw, i in zip(draws, open_ones, strict=True):
+            draw.exponential_(generator=generators[i])
+        return _likeliest(logits.softmax(dim=-1) / draws)
 
     return sample
+
+
+def _likeliest(scores: torch.Tensor) -> list[int]:
+    """The place of the largest score of each row (n, V), or ``_NO_TOKEN`` where they are no numbers."""
+    largest, places = scores.max(dim=-1)
+    return places.where(largest.isfinite(), _NO_TOKEN).tolist()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -54,6 +54,11 @@ class Run:
         self.first_token_at = 0.0
         self.rows: list[Row] = []
 
+    def release(self) -> None:
+        """Give the memory of the context to the next run; whoever keeps this one keeps its answers alone."""
+        self.buffer.release()
+        del self.buffer, self.context
+
 
 class Engine:
     """One backbone with its templates, prefix and store.
@@ -108,9 +113,9 @@ class Engine:
             return
         if self._weights:
             self.prefix = prefill_prefix(self.backbone, self.encoder.prefix_ids)
-        self._weights = digest
         facts = [self.backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        self._weights = digest  # last: whoever sees it takes the fingerprint as it is
 
     @property
     def model(self) -> str:
@@ -168,6 +173,8 @@ class Engine:
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
         if not isinstance(prompt, str | Sequence | None):
             raise InvalidInputError(f"the prompt is {prompt!r}, but it must be a text, a list of messages or None.")
+        if isinstance(prompt, str) and not prompt.strip():
+            raise InvalidInputError(f"the prompt is {prompt!r}, but must not be blank; None asks the question alone.")
         reading = self.read(documents)
         if not reading.keys:
             self._warn_once("no documents: this is plain generation over the question alone")
@@ -302,7 +309,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
         # The failed pass is gone by now, its tensors with it.
-        released = self.store.release_memory() + self._give_back()
+        released = self.store.release_memory(self.backbone.device) + self._give_back()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
         with self.memory_errors(batch):
             return self._start(batch, options)
@@ -329,7 +336,7 @@ class Engine:
 
         Args:
             new_tokens: of each answer, at most; there is room for that many, but for no more than ``ROOM`` of all
-                together, since most answers end earlier.
+                together or half as much as documents take, since most answers end earlier.
 
         Raises:
             InvalidInputError: weights, threads or precision were changed since a request was made.
@@ -337,12 +344,14 @@ class Engine:
         for request in batch.requests:
             self._require_unchanged(request.model)
         prefix = len(self.encoder.prefix_ids)
-        answers = min(ROOM // len(batch.rows), new_tokens * max(len(row.members) for row in batch.rows))
+        lengths = [row.tokens + row.has_prefix * prefix for row in batch.rows]
+        most = max(ROOM // len(batch.rows), max(lengths) // 2)
         buffer = FusedBuffer(
-            [row.tokens + row.has_prefix * prefix for row in batch.rows],
+            lengths,
             self.kv_shape,
             self.backbone.device,
-            room=max(row.question_tokens for row in batch.rows) + answers,
+            room=max(row.question_tokens for row in batch.rows)
+            + min(most, new_tokens * max(len(row.members) for row in batch.rows)),
             pool=self._pool,
         )
         wanted: dict[str, Wanted] = {}
@@ -422,7 +431,7 @@ class Engine:
                     yield
         finally:
             steps.close()
-            run.buffer.release()
+            run.release()
 
     def answer(self, run: Run, number: int) -> Answer:
         """The answer of row ``number`` of a run whose decoding has ended."""

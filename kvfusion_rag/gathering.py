@@ -160,14 +160,15 @@ class Gatherer:
         parts = [job.next_part for job in jobs]
         requests = [request for part in parts for request in part]
         try:
-            answers = self._answer_all(requests, jobs[0].options) if jobs else []
+            found = iter(self._answer_all(requests, jobs[0].options) if jobs else [])
         except Exception as error:
             if len(jobs) == 1:
                 jobs[0].fail(error)
-            for job in jobs if len(jobs) > 1 else ():
-                if not job.future.done():
-                    self._answer([job])
+                return
+        else:
+            for job, part in zip(jobs, parts, strict=True):
+                job.take([next(found) for _ in part])
             return
-        found = iter(answers)
-        for job, part in zip(jobs, parts, strict=True):
-            job.take([next(found) for _ in part])
+        for job in jobs:  # here the error is gone, and with it the memory that its frames held
+            if not job.future.done():
+                self._answer([job])

@@ -9,6 +9,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -52,18 +53,20 @@ class DecodingKwargs(TypedDict, total=False):
 class AnswerStream(Iterator[str]):
     """Pieces of one answer as they become certain; joined they are ``answer.text``.
 
-    ``answer`` is ``None`` until the stream is exhausted. Closing it early stops decoding.
+    ``answer`` is ``None`` until the stream is exhausted. Closing it early stops decoding, also from another thread.
     """
 
-    def __init__(self, pieces: Generator[str | Answer, None, None]) -> None:
-        self._pieces = pieces
+    def __init__(self, pieces: Generator[str | Answer, None, None], cancelled: threading.Event) -> None:
+        self._pieces, self._cancelled = pieces, cancelled
+        self._lock = threading.RLock()  # of the generator, which one thread alone may run
         self.answer: Answer | None = None
 
     def __next__(self) -> str:
-        for piece in self._pieces:
-            if isinstance(piece, str):
-                return piece
-            self.answer = piece
+        with self._lock:
+            for piece in self._pieces:
+                if isinstance(piece, str):
+                    return piece
+                self.answer = piece
         raise StopIteration
 
     def __enter__(self) -> Self:
@@ -73,8 +76,10 @@ class AnswerStream(Iterator[str]):
         self.close()
 
     def close(self) -> None:
-        """Stop decoding and let its memory go."""
-        self._pieces.close()
+        """Stop decoding and let its memory go; waits for the token that another thread may be decoding."""
+        self._cancelled.set()
+        with self._lock:
+            self._pieces.close()
 
 
 class KVFusionGenerator:
@@ -194,7 +199,8 @@ class KVFusionGenerator:
                 )
             folder, name = locate_model(decoder)
             require_trained_on(Path(folder), backbone)
-            tuned = Backbone.load(folder, model_id=name, device=device, dtype=dtype, model_kwargs=model_kwargs)
+            alike = str(backbone.dtype).removeprefix("torch.")  # it reads the base's keys
+            tuned = Backbone.load(folder, model_id=name, device=device, dtype=alike, model_kwargs=model_kwargs)
         changes = {
             "mode": mode,
             "prefix": prefix,
@@ -483,7 +489,7 @@ class KVFusionGenerator:
         decoding = self._options(options)
         request = self._engine.request(question, documents, prompt, mode, decoding)
         self._require_attributable(attribution)
-        return AnswerStream(self._pieces(request, decoding, attribution))
+        return AnswerStream(self._pieces(request, decoding, attribution), request.cancelled)
 
     def attribute(
         self,

@@ -52,4 +52,5 @@ def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Te
     """Largest difference over all steps; infinite where one answer has more steps than the other."""
     if len(expected) != len(found):
         return float("inf")
-    return max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    differing = [(a, b) for a, b in zip(expected, found, strict=True) if not torch.equal(a, b)]
+    return max((float((a - b).abs().nan_to_num(float("inf")).max()) for a, b in differing), default=0.0)

@@ -5,6 +5,7 @@ Each refusal says what was wrong, what is allowed and what helps. Keeps no state
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,19 +17,27 @@ from .prompts import PromptEncoder
 from .schema import Mode
 from .settings import ModelSettings, Positions
 
+_SHORTAGE = ("can't allocate memory", "out of memory", "alloc_failed")  # CPU; CUDA, MPS; cuBLAS
+
 
 def require_fit(backbone: Backbone, decoder: Backbone, encoder: PromptEncoder, settings: ModelSettings) -> None:
     """Refuse settings, decoders and tokenizers that no question could be asked with.
 
     Raises:
         UnsupportedModelError: the decoder or the tokenizer belongs to another model.
-        InvalidInputError: prefix and passage length leave no room for a question.
+        InvalidInputError: prefix and passage length leave no room for a question; or the decoder has another dtype or
+            device.
     """
     window, rows = backbone.context_window, backbone.config.vocab_size
     if (shapes := [_cache_shape(b) for b in (backbone, decoder)])[0] != shapes[1]:
         raise UnsupportedModelError(
             f"{decoder.model_id!r} cannot read the keys and values of {backbone.model_id!r}: layers, heads, width and "
             f"vocabulary are {shapes[1]} against {shapes[0]}; it was tuned from another base."
+        )
+    if (decoder.dtype, decoder.device) != (backbone.dtype, backbone.device):
+        raise InvalidInputError(
+            f"the decoder {decoder.model_id!r} is in {decoder.dtype} on {decoder.device}, but {backbone.model_id!r}, "
+            f"whose keys it reads, in {backbone.dtype} on {backbone.device}; load both alike."
         )
     prefix, passage = len(encoder.prefix_ids), settings.passage_length or 1
     if window is not None and prefix + passage + 2 > window:
@@ -71,6 +80,7 @@ def memory_errors(device: torch.device, *, questions: int, tokens: int) -> Itera
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # whoever keeps the error would keep the failed pass's tensors
         raise MemoryLimitError(
             f"{device} has not enough memory for {questions} question(s) over {tokens} document tokens; pass fewer or "
             "shorter documents, or load the model in a smaller dtype."
@@ -78,8 +88,9 @@ def memory_errors(device: torch.device, *, questions: int, tokens: int) -> Itera
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Accelerators have an exception of their own; the CPU's allocator has only its message."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    """Allocators have an exception of their own; a CPU's, a driver's and a library's have only their messages."""
+    told = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in told for sign in _SHORTAGE)
 
 
 def _cache_shape(backbone: Backbone) -> tuple[int, ...]:

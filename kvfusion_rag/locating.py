@@ -15,7 +15,12 @@ def locate_model(model: str | Path | None) -> tuple[str, str]:
         return str(EMBEDDED_MODEL), "kvfusion-embedded"
     if not isinstance(model, str | Path):
         raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder or None.")
-    folder = Path(model).expanduser()
+    if isinstance(model, str) and not model.strip():
+        raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder or None.")
+    try:
+        folder = Path(model).expanduser()
+    except RuntimeError as error:
+        raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from: {error}") from error
     if folder.is_dir():
         return str(folder), folder.resolve().name
     if isinstance(model, Path) or folder.is_absolute() or str(model).startswith("."):

@@ -186,6 +186,10 @@ def _read(document: Document | str, number: int, encoder: PromptEncoder, limits:
     for name, value in (("text", document.text), ("id", document.id), ("title", document.title)):
         if not isinstance(value, str) and (value is not None or name == "text"):
             raise InvalidInputError(f"the {name} of document {number} is {value!r}, but it must be a string.")
+    if not isinstance(document.metadata, Mapping):
+        raise InvalidInputError(
+            f"the metadata of document {number} is {document.metadata!r:.100}, but must be a dict."
+        )
     document_id = document.id if document.id is not None else str(number)
     if not document.text.strip():
         return ReadDocument(document, document_id, ())

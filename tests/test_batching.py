@@ -1,6 +1,7 @@
 """Questions decoded together: whose documents share a row of the fused cache, and that no answer tells it."""
 
 import asyncio
+import gc
 import os
 import random
 import signal
@@ -16,11 +17,20 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, WORDS, backbone, generator
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvfusion_rag import Document, DocumentStore, KVFusionGenerator, MemoryStore, OverloadError
+from kvfusion_rag import (
+    DiskStore,
+    Document,
+    DocumentStore,
+    KVFusionGenerator,
+    MemoryLimitError,
+    MemoryStore,
+    OverloadError,
+)
 from kvfusion_rag.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.batching import MAX_BATCH, MAX_ROW_TOKENS, MOST_FOREIGN, Batch, Placed, Request, batches
 from kvfusion_rag.decoding import DecodingOptions, Question
 from kvfusion_rag.fusion import BufferPool, FusedBuffer, FusedLayer
+from kvfusion_rag.limits import is_out_of_memory
 from kvfusion_rag.reading import Reading
 from kvfusion_rag.schema import DocumentKV, KVShape
 
@@ -513,18 +523,100 @@ def test_an_interrupt_among_retries_loses_nobody():
     assert calls[:3] == [1, 3, 1]
 
 
-def test_a_callback_of_the_store_may_ask():
+@pytest.mark.parametrize("kind", ["miss", "computed", "stored", "hit"])
+def test_a_callback_of_the_store_may_ask_over_the_same_documents(tmp_path, kind):
     asked = []
 
     def on_event(event):
-        if event.kind == "computed" and not asked:
+        if event.kind == kind and not asked:
             asked.append(gen)
-            asked.append(gen.answer("where?", max_new_tokens=2).token_ids)
+            asked.append(gen.answer("where?", mills, max_new_tokens=2).token_ids)
 
-    gen = KVFusionGenerator(backbone("llama"), store=DocumentStore(MemoryStore(), on_event=on_event))
+    mills = ["the old mill", "the river", "white doves"]
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"), on_event=on_event, load="always")
+    gen = KVFusionGenerator(backbone("llama"), store=store)
+    if kind == "hit":
+        gen.prefill(mills)
+        gen.store.memory.clear()
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(gen.answer, "who?", ["the old mill"], max_new_tokens=2).result(20).token_ids
+        assert pool.submit(gen.answer, "who?", mills, max_new_tokens=2).result(20).token_ids
     assert len(asked[1]) == 2
+
+
+def buffers() -> int:
+    gc.collect()
+    return sum(isinstance(one, FusedBuffer) for one in gc.get_objects())
+
+
+def test_a_failed_batch_is_gone_when_its_callers_are_tried_alone(monkeypatch):
+    gen = generator("llama")
+    answer_all, alive = gen._engine.answer_all, []
+    forward, begun, go_on = gen._backbone.forward, threading.Event(), threading.Event()
+
+    def failing(ids, *args, **options):
+        begun.set()
+        go_on.wait(20)
+        if ids.shape[0] > 1:
+            raise RuntimeError("together alone")
+        return forward(ids, *args, **options)
+
+    def noted(requests, options):
+        alive.append(buffers() - before)
+        return answer_all(requests, options)
+
+    monkeypatch.setattr(gen._backbone, "forward", failing)
+    gen._gatherer._answer_all = noted
+    before = buffers()
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(gen.answer, "who?", ["the old mill"], max_new_tokens=1)]
+        assert begun.wait(20)
+        for mill in ("the mill", "a river"):
+            asked.append(pool.submit(gen.answer, "who?", [mill], max_new_tokens=1))
+        until(lambda: len(gen._gatherer._waiting) == 2)
+        go_on.set()
+        assert all(one.result(20).token_ids for one in asked)
+    assert alive == [0] * 4  # the first, the two together, and each of them
+
+
+def test_whoever_keeps_an_error_of_memory_keeps_no_cache(monkeypatch):
+    gen = generator("llama")
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gen._backbone, "forward", full)
+    before = buffers()
+    try:
+        gen.answer("who?", ["the old mill"], max_new_tokens=1)
+    except MemoryLimitError as error:
+        assert buffers() == before and "not enough memory" in str(error)
+    else:
+        pytest.fail("no error")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("expected scalar type Float but found Half"), False),
+    ],
+)
+def test_shortage_of_memory_is_known_by_its_kind_or_its_words(error, is_one):
+    assert is_out_of_memory(error) is is_one
+
+
+def test_answers_of_a_large_batch_have_their_room_from_the_start(monkeypatch):
+    gen = generator("llama")
+    monkeypatch.setattr("kvfusion_rag.engine.ROOM", 32)  # as little for each of its rows as 4096 are for many more
+    monkeypatch.setattr("kvfusion_rag.fusion._larger", lambda *args: pytest.fail("everything moved"))
+    rows = [[" ".join(VOCABULARY[n : n + 4] * 25)] for n in range(8)]
+    answers = gen.answer_batch(["who?"] * 8, rows, max_new_tokens=30)
+    assert max(len(answer.token_ids) for answer in answers) == 30
 
 
 def test_callers_who_gave_up_do_not_count_as_waiting():

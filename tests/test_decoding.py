@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import TOKENIZER_KINDS, generator, tokenizer
 
-from kvfusion_rag import InvalidInputError
+from kvfusion_rag import InvalidInputError, UnsupportedModelError
 from kvfusion_rag.decoding import DecodingOptions, Row, _sampler
+from kvfusion_rag.invariance import _logit_difference
 from kvfusion_rag.prompts import PlainEncoder
 
 CPU = torch.device("cpu")
@@ -47,6 +48,38 @@ def test_an_ending_that_may_become_a_stop_string_is_held_back():
     assert row.take() == "one "
     row.push("x", is_end=False, is_last=False)
     assert row.take() == "##Ex"
+
+
+def test_an_answer_without_stop_strings_is_decoded_when_it_is_asked_for():
+    calls = []
+    row = Row(lambda ids: calls.append(len(ids)) or "".join(ids), [])
+    for token in "abcdef":
+        row.push(token, is_end=False, is_last=token == "f")
+    assert not calls and row.text == row.text == "abcdef" and calls == [6]
+
+
+def test_the_callers_list_of_stop_strings_may_change():
+    stop = ["END"]
+    options = DecodingOptions(4, stop=stop)
+    stop.append("")
+    assert tuple(options.stop) == ("END",)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_logits_that_are_no_numbers_are_an_error_and_no_answer(temperature):
+    gen = generator("llama")
+    assert gen.answer("who?", ["the river"], max_new_tokens=3, temperature=temperature)
+    with torch.no_grad():
+        gen._backbone.model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(UnsupportedModelError, match=r"'tiny-llama' gives logits that are no finite numbers in"):
+        gen.answer("who?", ["the river"], max_new_tokens=3, temperature=temperature)
+
+
+def test_differences_of_logits_that_are_not_finite():
+    low, nan = torch.tensor([[1.0, -torch.inf]]), torch.tensor([[1.0, torch.nan]])
+    assert _logit_difference([low], [low]) == 0 and _logit_difference([low], [low + 1]) == torch.inf
+    assert _logit_difference([low], [nan]) == _logit_difference([nan], [nan]) == torch.inf
+    assert _logit_difference([], []) == 0 and _logit_difference([low], []) == torch.inf
 
 
 def test_a_character_whose_bytes_have_not_all_come_is_held_back():

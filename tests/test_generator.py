@@ -5,6 +5,7 @@ import logging
 import shutil
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 
 import pytest
@@ -19,6 +20,7 @@ from kvfusion_rag import (
     ContextLimitError,
     Document,
     InvalidInputError,
+    KVFusionError,
     KVFusionGenerator,
     MemoryStore,
     ModelLoadError,
@@ -494,6 +496,48 @@ def test_a_stream_is_a_context_manager(gen):
     with gen.stream("who?", DOCUMENTS, max_new_tokens=12) as stream:
         next(stream)
     assert list(stream) == []
+
+
+def test_a_stream_is_closed_by_another_thread_while_a_piece_is_decoded(gen, monkeypatch):
+    forward, decoding, go_on = gen._backbone.forward, threading.Event(), threading.Event()
+
+    def slow(*args, **options):
+        decoding.set()
+        assert go_on.wait(20)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(gen._backbone, "forward", slow)
+    stream = gen.stream("who?", DOCUMENTS, max_new_tokens=12)
+    with ThreadPoolExecutor(2) as pool:
+        piece = pool.submit(next, stream, None)
+        assert decoding.wait(20)
+        closed = pool.submit(stream.close)
+        go_on.set()
+        closed.result(20)
+        piece.result(20)
+    assert next(stream, None) is None and gen.answer("who?", DOCUMENTS, max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("metadata", [None, "abc", 3])
+def test_metadata_that_is_no_mapping_is_refused_before_the_work(gen, metadata):
+    with pytest.raises(InvalidInputError, match="metadata of document 1"):
+        gen.answer("who?", [Document("the mill", metadata=metadata)])
+
+
+def test_a_blank_prompt_is_refused(gen):
+    with pytest.raises(InvalidInputError, match="must not be blank"):
+        gen.answer("who?", DOCUMENTS, prompt=" ")
+
+
+@pytest.mark.parametrize("model", ["", "  ", "~nobody-of-that-name/x"])
+def test_a_model_that_is_no_name_and_no_folder_is_one_error(model):
+    with pytest.raises(KVFusionError, match="model"):
+        KVFusionGenerator.from_pretrained(model)
+
+
+def test_a_decoder_in_another_precision_is_refused():
+    with pytest.raises(InvalidInputError, match=r"is in torch.bfloat16 on cpu, but .* in torch.float32"):
+        KVFusionGenerator(backbone("llama"), store=None, decoder=backbone("llama", torch.bfloat16))
 
 
 def test_answers_are_plain_data(gen):

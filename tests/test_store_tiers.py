@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 from fsspec.asyn import AsyncFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -340,6 +341,23 @@ def test_forgetting_holds_at_every_tier(tmp_path):
     assert store.clear(namespace_key("other")) == 0
     assert store.clear(namespace_key("")) == 12
     assert (len(store.memory), store.disk.totals(), remote.totals()) == (0, {}, {})
+
+
+def test_forgetting_one_document_looks_at_its_own_files_alone(tmp_path, monkeypatch):
+    store = DocumentStore(None, DiskStore(tmp_path / "d"))
+    fetch(store, range(30))
+    seen, stat = [], Path.stat
+    monkeypatch.setattr(Path, "stat", lambda self, **options: (seen.append(self.suffix), stat(self, **options))[1])
+    assert store.forget([key_of(3)]) == 1
+    assert seen.count(".safetensors") <= 2
+
+
+def test_memory_is_released_where_it_ran_out():
+    for host, device, left in ((True, "cuda", 3), (False, "cuda", 0), (True, "cpu", 0)):
+        store = DocumentStore(MemoryStore(host=host))
+        fetch(store, range(3))
+        released = store.release_memory(torch.device(device))
+        assert len(store.memory) == left and (released == 0) == (left > 0)
 
 
 # The remote tier

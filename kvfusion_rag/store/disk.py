@@ -171,18 +171,22 @@ class DiskStore:
             return Miss.TRUNCATED
         return self.get(key, shape, into) if self._place(file, [data]) else Miss.UNREADABLE
 
-    def forget(self, key: str) -> int:
-        """Remove the document of ``key`` under every model; how many files that were.
+    def forget(self, *keys: str) -> int:
+        """Remove the documents of ``keys`` under every model; how many files that were.
 
-        One that is just being written goes with it.
+        Those that are just being written go with them.
 
         Raises:
-            InvalidInputError: ``key`` is none.
+            InvalidInputError: one of ``keys`` is none.
             StoreError: nothing can be removed here.
         """
-        self._file(key)  # refuses what is no key
-        namespace, document = document_part(key).split("-")
-        return self._remove(f"{namespace}/{document[:2]}/{document}-", f"{namespace}-{document}-")
+        for key in keys:
+            require_key(key)
+        removed = 0
+        for part in dict.fromkeys(map(document_part, keys)):
+            namespace, document = part.split("-")
+            removed += self._remove(f"{namespace}/{document[:2]}/{document}-", f"{part}-")
+        return removed
 
     def clear(self, namespace: str | None = None) -> int:
         """Remove all documents of a namespace (the first part of its keys), or of all; how many files that were.
@@ -264,10 +268,10 @@ class DiskStore:
     def _name(self, file: Path) -> str:
         return str(file.relative_to(self.path))
 
-    def _scan(self, namespace: str | None = None) -> Iterator[tuple[Path, Entry]]:
-        """All document files, of both codecs."""
-        for codec in CODECS:
-            for file in (self.path / f"v{FORMAT_VERSION}-{codec}").glob(f"{namespace or '*'}/*/*{SUFFIX}"):
+    def _scan(self, pattern: str = f"*/*/*{SUFFIX}", codecs: Sequence[Codec] = CODECS) -> Iterator[tuple[Path, Entry]]:
+        """The document files whose places fit ``pattern``."""
+        for codec in codecs:
+            for file in (self.path / f"v{FORMAT_VERSION}-{codec}").glob(pattern):
                 with suppress(FileNotFoundError):
                     yield file, Entry(self._name(file), file.parts[-3], file.stat().st_size)
 
@@ -321,14 +325,11 @@ class DiskStore:
         """Remove all documents whose names begin so, and what was put aside of them; how many files that were."""
         if self._index is None:
             raise StoreError(f"the store {str(self.path)!r} was opened with read_only=True; nothing can be removed.")
-        removed = 0
+        removed, levels = 0, "*/" * (2 - beginning.count("/"))
         with self._maintaining():
             for codec in CODECS:
-                folder = f"v{FORMAT_VERSION}-{codec}"
-                begins = f"{folder}/{beginning}"
-                files = {
-                    name for _, entry in self._scan(beginning[:32] or None) if (name := entry.name).startswith(begins)
-                }
+                begins = f"v{FORMAT_VERSION}-{codec}/{beginning}"
+                files = {entry.name for _, entry in self._scan(f"{beginning}{levels}*{SUFFIX}", [codec])}
                 names = sorted(files.union(self._index.names(begins)))
                 for start in range(0, len(names), REMOVED_AT_ONCE):
                     self._index.remove(names[start : start + REMOVED_AT_ONCE], self._unlink)

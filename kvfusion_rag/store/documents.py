@@ -14,7 +14,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -67,6 +67,24 @@ T = TypeVar("T")
 R = TypeVar("R")
 Take = Callable[[str, DocumentKV, Origin], None]
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call's documents: of what model, who takes them, and what is to be told in the end.
+
+    Attributes:
+        model: its name with its device's, which figures are measured for.
+        removals: calls of ``forget`` and ``clear`` before it.
+        events: told once nobody waits for this call any more, since a callback may ask for the same documents.
+    """
+
+    shape: KVShape
+    device: torch.device
+    model: str
+    take: Take
+    removals: int
+    events: list[StoreEvent] = field(default_factory=list)
 
 
 class DocumentStore:
@@ -156,22 +174,24 @@ class DocumentStore:
             if keep:
                 found[key] = document if document.keys.device == device else document.to(device)
 
-        model, removals = _on_device(model, device), self._removals
+        call = _Call(shape, device, _on_device(model, device), take, self._removals)
         self._compute([key for key, one in wanted.items() if not one.stored], compute, take)
-        left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, take)
-        while left:
-            mine, others = self._claim(left)
-            try:
-                # Another thread may have landed a document between the look and the claim.
-                again = self._from_memory({key: left[key] for key in mine}, take)
-                absent = self._from_files(again, shape, device, model, take, removals)
-                misses |= absent
-                for miss in absent.values():
-                    self._counters.note(StoreEvent("miss", reason=miss))
-                self._compute_and_store(list(absent), compute, model, take, removals)
-            finally:
-                self._abandon(mine)
-            left = self._from_others(others, left, take)
+        try:
+            left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, call)
+            while left:
+                mine, others = self._claim(left)
+                try:
+                    # Another thread may have landed a document between the look and the claim.
+                    again = self._from_memory({key: left[key] for key in mine}, call)
+                    absent = self._from_files(again, call)
+                    misses |= absent
+                    call.events.extend(StoreEvent("miss", reason=miss) for miss in absent.values())
+                    self._compute_and_store(list(absent), compute, call)
+                finally:
+                    self._abandon(mine)
+                left = self._from_others(others, left, call)
+        finally:
+            self._counters.note_all(call.events)
         return Fetched(found, origins, {key: miss for key, miss in misses.items() if origins[key] == "computed"})
 
     def prefetch(
@@ -193,7 +213,7 @@ class DocumentStore:
     ) -> int:
         if self.memory is None or self.disk is None:
             return 0
-        model, removals = _on_device(model, device), self._removals
+        call = _Call(shape, device, _on_device(model, device), lambda *_: None, self._removals)
         todo = {
             key: Wanted(ids)
             for key, ids in wanted.items()
@@ -201,9 +221,10 @@ class DocumentStore:
         }
         mine, others = self._claim(todo)
         try:
-            self._from_files({key: todo[key] for key in mine}, shape, device, model, lambda *_: None, removals)
+            self._from_files({key: todo[key] for key in mine}, call)
         finally:
             self._abandon(mine)
+            self._counters.note_all(call.events)
         for flight in others.values():
             flight.result()
         return sum(key in self.memory for key in wanted)
@@ -214,7 +235,7 @@ class DocumentStore:
         What this store is bringing or computing at the moment is not kept either. Other processes keep what they
         hold in their own memory, and may store again what they are computing.
         """
-        return self._remove({document_part(key): key for key in keys}.values())
+        return self._remove(list({document_part(key): key for key in keys}.values()))
 
     def clear(self, namespace_key: str | None = None) -> int:
         """Remove all documents of a namespace (its key), or of all, from every tier; how many copies that were.
@@ -227,7 +248,7 @@ class DocumentStore:
             require_namespace_key(namespace_key)
         return self._remove(None, namespace_key)
 
-    def _remove(self, keys: Iterable[str] | None, namespace_key: str | None = None) -> int:
+    def _remove(self, keys: Sequence[str] | None, namespace_key: str | None = None) -> int:
         """From the slowest tier to the fastest, so that no reader brings a document back from behind."""
         self._removals += 1  # from here on nothing that was begun before is kept
         removed, failed = 0, None
@@ -235,7 +256,7 @@ class DocumentStore:
             if tier is None:
                 continue
             try:
-                removed += tier.clear(namespace_key) if keys is None else sum(tier.forget(key) for key in keys)
+                removed += tier.clear(namespace_key) if keys is None else tier.forget(*keys)
             except StoreError as error:  # the other tiers let go of theirs all the same
                 failed = failed or error
         self._counters.note(StoreEvent("forgotten", documents=removed))
@@ -243,9 +264,9 @@ class DocumentStore:
             raise failed
         return removed
 
-    def release_memory(self) -> int:
-        """Drop what the memory tier keeps; how many bytes that were. Slower tiers keep theirs."""
-        if self.memory is None:
+    def release_memory(self, device: torch.device) -> int:
+        """Drop what the memory tier keeps on ``device``; how many bytes that were. Slower tiers keep theirs."""
+        if self.memory is None or (self.memory.host and device.type != "cpu"):
             return 0
         held = self.memory.stats.bytes
         self.memory.clear()
@@ -312,7 +333,7 @@ class DocumentStore:
 
     # The tiers, from the fastest on
 
-    def _from_memory(self, wanted: Mapping[str, Wanted], take: Take) -> dict[str, Wanted]:
+    def _from_memory(self, wanted: Mapping[str, Wanted], call: _Call) -> dict[str, Wanted]:
         if self.memory is None:
             return dict(wanted)
         missing: dict[str, Wanted] = {}
@@ -322,23 +343,20 @@ class DocumentStore:
                 missing[key] = one
                 continue
             try:
-                take(key, document, "memory")
+                call.take(key, document, "memory")
             finally:
                 self.memory.unpin(key)
-            self._counters.note(StoreEvent("hit", "memory", tokens=len(one.token_ids), bytes=document.nbytes))
+            call.events.append(StoreEvent("hit", "memory", tokens=len(one.token_ids), bytes=document.nbytes))
         return missing
 
-    def _from_files(
-        self, wanted: Mapping[str, Wanted], shape: KVShape, device: torch.device, model: str, take: Take,
-        removals: int,
-    ) -> dict[str, Miss]:  # fmt: skip
+    def _from_files(self, wanted: Mapping[str, Wanted], call: _Call) -> dict[str, Miss]:
         """Take what disk and remote have, in parallel; why they have not the others, in order."""
         if self.disk is None or not wanted:
             return dict.fromkeys(wanted, Miss.ABSENT)
-        if not self._policy.should_load(model):
+        if not self._policy.should_load(call.model):
             return dict.fromkeys(wanted, Miss.SLOWER)
-        disk, missing = self.disk, {}
-        direct = device.type == "cpu"
+        disk, shape, missing = self.disk, call.shape, {}
+        direct = call.device.type == "cpu"
 
         def read(item: tuple[str, Wanted]) -> tuple[str, DocumentKV, Miss | None, Tier, float]:
             key, one = item
@@ -346,30 +364,31 @@ class DocumentStore:
             began = time.perf_counter()
             miss, tier = disk.get(key, shape, document), "disk"
             if miss is not None and self.remote is not None:
-                self._note_fault("disk", miss)
+                _note_fault(call, "disk", miss)
                 miss, tier = self._from_remote(self.remote, disk, key, shape, document), "remote"
             return key, document, miss, tier, time.perf_counter() - began
 
         began, loaded = time.perf_counter(), Counter[str]()
         for key, document, miss, tier, seconds in self._each(read, list(wanted.items())):
             if miss is not None:
-                self._note_fault(tier, miss)
+                _note_fault(call, tier, miss)
                 missing[key] = miss
                 continue
-            self._counters.note(
+            call.events.append(
                 StoreEvent("hit", tier, tokens=document.num_tokens, bytes=document.nbytes, seconds=seconds)
             )
             loaded[tier] += document.num_tokens
-            kept = self._keep_in_memory(key, document, removals, owned=document is not wanted[key].into, device=device)
-            take(key, document, tier)
+            owned = document is not wanted[key].into
+            kept = self._keep_in_memory(key, document, call, owned=owned)
+            call.take(key, document if kept is None or not owned else kept, tier)
             if kept is not None:  # the caller's own slots may hold something else by the time others look at them
                 self._land(key, kept)
         if loaded["disk"] == loaded.total():  # files are read side by side, so only the whole time says what one costs
-            self._policy.note_load(model, loaded["disk"], time.perf_counter() - began)
+            self._policy.note_load(call.model, loaded["disk"], time.perf_counter() - began)
         return {key: missing[key] for key in wanted if key in missing}
 
     def _from_others(
-        self, flights: Mapping[str, Future[DocumentKV | None]], wanted: Mapping[str, Wanted], take: Take
+        self, flights: Mapping[str, Future[DocumentKV | None]], wanted: Mapping[str, Wanted], call: _Call
     ) -> dict[str, Wanted]:
         """Wait for what other threads are bringing; what they did not bring is still wanted."""
         left: dict[str, Wanted] = {}
@@ -378,8 +397,8 @@ class DocumentStore:
             if document is None:
                 left[key] = wanted[key]
                 continue
-            take(key, document, "memory")
-            self._counters.note(StoreEvent("hit", "memory", tokens=len(wanted[key].token_ids)))
+            call.take(key, document, "memory")
+            call.events.append(StoreEvent("hit", "memory", tokens=len(wanted[key].token_ids)))
         return left
 
     def _from_remote(
@@ -403,60 +422,60 @@ class DocumentStore:
         for key, made in compute(keys) if keys else ():
             take(key, made, "computed")
 
-    def _compute_and_store(self, keys: Sequence[str], compute: Compute, model: str, take: Take, removals: int) -> None:
+    def _compute_and_store(self, keys: Sequence[str], compute: Compute, call: _Call) -> None:
         if not keys:
             return
         began, tokens, spent = time.perf_counter(), 0, 0.0
         for key, made in compute(keys):
+            if self.disk is not None and call.device.type != "cpu":  # or the clock sees kernels launched, not run
+                torch.accelerator.synchronize(call.device)
             spent += time.perf_counter() - began
             document = self._as_stored(made)
             tokens += document.num_tokens
-            take(key, document, "computed")
-            self._keep(key, document, removals)
+            call.take(key, document, "computed")
+            self._keep(key, document, call)
             self._land(key, document)
             began = time.perf_counter()
-        self._policy.note_prefill(model, tokens, spent)
-        self._counters.note(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=spent))
+        self._policy.note_prefill(call.model, tokens, spent)
+        call.events.append(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=spent))
 
     def _as_stored(self, document: DocumentKV) -> DocumentKV:
         """What a reader of the stored document would get, so that answers do not depend on what is stored."""
         if self.disk is None or self.disk.codec == "raw":
             return document
-        small, scales = compress(document.values)
-        values = torch.empty_like(document.values)
-        expand(small, scales, values)
-        return DocumentKV(document.keys, values, document.token_ids)
+        values = document.values.cpu()  # an accelerator divides otherwise in the last bit than the reader of the file
+        expand(*compress(values), into := torch.empty_like(values))
+        return DocumentKV(document.keys, into.to(document.values.device), document.token_ids)
 
-    def _keep(self, key: str, document: DocumentKV, removals: int) -> None:
+    def _keep(self, key: str, document: DocumentKV, call: _Call) -> None:
         if self.memory is not None and self.memory.put(key, document):
-            self._counters.note(StoreEvent("stored", "memory", bytes=document.nbytes))
+            call.events.append(StoreEvent("stored", "memory", bytes=document.nbytes))
         began = time.perf_counter()
         if self.disk is not None and key not in self.disk and self.disk.put(key, document):
             seconds = time.perf_counter() - began
             size = self.disk.file_bytes(KVShape.of(document), document.num_tokens)
-            self._counters.note(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
+            call.events.append(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
         if self.remote is not None and is_finite(document.keys, document.values):
             if self.remote.takes_uploads:
                 buffers = encode(key, document, self.remote.codec)
-                self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, removals))
+                self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, call.removals))
             else:
                 self.remote.note_dropped()
-        self._unless_removed(key, removals, self.disk, self.memory)
+        self._unless_removed(key, call.removals, self.disk, self.memory)
 
     def _uploaded(self, key: str, size: int, removals: int) -> None:
         self._counters.note(StoreEvent("stored", "remote", bytes=size))
         self._unless_removed(key, removals, self.remote)
 
-    def _keep_in_memory(
-        self, key: str, document: DocumentKV, removals: int, *, owned: bool, device: torch.device
-    ) -> DocumentKV | None:
+    def _keep_in_memory(self, key: str, document: DocumentKV, call: _Call, *, owned: bool) -> DocumentKV | None:
         """Put a document that was read into memory; a copy that others may have, where there is one."""
         if self.memory is None:
             return document if owned else None
         kept = document if owned else DocumentKV(document.keys.clone(), document.values.clone(), document.token_ids)
-        kept = kept if kept.keys.device == device else kept.to(device)
+        if not self.memory.host and kept.keys.device != call.device:
+            kept = kept.to(call.device)
         self.memory.put(key, kept)
-        self._unless_removed(key, removals, self.memory)
+        self._unless_removed(key, call.removals, self.memory)
         return kept
 
     def _unless_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
@@ -498,10 +517,6 @@ class DocumentStore:
         for flight in left:
             flight.set_result(None)
 
-    def _note_fault(self, tier: Tier, miss: Miss) -> None:
-        if miss not in (Miss.ABSENT, Miss.PAUSED):
-            self._counters.note(StoreEvent("miss", tier, reason=miss))
-
     def _each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         """``function`` of each item, several at once where there are several."""
         if len(items) == 1:
@@ -514,6 +529,11 @@ class DocumentStore:
             if use not in self._pools:
                 self._pools[use] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
             return self._pools[use]
+
+
+def _note_fault(call: _Call, tier: Tier, miss: Miss) -> None:
+    if miss not in (Miss.ABSENT, Miss.PAUSED):
+        call.events.append(StoreEvent("miss", tier, reason=miss))
 
 
 def _on_device(model: str, device: torch.device) -> str:

@@ -1,6 +1,7 @@
 """The memory tier: document KVs under a cap in bytes, the least recently used leaving first.
 
-Knows neither models nor text. Safe from several threads; every operation is O(1) but for the entries it evicts.
+Knows neither models nor text. Safe from several threads; every operation is O(1) but for the entries it evicts,
+and for removals, which look at all keys once.
 """
 
 from __future__ import annotations
@@ -114,9 +115,10 @@ class MemoryStore:
                 self._drop(key)
             return len(gone)
 
-    def forget(self, key: str) -> int:
-        """Drop the document of ``key`` under every model; how many entries that were."""
-        return self.remove(lambda one: one.startswith(document_part(key)))
+    def forget(self, *keys: str) -> int:
+        """Drop the documents of ``keys`` under every model; how many entries that were."""
+        documents = {document_part(key) for key in keys}
+        return self.remove(lambda one: document_part(one) in documents)
 
     def clear(self, namespace_key: str | None = None) -> int:
         """Drop everything, or what one namespace (its key) has; how many entries that were."""
@@ -131,6 +133,11 @@ class MemoryStore:
     def __contains__(self, key: str) -> bool:
         """Whether ``key`` is kept; counts as no look-up."""
         return key in self._entries
+
+    @property
+    def host(self) -> bool:
+        """Whether KVs are kept in page-locked host memory."""
+        return self._host
 
     @property
     def max_bytes(self) -> int:

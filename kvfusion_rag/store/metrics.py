@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -93,6 +93,10 @@ class Counters:
         self._loaded, self._stored = Counter[str](), Counter[str]()
         self._load_seconds: dict[str, float] = {}
         self._store_seconds: dict[str, float] = {}
+
+    def note_all(self, events: Iterable[StoreEvent]) -> None:
+        for event in events:
+            self.note(event)
 
     def note(self, event: StoreEvent) -> None:
         with self._lock:

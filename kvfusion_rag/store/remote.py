@@ -184,19 +184,22 @@ class RemoteStore:
                 self._workers += 1
                 self._in_background(self._work)
 
-    def forget(self, key: str) -> int:
-        """Remove the document of ``key`` under every model; how many files that were.
+    def forget(self, *keys: str) -> int:
+        """Remove the documents of ``keys`` under every model; how many files that were.
 
         Raises:
-            InvalidInputError: ``key`` is none.
+            InvalidInputError: one of ``keys`` is none.
             StoreError: nothing can be removed there.
         """
-        require_key(key)
-        namespace, document = document_part(key).split("-")
-        return sum(
-            self._remove(f"{self._root_pattern}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}/{document}-*")
-            for codec in CODECS
-        )
+        for key in keys:
+            require_key(key)
+        removed = 0
+        for part in dict.fromkeys(map(document_part, keys)):
+            namespace, document = part.split("-")
+            for codec in CODECS:
+                folder = f"{self._root_pattern}/v{FORMAT_VERSION}-{codec}/{namespace}/{document[:2]}"
+                removed += self._remove(f"{folder}/{document}-*")
+        return removed
 
     def clear(self, namespace: str | None = None) -> int:
         """Remove all documents of a namespace, or of all; how many files that were. Raises as :meth:`forget`."""
