@@ -4,22 +4,16 @@ The question and the answer meet the logits of the documents' slots divided by a
 these slots is multiplied by a scale S, and both parts are merged by their log-sum-exps (the paper's pseudo-code,
 ``ape_attention``). The authors' released code multiplies by S times T in place of S: its S = T = 0.9 is S = 0.81 here.
 T alone would be keys divided by T, but S weighs by a sum that depends on the query, so it needs an attention of its
-own. That is registered with transformers under its own name; ``backbone.py`` switches it on for single passes.
+own (``attention.py``, *explicit*), which ``backbone.py`` switches on for single passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface
-
-from .attention import explicit_attention, explicit_mask
-
-NAME = "kvfusion_ape"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,28 +51,3 @@ class Ape:
         lse = tempered.masked_fill(~slots, float("-inf")).logsumexp(dim=-1, keepdim=True)
         lse = lse.masked_fill(lse.isneginf(), 0.0)  # of who sees no document
         return torch.where(slots, tempered + (self.scale - 1) * lse, logits)
-
-
-def register() -> str:
-    """Make attention and mask known to transformers, as often as it is called; returns their name."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, explicit_mask)
-    return NAME
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *,
-    scaling: float,
-    ape: Ape,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d), mask (B, 1, Q, S) bool.
-
-    That the model passes on all that its attention needs is measured by the gate (``gate.require_ape``).
-    """
-    return explicit_attention(query, key, value, attention_mask, scaling, ape.adapt)[0], None

@@ -28,6 +28,7 @@ from .errors import UnsupportedModelError
 
 GROUPED = "kvfusion_grouped"
 CONTEXT = "kvfusion_context"
+EXPLICIT = "kvfusion_explicit"
 FOLDED_ON_CPU = 64  # most queries of a head whose mask is worth copying for each head of its group (measured)
 
 Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values (R, H_kv, K, d) of each layer
@@ -80,26 +81,43 @@ def grouped_attention(
     return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
+def explicit() -> str:
+    """Make explicit attention known to transformers, as often as it is called; returns its name."""
+    AttentionInterface.register(EXPLICIT, explicit_attention)
+    AttentionMaskInterface.register(EXPLICIT, explicit_mask)
+    return EXPLICIT
+
+
 def explicit_attention(
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
+    *,
     scaling: float,
-    adapt: Callable[[torch.Tensor], torch.Tensor] = lambda logits: logits,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d), and weights (B, H, Q, S).
+    adapt: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    note: Callable[[torch.Tensor], None] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d).
+
+    That the model passes on all that its attention needs is measured by the gate (``gate.require_ape``).
 
     Args:
         attention_mask: (B, 1, Q, S) bool.
         adapt: changes the float32 logits (B, H, Q, S) before the softmax; those that may not be seen are at -inf.
+        note: is shown the weights (B, H, Q, S).
     """
     batch, heads, length, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H / H_kv * Q, d): heads share keys
     logits = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, -1).float() * scaling
-    weights = adapt(logits.masked_fill(~attention_mask, float("-inf"))).softmax(dim=-1)
+    logits = logits.masked_fill(~attention_mask, float("-inf"))
+    weights = (logits if adapt is None else adapt(logits)).softmax(dim=-1)
+    if note is not None:
+        note(weights)
     out = weights.to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2]) @ value  # (B, H_kv, H / H_kv * Q, d)
-    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), weights
+    return out.reshape(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 def explicit_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -31,15 +31,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import ape as ape_attention
-from . import watch as watched_attention
-from .attention import GROUPED, read_context_twice, share_heads
+from .ape import Ape
+from .attention import GROUPED, explicit, read_context_twice, share_heads
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
 from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
+from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -210,8 +210,8 @@ class Backbone:
         *,
         rows: torch.Tensor | None = None,
         adapter: bool,
-        ape: ape_attention.Ape | None = None,
-        watch: watched_attention.Watch | None = None,
+        ape: Ape | None = None,
+        watch: Watch | None = None,
     ) -> torch.Tensor:
         """One pass of Dt over ``ids``, appended to ``cache``.
 
@@ -231,11 +231,11 @@ class Backbone:
             Logits (N, V), float32.
         """
         wanted, place = torch.unique(last, return_inverse=True)
-        extra = {name: value for name, value in (("ape", ape), ("watch", watch)) if value is not None}
+        extra: dict[str, Any] = {} if ape is None else {"adapt": ape.adapt}
+        extra |= {} if watch is None else {"note": watch.add}
         if mask.dim() == 4 and not extra:
             mask = additive(mask, self.dtype)  # once, not in every layer
-        own = watched_attention if watch is not None else ape_attention
-        with self._turn(adapter=adapter, attention=own.register() if extra else None):
+        with self._turn(adapter=adapter, attention=explicit() if extra else None):
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,

@@ -1,21 +1,14 @@
 """How much attention each slot gets in a pass: the weights of all layers and heads, added up.
 
-Attention that hands out no weights (as "sdpa" does not) is exchanged for an explicit one, registered with transformers
-under its own name; ``backbone.py`` switches it on for single passes. Knows slots, and no documents.
+Attention that hands out no weights (as "sdpa" does not) is exchanged for an explicit one (``attention.py``), which
+``backbone.py`` switches on for single passes. Knows slots, and no documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-
-from .ape import Ape
-from .attention import explicit_attention, explicit_mask
-
-NAME = "kvfusion_watched"
 
 
 class Watch:
@@ -34,29 +27,3 @@ class Watch:
         """Mean over layers, heads and queries of the weight on the slots of each list of (start, end) spans."""
         mass = self._mass.double() / self._softmaxes
         return [float(sum(mass[start:end].sum() for start, end in own)) for own in spans]
-
-
-def register() -> str:
-    """Make attention and mask known to transformers, as often as it is called; returns their name."""
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, explicit_mask)
-    return NAME
-
-
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *,
-    scaling: float,
-    watch: Watch,
-    ape: Ape | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """As APE's; that the model passes on all that its attention needs is measured by the gate (``require_ape``)."""
-    adapt = () if ape is None else (ape.adapt,)
-    out, weights = explicit_attention(query, key, value, attention_mask, scaling, *adapt)
-    watch.add(weights)
-    return out, None
