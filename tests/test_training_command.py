@@ -166,11 +166,19 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_model_is_loaded(base, t
 
 
 def test_a_run_that_diverges_ends_with_its_checkpoint_whole(base, tmp_path, capsys):
-    assert run(base, "--max-steps", "2", "--eval-every", "1", "--learning-rate", "1e30") == 2
+    """The first step's rate is 0, for the warm-up begins there; the second one's is not."""
+    arguments = ("--epochs", "4", "--max-steps", "4", "--warmup", "0.5", "--learning-rate", "1e30", "--eval-every")
+    assert run(base, *arguments, "1") == 2
     error = capsys.readouterr().err
-    assert re.search(r"step 2 has a loss of nan .* learning_rate below 1e\+30", error), error
+    assert re.search(r"step 2 has left weights whose logits are no numbers.* learning_rate below 1e\+30", error), error
     assert "NaN" not in (tmp_path / "out" / "losses.json").read_text()
     assert json.loads((tmp_path / "out" / "checkpoint" / "training.json").read_text())["progress"]["step"] == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_run(base, tmp_path, capsys):
+    assert run(base, "--epochs", "4", "--max-steps", "4", "--learning-rate", "1e30", "--eval-every", "4") == 2
+    assert re.search(r"step 2 has a loss of nan .* learning_rate below 1e\+30", capsys.readouterr().err)
+    assert not (tmp_path / "out" / "checkpoint").exists()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from ..decoding import DecodingOptions
 from ..engine import Engine, Request
-from ..errors import ContextLimitError, InvalidInputError, TrainingError
+from ..errors import ContextLimitError, InvalidInputError, TrainingError, UnsupportedModelError
 from ..evaluation.metrics import is_right
 from ..qa import QARow
 from ..settings import FILE_NAME, ModelSettings
@@ -220,15 +220,18 @@ class Trainer:
         self._sum_over_processes([total, *self._masters.gradients()])
         norm = torch.nn.utils.clip_grad_norm_(self._masters.copies.values(), self.config.max_grad_norm)
         if not torch.isfinite(total + norm):  # nothing is updated: what was saved stays good
-            raise TrainingError(
-                f"step {self.progress.step + 1} has a loss of {float(total)} and a gradient of {float(norm)}, so "
-                "nothing more can be learned; go on from the last checkpoint, or start again with a learning_rate "
-                f"below {self.config.learning_rate}."
-            )
+            step = self.progress.step + 1
+            raise self._diverged(f"step {step} has a loss of {float(total)} and a gradient of {float(norm)}")
         self._optimizer.step()
         self._masters.write_back()
         self._schedule.step()
         return float(total)
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what}, so nothing more can be learned; go on from the last checkpoint, or start again with a "
+            f"learning_rate below {self.config.learning_rate}."
+        )
 
     def _sum_over_processes(self, tensors: Sequence[torch.Tensor]) -> None:
         if self._processes.num_processes > 1:
@@ -243,7 +246,12 @@ class Trainer:
         asked = [(row, request) for row, request in self._dev if request is not None]
         for start in range(0, len(asked), EVAL_BATCH):
             rows, requests = zip(*asked[start : start + EVAL_BATCH], strict=True)
-            answers = engine.answer_all(requests, self._dev_options)
+            try:
+                answers = engine.answer_all(requests, self._dev_options)
+            except UnsupportedModelError as error:
+                raise self._diverged(
+                    f"step {self.progress.step} has left weights whose logits are no numbers"
+                ) from error
             right += sum(is_right(a.text, r.answers) for a, r in zip(answers, rows, strict=True))
         decoder.model.train()
         return 100 * right / len(self._dev)
