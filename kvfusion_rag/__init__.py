@@ -29,7 +29,6 @@ _HOME = {
     "KVFusionError": "errors",
     "KVFusionGenerator": "generator",
     "MemoryLimitError": "errors",
-    "TrainingError": "errors",
     "MemoryStore": "store",
     "Message": "schema",
     "MissingDependencyError": "errors",
@@ -42,6 +41,7 @@ _HOME = {
     "StoreEvent": "store",
     "StoreMetrics": "store",
     "Timings": "schema",
+    "TrainingError": "errors",
     "UnsupportedModelError": "errors",
     "Usage": "schema",
 }
