@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Answer": "schema",
-    "AnswerStream": "generator",
+    "AnswerStream": "streaming",
     "Attribution": "attribution",
     "Check": "schema",
     "Citation": "schema",
@@ -61,9 +61,10 @@ if TYPE_CHECKING:
         OverloadError,
         RetrievalError,
         StoreError,
+        TrainingError,
         UnsupportedModelError,
     )
-    from .generator import AnswerStream, KVFusionGenerator
+    from .generator import KVFusionGenerator
     from .retrieval import DocumentIndex
     from .schema import (
         Answer,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from .store import DiskStore, DocumentStore, MemoryStore, RemoteStore, StoreEvent, StoreMetrics
+    from .streaming import AnswerStream
 
 
 def __getattr__(name: str) -> Any:

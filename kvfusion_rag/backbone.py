@@ -18,9 +18,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-import xxhash
 from peft import LoraConfig
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +31,8 @@ from transformers import (
 
 from .ape import Ape
 from .attention import GROUPED, explicit, read_context_twice, share_heads
+from .devices import choose_device, choose_dtype
+from .digest import digest_tensors
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .positions import additive, bidirectional_mask
 from .probe import SLOW, device_name, slowness
@@ -43,7 +43,6 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Options of from_pretrained that say where to find a model; configuration, tokenizer and kvfusion.json need them too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 OWN_OPTIONS = ("config", "dtype", "torch_dtype", "revision")  # have arguments of their own, or would be lost
@@ -330,7 +329,7 @@ class Backbone:
         """xxh3-128 over all weights; computed again once torch says that one of them was changed in place."""
         versions = [tensor._version for _, tensor in self._weights if not tensor.is_inference()]
         if self._digest_of is None or self._digest_of[0] != versions:
-            self._digest_of = versions, _digest(sorted(self._weights, key=lambda item: item[0]))
+            self._digest_of = versions, digest_tensors(self._weights)
         return self._digest_of[1]
 
     def digest_again(self) -> None:
@@ -383,7 +382,7 @@ class Backbone:
         self.model.eval()
         settings = {key: vars(value) for key, value in self.model.peft_config.items()}
         facts = json.dumps(settings, sort_keys=True, default=_sorted_if_set)
-        return _digest(sorted(self.model.get_adapter_state_dict().items(), key=lambda item: item[0]), facts)
+        return digest_tensors(self.model.get_adapter_state_dict().items(), facts)
 
 
 def require_trained_on(folder: Path, base: Backbone) -> None:
@@ -415,57 +414,11 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
         )  # fmt: skip
 
 
-def choose_device(device: str | None) -> torch.device:
-    """``device`` as torch knows it, or the accelerator of this machine, or the CPU."""
-    if device is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidInputError(
-            f"device is {device!r}, but it must be a torch device such as 'cpu', 'cuda' or 'cuda:1'."
-        ) from error
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    present = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
-    if found.type not in present:
-        raise InvalidInputError(f"device is {device!r}, but this machine and this torch have only {sorted(present)}.")
-    return found
-
-
-def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
-    """``dtype`` as torch knows it; by default float32 on the CPU, where it is exact and runs everywhere."""
-    if dtype is None:
-        return torch.float32 if device.type == "cpu" else "auto"
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise InvalidInputError(f"dtype is {dtype!r}, but it must be one of {sorted(DTYPES)}.")
-    return DTYPES[dtype]
-
-
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end an answer: the generation config's, and the tokenizer's own end token."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
-
-
-def _digest(tensors: list[tuple[str, torch.Tensor]], facts: str = "") -> str:
-    """xxh3-128 over ``facts`` and the names, shapes, dtypes and bytes of all tensors."""
-    digest = xxhash.xxh3_128(facts.encode())
-    for name, tensor in (part for named in tensors for part in _plain_parts(*named)):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a quantised weight is made of, by name; a plain tensor is its own only part."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield name, tensor
-        return
-    parts, facts = tensor.__tensor_flatten__()
-    for part in parts:
-        yield from _plain_parts(f"{name}.{part} {facts}", getattr(tensor, part))
 
 
 def _sorted_if_set(value: object) -> object:

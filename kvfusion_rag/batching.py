@@ -11,29 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .decoding import Question
+from .placing import Placed
 from .reading import Reading
 from .schema import Mode
 
 MAX_BATCH = 32  # questions; the first step computes logits for every row at every distinct question length
 MAX_ROW_TOKENS = 2048  # of all questions of one row, since each is compared with all
 MOST_FOREIGN = 0.25  # of a row: document tokens that one of its questions does not see
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Ids that are prefilled apart.
-
-    Attributes:
-        key: of their KV in the store.
-        start: position of the first.
-        stored: whether other questions can use it: not where it holds several documents, or stands where the others
-            of one question left room.
-    """
-
-    key: str
-    ids: tuple[int, ...]
-    start: int
-    stored: bool = True
 
 
 @dataclass(frozen=True, slots=True)

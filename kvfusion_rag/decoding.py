@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 from transformers.generation.logits_process import (
@@ -66,6 +66,31 @@ class DecodingOptions:
         object.__setattr__(self, "stop", tuple(self.stop))  # the caller's list may change while answers are decoded
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 63
         _require(self.seed is None or is_seed, "seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
+
+
+class DecodingKwargs(TypedDict, total=False):
+    """Options of one call, as :class:`DecodingOptions` describes them."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    stop: Sequence[str]
+    seed: int | None
+
+
+def decoding_options(given: DecodingKwargs, *, max_new_tokens: int) -> DecodingOptions:
+    """What a caller gave, with defaults for what was not.
+
+    Raises:
+        InvalidInputError: an unknown option, or a value that is not allowed.
+    """
+    allowed = DecodingKwargs.__annotations__
+    if unknown := sorted(given.keys() - allowed.keys()):
+        raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
+    wanted = given.get("max_new_tokens")
+    wanted = max_new_tokens if wanted is None else wanted
+    return DecodingOptions(**{**given, "max_new_tokens": wanted, "stop": given.get("stop") or ()})
 
 
 @dataclass(frozen=True, slots=True)

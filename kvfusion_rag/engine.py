@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 
 from .ape import Ape
 from .backbone import Backbone
-from .batching import Batch, Placed, Request, batches
+from .batching import Batch, Request, batches
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
 from .errors import InvalidInputError, MemoryLimitError
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
 from .limits import is_out_of_memory, memory_errors, require_fit, require_room
-from .positions import global_starts, question_start
+from .placing import Placed, place
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, limit_of, read_documents
@@ -140,7 +140,7 @@ class Engine:
         if request.model == self.model:
             return request
         reading = request.reading.with_keys(self.key)
-        fused, _ = self._place(reading, request.mode)
+        fused, _ = self._placed(reading, request.mode)
         return replace(request, reading=reading, fused=fused, model=self.model)
 
     def ordinary_ids(self) -> list[int]:
@@ -195,7 +195,7 @@ class Engine:
         Raises:
             ContextLimitError: documents, question and answer do not fit into the window.
         """
-        fused, start = self._place(reading, mode)
+        fused, start = self._placed(reading, mode)
         before = (*self.encoder.prefix_ids, *reading.joined) if fused is None else ()
         row = Question((*before, *ids), start)
         require_room(
@@ -207,10 +207,6 @@ class Engine:
             positions=self.settings.positions,
         )
         return Request(reading, row, mode, fused, self.model, began)
-
-    def joined_document(self, reading: Reading) -> dict[str, tuple[int, ...]]:
-        """All documents as one, in the caller's order: what bidirectional attention reads in mode ``concat``."""
-        return {self.key(reading.joined): reading.joined} if reading.joined else {}
 
     def document_kvs(self, keys: Mapping[str, tuple[int, ...]]) -> dict[str, DocumentKV]:
         """KV of every key, from the store or computed now (and then stored)."""
@@ -486,25 +482,8 @@ class Engine:
             pass
         return [self.answer(run, number) for number in range(len(batch.requests))]
 
-    def _place(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
-        """What is fused, in order and with first positions, and the question's own; ``None`` for a joined prompt."""
-        prefix, settings = len(self.encoder.prefix_ids), self.settings
-        if mode == "concat":
-            if settings.document_attention == "causal":
-                return None, 0
-            joined = self.joined_document(reading).items()
-            return tuple(Placed(key, ids, prefix, stored=False) for key, ids in joined), prefix + len(reading.joined)
-        if mode == "fusion" and settings.positions == "global":
-            pieces = reading.distinct
-            *starts, start = global_starts(prefix, [len(ids) for ids in pieces.values()])
-            fused = zip(pieces.items(), starts, strict=True)
-            return tuple(  # keys of their own, but for the document that stands right after the prefix as ever
-                Placed(key if at == prefix else f"{key}@{at}", ids, at, stored=at == prefix)
-                for (key, ids), at in fused
-            ), start
-        passage_length = None if mode == "ape" else settings.passage_length
-        fused = tuple(Placed(key, ids, prefix) for key, ids in reading.keys.items())
-        return fused, question_start(prefix, passage_length, reading.longest)
+    def _placed(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
+        return place(reading, mode, self.settings, prefix_tokens=len(self.encoder.prefix_ids), key=self.key)
 
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""

@@ -9,77 +9,34 @@ import asyncio
 import hashlib
 import json
 import logging
-import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict, Unpack, get_args
+from typing import Any, Literal, Unpack, get_args
 
 from . import __version__
 from .attribution import Attribution, attribute, with_attribution
-from .backbone import Backbone, require_trained_on
+from .backbone import Backbone
 from .batching import Batch, Request
-from .decoding import DecodingOptions
+from .decoding import DecodingKwargs, DecodingOptions, decoding_options
 from .engine import Engine
 from .errors import InvalidInputError
 from .gate import run_gate
 from .gathering import Gatherer
 from .invariance import check_invariance
-from .locating import locate_model, shipped_adapter
+from .loading import load_decoders
 from .prefill import LENGTH_BUCKET
 from .reading import UNLIMITED
 from .schema import Answer, Attributed, Document, GateReport, InvarianceReport, Mode, Prompt, Source
 from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
+from .streaming import AnswerStream
 
 logger = logging.getLogger(__name__)
 
 MAX_FUSED_TOKENS = 200_000  # slots; a guard against filling the memory by mistake
-
-
-class DecodingKwargs(TypedDict, total=False):
-    """Options of one call, as ``DecodingOptions`` describes them."""
-
-    max_new_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int | None
-    stop: Sequence[str]
-    seed: int | None
-
-
-class AnswerStream(Iterator[str]):
-    """Pieces of one answer as they become certain; joined they are ``answer.text``.
-
-    ``answer`` is ``None`` until the stream is exhausted. Closing it early stops decoding, also from another thread.
-    """
-
-    def __init__(self, pieces: Generator[str | Answer, None, None], cancelled: threading.Event) -> None:
-        self._pieces, self._cancelled = pieces, cancelled
-        self._lock = threading.RLock()  # of the generator, which one thread alone may run
-        self.answer: Answer | None = None
-
-    def __next__(self) -> str:
-        with self._lock:
-            for piece in self._pieces:
-                if isinstance(piece, str):
-                    return piece
-                self.answer = piece
-        raise StopIteration
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop decoding and let its memory go; waits for the token that another thread may be decoding."""
-        self._cancelled.set()
-        with self._lock:
-            self._pieces.close()
 
 
 class KVFusionGenerator:
@@ -179,28 +136,15 @@ class KVFusionGenerator:
         """
         _require_arguments(namespace, max_fused_tokens, tokens_per_pass)  # before a model is loaded
         kept = as_store(store)
-        path, model_id = locate_model(model)
-        if adapter == "shipped":
-            adapter = shipped_adapter(path) if decoder is None else None
-        backbone = Backbone.load(
-            path,
-            model_id=model_id,
+        backbone, tuned = load_decoders(
+            model,
             revision=revision,
             adapter=adapter,
+            decoder=decoder,
             device=device,
             dtype=dtype,
             model_kwargs=model_kwargs,
         )
-        tuned = None
-        if decoder is not None:
-            if adapter is not None:
-                raise InvalidInputError(
-                    "adapter and decoder are both given, but an answering decoder has one or the other."
-                )
-            folder, name = locate_model(decoder)
-            require_trained_on(Path(folder), backbone)
-            alike = str(backbone.dtype).removeprefix("torch.")  # it reads the base's keys
-            tuned = Backbone.load(folder, model_id=name, device=device, dtype=alike, model_kwargs=model_kwargs)
         changes = {
             "mode": mode,
             "prefix": prefix,
@@ -603,12 +547,7 @@ class KVFusionGenerator:
         )
 
     def _options(self, options: DecodingKwargs) -> DecodingOptions:
-        allowed = DecodingKwargs.__annotations__
-        if unknown := sorted(options.keys() - allowed.keys()):
-            raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
-        wanted = options.get("max_new_tokens")
-        wanted = self.max_new_tokens if wanted is None else wanted
-        return DecodingOptions(**{**options, "max_new_tokens": wanted, "stop": options.get("stop") or ()})
+        return decoding_options(options, max_new_tokens=self.max_new_tokens)
 
     def _pieces(
         self, request: Request, options: DecodingOptions, attribution: Attributed | None

@@ -236,8 +236,8 @@ def test_a_document_read_from_disk_is_not_handed_on_in_slots_that_are_used_again
     disk.disk.put(key, made)
     slots = DocumentKV(torch.empty(2, 2, 5, 4), torch.empty(2, 2, 5, 4), ids)
     landed = []
-    land = disk._land
-    disk._land = lambda key, document: (landed.append(document), land(key, document))
+    land = disk._flights.land
+    disk._flights.land = lambda key, document: (landed.append(document), land(key, document))
     disk.fetch({key: Wanted(ids, slots)}, SHAPE, CPU, "m", lambda keys: pytest.fail("computed"))
     assert slots.keys.eq(1).all()
     assert not landed or landed[0].keys.data_ptr() != slots.keys.data_ptr()

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
-    "errors", "probe", "schema", "chat", "settings", "prompts", "positions", "support", "attention", "ape", "watch",
-    "backbone", "prefill", "fusion", "gate", "limits", "locating", "citations", "store", "reading", "recording",
-    "decoding", "batching", "gathering", "engine", "attribution", "invariance", "generator", "qa", "retrieval",
-    "evaluation", "training", "serving", "cli",
+    "errors", "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "positions", "support",
+    "attention", "ape", "watch", "backbone", "prefill", "fusion", "gate", "limits", "locating", "loading", "citations",
+    "store", "reading", "recording", "decoding", "placing", "batching", "gathering", "engine", "attribution",
+    "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 
@@ -80,6 +80,12 @@ def test_imports_are_light(module, absent):
     code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+def test_type_checkers_see_the_public_names_where_they_are():
+    (block,) = (node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    seen = {alias.name: node.module for node in block.body for alias in node.names}
+    assert seen == _HOME
 
 
 def test_public_names_resolve():

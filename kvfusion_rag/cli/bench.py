@@ -80,7 +80,7 @@ def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..backbone import choose_device
+    from ..devices import choose_device
     from ..evaluation.shapes import shape_named
     from ..probe import fast_dtype
 

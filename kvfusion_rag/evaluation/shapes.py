@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from ..backbone import Backbone, choose_device
+from ..backbone import Backbone
+from ..devices import choose_device
 from ..errors import InvalidInputError, MissingDependencyError
 from ..settings import ModelSettings
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import xxhash
 
 from ..errors import MissingDependencyError, RetrievalError
 
@@ -129,11 +128,7 @@ def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
 
 
 def _digest(model: SentenceTransformer) -> str:
-    """Hash of all weights, the prompts and the length limit: a name alone does not fix the vectors."""
-    import torch
+    """Of all weights, the prompts and the length limit: a name alone does not fix the vectors."""
+    from ..digest import digest_tensors
 
-    digest = xxhash.xxh3_128(repr((model.max_seq_length, sorted(model.prompts.items()))).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest_tensors(model.state_dict().items(), repr((model.max_seq_length, sorted(model.prompts.items()))))

@@ -24,6 +24,7 @@ from ..probe import device_name
 from ..schema import DocumentKV, KVShape, Origin
 from .disk import DiskStore
 from .files import Miss
+from .flights import Flight, Flights
 from .format import compress, encode, expand, is_finite
 from .keys import document_part, require_namespace_key
 from .memory import MemoryStore
@@ -124,9 +125,9 @@ class DocumentStore:
 
     def _begin(self) -> None:
         """Nothing is under way: so in a new store, and in a forked process, which has none of its parent's threads."""
-        self._flights: dict[str, Future[DocumentKV | None]] = {}
-        self._lock = threading.Lock()
+        self._flights = Flights()
         self._waiting = threading.BoundedSemaphore(PREFETCHES)
+        self._lock = threading.Lock()  # of the pools
         self._pools: dict[str, ThreadPoolExecutor] = {}
 
     def __repr__(self) -> str:
@@ -179,7 +180,7 @@ class DocumentStore:
         try:
             left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, call)
             while left:
-                mine, others = self._claim(left)
+                mine, others = self._flights.claim(left)
                 try:
                     # Another thread may have landed a document between the look and the claim.
                     again = self._from_memory({key: left[key] for key in mine}, call)
@@ -188,7 +189,7 @@ class DocumentStore:
                     call.events.extend(StoreEvent("miss", reason=miss) for miss in absent.values())
                     self._compute_and_store(list(absent), compute, call)
                 finally:
-                    self._abandon(mine)
+                    self._flights.abandon(mine)
                 left = self._from_others(others, left, call)
         finally:
             self._counters.note_all(call.events)
@@ -219,11 +220,11 @@ class DocumentStore:
             for key, ids in wanted.items()
             if key not in self.memory and (self.remote is not None or key in self.disk)
         }
-        mine, others = self._claim(todo)
+        mine, others = self._flights.claim(todo)
         try:
             self._from_files({key: todo[key] for key in mine}, call)
         finally:
-            self._abandon(mine)
+            self._flights.abandon(mine)
             self._counters.note_all(call.events)
         for flight in others.values():
             flight.result()
@@ -382,13 +383,13 @@ class DocumentStore:
             kept = self._keep_in_memory(key, document, call, owned=owned)
             call.take(key, document if kept is None or not owned else kept, tier)
             if kept is not None:  # the caller's own slots may hold something else by the time others look at them
-                self._land(key, kept)
+                self._flights.land(key, kept)
         if loaded["disk"] == loaded.total():  # files are read side by side, so only the whole time says what one costs
             self._policy.note_load(call.model, loaded["disk"], time.perf_counter() - began)
         return {key: missing[key] for key in wanted if key in missing}
 
     def _from_others(
-        self, flights: Mapping[str, Future[DocumentKV | None]], wanted: Mapping[str, Wanted], call: _Call
+        self, flights: Mapping[str, Flight], wanted: Mapping[str, Wanted], call: _Call
     ) -> dict[str, Wanted]:
         """Wait for what other threads are bringing; what they did not bring is still wanted."""
         left: dict[str, Wanted] = {}
@@ -434,7 +435,7 @@ class DocumentStore:
             tokens += document.num_tokens
             call.take(key, document, "computed")
             self._keep(key, document, call)
-            self._land(key, document)
+            self._flights.land(key, document)
             began = time.perf_counter()
         self._policy.note_prefill(call.model, tokens, spent)
         call.events.append(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=spent))
@@ -487,35 +488,6 @@ class DocumentStore:
             for tier in tiers:
                 if tier is not None:
                     tier.forget(key)
-
-    # One prefill a document, however many threads ask
-
-    def _claim(self, wanted: Mapping[str, Wanted]) -> tuple[list[str], dict[str, Future[DocumentKV | None]]]:
-        """The keys that this thread is to bring, and those that another one is bringing."""
-        mine: list[str] = []
-        others: dict[str, Future[DocumentKV | None]] = {}
-        with self._lock:
-            for key in wanted:
-                flight = self._flights.get(key)
-                if flight is None:
-                    self._flights[key] = Future()
-                    mine.append(key)
-                else:
-                    others[key] = flight
-        return mine, others
-
-    def _land(self, key: str, document: DocumentKV) -> None:
-        with self._lock:
-            flight = self._flights.pop(key, None)
-        if flight is not None:
-            flight.set_result(document)
-
-    def _abandon(self, keys: Sequence[str]) -> None:
-        """Let others try for themselves what this thread has not brought."""
-        with self._lock:
-            left = [flight for key in keys if (flight := self._flights.pop(key, None)) is not None]
-        for flight in left:
-            flight.set_result(None)
 
     def _each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         """``function`` of each item, several at once where there are several."""

@@ -74,7 +74,8 @@ def encode_row(
     if joined and settings.document_attention == "causal":
         example = Example(True, {}, (*prefix, *reading.joined, *question), target, 0)
     elif joined:  # read as one document
-        example = Example(False, engine.joined_document(reading), question, target, len(prefix) + len(reading.joined))
+        one = {engine.key(reading.joined): reading.joined} if reading.joined else {}
+        example = Example(False, one, question, target, len(prefix) + len(reading.joined))
     else:
         start = question_start(len(prefix), settings.passage_length, reading.longest)
         example = Example(False, reading.keys, question, target, start)

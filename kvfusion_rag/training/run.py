@@ -9,7 +9,8 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..backbone import Backbone, choose_device
+from ..backbone import Backbone
+from ..devices import choose_device
 from ..engine import Engine
 from ..errors import InvalidInputError
 from ..generator import MAX_FUSED_TOKENS
