@@ -34,6 +34,7 @@ from .attention import GROUPED, explicit, read_context_twice, share_heads
 from .devices import choose_device, choose_dtype
 from .digest import digest_tensors
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
+from .linear import use_onednn
 from .positions import additive, bidirectional_mask
 from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
@@ -75,6 +76,7 @@ class Backbone:
         self.dtype: torch.dtype = model.dtype
         self.quantized = bool(getattr(model, "is_quantized", False))  # weights are kept in fewer bits than ``dtype``
         self.attention = share_heads(self.model)
+        self.linear = "onednn" if use_onednn(self.model) else "torch"
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
@@ -307,8 +309,8 @@ class Backbone:
     def fingerprint(self) -> str:
         """Hex digest of everything about this model that changes a document's keys and values.
 
-        All bytes of the weights, the configuration with its RoPE settings, dtype, device, attention implementation
-        and library versions. Tokenizer and templates act through the token ids.
+        All bytes of the weights, the configuration with its RoPE settings, dtype, device, implementation of attention
+        and of matrix products, and library versions. Tokenizer and templates act through the token ids.
         """
         config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")}
         facts = {
@@ -317,6 +319,7 @@ class Backbone:
             "dtype": str(self.dtype),
             "device": device_name(self.device),  # kinds of processors round differently
             "attention": self.attention,
+            "linear": self.linear,
             "document_attention": self.settings.document_attention,
             "config": config,
             "torch": torch.__version__,

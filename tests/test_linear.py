@@ -1,0 +1,115 @@
+"""Wide linear layers by oneDNN: the same function as torch's, and its rows do not hang on each other."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from tiny import backbone, model
+from torch.nn import Linear
+
+from kvfusion_rag import linear
+from kvfusion_rag.linear import WideLinear, use_onednn, widen
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch without oneDNN")
+
+
+def layer(wide: int, narrow: int, *, bias: bool = True) -> Linear:
+    torch.manual_seed(wide)
+    return Linear(narrow, wide, bias=bias)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(2, 700), st.integers(1, 400), st.integers(1, 70), st.booleans(),
+    st.sampled_from(["plain", "slice", "transposed"]),
+)  # fmt: skip
+def test_it_is_the_same_function(wide, narrow, rows, bias, form):
+    theirs = layer(wide, narrow, bias=bias)
+    ours = WideLinear.like(theirs)
+    given = torch.randn(2, rows + 1, narrow)
+    if form == "slice":
+        given = given[:, 1:]
+    elif form == "transposed":
+        given = torch.randn(rows, 2, narrow).transpose(0, 1)
+    with torch.inference_mode():
+        found, expected = ours(given), theirs(given)
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 700), st.integers(1, 400), st.integers(2, 70), st.randoms())
+def test_rows_hang_on_nothing_but_themselves(wide, narrow, rows, random):
+    """Or the bits of a document would hang on its neighbours in a prefill pass."""
+    ours = WideLinear.like(layer(wide, narrow))
+    order = random.sample(range(rows), rows)
+    given = torch.randn(rows, narrow)
+    with torch.inference_mode():
+        assert ours(given[order]).equal(ours(given)[order])
+        others = torch.randn(rows, narrow)
+        others[0] = given[0]
+        assert ours(others)[0].equal(ours(given)[0])
+
+
+def test_training_is_left_to_torch():
+    theirs = layer(96, 32)
+    ours, given = WideLinear.like(theirs), torch.randn(5, 32)
+    for one in (theirs, ours):
+        one.zero_grad()
+        one(given).square().sum().backward()
+    assert ours(given).equal(theirs(given)) and ours.weight is theirs.weight
+    with torch.no_grad():  # as under gradient checkpointing
+        assert ours(given).equal(theirs(given))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "bert"])
+def test_wide_layers_alone_are_replaced_and_weights_stay_where_they_are(architecture):
+    made = model(architecture)
+    before = {name: weight.data_ptr() for name, weight in made.state_dict().items()}
+    wide = [n for n, m in made.named_modules() if type(m) is Linear and m.out_features > m.in_features]
+    assert widen(made) == len(wide) and (wide or architecture == "gpt2")
+    assert [n for n, m in made.named_modules() if type(m) is WideLinear] == wide
+    assert {name: weight.data_ptr() for name, weight in made.state_dict().items()} == before
+    embeddings, head = made.get_input_embeddings(), made.get_output_embeddings()
+    assert (head.weight is embeddings.weight) == made.config.tie_word_embeddings
+    assert widen(made) == 0  # no layer twice
+
+
+def test_layers_that_are_not_plain_stay():
+    class Own(Linear):
+        pass
+
+    hooked = layer(8, 4)
+    hooked._hf_hook = object()
+    others = torch.nn.ModuleList([Own(4, 8), hooked, layer(4, 8), layer(8, 4).bfloat16()])
+    assert widen(others) == 0
+
+
+def test_an_adapter_goes_over_a_replaced_layer():
+    made, plain = model("llama"), model("llama")
+    widen(made)
+    settings = LoraConfig(target_modules=["gate_proj", "q_proj"], init_lora_weights=False)
+    for one in (made, plain):
+        torch.manual_seed(0)
+        one.add_adapter(settings)
+        one.eval()
+    ids = torch.arange(9)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(made(ids).logits, plain(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("processor", "expected"), [("AMD EPYC", True), ("Intel(R) Xeon(R)", False), ("arm", False)])
+def test_only_where_it_is_faster(monkeypatch, processor, expected):
+    monkeypatch.setattr(linear, "device_name", lambda device: processor)
+    made = model("llama")
+    assert use_onednn(made) is expected
+    assert any(isinstance(one, WideLinear) for one in made.modules()) is expected
+
+
+def test_a_document_of_other_kernels_has_another_key(monkeypatch):
+    found = set()
+    for processor in ("AMD EPYC", "Intel(R) Xeon(R)"):
+        monkeypatch.setattr(linear, "device_name", lambda device, name=processor: name)
+        found.add(backbone("llama").fingerprint())
+    assert len(found) == 2
