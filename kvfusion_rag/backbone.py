@@ -320,6 +320,7 @@ class Backbone:
             "device": device_name(self.device),  # kinds of processors round differently
             "attention": self.attention,
             "linear": self.linear,
+            "instructions": torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else None,
             "document_attention": self.settings.document_attention,
             "config": config,
             "torch": torch.__version__,

@@ -84,7 +84,11 @@ def test_imports_are_light(module, absent):
 
 
 def test_type_checkers_see_the_public_names_where_they_are():
-    (block,) = (node for node in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    (block,) = (
+        node
+        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.If)
+    )
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == _HOME
 

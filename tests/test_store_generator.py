@@ -238,9 +238,9 @@ def test_a_corpus_is_prefilled_in_slices_so_that_questions_need_not_wait_for_all
     monkeypatch.setattr("kvfusion_rag.engine.STORED_AT_ONCE", 2)
     gen = over(DocumentStore(MemoryStore()))
     claimed: list[int] = []
-    prefill = gen._backbone.prefill
+    prefill, flights = gen._backbone.prefill, gen.store._flights
     monkeypatch.setattr(
-        gen._backbone, "prefill", lambda *given: claimed.append(len(gen.store._flights)) or prefill(*given)
+        gen._backbone, "prefill", lambda *given: claimed.append(len(flights._under_way)) or prefill(*given)
     )
     corpus = [f"the mill {word}" for word in VOCABULARY[:7]]
     assert {source.origin for source in gen.prefill(corpus)} == {"computed"}
@@ -343,7 +343,7 @@ def test_f7_where_memory_is_never_enough_there_is_one_clear_error_and_nothing_is
         for ask in (gen.answer, lambda *a, **k: list(gen.stream(*a, **k))):
             with pytest.raises(MemoryLimitError, match="not enough memory for 1 question"):
                 ask("who?", DOCUMENTS, max_new_tokens=4)
-    assert not gen.store._flights and gen.store.memory.stats.pinned == 0
+    assert not gen.store._flights._under_way and gen.store.memory.stats.pinned == 0
     assert gen.answer("who?", DOCUMENTS, max_new_tokens=4).text is not None
 
 
@@ -362,7 +362,7 @@ def test_f8_a_stream_closed_at_any_token_leaves_nothing_behind(tmp_path, token):
     with gen.stream("who?", DOCUMENTS, max_new_tokens=8) as stream:
         for _ in range(token):
             next(stream, None)
-    assert not gen.store._flights and gen.store.memory.stats.pinned == 0
+    assert not gen.store._flights._under_way and gen.store.memory.stats.pinned == 0
     assert gen.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids == expected
 
 

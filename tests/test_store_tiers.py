@@ -142,7 +142,7 @@ def test_l1_asyncio_tasks_and_threads_mixed_equal_serial_ones():
         asyncio.run(main())
         for one in running:
             one.result()
-    assert not store._flights and store.memory.stats.pinned == 0
+    assert not store._flights._under_way and store.memory.stats.pinned == 0
 
 
 def test_where_one_thread_fails_the_others_compute_for_themselves():
@@ -163,7 +163,7 @@ def test_where_one_thread_fails_the_others_compute_for_themselves():
         with pytest.raises(MemoryError):
             first.result()
         assert second.result() == ["computed"]
-    assert not store._flights
+    assert not store._flights._under_way
 
 
 def test_l1_what_prefetch_does_not_find_is_computed_once_for_all_who_wait(tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_f8_a_computation_that_is_broken_off_leaves_nothing_behind():
 
     with pytest.raises(KeyboardInterrupt):
         store.fetch(wanted_of([1, 2]), SHAPE, CPU, "model", interrupted)
-    assert not store._flights and store.memory.stats.pinned == 0
+    assert not store._flights._under_way and store.memory.stats.pinned == 0
     assert fetch(store, [1, 2]) == ["memory", "computed"]
 
 

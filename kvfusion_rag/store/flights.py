@@ -18,9 +18,6 @@ class Flights:
         self._lock = threading.Lock()
         self._under_way: dict[str, Flight] = {}
 
-    def __len__(self) -> int:
-        return len(self._under_way)
-
     def claim(self, keys: Iterable[str]) -> tuple[list[str], dict[str, Flight]]:
         """The keys that the caller is to bring from now on, and those that another one is bringing.
 

@@ -1,6 +1,6 @@
 """From question-answer rows to token ids: what one training step reads and what it must answer.
 
-Positions come from ``positions.py`` by way of the same encoder and settings as inference, so training and
+Positions come from ``placing.py`` and ``positions.py``, with the encoder and settings of inference, so training and
 answering cannot disagree. Knows no weights and no optimiser.
 """
 
@@ -13,6 +13,7 @@ import torch
 
 from ..engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
+from ..placing import place
 from ..positions import question_start
 from ..qa import QARow
 from ..reading import Reading
@@ -71,11 +72,11 @@ def encode_row(
         answer += settings.evidence_separator + row.evidence
     target = (*encoder.encode_answer(answer), end_id)
     question, prefix = encoder.encode_question(row.question), encoder.prefix_ids
-    if joined and settings.document_attention == "causal":
-        example = Example(True, {}, (*prefix, *reading.joined, *question), target, 0)
-    elif joined:  # read as one document
-        one = {engine.key(reading.joined): reading.joined} if reading.joined else {}
-        example = Example(False, one, question, target, len(prefix) + len(reading.joined))
+    if joined:
+        pieces, start = place(reading, "concat", settings, prefix_tokens=len(prefix), key=engine.key)
+        in_prompt = (*prefix, *reading.joined) if pieces is None else ()
+        known = {piece.key: piece.ids for piece in pieces or ()}
+        example = Example(pieces is None, known, (*in_prompt, *question), target, start)
     else:
         start = question_start(len(prefix), settings.passage_length, reading.longest)
         example = Example(False, reading.keys, question, target, start)
