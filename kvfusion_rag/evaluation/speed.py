@@ -98,6 +98,7 @@ class AnswerRun:
                 "parameters": self._backbone.model.num_parameters(),
                 "weight_bytes_of_a_step": self._costs.weight_bytes,
                 "kv_bytes_of_a_token": self._costs.kv,
+                "linear": self._backbone.linear,  # of ours; generate has torch's
             },
             "peaks": {
                 "gflops": round(self._peaks.operations / 1e9, 1),
@@ -191,7 +192,10 @@ class AnswerRun:
         return answer
 
     def _generate(self, case: Case, asked: _Asked) -> _Measured:
-        """As a user of transformers would: one prompt a question, rows in a batch, the model's default attention."""
+        """As a user of transformers would: one prompt a question, rows in a batch, the library's own attention.
+
+        It runs without inference mode, so matrix products are torch's own too (``linear.py``).
+        """
         model: Any = self._backbone.model
         ours = model.config._attn_implementation
         model.set_attn_implementation("sdpa")  # transformers' default
