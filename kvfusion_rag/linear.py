@@ -31,7 +31,7 @@ class WideLinear(torch.nn.Linear):
 
 def use_onednn(model: torch.nn.Module) -> bool:
     """Put :class:`WideLinear` in place of a model's wide float32 layers where that is faster; whether it has some."""
-    if device_name(torch.device("cpu")).startswith("AMD ") and _has_onednn():
+    if device_name(torch.device("cpu")).startswith("AMD ") and has_onednn():
         widen(model)
     return any(isinstance(layer, WideLinear) for layer in model.modules())
 
@@ -51,7 +51,7 @@ def _onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
-def _has_onednn() -> bool:
+def has_onednn() -> bool:
     """Whether this torch can, and computes what it should: nobody promises what is not public."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False

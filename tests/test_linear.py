@@ -12,7 +12,7 @@ from kvfusion_rag import linear
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.linear import WideLinear, use_onednn, widen
 
-pytestmark = pytest.mark.skipif(not linear._has_onednn(), reason="torch without oneDNN")
+pytestmark = pytest.mark.skipif(not linear.has_onednn(), reason="torch without oneDNN")
 
 
 def layer(wide: int, narrow: int, *, bias: bool = True) -> Linear:
@@ -151,7 +151,7 @@ def test_an_operator_that_is_not_what_it_was_is_not_used(monkeypatch, found):
         raise found
 
     monkeypatch.setattr(linear, "_onednn", operator)
-    assert not linear._has_onednn()
+    assert not linear.has_onednn()
     assert not any(isinstance(one, WideLinear) for one in backbone("llama").model.modules())
 
 

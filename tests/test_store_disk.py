@@ -61,6 +61,31 @@ def test_it_is_read_straight_into_slots_of_a_larger_buffer(store):
     assert (buffer == 7.0).all()
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 5), st.integers(1, 3), st.integers(1, 9), st.sampled_from(DTYPES), st.sampled_from(CODECS),
+    st.integers(1, 2000), st.integers(0, 2**20),
+)  # fmt: skip
+def test_however_large_its_pieces_are_a_document_is_read_whole_or_not_at_all(
+    tmp_path_factory, layers, heads, tokens, dtype, codec, piece, spot
+):
+    shape = KVShape(layers, heads, 8, dtype)
+    store = DiskStore(tmp_path_factory.mktemp("store") / "s", codec=codec)
+    store.put(key_of(1, tokens), kv_of(1, tokens, shape))
+    expected = read(store, 1, tokens, shape)[1]
+    buffer = torch.full((2, layers, heads, tokens + 2, 8), 7.0, dtype=dtype)
+    slots = type(expected)(buffer[0, :, :, 1:-1], buffer[1, :, :, 1:-1], ids_of(1, tokens))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kvfusion_rag.store.files._PIECE", piece)
+        assert store.get(key_of(1, tokens), shape, slots) is None and same(slots, expected)
+        assert (buffer[:, :, :, [0, -1]] == 7.0).all()
+        (file,) = files_of(store)
+        content = bytearray(file.read_bytes())
+        content[spot % len(content)] ^= 1
+        file.write_bytes(content)
+        assert store.get(key_of(1, tokens), shape, slots) is not None
+
+
 @given(st.integers(0, 2**20), st.sampled_from(DTYPES))
 @settings(deadline=None, max_examples=30)
 def test_v8_keeps_keys_and_rounds_values_by_less_than_half_a_step(tmp_path_factory, seed, dtype):

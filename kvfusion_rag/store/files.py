@@ -10,14 +10,15 @@ from enum import StrEnum
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
+import numpy as np
 import xxhash
 
 from ..schema import DocumentKV
 from .format import Buffer, Codec, Layout, are_finite, bits, expand, is_finite, scratch, token_bytes
 
 SUFFIX = ".safetensors"
-_MOST_BUFFERS = 1024  # of one preadv or writev
-_PIECE = 1 << 20  # bytes that are read and checked together: they stay in the processor's cache
+_MOST_BUFFERS = 1024  # of one writev
+_PIECE = 2 << 20  # bytes that are read and checked together: they stay in the processor's cache
 _LONGEST_HEADER = 1 << 16  # bytes
 
 
@@ -39,13 +40,15 @@ class Miss(StrEnum):
 def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
     """Read the file that is open at ``place`` into ``into`` and check it.
 
-    It goes piece by piece, so that what was read is still in the processor's cache when it is checked, and by numpy
-    alone: a call of torch on a piece would cost as much as the work itself.
+    It goes piece by piece, so that what was read is still in the processor's cache when it is checked and put into
+    place, and by numpy alone: a call of torch on a piece would cost as much as the work itself. A piece is one buffer
+    even where its place is not: Python's lock is let go for large buffers alone, so heads one by one would keep the
+    other threads that read from working.
     """
     if os.fstat(place).st_size != plan.total:
         return Miss.TRUNCATED
     header, end = bytearray(len(plan.header)), plan.checksum_at + 32
-    if not _read(place, [header], 0):
+    if not _read(place, header, 0):
         return Miss.TRUNCATED
     written = bytes(header[plan.checksum_at : end])
     header[plan.checksum_at : end] = plan.header[plan.checksum_at : end]
@@ -53,21 +56,25 @@ def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss 
         return Miss.HEADER
     small = scratch(into) if codec == "v8" else None
     digest, offset, finite = xxhash.xxh3_128(header), len(header), True
+    room: np.ndarray | None = None  # for keys and values, which have one shape
     for tensor in (into.keys, *((into.values,) if small is None else small)):
         numbers = bits(tensor)
         layers = max(1, _PIECE * len(numbers) // numbers.nbytes)  # of a piece
+        if not numbers.flags.c_contiguous and room is None:
+            room = np.empty((min(layers, len(numbers)), *numbers.shape[1:]), numbers.dtype)
         for first in range(0, len(numbers), layers):
             part = numbers[first : first + layers]
-            heads = [part] if part.flags.c_contiguous else [head for layer in part for head in layer]
-            data = [head.data.cast("B") for head in heads]
+            piece = part if room is None or numbers.flags.c_contiguous else room[: len(part)]
+            data = piece.data.cast("B")
             if not _read(place, data, offset):
                 return Miss.TRUNCATED
-            for head in data:
-                digest.update(head)
-            finite = finite and are_finite(part, tensor.dtype)
+            digest.update(data)
+            finite = finite and are_finite(piece, tensor.dtype)
+            if piece is not part:
+                part[...] = piece
             offset += part.nbytes
     ids = bytearray(plan.sizes[3])
-    if not _read(place, [ids], offset):
+    if not _read(place, ids, offset):
         return Miss.TRUNCATED
     digest.update(ids)
     if digest.hexdigest().encode() != written:
@@ -80,15 +87,14 @@ def read_file(place: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss 
     return None if finite else Miss.NUMBERS
 
 
-def _read(place: int, buffers: Sequence[Buffer], offset: int) -> bool:
-    """Fill ``buffers`` from ``offset`` of the file on; whether there was enough."""
-    todo = [memoryview(buffer) for buffer in buffers]
-    while todo:
-        count = os.preadv(place, todo[:_MOST_BUFFERS], offset)
+def _read(place: int, buffer: Buffer, offset: int) -> bool:
+    """Fill ``buffer`` from ``offset`` of the file on; whether there was enough."""
+    todo = memoryview(buffer)
+    while len(todo):
+        count = os.preadv(place, [todo], offset)
         if count == 0:
             return False
-        offset += count
-        todo = _after(todo, count)
+        offset, todo = offset + count, todo[count:]
     return True
 
 
