@@ -359,7 +359,7 @@ out = Path(sys.argv[1])
 run = t.trainer(out, t.engine(), t.rows(10), max_steps=3, batch_size=int(sys.argv[2]), rank=4)
 progress = run.run()
 if run._processes.is_main_process:
-    print(repr([round(loss, 5) for _, loss in progress.losses]))
+    print([loss for _, loss in progress.losses])
 if torch.distributed.is_initialized():
     torch.distributed.destroy_process_group()
 """
@@ -378,8 +378,8 @@ def test_one_process_and_two_make_the_same_steps(tmp_path):
         command = [sys.executable, *launch, str(script), str(tmp_path / str(processes)), str(batch_size)]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
-        found.append(done.stdout.strip().splitlines()[-1])
-    assert found[0] == found[1]
+        found.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    assert found[0] == pytest.approx(found[1], abs=1e-5)  # sums over processes are added up in another order
 
 
 def test_rows_that_do_not_fit_are_left_out_and_named(tmp_path, caplog):
