@@ -1,7 +1,7 @@
 """Linear layers in float32 on AMD's processors, where torch's own library (MKL) has no kernels made for them.
 
-oneDNN, which comes with torch too, reads a wide layer's weights 1.5 to 2.7 times as fast there (measured with up to 64
-rows; 1.2 times with 1,024), and about as fast those of layers that are not wide. Weights stay as and where they are.
+oneDNN, which comes with torch too, is 1.2 to 2.7 times as fast there with a layer that is wide, and with others now
+faster, now slower (``benchmarks/wide_layers.py``). Weights stay as and where they are.
 Training is left to torch. Knows neither models nor text.
 """
 
