@@ -31,10 +31,11 @@ from transformers import (
 
 from .ape import Ape
 from .attention import GROUPED, explicit, read_context_twice, share_heads
+from .collecting import DocumentCache
 from .devices import choose_device, choose_dtype
 from .digest import digest_tensors
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
-from .linear import use_onednn
+from .linear import RULE, use_onednn
 from .positions import additive, bidirectional_mask
 from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
@@ -76,7 +77,7 @@ class Backbone:
         self.dtype: torch.dtype = model.dtype
         self.quantized = bool(getattr(model, "is_quantized", False))  # weights are kept in fewer bits than ``dtype``
         self.attention = share_heads(self.model)
-        self.linear = "onednn" if use_onednn(self.model) else "torch"
+        self.linear = RULE if use_onednn(self.model) else "torch"
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
@@ -171,13 +172,7 @@ class Backbone:
             Keys and values, each (L, R, H_kv, T, d), without the prefix.
         """
         rows, length = ids.shape
-        cache = DynamicCache(config=self.config)  # passing one keeps packed-sequence detection off
-        past = 0
-        if prefix is not None:
-            past = prefix.num_tokens
-            for layer in range(prefix.keys.shape[0]):
-                shape = (rows, -1, -1, -1)
-                cache.update(prefix.keys[layer].expand(shape), prefix.values[layer].expand(shape), layer)
+        past = 0 if prefix is None else prefix.num_tokens
         first = torch.tensor(starts or [past] * rows)
         positions = (first[:, None] + torch.arange(length)).to(self.device)  # (R, T)
         if self.context_window is not None:
@@ -187,7 +182,8 @@ class Backbone:
             mask = additive(bidirectional_mask(past, real, length), self.dtype)
         else:
             mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
-        with self._turn(adapter=False):
+        cache = DocumentCache(self.config, prefix, rows)
+        with self._turn(adapter=False), cache.collecting():
             self.model.get_decoder()(
                 input_ids=ids.to(self.device),
                 position_ids=positions,
@@ -195,10 +191,7 @@ class Backbone:
                 past_key_values=cache,
                 use_cache=True,
             )
-        filled = cast(list[tuple[torch.Tensor, ...]], list(cache))  # keys, values (R, H_kv, p + T, d) of each layer
-        keys = torch.stack([layer[0][:, :, past:] for layer in filled])  # (L, R, H_kv, T, d)
-        values = torch.stack([layer[1][:, :, past:] for layer in filled])
-        return keys, values
+        return cache.collected()
 
     @torch.inference_mode()
     def forward(

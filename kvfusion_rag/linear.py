@@ -1,8 +1,9 @@
 """Linear layers in float32 on AMD's processors, where torch's own library (MKL) has no kernels made for them.
 
-oneDNN, which comes with torch too, is 1.2 to 2.7 times as fast there with a layer that is wide, and with others now
-faster, now slower (``benchmarks/wide_layers.py``). Weights stay as and where they are.
-Training is left to torch. Knows neither models nor text.
+oneDNN, which comes with torch too, is up to 2.7 times as fast there with a layer that is wide (more outputs than
+inputs), and up to 1.8 times with any other large one while rows are few; elsewhere torch is as fast or faster
+(``benchmarks/linear_layers.py``). Weights stay as and where they are. Training is left to torch. Knows neither models
+nor text.
 """
 
 from __future__ import annotations
@@ -12,38 +13,43 @@ from torch.nn.functional import linear
 
 from .probe import device_name
 
+RULE = "onednn 2"  # in the keys of documents: to be counted up when other layers or rows are meant
+LARGE = 1 << 19  # weights
+FEW = 256  # rows
 
-class WideLinear(torch.nn.Linear):
-    """``torch.nn.Linear`` over the same weights, by oneDNN in inference mode."""
+
+class OneDNNLinear(torch.nn.Linear):
+    """``torch.nn.Linear`` over the same weights, by oneDNN in inference mode where that is faster."""
 
     @classmethod
-    def like(cls, layer: torch.nn.Linear) -> WideLinear:
+    def like(cls, layer: torch.nn.Linear) -> OneDNNLinear:
         made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         made.weight, made.bias = layer.weight, layer.bias
         return made.train(layer.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Outputs (..., out_features) of inputs (..., in_features)."""
-        if torch.is_inference_mode_enabled() and _is_plain(self.weight) and _is_plain(input):  # may have been moved
+        is_faster = _is_wide(self) or input.numel() <= FEW * self.in_features
+        if is_faster and torch.is_inference_mode_enabled() and _is_plain(self.weight) and _is_plain(input):
             return _onednn(input, self.weight, self.bias)
         return super().forward(input)
 
 
 def use_onednn(model: torch.nn.Module) -> bool:
-    """Put :class:`WideLinear` in place of a model's wide float32 layers where that is faster; whether it has some."""
+    """Put :class:`OneDNNLinear` in place of float32 layers on processors where it is faster; whether any are."""
     if device_name(torch.device("cpu")).startswith("AMD ") and has_onednn():
-        widen(model)
-    return any(isinstance(layer, WideLinear) for layer in model.modules())
+        replace_layers(model)
+    return any(isinstance(layer, OneDNNLinear) for layer in model.modules())
 
 
-def widen(model: torch.nn.Module) -> None:
-    """Put :class:`WideLinear` in place of all layers that it is for.
+def replace_layers(model: torch.nn.Module) -> None:
+    """Put :class:`OneDNNLinear` in place of all layers that are wide or large.
 
     Quantised layers, and those with hooks or a forward pass of their own, stay.
     """
     for name, layer in list(model.named_modules()):
-        if type(layer) is torch.nn.Linear and layer.out_features > layer.in_features and _is_bare(layer):
-            model.set_submodule(name, WideLinear.like(layer))
+        if type(layer) is torch.nn.Linear and (_is_wide(layer) or _is_large(layer)) and _is_bare(layer):
+            model.set_submodule(name, OneDNNLinear.like(layer))
 
 
 def _onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -60,6 +66,14 @@ def has_onednn() -> bool:
         return torch.equal(_onednn(input, weight, bias), linear(input, weight, bias))
     except (AttributeError, RuntimeError, TypeError):  # there is none, or it is another one
         return False
+
+
+def _is_wide(layer: torch.nn.Linear) -> bool:
+    return layer.out_features > layer.in_features
+
+
+def _is_large(layer: torch.nn.Linear) -> bool:
+    return layer.in_features * layer.out_features >= LARGE
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
     "errors", "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "positions", "support",
-    "linear", "attention", "ape", "watch", "backbone", "prefill", "fusion", "gate", "limits", "locating", "loading",
-    "citations", "store", "reading", "recording", "decoding", "placing", "batching", "gathering", "engine",
+    "linear", "attention", "ape", "watch", "collecting", "backbone", "prefill", "fusion", "gate", "limits", "locating",
+    "loading", "citations", "store", "reading", "recording", "decoding", "placing", "batching", "gathering", "engine",
     "attribution", "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training",
     "serving", "cli",
 ]  # fmt: skip

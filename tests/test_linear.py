@@ -1,4 +1,4 @@
-"""Wide linear layers by oneDNN: the same function as torch's, and its rows do not hang on each other."""
+"""Wide and large linear layers by oneDNN: the same function as torch's, and its rows do not hang on each other."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch.nn import Linear
 
 from kvfusion_rag import linear
 from kvfusion_rag.backbone import Backbone
-from kvfusion_rag.linear import WideLinear, use_onednn, widen
+from kvfusion_rag.linear import OneDNNLinear, replace_layers, use_onednn
 
 pytestmark = pytest.mark.skipif(not linear.has_onednn(), reason="torch without oneDNN")
 
@@ -27,7 +27,7 @@ def layer(wide: int, narrow: int, *, bias: bool = True) -> Linear:
 )  # fmt: skip
 def test_it_is_the_same_function(wide, narrow, rows, bias, form):
     theirs = layer(wide, narrow, bias=bias)
-    ours = WideLinear.like(theirs)
+    ours = OneDNNLinear.like(theirs)
     given = torch.randn(2, rows + 1, narrow)
     if form == "slice":
         given = given[:, 1:]
@@ -43,7 +43,7 @@ def test_it_is_the_same_function(wide, narrow, rows, bias, form):
 @given(st.integers(2, 700), st.integers(1, 400), st.integers(2, 70), st.randoms())
 def test_rows_hang_on_nothing_but_themselves(wide, narrow, rows, random):
     """Or the bits of a document would hang on its neighbours in a prefill pass."""
-    ours = WideLinear.like(layer(wide, narrow))
+    ours = OneDNNLinear.like(layer(wide, narrow))
     order = random.sample(range(rows), rows)
     given = torch.randn(rows, narrow)
     with torch.inference_mode():
@@ -54,13 +54,15 @@ def test_rows_hang_on_nothing_but_themselves(wide, narrow, rows, random):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("wide", "narrow"), [(4864, 896), (8192, 2048)])
-def test_rows_hang_on_nothing_but_themselves_in_layers_of_real_size(wide, narrow, threads):
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(4864, 896), (8192, 2048), (896, 4864), (2048, 8192), (896, 896), (64, 8192)]
+)
+def test_rows_hang_on_nothing_but_themselves_in_layers_of_real_size(outputs, inputs, threads):
     """Where sums are cut into blocks, and between threads."""
-    ours, before = WideLinear.like(layer(wide, narrow)), torch.get_num_threads()
+    ours, narrow, before = OneDNNLinear.like(layer(outputs, inputs)), inputs, torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for rows in (2, 127, 256):
+        for rows in (2, 16, 127, 256):
             order, given = torch.randperm(rows), torch.randn(rows, narrow)
             with torch.inference_mode():
                 assert ours(given[order]).equal(ours(given)[order])
@@ -72,22 +74,32 @@ def test_rows_hang_on_nothing_but_themselves_in_layers_of_real_size(wide, narrow
 def test_no_rows_and_no_row_dimension(shape):
     theirs = layer(96, 32)
     with torch.inference_mode():
-        torch.testing.assert_close(WideLinear.like(theirs)(torch.ones(shape)), theirs(torch.ones(shape)))
+        torch.testing.assert_close(OneDNNLinear.like(theirs)(torch.ones(shape)), theirs(torch.ones(shape)))
 
 
 @pytest.mark.parametrize("changed", [torch.bfloat16, torch.float64, "meta"], ids=str)
 def test_a_layer_that_was_moved_is_torchs_again(changed):
     theirs = layer(96, 32).to(changed)
-    ours, given = WideLinear.like(layer(96, 32)).to(changed), torch.randn(5, 32).to(changed)
+    ours, given = OneDNNLinear.like(layer(96, 32)).to(changed), torch.randn(5, 32).to(changed)
     with torch.inference_mode():
         found, expected = ours(given), theirs(given)
     assert found.dtype == expected.dtype and found.device == expected.device
     assert changed == "meta" or found.equal(expected)
 
 
+@pytest.mark.parametrize(("wide", "rows", "expected"), [(96, 7, True), (96, 4, True), (8, 5, False), (8, 4, True)])
+def test_layers_that_are_not_wide_are_torchs_where_rows_are_many(monkeypatch, wide, rows, expected):
+    calls = []
+    monkeypatch.setattr(linear, "FEW", 4)
+    monkeypatch.setattr(linear, "_onednn", lambda *given: calls.append(given) or torch.zeros(wide))
+    with torch.inference_mode():
+        OneDNNLinear.like(layer(wide, 32))(torch.ones(1, rows, 32))
+    assert bool(calls) is expected
+
+
 def test_training_is_left_to_torch():
     theirs = layer(96, 32)
-    ours, given = WideLinear.like(theirs), torch.randn(5, 32)
+    ours, given = OneDNNLinear.like(theirs), torch.randn(5, 32)
     for one in (theirs, ours):
         one.zero_grad()
         one(given).square().sum().backward()
@@ -96,15 +108,18 @@ def test_training_is_left_to_torch():
         assert ours(given).equal(theirs(given))
 
 
+@pytest.mark.parametrize("large", [linear.LARGE, 1024])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "bert"])
-def test_wide_layers_alone_are_replaced_and_weights_stay_where_they_are(architecture):
+def test_wide_and_large_layers_alone_are_replaced_and_weights_stay_where_they_are(monkeypatch, architecture, large):
+    monkeypatch.setattr(linear, "LARGE", large)
     made = model(architecture)
     before = {name: weight.data_ptr() for name, weight in made.state_dict().items()}
-    wide = [n for n, m in made.named_modules() if type(m) is Linear and m.out_features > m.in_features]
-    assert wide or architecture == "gpt2"
-    widen(made)
-    widen(made)  # no layer twice
-    assert [n for n, m in made.named_modules() if type(m) is WideLinear] == wide
+    sizes = {n: (m.out_features, m.in_features) for n, m in made.named_modules() if type(m) is Linear}
+    wanted = [n for n, (outputs, inputs) in sizes.items() if outputs > inputs or outputs * inputs >= large]
+    assert wanted or architecture == "gpt2"
+    replace_layers(made)
+    replace_layers(made)  # no layer twice
+    assert [n for n, m in made.named_modules() if type(m) is OneDNNLinear] == wanted
     assert {name: weight.data_ptr() for name, weight in made.state_dict().items()} == before
     embeddings, head = made.get_input_embeddings(), made.get_output_embeddings()
     assert (head.weight is embeddings.weight) == made.config.tie_word_embeddings
@@ -118,13 +133,13 @@ def test_layers_that_are_not_plain_stay():
     hooked.register_forward_hook(lambda *_: None)
     own.forward = own.forward  # as accelerate does
     others = torch.nn.ModuleList([Own(4, 8), hooked, own, layer(4, 8), layer(8, 4).bfloat16()])
-    widen(others)
-    assert not any(isinstance(one, WideLinear) for one in others)
+    replace_layers(others)
+    assert not any(isinstance(one, OneDNNLinear) for one in others)
 
 
 def test_an_adapter_goes_over_a_replaced_layer():
     made, plain = model("llama"), model("llama")
-    widen(made)
+    replace_layers(made)
     settings = LoraConfig(target_modules=["gate_proj", "q_proj"], init_lora_weights=False)
     for one in (made, plain):
         torch.manual_seed(0)
@@ -140,7 +155,7 @@ def test_only_where_it_is_faster(monkeypatch, processor, expected):
     monkeypatch.setattr(linear, "device_name", lambda device: processor)
     made = model("llama")
     assert use_onednn(made) is expected
-    assert any(isinstance(one, WideLinear) for one in made.modules()) is expected
+    assert any(isinstance(one, OneDNNLinear) for one in made.modules()) is expected
 
 
 @pytest.mark.parametrize("found", [AttributeError, RuntimeError, TypeError, "wrong"])
@@ -152,7 +167,7 @@ def test_an_operator_that_is_not_what_it_was_is_not_used(monkeypatch, found):
 
     monkeypatch.setattr(linear, "_onednn", operator)
     assert not linear.has_onednn()
-    assert not any(isinstance(one, WideLinear) for one in backbone("llama").model.modules())
+    assert not any(isinstance(one, OneDNNLinear) for one in backbone("llama").model.modules())
 
 
 def test_a_model_that_two_backbones_share_has_one_fingerprint():

@@ -1,8 +1,9 @@
 """What a machine must do at least for an answer, in operations and bytes, and how fast it can do that at best.
 
 A floor counts the products of matrices and of attention, each weight read once a step, and each document's keys and
-values moved once, whatever the number of questions over it. All else (norms, rotations, masks, sampling, launches) is
-left out, and so are the embeddings, of which a step reads a few rows: no program can be faster than its floor.
+values moved once, whatever the number of questions over it. Of a token whose successor is not asked for, the last
+layer computes keys and values alone. All else (norms, rotations, masks, sampling, launches) is left out, and so are
+the embeddings, of which a step reads a few rows: no program can be faster than its floor.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear import WideLinear, has_onednn
+from ..linear import OneDNNLinear, has_onednn
 from .shapes import Shape
 from .workload import Case, System
 
@@ -53,7 +54,9 @@ class Costs:
     """Of one model.
 
     Attributes:
+        layers: of the model.
         body: weights of all layers' matrices.
+        projections: of them, those that make keys and values in one layer.
         head: weights of the output matrix.
         attention: operations for one token that looks at one other, or at itself.
         kv: bytes of one token's keys and values.
@@ -61,7 +64,9 @@ class Costs:
         body_width: bytes of a layer's weight.
     """
 
+    layers: int
     body: int
+    projections: int
     head: int
     attention: int
     kv: int
@@ -71,10 +76,12 @@ class Costs:
     @classmethod
     def of(cls, shape: Shape, dtype: torch.dtype, *, body_width: int | None = None) -> Costs:
         hidden, width = shape.hidden_size, shape.hidden_size // shape.heads
-        projections = 2 * hidden * shape.heads * width + 2 * hidden * shape.kv_heads * width
-        layer = projections + 3 * hidden * shape.intermediate_size
+        projections = 2 * hidden * shape.kv_heads * width
+        layer = projections + 2 * hidden * shape.heads * width + 3 * hidden * shape.intermediate_size
         return cls(
+            layers=shape.layers,
             body=shape.layers * layer,
+            projections=projections,
             head=hidden * shape.vocabulary,
             attention=4 * shape.layers * shape.heads * width,
             kv=2 * shape.layers * shape.kv_heads * width * dtype.itemsize,
@@ -92,10 +99,12 @@ class Costs:
         head = 2 * self.head * case.batch
         if system == "generate":
             tokens = case.joined_tokens
-            return Work(case.batch * self._read(tokens) + head, self.weight_bytes + case.batch * tokens * self.kv)
+            return Work(
+                case.batch * self._read(tokens, asked=1) + head, self.weight_bytes + case.batch * tokens * self.kv
+            )
         stored = 0 if system == "cold" else case.hits
-        computed = case.lists * (case.documents - stored) * self._read(case.document_tokens)
-        questions = case.batch * self._read(case.question_tokens, case.documents * case.document_tokens)
+        computed = case.lists * (case.documents - stored) * self._read(case.document_tokens, asked=0)
+        questions = case.batch * self._read(case.question_tokens, case.documents * case.document_tokens, asked=1)
         return Work(
             computed + questions + head,
             self.weight_bytes + self._known_tokens(case, system) * self.kv,
@@ -111,9 +120,16 @@ class Costs:
             self.weight_bytes + (self._known_tokens(case, system) + case.batch * grown) * self.kv,
         )
 
-    def _read(self, tokens: int, before: int = 0) -> float:
-        """Operations of ``tokens`` that each look at all ``before``, those in front of them and themselves."""
-        return 2 * self.body * tokens + self.attention * (tokens * before + tokens * (tokens + 1) / 2)
+    def _read(self, tokens: int, before: int = 0, *, asked: int) -> float:
+        """Operations of ``tokens`` that each look at all ``before``, those in front of them and themselves.
+
+        The successors of the last ``asked`` of them, one or none, are asked for.
+        """
+        pairs = tokens * before + tokens * (tokens + 1) / 2
+        unasked_pairs = pairs - asked * (before + tokens)
+        spared = 2 * (self.body / self.layers - self.projections) * (tokens - asked)
+        spared += self.attention / self.layers * unasked_pairs
+        return 2 * self.body * tokens + self.attention * pairs - spared
 
     def _known_tokens(self, case: Case, system: System) -> int:
         """Tokens with keys and values of their own once all questions are read."""
@@ -140,10 +156,10 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 
 
 def _products(square: torch.Tensor) -> list[Callable[[], object]]:
-    """Ways to multiply ``square`` by itself: torch's own and, on a CPU, that of wide layers."""
+    """Ways to multiply ``square`` by itself: torch's own and, on a CPU, that of large layers."""
     found: list[Callable[[], object]] = [lambda: torch.mm(square, square)]
     if square.device.type == "cpu" and has_onednn():
-        layer = WideLinear(len(square), len(square), bias=False, device="meta")
+        layer = OneDNNLinear(len(square), len(square), bias=False, device="meta")
         layer.weight = torch.nn.Parameter(square, requires_grad=False)
         found.append(torch.inference_mode()(lambda: layer(square)))
     return found

@@ -1,6 +1,6 @@
 """What oneDNN is worth for linear layers in float32 on this CPU, beside torch's own product: see ``linear.py``.
 
-    python benchmarks/wide_layers.py [--shape qwen2.5-0.5b] [--json results.json]
+    python benchmarks/linear_layers.py [--shape qwen2.5-0.5b] [--json results.json]
 
 Each layer is measured over several copies of its weights, so that they come from memory as in a model.
 """
@@ -18,7 +18,7 @@ import torch
 
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.evaluation.shapes import SHAPES, shape_named
-from kvfusion_rag.linear import WideLinear, has_onednn
+from kvfusion_rag.linear import OneDNNLinear, has_onednn
 
 ROWS = (1, 2, 4, 16, 64, 256, 1024)
 BYTES = 1 << 28  # of all copies of a layer's weights: more than caches hold
@@ -51,7 +51,7 @@ def measure(name: str, narrow: int, wide: int) -> list[dict[str, object]]:
     """Milliseconds of one layer by either way, for each number of rows."""
     copies = max(1, BYTES // (4 * narrow * wide))
     theirs = [torch.nn.Linear(narrow, wide, bias=False) for _ in range(copies)]
-    ours = [WideLinear.like(layer) for layer in theirs]
+    ours = [OneDNNLinear.like(layer) for layer in theirs]
     found: list[dict[str, object]] = []
     for rows in ROWS:
         if name == "head" and rows > 64:  # which is asked for the last tokens alone
