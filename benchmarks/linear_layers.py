@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.nn.functional import linear
 
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.evaluation.shapes import SHAPES, shape_named
-from kvfusion_rag.linear import OneDNNLinear, has_onednn
+from kvfusion_rag.linear import has_onednn, onednn
 
-ROWS = (1, 2, 4, 16, 64, 256, 1024)
+ROWS = (1, 2, 4, 16, 64, 128, 256, 1024)
 BYTES = 1 << 28  # of all copies of a layer's weights: more than caches hold
 TRIES = 7
 
@@ -37,6 +38,7 @@ def main() -> None:
         "gate, up": (shape.hidden_size, shape.intermediate_size),
         "down": (shape.intermediate_size, shape.hidden_size),
         "query, output": (shape.hidden_size, shape.hidden_size),
+        "key, value": (shape.hidden_size, shape.hidden_size // shape.heads * shape.kv_heads),
         "head": (shape.hidden_size, shape.vocabulary),
     }
     figures = [row for name, sizes in layers.items() for row in measure(name, *sizes)]
@@ -47,36 +49,34 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(name: str, narrow: int, wide: int) -> list[dict[str, object]]:
+def measure(name: str, inputs: int, outputs: int) -> list[dict[str, object]]:
     """Milliseconds of one layer by either way, for each number of rows."""
-    copies = max(1, BYTES // (4 * narrow * wide))
-    theirs = [torch.nn.Linear(narrow, wide, bias=False) for _ in range(copies)]
-    ours = [OneDNNLinear.like(layer) for layer in theirs]
+    weights = [torch.randn(outputs, inputs) for _ in range(max(1, BYTES // (4 * inputs * outputs)))]
     found: list[dict[str, object]] = []
     for rows in ROWS:
         if name == "head" and rows > 64:  # which is asked for the last tokens alone
             continue
-        given = torch.randn(1, rows, narrow)
-        torchs, onednns = seconds(theirs, given), seconds(ours, given)
+        torchs, onednns = seconds(weights, torch.randn(1, rows, inputs))
         ratio = torchs / onednns
         found.append(
-            {"layer": name, "inputs": narrow, "outputs": wide, "rows": rows, "torch_ms": round(1e3 * torchs, 3),
+            {"layer": name, "inputs": inputs, "outputs": outputs, "rows": rows, "torch_ms": round(1e3 * torchs, 3),
              "onednn_ms": round(1e3 * onednns, 3), "times_faster": round(ratio, 2)}
         )  # fmt: skip
-        print(f"{name:13} {narrow:>5} -> {wide:<6} {rows:>4} rows: {1e3 * torchs:8.3f} ms by torch, "
+        print(f"{name:13} {inputs:>5} -> {outputs:<6} {rows:>4} rows: {1e3 * torchs:8.3f} ms by torch, "
               f"{1e3 * onednns:8.3f} by oneDNN, {ratio:.2f} x")  # fmt: skip
     return found
 
 
-def seconds(layers: Sequence[torch.nn.Linear], given: torch.Tensor) -> float:
-    """Of one layer: the median of several tries over all, after two that do not count."""
-    found = []
+def seconds(weights: Sequence[torch.Tensor], given: torch.Tensor) -> list[float]:
+    """Of one layer by torch and by oneDNN in turn: the median of several tries, after two that do not count."""
+    found: list[list[float]] = [[], []]
     for _ in range(TRIES + 2):
-        began = time.perf_counter()
-        for layer in layers:
-            layer(given)
-        found.append((time.perf_counter() - began) / len(layers))
-    return statistics.median(found[2:])
+        for times, product in zip(found, (linear, onednn), strict=True):
+            began = time.perf_counter()
+            for weight in weights:
+                product(given, weight, None)
+            times.append((time.perf_counter() - began) / len(weights))
+    return [statistics.median(times[2:]) for times in found]
 
 
 if __name__ == "__main__":

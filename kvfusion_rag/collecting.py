@@ -1,16 +1,17 @@
 """The cache of one prefill pass: it collects the keys and values of documents, and ends the pass once it has them all.
 
 Nothing else is read of a document, and the last layer's are known before that layer attends and runs its feed-forward
-block. So a pass costs one layer less, but for its projections, and gives the same bits. Knows no model.
+block. So a pass costs a layer less, but for its keys and values, and gives the same bits. Knows no model.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
 
 from .schema import DocumentKV
 
@@ -23,7 +24,8 @@ class DocumentCache(DynamicCache):
         self._past = 0 if prefix is None else prefix.num_tokens
         if prefix is not None:
             shape = (rows, -1, -1, -1)
-            for layer, keys, values in zip(self.layers, prefix.keys, prefix.values, strict=True):
+            layers = cast(list[CacheLayerMixin], self.layers)  # whose ``update`` ends no pass, as ours would
+            for layer, keys, values in zip(layers, prefix.keys, prefix.values, strict=True):
                 layer.update(keys.expand(shape), values.expand(shape))
 
     def collecting(self) -> AbstractContextManager[None]:
@@ -41,7 +43,7 @@ class DocumentCache(DynamicCache):
 
     def collected(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each (L, R, H_kv, T, d), without the prefix."""
-        filled = list(self)  # keys, values (R, H_kv, p + T, d) of each layer
+        filled = cast(list[tuple[torch.Tensor, ...]], list(self))  # keys, values (R, H_kv, p + T, d) of each layer
         keys = torch.stack([layer[0][:, :, self._past :] for layer in filled])
         values = torch.stack([layer[1][:, :, self._past :] for layer in filled])
         return keys, values

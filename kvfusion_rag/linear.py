@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 
 from .probe import device_name
 
-RULE = "onednn 2"  # in the keys of documents: to be counted up when other layers or rows are meant
 LARGE = 1 << 19  # weights
-FEW = 256  # rows
+FEW = 64  # rows
+RULE = f"onednn: wide, or {LARGE} weights and up to {FEW} rows"  # in the keys of documents
 
 
 class OneDNNLinear(torch.nn.Linear):
@@ -31,19 +31,19 @@ class OneDNNLinear(torch.nn.Linear):
         """Outputs (..., out_features) of inputs (..., in_features)."""
         is_faster = _is_wide(self) or input.numel() <= FEW * self.in_features
         if is_faster and torch.is_inference_mode_enabled() and _is_plain(self.weight) and _is_plain(input):
-            return _onednn(input, self.weight, self.bias)
+            return onednn(input, self.weight, self.bias)
         return super().forward(input)
 
 
 def use_onednn(model: torch.nn.Module) -> bool:
-    """Put :class:`OneDNNLinear` in place of float32 layers on processors where it is faster; whether any are."""
+    """Put :class:`OneDNNLinear` in place of layers on processors where it is faster; whether the model has any now."""
     if device_name(torch.device("cpu")).startswith("AMD ") and has_onednn():
         replace_layers(model)
     return any(isinstance(layer, OneDNNLinear) for layer in model.modules())
 
 
 def replace_layers(model: torch.nn.Module) -> None:
-    """Put :class:`OneDNNLinear` in place of all layers that are wide or large.
+    """Put :class:`OneDNNLinear` in place of all float32 layers on the CPU that are wide or large.
 
     Quantised layers, and those with hooks or a forward pass of their own, stay.
     """
@@ -52,8 +52,8 @@ def replace_layers(model: torch.nn.Module) -> None:
             model.set_submodule(name, OneDNNLinear.like(layer))
 
 
-def _onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """By what torch's compiler calls for frozen layers; there is no public name for it over plain weights."""
+def onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A layer by what torch's compiler calls for frozen ones; there is no public name for it over plain weights."""
     return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
 
@@ -63,7 +63,7 @@ def has_onednn() -> bool:
         return False
     input, weight, bias = torch.ones(2, 3), torch.eye(5, 3), torch.arange(5.0)
     try:
-        return torch.equal(_onednn(input, weight, bias), linear(input, weight, bias))
+        return torch.equal(onednn(input, weight, bias), linear(input, weight, bias))
     except (AttributeError, RuntimeError, TypeError):  # there is none, or it is another one
         return False
 

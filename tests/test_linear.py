@@ -15,9 +15,9 @@ from kvfusion_rag.linear import OneDNNLinear, replace_layers, use_onednn
 pytestmark = pytest.mark.skipif(not linear.has_onednn(), reason="torch without oneDNN")
 
 
-def layer(wide: int, narrow: int, *, bias: bool = True) -> Linear:
-    torch.manual_seed(wide)
-    return Linear(narrow, wide, bias=bias)
+def layer(outputs: int, inputs: int, *, bias: bool = True) -> Linear:
+    torch.manual_seed(outputs)
+    return Linear(inputs, outputs, bias=bias)
 
 
 @settings(deadline=None, max_examples=60)
@@ -25,14 +25,14 @@ def layer(wide: int, narrow: int, *, bias: bool = True) -> Linear:
     st.integers(2, 700), st.integers(1, 400), st.integers(1, 70), st.booleans(),
     st.sampled_from(["plain", "slice", "transposed"]),
 )  # fmt: skip
-def test_it_is_the_same_function(wide, narrow, rows, bias, form):
-    theirs = layer(wide, narrow, bias=bias)
+def test_it_is_the_same_function(outputs, inputs, rows, bias, form):
+    theirs = layer(outputs, inputs, bias=bias)
     ours = OneDNNLinear.like(theirs)
-    given = torch.randn(2, rows + 1, narrow)
+    given = torch.randn(2, rows + 1, inputs)
     if form == "slice":
         given = given[:, 1:]
     elif form == "transposed":
-        given = torch.randn(rows, 2, narrow).transpose(0, 1)
+        given = torch.randn(rows, 2, inputs).transpose(0, 1)
     with torch.inference_mode():
         found, expected = ours(given), theirs(given)
     assert found.shape == expected.shape and found.dtype == expected.dtype
@@ -41,14 +41,14 @@ def test_it_is_the_same_function(wide, narrow, rows, bias, form):
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(2, 700), st.integers(1, 400), st.integers(2, 70), st.randoms())
-def test_rows_hang_on_nothing_but_themselves(wide, narrow, rows, random):
+def test_rows_hang_on_nothing_but_themselves(outputs, inputs, rows, random):
     """Or the bits of a document would hang on its neighbours in a prefill pass."""
-    ours = OneDNNLinear.like(layer(wide, narrow))
+    ours = OneDNNLinear.like(layer(outputs, inputs))
     order = random.sample(range(rows), rows)
-    given = torch.randn(rows, narrow)
+    given = torch.randn(rows, inputs)
     with torch.inference_mode():
         assert ours(given[order]).equal(ours(given)[order])
-        others = torch.randn(rows, narrow)
+        others = torch.randn(rows, inputs)
         others[0] = given[0]
         assert ours(others)[0].equal(ours(given)[0])
 
@@ -59,11 +59,11 @@ def test_rows_hang_on_nothing_but_themselves(wide, narrow, rows, random):
 )
 def test_rows_hang_on_nothing_but_themselves_in_layers_of_real_size(outputs, inputs, threads):
     """Where sums are cut into blocks, and between threads."""
-    ours, narrow, before = OneDNNLinear.like(layer(outputs, inputs)), inputs, torch.get_num_threads()
+    ours, before = OneDNNLinear.like(layer(outputs, inputs)), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for rows in (2, 16, 127, 256):
-            order, given = torch.randperm(rows), torch.randn(rows, narrow)
+            order, given = torch.randperm(rows), torch.randn(rows, inputs)
             with torch.inference_mode():
                 assert ours(given[order]).equal(ours(given)[order])
     finally:
@@ -87,13 +87,16 @@ def test_a_layer_that_was_moved_is_torchs_again(changed):
     assert changed == "meta" or found.equal(expected)
 
 
-@pytest.mark.parametrize(("wide", "rows", "expected"), [(96, 7, True), (96, 4, True), (8, 5, False), (8, 4, True)])
-def test_layers_that_are_not_wide_are_torchs_where_rows_are_many(monkeypatch, wide, rows, expected):
+@pytest.mark.parametrize(
+    ("outputs", "shape", "expected"),
+    [(96, (7,), True), (96, (4,), True), (8, (5,), False), (8, (2, 3), False), (8, (4,), True), (8, (2, 2), True)],
+)
+def test_layers_that_are_not_wide_are_torchs_where_rows_are_many(monkeypatch, outputs, shape, expected):
     calls = []
     monkeypatch.setattr(linear, "FEW", 4)
-    monkeypatch.setattr(linear, "_onednn", lambda *given: calls.append(given) or torch.zeros(wide))
+    monkeypatch.setattr(linear, "onednn", lambda *given: calls.append(given) or torch.zeros(outputs))
     with torch.inference_mode():
-        OneDNNLinear.like(layer(wide, 32))(torch.ones(1, rows, 32))
+        OneDNNLinear.like(layer(outputs, 32))(torch.ones(*shape, 32))
     assert bool(calls) is expected
 
 
@@ -108,7 +111,7 @@ def test_training_is_left_to_torch():
         assert ours(given).equal(theirs(given))
 
 
-@pytest.mark.parametrize("large", [linear.LARGE, 1024])
+@pytest.mark.parametrize("large", [linear.LARGE, 64 * 64, 64 * 64 + 1])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "bert"])
 def test_wide_and_large_layers_alone_are_replaced_and_weights_stay_where_they_are(monkeypatch, architecture, large):
     monkeypatch.setattr(linear, "LARGE", large)
@@ -165,7 +168,7 @@ def test_an_operator_that_is_not_what_it_was_is_not_used(monkeypatch, found):
             return torch.zeros(2, 5)
         raise found
 
-    monkeypatch.setattr(linear, "_onednn", operator)
+    monkeypatch.setattr(linear, "onednn", operator)
     assert not linear.has_onednn()
     assert not any(isinstance(one, OneDNNLinear) for one in backbone("llama").model.modules())
 

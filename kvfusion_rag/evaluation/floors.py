@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..linear import OneDNNLinear, has_onednn
+from ..linear import has_onednn, onednn
 from .shapes import Shape
 from .workload import Case, System
 
@@ -56,7 +56,7 @@ class Costs:
     Attributes:
         layers: of the model.
         body: weights of all layers' matrices.
-        projections: of them, those that make keys and values in one layer.
+        kv_projections: weights of one layer that make keys and values.
         head: weights of the output matrix.
         attention: operations for one token that looks at one other, or at itself.
         kv: bytes of one token's keys and values.
@@ -66,7 +66,7 @@ class Costs:
 
     layers: int
     body: int
-    projections: int
+    kv_projections: int
     head: int
     attention: int
     kv: int
@@ -76,12 +76,12 @@ class Costs:
     @classmethod
     def of(cls, shape: Shape, dtype: torch.dtype, *, body_width: int | None = None) -> Costs:
         hidden, width = shape.hidden_size, shape.hidden_size // shape.heads
-        projections = 2 * hidden * shape.kv_heads * width
-        layer = projections + 2 * hidden * shape.heads * width + 3 * hidden * shape.intermediate_size
+        kv_projections = 2 * hidden * shape.kv_heads * width
+        layer = kv_projections + 2 * hidden * shape.heads * width + 3 * hidden * shape.intermediate_size
         return cls(
             layers=shape.layers,
             body=shape.layers * layer,
-            projections=projections,
+            kv_projections=kv_projections,
             head=hidden * shape.vocabulary,
             attention=4 * shape.layers * shape.heads * width,
             kv=2 * shape.layers * shape.kv_heads * width * dtype.itemsize,
@@ -100,11 +100,11 @@ class Costs:
         if system == "generate":
             tokens = case.joined_tokens
             return Work(
-                case.batch * self._read(tokens, asked=1) + head, self.weight_bytes + case.batch * tokens * self.kv
+                case.batch * self._read(tokens, asked=True) + head, self.weight_bytes + case.batch * tokens * self.kv
             )
         stored = 0 if system == "cold" else case.hits
-        computed = case.lists * (case.documents - stored) * self._read(case.document_tokens, asked=0)
-        questions = case.batch * self._read(case.question_tokens, case.documents * case.document_tokens, asked=1)
+        computed = case.lists * (case.documents - stored) * self._read(case.document_tokens, asked=False)
+        questions = case.batch * self._read(case.question_tokens, case.documents * case.document_tokens, asked=True)
         return Work(
             computed + questions + head,
             self.weight_bytes + self._known_tokens(case, system) * self.kv,
@@ -120,14 +120,15 @@ class Costs:
             self.weight_bytes + (self._known_tokens(case, system) + case.batch * grown) * self.kv,
         )
 
-    def _read(self, tokens: int, before: int = 0, *, asked: int) -> float:
+    def _read(self, tokens: int, before: int = 0, *, asked: bool) -> float:
         """Operations of ``tokens`` that each look at all ``before``, those in front of them and themselves.
 
-        The successors of the last ``asked`` of them, one or none, are asked for.
+        Args:
+            asked: whether the last one's successor is asked for.
         """
         pairs = tokens * before + tokens * (tokens + 1) / 2
         unasked_pairs = pairs - asked * (before + tokens)
-        spared = 2 * (self.body / self.layers - self.projections) * (tokens - asked)
+        spared = 2 * (self.body / self.layers - self.kv_projections) * (tokens - asked)
         spared += self.attention / self.layers * unasked_pairs
         return 2 * self.body * tokens + self.attention * pairs - spared
 
@@ -156,12 +157,10 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 
 
 def _products(square: torch.Tensor) -> list[Callable[[], object]]:
-    """Ways to multiply ``square`` by itself: torch's own and, on a CPU, that of large layers."""
+    """Ways to multiply ``square`` by itself: torch's own and, on a CPU, oneDNN's."""
     found: list[Callable[[], object]] = [lambda: torch.mm(square, square)]
     if square.device.type == "cpu" and has_onednn():
-        layer = OneDNNLinear(len(square), len(square), bias=False, device="meta")
-        layer.weight = torch.nn.Parameter(square, requires_grad=False)
-        found.append(torch.inference_mode()(lambda: layer(square)))
+        found.append(lambda: onednn(square, square, None))
     return found
 
 
