@@ -1,4 +1,4 @@
-"""From checked requests to answers: store, prefill, fusion and decoding in their order, tokens counted, times taken.
+"""From checked requests to answers: documents, fusion and decoding in their order, tokens counted, times taken.
 
 The facade (``generator.py``) turns a caller's arguments into requests; everything that happens to a request
 happens here. One engine serves all threads: it keeps no state of a request outside its ``Run``.
@@ -6,18 +6,14 @@ happens here. One engine serves all threads: it keeps no state of a request outs
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from .ape import Ape
 from .backbone import Backbone
@@ -29,17 +25,16 @@ from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
 from .limits import is_out_of_memory, memory_errors, require_fit, require_room
 from .placing import Placed, place
-from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, limit_of, read_documents
 from .recording import CudaGraphs, Recorder
 from .schema import Answer, Document, DocumentKV, Mode, Origin, Prompt, Timings, Usage
 from .settings import ModelSettings, require_mode
-from .store import Fetched, Miss, Place, Tier, Wanted, as_store, document_key
+from .store import Fetched, Place, Tier, Wanted
+from .supply import Supply
 
 logger = logging.getLogger(__name__)
 
-STORED_AT_ONCE = 128  # documents
 ROOM = 4096  # slots kept free for answers behind all rows; more are made when they are needed
 
 
@@ -61,7 +56,7 @@ class Run:
 
 
 class Engine:
-    """One backbone with its templates, prefix and store.
+    """One backbone with its templates and its supply of documents.
 
     Args:
         settings: templates, lengths and mode; the backbone's own or the caller's changes of them.
@@ -90,45 +85,14 @@ class Engine:
         on_gpu = self.decoder.device.type == "cuda"
         self.recorder: Recorder | None = CudaGraphs(self.decoder.device) if cuda_graphs and on_gpu else None
         self.settings = settings
-        self.store = as_store(store)
         self.encoder = PromptEncoder(backbone.tokenizer, settings)
-        kind = "cpu" if backbone.device.type == "cpu" else "accelerator"
-        self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
         require_fit(backbone, self.decoder, self.encoder, settings)
-        self.prefix = prefill_prefix(backbone, self.encoder.prefix_ids)
-        self.kv_shape = kv_shape(backbone)
-        self.namespace = namespace
+        prefix_ids = self.encoder.prefix_ids
+        self.supply = Supply(backbone, prefix_ids, store=store, namespace=namespace, tokens_per_pass=tokens_per_pass)
         self._max_fused_tokens = max_fused_tokens
         self._pool = BufferPool()
-        self._weights, self._fingerprint = "", ""  # of the model at the last look
-        self.refresh()
         self.warned: set[str] = set()
         self._explicit_is_exact = False  # until measured
-
-    def refresh(self) -> None:
-        """Notice weights that were changed in place: from then on documents have other keys, and prefix and all KVs
-        are computed anew."""
-        digest = self.backbone.weights_digest
-        if digest == self._weights:
-            return
-        if self._weights:
-            self.prefix = prefill_prefix(self.backbone, self.encoder.prefix_ids)
-        facts = [self.backbone.fingerprint(), list(self.encoder.prefix_ids), self.tokens_per_pass]
-        self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        self._weights = digest  # last: whoever sees it takes the fingerprint as it is
-
-    @property
-    def model(self) -> str:
-        """Everything that changes the bits of a document's KV besides its ids, as far as :meth:`refresh` has seen.
-
-        That is the model, the prefix, the shape of a prefill pass, and what the process may change at any time:
-        the number of threads and the precision of matrix products.
-        """
-        return f"{self._fingerprint}/{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
-
-    def key(self, token_ids: tuple[int, ...]) -> str:
-        """Store key of a document's ids: the model and the namespace are in it."""
-        return document_key(self.model, self.namespace, token_ids)
 
     def current(self, request: Request) -> Request:
         """``request`` with keys of the model as it is now, in the thread that answers.
@@ -136,12 +100,12 @@ class Engine:
         Much may happen before a request has its turn: weights may change, and each thread has a number of threads of
         its own for torch.
         """
-        self.refresh()
-        if request.model == self.model:
+        self.supply.refresh()
+        if request.model == self.supply.model:
             return request
-        reading = request.reading.with_keys(self.key)
+        reading = request.reading.with_keys(self.supply.key)
         fused, _ = self._placed(reading, request.mode)
-        return replace(request, reading=reading, fused=fused, model=self.model)
+        return replace(request, reading=reading, fused=fused, model=self.supply.model)
 
     def ordinary_ids(self) -> list[int]:
         """All ids of the model that are no control tokens."""
@@ -149,13 +113,13 @@ class Engine:
 
     def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
         """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
-        self.refresh()
+        self.supply.refresh()
         limits = Limits(
             document=limit_of(self.settings, self.backbone.context_window, len(self.encoder.prefix_ids)),
             total=self._max_fused_tokens if max_tokens is None else max_tokens,
             long_documents=self.settings.long_documents,
         )
-        return read_documents(documents, self.encoder, limits, self.key)
+        return read_documents(documents, self.encoder, limits, self.supply.key)
 
     def request(
         self,
@@ -206,72 +170,7 @@ class Engine:
             mode=mode,
             positions=self.settings.positions,
         )
-        return Request(reading, row, mode, fused, self.model, began)
-
-    def document_kvs(self, keys: Mapping[str, tuple[int, ...]]) -> dict[str, DocumentKV]:
-        """KV of every key, from the store or computed now (and then stored)."""
-        return self._fetch({key: Wanted(ids) for key, ids in keys.items()}, None, self.model).kvs
-
-    def store_all(
-        self, keys: Mapping[str, tuple[int, ...]], *, progress: bool
-    ) -> tuple[dict[str, Origin], dict[str, Miss]]:
-        """Compute what no local tier of the store has; where each document was, and why not in the store.
-
-        KVs go to the store alone, pass by pass, so memory is bounded by its caps; and few documents at a time, so
-        that a question about one of the others does not wait for all.
-        """
-        misses: dict[str, Miss] = {}
-        origins: dict[str, Origin] = {key: tier for key in keys if (tier := self.store.tier_of(key)) is not None}
-        absent = sorted((key for key in keys if key not in origins), key=lambda key: len(keys[key]))
-        model = self.model
-        with tqdm(
-            total=len(keys), initial=len(origins), desc="prefill", unit="doc", delay=1, disable=not progress
-        ) as bar:
-            for start in range(0, len(absent), STORED_AT_ONCE):
-                wanted = {key: Wanted(keys[key]) for key in absent[start : start + STORED_AT_ONCE]}
-                fetched = self._fetch(wanted, None, model, keep=False)
-                origins |= fetched.origins
-                misses |= fetched.misses
-                bar.update(len(wanted))
-        return origins, misses
-
-    def prefetch(self, keys: Mapping[str, tuple[int, ...]]) -> Future[int]:
-        """Begin to bring stored documents into memory; the future has how many are there."""
-        return self.store.prefetch(keys, self.kv_shape, self.backbone.device, self._fingerprint)
-
-    def _fetch(
-        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, model: str, *, keep: bool = True
-    ) -> Fetched:
-        """Documents from the store, or prefilled at ``starts`` (by default right after the prefix).
-
-        Args:
-            model: what the keys were made with.
-
-        Raises:
-            InvalidInputError: the weights were changed after that; nothing is stored under a wrong key.
-        """
-
-        def compute(missing: Sequence[str]) -> Iterator[tuple[str, DocumentKV]]:
-            computed = prefill(
-                self.backbone,
-                [wanted[key].token_ids for key in missing],
-                self.prefix,
-                tokens_per_pass=self.tokens_per_pass,
-                starts=None if starts is None else [starts[key] for key in missing],
-            )
-            for index, kv in computed:
-                self._require_unchanged(model)
-                yield missing[index], kv
-
-        return self.store.fetch(wanted, self.kv_shape, self.backbone.device, self._fingerprint, compute, keep=keep)
-
-    def _require_unchanged(self, model: str) -> None:
-        self.refresh()
-        if self.model != model:
-            raise InvalidInputError(
-                f"the weights of {self.backbone.model_id!r}, its threads or its precision were changed while it was "
-                "answering; change them between questions."
-            )
+        return Request(reading, row, mode, fused, self.supply.model, began)
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -305,7 +204,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
         # The failed pass is gone by now, its tensors with it.
-        released = self.store.release_memory(self.backbone.device) + self._give_back()
+        released = self.supply.store.release_memory(self.backbone.device) + self._give_back()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
         with self.memory_errors(batch):
             return self._start(batch, options)
@@ -338,13 +237,13 @@ class Engine:
             InvalidInputError: weights, threads or precision were changed since a request was made.
         """
         for request in batch.requests:
-            self._require_unchanged(request.model)
+            self.supply.require_unchanged(request.model)
         prefix = len(self.encoder.prefix_ids)
         lengths = [row.tokens + row.has_prefix * prefix for row in batch.rows]
         most = max(ROOM // len(batch.rows), max(lengths) // 2)
         buffer = FusedBuffer(
             lengths,
-            self.kv_shape,
+            self.supply.kv_shape,
             self.backbone.device,
             room=max(row.question_tokens for row in batch.rows)
             + min(most, new_tokens * max(len(row.members) for row in batch.rows)),
@@ -354,8 +253,8 @@ class Engine:
         copies: list[tuple[str, DocumentKV]] = []  # further slots of documents that several rows share
         starts: dict[str, int] = {}
         for row, shared in enumerate(batch.rows):
-            if self.prefix is not None and shared.has_prefix:
-                self.prefix.copy_into(buffer.slots(row, 0, self.prefix.token_ids))
+            if self.supply.prefix is not None and shared.has_prefix:
+                self.supply.prefix.copy_into(buffer.slots(row, 0, self.supply.prefix.token_ids))
             at = prefix
             for piece in shared.pieces.values():
                 slots = buffer.slots(row, at, piece.ids)
@@ -364,7 +263,7 @@ class Engine:
                 else:
                     wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots, piece.stored), piece.start
                 at += len(piece.ids)
-        fetched = self._fetch(wanted, starts, batch.requests[0].model)
+        fetched = self.supply.fetch(wanted, starts, batch.requests[0].model)
         for key, slots in copies:
             fetched.kvs[key].copy_into(slots)
         return buffer, fetched
@@ -483,7 +382,7 @@ class Engine:
         return [self.answer(run, number) for number in range(len(batch.requests))]
 
     def _placed(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
-        return place(reading, mode, self.settings, prefix_tokens=len(self.encoder.prefix_ids), key=self.key)
+        return place(reading, mode, self.settings, prefix_tokens=len(self.encoder.prefix_ids), key=self.supply.key)
 
     def _fused_tokens(self, request: Request) -> int:
         """Slots that prefix and documents take before the question is read."""
@@ -498,7 +397,8 @@ class Engine:
     def require_explicit_attention(self) -> None:
         """Refuse a model whose attention ours cannot stand in for, measured when it is first asked for."""
         if not self._explicit_is_exact:
-            require_ape(self.backbone, self.prefix, self.ordinary_ids(), tokens_per_pass=self.tokens_per_pass)
+            supply = self.supply
+            require_ape(self.backbone, supply.prefix, self.ordinary_ids(), tokens_per_pass=supply.tokens_per_pass)
             self._explicit_is_exact = True
 
     def _log_mode(self, mode: Mode) -> None:

@@ -71,11 +71,11 @@ class KVFusionGenerator:
             "cuda_graphs": cuda_graphs,
         }
         self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
-        self._encoder = self._engine.encoder
+        self._encoder, self._supply = self._engine.encoder, self._engine.supply
         self._gatherer = Gatherer(self._engine.answer_all) if gather else None
-        self._engine.store.require_room(self._engine.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
+        self._supply.store.require_room(self._supply.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
         self.gate: GateReport = run_gate(
-            backbone, self._engine.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._engine.tokens_per_pass
+            backbone, self._supply.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._supply.tokens_per_pass
         )
 
     @classmethod
@@ -201,7 +201,7 @@ class KVFusionGenerator:
     @property
     def namespace(self) -> str:
         """Whose documents these are in a shared store."""
-        return self._engine.namespace
+        return self._supply.namespace
 
     @property
     def max_new_tokens(self) -> int:
@@ -210,7 +210,7 @@ class KVFusionGenerator:
     @property
     def store(self) -> DocumentStore | None:
         """Where document KVs are kept, shared with generators that were given the same; ``None`` for nowhere."""
-        return None if self._engine.store.is_empty else self._engine.store
+        return None if self._supply.store.is_empty else self._supply.store
 
     def identity(self) -> dict[str, str | int | None]:
         """Everything that changes an answer besides question, documents and options; no paths, no secrets.
@@ -490,7 +490,7 @@ class KVFusionGenerator:
                 "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
         reading = self._engine.read(documents, max_tokens=UNLIMITED)
-        origins, misses = self._engine.store_all(reading.keys, progress=progress)
+        origins, misses = self._supply.store_all(reading.keys, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
             logger.warning(
                 "the store is too small: %d of %d documents were computed but not kept", gone, len(reading.keys)
@@ -505,7 +505,7 @@ class KVFusionGenerator:
         Returns:
             How many of the documents (pieces, where long ones are split) are in memory in the end.
         """
-        return self._engine.prefetch(self._engine.read(documents, max_tokens=UNLIMITED).keys)
+        return self._supply.prefetch(self._engine.read(documents, max_tokens=UNLIMITED).keys)
 
     def forget(self, documents: Sequence[Document | str]) -> int:
         """Remove the KVs of ``documents`` in this namespace from every tier of the store, whatever model made them.
@@ -515,11 +515,11 @@ class KVFusionGenerator:
         Returns:
             How many copies were removed.
         """
-        return self._engine.store.forget(self._engine.read(documents, max_tokens=UNLIMITED).keys)
+        return self._supply.store.forget(self._engine.read(documents, max_tokens=UNLIMITED).keys)
 
     def clear(self) -> int:
         """Remove all document KVs of this namespace from every tier of the store; how many copies that were."""
-        return self._engine.store.clear(namespace_key(self._engine.namespace))
+        return self._supply.store.clear(namespace_key(self._supply.namespace))
 
     def bump_epoch(self) -> None:
         """Say that the weights were changed by a way that torch does not count (``tensor.data``, another library).

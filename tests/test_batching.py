@@ -480,7 +480,7 @@ def test_threads_that_differ_in_torchs_threads_answer_for_each_other():
     try:
         with ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask_elsewhere).result()
-        assert made.model != gen._engine.model
+        assert made.model != gen._engine.supply.model
         assert gen._gatherer.ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
     finally:
         torch.set_num_threads(usual)

@@ -180,7 +180,7 @@ def test_the_loss_is_the_products_own(texts, tokenizer, joined):
     expected = 0.0
     groups = len(batch.ids)
     for group, rows in enumerate(batch.documents.view(groups, -1, batch.documents.shape[1])):
-        documents = {engine.key(tuple(ids[ids != 0].tolist())): tuple(ids[ids != 0].tolist()) for ids in rows}
+        documents = {engine.supply.key(tuple(ids[ids != 0].tolist())): tuple(ids[ids != 0].tolist()) for ids in rows}
         longest = max(map(len, documents.values()))
         for number in range(int(batch.owner[group].max()) + 1):
             ids = batch.ids[group][batch.owner[group] == number].tolist()

@@ -595,7 +595,7 @@ def test_documents_read_in_both_directions_can_be_joined_too(architecture):
 
 def test_the_direction_of_reading_is_part_of_the_key():
     keys = {
-        generator("llama", document_attention=attention)._engine.key((5, 6))
+        generator("llama", document_attention=attention)._engine.supply.key((5, 6))
         for attention in ("causal", "bidirectional")
     }
     assert len(keys) == 2

@@ -15,8 +15,8 @@ PACKAGE = ROOT / "kvfusion_rag"
 LAYERS = [
     "errors", "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "positions", "support",
     "linear", "attention", "ape", "watch", "collecting", "backbone", "prefill", "fusion", "gate", "limits", "locating",
-    "loading", "citations", "store", "reading", "recording", "decoding", "placing", "batching", "gathering", "engine",
-    "attribution", "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training",
+    "loading", "citations", "store", "supply", "reading", "recording", "decoding", "placing", "batching", "gathering",
+    "engine", "attribution", "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training",
     "serving", "cli",
 ]  # fmt: skip
 

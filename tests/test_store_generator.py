@@ -235,7 +235,7 @@ def test_documents_that_stand_behind_others_are_not_stored():
 
 
 def test_a_corpus_is_prefilled_in_slices_so_that_questions_need_not_wait_for_all_of_it(monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.engine.STORED_AT_ONCE", 2)
+    monkeypatch.setattr("kvfusion_rag.supply.STORED_AT_ONCE", 2)
     gen = over(DocumentStore(MemoryStore()))
     claimed: list[int] = []
     prefill, flights = gen._backbone.prefill, gen.store._flights
@@ -328,7 +328,7 @@ def test_f7_a_batch_without_memory_is_answered_in_halves(monkeypatch):
     rows = [DOCUMENTS[: 1 + n % 3] for n in range(5)]
     expected = [gen.answer("who?", row, max_new_tokens=4).token_ids for row in rows]
     running_out(gen, monkeypatch, times=10**6, largest=1)
-    gen._engine.tokens_per_pass = 1  # one document a pass, so that prefill is within it
+    gen._engine.supply.tokens_per_pass = 1  # one document a pass, so that prefill is within it
     found = gen.answer_batch(["who?"] * 5, rows, max_new_tokens=4)
     assert [answer.token_ids for answer in found] == expected
 

@@ -73,7 +73,7 @@ def encode_row(
     target = (*encoder.encode_answer(answer), end_id)
     question, prefix = encoder.encode_question(row.question), encoder.prefix_ids
     if joined:
-        pieces, start = place(reading, "concat", settings, prefix_tokens=len(prefix), key=engine.key)
+        pieces, start = place(reading, "concat", settings, prefix_tokens=len(prefix), key=engine.supply.key)
         in_prompt = (*prefix, *reading.joined) if pieces is None else ()
         known = {piece.key: piece.ids for piece in pieces or ()}
         example = Example(pieces is None, known, (*in_prompt, *question), target, start)

@@ -39,8 +39,8 @@ def batch_logits(engine: Engine, batch: Batch, kept: torch.Tensor) -> torch.Tens
     """Logits (R, N, V) of Dt at the columns ``kept`` (N,), over keys and values that Dp made without a gradient."""
     firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
     keys = {key: ids for example in firsts for key, ids in example.documents.items()}
-    kvs = engine.document_kvs(keys)
-    head = [engine.prefix] if engine.prefix is not None else []
+    kvs = engine.supply.document_kvs(keys)
+    head = [engine.supply.prefix] if engine.supply.prefix is not None else []
     rows: list[list[DocumentKV]] = [
         [] if example.joined else [*head, *(kvs[key] for key in example.documents)] for example in firsts
     ]
