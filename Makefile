@@ -12,7 +12,7 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all notebooks check format build clean
+.PHONY: help demo test test-all test-gpu notebooks check format build clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -29,11 +29,14 @@ $(READY): $(READY_TO_ASK)
 demo: $(READY_TO_ASK) ## answer a question over examples/lighthouse (QUESTION="..." for another)
 	$(BIN)/kvfusion ask "$(QUESTION)" --docs examples/lighthouse
 
-test: $(READY) ## all tests and notebooks but the slow ones and those that need a GPU
+test: $(READY) ## all tests and notebooks but the slow ones and those for a GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(READY) ## the slow tests too
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(READY) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 notebooks: $(READY) ## execute the notebooks and save them with their outputs (NOTEBOOKS="..." for some)
 	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c '$(EXECUTE)' $(NOTEBOOKS)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch
 
-SIZE = 256  # of the square matrices; a product of them takes half a millisecond in float32 on one core
+# Of the square matrices. Threads that wait for each other on a busy machine take some 16 milliseconds for any product,
+# so one without instructions for it has to take far longer; in float32 it takes two or three on two cores.
+SIZE = 512
+TRIES = 4
 SLOW = 4.0  # times float32's time from which on a dtype counts as one that the processor has no instructions for
 
 
@@ -17,7 +20,9 @@ def slowness(dtype: torch.dtype) -> float:
     """How many times longer a matrix product takes on the CPU in ``dtype`` than in float32."""
     if dtype == torch.float32:  # two measurements of one thing differ widely on a busy machine
         return 1.0
-    return _product_seconds(dtype) / _product_seconds(torch.float32)
+    # In turn, and the best of several, so that another process in between does not count.
+    found = [(_product_seconds(dtype), _product_seconds(torch.float32)) for _ in range(TRIES)]
+    return min(in_dtype for in_dtype, _ in found) / min(usual for _, usual in found)
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
@@ -44,11 +49,7 @@ def _processor() -> str:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """The best of three, so that another process in between does not count."""
     matrix = torch.ones(SIZE, SIZE, dtype=dtype)
-    found = []
-    for _ in range(3):
-        began = time.perf_counter()
-        torch.mm(matrix, matrix)
-        found.append(time.perf_counter() - began)
-    return min(found)
+    began = time.perf_counter()
+    torch.mm(matrix, matrix)
+    return time.perf_counter() - began

@@ -614,6 +614,19 @@ def test_a_busy_machine_says_nothing_of_float32(monkeypatch):
     assert slowness(torch.float32) == 1.0
 
 
+def test_a_machine_that_is_busy_for_a_while_is_measured_all_the_same(monkeypatch):
+    """Both are measured over the whole time: what slows down the half of it slows down both."""
+    calls = []
+
+    def seconds(dtype):
+        calls.append(dtype)
+        busy = 30.0 if len(calls) <= 4 else 1.0
+        return busy * (20.0 if dtype == torch.bfloat16 else 1.0)
+
+    monkeypatch.setattr("kvfusion_rag.probe._product_seconds", seconds)
+    assert slowness(torch.bfloat16) == 20.0
+
+
 @pytest.mark.parametrize("long_documents", ["split", "error"])
 def test_a_text_of_ten_megabytes_is_refused_before_it_is_all_encoded(long_documents, monkeypatch):
     gen = generator("llama", long_documents=long_documents)

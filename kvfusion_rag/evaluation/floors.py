@@ -157,9 +157,9 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 
 
 def _products(square: torch.Tensor) -> list[Callable[[], object]]:
-    """Ways to multiply ``square`` by itself: torch's own and, on a CPU, oneDNN's."""
+    """Ways to multiply ``square`` by itself: torch's own and, where layers may have it, oneDNN's."""
     found: list[Callable[[], object]] = [lambda: torch.mm(square, square)]
-    if square.device.type == "cpu" and has_onednn():
+    if square.device.type == "cpu" and square.dtype == torch.float32 and has_onednn():
         found.append(lambda: onednn(square, square, None))
     return found
 
