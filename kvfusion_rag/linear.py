@@ -1,7 +1,7 @@
 """Linear layers in float32 on AMD's processors, where torch's own library (MKL) has no kernels made for them.
 
 oneDNN, which comes with torch too, is up to 2.7 times as fast there with a layer that is wide (more outputs than
-inputs), and up to 1.8 times with any other large one while rows are few; elsewhere torch is as fast or faster
+inputs), and up to 1.6 times with any other large one while rows are few; elsewhere torch is as fast or faster
 (``benchmarks/linear_layers.py``). Weights stay as and where they are. Training is left to torch. Knows neither models
 nor text.
 """
