@@ -30,7 +30,8 @@ class OneDNNLinear(torch.nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Outputs (..., out_features) of inputs (..., in_features)."""
         is_faster = _is_wide(self) or input.numel() <= FEW * self.in_features
-        if is_faster and torch.is_inference_mode_enabled() and _is_plain(self.weight) and _is_plain(input):
+        is_plain = _is_plain(self.weight) and _is_plain(input)  # the layer may have been moved
+        if is_faster and is_plain and torch.is_inference_mode_enabled():
             return onednn(input, self.weight, self.bias)
         return super().forward(input)
 

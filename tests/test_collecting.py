@@ -33,6 +33,12 @@ def by_a_whole_pass(bone, prefix: DocumentKV | None):
     return [torch.stack([layer[kind][:, :, past:] for layer in cache]) for kind in (0, 1)]
 
 
+def layers_of(bone) -> torch.nn.ModuleList:
+    count = bone.config.num_hidden_layers
+    modules = bone.model.get_decoder().modules()
+    return next(m for m in modules if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+
+
 @architectures
 @dtypes
 @pytest.mark.parametrize("prefix_ids", [(), (5, 6, 7)], ids=["no prefix", "prefix"])
@@ -47,8 +53,7 @@ def test_the_bits_are_those_of_a_whole_pass(architecture, dtype, prefix_ids):
 @architectures
 def test_the_last_layer_is_not_finished(architecture):
     bone, finished = backbone(architecture), []
-    decoder, count = bone.model.get_decoder(), bone.config.num_hidden_layers
-    layers = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
+    decoder, layers = bone.model.get_decoder(), layers_of(bone)
     for layer in layers:
         layer.register_forward_hook(lambda module, *_: finished.append(module))
     norm = getattr(decoder, "norm", getattr(decoder, "ln_f", None))
@@ -62,9 +67,7 @@ def test_the_last_layer_is_not_finished(architecture):
 def test_a_pass_that_was_broken_off_leaves_nothing_behind(architecture):
     bone, kept = backbone(architecture), []
     before = by_a_whole_pass(bone, None)
-    decoder, count = bone.model.get_decoder(), bone.config.num_hidden_layers
-    layers = next(m for m in decoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    hook = layers[-1].register_forward_pre_hook(lambda module, given: kept.append(weakref.ref(given[0])))
+    hook = layers_of(bone)[-1].register_forward_pre_hook(lambda module, given: kept.append(weakref.ref(given[0])))
     bone.model.train()  # as between steps of training
     gc.disable()
     try:
