@@ -36,7 +36,7 @@ from .devices import choose_device, choose_dtype
 from .digest import digest_tensors
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
 from .linear import RULE, use_onednn
-from .positions import additive, bidirectional_mask
+from .positions import additive
 from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
@@ -152,19 +152,13 @@ class Backbone:
 
     @torch.inference_mode()
     def prefill(
-        self,
-        ids: torch.Tensor,
-        prefix: DocumentKV | None,
-        lengths: Sequence[int] | None = None,
-        starts: Sequence[int] | None = None,
+        self, ids: torch.Tensor, prefix: DocumentKV | None, starts: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Dp: keys and values of independent rows, each row seeing the prefix and itself.
 
         Args:
-            ids: (R, T) token ids, right-padded; causal attention cannot see pads, so they are masked only where
-                documents are read in both directions.
+            ids: (R, T) token ids, right-padded; causal attention cannot see pads.
             prefix: KV at positions 0..p-1, or ``None``.
-            lengths: tokens of each row, from 1; all T by default.
             starts: position of each row's first token; by default p, right after the prefix. Pads that would pass the
                 window stay at its last position.
 
@@ -177,11 +171,7 @@ class Backbone:
         positions = (first[:, None] + torch.arange(length)).to(self.device)  # (R, T)
         if self.context_window is not None:
             positions = positions.clamp(max=self.context_window - 1)
-        if self.settings.document_attention == "bidirectional":
-            real = torch.tensor(lengths or [length] * rows, device=self.device)
-            mask = additive(bidirectional_mask(past, real, length), self.dtype)
-        else:
-            mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
+        mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
         cache = DocumentCache(self.config, prefix, rows)
         with self._turn(adapter=False), cache.collecting():
             self.model.get_decoder()(
@@ -314,7 +304,6 @@ class Backbone:
             "attention": self.attention,
             "linear": self.linear,
             "instructions": torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else None,
-            "document_attention": self.settings.document_attention,
             "config": config,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -107,7 +107,6 @@ class _Probe:
         self.documents = [tuple(drawn[:first]), tuple(drawn[first : first + second])]
         self.question = drawn[first + second :]
         self.backbone, self.prefix = backbone, prefix
-        self.bidirectional = backbone.settings.document_attention == "bidirectional"
         self.prefix_ids = list(prefix.token_ids) if prefix else []
         self.tokens_per_pass = tokens_per_pass
         self.kvs = self._prefill(self.documents)
@@ -122,7 +121,7 @@ class _Probe:
     def one_document_is_an_ordinary_pass(self) -> Check:
         document = self.documents[0]
         ids = [*self.prefix_ids, *document, *self.question]
-        mask = self._block_mask([len(document)]) if self.bidirectional else torch.ones(1, len(ids))
+        mask = torch.ones(1, len(ids))
         ordinary = self._forward(ids, torch.arange(len(ids)), mask, DynamicCache(config=self.backbone.config))
         return self._compare("one fused document = ordinary pass", self._fused(self.kvs[:1]), ordinary)
 
@@ -147,8 +146,7 @@ class _Probe:
         return Check("explicit positions are honoured", moved, detail)
 
     def _block_mask(self, document_lengths: Sequence[int]) -> torch.Tensor:
-        p, both = len(self.prefix_ids), self.bidirectional
-        mask = block_mask(p, document_lengths, QUESTION_LENGTH, bidirectional=both)
+        mask = block_mask(len(self.prefix_ids), document_lengths, QUESTION_LENGTH)
         return additive(mask, self.backbone.dtype)[None, None]
 
     def ape_checks(self) -> tuple[Check, ...]:

@@ -247,18 +247,12 @@ class KVFusionGenerator:
             changes: fields of ``ModelSettings``, such as mode, passage_length, ape_temperature.
 
         Raises:
-            InvalidInputError: an unknown field, or a value that is not allowed; document_attention belongs to the
-                weights.
+            InvalidInputError: an unknown field, or a value that is not allowed.
         """
         allowed = [field.name for field in fields(ModelSettings)]
         if unknown := sorted(changes.keys() - set(allowed)):
             raise InvalidInputError(f"{unknown[0]!r} is no setting; the settings are {', '.join(allowed)}.")
         settings = replace(self.settings, **changes)
-        if settings.document_attention != self.settings.document_attention:
-            raise InvalidInputError(
-                f"document_attention is {settings.document_attention!r}, but the weights were loaded with "
-                f"{self.settings.document_attention!r}; set it in the model's kvfusion.json."
-            )
         return self._sibling(settings, self._engine_options)
 
     def with_namespace(self, namespace: str) -> KVFusionGenerator:

@@ -43,23 +43,12 @@ def place(
         The pieces, or ``None`` where all documents are part of the prompt; and the position of its first token.
     """
     if mode == "concat":
-        return _joined(reading, settings, prefix_tokens, key)
+        return None, 0
     if mode == "fusion" and settings.positions == "global":
         return _one_after_another(reading, prefix_tokens)
     passage_length = None if mode == "ape" else settings.passage_length
     pieces = tuple(Placed(name, ids, prefix_tokens) for name, ids in reading.keys.items())
     return pieces, question_start(prefix_tokens, passage_length, reading.longest)
-
-
-def _joined(
-    reading: Reading, settings: ModelSettings, prefix_tokens: int, key: Callable[[tuple[int, ...]], str]
-) -> tuple[tuple[Placed, ...] | None, int]:
-    """One prompt, or one document where documents are read in both directions and the question is not."""
-    if settings.document_attention == "causal":
-        return None, 0
-    ids = reading.joined
-    pieces = (Placed(key(ids), ids, prefix_tokens, stored=False),) if ids else ()
-    return pieces, prefix_tokens + len(ids)
 
 
 def _one_after_another(reading: Reading, prefix_tokens: int) -> tuple[tuple[Placed, ...], int]:

@@ -42,13 +42,10 @@ def fused_positions(
     return torch.cat([torch.arange(prefix_length), *documents, torch.arange(start, start + question_length)])
 
 
-def block_mask(
-    prefix_length: int, document_lengths: Sequence[int], question_length: int, *, bidirectional: bool = False
-) -> torch.Tensor:
+def block_mask(prefix_length: int, document_lengths: Sequence[int], question_length: int) -> torch.Tensor:
     """What may attend to what, (K + Q, K + Q) bool, in the single pass that fusion is equal to.
 
-    A document sees the prefix and itself; the question sees everything before it. Causal everywhere, or, with
-    ``bidirectional``, in both directions inside the prefix and inside each document.
+    A document sees the prefix and itself; the question sees everything before it. Causal everywhere.
     """
     blocks = [-1] * prefix_length
     for block, length in enumerate(document_lengths):
@@ -59,19 +56,7 @@ def block_mask(
     seen_by_all = (owner == -1)[None, :]
     is_question = (owner == len(document_lengths))[:, None]
     causal = torch.ones(len(blocks), len(blocks), dtype=torch.bool).tril()
-    seen = causal & (same_block | seen_by_all | is_question)  # (K + Q, K + Q)
-    return seen | (same_block & ~is_question) if bidirectional else seen
-
-
-def bidirectional_mask(prefix_length: int, lengths: torch.Tensor, padded_length: int) -> torch.Tensor:
-    """What rows of separate documents may attend to, (R, 1, T, p + T) bool: the prefix and all of themselves.
-
-    Args:
-        lengths: (R,) tokens of each row; the rest up to ``padded_length`` T is padding, which nothing sees.
-    """
-    slots = torch.arange(prefix_length + padded_length, device=lengths.device)
-    seen = slots < (prefix_length + lengths)[:, None]  # (R, p + T)
-    return seen[:, None, None, :].expand(-1, 1, padded_length, -1)
+    return causal & (same_block | seen_by_all | is_question)  # (K + Q, K + Q)
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,7 +3,7 @@
 Matrix kernels round differently for different shapes, so a document's bits would depend on how many others
 were prefilled beside it. Here every forward pass over a length bucket has one fixed shape: a document's
 keys and values are then a function of its own ids alone, whatever stood in the store before. Padding is on
-the right, where causal attention cannot see it (a mask hides it from bidirectional attention), and is cut off again.
+the right, where causal attention cannot see it, and is cut off again.
 """
 
 from __future__ import annotations
@@ -87,9 +87,8 @@ def _prefill_pass(
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document)
     filler = rows - len(documents)
-    lengths = [*map(len, documents), *[1] * filler]
     places = None if starts is None else [*starts, *[0] * filler]
-    keys, values = backbone.prefill(ids, prefix, lengths, places)  # (L, rows, H_kv, length, d) each
+    keys, values = backbone.prefill(ids, prefix, places)  # (L, rows, H_kv, length, d) each
     return [
         DocumentKV(keys[:, row, :, : len(document)].clone(), values[:, row, :, : len(document)].clone(), document)
         for row, document in enumerate(documents)

@@ -29,7 +29,6 @@ FILE_NAME = "kvfusion.json"
 RECORD_NAME = "training.json"  # beside a trained decoder: everything that made it
 FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
-DocumentAttention = Literal["causal", "bidirectional"]
 Positions = Literal["uniform", "global"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
@@ -51,9 +50,6 @@ class ModelSettings:
             takes the longest document's.
         max_document_tokens: longest document to prefill in one piece; ``None`` means what the window allows.
         long_documents: what happens to a longer one.
-        document_attention: how tokens of one document see each other while it is prefilled: "causal" as every
-            decoder is pretrained, or "bidirectional" for weights that were trained so (a prefix language model:
-            questions and answers stay causal).
         answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
         evidence_separator: what stands between an answer and its evidence where a model is trained on both.
         max_new_tokens: default length of an answer in tokens.
@@ -80,7 +76,6 @@ class ModelSettings:
     passage_length: int | None = None
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "error"
-    document_attention: DocumentAttention = "causal"
     max_new_tokens: int = 48
     mode: Mode = "fusion"
     positions: Positions = "uniform"
@@ -105,10 +100,6 @@ class ModelSettings:
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
         if self.long_documents not in ("error", "split"):
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
-        if self.document_attention not in ("causal", "bidirectional"):
-            raise InvalidInputError(
-                f"document_attention is {self.document_attention!r}, but it must be 'causal' or 'bidirectional'."
-            )
         if self.positions not in ("uniform", "global"):
             raise InvalidInputError(f"positions is {self.positions!r}, but it must be 'uniform' or 'global'.")
         require_mode(self.mode)

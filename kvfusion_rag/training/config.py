@@ -23,8 +23,7 @@ class TrainingConfig:
         evidence: train on the sentence that holds the answer too.
         joined_share: share of rows read as one joined prompt; above 0, what is trained answers mode ``concat`` too.
             1 is fine-tuning on joined prompts alone, the control that the paper lacks: dev rows are then answered in
-            mode ``concat``. A base that reads documents in both directions prefills the joined documents itself,
-            and what is trained reads question and answer over them.
+            mode ``concat``.
         gradient_checkpointing: compute layers again in the backward pass instead of keeping their activations; the
             steps are the same, need less memory and take longer.
         eval_every: steps between two evaluations on the dev rows (exact match decides which checkpoint is kept).

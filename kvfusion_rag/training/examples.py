@@ -13,7 +13,6 @@ import torch
 
 from ..engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
-from ..placing import place
 from ..positions import question_start
 from ..qa import QARow
 from ..reading import Reading
@@ -73,10 +72,7 @@ def encode_row(
     target = (*encoder.encode_answer(answer), end_id)
     question, prefix = encoder.encode_question(row.question), encoder.prefix_ids
     if joined:
-        pieces, start = place(reading, "concat", settings, prefix_tokens=len(prefix), key=engine.supply.key)
-        in_prompt = (*prefix, *reading.joined) if pieces is None else ()
-        known = {piece.key: piece.ids for piece in pieces or ()}
-        example = Example(pieces is None, known, (*in_prompt, *question), target, start)
+        example = Example(True, {}, (*prefix, *reading.joined, *question), target, 0)
     else:
         start = question_start(len(prefix), settings.passage_length, reading.longest)
         example = Example(False, reading.keys, question, target, start)
