@@ -31,11 +31,11 @@ class Ape:
     scale: float
 
     @classmethod
-    def over(cls, mask: torch.Tensor, prefix_length: int, temperature: float, scale: float) -> Ape:
-        """APE over a fused context with mask (B, K), whose first slots are the shared prefix."""
-        documents = mask.to(torch.bool, copy=True)
-        documents[:, :prefix_length] = False
-        return cls(documents, temperature, scale)
+    def over(cls, mask: torch.Tensor, prefix_lengths: Sequence[int], temperature: float, scale: float) -> Ape:
+        """APE over a fused context with mask (B, K), whose rows begin with prefixes of these lengths."""
+        slots = torch.arange(mask.shape[1], device=mask.device)
+        prefixes = torch.tensor(prefix_lengths, device=mask.device)
+        return cls(mask.bool() & (slots >= prefixes[:, None]), temperature, scale)
 
     def keep(self, rows: Sequence[int]) -> Ape:
         """The same for these rows of the context alone."""

@@ -139,9 +139,7 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
     # In an order of theirs, not the caller's: where a variant stands among the others rounds its numbers.
     full = sorted((number for number, read in enumerate(documents) if read.pieces), key=lambda n: documents[n].pieces)
     fewer = {number: request.reading.without(number) for number in full}
-    before = 0 if request.fused is not None else len(engine.encoder.prefix_ids) + len(request.reading.joined)
-    question = request.question.ids[before:]
-    left = {n: engine.request_for(rest, question, request.mode, options, began) for n, rest in fewer.items()}
+    left = {n: engine.request_for(rest, request.layout, request.mode, options, began) for n, rest in fewer.items()}
     if request.fused is not None:  # nothing leaves with a document whose twin stays fused
         left = {number: variant for number, variant in left.items() if variant.fused != request.fused}
     whole, *without = _log_probabilities(engine, [request, *left.values()], answer)
@@ -158,7 +156,7 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
 def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) -> list[float]:
     """Each document's mean share, over layers and heads, of the attention that chose the tokens of ``answer``."""
     request = engine.current(request)
-    spans = _spans(request, len(engine.encoder.prefix_ids))
+    spans = _spans(request)
     run = engine.start(Batch.of(request), DecodingOptions(max_new_tokens=len(answer)))
     try:
         decoder, ways = engine.answering(run)
@@ -220,15 +218,11 @@ def _require_wanted(request: Request) -> None:
         raise CancelledError
 
 
-def _spans(request: Request, prefix: int) -> list[list[tuple[int, int]]]:
+def _spans(request: Request) -> list[list[tuple[int, int]]]:
     """Slots (start, end) of the pieces of each of the caller's documents."""
-    documents, at = request.reading.documents, prefix
-    if request.mode == "concat":  # one after the other, in the caller's order
-        joined = []
-        for document in documents:
-            joined.append([(at, at + document.tokens)])
-            at += document.tokens
-        return joined
+    documents, at = request.reading.documents, len(request.prefix)
+    if request.fused is None:
+        return [[span] for span in request.spans]
     place = {}
     for piece in request.fused or ():
         place[piece.ids] = (at, at + len(piece.ids))

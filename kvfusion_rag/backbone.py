@@ -13,6 +13,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,11 +66,13 @@ class Backbone:
         model_id: str,
         revision: str | None = None,
         adapter: str | Path | None = None,
+        base_settings: ModelSettings | None = None,
     ) -> None:
         require_supported(model.config, model_id)
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.settings = settings
+        self.base_settings = base_settings or settings  # without the adapter
         self.model_id = model_id
         self.revision = revision
         self.config: PretrainedConfig = model.config.get_text_config()
@@ -79,6 +82,8 @@ class Backbone:
         self.attention = share_heads(self.model)
         self.linear = RULE if use_onednn(self.model) else "torch"
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
+        generation = model.generation_config
+        self.max_new_tokens: int | None = None if generation is None else generation.max_new_tokens
         self.end_ids = _end_ids(model, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
         self.end_id: int | None = next((i for i in ends if i is not None), None)  # what training ends answers with
@@ -132,9 +137,11 @@ class Backbone:
         with _loading(f"the tokenizer of {model_id!r}"):
             tokenizer = AutoTokenizer.from_pretrained(model, **hub)
         with _loading(f"the settings of {model_id!r}"):
-            settings = load_settings(model, tokenizer, model_id=model_id, **hub)
+            settings = base_settings = load_settings(model, tokenizer, model_id=model_id, **hub)
             if adapter is not None and (Path(adapter) / FILE_NAME).is_file():  # as it was trained
                 settings = load_settings(str(adapter), tokenizer, model_id=Path(adapter).resolve().name)
+            elif adapter is not None:  # one of other software, trained on ordinary prompts
+                settings = replace(settings, tuned_concat=True)
         with _loading(f"the weights of {model_id!r}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model, config=config, dtype=precision, output_loading_info=True, **hub, **kwargs
@@ -148,7 +155,15 @@ class Backbone:
                 f"{missing[0]!r}; it is incomplete, or belongs to another architecture."
             )
         commit = getattr(config, "_commit_hash", None) or revision
-        return cls(network, tokenizer, settings, model_id=model_id, revision=commit, adapter=adapter)
+        return cls(
+            network,
+            tokenizer,
+            settings,
+            model_id=model_id,
+            revision=commit,
+            adapter=adapter,
+            base_settings=base_settings,
+        )
 
     @torch.inference_mode()
     def prefill(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .decoding import Question
+from .layouts import Layout
 from .placing import Placed
 from .reading import Reading
 from .schema import Mode
@@ -24,23 +25,37 @@ MOST_FOREIGN = 0.25  # of a row: document tokens that one of its questions does 
 class Request:
     """One question with its documents, encoded and checked against the limits.
 
-    ``fused`` is what is prefilled apart, in the order in which it is fused; ``None`` where all documents stand in the
-    question's own prompt. ``model`` is what the keys were made with, ``began`` the time at which the caller asked.
-    Once ``cancelled`` is set, the answer ends at its next token.
+    Attributes:
+        fused: pieces that are prefilled, in the order in which they are fused; ``None`` if all documents stand in the
+            question's own prompt.
+        layout: the prompt; its prefix stands in front of what is fused.
+        model: what the keys were made with.
+        most_tokens: limit of this answer, if the window has less room than the caller's default.
+        spans: tokens of each of the caller's documents in a joined prompt.
+        began: time at which the caller asked.
+        cancelled: once set, the answer ends at its next token.
     """
 
     reading: Reading
     question: Question
     mode: Mode
     fused: tuple[Placed, ...] | None
+    layout: Layout
     model: str
+    most_tokens: int | None = None
+    spans: tuple[tuple[int, int], ...] = ()
     began: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 
     @property
     def fused_tokens(self) -> int:
-        """Of what is prefilled apart, without the prefix."""
+        """Tokens of the fused pieces, without the prefix."""
         return sum(len(piece.ids) for piece in self.fused or ())
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """Ids in front of the fused documents; none for a joined prompt, which holds them itself."""
+        return () if self.fused is None else self.layout.prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,7 @@ class SharedRow:
 
     Attributes:
         pieces: by key, in the order in which they are fused.
-        has_prefix: whether the shared prefix stands in front.
+        prefix: ids in front of them, the same for all members.
         members: places of the questions in their batch.
         tokens: of all documents together.
         fewest: document tokens of the member that has fewest.
@@ -57,7 +72,7 @@ class SharedRow:
     """
 
     pieces: Mapping[str, Placed]
-    has_prefix: bool
+    prefix: tuple[int, ...]
     members: tuple[int, ...]
     tokens: int
     fewest: int
@@ -67,20 +82,20 @@ class SharedRow:
     def of(cls, number: int, request: Request) -> SharedRow:
         """A row for one question."""
         pieces, tokens = {piece.key: piece for piece in request.fused or ()}, request.fused_tokens
-        return cls(pieces, request.fused is not None, (number,), tokens, tokens, len(request.question.ids))
+        return cls(pieces, request.prefix, (number,), tokens, tokens, len(request.question.ids))
 
     def joined_by(self, number: int, request: Request) -> SharedRow | None:
         """This row once ``request`` reads it too; ``None`` where that had better have a row of its own."""
         question_tokens = self.question_tokens + len(request.question.ids)
         own = {piece.key: piece for piece in request.fused or ()}
-        if not own or question_tokens > MAX_ROW_TOKENS:
+        if not own or self.prefix != request.prefix or question_tokens > MAX_ROW_TOKENS:
             return None
         added = sum(len(piece.ids) for key, piece in own.items() if key not in self.pieces)
         tokens, fewest = self.tokens + added, min(self.fewest, request.fused_tokens)
         if tokens - fewest > MOST_FOREIGN * tokens:
             return None
         pieces = dict(sorted({**self.pieces, **own}.items())) if added else self.pieces
-        return SharedRow(pieces, self.has_prefix, (*self.members, number), tokens, fewest, question_tokens)
+        return SharedRow(pieces, self.prefix, (*self.members, number), tokens, fewest, question_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +120,10 @@ class Batch:
         """Whether some question's row holds documents that are not its own."""
         return any(row.fewest < row.tokens for row in self.rows)
 
-    def slots(self, prefix_tokens: int) -> int:
-        """Of all rows together, padded to the longest documents and the longest questions."""
-        longest = max(row.tokens + row.has_prefix * prefix_tokens for row in self.rows)
+    @property
+    def slots(self) -> int:
+        """Slots of all rows together, padded to the longest documents and the longest questions."""
+        longest = max(row.tokens + len(row.prefix) for row in self.rows)
         return len(self.rows) * (longest + max(row.question_tokens for row in self.rows))
 
     def joined_by(self, request: Request, *, share: bool) -> Batch:
@@ -122,7 +138,7 @@ class Batch:
         return Batch((*self.requests, request), tuple(rows))
 
 
-def batches(requests: Sequence[Request], *, prefix_tokens: int, max_slots: int, share: bool) -> Iterator[Batch]:
+def batches(requests: Sequence[Request], *, max_slots: int, share: bool) -> Iterator[Batch]:
     """Requests in order, cut into batches whose padded slots stay within ``max_slots``.
 
     Args:
@@ -131,7 +147,7 @@ def batches(requests: Sequence[Request], *, prefix_tokens: int, max_slots: int, 
     batch = Batch()
     for request in requests:
         grown = batch.joined_by(request, share=share)
-        if batch.requests and (len(grown.requests) > MAX_BATCH or grown.slots(prefix_tokens) > max_slots):
+        if batch.requests and (len(grown.requests) > MAX_BATCH or grown.slots > max_slots):
             yield batch
             grown = Batch.of(request)
         batch = grown

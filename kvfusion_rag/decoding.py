@@ -44,6 +44,7 @@ class DecodingOptions:
         top_k: keep this many likeliest tokens; ``None`` for all.
         stop: strings that end an answer wherever their letters fall on tokens; not part of it.
         seed: of the random generator of each answer, below 2**63; ``None`` for a fresh one.
+        may_shorten: the limit is a default, so an answer with less room in the window gets a lower one.
     """
 
     max_new_tokens: int
@@ -52,6 +53,7 @@ class DecodingOptions:
     top_k: int | None = None
     stop: Sequence[str] = ()
     seed: int | None = None
+    may_shorten: bool = False
 
     def __post_init__(self) -> None:
         _require(is_count(self.max_new_tokens), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
@@ -89,8 +91,8 @@ def decoding_options(given: DecodingKwargs, *, max_new_tokens: int) -> DecodingO
     if unknown := sorted(given.keys() - allowed.keys()):
         raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
     wanted = given.get("max_new_tokens")
-    wanted = max_new_tokens if wanted is None else wanted
-    return DecodingOptions(**{**given, "max_new_tokens": wanted, "stop": given.get("stop") or ()})
+    limit = {"max_new_tokens": max_new_tokens, "may_shorten": True} if wanted is None else {"max_new_tokens": wanted}
+    return DecodingOptions(**{**given, **limit, "stop": given.get("stop") or ()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +189,7 @@ def decode(
     unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
     is_cancelled: Callable[[int], bool] = lambda number: False,
+    limits: Sequence[int] | None = None,
 ) -> Generator[list[Row], None, None]:
     """Answer every question over ``context``, yielding all answers so far after each step.
 
@@ -205,6 +208,7 @@ def decode(
         unsettling_ids: tokens after which the text so far may still be read anew.
         on_logits: called with the logits (n, V) of the n open questions at each step.
         is_cancelled: asked at each step whether a question's answer is still wanted.
+        limits: most tokens of each answer; by default ``options.max_new_tokens``.
 
     Raises:
         UnsupportedModelError: the model's logits are no numbers.
@@ -216,11 +220,13 @@ def decode(
     open_ones = list(range(len(answers)))
     tokens: list[Sequence[int]] = [question.ids for question in questions]  # that each reads next
     positions = [question.start for question in questions]
-    for step in range(options.max_new_tokens):
+    limits = [options.max_new_tokens] * len(answers) if limits is None else limits
+    longest = max(limits)
+    for step in range(longest):
         asked = table.seat(
             open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones], columns=steps.columns
         )
-        logits = steps.read(asked, still=options.max_new_tokens - step if step else 0)  # questions are read once
+        logits = steps.read(asked, still=longest - step if step else 0)  # questions are read once
         if on_logits is not None:
             on_logits(logits)
         chosen = choose(logits, open_ones)
@@ -232,7 +238,7 @@ def decode(
         for i, token in zip(open_ones, chosen, strict=True):
             positions[i] += len(tokens[i])
             tokens[i] = (token,)
-            answers[i].push(token, is_end=token in backbone.end_ids, is_last=step + 1 == options.max_new_tokens)
+            answers[i].push(token, is_end=token in backbone.end_ids, is_last=step + 1 == limits[i])
             if answers[i].finish_reason is None and is_cancelled(i):
                 answers[i].finish_reason = "cancelled"
         yield answers

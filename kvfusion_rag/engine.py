@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, get_args
@@ -23,13 +23,28 @@ from .decoding import DecodingOptions, Question, Row, decode
 from .errors import InvalidInputError, MemoryLimitError
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
-from .limits import is_out_of_memory, memory_errors, require_fit, require_room
-from .placing import Placed, place
-from .prompts import PromptEncoder
-from .reading import Limits, Reading, limit_of, read_documents
+from .layouts import ChatLayouts, FixedLayout, Layout
+from .limits import is_out_of_memory, memory_errors, require_fit, room_left
+from .measured import best_mode
+from .placing import place
+from .prompts import PlainEncoder, PromptEncoder
+from .reading import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
 from .recording import CudaGraphs, Recorder
-from .schema import Answer, Document, DocumentKV, Mode, Origin, Prompt, Timings, Usage
-from .settings import ModelSettings, require_mode
+from .schema import (
+    Answer,
+    Document,
+    DocumentKV,
+    Message,
+    Mode,
+    ModeChoice,
+    Origin,
+    Prompt,
+    PromptPart,
+    ShownPrompt,
+    Timings,
+    Usage,
+)
+from .settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings, require_mode
 from .store import Fetched, Place, Tier, Wanted
 from .supply import Supply
 
@@ -85,10 +100,12 @@ class Engine:
         on_gpu = self.decoder.device.type == "cuda"
         self.recorder: Recorder | None = CudaGraphs(self.decoder.device) if cuda_graphs and on_gpu else None
         self.settings = settings
-        self.encoder = PromptEncoder(backbone.tokenizer, settings)
+        plain = PlainEncoder(backbone.tokenizer)
+        self.encoder = PromptEncoder(backbone.tokenizer, settings, plain)
+        self._base_encoder = PromptEncoder(backbone.tokenizer, backbone.base_settings, plain)
+        self._chats = ChatLayouts(backbone.tokenizer, settings, plain)
         require_fit(backbone, self.decoder, self.encoder, settings)
-        prefix_ids = self.encoder.prefix_ids
-        self.supply = Supply(backbone, prefix_ids, store=store, namespace=namespace, tokens_per_pass=tokens_per_pass)
+        self.supply = Supply(backbone, store=store, namespace=namespace, tokens_per_pass=tokens_per_pass)
         self._max_fused_tokens = max_fused_tokens
         self._pool = BufferPool()
         self.warned: set[str] = set()
@@ -103,80 +120,155 @@ class Engine:
         self.supply.refresh()
         if request.model == self.supply.model:
             return request
-        reading = request.reading.with_keys(self.supply.key)
-        fused, _ = self._placed(reading, request.mode)
+        prefix = request.layout.prefix
+        reading = request.reading.with_keys(lambda ids: self.supply.key(ids, prefix))
+        fused, _ = place(reading, request.mode, self.settings, prefix_tokens=len(prefix))
         return replace(request, reading=reading, fused=fused, model=self.supply.model)
 
     def ordinary_ids(self) -> list[int]:
         """All ids of the model that are no control tokens."""
         return sorted(set(range(self.backbone.config.vocab_size)) - self.encoder.plain.control_ids)
 
-    def read(self, documents: Sequence[Document | str], *, max_tokens: int | None = None) -> Reading:
+    @property
+    def max_new_tokens(self) -> int:
+        """Default limit of an answer: the settings', else the generation config's, else 512."""
+        return self.settings.max_new_tokens or self.decoder.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether an adapter or a decoder with weights of its own is loaded."""
+        return self.decoder is not self.backbone or self.backbone.has_adapter
+
+    def mode_of(self, wanted: ModeChoice | None) -> tuple[Mode, str]:
+        """The mode that answers, and the reason for it."""
+        require_mode("auto" if wanted is None else wanted)
+        chosen = wanted or "auto"
+        if chosen != "auto":
+            return chosen, "asked for"
+        if self.settings.mode != "auto":
+            return self.settings.mode, "set for this model"
+        if self.settings.tuned:
+            return "fusion", "the weights were trained to read fused documents"
+        if (found := best_mode(self.backbone, self.backbone.adapter_digest)) is not None:
+            return found, "measured best by kvfusion doctor --measure"
+        return "concat", "the model was not trained to read fused documents"
+
+    def layout(
+        self,
+        question: str,
+        prompt: Prompt,
+        mode: Mode,
+        *,
+        has_documents: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Layout:
+        """How the prompt of one question is read in ``mode``."""
+        tuned = not self.is_tuned or self._answers_tuned(mode)
+        settings = self.settings if tuned else self.backbone.base_settings
+        if settings.layout == "fixed":
+            return FixedLayout.of(self.encoder if tuned else self._base_encoder, question, prompt)
+        return self._chats.of(question, prompt, has_documents=has_documents, kwargs=template_kwargs)
+
+    def fused_layout(self, prompt: Prompt) -> Layout:
+        """The layout in which documents are read for questions in the wording of ``prompt``."""
+        return self.layout("?", prompt, "fusion", has_documents=True)
+
+    def every_layout(self) -> list[Layout]:
+        """Layouts that encode documents in all the ways that this model usually reads them."""
+        messages = [Message.around("user", "", "?", titles=titles) for titles in (False, True)]
+        chats = [self._chats.of("?", [message], has_documents=True) for message in messages]
+        return [FixedLayout.of(self.encoder, "?", None), FixedLayout.of(self._base_encoder, "?", None), *chats]
+
+    def shown(self, request: Request) -> ShownPrompt:
+        """What the model reads for ``request``, as text."""
+
+        def text(ids: Sequence[int]) -> str:
+            return str(self.backbone.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        if request.fused is not None:
+            names = {ids: read.id for read in reversed(request.reading.documents) for ids in read.pieces}
+            documents = [PromptPart(text(piece.ids), names[piece.ids]) for piece in request.fused]
+            parts = [PromptPart(text(request.prefix)), *documents, PromptPart(text(request.question.ids))]
+            return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
+        parts, at, ids = [], 0, request.question.ids
+        for read, (start, end) in zip(request.reading.documents, request.spans, strict=True):
+            if end > start:
+                parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), read.id)]
+                at = end
+        parts.append(PromptPart(text(ids[at:])))
+        return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
+
+    def read(self, documents: Sequence[Document | str], layout: Layout, *, max_tokens: int | None = None) -> Reading:
         """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
         self.supply.refresh()
         limits = Limits(
-            document=limit_of(self.settings, self.backbone.context_window, len(self.encoder.prefix_ids)),
+            document=limit_of(self.settings, self.backbone.context_window, len(layout.prefix)),
             total=self._max_fused_tokens if max_tokens is None else max_tokens,
             long_documents=self.settings.long_documents,
         )
-        return read_documents(documents, self.encoder, limits, self.supply.key)
+        return read_documents(documents, layout.documents, limits, lambda ids: self.supply.key(ids, layout.prefix))
 
     def request(
         self,
         question: str,
         documents: Sequence[Document | str],
         prompt: Prompt,
-        mode: Mode | None,
+        mode: ModeChoice | None,
         options: DecodingOptions,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> Request:
         """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
         began = time.perf_counter()
-        mode = mode or self.settings.mode
-        require_mode(mode)
+        chosen, reason = self.mode_of(mode)
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
         if not isinstance(prompt, str | Sequence | None):
             raise InvalidInputError(f"the prompt is {prompt!r}, but it must be a text, a list of messages or None.")
         if isinstance(prompt, str) and not prompt.strip():
             raise InvalidInputError(f"the prompt is {prompt!r}, but must not be blank; None asks the question alone.")
-        reading = self.read(documents)
+        require_sequence(documents)
+        has_documents = any(is_filled(document) for document in documents)
+        layout = self.layout(question, prompt, chosen, has_documents=has_documents, template_kwargs=template_kwargs)
+        reading = self.read(documents, layout)
         if not reading.keys:
             self._warn_once("no documents: this is plain generation over the question alone")
-        if prompt is not None and not self.encoder.follows_instructions:
+        if prompt is not None and not self.encoder.follows_instructions and isinstance(layout, FixedLayout):
             name = self.backbone.model_id
             self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
-        if mode == "ape":
+        if chosen == "ape":
             self.require_explicit_attention()
-        made = self.request_for(reading, self.encoder.encode_question(question, prompt), mode, options, began)
-        self._log_mode(mode)
+        made = self.request_for(reading, layout, chosen, options, began)
+        self._log_mode(chosen, reason)
         return made
 
     def request_for(
-        self, reading: Reading, ids: Sequence[int], mode: Mode, options: DecodingOptions, began: float
+        self, reading: Reading, layout: Layout, mode: Mode, options: DecodingOptions, began: float
     ) -> Request:
-        """A request over documents that were read already; ``ids`` are the question's own.
+        """A request over documents that were read already.
 
         Raises:
             ContextLimitError: documents, question and answer do not fit into the window.
         """
-        fused, start = self._placed(reading, mode)
-        before = (*self.encoder.prefix_ids, *reading.joined) if fused is None else ()
-        row = Question((*before, *ids), start)
-        require_room(
+        fused, start = place(reading, mode, self.settings, prefix_tokens=len(layout.prefix))
+        ids, spans = layout.question, ()
+        if fused is None:
+            joined = layout.joined(reading)
+            ids, spans = joined.ids, joined.spans
+        room = room_left(
             self.backbone,
-            before=start + len(before),
+            before=start,
             question_tokens=len(ids),
-            new_tokens=options.max_new_tokens,
+            new_tokens=1 if options.may_shorten else options.max_new_tokens,
             mode=mode,
             positions=self.settings.positions,
         )
-        return Request(reading, row, mode, fused, self.supply.model, began)
+        most = room if room is not None and room < options.max_new_tokens else None
+        return Request(reading, Question(ids, start), mode, fused, layout, self.supply.model, most, spans, began)
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
         return batches(
             requests,
-            prefix_tokens=len(self.encoder.prefix_ids),
             max_slots=self._max_fused_tokens,
             share=self.backbone.takes_any_mask and self.decoder.takes_any_mask,
         )
@@ -238,8 +330,7 @@ class Engine:
         """
         for request in batch.requests:
             self.supply.require_unchanged(request.model)
-        prefix = len(self.encoder.prefix_ids)
-        lengths = [row.tokens + row.has_prefix * prefix for row in batch.rows]
+        lengths = [row.tokens + len(row.prefix) for row in batch.rows]
         most = max(ROOM // len(batch.rows), max(lengths) // 2)
         buffer = FusedBuffer(
             lengths,
@@ -249,13 +340,27 @@ class Engine:
             + min(most, new_tokens * max(len(row.members) for row in batch.rows)),
             pool=self._pool,
         )
+        model = batch.requests[0].model
+        fetched = Fetched({}, {}, {})
+        for prefix in dict.fromkeys(row.prefix for row in batch.rows):
+            found = self._fill_rows(batch, buffer, prefix, model)
+            fetched.kvs.update(found.kvs)
+            fetched.origins.update(found.origins)
+            fetched.misses.update(found.misses)
+        return buffer, fetched
+
+    def _fill_rows(self, batch: Batch, buffer: FusedBuffer, prefix: tuple[int, ...], model: str) -> Fetched:
+        """Put ``prefix`` and the documents behind it into the rows that begin with it."""
         wanted: dict[str, Wanted] = {}
         copies: list[tuple[str, DocumentKV]] = []  # further slots of documents that several rows share
         starts: dict[str, int] = {}
+        kv = self.supply.prefix_kv(prefix)
         for row, shared in enumerate(batch.rows):
-            if self.supply.prefix is not None and shared.has_prefix:
-                self.supply.prefix.copy_into(buffer.slots(row, 0, self.supply.prefix.token_ids))
-            at = prefix
+            if shared.prefix != prefix:
+                continue
+            if kv is not None:
+                kv.copy_into(buffer.slots(row, 0, kv.token_ids))
+            at = len(prefix)
             for piece in shared.pieces.values():
                 slots = buffer.slots(row, at, piece.ids)
                 if piece.key in wanted:
@@ -263,10 +368,10 @@ class Engine:
                 else:
                     wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots, piece.stored), piece.start
                 at += len(piece.ids)
-        fetched = self.supply.fetch(wanted, starts, batch.requests[0].model)
+        fetched = self.supply.fetch(wanted, starts, model, prefix=prefix)
         for key, slots in copies:
             fetched.kvs[key].copy_into(slots)
-        return buffer, fetched
+        return fetched
 
     def seen(self, run: Run) -> torch.Tensor | None:
         """(N, K) bool, which slots each question may see; ``None`` where that is all of its row."""
@@ -275,7 +380,7 @@ class Engine:
             return None
         seen = torch.zeros(len(batch.requests), slots, dtype=torch.bool)
         for number, (request, row) in enumerate(zip(batch.requests, batch.row_of, strict=True)):
-            at = len(self.encoder.prefix_ids)
+            at = len(batch.rows[row].prefix)
             seen[number, :at] = True
             own = {piece.key for piece in request.fused or ()}
             for key, piece in batch.rows[row].pieces.items():
@@ -289,8 +394,8 @@ class Engine:
         tuned = self._answers_tuned(mode)
         ape = None
         if mode == "ape":
-            prefix_length = len(self.encoder.prefix_ids)
-            ape = Ape.over(run.context.mask, prefix_length, settings.ape_temperature, settings.ape_scale)
+            lengths = [len(row.prefix) for row in run.batch.rows]
+            ape = Ape.over(run.context.mask, lengths, settings.ape_temperature, settings.ape_scale)
         return self.decoder if tuned else self.backbone, {"adapter": tuned, "ape": ape}
 
     def decode(
@@ -317,6 +422,7 @@ class Engine:
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
             is_cancelled=lambda number: run.batch.requests[number].cancelled.is_set(),
+            limits=[request.most_tokens or options.max_new_tokens for request in run.batch.requests],
         )
         try:
             with self.memory_errors(run.batch):
@@ -337,6 +443,8 @@ class Engine:
         if apart:
             found: dict[tuple[int, ...], Origin] = {piece.ids: run.origins[piece.key] for piece in request.fused or ()}
             origins = {key: found[ids] for key, ids in reading.keys.items()}
+        if row.finish_reason in (None, "length"):
+            logger.info("the answer was cut at its limit of %d tokens; max_new_tokens raises it", len(row.ids))
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] in get_args(Tier))
         return Answer(
             text=row.text,
@@ -344,8 +452,8 @@ class Engine:
             sources=reading.sources(origins, run.misses if apart else {}),
             citations=find_citations(row.text, reading.cited_order),
             usage=Usage(
-                prompt_tokens=self._fused_tokens(request) + len(request.question.ids),
-                document_tokens=reading.tokens if apart else sum(d.tokens for d in reading.documents),
+                prompt_tokens=len(request.prefix) + request.fused_tokens + len(request.question.ids),
+                document_tokens=reading.tokens if apart else sum(end - start for start, end in request.spans),
                 cached_document_tokens=cached,
                 completion_tokens=len(row.ids),
             ),
@@ -381,15 +489,6 @@ class Engine:
             pass
         return [self.answer(run, number) for number in range(len(batch.requests))]
 
-    def _placed(self, reading: Reading, mode: Mode) -> tuple[tuple[Placed, ...] | None, int]:
-        return place(reading, mode, self.settings, prefix_tokens=len(self.encoder.prefix_ids), key=self.supply.key)
-
-    def _fused_tokens(self, request: Request) -> int:
-        """Slots that prefix and documents take before the question is read."""
-        if request.fused is None:
-            return 0
-        return len(self.encoder.prefix_ids) + request.fused_tokens
-
     def _answers_tuned(self, mode: Mode) -> bool:
         """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
         return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
@@ -398,22 +497,21 @@ class Engine:
         """Refuse a model whose attention ours cannot stand in for, measured when it is first asked for."""
         if not self._explicit_is_exact:
             supply = self.supply
-            require_ape(self.backbone, supply.prefix, self.ordinary_ids(), tokens_per_pass=supply.tokens_per_pass)
+            require_ape(self.backbone, supply.prefix_kv(self.encoder.prefix_ids), self.ordinary_ids(), tokens_per_pass=supply.tokens_per_pass)
             self._explicit_is_exact = True
 
-    def _log_mode(self, mode: Mode) -> None:
+    def _log_mode(self, mode: Mode, reason: str) -> None:
         name = self.backbone.model_id
-        own = self.decoder is not self.backbone or self.backbone.has_adapter
-        on = own and self._answers_tuned(mode)
-        logger.info("mode %s, model %s, tuned decoder %s", mode, name, "on" if on else "off")
+        on = self.is_tuned and self._answers_tuned(mode)
+        logger.info("mode %s (%s), model %s, tuned decoder %s", mode, reason, name, "on" if on else "off")
         if mode == "ape":
             logger.info("APE with temperature %g, scale %g", self.settings.ape_temperature, self.settings.ape_scale)
-        if mode == "fusion" and not (own or self.settings.tuned):
+        if mode == "fusion" and not (self.is_tuned or self.settings.tuned):
             self._warn_once(
                 f"{name} was not trained to read fused documents and has no adapter; "
-                "answers can be worse than in modes 'ape' and 'concat'"
+                "answers can be worse than in mode 'concat'"
             )
-        if mode == "fusion" and own and self.settings.mode == "concat" and self.settings.tuned_concat:
+        if mode == "fusion" and self.is_tuned and self.settings.mode == "concat" and self.settings.tuned_concat:
             self._warn_once(f"the tuned decoder of {name} was trained on joined prompts; its own mode is 'concat'")
 
     def _warn_once(self, message: str) -> None:

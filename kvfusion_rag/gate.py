@@ -169,7 +169,7 @@ class _Probe:
         start = question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs)) + shift
         positions = torch.arange(start, start + QUESTION_LENGTH)
         mask = torch.ones(1, context.mask.shape[1] + QUESTION_LENGTH)
-        weighed = None if ape is None else Ape.over(context.mask, len(self.prefix_ids), *ape)
+        weighed = None if ape is None else Ape.over(context.mask, [len(self.prefix_ids)], *ape)
         return self._forward(self.question, positions, mask, context.cache, weighed)
 
     def _forward(

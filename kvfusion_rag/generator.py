@@ -29,7 +29,18 @@ from .invariance import check_invariance
 from .loading import load_decoders
 from .prefill import LENGTH_BUCKET
 from .reading import UNLIMITED
-from .schema import Answer, Attributed, Document, GateReport, InvarianceReport, Mode, Prompt, Source
+from .schema import (
+    Answer,
+    Attributed,
+    Document,
+    GateReport,
+    InvarianceReport,
+    Mode,
+    ModeChoice,
+    Prompt,
+    ShownPrompt,
+    Source,
+)
 from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
 from .streaming import AnswerStream
@@ -75,7 +86,10 @@ class KVFusionGenerator:
         self._gatherer = Gatherer(self._engine.answer_all) if gather else None
         self._supply.store.require_room(self._supply.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
         self.gate: GateReport = run_gate(
-            backbone, self._supply.prefix, self._engine.ordinary_ids(), tokens_per_pass=self._supply.tokens_per_pass
+            backbone,
+            self._supply.prefix_kv(self._encoder.prefix_ids),
+            self._engine.ordinary_ids(),
+            tokens_per_pass=self._supply.tokens_per_pass,
         )
 
     @classmethod
@@ -89,7 +103,7 @@ class KVFusionGenerator:
         device: str | None = None,
         dtype: str | None = None,
         store: Place = "memory",
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         namespace: str = "",
         prefix: str | None = None,
         passage_length: int | None = None,
@@ -101,6 +115,8 @@ class KVFusionGenerator:
         tokens_per_pass: int | None = None,
         gather: bool = True,
         cuda_graphs: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        max_new_tokens: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> KVFusionGenerator:
         """Load a model and prove that fusion is exact on it.
@@ -116,10 +132,10 @@ class KVFusionGenerator:
             dtype: "float32", "bfloat16" or "float16"; by default float32 on CPU, else the checkpoint's.
             store: where document KVs are kept: "memory" (1 GiB of it), a folder or fsspec URL (with memory in front),
                 a store that is shared with other generators, or ``None`` for nowhere.
-            mode: "fusion", "concat" or "ape"; by default the model's own (``kvfusion.json``).
+            mode: "auto", "fusion", "concat" or "ape"; by default the model's own (``kvfusion.json``), else "auto".
             namespace: keeps tenants' documents apart in a shared store.
             prefix, passage_length, long_documents, positions, ape_temperature, ape_scale: in place of the model's own
-                settings; ``ModelSettings`` describes them.
+                settings; ``ModelSettings`` describes them. A prefix brings the fixed layout with it.
             max_fused_tokens: most document tokens of one question.
             tokens_per_pass: padded tokens of one prefill pass.
             gather: answer callers that wait at the same time together. That is several times faster; but kernels round
@@ -127,6 +143,8 @@ class KVFusionGenerator:
                 company (in any order of its documents they always are, in the same company).
             cuda_graphs: record each answer's decoding step as a CUDA graph, since launching its kernels one by one
                 takes longer than running them. Changes nothing where there is no such GPU.
+            chat_template_kwargs: further variables of the model's chat template, such as ``enable_thinking``.
+            max_new_tokens: default limit of an answer; by default the model's own, else 512.
             model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
 
         Raises:
@@ -148,6 +166,9 @@ class KVFusionGenerator:
         changes = {
             "mode": mode,
             "prefix": prefix,
+            "layout": None if prefix is None else "fixed",
+            "chat_template_kwargs": chat_template_kwargs,
+            "max_new_tokens": max_new_tokens,
             "passage_length": passage_length,
             "long_documents": long_documents,
             "positions": positions,
@@ -185,13 +206,13 @@ class KVFusionGenerator:
 
     @property
     def mode(self) -> Mode:
-        """Mode of calls that name none."""
-        return self.settings.mode
+        """Mode of calls that do not name one."""
+        return self._engine.mode_of(None)[0]
 
     @property
     def follows_instructions(self) -> bool:
         """Whether ``prompt=`` is read; a model trained on bare questions reads ``question`` alone."""
-        return self._encoder.follows_instructions
+        return self.settings.layout == "prompt" or self._encoder.follows_instructions
 
     @property
     def context_window(self) -> int | None:
@@ -205,7 +226,7 @@ class KVFusionGenerator:
 
     @property
     def max_new_tokens(self) -> int:
-        return self.settings.max_new_tokens
+        return self._engine.max_new_tokens
 
     @property
     def store(self) -> DocumentStore | None:
@@ -278,8 +299,9 @@ class KVFusionGenerator:
         documents: Sequence[Document | str] = (),
         *,
         prompt: Prompt = None,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         attribution: Attributed | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
         """Answer ``question`` from ``documents``, whose order does not matter in modes ``fusion`` and ``ape``.
@@ -290,11 +312,13 @@ class KVFusionGenerator:
                 plain generation; blank ones are skipped; repeated ones are fused once.
             prompt: the caller's complete wording without the documents, read in place of the question by
                 models that follow instructions: a text, or the messages of a conversation that ends with the user.
-            mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (one joined prompt in the
-                caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
-                (training-free fusion, arXiv 2502.05431; the adapter takes no part).
+                ``Message.documents`` says where the documents belong; by default they open the first user message.
+            mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (the ordinary joined prompt
+                in the caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
+                (training-free fusion, arXiv 2502.05431; the adapter takes no part); "auto", see ``ModelSettings``.
             attribution: measure what each document did for the answer (``Answer.sources``): "attention" by one more
                 pass over question and answer, "effects" also what it is worth without each (:meth:`attribute`).
+            chat_template_kwargs: further variables of the model's chat template for this call.
             options: max_new_tokens, temperature, top_p, top_k, stop, seed; see ``DecodingOptions``.
 
         Raises:
@@ -302,7 +326,13 @@ class KVFusionGenerator:
             ControlTokenError: untrusted text would have become a control token.
         """
         return self.answer_batch(
-            [question], [documents], prompts=[prompt], mode=mode, attribution=attribution, **options
+            [question],
+            [documents],
+            prompts=[prompt],
+            mode=mode,
+            attribution=attribution,
+            chat_template_kwargs=chat_template_kwargs,
+            **options,
         )[0]
 
     async def aanswer(
@@ -311,16 +341,22 @@ class KVFusionGenerator:
         documents: Sequence[Document | str] = (),
         *,
         prompt: Prompt = None,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         attribution: Attributed | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Answer:
         """As :meth:`answer`, while the event loop stays free. Once its task is cancelled, work ends at a token."""
-        return (
-            await self.aanswer_batch(
-                [question], [documents], prompts=[prompt], mode=mode, attribution=attribution, **options
-            )
-        )[0]
+        answers = await self.aanswer_batch(
+            [question],
+            [documents],
+            prompts=[prompt],
+            mode=mode,
+            attribution=attribution,
+            chat_template_kwargs=chat_template_kwargs,
+            **options,
+        )
+        return answers[0]
 
     def answer_batch(
         self,
@@ -328,8 +364,9 @@ class KVFusionGenerator:
         documents: Sequence[Sequence[Document | str]],
         *,
         prompts: Sequence[Prompt] | None = None,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         attribution: Attributed | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """Answer several questions, each from its own documents, together.
@@ -338,7 +375,7 @@ class KVFusionGenerator:
         documents read them once. Nothing is computed when one question is wrong. Where all together would pass
         ``max_fused_tokens``, they are decoded in several batches, in order.
         """
-        requests, decoding = self._requests(questions, documents, prompts, mode, options)
+        requests, decoding = self._requests(questions, documents, prompts, mode, chat_template_kwargs, options)
         self._require_attributable(attribution)
         ask = self._engine.answer_all if self._gatherer is None else self._gatherer.ask
         return self._attributed(requests, ask(requests, decoding), attribution)
@@ -349,12 +386,15 @@ class KVFusionGenerator:
         documents: Sequence[Sequence[Document | str]],
         *,
         prompts: Sequence[Prompt] | None = None,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         attribution: Attributed | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """As :meth:`answer_batch`, while the event loop stays free; see :meth:`aanswer`."""
-        requests, decoding = await asyncio.to_thread(self._requests, questions, documents, prompts, mode, options)
+        requests, decoding = await asyncio.to_thread(
+            self._requests, questions, documents, prompts, mode, chat_template_kwargs, options
+        )
         await asyncio.to_thread(self._require_attributable, attribution)
         if self._gatherer is None:
             try:
@@ -396,7 +436,8 @@ class KVFusionGenerator:
         questions: Sequence[str],
         documents: Sequence[Sequence[Document | str]],
         prompts: Sequence[Prompt] | None,
-        mode: Mode | None,
+        mode: ModeChoice | None,
+        template_kwargs: Mapping[str, Any] | None,
         options: DecodingKwargs,
     ) -> tuple[list[Request], DecodingOptions]:
         prompts = [None for _ in questions] if prompts is None else prompts
@@ -411,7 +452,7 @@ class KVFusionGenerator:
             )
         decoding = self._options(options)
         rows = zip(questions, documents, prompts, strict=True)
-        return [self._engine.request(q, row, prompt, mode, decoding) for q, row, prompt in rows], decoding
+        return [self._engine.request(q, row, p, mode, decoding, template_kwargs) for q, row, p in rows], decoding
 
     def stream(
         self,
@@ -419,13 +460,14 @@ class KVFusionGenerator:
         documents: Sequence[Document | str] = (),
         *,
         prompt: Prompt = None,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         attribution: Attributed | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> AnswerStream:
         """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
         decoding = self._options(options)
-        request = self._engine.request(question, documents, prompt, mode, decoding)
+        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
         self._require_attributable(attribution)
         return AnswerStream(self._pieces(request, decoding, attribution), request.cancelled)
 
@@ -436,7 +478,8 @@ class KVFusionGenerator:
         *,
         answer: Answer | str | None = None,
         prompt: Prompt = None,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Attribution:
         """Which documents an answer came from: what it is worth without each of them, and the attention each got.
@@ -452,8 +495,9 @@ class KVFusionGenerator:
             raise InvalidInputError(f"the answer is {answer!r}, but it must be an Answer, a text or None.")
         if isinstance(answer, Answer):
             mode = mode or answer.mode
+        wording: dict[str, Any] = {"prompt": prompt, "chat_template_kwargs": chat_template_kwargs}
         if answer is None:
-            answer = self.answer(question, documents, prompt=prompt, mode=mode, **options)
+            answer = self.answer(question, documents, mode=mode, **wording, **options)
         if isinstance(answer, str):
             ends = [self._backbone.end_id] if self._backbone.end_id is not None else []
             ids, text = (*self._encoder.encode_answer(answer), *ends), answer
@@ -461,14 +505,38 @@ class KVFusionGenerator:
             ids, text = answer.token_ids, answer.text
         if not ids:
             raise InvalidInputError("the answer has no tokens, so no document can have brought it about.")
-        request = self._engine.request(question, documents, prompt, mode, DecodingOptions(max_new_tokens=len(ids)))
+        decoding = DecodingOptions(max_new_tokens=len(ids))
+        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
         return attribute(self._engine, request, ids, text)
 
-    def prefill(self, documents: Sequence[Document | str], *, progress: bool = False) -> list[Source]:
+    def show_prompt(
+        self,
+        question: str,
+        documents: Sequence[Document | str] = (),
+        *,
+        prompt: Prompt = None,
+        mode: ModeChoice | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> ShownPrompt:
+        """The text that the model reads for this question, with the borders of the documents.
+
+        Arguments are those of :meth:`answer`. Fused documents are shown once each, in the order in which they are
+        joined; they stand at the same positions.
+        """
+        decoding = self._options({})
+        return self._engine.shown(
+            self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
+        )
+
+    def prefill(
+        self, documents: Sequence[Document | str], *, prompt: Prompt = None, progress: bool = False
+    ) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
 
         Args:
             documents: any number; the limit on what one question may fuse does not apply.
+            prompt: the wording that questions will come in, whose fixed text in front of the documents is part of
+                their keys; by default that of a bare question.
             progress: show a bar once this takes longer than a second.
 
         Raises:
@@ -483,15 +551,16 @@ class KVFusionGenerator:
             raise InvalidInputError(
                 "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
-        reading = self._engine.read(documents, max_tokens=UNLIMITED)
-        origins, misses = self._supply.store_all(reading.keys, progress=progress)
+        layout = self._engine.fused_layout(prompt)
+        reading = self._engine.read(documents, layout, max_tokens=UNLIMITED)
+        origins, misses = self._supply.store_all(reading.keys, layout.prefix, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
             logger.warning(
                 "the store is too small: %d of %d documents were computed but not kept", gone, len(reading.keys)
             )
         return list(reading.sources(origins, misses))
 
-    def prefetch(self, documents: Sequence[Document | str]) -> Future[int]:
+    def prefetch(self, documents: Sequence[Document | str], *, prompt: Prompt = None) -> Future[int]:
         """Begin to load the stored KVs of ``documents`` into memory, for use while a reranker still chooses.
 
         Returns at once. What is not stored is not computed.
@@ -499,17 +568,20 @@ class KVFusionGenerator:
         Returns:
             How many of the documents (pieces, where long ones are split) are in memory in the end.
         """
-        return self._supply.prefetch(self._engine.read(documents, max_tokens=UNLIMITED).keys)
+        layout = self._engine.fused_layout(prompt)
+        return self._supply.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
 
     def forget(self, documents: Sequence[Document | str]) -> int:
         """Remove the KVs of ``documents`` in this namespace from every tier of the store, whatever model made them.
 
-        Documents are known by the token ids that this model's tokenizer and templates make of them.
+        Documents are known by the token ids that this model's tokenizer makes of them, with and without their titles,
+        in its own templates and in prompts that separate documents by a blank line.
 
         Returns:
             How many copies were removed.
         """
-        return self._supply.store.forget(self._engine.read(documents, max_tokens=UNLIMITED).keys)
+        keys = (self._engine.read(documents, way, max_tokens=UNLIMITED).keys for way in self._engine.every_layout())
+        return self._supply.store.forget({key: ids for found in keys for key, ids in found.items()})
 
     def clear(self) -> int:
         """Remove all document KVs of this namespace from every tier of the store; how many copies that were."""
@@ -528,7 +600,7 @@ class KVFusionGenerator:
         documents: Sequence[Document | str],
         *,
         permutations: int = 10,
-        mode: Mode | None = None,
+        mode: ModeChoice | None = None,
         seed: int = 0,
     ) -> InvarianceReport:
         """Answer once as given and then in ``permutations`` shuffled orders; compare texts and bits of all logits.

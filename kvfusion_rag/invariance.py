@@ -12,7 +12,7 @@ from .decoding import DecodingOptions
 from .engine import Engine
 from .errors import InvalidInputError
 from .reading import require_sequence
-from .schema import Document, InvarianceReport, Mode
+from .schema import Document, InvarianceReport, ModeChoice
 from .settings import is_count
 
 
@@ -23,7 +23,7 @@ def check_invariance(
     options: DecodingOptions,
     *,
     permutations: int,
-    mode: Mode | None,
+    mode: ModeChoice | None,
     seed: int,
 ) -> InvarianceReport:
     """See ``KVFusionGenerator.check_invariance``."""
@@ -45,7 +45,7 @@ def check_invariance(
         if run.rows[0].text not in answers:
             answers.append(run.rows[0].text)
         rng.shuffle(shuffled)
-    return InvarianceReport(mode or engine.settings.mode, permutations, tuple(answers), difference)
+    return InvarianceReport(engine.mode_of(mode)[0], permutations, tuple(answers), difference)
 
 
 def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:

@@ -52,13 +52,17 @@ def require_fit(backbone: Backbone, decoder: Backbone, encoder: PromptEncoder, s
         )
 
 
-def require_room(
+def room_left(
     backbone: Backbone, *, before: int, question_tokens: int, new_tokens: int, mode: Mode, positions: Positions
-) -> None:
-    """Raise ContextLimitError where ``before`` positions, a question and its answer pass the model's window."""
+) -> int | None:
+    """Return the tokens that an answer may have behind ``before`` positions and a question; None if no limit is known.
+
+    Raises:
+        ContextLimitError: they are fewer than ``new_tokens``.
+    """
     window = backbone.context_window
     if window is None or before + question_tokens + new_tokens <= window:
-        return
+        return None if window is None else window - before - question_tokens
     hint = "; modes 'fusion' and 'ape' let documents share positions" if mode == "concat" else ""
     if mode == "fusion" and positions == "global":
         hint = "; with positions='uniform' documents share positions"

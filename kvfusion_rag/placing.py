@@ -5,7 +5,6 @@ Pure functions of token ids and settings. Knows neither weights nor the store, b
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .positions import global_starts, question_start
@@ -32,15 +31,12 @@ class Placed:
 
 
 def place(
-    reading: Reading, mode: Mode, settings: ModelSettings, *, prefix_tokens: int, key: Callable[[tuple[int, ...]], str]
+    reading: Reading, mode: Mode, settings: ModelSettings, *, prefix_tokens: int
 ) -> tuple[tuple[Placed, ...] | None, int]:
-    """What is prefilled apart, in the order in which it is fused, and the position at which the prompt begins.
-
-    Args:
-        key: store key of ids.
+    """The pieces to prefill, in the order in which they are fused, and the position of the prompt's first token.
 
     Returns:
-        The pieces, or ``None`` where all documents are part of the prompt; and the position of its first token.
+        The pieces, or ``None`` if all documents are part of the prompt; and the position.
     """
     if mode == "concat":
         return None, 0

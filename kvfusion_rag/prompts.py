@@ -12,23 +12,21 @@ import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .chat import DOCUMENTS_MARK, MARK, as_text, conversation, documents_turn, mark, render
-from .errors import ContextLimitError, ControlTokenError, UnsupportedModelError
-from .schema import Document, Prompt
-from .settings import FIELD, ModelSettings
+from .chat import alternating, as_text, messages_of, render, without_place
+from .errors import ControlTokenError, UnsupportedModelError
+from .schema import Document, Message, Prompt
+from .settings import DOCUMENTS_MARK, FIELD, MARK, ModelSettings, documents_turn, mark, template_kwargs
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-_USUAL_TOKEN = 8  # characters; more than those of a text that is no white space have on average
-_PAST_ANY_TOKEN = 64  # characters; more than the longest vocabulary entry that matters for finding a cut
 
 
 class PlainEncoder:
@@ -48,6 +46,7 @@ class PlainEncoder:
         self.digest = hashlib.sha256(whole.encode()).hexdigest()
         spec = json.loads(whole)
         control = {t["id"]: t["content"] for t in spec["added_tokens"] if not _is_ordinary(t)}
+        self._metaspace = _prepends_at_start(spec["pre_tokenizer"])
         spec["added_tokens"] = _kept(spec["added_tokens"], spec["model"])
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         unknown_id = _unknown_id(spec["model"])
@@ -58,16 +57,29 @@ class PlainEncoder:
         bytes_alone = {i for piece, i in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(piece)}
         # Decoding reads a run of byte pieces as one whole and skips special tokens, so neither settles the text.
         self.unsettling_ids = frozenset(bytes_alone.union(tokenizer.all_special_ids))
+        self.control_tokens = tuple(str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids)
         self.largest_id = max(tokenizer.get_vocab().values())
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+        self._continuing = self._tokenizer
+        if self._metaspace:
+            _never_prepend(spec["pre_tokenizer"])
+            self._continuing = Tokenizer.from_str(json.dumps(spec))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Token ids of ``text``; lone surrogates read as U+FFFD.
+
+        Args:
+            continues: other tokens stand in front of the text, so a tokenizer that marks the start of a prompt with a
+                space does not mark this one.
 
         Raises:
             ControlTokenError: a control id came out all the same, so nothing may be sent to the model.
         """
-        return self._checked(self._encoding(text).ids, text)
+        return self._checked(self._encoding(text, continues=continues).ids, text)
+
+    def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
+        """Characters (start, end) of ``text`` that each of its ids spells."""
+        return self._encoding(text, continues=continues).offsets
 
     def cut(self, text: str, max_tokens: int) -> int:
         """Character offset at which to cut ``text`` so that the first part has at most ``max_tokens`` ids.
@@ -84,8 +96,9 @@ class PlainEncoder:
         space = text.rfind(" ", end // 2, end)
         return space + 1 if space > 0 else end
 
-    def _encoding(self, text: str) -> Any:
-        return self._tokenizer.encode(_LONE_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
+    def _encoding(self, text: str, *, continues: bool = False) -> Any:
+        tokenizer = self._continuing if continues else self._tokenizer
+        return tokenizer.encode(_LONE_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
 
     def _checked(self, ids: list[int], text: str) -> list[int]:
         if leaked := self.control_ids.intersection(ids):
@@ -94,6 +107,24 @@ class PlainEncoder:
                 "the model, because its tokenizer cannot be made safe for this text."
             )
         return ids
+
+
+def _metaspaces(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a pre-tokenizer that write spaces as SentencePiece does."""
+    if pre_tokenizer is None:
+        return []
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    return [part for part in parts if part["type"] == "Metaspace"]
+
+
+def _prepends_at_start(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether the tokenizer puts a space in front of a prompt, but not behind a control token inside it."""
+    return any(part.get("prepend_scheme") == "first" for part in _metaspaces(pre_tokenizer))
+
+
+def _never_prepend(pre_tokenizer: dict[str, Any]) -> None:
+    for part in _metaspaces(pre_tokenizer):
+        part["prepend_scheme"] = "never"
 
 
 def _unknown_id(model: Mapping[str, Any]) -> int | None:
@@ -141,7 +172,7 @@ def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Control:
+class Control:
     """A control token of a template, by its constant id."""
 
     token_id: int
@@ -154,34 +185,34 @@ class Template:
         self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder, field: re.Pattern[str] = FIELD
     ) -> None:
         self._encoder, self._field = encoder, field
-        self._parts = _split_at_control_tokens(text, tokenizer, encoder.control_ids)
+        self._parts = split_at_control_tokens(text, tokenizer, encoder.control_ids)
 
     def encode(self, **values: str) -> list[int]:
-        """Ids with the fields filled in. A value that looks like a field or a control token stays plain text."""
+        """Token ids with the fields filled in. A value that looks like a field or a control token stays plain text."""
         ids: list[int] = []
         for part in self._parts:
-            if isinstance(part, _Control):
+            if isinstance(part, Control):
                 ids.append(part.token_id)
             else:
                 ids += self._encoder.encode(self._field.sub(lambda match: values[match[0][1:-1]], part))
         return ids
 
 
-def _split_at_control_tokens(
+def split_at_control_tokens(
     text: str, tokenizer: PreTrainedTokenizerBase, control_ids: frozenset[int]
-) -> list[_Control | str]:
+) -> list[Control | str]:
     tokens = {str(t): (i, t) for i, t in tokenizer.added_tokens_decoder.items() if i in control_ids}
     if not tokens:
         return [text] if text else []
     pattern = "|".join(re.escape(content) for content in sorted(tokens, key=len, reverse=True))
-    parts: list[_Control | str] = []
+    parts: list[Control | str] = []
     strip_next = False
     for piece in re.split(f"({pattern})", text):
         if piece in tokens:
             token_id, token = tokens[piece]
             if token.lstrip and parts and isinstance(parts[-1], str):
                 parts[-1] = parts[-1].rstrip()
-            parts.append(_Control(token_id))
+            parts.append(Control(token_id))
             strip_next = token.rstrip
         elif piece:
             parts.append(piece.lstrip() if strip_next else piece)
@@ -189,11 +220,47 @@ def _split_at_control_tokens(
     return [part for part in parts if part != ""]
 
 
-class PromptEncoder:
-    """Encodes the prefix, documents and questions of one model, and decodes its answers."""
+class DocumentEncoder(Protocol):
+    """Encodes a document as one model reads it under one prompt."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings) -> None:
-        self.plain = PlainEncoder(tokenizer)
+    @property
+    def plain(self) -> PlainEncoder: ...
+
+    def encode_document(self, document: Document) -> tuple[int, ...]:
+        """Ids (T,) of one document; ``()`` for a blank one."""
+        ...
+
+
+class TextDocuments:
+    """Documents as plain text, each with the separator behind it.
+
+    Args:
+        separator: text between two documents.
+        titles: write a document's title above its text.
+        continues: a prefix stands in front of every document.
+    """
+
+    def __init__(self, plain: PlainEncoder, *, separator: str, titles: bool, continues: bool) -> None:
+        self.plain = plain
+        self._separator, self._titles, self._continues = separator, titles, continues
+
+    def encode_document(self, document: Document) -> tuple[int, ...]:
+        if not document.text.strip():
+            return ()
+        text = document_text(document, titles=self._titles) + self._separator
+        return tuple(self.plain.encode(text, continues=self._continues))
+
+
+def document_text(document: Document, *, titles: bool) -> str:
+    """A document as a prompt shows it."""
+    return f"Title: {document.title}\n{document.text}" if titles and document.title else document.text
+
+
+class PromptEncoder:
+    """Encodes the prefix, documents and questions of one model in fixed templates, and decodes its answers."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder) -> None:
+        self.plain = plain
         self._tokenizer = tokenizer
         self._settings = settings
         self._document = Template(settings.document_template, tokenizer, self.plain)
@@ -217,61 +284,10 @@ class PromptEncoder:
             return tuple(self._titled.encode(title=document.title, text=document.text))
         return tuple(self._document.encode(text=document.text))
 
-    def encode_up_to(self, document: Document, max_tokens: int) -> tuple[int, ...] | None:
-        """As :meth:`encode_document`; ``None`` for more than ``max_tokens`` ids, before a long text is all read."""
-        beginning = replace(document, text=document.text[: (max_tokens + 1) * _PAST_ANY_TOKEN])
-        ids = self.encode_document(beginning)
-        if len(ids) <= max_tokens and len(beginning.text) < len(document.text):
-            ids = self.encode_document(document)
-        return ids if len(ids) <= max_tokens else None
-
-    def split_document(self, document: Document, max_tokens: int, most: int) -> list[tuple[int, ...]]:
-        """Ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template.
-
-        Raises:
-            ContextLimitError: template and title alone take more than half of ``max_tokens``, or the distinct pieces
-                have more than ``most`` ids together; the rest is then not encoded.
-        """
-        frame = len(self.encode_document(Document("x", title=document.title)))  # upper bound of the template's share
-        room = max_tokens - frame
-        if room < frame:
-            raise ContextLimitError(
-                f"template and title take {frame} tokens, more than half of the {max_tokens} that the model reads in "
-                "one document, so it cannot be split; shorten the title."
-            )
-        pieces: list[tuple[int, ...]] = []
-        text, at = document.text, 0
-        distinct: set[tuple[int, ...]] = set()
-        tokens = 0
-        while at < len(text):
-            cut = self._cut(text, at, room)
-            piece = self.encode_document(replace(document, text=text[at : at + cut].strip()))
-            while len(piece) > max_tokens and cut > 1:  # a cut inside a word can spell it with more tokens
-                cut = cut * 3 // 4
-                piece = self.encode_document(replace(document, text=text[at : at + cut].strip()))
-            at += cut
-            if piece:
-                pieces.append(piece)
-            tokens += 0 if piece in distinct else len(piece)
-            distinct.add(piece)
-            if tokens > most:
-                raise ContextLimitError(
-                    f"the first {at} of {len(text)} characters have {tokens} tokens, but at most {most} may be fused; "
-                    "cut it."
-                )
-        return pieces
-
-    def _cut(self, text: str, at: int, max_tokens: int) -> int:
-        """How many characters from ``at`` on make a piece of at most ``max_tokens`` ids."""
-        for characters in (_USUAL_TOKEN, _PAST_ANY_TOKEN):
-            window = text[at : at + max_tokens * characters]
-            cut = self.plain.cut(window, max_tokens)
-            if cut < len(window):
-                break
-        return cut
-
     def encode_question(self, question: str, prompt: Prompt = None) -> tuple[int, ...]:
-        """Ids (Q,) of the question, or of the caller's ``prompt`` where the model follows instructions.
+        """Ids (Q,) of the question, or of the caller's ``prompt`` if the model follows instructions.
+
+        System texts stand behind the documents too, at the beginning of the first user turn.
 
         Raises:
             InvalidInputError: the prompt is a conversation that cannot be answered.
@@ -280,24 +296,25 @@ class PromptEncoder:
             return tuple(self._question.encode(question=question))
         if isinstance(prompt, str):
             return tuple(self._prompt.encode(prompt=prompt))
-        turns = conversation(prompt)
+        messages = [without_place(message) for message in messages_of(prompt, question)]
+        turns = alternating([Message(m.role, m.text.strip()) for m in messages if m.text.strip()])
         template = self._chat_template([turn.role for turn in turns])
         if template is None:
             return tuple(self._prompt.encode(prompt=as_text(turns)))
         return tuple(template.encode(**{f"message{n}": turn.text for n, turn in enumerate(turns)}))
 
     def _chat_template(self, roles: Sequence[str]) -> Template | None:
-        """What stands behind the documents in a conversation.
+        """The chat template behind the documents of a conversation.
 
-        ``None`` where prefix and prompt template are not the chat template's, or where that does not pass such turns
-        on as they are.
+        Returns None if prefix and prompt template are not the chat template's, or if it changes such turns.
         """
         if self._tokenizer.chat_template is None:
             return None
         marks = [mark(f"message{number}") for number in range(len(roles))]
         texts = [documents_turn(marks[0]), *marks[1:]]
+        turns = list(zip(roles, texts, strict=True))
         try:
-            text = render(self._tokenizer, list(zip(roles, texts, strict=True)))
+            text = render(self._tokenizer, turns, template_kwargs(self._settings), fixed_date=True)
         except TemplateError:
             return None
         prefix, _, rest = text.partition(DOCUMENTS_MARK)
@@ -311,7 +328,7 @@ class PromptEncoder:
 
     @property
     def evidence_mark(self) -> str | None:
-        """What shows in a decoded answer that its evidence begins; ``None`` where the tokenizer loses it."""
+        """Text that shows in a decoded answer that its evidence begins; None if the tokenizer loses it."""
         spelt = self.decode(list(self.encode_answer(f"1{self._settings.evidence_separator}1"))).strip()
         mark = spelt[1:-1].rstrip(" ")
         return mark if spelt[:1] == spelt[-1:] == "1" and any(map(str.isalnum, mark)) else None

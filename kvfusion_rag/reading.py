@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import ContextLimitError, InvalidInputError
-from .prompts import PromptEncoder
+from .prompts import DocumentEncoder
 from .schema import Document, Origin, Source
 from .settings import LongDocuments, ModelSettings
+from .splitting import encode_up_to, split_document
 
 UNLIMITED = 1 << 62
 SLOWEST_FIRST: tuple[Origin, ...] = ("prompt", "computed", "remote", "disk", "memory")
@@ -141,7 +142,7 @@ def limit_of(settings: ModelSettings, window: int | None, prefix_tokens: int) ->
 
 def read_documents(
     documents: Sequence[Document | str],
-    encoder: PromptEncoder,
+    encoder: DocumentEncoder,
     limits: Limits,
     key_of: Callable[[tuple[int, ...]], str],
 ) -> Reading:
@@ -174,7 +175,13 @@ def require_sequence(documents: object) -> None:
         )
 
 
-def _read(document: Document | str, number: int, encoder: PromptEncoder, limits: Limits) -> ReadDocument:
+def is_filled(document: object) -> bool:
+    """Whether ``document`` has a text; wrong ones count, so that reading them says what is wrong."""
+    text = document.text if isinstance(document, Document) else document
+    return not isinstance(text, str) or bool(text.strip())
+
+
+def _read(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> ReadDocument:
     if isinstance(document, str):
         document = Document(document)
     if not isinstance(document, Document):
@@ -198,12 +205,12 @@ def _read(document: Document | str, number: int, encoder: PromptEncoder, limits:
             f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens may be "
             "fused; cut it."
         )
-    ids = encoder.encode_up_to(document, limits.document)
+    ids = encode_up_to(encoder, document, limits.document)
     if ids is not None:
         return ReadDocument(document, document_id, (ids,) if ids else ())
     if limits.long_documents == "split":
         try:
-            pieces = encoder.split_document(document, limits.document, limits.total)
+            pieces = split_document(encoder, document, limits.document, limits.total)
             return ReadDocument(document, document_id, tuple(pieces))
         except ContextLimitError as error:
             raise ContextLimitError(f"of document {document_id!r}, {error}") from error

@@ -16,6 +16,7 @@ import torch
 
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+ModeChoice = Literal["auto", "fusion", "concat", "ape"]  # what callers may ask for; "auto" becomes one of the modes
 FinishReason = Literal["stop", "length", "cancelled"]
 Attributed = Literal["attention", "effects"]  # what sources say of their part in an answer, if that is asked for
 Role = Literal["system", "user", "assistant"]
@@ -38,14 +39,67 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class DocumentsPlace:
+    """Where a message's text shows the documents, and how they are written there.
+
+    Attributes:
+        offset: characters of the text that stand in front of the documents.
+        separator: text between two documents.
+        titles: whether a document's title is written above its text.
+    """
+
+    offset: int
+    separator: str = "\n\n"
+    titles: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation; ``prompt=`` takes a list of them, the user's last."""
+    """One message of a conversation; ``prompt=`` takes a list of them, the user's last.
+
+    ``text`` does not contain the documents. ``documents`` says where they belong, in one message of a prompt at most.
+    """
 
     role: Role
     text: str
+    documents: DocumentsPlace | None = None
+
+    @classmethod
+    def around(cls, role: Role, before: str, after: str, *, separator: str = "\n\n", titles: bool = False) -> Message:
+        """A message that shows the documents between ``before`` and ``after``."""
+        return cls(role, before + after, DocumentsPlace(len(before), separator, titles))
 
 
 Prompt = str | Sequence[Message] | None  # the caller's wording without the documents; None: the bare question
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPart:
+    """A part of what the model reads. ``document_id`` is None for text around the documents."""
+
+    text: str
+    document_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShownPrompt:
+    """Everything that the model reads for one question, in order, control tokens included.
+
+    ``str()`` marks the borders of the documents; ``text`` is the prompt without these marks.
+    """
+
+    mode: Mode
+    parts: tuple[PromptPart, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
+
+    def __str__(self) -> str:
+        return "".join(
+            part.text if part.document_id is None else f"⟦document {part.document_id}⟧{part.text}⟦end⟧"
+            for part in self.parts
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +22,22 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .chat import DOCUMENTS_MARK, MARK, documents_turn, mark, render
+from .chat import DEFAULT_LEAD, render
 from .errors import InvalidInputError, ModelLoadError
-from .schema import MODES, Mode
+from .schema import MODES, ModeChoice
 
 FILE_NAME = "kvfusion.json"
 RECORD_NAME = "training.json"  # beside a trained decoder: everything that made it
+DOCUMENTS_MARK = "\u2983documents\u2984"
+MARK = re.compile("\u2983[a-z0-9]+\u2984")  # stands for a text while a chat template is rendered
 FIELD = re.compile(r"\{(?:text|title|question|prompt|answer)\}")  # what prompts.py fills in
 LongDocuments = Literal["error", "split"]
 Positions = Literal["uniform", "global"]
+Layout = Literal["prompt", "fixed"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
+DEFAULT_MAX_NEW_TOKENS = 512
+TUNED_MAX_NEW_TOKENS = 48  # of a decoder that was trained on short answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,9 @@ class ModelSettings:
     """Everything about feeding a model that is not in its ``config.json``.
 
     Attributes:
+        layout: "prompt": the model reads the caller's prompt in its own chat template, documents where the prompt
+            shows them. "fixed": it reads the templates below, which a tuned decoder was trained with.
+        chat_template_kwargs: further variables of the chat template, as ``apply_chat_template`` takes them.
         prefix: text prefilled once at positions 0..p-1 and seen by every document ("" is the paper).
         document_template: one document without a title; field ``{text}``.
         titled_document_template: one document with a title; fields ``{title}`` and ``{text}``.
@@ -52,8 +61,9 @@ class ModelSettings:
         long_documents: what happens to a longer one.
         answer_template: what the model is trained to answer; field ``{answer}``, white space and all.
         evidence_separator: what stands between an answer and its evidence where a model is trained on both.
-        max_new_tokens: default length of an answer in tokens.
-        mode: default mode.
+        max_new_tokens: default limit of an answer in tokens; ``None`` for the model's generation config, else 512.
+        mode: default mode; "auto" is "fusion" for a model that was trained for it, else what
+            ``kvfusion doctor --measure`` found best, else "concat".
         positions: of documents in mode "fusion". "uniform": all stand right after the prefix, so no order of theirs
             is told from another. "global": one after another in the caller's order, the question behind the last;
             it measures what order invariance costs.
@@ -66,6 +76,8 @@ class ModelSettings:
             where that would begin.
     """
 
+    layout: Layout = "fixed"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     prefix: str = ""
     document_template: str = "{text}\n\n"
     titled_document_template: str = "Title: {title}\n{text}\n\n"
@@ -76,8 +88,8 @@ class ModelSettings:
     passage_length: int | None = None
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "error"
-    max_new_tokens: int = 48
-    mode: Mode = "fusion"
+    max_new_tokens: int | None = None
+    mode: ModeChoice = "auto"
     positions: Positions = "uniform"
     ape_temperature: float = 0.9
     ape_scale: float = 0.9
@@ -96,10 +108,15 @@ class ModelSettings:
         _require_template("answer_template", self.answer_template, "{answer}")
         for name in ("passage_length", "max_document_tokens", "max_new_tokens"):
             value = getattr(self, name)
-            if not (is_count(value) or (value is None and name != "max_new_tokens")):
+            if not (is_count(value) or value is None):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
         if self.long_documents not in ("error", "split"):
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
+        if self.layout not in ("prompt", "fixed"):
+            raise InvalidInputError(f"layout is {self.layout!r}, but it must be 'prompt' or 'fixed'.")
+        kwargs = self.chat_template_kwargs
+        if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+            raise InvalidInputError(f"chat_template_kwargs is {kwargs!r}, but it must be a dict with names as keys.")
         if self.positions not in ("uniform", "global"):
             raise InvalidInputError(f"positions is {self.positions!r}, but it must be 'uniform' or 'global'.")
         require_mode(self.mode)
@@ -157,10 +174,12 @@ def load_settings(model: str, tokenizer: PreTrainedTokenizerBase, *, model_id: s
 def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
     """Settings for a model without a ``kvfusion.json``: its chat template, cut where documents and question go."""
     if tokenizer.chat_template is None:
-        return ModelSettings(prefix=_leading_bos(tokenizer))
+        return ModelSettings(layout="prompt", prefix=leading_bos(tokenizer))
     request = mark("request")
     try:
-        text = render(tokenizer, [("user", documents_turn(request))])
+        text = render(
+            tokenizer, [("user", documents_turn(request))], template_kwargs(ModelSettings()), fixed_date=True
+        )
     except TemplateError as error:
         raise ModelLoadError(
             f"the model's chat template fails for a single user message ({error}); write a {FILE_NAME} beside it."
@@ -173,6 +192,7 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
             f"write a {FILE_NAME} beside the model."
         )
     return ModelSettings(
+        layout="prompt",
         prefix=prefix,
         question_template=f"{DEFAULT_INSTRUCTION}\nQuestion: {{question}}{suffix}",
         prompt_template=f"{{prompt}}{suffix}",
@@ -180,16 +200,32 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
     )
 
 
-def _leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+def documents_turn(text: str) -> str:
+    """The first user turn of the fixed layout: the documents, then ``text``."""
+    return f"{DEFAULT_LEAD}{DOCUMENTS_MARK}{text}"
+
+
+def mark(name: object) -> str:
+    """A text that stands for another one while a chat template is rendered."""
+    return f"\u2983{name}\u2984"
+
+
+def template_kwargs(settings: ModelSettings) -> dict[str, Any]:
+    """Variables of the chat template in the fixed layout, whose short answers have no reasoning before them."""
+    return {"enable_thinking": False, **settings.chat_template_kwargs}
+
+
+def leading_bos(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The token that a tokenizer puts in front of a plain text, or "" if there is none."""
     ids = tokenizer("", add_special_tokens=True)["input_ids"]
     has_bos = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     return str(tokenizer.bos_token) if has_bos else ""
 
 
 def require_mode(mode: object) -> None:
-    """Raise InvalidInputError unless ``mode`` is one of the modes."""
-    if mode not in MODES:
-        raise InvalidInputError(f"mode is {mode!r}, but it must be 'fusion', 'concat' or 'ape'.")
+    """Raise InvalidInputError unless ``mode`` is one of the modes or "auto"."""
+    if mode not in (*MODES, "auto"):
+        raise InvalidInputError(f"mode is {mode!r}, but it must be 'auto', 'fusion', 'concat' or 'ape'.")
 
 
 def is_count(value: object) -> bool:

@@ -1,13 +1,14 @@
 """Keys and values (KVs) of documents under the model as it is now: names them, takes them from the store, or prefills.
 
-Owns the prefix that all documents see, and notices weights, threads and precision that change under a request. Knows
-nothing of questions and answers.
+Keeps the KVs of prefixes that documents see, and notices weights, threads and precision that change under a request.
+Does not handle questions or answers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 
@@ -16,61 +17,51 @@ from tqdm.auto import tqdm
 
 from .backbone import Backbone
 from .errors import InvalidInputError
-from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
+from .prefill import TOKENS_PER_PASS, kv_shape, prefill
 from .schema import DocumentKV, Origin
 from .store import Fetched, Miss, Place, Wanted, as_store, document_key
 
 STORED_AT_ONCE = 128  # documents
+PREFIXES = 32  # whose KVs stay in memory beside the store
+
+Ids = tuple[int, ...]
 
 
 class Supply:
-    """Document KVs of one backbone and one prefix, for all threads.
+    """Document KVs of one backbone, for all threads.
 
     Args:
-        prefix_ids: of what every document sees, maybe none.
         store: where document KVs are kept, as ``as_store`` takes it; ``None`` keeps nothing.
         namespace: part of every key.
         tokens_per_pass: padded tokens of one prefill pass; ``None`` for the device's default.
     """
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        prefix_ids: Sequence[int],
-        *,
-        store: Place,
-        namespace: str,
-        tokens_per_pass: int | None,
-    ) -> None:
+    def __init__(self, backbone: Backbone, *, store: Place, namespace: str, tokens_per_pass: int | None) -> None:
         self.backbone = backbone
         self.store = as_store(store)
         self.namespace = namespace
         kind = "cpu" if backbone.device.type == "cpu" else "accelerator"
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
-        self._prefix_ids = tuple(prefix_ids)
-        self.prefix = prefill_prefix(backbone, self._prefix_ids)
+        self._prefixes: OrderedDict[str, DocumentKV] = OrderedDict()  # by store key, the last used one last
         self.kv_shape = kv_shape(backbone)
         self._weights, self._fingerprint = "", ""  # of the model at the last look
         self.refresh()
 
     def refresh(self) -> None:
-        """Notice weights that were changed in place: from then on documents have other keys, and prefix and all KVs
-        are computed anew."""
+        """Notice weights that were changed in place: documents then have other keys and are prefilled again."""
         digest = self.backbone.weights_digest
         if digest == self._weights:
             return
-        if self._weights:
-            self.prefix = prefill_prefix(self.backbone, self._prefix_ids)
-        facts = [self.backbone.fingerprint(), list(self._prefix_ids), self.tokens_per_pass]
+        facts = [self.backbone.fingerprint(), self.tokens_per_pass]
         self._fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._weights = digest  # last: whoever sees it takes the fingerprint as it is
 
     @property
     def model(self) -> str:
-        """Everything that changes the bits of a document's KV besides its ids, as far as :meth:`refresh` has seen.
+        """Everything that changes the bits of KVs besides the ids, as far as :meth:`refresh` has seen.
 
-        That is the model, the prefix, the shape of a prefill pass, and what the process may change at any time:
-        the number of threads and the precision of matrix products.
+        That is the model, the shape of a prefill pass, and what the process may change at any time: the number of
+        threads and the precision of matrix products.
         """
         return f"{self._fingerprint}/{torch.get_num_threads()}/{torch.get_float32_matmul_precision()}"
 
@@ -83,19 +74,35 @@ class Supply:
                 "answering; change them between questions."
             )
 
-    def key(self, token_ids: tuple[int, ...]) -> str:
-        """Store key of a document's ids: the model and the namespace are in it."""
-        return document_key(self.model, self.namespace, token_ids)
+    def key(self, token_ids: Ids, prefix: Ids) -> str:
+        """Store key of a document's ids behind ``prefix``: the model and the namespace are in it."""
+        seen = hashlib.sha256(json.dumps(prefix).encode()).hexdigest() if prefix else ""
+        return document_key(f"{self.model}/{seen}", self.namespace, token_ids)
+
+    def prefix_kv(self, prefix: Ids) -> DocumentKV | None:
+        """KV of a prefix at positions 0..p-1, kept in the store like a document's; ``None`` for an empty one."""
+        if not prefix:
+            return None
+        key = self.key(prefix, ())
+        kv = self._prefixes.pop(key, None)
+        if kv is None:
+            kv = self.fetch({key: Wanted(prefix)}, None, self.model, prefix=()).kvs[key]
+        self._prefixes[key] = kv
+        while len(self._prefixes) > PREFIXES:
+            self._prefixes.popitem(last=False)
+        return kv
 
     def fetch(
-        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, model: str, *, keep: bool = True
-    ) -> Fetched:
+        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, model: str, *, prefix: Ids,
+        keep: bool = True,
+    ) -> Fetched:  # fmt: skip
         """Documents from the store, or prefilled at ``starts`` (by default right after the prefix).
 
         Args:
             wanted: by store key.
             starts: position of each document's first token, by store key.
             model: what the store keys were made with.
+            prefix: ids that every document sees.
             keep: hand over the KVs; otherwise they go to the store alone.
 
         Raises:
@@ -106,7 +113,7 @@ class Supply:
             computed = prefill(
                 self.backbone,
                 [wanted[key].token_ids for key in missing],
-                self.prefix,
+                self.prefix_kv(prefix),
                 tokens_per_pass=self.tokens_per_pass,
                 starts=None if starts is None else [starts[key] for key in missing],
             )
@@ -116,12 +123,12 @@ class Supply:
 
         return self.store.fetch(wanted, self.kv_shape, self.backbone.device, self._fingerprint, compute, keep=keep)
 
-    def document_kvs(self, keys: Mapping[str, tuple[int, ...]]) -> dict[str, DocumentKV]:
+    def document_kvs(self, keys: Mapping[str, Ids], prefix: Ids) -> dict[str, DocumentKV]:
         """KV of every key, from the store or computed now (and then stored)."""
-        return self.fetch({key: Wanted(ids) for key, ids in keys.items()}, None, self.model).kvs
+        return self.fetch({key: Wanted(ids) for key, ids in keys.items()}, None, self.model, prefix=prefix).kvs
 
     def store_all(
-        self, keys: Mapping[str, tuple[int, ...]], *, progress: bool
+        self, keys: Mapping[str, Ids], prefix: Ids, *, progress: bool
     ) -> tuple[dict[str, Origin], dict[str, Miss]]:
         """Compute what no local tier of the store has; where each document was, and why not in the store.
 
@@ -137,7 +144,7 @@ class Supply:
         ) as bar:
             for start in range(0, len(absent), STORED_AT_ONCE):
                 wanted = {key: Wanted(keys[key]) for key in absent[start : start + STORED_AT_ONCE]}
-                fetched = self.fetch(wanted, None, model, keep=False)
+                fetched = self.fetch(wanted, None, model, prefix=prefix, keep=False)
                 origins |= fetched.origins
                 misses |= fetched.misses
                 bar.update(len(wanted))

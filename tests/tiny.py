@@ -8,6 +8,7 @@ and a wrong position or mask shows in the logits.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -184,7 +185,7 @@ def backbone(
     architecture: str, dtype: torch.dtype = torch.float32, *, tokens: str = "byte-bpe", settings=None, **changes
 ) -> Backbone:
     tok = tokenizer(tokens)
-    settings = settings or default_settings(tok)
+    settings = settings or replace(default_settings(tok), mode="fusion")
     return Backbone(model(architecture, dtype, **changes), tok, settings, model_id=f"tiny-{architecture}")
 
 
@@ -196,6 +197,6 @@ def generator(
     store="memory",
     **settings,
 ) -> KVFusionGenerator:
-    made = ModelSettings(**settings) if settings else None
+    made = ModelSettings(**{"mode": "fusion", **settings}) if settings else None
     kept = MemoryStore() if store == "memory" else store
     return KVFusionGenerator(backbone(architecture, dtype, tokens=tokens, settings=made), store=kept)

@@ -39,8 +39,9 @@ def batch_logits(engine: Engine, batch: Batch, kept: torch.Tensor) -> torch.Tens
     """Logits (R, N, V) of Dt at the columns ``kept`` (N,), over keys and values that Dp made without a gradient."""
     firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
     keys = {key: ids for example in firsts for key, ids in example.documents.items()}
-    kvs = engine.supply.document_kvs(keys)
-    head = [engine.supply.prefix] if engine.supply.prefix is not None else []
+    prefix = engine.encoder.prefix_ids
+    kvs, prefix_kv = engine.supply.document_kvs(keys, prefix), engine.supply.prefix_kv(prefix)
+    head = [] if prefix_kv is None else [prefix_kv]
     rows: list[list[DocumentKV]] = [
         [] if example.joined else [*head, *(kvs[key] for key in example.documents)] for example in firsts
     ]

@@ -26,7 +26,7 @@ from ..engine import Engine, Request
 from ..errors import ContextLimitError, InvalidInputError, TrainingError, UnsupportedModelError
 from ..evaluation.metrics import is_right
 from ..qa import QARow
-from ..settings import FILE_NAME, ModelSettings
+from ..settings import FILE_NAME, TUNED_MAX_NEW_TOKENS, ModelSettings
 from .batches import Step, epoch_steps
 from .checkpoint import load_record, load_state, save_decoder, save_state
 from .config import TrainingConfig
@@ -132,7 +132,10 @@ class Trainer:
                 "the model has no end token, so its answers would never end; set the tokenizer's eos_token."
             )
         joined = torch.Generator().manual_seed(self.config.seed)
-        read = lru_cache(maxsize=1)(self._engine.read)  # rows that share their documents follow one another
+        layout = self._engine.fused_layout(None)
+        read = lru_cache(maxsize=1)(
+            lambda documents: self._engine.read(documents, layout)
+        )  # rows that share their documents follow one another
 
         def encode(row: QARow) -> Example:
             is_joined = float(torch.rand((), generator=joined)) < self.config.joined_share
@@ -258,7 +261,7 @@ class Trainer:
 
     @property
     def _dev_options(self) -> DecodingOptions:
-        return DecodingOptions(self._engine.settings.max_new_tokens)
+        return DecodingOptions(self._engine.max_new_tokens)
 
     def _read_dev(self, rows: Sequence[QARow]) -> list[tuple[QARow, Request | None]]:
         """Dev rows with their requests, now, so that a row which does not fit costs nothing but its own point."""
@@ -309,7 +312,9 @@ def _trained(settings: ModelSettings, config: TrainingConfig) -> ModelSettings:
     """How a model with ``settings`` is to be used once it is trained by ``config``."""
     return replace(
         settings,
+        layout="fixed",
         mode="concat" if config.joined_share == 1 else "fusion",
+        max_new_tokens=settings.max_new_tokens or TUNED_MAX_NEW_TOKENS,
         tuned_concat=config.joined_share > 0,
         tuned_evidence=config.evidence,
     )
