@@ -27,6 +27,7 @@ from .layouts import ChatLayouts, FixedLayout, Layout
 from .limits import is_out_of_memory, memory_errors, require_fit, room_left
 from .measured import best_mode
 from .placing import place
+from .prefill import prefill_prefix
 from .prompts import PlainEncoder, PromptEncoder
 from .reading import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
 from .recording import CudaGraphs, Recorder
@@ -496,8 +497,8 @@ class Engine:
     def require_explicit_attention(self) -> None:
         """Refuse a model whose attention ours cannot stand in for, measured when it is first asked for."""
         if not self._explicit_is_exact:
-            supply = self.supply
-            require_ape(self.backbone, supply.prefix_kv(self.encoder.prefix_ids), self.ordinary_ids(), tokens_per_pass=supply.tokens_per_pass)
+            prefix = prefill_prefix(self.backbone, self.encoder.prefix_ids)
+            require_ape(self.backbone, prefix, self.ordinary_ids(), tokens_per_pass=self.supply.tokens_per_pass)
             self._explicit_is_exact = True
 
     def _log_mode(self, mode: Mode, reason: str) -> None:

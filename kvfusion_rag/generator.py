@@ -27,7 +27,7 @@ from .gate import run_gate
 from .gathering import Gatherer
 from .invariance import check_invariance
 from .loading import load_decoders
-from .prefill import LENGTH_BUCKET
+from .prefill import LENGTH_BUCKET, prefill_prefix
 from .reading import UNLIMITED
 from .schema import (
     Answer,
@@ -87,7 +87,7 @@ class KVFusionGenerator:
         self._supply.store.require_room(self._supply.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
         self.gate: GateReport = run_gate(
             backbone,
-            self._supply.prefix_kv(self._encoder.prefix_ids),
+            prefill_prefix(backbone, self._encoder.prefix_ids),
             self._engine.ordinary_ids(),
             tokens_per_pass=self._supply.tokens_per_pass,
         )

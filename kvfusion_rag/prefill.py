@@ -54,6 +54,13 @@ def prefill(
             yield from zip(batch, kvs, strict=True)
 
 
+def prefill_prefix(backbone: Backbone, prefix_ids: tuple[int, ...]) -> DocumentKV | None:
+    """KV of a prefix at positions 0..p-1, or ``None`` for an empty one; outside the store, for measurements."""
+    if not prefix_ids:
+        return None
+    return _prefill_pass(backbone, [prefix_ids], None, 1, len(prefix_ids))[0]
+
+
 def kv_shape(backbone: Backbone) -> KVShape:
     """Shape of the KVs that this model makes, read off those of one token."""
     return KVShape.of(_prefill_pass(backbone, [(0,)], None, 1, 1)[0])

@@ -121,7 +121,8 @@ def test_joined_prompts_and_attentions_that_know_padding_alone_get_rows_of_their
 def request(keys: str, question_tokens: int = 4, size: int = 10) -> Request:
     """Over one document of ``size`` tokens for each letter."""
     pieces = tuple(Placed(key, tuple(range(size)), 0) for key in sorted(keys))
-    return Request(Reading((), {}), Question(tuple(range(question_tokens)), size), "fusion", pieces, "")
+    layout = FixedLayout((1, 2), tuple(range(question_tokens)), None)
+    return Request(Reading((), {}), Question(layout.question, size), "fusion", pieces, layout, "")
 
 
 wanted = st.lists(
