@@ -29,7 +29,7 @@ from kvfusion_rag.training.formats import read_ready_rows
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--model", help="hub name or folder; the embedded model by default")
+    parser.add_argument("--model", help="hub name or folder; the default model if not given")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--limit", type=int, help="ask a random sample of this many")
     parser.add_argument("--seed", type=int, default=0)

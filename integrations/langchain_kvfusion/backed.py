@@ -67,7 +67,7 @@ class GeneratorBacked(BaseLanguageModel[Any]):
 
     @classmethod
     def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> Self:
-        """Load a model: the embedded one, or a hub name or folder.
+        """Load a model: the default one, or a hub name or folder.
 
         Args:
             model_id: as ``KVFusionGenerator.from_pretrained`` takes it.

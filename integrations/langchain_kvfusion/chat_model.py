@@ -78,7 +78,7 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
 
     @classmethod
     def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> Self:
-        """Load a model: the embedded one, or a hub name or folder; ``model=`` is another name for ``model_id``.
+        """Load a model: the default one, or a hub name or folder; ``model=`` is another name for ``model_id``.
 
         Args:
             model_id: as ``KVFusionGenerator.from_pretrained`` takes it.

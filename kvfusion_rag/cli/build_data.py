@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-gold", type=_share, default=0.0, metavar="SHARE",
                         help="share of rows without gold passage and answers, 0 to 1 (default: 0)")  # fmt: skip
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="cut passages to N tokens, title included")
-    parser.add_argument("--model", metavar="NAME", help="model that counts these tokens (default: the embedded one)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="model that counts these tokens (default: SmolLM2-135M-Instruct)"
+    )
     parser.add_argument(
         "--embedding-model", metavar="NAME", help="sentence-transformers model for dense (default: offline MiniLM)"
     )

@@ -13,7 +13,9 @@ from .options import add_model_arguments, load_generator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder (default: the embedded model)")
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="hub name or folder (default: SmolLM2-135M-Instruct)"
+    )
     add_model_arguments(parser)
 
 

@@ -46,7 +46,7 @@ SEARCH = ".search"  # ending of the file beside that of --resume, for the answer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="ROWS", help="rows of build-data, or of lost-in-the-middle (.jsonl, .gz too)")
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: the small embedded model)")
+    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
     add_model_arguments(parser)
     parser.add_argument(
         "--systems",

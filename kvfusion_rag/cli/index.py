@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index", metavar="DIR", help=f"folder of the index (default: {INDEX_FOLDER} in the first folder)"
     )
-    parser.add_argument("--model", metavar="NAME", help="model that will read the chunks (default: the embedded one)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="model that will read the chunks (default: SmolLM2-135M-Instruct)"
+    )
     add_index_arguments(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)

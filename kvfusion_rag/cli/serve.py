@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: the small embedded model)")
+    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
     add_model_arguments(parser)
     add_store_arguments(parser)
     parser.add_argument("--mode", choices=["fusion", "concat", "ape"], help="of requests that name none")

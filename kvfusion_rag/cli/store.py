@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--all", action="store_true", help="documents of every namespace")
         if name in ("forget", "estimate"):
             action.add_argument("paths", nargs="+", metavar="PATH", help="file or folder (txt, md, html, pdf)")
-            action.add_argument("--model", metavar="NAME", help="hub name or folder (default: the embedded model)")
+            action.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
             add_index_arguments(action)
             action.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
         if name == "estimate":

@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="gets best/, checkpoint/, losses.json")
     parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows to choose the best checkpoint by")
     parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file")
-    parser.add_argument("--model", metavar="NAME", help="base model: hub name or folder (default: the embedded one)")
+    parser.add_argument(
+        "--model", metavar="NAME", help="base model: hub name or folder (default: SmolLM2-135M-Instruct)"
+    )
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
     parser.add_argument("--evidence", action="store_true", default=None, help="train on the evidence sentence too")
@@ -131,7 +133,7 @@ def _plot(args: argparse.Namespace, progress: Progress) -> None:
     from ..training.curve import plot_losses
 
     names = ", ".join(Path(path).name for path in args.rows)
-    plot_losses(progress, args.plot, title=f"{args.model or 'embedded model'}, trained on {names}")
+    plot_losses(progress, args.plot, title=f"{args.model or 'the default model'}, trained on {names}")
 
 
 def _say_progress(progress: Progress) -> None:

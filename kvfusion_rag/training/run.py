@@ -46,7 +46,7 @@ def train(
         rows: to train on; ``kvfusion build-data`` makes them.
         output: folder for ``best/`` (an adapter, or with ``config.full`` a model), ``checkpoint/`` and
             ``losses.json``.
-        model: hub name or folder; the embedded model by default.
+        model: hub name or folder; the default model if not given.
         dev: rows to choose the best checkpoint by (exact match).
         config: settings; the defaults are those of the preset "lora".
         store_bytes: memory for document KVs, kept across epochs as far as they fit.
