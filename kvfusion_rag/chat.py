@@ -22,7 +22,9 @@ from .errors import InvalidInputError
 from .schema import ROLES, DocumentsPlace, Message, Prompt
 
 TEXT_SEPARATOR = "\n\n"
-DEFAULT_LEAD = "Documents:\n\n"  # in front of documents whose place the caller did not choose
+DEFAULT_LEAD = (
+    "Answer the question from these documents.\n\n"  # before documents whose place the caller did not choose
+)
 # Some templates print today's date, which would change the prefix, and so every key, at midnight: they take one as
 # an argument (Llama 3), or call a function for it (SmolLM 3), which is shadowed.
 FIXED_DATE = "26 Jul 2024"
@@ -117,12 +119,17 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
 
 
 def with_place(messages: Sequence[Message], *, lead: str) -> list[Message]:
-    """``messages`` with the documents at the start of the first user message, unless they have a place already."""
+    """``messages`` with the documents at the end of the system message, unless they have a place already.
+
+    Args:
+        lead: text in front of the documents.
+    """
     if any(message.documents is not None for message in messages):
         return list(messages)
-    number = next(n for n, message in enumerate(messages) if message.role == "user")
-    placed = Message.around("user", lead, TEXT_SEPARATOR + messages[number].text, titles=True)
-    return [*messages[:number], placed, *messages[number + 1 :]]
+    if messages[0].role != "system":
+        return [Message.around("system", lead, "", titles=True), *messages]
+    said = messages[0].text + TEXT_SEPARATOR
+    return [Message.around("system", said + lead, "", titles=True), *messages[1:]]
 
 
 def documents_first(messages: Sequence[Message], question: str) -> list[Message]:

@@ -199,8 +199,16 @@ class Engine:
         parts.append(PromptPart(text(ids[at:])))
         return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
 
-    def read(self, documents: Sequence[Document | str], layout: Layout, *, max_tokens: int | None = None) -> Reading:
-        """Encode and check documents; ``max_tokens`` in place of the limit on all together."""
+    def read(
+        self, documents: Sequence[Document | str], layout: Layout | None = None, *, max_tokens: int | None = None
+    ) -> Reading:
+        """Encode and check documents.
+
+        Args:
+            layout: of the prompt that shows them; by default that of a bare question.
+            max_tokens: in place of the limit on all together.
+        """
+        layout = layout or self.fused_layout(None)
         self.supply.refresh()
         limits = Limits(
             document=limit_of(self.settings, self.backbone.context_window, len(layout.prefix)),

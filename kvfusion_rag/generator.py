@@ -25,8 +25,10 @@ from .engine import Engine
 from .errors import InvalidInputError
 from .gate import run_gate
 from .gathering import Gatherer
+from .home import HOME_VARIABLE, home
 from .invariance import check_invariance
 from .loading import load_decoders
+from .measured import keep_measurement
 from .prefill import LENGTH_BUCKET, prefill_prefix
 from .reading import UNLIMITED
 from .schema import (
@@ -208,6 +210,24 @@ class KVFusionGenerator:
     def mode(self) -> Mode:
         """Mode of calls that do not name one."""
         return self._engine.mode_of(None)[0]
+
+    def default_mode(self) -> tuple[Mode, str]:
+        """The mode of calls that do not name one, and the reason for it."""
+        return self._engine.mode_of(None)
+
+    def keep_best_mode(self, mode: Mode, table: list[dict[str, Any]]) -> None:
+        """Keep ``mode`` as the best one for this model and adapter, with the table that shows it, for later processes.
+
+        Raises:
+            InvalidInputError: the file cannot be written.
+        """
+        try:
+            keep_measurement(self._backbone, self._backbone.adapter_digest, mode, table)
+        except OSError as error:
+            raise InvalidInputError(
+                f"the measured mode cannot be kept in {str(home())!r}: {error.strerror or error}; set {HOME_VARIABLE} "
+                "to a folder that can be written."
+            ) from error
 
     @property
     def follows_instructions(self) -> bool:

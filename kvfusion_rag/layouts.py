@@ -27,7 +27,7 @@ from .prompts import (
 )
 from .reading import Reading
 from .schema import Document, Message, Prompt
-from .settings import DEFAULT_INSTRUCTION, ModelSettings, leading_bos
+from .settings import ModelSettings, leading_bos
 
 Ids = tuple[int, ...]
 Span = tuple[int, int]  # start and end, in tokens
@@ -118,9 +118,7 @@ class ChatLayouts:
         return ChatLayout(self, messages, question, {**self._kwargs, **(kwargs or {})})
 
     def _bare_prompt(self, question: str) -> str:
-        if self._has_template:
-            return f"{DEFAULT_INSTRUCTION}\nQuestion: {question}"
-        return f"Question: {question}\nAnswer:"
+        return question if self._has_template else f"Question: {question}\nAnswer:"
 
     def text_documents(self, separator: str, titles: bool, continues: bool) -> TextDocuments:
         """The encoder of documents with these options; one for all prompts."""

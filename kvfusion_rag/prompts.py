@@ -259,8 +259,10 @@ def document_text(document: Document, *, titles: bool) -> str:
 class PromptEncoder:
     """Encodes the prefix, documents and questions of one model in fixed templates, and decodes its answers."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder) -> None:
-        self.plain = plain
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder | None = None
+    ) -> None:
+        self.plain = plain or PlainEncoder(tokenizer)
         self._tokenizer = tokenizer
         self._settings = settings
         self._document = Template(settings.document_template, tokenizer, self.plain)

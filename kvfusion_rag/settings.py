@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from .chat import DEFAULT_LEAD, render
+from .chat import render
 from .errors import InvalidInputError, ModelLoadError
 from .schema import MODES, ModeChoice
 
@@ -202,7 +202,7 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
 
 def documents_turn(text: str) -> str:
     """The first user turn of the fixed layout: the documents, then ``text``."""
-    return f"{DEFAULT_LEAD}{DOCUMENTS_MARK}{text}"
+    return f"Documents:\n\n{DOCUMENTS_MARK}{text}"
 
 
 def mark(name: object) -> str:

@@ -30,6 +30,7 @@ from kvfusion_rag.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.batching import MAX_BATCH, MAX_ROW_TOKENS, MOST_FOREIGN, Batch, Placed, Request, batches
 from kvfusion_rag.decoding import DecodingOptions, Question
 from kvfusion_rag.fusion import BufferPool, FusedBuffer, FusedLayer
+from kvfusion_rag.layouts import FixedLayout
 from kvfusion_rag.limits import is_out_of_memory
 from kvfusion_rag.reading import Reading
 from kvfusion_rag.schema import DocumentKV, KVShape
@@ -133,11 +134,11 @@ wanted = st.lists(
 @given(wanted, st.integers(60, 400))
 def test_batches_hold_every_question_once_with_its_documents_and_stay_in_bounds(asked, most):
     requests = [request(keys, tokens) for keys, tokens in asked]
-    found = list(batches(requests, prefix_tokens=3, max_slots=most, share=True))
+    found = list(batches(requests, max_slots=most, share=True))
     assert [r for batch in found for r in batch.requests] == requests
     for batch in found:
         assert len(batch.requests) <= MAX_BATCH
-        assert batch.slots(3) <= most or len(batch.requests) == 1
+        assert batch.slots <= most or len(batch.requests) == 1
         assert sorted(n for row in batch.rows for n in row.members) == list(range(len(batch.requests)))
         for row in batch.rows:
             own = [{piece.key for piece in batch.requests[n].fused} for n in row.members]

@@ -11,10 +11,11 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvfusion_rag import Document, KVFusionGenerator, Message
-from kvfusion_rag.chat import conversation
+from kvfusion_rag.chat import alternating
 from kvfusion_rag.errors import ContextLimitError, ControlTokenError, InvalidInputError, ModelLoadError
 from kvfusion_rag.prompts import PlainEncoder, PromptEncoder
 from kvfusion_rag.settings import DEFAULT_INSTRUCTION, ModelSettings, default_settings
+from kvfusion_rag.splitting import split_document
 
 kinds = pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 SURROUNDINGS = ("{}", "a{}b", " {} ", "{}{}", "Title: {}\n", "{}\n{}")
@@ -171,7 +172,10 @@ def test_any_conversation_reads_as_the_chat_template_has_it(texts):
     encoder = PromptEncoder(tok, default_settings(tok))
     roles = ("user", "assistant") * 3
     talk = [*map(Message, roles, texts), Message("user", "who?")]
-    turns = [{"role": turn.role, "content": turn.text} for turn in conversation(talk)]
+    turns = [
+        {"role": turn.role, "content": turn.text}
+        for turn in alternating([Message(m.role, m.text.strip()) for m in talk if m.text.strip()])
+    ]
     turns[0]["content"] = f"Documents:\n\n{turns[0]['content']}"
     whole = tok.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     assert tok.decode([*encoder.prefix_ids, *encoder.encode_question("q", talk)]) == whole
@@ -276,14 +280,14 @@ def test_ordinary_added_characters_and_spaces_stay_what_they_are():
 def test_a_title_that_leaves_no_room_is_refused():
     encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings())
     with pytest.raises(ContextLimitError, match="title"):
-        encoder.split_document(Document("the old mill", title="a long title " * 30), 40, 1000)
+        split_document(encoder, Document("the old mill", title="a long title " * 30), 40, 1000)
 
 
 @given(words=st.lists(st.sampled_from(WORDS.split()), min_size=30, max_size=200), limit=st.integers(16, 40))
 def test_split_documents_fit_and_lose_nothing(words, limit):
     tok = tokenizer("byte-bpe")
     encoder = PromptEncoder(tok, ModelSettings(document_template="{text}", titled_document_template="{title}: {text}"))
-    pieces = encoder.split_document(Document(" ".join(words)), limit, 10_000)
+    pieces = split_document(encoder, Document(" ".join(words)), limit, 10_000)
     assert all(len(piece) <= limit for piece in pieces)
     assert " ".join(encoder.decode(list(piece)) for piece in pieces).replace(" ", "") == "".join(words)
 
@@ -292,7 +296,7 @@ def test_split_falls_at_the_end_of_a_sentence():
     encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings(document_template="{text}"))
     sentence = "the river runs past an old mill."
     tokens = len(encoder.plain.encode(sentence))
-    pieces = encoder.split_document(Document(" ".join([sentence] * 4)), 2 * tokens + 6, 1000)
+    pieces = split_document(encoder, Document(" ".join([sentence] * 4)), 2 * tokens + 6, 1000)
     assert [encoder.decode(list(p)) for p in pieces] == [f"{sentence} {sentence}"] * 2
 
 

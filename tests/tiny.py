@@ -185,7 +185,7 @@ def backbone(
     architecture: str, dtype: torch.dtype = torch.float32, *, tokens: str = "byte-bpe", settings=None, **changes
 ) -> Backbone:
     tok = tokenizer(tokens)
-    settings = settings or replace(default_settings(tok), mode="fusion")
+    settings = settings or replace(default_settings(tok), layout="fixed", mode="fusion")
     return Backbone(model(architecture, dtype, **changes), tok, settings, model_id=f"tiny-{architecture}")
 
 

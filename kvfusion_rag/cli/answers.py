@@ -83,7 +83,7 @@ def say_sources(answer: Answer, documents: Sequence[Document]) -> None:
 
 
 def say_facts(answer: Answer) -> None:
-    """One line: mode, what was read, and how long it took."""
+    """One line on mode, documents and times, and one more if the answer was cut."""
     usage, timings = answer.usage, answer.timings
     count = len(answer.sources)
     say()
@@ -92,6 +92,8 @@ def say_facts(answer: Answer) -> None:
         f"{usage.cached_document_tokens} from the store) · prefill {timings.prefill:.2f} s, "
         f"first token {timings.first_token:.2f} s, total {timings.total:.2f} s"
     )
+    if answer.finish_reason == "length":
+        say(f"the answer was cut at {usage.completion_tokens} tokens; --max-new-tokens raises the limit")
 
 
 def say_attribution(attribution: Attribution, answer: Answer) -> None:

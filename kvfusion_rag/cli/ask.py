@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_index_arguments(parser)
     add_store_arguments(parser)
-    parser.add_argument("--mode", choices=["fusion", "concat", "ape"], help="default: the model's own")
+    parser.add_argument("--mode", choices=["auto", "fusion", "concat", "ape"], help="default: the model's own")
+    parser.add_argument(
+        "--show-prompt", action="store_true", help="print what the model reads, with the borders of the documents"
+    )
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
     parser.add_argument("--seed", type=int, help="makes a temperature above 0 repeatable")
@@ -69,6 +72,11 @@ def run(args: argparse.Namespace) -> int:
     folder = _index_folder(args)
     generator = load_generator(args)
     documents, report = _retrieve(args, folder, generator)
+    shown = None
+    if args.show_prompt:
+        shown = generator.show_prompt(args.question, documents, mode=args.mode)
+        if not args.json:
+            say(f"{shown}\n")
     answer = _stream(args, generator, documents) if args.stream else _answer(args, generator, documents)
     shuffled = None
     if args.shuffle_check:
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
             {
                 "question": args.question,
                 **answer_to_json(answer, documents, shuffled),
+                "prompt": shown.text if shown is not None else None,
                 "attribution": None if attribution is None else attribution.to_dict(),
                 "model": generator.identity(),
                 "index": None if folder is None else str(folder.resolve()),

@@ -1,22 +1,32 @@
-"""Check whether a model can read fused documents exactly, and print what was checked.
+"""Check whether a model can read fused documents exactly, and measure in which mode it answers best.
 
-Exit code 0 when all checks passed, 1 when the model is refused.
+Exit code 0 if all checks passed, 1 if the model is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from .console import print_error, say, say_json
 from .options import add_model_arguments, load_generator
 
+if TYPE_CHECKING:
+    from ..evaluation.modes import ModeResult
+    from ..generator import KVFusionGenerator
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="hub name or folder (default: SmolLM2-135M-Instruct)"
+        "model", nargs="?", metavar="MODEL", help="hub name, folder or .gguf file (default: the default model)"
     )
     add_model_arguments(parser)
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="answer 40 questions in each mode, print the table, and make the best mode this model's default",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,13 +37,52 @@ def run(args: argparse.Namespace) -> int:
             say_json({"model": args.model, "passed": False, "checks": [], "error": str(error)})
         print_error(str(error))
         return 1
+    results = _measure(generator, progress=not args.json) if args.measure else None
     gate = generator.gate
+    mode, reason = generator.default_mode()
     if args.json:
         checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in gate.checks]
-        say_json({"model": gate.model_id, "passed": gate.passed, "checks": checks, "error": None})
-    else:
-        say(gate.model_id)
-        for check in gate.checks:
-            say(f"  {'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
-        say(f"passed: documents can be fused exactly, default mode {generator.mode}")
+        measured = None if results is None else [result.to_dict() for result in results]
+        say_json(
+            {
+                "model": gate.model_id,
+                "passed": gate.passed,
+                "checks": checks,
+                "error": None,
+                "mode": mode,
+                "mode_reason": reason,
+                "measured": measured,
+            }
+        )
+        return 0
+    say(gate.model_id)
+    for check in gate.checks:
+        say(f"  {'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
+    say("passed: documents can be fused exactly")
+    if results is not None:
+        _say_table(results)
+    say(f"default mode: {mode} ({reason})")
+    if results is None:
+        say("These checks say nothing about the quality of answers. --measure answers 40 questions in each mode.")
     return 0
+
+
+def _measure(generator: KVFusionGenerator, *, progress: bool) -> list[ModeResult]:
+    from ..evaluation.modes import best_of, measure_modes
+
+    results = measure_modes(generator, progress=progress)
+    generator.keep_best_mode(best_of(results), [result.to_dict() for result in results])
+    return results
+
+
+def _say_table(results: list[ModeResult]) -> None:
+    say()
+    say(f"{'mode':8} {'right':>7} {'F1':>6} {'first token':>12} {'answer':>8}")
+    for result in results:
+        if result.right is None:
+            say(f"{result.mode:8} cannot be used: {result.reason}")
+        else:
+            columns: list[Any] = [result.right, result.f1, result.first_token, result.total]
+            say("{:8} {:5.1f} % {:6.1f} {:10.2f} s {:6.2f} s".format(result.mode, *columns))
+    say("40 questions over five documents each; right: the answer contains an accepted one")
+    say()

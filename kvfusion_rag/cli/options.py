@@ -135,7 +135,7 @@ def load_encoder(model: str | None) -> tuple[PromptEncoder, ModelSettings]:
     from transformers import AutoTokenizer
 
     from ..locating import EMBEDDED_MODEL
-    from ..prompts import PlainEncoder, PromptEncoder
+    from ..prompts import PromptEncoder
     from ..settings import load_settings
 
     name = str(model or EMBEDDED_MODEL)
@@ -145,7 +145,7 @@ def load_encoder(model: str | None) -> tuple[PromptEncoder, ModelSettings]:
         cause = " ".join(str(error).split())[:300]
         raise ModelLoadError(f"the tokenizer of {name!r} cannot be loaded: {cause}") from error
     settings = load_settings(name, tokenizer, model_id=name)
-    return PromptEncoder(tokenizer, settings, PlainEncoder(tokenizer)), settings
+    return PromptEncoder(tokenizer, settings), settings
 
 
 def load_config(model: str | None) -> PretrainedConfig:
