@@ -30,6 +30,8 @@ DEFAULT_LEAD = (
 FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
+REASONING_TAGS = ("<think>", "</think>")  # templates look for them in earlier answers, to leave the reasoning out
+
 _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -48,11 +50,16 @@ class Marks:
         longest_first = sorted((token for token in control_tokens if len(token) > 1), key=len, reverse=True)
         self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def disarm(self, text: str) -> str:
-        """``text`` with every control token in it broken up by ``break_mark``."""
+    def disarm(self, text: str, *, spare: Sequence[str] = ()) -> str:
+        """``text`` with every control token in it, except those to ``spare``, broken up by ``break_mark``."""
         if self._control is None:
             return text
-        return self._control.sub(lambda match: f"{match[0][:1]}{self.break_mark}{match[0][1:]}", text)
+
+        def broken(match: re.Match[str]) -> str:
+            token = match[0]
+            return token if token in spare else f"{token[:1]}{self.break_mark}{token[1:]}"
+
+        return self._control.sub(broken, text)
 
 
 def render(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import DEFAULT_LEAD, Marks, documents_first, messages_of, rendered, with_place
+from .chat import DEFAULT_LEAD, REASONING_TAGS, Marks, documents_first, messages_of, rendered, with_place
 from .errors import InvalidInputError
 from .prompts import (
     Control,
@@ -135,7 +135,7 @@ class ChatLayouts:
 
         def text_of(message: Message) -> str:
             if message.documents is None:
-                return marks.disarm(message.text)
+                return marks.disarm(message.text, spare=REASONING_TAGS if message.role == "assistant" else ())
             at = message.documents.offset
             return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
 

@@ -59,14 +59,14 @@ TOKENIZER_KINDS = ("byte-bpe", "unigram", "bpe-byte-fallback", "wordpiece")
 @cache
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return {
-        "byte-bpe": _byte_bpe,
+        "byte-bpe": byte_bpe,
         "unigram": _unigram,
         "bpe-byte-fallback": _bpe_byte_fallback,
         "wordpiece": _wordpiece,
     }[kind]()
 
 
-def _byte_bpe() -> PreTrainedTokenizerFast:
+def byte_bpe() -> PreTrainedTokenizerFast:
     """As Qwen and Llama 3: byte-level BPE, control tokens outside the vocabulary, one of them not 'special'."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
