@@ -9,11 +9,13 @@ import argparse
 
 from ..errors import UnsupportedModelError
 from .console import print_error, say, say_json
-from .options import add_model_arguments, load_generator
+from .options import add_gguf_file, add_model_arguments, load_generator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="hub name or folder (default: the embedded model)")
+    names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=names)
+    add_gguf_file(parser)
     add_model_arguments(parser)
 
 
