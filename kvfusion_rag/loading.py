@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from .backbone import Backbone, require_trained_on
 from .errors import InvalidInputError
-from .locating import locate_model, shipped_adapter
+from .locating import HUB_OPTIONS, locate_model
 
 
 def load_decoders(
     model: str | Path | None,
     *,
+    gguf_file: str | None,
     revision: str | None,
     adapter: str | Path | Literal["shipped"] | None,
     decoder: str | Path | None,
@@ -30,23 +31,16 @@ def load_decoders(
         UnsupportedModelError: the architecture cannot be fused exactly.
         InvalidInputError: an argument is outside what is allowed.
     """
-    path, model_id = locate_model(model)
+    hub = {name: value for name, value in (model_kwargs or {}).items() if name in HUB_OPTIONS}
+    where = locate_model(model, gguf_file=gguf_file, revision=revision, **hub)
     if adapter == "shipped":
-        adapter = shipped_adapter(path) if decoder is None else None
+        adapter = where.adapter if decoder is None else None
     if adapter is not None and decoder is not None:
         raise InvalidInputError("adapter and decoder are both given, but an answering decoder has one or the other.")
-    backbone = Backbone.load(
-        path,
-        model_id=model_id,
-        revision=revision,
-        adapter=adapter,
-        device=device,
-        dtype=dtype,
-        model_kwargs=model_kwargs,
-    )
+    backbone = Backbone.load(where, adapter=adapter, device=device, dtype=dtype, model_kwargs=model_kwargs)
     if decoder is None:
         return backbone, None
-    folder, name = locate_model(decoder)
-    require_trained_on(Path(folder), backbone)
+    found = locate_model(decoder, **hub)
+    require_trained_on(Path(found.home), backbone)
     alike = str(backbone.dtype).removeprefix("torch.")  # it reads the base's keys
-    return backbone, Backbone.load(folder, model_id=name, device=device, dtype=alike, model_kwargs=model_kwargs)
+    return backbone, Backbone.load(found, device=device, dtype=alike, model_kwargs=model_kwargs)

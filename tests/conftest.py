@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: one embedded model, and Hypothesis without time limits."""
+"""Fixtures shared by all tests: the default model, a cache of converted models, and Hypothesis without time limits."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,7 +18,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kvfusion_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Cache of converted GGUF files that lasts for the session: converting the default model takes half a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVFUSION_HOME", str(tmp_path_factory.mktemp("kvfusion-home")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded() -> KVFusionGenerator:
-    """The model that ships with the package; its store fills up over the session."""
+    """The default model; its store fills up over the session."""
     return KVFusionGenerator.from_pretrained()

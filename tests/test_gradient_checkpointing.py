@@ -9,6 +9,7 @@ from test_training_batches import gradients, shared
 from kvfusion_rag import UnsupportedModelError
 from kvfusion_rag.attention import GROUPED
 from kvfusion_rag.backbone import Backbone
+from kvfusion_rag.locating import locate_model
 from kvfusion_rag.qa import QARow
 from kvfusion_rag.training.loss import fusion_loss
 
@@ -71,7 +72,7 @@ def test_a_run_with_checkpoints_makes_the_same_steps(tmp_path, full):
 def test_what_was_trained_with_checkpoints_is_an_ordinary_model(tmp_path):
     options = {"max_steps": 1, "full": True, "gradient_checkpointing": True}
     trainer(tmp_path, engine(full=True), rows(2), **options).run()
-    loaded = Backbone.load(str(tmp_path / "run" / "best"), model_id="trained")
+    loaded = Backbone.load(locate_model(tmp_path / "run" / "best"))
     assert loaded.attention == GROUPED
 
 

@@ -14,10 +14,10 @@ PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
     "errors", "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "positions", "support",
-    "linear", "attention", "ape", "watch", "collecting", "backbone", "prefill", "fusion", "gate", "limits", "locating",
-    "loading", "citations", "store", "supply", "reading", "recording", "decoding", "placing", "batching", "gathering",
-    "engine", "attribution", "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training",
-    "serving", "cli",
+    "gguf_header", "gguf_convert", "gguf_cache", "locating", "linear", "attention", "ape", "watch", "collecting",
+    "backbone", "prefill", "fusion", "gate", "limits", "loading", "citations", "store", "supply", "reading",
+    "recording", "decoding", "placing", "batching", "gathering", "engine", "attribution", "invariance",
+    "streaming", "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from .options import (
     INDEX_FOLDER,
     add_index_arguments,
     add_model_arguments,
+    add_model_name,
     add_store_arguments,
     folder_of,
     load_generator,
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--index", metavar="DIR", help=f"index on disk (default: {INDEX_FOLDER} beside the documents if there is one)"
     )
     parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="documents to read (default: 5)")
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
+    add_model_name(parser)
     add_model_arguments(parser)
     add_index_arguments(parser)
     add_store_arguments(parser)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
 from .console import patient_bars, say, say_json, say_list, shown_path
-from .options import load_token_counter, positive
+from .options import add_model_name, load_token_counter, positive
 
 if TYPE_CHECKING:
     from ..qa import QARow
@@ -56,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-gold", type=_share, default=0.0, metavar="SHARE",
                         help="share of rows without gold passage and answers, 0 to 1 (default: 0)")  # fmt: skip
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="cut passages to N tokens, title included")
-    parser.add_argument(
-        "--model", metavar="NAME", help="model that counts these tokens (default: SmolLM2-135M-Instruct)"
-    )
+    add_model_name(parser, "model that counts these tokens")
     parser.add_argument(
         "--embedding-model", metavar="NAME", help="sentence-transformers model for dense (default: offline MiniLM)"
     )
@@ -140,7 +138,7 @@ def _read_questions(args: argparse.Namespace) -> Iterator[Example]:
 
 
 def _token_counter(args: argparse.Namespace) -> Callable[[str], int] | None:
-    return None if args.max_tokens is None else load_token_counter(args.model)[0]
+    return None if args.max_tokens is None else load_token_counter(args)[0]
 
 
 def _embedder(args: argparse.Namespace) -> Embedder | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from .console import print_error, say, say_json
-from .options import add_model_arguments, load_generator
+from .options import add_gguf_file, add_model_arguments, load_generator
 
 if TYPE_CHECKING:
     from ..evaluation.modes import ModeResult
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="hub name, folder or .gguf file (default: the default model)"
-    )
+    names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=names)
+    add_gguf_file(parser)
     add_model_arguments(parser)
     parser.add_argument(
         "--measure",

@@ -27,7 +27,7 @@ from ..evaluation.systems import (
     require_systems,
 )
 from .console import say, say_json
-from .options import add_model_arguments, count, load_generator, positive
+from .options import add_model_arguments, add_model_name, count, load_generator, positive
 
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
@@ -46,7 +46,7 @@ SEARCH = ".search"  # ending of the file beside that of --resume, for the answer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="ROWS", help="rows of build-data, or of lost-in-the-middle (.jsonl, .gz too)")
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
+    add_model_name(parser)
     add_model_arguments(parser)
     parser.add_argument(
         "--systems",
@@ -147,11 +147,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
     """What the command line names to be judged beside the base model."""
-    from ..locating import locate_model, shipped_adapter
+    from ..locating import locate_model
 
     found = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
     if args.adapter == "shipped":
-        shipped = shipped_adapter(locate_model(args.model)[0])
+        shipped = locate_model(args.model, gguf_file=args.gguf_file).adapter
         found["adapter"] = None if shipped is None else str(shipped)
     return found
 
@@ -227,7 +227,8 @@ def _read(path: Path) -> list[QARow]:
 
 def _load(args: argparse.Namespace, options: Mapping[str, str | None], store: DocumentStore) -> KVFusionGenerator:
     """The generator of the command line with ``options`` in place of its own."""
-    return load_generator(argparse.Namespace(**{**vars(args), **options}), store)
+    own = {"gguf_file": None} if "model" in options else {}  # it is a file of the command line's model
+    return load_generator(argparse.Namespace(**{**vars(args), **own, **options}), store)
 
 
 def _outputs(args: argparse.Namespace) -> list[Path]:

@@ -16,6 +16,7 @@ from .options import (
     INDEX_FOLDER,
     add_index_arguments,
     add_model_arguments,
+    add_model_name,
     add_store_arguments,
     first_folder,
     load_generator,
@@ -35,9 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index", metavar="DIR", help=f"folder of the index (default: {INDEX_FOLDER} in the first folder)"
     )
-    parser.add_argument(
-        "--model", metavar="NAME", help="model that will read the chunks (default: SmolLM2-135M-Instruct)"
-    )
+    add_model_name(parser, "model that will read the chunks")
     add_index_arguments(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     require_paths(args.paths)
     require_store(args)
     folder = Path(args.index or first_folder(args.paths) / INDEX_FOLDER)
-    count_tokens, passage_length = load_token_counter(args.model)
+    count_tokens, passage_length = load_token_counter(args)
     with open_index(args, folder, count_tokens, passage_length) as index:
         report = index.update(args.paths)
         chunk_tokens = index.chunk_tokens

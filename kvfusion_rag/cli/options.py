@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidInputError, ModelLoadError, RetrievalError
+from ..errors import InvalidInputError, RetrievalError, model_load_errors
 from .console import patient_bars
 
 if TYPE_CHECKING:
@@ -50,6 +50,17 @@ def byte_count(text: str) -> int:
     if size < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size from 1 byte such as 2GiB, 500MB or 1000000")
     return size
+
+
+def add_model_name(parser: argparse.ArgumentParser, role: str = "") -> None:
+    """The options that name a model; ``role`` says what it does, if that is not to answer."""
+    names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
+    parser.add_argument("--model", metavar="NAME", help=f"{role}: {names}" if role else names)
+    add_gguf_file(parser)
+
+
+def add_gguf_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in the model's folder or hub repository")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +132,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
     with patient_bars():
         return KVFusionGenerator.from_pretrained(
             args.model,
+            gguf_file=args.gguf_file,
             adapter=args.adapter,
             decoder=args.decoder,
             device=args.device,
@@ -130,41 +142,35 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
         )
 
 
-def load_encoder(model: str | None) -> tuple[PromptEncoder, ModelSettings]:
-    """How a model reads documents, without its weights."""
+def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings]:
+    """How the model that the arguments name reads documents, without its weights."""
     from transformers import AutoTokenizer
 
-    from ..locating import EMBEDDED_MODEL
+    from ..locating import locate_model
     from ..prompts import PromptEncoder
     from ..settings import load_settings
 
-    name = str(model or EMBEDDED_MODEL)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        cause = " ".join(str(error).split())[:300]
-        raise ModelLoadError(f"the tokenizer of {name!r} cannot be loaded: {cause}") from error
-    settings = load_settings(name, tokenizer, model_id=name)
+    where = locate_model(args.model, gguf_file=args.gguf_file)
+    with model_load_errors(f"the tokenizer of {where.model_id!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(where.path, revision=where.revision)
+    settings = load_settings(where.home, tokenizer, model_id=where.model_id, revision=where.revision)
     return PromptEncoder(tokenizer, settings), settings
 
 
-def load_config(model: str | None) -> PretrainedConfig:
-    """The text configuration of a model, without its weights."""
+def load_config(args: argparse.Namespace) -> PretrainedConfig:
+    """The text configuration of the model that the arguments name, without its weights."""
     from transformers import AutoConfig
 
-    from ..locating import EMBEDDED_MODEL
+    from ..locating import locate_model
 
-    name = str(model or EMBEDDED_MODEL)
-    try:
-        return AutoConfig.from_pretrained(name).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        cause = " ".join(str(error).split())[:300]
-        raise ModelLoadError(f"the configuration of {name!r} cannot be loaded: {cause}") from error
+    where = locate_model(args.model, gguf_file=args.gguf_file)
+    with model_load_errors(f"the configuration of {where.model_id!r}"):
+        return AutoConfig.from_pretrained(where.path, revision=where.revision).get_text_config()
 
 
-def load_token_counter(model: str | None) -> tuple[Callable[[str], int], int | None]:
-    """How a model counts the tokens of plain text, and its passage length, without loading its weights."""
-    encoder, settings = load_encoder(model)
+def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], int | None]:
+    """How that model counts the tokens of plain text, and its passage length, without its weights."""
+    encoder, settings = load_encoder(args)
     return lambda text: len(encoder.plain.encode(text)), settings.passage_length
 
 

@@ -12,14 +12,22 @@ from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
 from .console import say, say_json
-from .options import add_model_arguments, add_store_arguments, count, load_generator, positive, require_store
+from .options import (
+    add_model_arguments,
+    add_model_name,
+    add_store_arguments,
+    count,
+    load_generator,
+    positive,
+    require_store,
+)
 
 if TYPE_CHECKING:
     from ..serving import Access
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
+    add_model_name(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
     parser.add_argument("--mode", choices=["fusion", "concat", "ape"], help="of requests that name none")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from .console import say, say_json
-from .options import CODECS, add_index_arguments, load_config, load_encoder, open_index, require_paths
+from .options import CODECS, add_index_arguments, add_model_name, load_config, load_encoder, open_index, require_paths
 
 if TYPE_CHECKING:
     from .. import DocumentStore
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument("--all", action="store_true", help="documents of every namespace")
         if name in ("forget", "estimate"):
             action.add_argument("paths", nargs="+", metavar="PATH", help="file or folder (txt, md, html, pdf)")
-            action.add_argument("--model", metavar="NAME", help="hub name or folder (default: SmolLM2-135M-Instruct)")
+            add_model_name(action)
             add_index_arguments(action)
             action.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
         if name == "estimate":
@@ -127,7 +127,7 @@ def _estimate(args: argparse.Namespace) -> int:
 
     require_paths(args.paths)
     dtype = getattr(torch, args.dtype)
-    shape: KVShape = expected_kv_shape(load_config(args.model), dtype)
+    shape: KVShape = expected_kv_shape(load_config(args), dtype)
     lengths = [len(ids) for ids in _pieces(args)]
     key = "0" * 130
     facts = {
@@ -151,8 +151,8 @@ def _pieces(args: argparse.Namespace) -> list[tuple[int, ...]]:
     from ..reading import UNLIMITED, Limits, limit_of, read_documents
     from ..store import document_key
 
-    encoder, settings = load_encoder(args.model)
-    window = getattr(load_config(args.model), "max_position_embeddings", None)
+    encoder, settings = load_encoder(args)
+    window = getattr(load_config(args), "max_position_embeddings", None)
     limit = limit_of(settings, window, len(encoder.prefix_ids))
     with open_index(args, None, lambda text: len(encoder.plain.encode(text)), settings.passage_length) as index:
         index.update(args.paths)

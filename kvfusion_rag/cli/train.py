@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
 from .console import say, say_json, shown_path
-from .options import positive, require_paths
+from .options import add_model_name, positive, require_paths
 
 if TYPE_CHECKING:
     from ..qa import QARow
@@ -33,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="gets best/, checkpoint/, losses.json")
     parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows to choose the best checkpoint by")
     parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file")
-    parser.add_argument(
-        "--model", metavar="NAME", help="base model: hub name or folder (default: SmolLM2-135M-Instruct)"
-    )
+    add_model_name(parser, "base model")
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
     parser.add_argument("--evidence", action="store_true", default=None, help="train on the evidence sentence too")
@@ -72,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
             _say_progress(progress)
 
     progress = train(
-        rows, output=args.output, model=args.model, dev=dev, config=config, device=args.device,
-        dtype=args.dtype, resume=args.resume, files=_files(args), report=report,
+        rows, output=args.output, model=args.model, gguf_file=args.gguf_file, dev=dev, config=config,
+        device=args.device, dtype=args.dtype, resume=args.resume, files=_files(args), report=report,
     )  # fmt: skip
     processes = PartialState()
     if processes.is_main_process:
@@ -130,10 +128,11 @@ def _files(args: argparse.Namespace) -> dict[str, Any]:
 def _plot(args: argparse.Namespace, progress: Progress) -> None:
     if args.plot is None:
         return
+    from ..locating import DEFAULT_MODEL
     from ..training.curve import plot_losses
 
     names = ", ".join(Path(path).name for path in args.rows)
-    plot_losses(progress, args.plot, title=f"{args.model or 'the default model'}, trained on {names}")
+    plot_losses(progress, args.plot, title=f"{args.model or DEFAULT_MODEL}, trained on {names}")
 
 
 def _say_progress(progress: Progress) -> None:

