@@ -220,7 +220,7 @@ def save(
 
 
 def speaker(answer: str, **settings) -> KVFusionGenerator:
-    """A random model that answers every question with ``answer``; documents move its logits, but not the best token."""
+    """A random model that answers every question with ``answer``; documents move its logits, not the best token."""
     tok = tokenizer("byte-bpe")
     made = replace(default_settings(tok), **settings)
     return KVFusionGenerator(
