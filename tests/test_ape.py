@@ -148,20 +148,17 @@ def test_streams_and_stored_documents():
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(tmp_path_factory, model_folder):
     """A model, and an adapter that changes it."""
-    model, adapter = tmp_path_factory.mktemp("model"), tmp_path_factory.mktemp("adapter")
-    tiny.model("llama").save_pretrained(model)
-    tiny.tokenizer("byte-bpe").save_pretrained(model)
+    adapter = tmp_path_factory.mktemp("adapter")
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(tiny.model("llama"), lora).save_pretrained(adapter)
-    return model, adapter
+    return model_folder, adapter
 
 
 def test_adapter_and_tuned_decoder_take_no_part(folders, tmp_path, caplog):
     model, adapter = folders
-    tiny.model("llama", seed=1).save_pretrained(tmp_path)
-    tiny.tokenizer("byte-bpe").save_pretrained(tmp_path)
+    tiny.save(tmp_path, seed=1)
     base = KVFusionGenerator.from_pretrained(model, mode="ape")
     expected = base.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids
     for tuning in ({"adapter": adapter}, {"decoder": tmp_path}):

@@ -13,12 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 from fakes import RecordingGenerator
 from hypothesis import given
 from hypothesis import strategies as st
 from test_retrieval import LIGHTHOUSE, WordEmbedder, load_minilm, reasons
 
-from kvfusion_rag import Check, GateReport, InvarianceReport, KVFusionGenerator, UnsupportedModelError, __version__
+from kvfusion_rag import Check, GateReport, InvarianceReport, UnsupportedModelError, __version__
 from kvfusion_rag.cli import ask, doctor, main
 from kvfusion_rag.cli.answers import MAX_SENTENCE_CHARACTERS, sentence_around
 from kvfusion_rag.cli.console import printable
@@ -289,27 +290,27 @@ def test_ask_reads_only_the_named_documents_of_an_index_or_all_of_it(capsys, gen
 # index
 
 
-def test_index_reports_what_it_did(capsys, generator, docs):
-    code, out, err = run(capsys, "index", docs)
+def test_index_reports_what_it_did(capsys, generator, docs, model_folder):
+    code, out, err = run(capsys, "index", docs, "--model", model_folder)
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        f"{docs / '.kvfusion'}: 2 chunks of up to 192 tokens",
+        f"{docs / '.kvfusion'}: 2 chunks of up to 200 tokens",
         "2 added, 0 changed, 0 removed, 0 unchanged, 1 skipped",
         "  + peru.md",
         "  + rice.txt",
         f"  ! {docs / 'data.bin'}: unknown kind '.bin'; known: .txt, .text, .md, .markdown, .html, .htm, .xhtml, .pdf",
     ]
     (docs / "rice.txt").unlink()
-    result = json.loads(run(capsys, "index", docs, "--json")[1])
-    assert (result["index"], result["chunk_tokens"], result["chunks"]) == (str(docs / ".kvfusion"), 192, 1)
+    result = json.loads(run(capsys, "index", docs, "--json", "--model", model_folder)[1])
+    assert (result["index"], result["chunk_tokens"], result["chunks"]) == (str(docs / ".kvfusion"), 200, 1)
     assert (result["removed"], result["unchanged"]) == (["rice.txt"], ["peru.md"])
     assert reasons([SkippedFile(**one) for one in result["skipped"]]).keys() == {"data.bin"}
 
 
-def test_a_long_report_is_cut(capsys, generator, docs):
+def test_a_long_report_is_cut(capsys, generator, docs, model_folder):
     for n in range(30):
         (docs / f"{n:02}.txt").write_text(f"text {n}")
-    out = run(capsys, "index", docs, "--chunk-tokens", 30)[1]
+    out = run(capsys, "index", docs, "--chunk-tokens", 30, "--model", model_folder)[1]
     assert out.count("\n  + ") == 21
     assert "  + ... and 12 more (--json lists all)" in out
 
@@ -341,46 +342,40 @@ def test_doctor_refuses_with_the_cause(capsys, monkeypatch):
     assert json.loads(out)["passed"] is False
 
 
-# The whole path, with the embedded model
+# The whole path, with a model
+
+KEEPER = "Who was the last keeper of the Harrow Point Lighthouse?"
 
 
 @pytest.fixture
-def real(monkeypatch, embedded: KVFusionGenerator) -> KVFusionGenerator:
-    """The real models, loaded once for all tests."""
-    monkeypatch.setattr(ask, "load_generator", lambda args: embedded)
+def real(monkeypatch) -> None:
+    """A model that answers "thomas grant", and the real embedding model, loaded once for all tests."""
+    generator = tiny.speaker("thomas grant")
+    monkeypatch.setattr(ask, "load_generator", lambda args: generator)
     monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: load_minilm())
-    return embedded
 
 
 def test_order_of_documents_does_not_matter(capsys, real):
-    code, out, _ = run(
-        capsys,
-        "ask",
-        "Who designed the Harrow Point Lighthouse?",
-        "--docs",
-        LIGHTHOUSE,
-        "--json",
-        "--shuffle-check",
-        4,
-    )
+    code, out, _ = run(capsys, "ask", KEEPER, "--docs", LIGHTHOUSE, "--json", "--shuffle-check", 4)
     assert code == 0
     result = json.loads(out)
-    assert result["answer"] == "Edda Marsh"
+    assert result["answer"] == "Thomas Grant"
     assert result["shuffle_check"] == {
         "mode": "fusion",
         "permutations": 4,
         "identical": True,
-        "answers": ["edda marsh"],
+        "answers": ["thomas grant"],
         "max_logit_difference": 0.0,
     }
-    assert result["citations"][0]["sentence"] == "It was designed by the engineer Edda Marsh."
+    assert result["citations"][0]["sentence"] == (
+        "The last keeper, Thomas Grant, moved to the mainland in the same year."
+    )
 
 
 def test_the_real_stream(capsys, real):
-    question = "Who designed the Harrow Point Lighthouse?"
-    code, out, _ = run(capsys, "ask", question, "--docs", LIGHTHOUSE, "--stream", "--top-k", 1)
+    code, out, _ = run(capsys, "ask", KEEPER, "--docs", LIGHTHOUSE, "--stream", "--top-k", 1)
     assert code == 0
-    assert out.startswith("edda marsh\n  as the source spells it: Edda Marsh\n")
+    assert out.startswith("thomas grant\n  as the source spells it: Thomas Grant\n")
     assert "mode fusion · 1 document (" in out
 
 
@@ -389,24 +384,17 @@ def shell(*argv: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False, **options)
 
 
-def test_a_process_prints_nothing_but_its_answer(tmp_path):
+def test_a_process_prints_nothing_but_its_answer(capsys, tmp_path, speaker_folder):
     shutil.copytree(LIGHTHOUSE, tmp_path / "docs")
-    made = shell("index", tmp_path / "docs", "--json")
-    assert (made.returncode, made.stderr) == (0, "")
-    assert json.loads(made.stdout)["chunks"] == 11
-    asked = shell(
-        "ask",
-        "What is the oldest locomotive called?",
-        "--docs",
-        tmp_path / "docs",
-        "--json",
-        env=os.environ | {"LC_ALL": "C"},
-    )
+    code, out, err = run(capsys, "index", tmp_path / "docs", "--json", "--model", speaker_folder)
+    assert (code, err, len(json.loads(out)["added"])) == (0, "", 11)
+    docs = ("--docs", tmp_path / "docs")
+    asked = shell("ask", KEEPER, *docs, "--json", "--model", speaker_folder, env=os.environ | {"LC_ALL": "C"})
     assert (asked.returncode, asked.stderr) == (0, "")
     result = json.loads(asked.stdout)
-    assert result["answer"] == "Black Bess"
+    assert result["answer"] == "Thomas Grant"
     assert len(result["update"]["unchanged"]) == 11  # both commands cut and embed alike
-    checked = shell("doctor")
+    checked = shell("doctor", speaker_folder)
     assert (checked.returncode, checked.stderr) == (0, "")
     assert checked.stdout.count("  pass  ") >= 4
 

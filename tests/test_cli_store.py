@@ -1,4 +1,4 @@
-"""``kvfusion store``, ``kvfusion index --store`` and ``kvfusion bench store``, with the embedded model."""
+"""``kvfusion store``, ``kvfusion index --store`` and ``kvfusion bench store``, with a small random model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ def docs(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs a command; its exit code, and its JSON or what it says on stderr."""
+def run(capsys, model_folder):
+    """Runs a command, with a model if it reads documents; its exit code, and its JSON or what it says on stderr."""
 
     def command(*argv: object):
-        code = main([str(part) for part in argv])
+        reads = argv[0] in ("index", "ask") or argv[1] in ("forget", "estimate")
+        code = main([str(part) for part in (*argv, *(["--model", model_folder] if reads else []))])
         said = capsys.readouterr()
         return code, json.loads(said.out) if said.out.startswith("{") else said.out + said.err
 

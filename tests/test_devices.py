@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from test_fusion_laws import logits_of, random_documents
 from test_training import SETTINGS as TRAINING
 from test_training import batch_of, rows
-from tiny import WORDS, backbone, model, tokenizer
+from tiny import WORDS, backbone, model
 
 from kvfusion_rag import DiskStore, Document, DocumentStore, KVFusionGenerator, MemoryLimitError, MemoryStore
 from kvfusion_rag.backbone import Backbone
@@ -92,14 +92,12 @@ def test_a_gpu_answers_as_a_cpu_does(architecture):
 
 
 @devices
-def test_an_adapter_answers_and_documents_are_the_base_models(device, tmp_path):
-    model("llama").save_pretrained(tmp_path / "model")
-    tokenizer("byte-bpe").save_pretrained(tmp_path / "model")
+def test_an_adapter_answers_and_documents_are_the_base_models(device, model_folder, tmp_path):
     made = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(model("llama"), made).save_pretrained(tmp_path / "adapter")
     store = MemoryStore()
     base, tuned = (
-        KVFusionGenerator.from_pretrained(tmp_path / "model", adapter=adapter, device=device, store=store)
+        KVFusionGenerator.from_pretrained(model_folder, adapter=adapter, device=device, store=store)
         for adapter in (None, tmp_path / "adapter")
     )
     assert base._backbone.device.type == tuned._backbone.device.type == device
@@ -110,15 +108,13 @@ def test_an_adapter_answers_and_documents_are_the_base_models(device, tmp_path):
 
 @devices
 @pytest.mark.parametrize("how", ["int8", "float8"])
-def test_weights_in_8_bit(device, how, tmp_path):
+def test_weights_in_8_bit(device, how, model_folder):
     pytest.importorskip("torchao")
     from test_quantized import FORMATS, load
 
-    model("llama").save_pretrained(tmp_path)
-    tokenizer("byte-bpe").save_pretrained(tmp_path)
-    made = load(tmp_path, FORMATS[how], device=device, store=MemoryStore())
+    made, storeless = (load(model_folder, FORMATS[how], device=device, store=store) for store in (MemoryStore(), None))
     expected = tokens(made)
-    assert tokens(made, DOCUMENTS[::-1]) == expected == tokens(load(tmp_path, FORMATS[how], device=device, store=None))
+    assert tokens(made, DOCUMENTS[::-1]) == expected == tokens(storeless)
 
 
 @devices

@@ -713,8 +713,7 @@ def folders(tmp_path_factory):
     """Two base models of other weights, a tuned decoder of the first, and an adapter for each."""
     place = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("base", "decoder", "wide")):
-        tiny.model("llama", seed=seed).save_pretrained(place / name)
-        tiny.tokenizer("byte-bpe").save_pretrained(place / name)
+        tiny.save(place / name, seed=seed)
         (place / name / "kvfusion.json").write_text('{"passage_length": 90}')
     for seed, (name, base) in enumerate((("adapter", 0), ("sft", 2))):
         torch.manual_seed(seed)

@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import tiny
 
 pytest.importorskip("langchain_chroma")
 
@@ -24,13 +25,13 @@ def test_two_lines_differ():
     assert sum(line[0] == "-" for line in changes) == sum(line[0] == "+" for line in changes) == 2
 
 
-def test_exchanging_the_llm_alone_warns_with_the_remedy(embedded, caplog):
+def test_exchanging_the_llm_alone_warns_with_the_remedy(caplog):
     from langchain_core.prompts import ChatPromptTemplate
 
     from langchain_kvfusion import KVFusionLLM
 
     prompt = ChatPromptTemplate.from_template("Answer from this.\n\n{context}\n\nQuestion: {question}")
-    llm = KVFusionLLM(generator=embedded)
+    llm = KVFusionLLM(generator=tiny.generator(prompt_template=None))
     for _ in range(2):
         caplog.clear()
         (prompt | llm).invoke({"context": "joined text", "question": "who?"})
@@ -40,6 +41,7 @@ def test_exchanging_the_llm_alone_warns_with_the_remedy(embedded, caplog):
     assert "KVFusionPrompt" not in caplog.text
 
 
+@pytest.mark.default_model
 def test_the_changed_chain_answers_the_example_questions():
     chain = runpy.run_path(str(AFTER))["chain"]
     rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -48,7 +50,6 @@ def test_the_changed_chain_answers_the_example_questions():
     right = [
         row["question"]
         for row, answer in zip(asked, answers, strict=True)
-        if answer.casefold() in [a.casefold() for a in row["answers"]]
+        if any(a.casefold() in answer.casefold() for a in row["answers"])
     ]
-    assert "Who was the last keeper of the Harrow Point Lighthouse?" in right
     assert len(right) >= 5, f"only {right} of {len(asked)} questions were answered"

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, WORDS, backbone, generator, tokenizer
 from transformers import DynamicCache
 
-from kvfusion_rag import Document
+from kvfusion_rag import Document, KVFusionGenerator
 from kvfusion_rag.batching import Batch
 from kvfusion_rag.decoding import DecodingOptions
 from kvfusion_rag.fusion import fuse
 from kvfusion_rag.gate import run_gate
 from kvfusion_rag.positions import block_mask, fused_positions, question_start
 from kvfusion_rag.prefill import prefill, prefill_prefix
-from kvfusion_rag.settings import ModelSettings
 from kvfusion_rag.store import MemoryStore
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -59,12 +58,9 @@ def fused_logits(bone, prefix, kvs, question, passage_length):
     question=st.lists(vocabulary, min_size=1, max_size=12),
     prefix_ids=st.lists(vocabulary, max_size=6).map(tuple),
     passage_length=st.none() | st.integers(1, 90),
-    attention=st.sampled_from(["causal", "bidirectional"]),
 )
-def test_fused_logits_are_one_block_masked_pass(
-    architecture, documents, question, prefix_ids, passage_length, attention
-):
-    bone = backbone(architecture, settings=ModelSettings(document_attention=attention))
+def test_fused_logits_are_one_block_masked_pass(architecture, documents, question, prefix_ids, passage_length):
+    bone = backbone(architecture)
     prefix = prefill_prefix(bone, prefix_ids)
     kvs = prefilled(bone, documents, prefix, tokens_per_pass=128)
     lengths = [len(ids) for ids in documents]
@@ -73,9 +69,7 @@ def test_fused_logits_are_one_block_masked_pass(
     single = bone.model(
         input_ids=torch.tensor([ids]),
         position_ids=fused_positions(len(prefix_ids), lengths, start, len(question))[None],
-        attention_mask=block_mask(len(prefix_ids), lengths, len(question), bidirectional=attention == "bidirectional")[
-            None, None
-        ],
+        attention_mask=block_mask(len(prefix_ids), lengths, len(question))[None, None],
     ).logits[:, -1]
     difference = (fused_logits(bone, prefix, kvs, question, passage_length) - single).abs().max().item()
     assert difference < 1e-4 * single.abs().max().item(), f"largest difference {difference}"
@@ -87,8 +81,7 @@ def test_fused_logits_are_one_block_masked_pass(
 @given(documents=st.lists(document_ids, min_size=2, max_size=9, unique=True), data=st.data())
 def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(architecture, dtype, documents, data):
     """Stored = computed: a store may hold any subset, filled by any earlier questions."""
-    attention = data.draw(st.sampled_from(["causal", "bidirectional"]))
-    bone = backbone(architecture, dtype, settings=ModelSettings(document_attention=attention))
+    bone = backbone(architecture, dtype)
     together = prefilled(bone, documents, None, tokens_per_pass=128)
     order = data.draw(st.permutations(range(len(documents))))
     some = order[: data.draw(st.integers(1, len(documents)))]
@@ -97,10 +90,9 @@ def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(archit
         assert torch.equal(kv.values, together[index].values)
 
 
-@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 @architectures
-def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture, attention):
-    bone = backbone(architecture, settings=ModelSettings(document_attention=attention))
+def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture):
+    bone = backbone(architecture)
     document = tuple(range(20, 67))
     (kv,) = prefilled(bone, [document], None, tokens_per_pass=512)
     keys, values = bone.prefill(torch.tensor([document]), None)
@@ -125,24 +117,19 @@ def logits_of(gen, question, documents, max_new_tokens=5):
 def test_any_order_gives_the_same_bits_with_any_store(architecture, dtype):
     """At least 200 cases of numbers, lengths and duplicates; the store holds nothing, some or all of the documents."""
     bone = backbone(architecture, dtype)
+    storing, storeless = (KVFusionGenerator(bone, store=store) for store in (MemoryStore(), None))
     rng = random.Random(7)
     for case in range(70):
         documents = random_documents(rng)
-        gen = generator_over(bone, MemoryStore())
-        expected, tokens = logits_of(gen, "who built it?", documents)
+        storing.clear()
+        expected, tokens = logits_of(storing, "who built it?", documents)
         shuffled = rng.sample(documents, len(documents))
-        other = generator_over(bone, MemoryStore() if case % 3 else None)
+        storing.clear()
         if case % 3 == 1:
-            other.prefill(rng.sample(documents, rng.randint(1, len(documents))))
-        found, found_tokens = logits_of(other, "who built it?", shuffled)
+            storing.prefill(rng.sample(documents, rng.randint(1, len(documents))))
+        found, found_tokens = logits_of(storing if case % 3 else storeless, "who built it?", shuffled)
         assert found_tokens == tokens
         assert torch.equal(found, expected), f"case {case}: differs by {(found - expected).abs().max()}"
-
-
-def generator_over(bone, store):
-    from kvfusion_rag import KVFusionGenerator
-
-    return KVFusionGenerator(bone, store=store)
 
 
 @architectures

@@ -112,9 +112,7 @@ def test_what_cannot_be_is_one_clear_error(tmp_path):
         ModelSettings(positions="local")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="cannot know where documents will stand"):
         tiny.generator("llama", positions="global").prefill(DOCUMENTS)
-    tiny.model("llama").save_pretrained(tmp_path)
-    tiny.tokenizer("byte-bpe").save_pretrained(tmp_path)
-    (tmp_path / "kvfusion.json").write_text('{"positions": "global"}')
+    tiny.save(tmp_path, settings=ModelSettings(positions="global"))
     assert KVFusionGenerator.from_pretrained(tmp_path).settings.positions == "global"
     assert KVFusionGenerator.from_pretrained(tmp_path, positions="uniform").settings.positions == "uniform"
     with pytest.raises(InvalidInputError, match="training reads documents at uniform positions"):

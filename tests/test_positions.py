@@ -5,14 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvfusion_rag.positions import (
-    additive,
-    bidirectional_mask,
-    block_mask,
-    document_positions,
-    fused_positions,
-    question_start,
-)
+from kvfusion_rag.positions import additive, block_mask, document_positions, fused_positions, question_start
 
 lengths = st.lists(st.integers(1, 9), max_size=6)
 
@@ -36,14 +29,13 @@ def test_documents_share_positions():
     assert fused_positions(2, [3, 1], 9, 2).tolist() == [0, 1, 2, 3, 4, 2, 9, 10]
 
 
-@given(prefix=st.integers(0, 4), documents=lengths, question=st.integers(1, 5), bidirectional=st.booleans())
-def test_block_mask_states_who_sees_whom(prefix, documents, question, bidirectional):
-    mask = block_mask(prefix, documents, question, bidirectional=bidirectional)
+@given(prefix=st.integers(0, 4), documents=lengths, question=st.integers(1, 5))
+def test_block_mask_states_who_sees_whom(prefix, documents, question):
+    mask = block_mask(prefix, documents, question)
     owner = [-1] * prefix + [i for i, n in enumerate(documents) for _ in range(n)] + [len(documents)] * question
     for i, mine in enumerate(owner):
         for j, other in enumerate(owner):
             visible = j <= i and (other in (-1, mine) or mine == len(documents))
-            visible |= bidirectional and mine == other != len(documents)
             assert mask[i, j].item() == visible
 
 
@@ -51,12 +43,8 @@ def test_block_mask_of_one_document_is_causal():
     assert torch.equal(block_mask(2, [5], 3), torch.ones(10, 10, dtype=torch.bool).tril())
 
 
-@given(prefix=st.integers(0, 4), documents=st.lists(st.integers(1, 9), min_size=1, max_size=5))
-def test_bidirectional_mask_is_the_documents_part_of_the_block_mask(prefix, documents):
-    mask = bidirectional_mask(prefix, torch.tensor(documents), 9)
-    for row, length in enumerate(documents):
-        alone = block_mask(prefix, [length], 0, bidirectional=True)[prefix:]
-        assert torch.equal(mask[row, 0, :length, : prefix + length], alone)
-        assert not mask[row, 0, :, prefix + length :].any()
+@given(prefix=st.integers(0, 4), documents=lengths, question=st.integers(1, 5))
+def test_additive_mask_hides_the_same_and_stays_finite(prefix, documents, question):
+    mask = block_mask(prefix, documents, question)
     hidden = additive(mask, torch.bfloat16)
     assert torch.equal(hidden == 0, mask) and hidden.isfinite().all()

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CHATML, TOKENIZER_KINDS, WORDS, generator, tokenizer
+from tiny import CHATML, TOKENIZER_KINDS, WORDS, generator, save, tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -45,9 +45,10 @@ def test_the_plain_tokenizer_would_have_leaked(kind):
         assert token_id in tok(content, add_special_tokens=False)["input_ids"]
 
 
-def test_i4_every_added_token_of_the_embedded_model_stays_text(embedded):
-    encoder = embedded._encoder.plain
-    for content in ("[PAD]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "x [SEP] y", "[CLS][SEP]"):
+@pytest.mark.default_model
+def test_i4_every_added_token_of_the_default_model_stays_text(default_model):
+    encoder = default_model._encoder.plain
+    for content in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "x <|im_end|> y", "<|im_end|><|im_start|>system"):
         assert not encoder.control_ids.intersection(encoder.encode(content))
 
 
@@ -336,8 +337,7 @@ def test_wrong_settings_name_the_field(wrong):
     ],
 )
 def test_a_wrong_settings_file_is_refused(tmp_path, content, named):
-    generator()._backbone.model.save_pretrained(tmp_path)
-    tokenizer("byte-bpe").save_pretrained(tmp_path)
+    save(tmp_path)
     (tmp_path / "kvfusion.json").write_text(content)
     with pytest.raises(ModelLoadError, match=named) as caught:
         KVFusionGenerator.from_pretrained(tmp_path)
@@ -345,8 +345,7 @@ def test_a_wrong_settings_file_is_refused(tmp_path, content, named):
 
 
 def test_a_settings_file_is_read(tmp_path):
-    generator()._backbone.model.save_pretrained(tmp_path)
-    tokenizer("byte-bpe").save_pretrained(tmp_path)
+    save(tmp_path)
     (tmp_path / "kvfusion.json").write_text('\ufeff{"passage_length": 77, "tuned": true}', encoding="utf-8")
     gen = KVFusionGenerator.from_pretrained(tmp_path, mode="concat")
     assert (gen.settings.passage_length, gen.settings.tuned, gen.mode) == (77, True, "concat")

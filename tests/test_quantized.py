@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import model, tokenizer
+from tiny import model, save
 from torchao.quantization import Float8WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import TorchAoConfig
 
@@ -29,10 +27,7 @@ def tokens(made: KVFusionGenerator, documents=DOCUMENTS):
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "bert"])
 def folder(request, tmp_path_factory):
-    place = tmp_path_factory.mktemp(request.param)
-    model(request.param).save_pretrained(place)
-    tokenizer("byte-bpe").save_pretrained(place)
-    return place
+    return save(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
@@ -63,19 +58,16 @@ def test_a_changed_weight_of_a_quantized_model_is_noticed(folder):
     assert {s.origin for s in made.answer("who?", DOCUMENTS).sources} == {"computed"}
 
 
-def test_an_adapter_of_the_unquantized_base_answers_over_quantized_weights(tmp_path):
-    base = model("llama")
-    base.save_pretrained(tmp_path / "base")
-    tokenizer("byte-bpe").save_pretrained(tmp_path / "base")
+def test_an_adapter_of_the_unquantized_base_answers_over_quantized_weights(model_folder, tmp_path):
     torch.manual_seed(0)
     settings = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(copy.deepcopy(base), settings).save_pretrained(tmp_path / "adapter")
+    get_peft_model(model("llama"), settings).save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / RECORD_NAME).write_text(
         '{"base_model": "base", "base_weights": "of the unquantized ones", "dtype": "float32"}'
     )
     store = MemoryStore()
-    plain = load(tmp_path / "base", FORMATS["int8"], store=store)
-    tuned = load(tmp_path / "base", FORMATS["int8"], store=store, adapter=tmp_path / "adapter")
+    plain = load(model_folder, FORMATS["int8"], store=store)
+    tuned = load(model_folder, FORMATS["int8"], store=store, adapter=tmp_path / "adapter")
     assert tokens(plain) != tokens(tuned) == tokens(tuned, DOCUMENTS[::-1])
     assert {s.origin for s in tuned.answer("who?", DOCUMENTS).sources} == {"memory"}  # Dp is the same
 

@@ -14,6 +14,7 @@ def block_after(heading: str, language: str) -> str:
     return found[1]
 
 
+@pytest.mark.default_model
 def test_python_example_prints_what_its_comments_say(capsys):
     code = block_after("Python", "python")
     expected = [comment.strip() for comment in re.findall(r"print\(.*\)\s+# (.*)", code)]

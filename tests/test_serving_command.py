@@ -17,7 +17,7 @@ from kvfusion_rag.serving import ServingOptions
 
 ROOT = Path(__file__).parent.parent
 KEY = "key-of-the-first-tenant"
-FERRY = {"text": "The ferry has run since 1921. It carries forty cars and three hundred passengers.", "id": "ferry"}
+KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id": "keeper"}
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_limits_are_checked(changes):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, number, code):
+def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, number, code):
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({KEY: "tenant-a"}))
     command = ["serve", "--port", "0", "--api-keys-file", str(keys), "--api-key-env", "RAG_KEY", "--metrics"]
     server = subprocess.Popen(
-        [sys.executable, "-m", "kvfusion_rag.cli", *command, "--store", str(tmp_path / "kv")],
+        [sys.executable, "-m", "kvfusion_rag.cli", *command, "--store", tmp_path / "kv", "--model", speaker_folder],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,19 +87,18 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, number, code):
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("serving kvfusion-embedded at http://127.0.0.1:") and line.endswith(
-            "/v1 (Ctrl-C ends it)\n"
-        )
+        assert line.startswith("serving tiny-speaker at http://127.0.0.1:") and line.endswith("/v1 (Ctrl-C ends it)\n")
         with httpx.Client(base_url=line.split()[3], timeout=60) as client:
             assert client.get("/models").status_code == 401
             headers = {"authorization": f"Bearer {KEY}"}
             body = {
-                "model": "kvfusion-embedded",
-                "messages": [{"role": "user", "content": "How many cars does the ferry carry?"}],
-                "documents": [FERRY],
+                "model": "tiny-speaker",
+                "messages": [{"role": "user", "content": "Who was the last keeper?"}],
+                "documents": [KEEPER],
             }
             answer = client.post("/chat/completions", json=body, headers=headers).json()
-            assert answer["choices"][0]["message"]["content"] == "forty"
+            assert answer["choices"][0]["message"]["content"] == "thomas grant"
+            assert answer["kvfusion"]["cited_text"] == "Thomas Grant"
             other = {"authorization": "Bearer key-of-the-environment"}
             origin = client.post("/chat/completions", json=body, headers=other).json()["kvfusion"]["sources"][0][
                 "origin"

@@ -24,7 +24,6 @@ from kvfusion_rag import (
     MemoryStore,
 )
 from kvfusion_rag.prefill import kv_shape
-from kvfusion_rag.settings import ModelSettings
 from kvfusion_rag.store import namespace_key
 from kvfusion_rag.support import expected_kv_shape
 
@@ -220,9 +219,8 @@ def test_forgetting_a_document_takes_it_from_every_model_of_the_tokenizer(tmp_pa
 
 
 def test_joined_documents_are_not_stored():
-    """They hold several documents, so that neither another question nor forgetting would find them."""
-    bone = backbone("bert", settings=ModelSettings(document_attention="bidirectional"))
-    gen = over(DocumentStore(MemoryStore()), bone=bone)
+    """A joined prompt holds several documents, so that neither another question nor forgetting would find it."""
+    gen = over(DocumentStore(MemoryStore()))
     answers = [gen.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=3) for _ in range(2)]
     assert answers[0].token_ids == answers[1].token_ids and not len(gen.store.memory)
 

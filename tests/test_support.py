@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import SIZES, backbone, config, model, tokenizer
+from tiny import SIZES, backbone, config, save, tokenizer
 from transformers import (
     BertConfig,
     BloomConfig,
@@ -91,8 +91,7 @@ def test_a_prefill_that_leaks_between_documents_fails_the_numeric_gate(monkeypat
 
 
 def test_a_sliding_window_model_loads_once_the_window_is_lifted(tmp_path):
-    model("mistral", sliding_window=64).save_pretrained(tmp_path)
-    tokenizer("byte-bpe").save_pretrained(tmp_path)
+    save(tmp_path, "mistral", sliding_window=64)
     with pytest.raises(UnsupportedModelError, match="sliding_window=64"):
         KVFusionGenerator.from_pretrained(tmp_path)
     lifted = KVFusionGenerator.from_pretrained(tmp_path, model_kwargs={"sliding_window": None})

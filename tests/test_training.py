@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import WORDS, backbone, tokenizer
+from tiny import WORDS, backbone, save, tokenizer
 from torch.nn.functional import cross_entropy
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore, ModelLoadError
@@ -168,10 +168,7 @@ def test_full_training_changes_the_decoder_and_not_the_prefill_model(tmp_path):
 
 def test_a_run_learns_and_what_it_saves_answers_like_the_trainer(tmp_path):
     """Eight rows of one gold passage and three others, learned by heart."""
-    base = tmp_path / "base"
-    backbone("llama", settings=SETTINGS).model.save_pretrained(base)
-    tokenizer("byte-bpe").save_pretrained(base)
-    (base / "kvfusion.json").write_text(json.dumps(SETTINGS.to_dict()))
+    base = save(tmp_path / "base", settings=SETTINGS)
     data = rows(8, passages=4)
     for full in (False, True):
         loaded = KVFusionGenerator.from_pretrained(base)._backbone
@@ -205,10 +202,7 @@ def test_a_run_learns_and_what_it_saves_answers_like_the_trainer(tmp_path):
 
 
 def test_what_was_trained_on_joined_prompts_answers_in_concat_and_nothing_else_does(tmp_path):
-    base = tmp_path / "base"
-    backbone("llama", settings=SETTINGS).model.save_pretrained(base)
-    tokenizer("byte-bpe").save_pretrained(base)
-    (base / "kvfusion.json").write_text(json.dumps(SETTINGS.to_dict()))
+    base = save(tmp_path / "base", settings=SETTINGS)
     data = rows(4)
     documents = [p.text for p in data[0].passages]
     plain = KVFusionGenerator.from_pretrained(base).answer(data[0].question, documents, mode="concat").token_ids
@@ -440,32 +434,19 @@ def test_presets():
 
 
 def test_the_train_command_makes_an_adapter_that_ask_and_evaluate_take(tmp_path, capsys):
-    model_folder = tmp_path / "model"
-    backbone("llama", settings=SETTINGS).model.save_pretrained(model_folder)
-    tokenizer("byte-bpe").save_pretrained(model_folder)
-    (model_folder / "kvfusion.json").write_text(json.dumps(SETTINGS.to_dict()))
+    base = save(tmp_path / "model", settings=SETTINGS)
     write_rows(tmp_path / "train.jsonl.gz", rows(8))
-    command = [
-        "train",
-        str(tmp_path / "train.jsonl.gz"),
-        "--model",
-        str(model_folder),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    command = ["train", str(tmp_path / "train.jsonl.gz"), "--model", str(base), "--output", str(tmp_path / "out")]
     dev = ["--dev", str(tmp_path / "train.jsonl.gz"), "--dev-limit", "2"]
     assert main([*command, *dev, "--max-steps", "2", "--batch-size", "4", "--rank", "4", "--json"]) == 0
     done = json.loads(capsys.readouterr().out)
     assert done["step"] == 2 and done["config"]["rank"] == 4 and len(done["scores"]) == 1
-    gen = KVFusionGenerator.from_pretrained(model_folder, adapter=tmp_path / "out" / "best")
+    gen = KVFusionGenerator.from_pretrained(base, adapter=tmp_path / "out" / "best")
     assert gen.settings.passage_length == SETTINGS.passage_length and gen.identity()["adapter"]
     assert main(command) == 2  # the output is there already, and nothing of it is lost
     assert "resume" in capsys.readouterr().err
     assert main([*command, *dev, "--resume", "--max-steps", "2", "--rank", "4", "--batch-size", "4"]) == 0
     assert main(["train", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "x")]) == 2
     (tmp_path / "bad.jsonl").write_text('{"question": "who?", "answers": "x", "passages": []}\n')
-    assert (
-        main(["train", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "x"), "--model", str(model_folder)])
-        == 2
-    )
+    assert main(["train", str(tmp_path / "bad.jsonl"), "--output", str(tmp_path / "x"), "--model", str(base)]) == 2
     assert "bad.jsonl, line 1: answers" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_training import SETTINGS, contents, rows
-from tiny import model, tokenizer
+from tiny import save
 
 from kvfusion_rag import KVFusionGenerator, ModelLoadError
 from kvfusion_rag.cli import main
@@ -18,18 +18,11 @@ from kvfusion_rag.qa import write_rows
 from kvfusion_rag.training.curve import SMOOTHED_OVER, smoothed
 
 
-def save_model(folder: Path, seed: int = 0) -> Path:
-    model("llama", seed=seed).save_pretrained(folder)
-    tokenizer("byte-bpe").save_pretrained(folder)
-    (folder / "kvfusion.json").write_text(json.dumps(SETTINGS.to_dict()))
-    return folder
-
-
 @pytest.fixture
 def base(tmp_path) -> Path:
     write_rows(tmp_path / "train.jsonl.gz", rows(8))
     write_rows(tmp_path / "dev.jsonl", rows(3, seed=1))
-    return save_model(tmp_path / "base")
+    return save(tmp_path / "base", settings=SETTINGS)
 
 
 def run(base: Path, *arguments: str | Path) -> int:
@@ -136,7 +129,7 @@ def test_a_damaged_file_is_one_error(base, tmp_path, capsys):
 def test_nothing_of_a_former_run_is_overwritten(base, tmp_path, capsys):
     assert run(base, "--max-steps", "1") == 0
     before = contents(tmp_path / "out")
-    other = save_model(tmp_path / "other", seed=1)
+    other = save(tmp_path / "other", settings=SETTINGS, seed=1)
     for arguments, message in [
         ((), "holds a training run already"),
         (("--resume", "--learning-rate", "1"), "made with learning_rate 0.0002, but this run has 1.0"),
@@ -229,13 +222,13 @@ def test_what_was_trained_on_another_base_model_of_the_same_shape_is_refused(bas
     assert KVFusionGenerator.from_pretrained(base, **tuned)
     assert KVFusionGenerator.from_pretrained(base, dtype="bfloat16", **tuned)  # another digest, the same model
     assert "was trained on" not in caplog.text
-    other = save_model(tmp_path / "third", seed=2)
+    other = save(tmp_path / "third", settings=SETTINGS, seed=2)
     assert KVFusionGenerator.from_pretrained(other, dtype="bfloat16", **tuned)
     assert "'best' was trained on 'base' in float32; whether 'third' in bfloat16 has the same" in caplog.text
     with pytest.raises(
         ModelLoadError, match=r"'best' was trained on another base model: on 'base'.*'other' are others"
     ):
-        KVFusionGenerator.from_pretrained(save_model(tmp_path / "other", seed=1), **tuned)
+        KVFusionGenerator.from_pretrained(save(tmp_path / "other", settings=SETTINGS, seed=1), **tuned)
 
 
 def test_bfloat16_and_checkpoints_from_the_command_line(base, tmp_path):

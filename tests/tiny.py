@@ -3,6 +3,9 @@
 ``tokenizer(kind)`` gives one of four kinds that real models use; ``model(architecture, ...)`` a random causal
 language model of a few ten thousand parameters. Weights are drawn wide, so that attention is far from uniform
 and a wrong position or mask shows in the logits.
+
+Random models answer gibberish. Tests that need a known answer use ``speaker(answer)``; tests that load a model use
+``save(folder)`` or ``save_speaker(folder, answer)``.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import torch
 from tokenizers import (
@@ -200,3 +205,55 @@ def generator(
     made = ModelSettings(**{"mode": "fusion", **settings}) if settings else None
     kept = MemoryStore() if store == "memory" else store
     return KVFusionGenerator(backbone(architecture, dtype, tokens=tokens, settings=made), store=kept)
+
+
+def save(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    tokens: str = "byte-bpe",
+    settings: ModelSettings | None = None,
+    **changes,
+) -> Path:
+    """Saves a random model of under 1 MB with its tokenizer; ``settings`` become its ``kvfusion.json``."""
+    return _save(folder, model(architecture, **changes), tokenizer(tokens), settings)
+
+
+def speaker(answer: str, **settings) -> KVFusionGenerator:
+    """A random model that answers every question with ``answer``; documents move its logits, not the best token."""
+    tok = tokenizer("byte-bpe")
+    made = replace(default_settings(tok), **settings)
+    return KVFusionGenerator(
+        Backbone(_speaking_model(answer), tok, made, model_id="tiny-speaker"), store=MemoryStore()
+    )
+
+
+def save_speaker(folder: Path, answer: str) -> Path:
+    """Saves the model of ``speaker(answer)``; it counts as trained for fusion, so it loads without a warning."""
+    tok = tokenizer("byte-bpe")
+    return _save(folder, _speaking_model(answer), tok, replace(default_settings(tok), tuned=True))
+
+
+def _speaking_model(answer: str) -> PreTrainedModel:
+    """Wide embeddings outweigh what attention adds; the output layer maps each token of the answer to the next."""
+    tok = tokenizer("byte-bpe")
+    network = model("llama", max_position_embeddings=2048)
+    before = tok(default_settings(tok).question_template, add_special_tokens=False)["input_ids"][-1]
+    chain = [before, *tok(answer, add_special_tokens=False)["input_ids"], tok.eos_token_id]
+    assert len(set(chain)) == len(chain), f"{answer!r} has a token twice, which would have two successors"
+    with torch.no_grad():
+        embeddings, output = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+        embeddings.mul_(20)
+        for token, following in pairwise(chain):
+            output[following] += 2 * embeddings[token] / embeddings[token].norm()
+    return network
+
+
+def _save(
+    folder: Path, network: PreTrainedModel, tok: PreTrainedTokenizerFast, settings: ModelSettings | None
+) -> Path:
+    network.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    if settings is not None:
+        (folder / "kvfusion.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
+    return folder
