@@ -11,14 +11,21 @@ import pytest
 
 pytest.importorskip("langchain_core")
 
-from conversation_fakes import marked
+from conversation_fakes import ChatRecorder, marked
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 
 from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
-from langchain_kvfusion import FusedPrompt, KVFusionDocumentPrompt, KVFusionPrompt, KVFusionPromptValue, bare_question
+from langchain_kvfusion import (
+    ChatKVFusion,
+    FusedPrompt,
+    KVFusionDocumentPrompt,
+    KVFusionPrompt,
+    KVFusionPromptValue,
+    bare_question,
+)
 from langchain_kvfusion.framing import frame
 from langchain_kvfusion.fused import fuse_prompt
 
@@ -157,6 +164,23 @@ def test_a_template_that_hides_the_documents_is_refused():
 def test_a_template_that_shows_the_documents_twice_is_refused():
     with pytest.raises(InvalidInputError, match="'context' 2 times"):
         KVFusionPrompt.from_template("{context} {question} {context}").format(**VARIABLES)
+
+
+def test_without_documents_a_template_may_leave_out_what_stands_around_them():
+    template = "{{#context}}Use this:\n{{{context}}}\n{{/context}}Be brief.\n{{{question}}}"
+    prompt = KVFusionPrompt.from_prompt(PromptTemplate.from_template(template, template_format="mustache"))
+    assert marked(prompt.format(**VARIABLES).messages) == [
+        ("user", "Use this:\n{documents}\nBe brief.\nWho wrote it?")
+    ]
+    assert marked(prompt.format(context=[], question="Who?").messages) == [("user", "Be brief.\nWho?")]
+
+
+@pytest.mark.parametrize("inner", ["{context}{question}", [("system", "{context}"), ("human", "{question}")]])
+def test_a_prompt_that_says_nothing_is_refused_by_the_model(inner):
+    prompt = PromptTemplate.from_template(inner) if isinstance(inner, str) else ChatPromptTemplate(inner)
+    chain = KVFusionPrompt.from_prompt(prompt) | ChatKVFusion(generator=ChatRecorder())
+    with pytest.raises(InvalidInputError, match="no question"):
+        chain.invoke({"context": [], "question": ""})
 
 
 def test_frames_in_the_documents_variable_bring_their_separator_and_titles():

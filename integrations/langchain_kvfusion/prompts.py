@@ -157,19 +157,25 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         Raises:
             InvalidInputError: the documents cannot be read as documents, or the template hides them.
         """
-        documents, marker, variables = self._marked(kwargs)
-        return self._assemble(self.prompt.format_prompt(**variables), documents, marker, variables)
+        found, marker, variables = self._marked(kwargs)
+        return self._assemble(self.prompt.format_prompt(**variables), found, marker, variables)
 
     async def aformat_prompt(self, **kwargs: Any) -> KVFusionPromptValue:
-        documents, marker, variables = self._marked(kwargs)
-        return self._assemble(await self.prompt.aformat_prompt(**variables), documents, marker, variables)
+        found, marker, variables = self._marked(kwargs)
+        return self._assemble(await self.prompt.aformat_prompt(**variables), found, marker, variables)
 
     def _marked(self, given: Mapping[str, Any]) -> tuple[Extraction, str, dict[str, Any]]:
+        """The documents, a marker, and the template's variables with the marker in the place of the documents.
+
+        If there are none, the template reads an empty text and may leave out what stands around it.
+        """
         variables = self._merge_partial_and_user_variables(**given)
         found = self._read_documents(variables[self.documents_key])
-        marker = f"kvfusion{uuid4().hex}"
-        at = 0 if found.place is None else found.place.offset
-        return found, marker, {**variables, self.documents_key: found.text[:at] + marker + found.text[at:]}
+        marker, text = f"kvfusion{uuid4().hex}", found.text
+        if found.documents:
+            at = 0 if found.place is None else found.place.offset
+            text = text[:at] + marker + text[at:]
+        return found, marker, {**variables, self.documents_key: text}
 
     def _read_documents(self, value: Any) -> Extraction:
         if isinstance(value, str):
@@ -196,7 +202,8 @@ class KVFusionPrompt(BasePromptTemplate[str]):
     ) -> KVFusionPromptValue:
         is_chat = isinstance(formatted, ChatPromptValue)
         messages = formatted.to_messages() if is_chat else [HumanMessage(content=formatted.to_string())]
-        self._require_one_place(sum(message_text(message).count(marker) for message in messages))
+        if found.documents:
+            self._require_one_place(sum(message_text(message).count(marker) for message in messages))
         if lifted := lifted_documents(messages):
             raise InvalidInputError(
                 f"the messages carry {len(lifted)} documents beside {self.documents_key!r}; pass them one way only."
@@ -253,9 +260,9 @@ def _turns(messages: Sequence[BaseMessage], marker: str, place: DocumentsPlace) 
         shown = replace(place, offset=len(before)) if found else None
         if shown is not None or (before.strip() and not calls_tools(message)):
             turns.append(Message(role_of(message), before + after, shown))
-    if all(turn.role == "system" for turn in turns):  # somebody has to ask
+    if turns and all(turn.role == "system" for turn in turns):  # somebody has to ask
         turns[-1] = replace(turns[-1], role="user")
-    return turns
+    return turns or [Message("user", "")]
 
 
 def _question_of(human: str | None, marker: str) -> str | None:
