@@ -26,7 +26,19 @@ class ChatRecorder(RecordingGenerator):
 
 
 def turns(call: Call) -> list[tuple[str, str]]:
-    """Role and text of each message of the conversation that a call had as its prompt."""
+    """Role and text of each message of the conversation that a call had as its prompt, as :func:`marked` has them."""
     prompt: Any = call.prompt
-    assert all(isinstance(message, Message) for message in prompt)
-    return [(message.role, message.text) for message in prompt]
+    return marked(prompt)
+
+
+def marked(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Role and text of each message, with ``{documents}`` where the documents belong."""
+    assert all(isinstance(message, Message) for message in messages)
+    return [(message.role, _marked(message)) for message in messages]
+
+
+def _marked(message: Message) -> str:
+    if message.documents is None:
+        return message.text
+    at = message.documents.offset
+    return f"{message.text[:at]}{{documents}}{message.text[at:]}"

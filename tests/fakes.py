@@ -20,6 +20,8 @@ from kvfusion_rag import (
     Influence,
     InvalidInputError,
     Message,
+    PromptPart,
+    ShownPrompt,
     Source,
     Timings,
     Usage,
@@ -112,6 +114,12 @@ class RecordingGenerator:
     ) -> RecordingStream:
         self.streams.append(RecordingStream(self, self._record("stream", question, documents, prompt, options)))
         return self.streams[-1]
+
+    def show_prompt(
+        self, question: str, documents: Sequence[Document | str] = (), *, prompt: Prompt = None, **options: Any
+    ) -> ShownPrompt:
+        call = self._record("show_prompt", question, documents, prompt, options)
+        return ShownPrompt("concat", (PromptPart(call.wording),))
 
     def attribute(
         self, question: str, documents: Sequence[Document | str], *, answer: Answer, **options: Any

@@ -43,6 +43,7 @@ PAIRS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"documents": ["a"], "mode": "concat"}, {"documents": ["a"], "mode": "fusion"}),
     ({"stop": ["x"]}, {"stop": ["y"]}),
     ({}, {"seed": 4}),
+    ({"chat_template_kwargs": {"a": 1}}, {"chat_template_kwargs": {"a": 2}}),
 ]
 
 
@@ -73,6 +74,14 @@ async def test_prompts_of_one_text_are_told_apart_by_their_documents_and_questio
     assert len(fake.calls) == len(inputs)
     assert (await chain.abatch(inputs) if is_async else chain.batch(inputs)) == answers
     assert len(fake.calls) == len(inputs)  # what was answered alone is found in a batch
+
+
+def test_prompts_of_one_text_are_told_apart_by_the_documents_place(cached):
+    fake = EchoGenerator()
+    llm = KVFusionLLM(generator=fake, **cached)
+    for template in ("{context}x{question}", "x{context}{question}"):
+        (KVFusionPrompt.from_template(template) | llm).invoke({"context": ["x"], "question": "q"})
+    assert len(fake.calls) == 2
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -136,6 +145,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0.0}, {"temperature": 0.7}),
     ({"mode": "concat"}, {"mode": "fusion"}),
     ({"attribution": "effects"}, {}),
+    ({"chat_template_kwargs": {"a": 1}}, {}),
 ]
 
 

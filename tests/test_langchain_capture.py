@@ -15,7 +15,7 @@ pytest.importorskip("langchain_classic")
 pytest.importorskip("langchain")
 pytest.importorskip("langgraph")
 
-from conversation_fakes import ChatRecorder
+from conversation_fakes import ChatRecorder, turns
 from fakes import EchoGenerator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +28,8 @@ from langchain_routes import PROMPT, ROUTES, SHELF, Route, Shelf, format_docs, l
 
 from kvfusion_rag import InvalidInputError
 from langchain_kvfusion import ChatKVFusion, KVFusionLLM, enable_document_capture
-from langchain_kvfusion.matching import cut_out
+from langchain_kvfusion.framing import Extraction
+from langchain_kvfusion.matching import SHORTEST, cut_out
 
 QUESTION = "Who grinds flour?"
 MODELS = pytest.mark.parametrize("make", [KVFusionLLM, ChatKVFusion])
@@ -56,6 +57,7 @@ async def test_unchanged_chains_keep_their_documents_apart(route: Route, make: A
         assert (call.texts, call.ids) == ([SHELF[name] for name in route.found], list(route.found))
         assert call.question == (route.question or QUESTION)
         assert not any(text in str(call.prompt) for text in SHELF.values())
+        assert turns(call)[0] == ("system", "Answer from this context:\n\n{documents}")
     fake.calls.clear()
     chain.invoke(QUESTION)
     assert not fake.calls[0].documents  # closed
@@ -225,28 +227,59 @@ pieces = st.text("ab \n", min_size=0, max_size=40)
 @given(st.lists(pieces, max_size=4), st.lists(st.one_of(pieces, st.integers(0, 3)), max_size=8))
 def test_only_retrieved_texts_are_cut_out_and_no_word_is_lost(found, parts):
     text = " ".join(part if isinstance(part, str) else (found[part] if part < len(found) else "") for part in parts)
-    rest, documents = cut_out(text, [LangChainDocument(each) for each in found])
-    assert all(document.text in found and document.text.strip() in text for document in documents)
-    assert len({document.text for document in documents}) == len(documents)
-    kept, words = rest.split(), text.split()
+    cut = cut_out(text, [LangChainDocument(each) for each in found])
+    shown = {each for text in found for each in (text, text.strip())}
+    assert all(document.text in shown and document.text in text for document in cut.documents)
+    kept, words = cut.text.split(), text.split()
     remaining = iter(words)
     assert all(word in remaining for word in kept)  # what is left is the text's own, in order
-    if not documents:
-        assert rest == text
+    if not cut.documents:
+        assert (cut.text, cut.place) == (text, None)
+
+
+words = st.text("ab", min_size=SHORTEST, max_size=20)
+margins = st.sampled_from(["", " ", "\n"])
+documents = st.lists(st.builds("{}{}{}".format, margins, words, margins), min_size=1, max_size=5, unique_by=str.strip)
+
+
+@given(documents, st.sampled_from(["\n\n", "\n---\n", " | ", "\n\nDocument: "]), st.booleans())
+def test_the_place_and_the_separator_give_the_prompt_back(texts, separator, strips):
+    shown = [text.strip() for text in texts] if strips else texts
+    text = f"Use this.\n\nDocument: {separator.join(shown)}\n\nQuestion: who?"
+    cut = cut_out(text, [LangChainDocument(text) for text in texts])
+    place = cut.place
+    assert place is not None
+    joined = place.separator.join(document.text for document in cut.documents)
+    assert cut.text[: place.offset] + joined + cut.text[place.offset :] == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "left", "number"),
+    [
+        ("Use: [1] {0}\n\n[2] {1}\n\nwho?", "Use: [1] {documents}\n\n[2]\n\nwho?", 2),
+        ("Use:\n{0} (mill.txt)\n{1} (lamp.txt)\nwho?", "Use:\n{documents} (mill.txt)\n(lamp.txt)\nwho?", 2),
+        ("{0}\n\n{1}\n{2}\n\nwho?", "{documents}\n\nwho?", 3),
+        ("{0}\n\n{1}\n\nIs it true? {0}", "{documents}\n\nIs it true?", 2),
+    ],
+)
+def test_documents_that_no_place_gives_back_stand_where_the_first_stood(prompt, left, number):
+    texts = [SHELF["mill"], SHELF["lamp"], SHELF["doves"]]
+    cut = cut_out(prompt.format(*texts), [LangChainDocument(text) for text in texts])
+    assert cut.place is not None and cut.place.separator == "\n\n"
+    assert f"{cut.text[: cut.place.offset]}{{documents}}{cut.text[cut.place.offset :]}" == left
+    assert [document.text for document in cut.documents] == texts[:number]
 
 
 def test_longer_documents_first_and_no_place_twice():
     short, long = "doves sleep on the roof", "Two doves sleep on the roof."
-    rest, documents = cut_out(
-        f"Context: {long}\n\nQuestion: who?", [LangChainDocument(short), LangChainDocument(long)]
-    )
-    assert ([d.text for d in documents], rest) == ([long], "Context:\n\nQuestion: who?")
+    cut = cut_out(f"Context: {long}\n\nQuestion: who?", [LangChainDocument(short), LangChainDocument(long)])
+    assert ([d.text for d in cut.documents], cut.text) == ([long], "Context: \n\nQuestion: who?")
 
 
 @pytest.mark.parametrize("text", ["too short", "in the midst of words"])
 def test_chance_finds_stay_where_they_are(text):
     prompt = f"x{text}y, {text[:9]}"
-    assert cut_out(prompt, [LangChainDocument(text)]) == (prompt, [])
+    assert cut_out(prompt, [LangChainDocument(text)]) == Extraction(prompt)
 
 
 def test_a_cache_knows_documents_that_were_retrieved_outside_of_the_chain():

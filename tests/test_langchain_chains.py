@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("langchain_core")
 
+from conversation_fakes import turns
 from fakes import EchoGenerator, RecordingGenerator
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
@@ -113,6 +114,8 @@ ROUTES = [
 ]
 FRAMED = {stuff_chain, stuff_chat_chain, stuff_chain_with_our_prompt, stock_retrieval_chain, retrieval_qa}
 CHATS = {lcel_chat, stuff_chat_chain}
+CHAT_TURNS = [("system", "Be brief.\n\n{documents}"), ("user", "Who?")]
+TEXT_TURNS = [("user", "Be brief.\n\n{documents}\n\nQuestion: Who?\nAnswer:")]
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -140,7 +143,8 @@ async def test_documents_question_and_wording_arrive_apart(route):
     for call in fake.calls:
         assert call.texts == ["On Who?: first.", clean]
         assert call.question == "Who?"
-        assert call.prompt == ("Be brief.\n\nWho?" if route in CHATS else "Be brief.\n\nQuestion: Who?\nAnswer:")
+        assert turns(call) == (CHAT_TURNS if route in CHATS else TEXT_TURNS)
+        assert [m.documents.separator for m in call.prompt if m.documents is not None] == ["\n\n"]
         if route not in FRAMED:
             assert call.ids == ["1", "2"]
             assert [d.title for d in call.documents if not isinstance(d, str)] == ["T", "U"]
@@ -197,8 +201,9 @@ def test_the_default_prompt_of_the_documents_chain():
     chain = create_kvfusion_documents_chain(KVFusionLLM(generator=fake))
     assert chain.invoke({"context": [LangChainDocument("x")], "input": "Who?"}) == "in lima"
     assert (fake.calls[0].texts, fake.calls[0].question) == (["x"], "Who?")
-    assert fake.calls[0].prompt is not None
-    assert fake.calls[0].prompt.endswith("Question: Who?\nAnswer:")
+    [(role, text)] = turns(fake.calls[0])
+    assert role == "user"
+    assert text.endswith("\n\n{documents}\n\nQuestion: Who?\nAnswer:")
 
 
 def test_the_documents_chain_takes_a_parser_and_another_variable():

@@ -111,6 +111,11 @@ ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
         {},
     ),
 }
+PLACED = {  # the prompts that show where the documents stand; the others are bare questions
+    "frames": [("system", "{documents}"), ("user", "Who?")],
+    "KVFusionPrompt": [("user", "{documents}\n\nWho?")],
+    "FusedPrompt": [("user", "{documents}\n\nWho?")],
+}
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -122,7 +127,8 @@ async def test_documents_arrive_apart_and_are_read_nowhere_else(route):
     assert len(fake.calls) == 16
     for call in fake.calls:
         assert call.texts == ["x", "y"]
-        assert (call.question, call.prompt) == ("Who?", None)  # a bare question: the model's own template
+        assert call.question == "Who?"
+        assert (None if call.prompt is None else turns(call)) == PLACED.get(route)
         if not route.endswith("frames") or route.startswith("a retriever"):
             assert call.documents[0] == Document("x", "i", "T", call.documents[0].metadata)
 
@@ -229,22 +235,60 @@ def test_a_prompts_question_variable_is_the_question():
     inner = ChatPromptTemplate.from_messages([("system", "Rules."), ("human", "{context} Tell {name}: {question}")])
     chain = KVFusionPrompt.from_prompt(inner) | chat(fake)
     chain.invoke({"context": FOUND, "name": "Ada", "question": "Who?"})
-    assert turns(fake.calls[0]) == [("system", "Rules."), ("user", "Tell Ada: Who?")]
+    assert turns(fake.calls[0]) == [("system", "Rules."), ("user", "{documents} Tell Ada: Who?")]
     assert (fake.calls[0].texts, fake.calls[0].question) == (["x", "y"], "Who?")
 
 
-def test_a_question_in_the_system_message_is_asked_by_the_user():
+def test_a_question_may_stand_in_the_system_message():
     fake = ChatRecorder()
-    inner = ChatPromptTemplate.from_messages([("system", "Answer: {question}"), ("human", "{context}")])
+    inner = ChatPromptTemplate.from_messages([("system", "Question: {question}"), ("human", "{context}")])
     (KVFusionPrompt.from_prompt(inner) | chat(fake)).invoke({"context": FOUND, "question": "Who?"})
-    assert turns(fake.calls[0]) == [("user", "Answer: Who?")]
+    framed = inner.format_prompt(context=FRAMES, question="Who?")
+    chat(fake).invoke(framed)
+    for call in fake.calls:
+        assert (turns(call), call.question) == ([("system", "Question: Who?"), ("user", "{documents}")], "Who?")
 
 
 def test_a_framed_human_message_is_a_template_whose_question_is_found():
     fake = ChatRecorder()
     prompt = PromptTemplate.from_template(HUMAN).format(context=FRAMES, question="Who?")
     chat(fake).invoke(prompt)
-    assert turns(fake.calls[0]) == [("user", "Be brief.\n\nQuestion: Who?")]
+    assert turns(fake.calls[0]) == [("user", "Be brief.\n\n{documents}\n\nQuestion: Who?")]
+    assert (fake.calls[0].texts, fake.calls[0].question) == (["x", "y"], "Who?")
+
+
+def test_white_space_is_untouched_and_the_documents_place_is_plain_data():
+    recorder, fake = Recorder(), ChatRecorder()
+    inner = ChatPromptTemplate.from_messages([("system", " Rules:\n {context} \n"), ("human", "\n{question} ")])
+    (KVFusionPrompt.from_prompt(inner) | chat(fake, callbacks=[recorder])).invoke(
+        {"context": FOUND, "question": "Who?"}
+    )
+    assert turns(fake.calls[0]) == [("system", " Rules:\n {documents} \n"), ("user", "\nWho? ")]
+    system, human = recorder.prompts[0][0]
+    assert system.additional_kwargs == {"documents_place": {"offset": 9, "separator": "\n\n", "titles": False}}
+    assert set(human.additional_kwargs) == {"documents", "question"}
+    chat(fake).invoke(json.loads(json.dumps([each.model_dump() for each in (system, human)])))
+    assert fake.calls[1].prompt == fake.calls[0].prompt
+
+
+def test_a_caller_may_say_where_documents_of_the_call_stand():
+    fake = ChatRecorder()
+    system = SystemMessage("Read:\n\nBe brief.", additional_kwargs={"documents_place": {"offset": 6}})
+    chat(fake).invoke([system, HumanMessage("Who?")], documents=FOUND)
+    assert turns(fake.calls[0]) == [("system", "Read:\n{documents}\nBe brief."), ("user", "Who?")]
+
+
+@pytest.mark.parametrize("place", ["here", {}, {"offset": "6"}, {"offset": 6, "size": 1}, 6])
+def test_a_place_that_is_not_one_is_refused(place):
+    with pytest.raises(InvalidInputError, match="documents_place"):
+        chat().invoke([HumanMessage("Who?", additional_kwargs={"documents_place": place})])
+
+
+def test_documents_in_several_messages_stand_where_the_first_ones_stood():
+    fake = ChatRecorder()
+    first, second = FRAMES.split("\n\n")
+    chat(fake).invoke([SystemMessage(f"A\n{first}\nB"), HumanMessage(f"C\n\n{second}\n\nQuestion: Who?")])
+    assert turns(fake.calls[0]) == [("system", "A\n{documents}\nB"), ("user", "C\n\nQuestion: Who?")]
     assert (fake.calls[0].texts, fake.calls[0].question) == (["x", "y"], "Who?")
 
 
@@ -293,6 +337,7 @@ async def test_options_of_a_call_come_before_those_of_the_model():
         "mode": "concat",
         "attribution": "effects",
         "stop": ["and so on"],
+        "chat_template_kwargs": {"enable_thinking": True},
     }
     fake = ChatRecorder()
     model = chat(fake, max_new_tokens=7, stop=["."], temperature=0.1, seed=9)
@@ -308,8 +353,35 @@ async def test_options_of_a_call_come_before_those_of_the_model():
         "seed": 9,
         "mode": None,
         "attribution": None,
+        "chat_template_kwargs": None,
         "stop": ["."],
     }
+
+
+def test_variables_of_the_chat_template_are_added_to_those_of_the_model():
+    fake = ChatRecorder()
+    model = chat(fake, chat_template_kwargs={"a": 1, "b": 1})
+    model.invoke("q", chat_template_kwargs={"b": 2})
+    model.invoke("q", mode="auto")
+    assert [call.options["chat_template_kwargs"] for call in fake.calls] == [{"a": 1, "b": 2}, {"a": 1, "b": 1}]
+    assert fake.calls[1].options["mode"] == "auto"
+    assert model._identifying_params["chat_template_kwargs"] == {"a": 1, "b": 1}
+
+
+def test_show_prompt_asks_for_what_invoke_would_read():
+    fake = ChatRecorder()
+    model = chat(fake, mode="concat", chat_template_kwargs={"a": 1})
+    prompt = KVFusionPrompt.from_template("{context}\n\n{question}")
+    variables = {"context": FOUND, "question": "Who?"}
+    (prompt | model).invoke(variables)
+    assert (prompt | model.show_prompt).invoke(variables).text == "\n\nWho?"
+    model.invoke("Who?", documents=FOUND)
+    model.show_prompt("Who?", documents=FOUND, mode="fusion", chat_template_kwargs={"a": 2})
+    read, shown, beside, beside_shown = fake.calls
+    assert (shown.method, shown.options) == ("show_prompt", {"mode": "concat", "chat_template_kwargs": {"a": 1}})
+    assert beside_shown.options == {"mode": "fusion", "chat_template_kwargs": {"a": 2}}
+    for asked, seen in ((read, shown), (beside, beside_shown)):
+        assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
 
 
 def test_unknown_options_and_fields_are_refused():
@@ -483,6 +555,11 @@ PAIRS: list[tuple[Any, Any]] = [
     (("Who?", {"temperature": 0.5}), ("Who?", {"temperature": 0.4})),
     (("Who?", {"stop": ["a"]}), ("Who?", {"stop": ["b"]})),
     (("Who?", {"mode": "concat"}), ("Who?", {})),
+    (("Who?", {"chat_template_kwargs": {"a": 1}}), ("Who?", {"chat_template_kwargs": {"a": 2}})),
+    (
+        (KVFusionPrompt.from_template("{context}a{question}").format_prompt(context=["a"], question="p"), {}),
+        (KVFusionPrompt.from_template("a{context}{question}").format_prompt(context=["a"], question="p"), {}),
+    ),
     (
         ([HumanMessage("Who?"), SEARCH, ToolMessage("x", artifact=FOUND[:1], tool_call_id="1")], {}),
         ([HumanMessage("Who?"), SEARCH, ToolMessage("x", artifact=FOUND[1:], tool_call_id="1")], {}),

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.prompts import format_document
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError
 from langchain_kvfusion import KVFusionDocumentPrompt, bare_question
 from langchain_kvfusion.documents import documents_per_prompt, to_document, to_documents
-from langchain_kvfusion.framing import close_gap, frame, split_frames
+from langchain_kvfusion.framing import Extraction, frame, split_frames
+from langchain_kvfusion.matching import close_gap
 
 # Texts made of the very characters that delimit frames, beside ordinary ones.
 hostile_text = st.text(st.sampled_from("\x02\x03\x1f\n abcdef0123456789"), max_size=80)
@@ -75,18 +76,22 @@ def test_lists_of_documents_must_match_the_prompts(documents):
         documents_per_prompt(documents, 2)
 
 
-@given(st.lists(hostile_text, max_size=4), st.text("ab \n"), st.text("ab \n"))
-def test_every_framed_document_comes_out_alone_and_in_order(texts, before, after):
+@given(
+    st.lists(hostile_text, max_size=4), st.text("ab \n"), st.text("ab \n"), st.sampled_from(["\n\n", "\n", " ", ""])
+)
+def test_every_framed_document_comes_out_alone_and_in_order(texts, before, after, separator):
     prompt = KVFusionDocumentPrompt()
-    joined = "\n\n".join(format_document(LangChainDocument(text), prompt) for text in texts)
-    head, documents, tail = split_frames(before + joined + after)
-    assert [d.text for d in documents] == [t.replace("\x02", " ").replace("\x03", " ") for t in texts]
-    assert head + tail == before + after
+    joined = separator.join(format_document(LangChainDocument(text), prompt) for text in texts)
+    found = split_frames(before + joined + after)
+    assert [d.text for d in found.documents] == [t.replace("\x02", " ").replace("\x03", " ") for t in texts]
+    assert found.text == before + after
+    if texts:
+        assert found.place == DocumentsPlace(len(before), separator if len(texts) > 1 else "\n\n", titles=False)
 
 
 @given(hostile_text, hostile_text, hostile_text)
 def test_a_frame_keeps_its_fields_apart(text, name, title):
-    _, (document,), _ = split_frames(frame(Document(text, name, title)))
+    (document,) = split_frames(frame(Document(text, name, title))).documents
     for field, given_field in ((document.id, name), (document.title, title)):
         assert (field or "") == given_field.translate({2: " ", 3: " ", 31: " "})
     assert document.text == text.translate({2: " ", 3: " "})
@@ -95,7 +100,9 @@ def test_a_frame_keeps_its_fields_apart(text, name, title):
 def test_titles_and_ids_travel_when_their_keys_are_named():
     prompt = KVFusionDocumentPrompt(title_key="title", id_key="source")
     text = format_document(LangChainDocument("text", metadata={"title": "T", "source": "s"}), prompt)
-    assert split_frames(text)[1] == (Document("text", "s", "T"),)
+    found = split_frames(text)
+    assert found.documents == (Document("text", "s", "T"),)
+    assert found.place == DocumentsPlace(0, titles=True)
 
 
 def test_a_frame_that_was_tampered_with_is_refused():
@@ -118,9 +125,15 @@ def test_frames_must_follow_each_other():
         split_frames(f"{frame(Document('a'))}\n---\n{frame(Document('b'))}")
 
 
+def test_gaps_between_frames_must_be_equal():
+    a, b, c = (frame(Document(text)) for text in "abc")
+    with pytest.raises(InvalidInputError, match=r"gaps must be equal"):
+        split_frames(f"{a}\n\n{b}\n{c}")
+
+
 @given(st.text("\x02\x03\x1f ab"))
 def test_stray_control_characters_are_ordinary_text(text):
-    assert split_frames(text) == (text, (), "")
+    assert split_frames(text) == Extraction(text)
 
 
 @given(st.text("ab \n"), st.text("ab \n"))

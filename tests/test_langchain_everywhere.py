@@ -25,7 +25,19 @@ from langchain_core.load import dumps, loads
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableParallel
-from langchain_routes import PROMPT, ROUTES, SHELF, Route, Shelf, agent_apart, graph_apart, lcel_apart, planner
+from langchain_routes import (
+    PROMPT,
+    ROUTES,
+    SHELF,
+    Route,
+    Shelf,
+    agent,
+    agent_apart,
+    graph,
+    graph_apart,
+    lcel_apart,
+    planner,
+)
 
 from langchain_kvfusion import ChatKVFusion, KVFusionLLM, KVFusionPrompt
 
@@ -65,10 +77,9 @@ async def test_documents_arrive_apart(route: Route, make: Any):
     for call in fake.calls:
         assert call.texts == texts
         assert call.question == (route.question or QUESTION)
-        read = (
-            " ".join(text for _, text in turns(call)) if isinstance(call.prompt, list | tuple) else call.prompt or ""
-        )
+        read = "" if call.prompt is None else " ".join(text for _, text in turns(call))
         assert not any(text in read for text in SHELF.values())
+        assert ("{documents}" in read) == (route.before not in (graph, agent))
 
 
 def test_the_page_claims_the_lines_that_have_to_change():

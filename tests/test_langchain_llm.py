@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("langchain_core")
 
+from conversation_fakes import turns
 from fakes import EchoGenerator, RecordingGenerator
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.load import dumps
@@ -23,8 +24,8 @@ from langchain_core.prompt_values import ChatPromptValue
 from langchain_core.runnables import ConfigurableField
 
 import kvfusion_rag
-from kvfusion_rag import Document, InvalidInputError, MissingDependencyError
-from langchain_kvfusion import KVFusionLLM
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, MissingDependencyError
+from langchain_kvfusion import KVFusionLLM, KVFusionPrompt
 from langchain_kvfusion.framing import frame
 
 DEFAULTS = {
@@ -35,6 +36,7 @@ DEFAULTS = {
     "seed": None,
     "mode": None,
     "attribution": None,
+    "chat_template_kwargs": None,
     "stop": [],
 }
 
@@ -90,7 +92,8 @@ async def test_a_plain_prompt_is_its_own_question():
     fake = RecordingGenerator()
     assert set(await every_way(KVFusionLLM(generator=fake), "Two\n\nparagraphs")) == {"in lima"}
     for call in fake.calls:
-        assert (call.question, call.prompt, call.documents) == ("Two\n\nparagraphs", "Two\n\nparagraphs", [])
+        assert (call.question, call.documents) == ("Two\n\nparagraphs", [])
+        assert turns(call) == [("user", "Two\n\nparagraphs")]
         assert call.options == DEFAULTS
 
 
@@ -102,6 +105,7 @@ async def test_options_of_the_model_reach_every_call():
         "seed": 1,
         "mode": "concat",
         "attribution": "effects",
+        "chat_template_kwargs": {"enable_thinking": True},
         "stop": ["\n"],
     }
     fake = RecordingGenerator()
@@ -118,6 +122,7 @@ async def test_options_of_a_call_come_before_those_of_the_model(name):
         "seed": 1,
         "mode": "concat",
         "attribution": "effects",
+        "chat_template_kwargs": {"enable_thinking": True},
         "stop": ["and so on", "\n"],
     }
     fake = RecordingGenerator()
@@ -128,6 +133,29 @@ async def test_options_of_a_call_come_before_those_of_the_model(name):
     await llm.agenerate(["q"], **given, **{name: 3})
     assert len(fake.calls) == 14
     assert all(call.options == {**given, "max_new_tokens": 3} for call in fake.calls)
+
+
+async def test_variables_of_the_chat_template_are_added_to_those_of_the_model():
+    fake = RecordingGenerator()
+    llm = KVFusionLLM(generator=fake, chat_template_kwargs={"a": 1, "b": 1})
+    await every_way(llm, "q", chat_template_kwargs={"b": 2})
+    assert all(call.options["chat_template_kwargs"] == {"a": 1, "b": 2} for call in fake.calls)
+
+
+def test_show_prompt_asks_for_what_invoke_would_read():
+    fake = RecordingGenerator()
+    llm = KVFusionLLM(generator=fake, mode="concat", chat_template_kwargs={"a": 1})
+    prompt = KVFusionPrompt.from_template("{context}\n\n{question}")
+    variables = {"context": ["x"], "question": "Who?"}
+    (prompt | llm).invoke(variables)
+    assert (prompt | llm.show_prompt).invoke(variables).text == "\n\nWho?"
+    llm.invoke("Who?", documents=["x"])
+    llm.show_prompt("Who?", documents=["x"], mode="fusion", chat_template_kwargs={"a": 2})
+    read, shown, beside, beside_shown = fake.calls
+    assert (shown.method, shown.options) == ("show_prompt", {"mode": "concat", "chat_template_kwargs": {"a": 1}})
+    assert beside_shown.options == {"mode": "fusion", "chat_template_kwargs": {"a": 2}}
+    for asked, seen in ((read, shown), (beside, beside_shown)):
+        assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
 
 
 async def test_none_keeps_the_value_of_the_model():
@@ -206,7 +234,7 @@ async def test_documents_beside_the_prompt_arrive_apart_in_every_way():
     assert len(fake.calls) == 12
     for call in fake.calls:
         assert call.documents == [Document("x"), Document("y", "i")]
-        assert (call.question, call.prompt) == ("Who?", "Be brief.\n\nQuestion: Who?\nAnswer:")
+        assert (call.question, turns(call)) == ("Who?", [("user", "Be brief.\n\nQuestion: Who?\nAnswer:")])
 
 
 async def test_a_bare_question_over_documents_has_no_wording_of_its_own():
@@ -273,13 +301,13 @@ async def test_documents_are_lifted_out_of_messages(wrap):
     await every_way(KVFusionLLM(generator=fake), wrap(messages))
     for call in fake.calls:
         assert call.documents == [Document("y"), Document("x", "i", "T")]
-        assert (call.question, call.prompt) == ("Who?", "Be brief.\n\nWho?")
+        assert (call.question, turns(call)) == ("Who?", [("system", "Be brief."), ("user", "Who?")])
 
 
 def test_messages_without_documents_need_no_labels():
     fake = RecordingGenerator()
     KVFusionLLM(generator=fake).invoke([("system", "Be brief."), ("human", "Line one.\n\nLine two?")])
-    assert fake.calls[0].prompt == "Be brief.\n\nLine one.\n\nLine two?"
+    assert turns(fake.calls[0]) == [("system", "Be brief."), ("user", "Line one.\n\nLine two?")]
     assert fake.calls[0].question == "Line one.\n\nLine two?"
 
 
@@ -289,8 +317,22 @@ def test_framed_documents_in_messages_are_taken_out():
     llm = KVFusionLLM(generator=fake)
     llm.invoke([SystemMessage(f"Be brief.\n\n{frames}"), HumanMessage("Who?")])
     llm.invoke([HumanMessage(f"Be brief.\n\n{frames}\n\nWho?")])
+    assert [turns(call) for call in fake.calls] == [
+        [("system", "Be brief.\n\n{documents}"), ("user", "Who?")],
+        [("user", "Be brief.\n\n{documents}\n\nWho?")],
+    ]
     for call in fake.calls:
-        assert (call.texts, call.question, call.prompt) == (["x", "y"], "Who?", "Be brief.\n\nWho?")
+        assert (call.texts, call.question) == (["x", "y"], "Who?")
+
+
+def test_a_framed_string_is_one_user_message_with_the_documents_place():
+    fake = RecordingGenerator()
+    frames = f"{frame(Document('x', title='T'))}\n{frame(Document('y'))}"
+    KVFusionLLM(generator=fake).invoke(f" Be brief.\n{frames} \nQuestion: Who?\nAnswer: ")
+    [call] = fake.calls
+    assert turns(call) == [("user", " Be brief.\n{documents} \nQuestion: Who?\nAnswer: ")]
+    assert call.prompt[0].documents == DocumentsPlace(11, "\n", titles=True)
+    assert (call.texts, call.question) == (["x", "y"], "Who?")
 
 
 @pytest.mark.parametrize(
@@ -301,10 +343,20 @@ def test_what_is_no_text_is_refused(content):
         KVFusionLLM(generator=RecordingGenerator()).invoke([HumanMessage(content)])
 
 
-def test_a_conversation_that_the_model_spoke_last_in_is_labelled_throughout():
+@pytest.mark.parametrize("documents", [None, ["x"]])
+def test_a_conversation_that_the_model_spoke_last_in_becomes_one_text(documents):
     fake = RecordingGenerator()
-    KVFusionLLM(generator=fake).invoke([HumanMessage("Who?"), AIMessage([{"type": "text", "text": "Ada"}])])
-    assert (fake.calls[0].prompt, fake.calls[0].question) == ("User: Who?\n\nAssistant: Ada", "Who?")
+    messages = [HumanMessage("Who?"), AIMessage([{"type": "text", "text": "Ada"}])]
+    KVFusionLLM(generator=fake).invoke(messages, documents=documents)
+    assert (turns(fake.calls[0]), fake.calls[0].question) == ([("user", "User: Who?\n\nAssistant: Ada")], "Who?")
+
+
+def test_system_text_by_itself_becomes_the_users():
+    fake = RecordingGenerator()
+    frames = f"{frame(Document('x'))}\n\n{frame(Document('y'))}"
+    KVFusionLLM(generator=fake).invoke([SystemMessage(f"Be brief.\n\n{frames}\n\nQuestion: Who?")])
+    assert turns(fake.calls[0]) == [("user", "Be brief.\n\n{documents}\n\nQuestion: Who?")]
+    assert (fake.calls[0].texts, fake.calls[0].question) == (["x", "y"], "Who?")
 
 
 # Results

@@ -11,20 +11,28 @@ import pytest
 
 pytest.importorskip("langchain_core")
 
+from conversation_fakes import ChatRecorder, marked
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.load import dumpd, load
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 
-from kvfusion_rag import Document, InvalidInputError
-from langchain_kvfusion import FusedPrompt, KVFusionDocumentPrompt, KVFusionPrompt, KVFusionPromptValue, bare_question
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
+from langchain_kvfusion import (
+    ChatKVFusion,
+    FusedPrompt,
+    KVFusionDocumentPrompt,
+    KVFusionPrompt,
+    KVFusionPromptValue,
+    bare_question,
+)
 from langchain_kvfusion.framing import frame
 from langchain_kvfusion.fused import fuse_prompt
 
 DOCUMENTS = [LangChainDocument("Ada wrote it.", id="a"), LangChainDocument("Bob read it.", id="b")]
 TEMPLATE = "Use the context.\n\n{context}\n\nQuestion: {question}\nAnswer:"
 TEXT = "Use the context.\n\nAda wrote it.\n\nBob read it.\n\nQuestion: Who wrote it?\nAnswer:"
-WORDING = "Use the context.\n\nQuestion: Who wrote it?\nAnswer:"
+MESSAGES = [("user", "Use the context.\n\n{documents}\n\nQuestion: Who wrote it?\nAnswer:")]
 VARIABLES = {"context": DOCUMENTS, "question": "Who wrote it?"}
 
 pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBetaWarning")
@@ -58,32 +66,58 @@ async def test_documents_stay_apart_in_every_template_and_way(inner):
         assert isinstance(prompt, FusedPrompt)
         assert prompt.documents == (Document("Ada wrote it.", "a"), Document("Bob read it.", "b"))
         assert prompt.question == "Who wrote it?"
-        assert prompt.prompt == WORDING
+        assert marked(prompt.messages) == MESSAGES
+        assert prompt.messages[0].documents == DocumentsPlace(len("Use the context.\n\n"), "\n\n", titles=False)
         assert str(prompt) == TEXT
 
 
-async def test_chat_templates_read_system_first_and_need_no_labels():
+async def test_chat_templates_keep_their_messages_and_need_no_labels():
     inner = ChatPromptTemplate.from_messages([("system", "Be brief.\n\n{context}"), ("human", "{input}")])
     for prompt in await every_way(KVFusionPrompt.from_prompt(inner), {"context": DOCUMENTS, "input": "Who?"}):
-        assert prompt.prompt == "Be brief.\n\nWho?"
+        assert marked(prompt.messages) == [("system", "Be brief.\n\n{documents}"), ("user", "Who?")]
         assert prompt.question == "Who?"
         assert str(prompt) == "Be brief.\n\nAda wrote it.\n\nBob read it.\n\nWho?"
 
 
-def test_a_message_of_documents_alone_leaves_no_trace_in_the_wording():
+def test_a_message_of_nothing_but_documents_is_kept():
     inner = ChatPromptTemplate.from_messages([("system", "{context}"), ("human", "Tell me: {what}")])
     prompt = KVFusionPrompt.from_prompt(inner).format(context=DOCUMENTS, what="who?")
-    assert prompt.prompt == prompt.question == "Tell me: who?"
+    assert marked(prompt.messages) == [("system", "{documents}"), ("user", "Tell me: who?")]
+    assert prompt.question == "Tell me: who?"
 
 
-def test_a_history_is_labelled_and_the_last_message_is_the_question():
+@pytest.mark.parametrize(
+    "template", ["\n {context}\t\n\n {question}\n", "{context}{question}", " {question} {context}"]
+)
+def test_white_space_is_untouched(template):
+    prompt = KVFusionPrompt.from_template(template).format(**VARIABLES)
+    expected = template.replace("{context}", "{documents}").replace("{question}", "Who wrote it?")
+    assert marked(prompt.messages) == [("user", expected)]
+    assert str(prompt) == expected.replace("{documents}", "Ada wrote it.\n\nBob read it.")
+
+
+def test_a_history_stays_in_place_and_the_last_message_is_the_question():
     inner = ChatPromptTemplate.from_messages(
         [("system", "S {context}"), MessagesPlaceholder("past"), ("human", "{q}")]
     )
     past = [HumanMessage("Who wrote it?"), AIMessage("Ada.")]
     prompt = KVFusionPrompt.from_prompt(inner).format(context=DOCUMENTS, past=past, q="And who read it?")
-    assert prompt.prompt == "S\n\nUser: Who wrote it?\n\nAssistant: Ada.\n\nAnd who read it?"
+    assert marked(prompt.messages) == [
+        ("system", "S {documents}"),
+        ("user", "Who wrote it?"),
+        ("assistant", "Ada."),
+        ("user", "And who read it?"),
+    ]
     assert prompt.question == "And who read it?"
+    assert str(prompt).endswith("\n\nUser: Who wrote it?\n\nAssistant: Ada.\n\nAnd who read it?")
+
+
+def test_a_prompt_of_system_text_is_asked_by_the_user():
+    inner = ChatPromptTemplate.from_messages(
+        [("system", "Be brief."), ("system", "{context}\n\nQuestion: {question}")]
+    )
+    prompt = KVFusionPrompt.from_prompt(inner).format(**VARIABLES)
+    assert marked(prompt.messages) == [("system", "Be brief."), ("user", "{documents}\n\nQuestion: Who wrote it?")]
 
 
 @pytest.mark.parametrize("names", [("question", "input"), ("input", "query"), ("query", "other")])
@@ -127,6 +161,36 @@ def test_a_template_that_hides_the_documents_is_refused():
         KVFusionPrompt.from_prompt(inner).format(**VARIABLES)
 
 
+def test_a_template_that_shows_the_documents_twice_is_refused():
+    with pytest.raises(InvalidInputError, match="'context' 2 times"):
+        KVFusionPrompt.from_template("{context} {question} {context}").format(**VARIABLES)
+
+
+def test_without_documents_a_template_may_leave_out_what_stands_around_them():
+    template = "{{#context}}Use this:\n{{{context}}}\n{{/context}}Be brief.\n{{{question}}}"
+    prompt = KVFusionPrompt.from_prompt(PromptTemplate.from_template(template, template_format="mustache"))
+    assert marked(prompt.format(**VARIABLES).messages) == [
+        ("user", "Use this:\n{documents}\nBe brief.\nWho wrote it?")
+    ]
+    assert marked(prompt.format(context=[], question="Who?").messages) == [("user", "Be brief.\nWho?")]
+
+
+@pytest.mark.parametrize("inner", ["{context}{question}", [("system", "{context}"), ("human", "{question}")]])
+def test_a_prompt_that_says_nothing_is_refused_by_the_model(inner):
+    prompt = PromptTemplate.from_template(inner) if isinstance(inner, str) else ChatPromptTemplate(inner)
+    chain = KVFusionPrompt.from_prompt(prompt) | ChatKVFusion(generator=ChatRecorder())
+    with pytest.raises(InvalidInputError, match="no question"):
+        chain.invoke({"context": [], "question": ""})
+
+
+def test_frames_in_the_documents_variable_bring_their_separator_and_titles():
+    frames = f" {frame(Document('x', title='T'))}\n{frame(Document('y'))}\n"
+    prompt = KVFusionPrompt.from_template("Read:{context}{question}").format(context=frames, question="Who?")
+    assert marked(prompt.messages) == [("user", "Read: {documents}\nWho?")]
+    assert prompt.messages[0].documents == DocumentsPlace(6, "\n", titles=True)
+    assert str(prompt) == "Read: Title: T\nx\ny\nWho?"
+
+
 @pytest.mark.parametrize(
     ("context", "texts"),
     [
@@ -163,7 +227,8 @@ async def test_partial_variables_work_in_the_wrapper_and_in_the_template():
     prompt = KVFusionPrompt.from_prompt(inner).partial(question=lambda: "Who wrote it?")
     assert set(prompt.input_variables) == {"context"}
     for fused in await every_way(prompt, {"context": DOCUMENTS}):
-        assert (fused.question, fused.prompt) == ("Who wrote it?", f"Calmly. {WORDING}")
+        assert fused.question == "Who wrote it?"
+        assert marked(fused.messages) == [("user", f"Calmly. {MESSAGES[0][1]}")]
     assert prompt.invoke(DOCUMENTS).to_string().question == "Who wrote it?"
 
 
@@ -196,19 +261,27 @@ def test_prompts_and_values_survive_a_round_trip_through_json():
 def test_a_fused_prompt_survives_copies(clone):
     prompt = KVFusionPrompt.from_template(TEMPLATE).format(**VARIABLES)
     twin = clone(prompt)
-    assert (twin, twin.documents, twin.question, twin.prompt) == (
+    assert (twin, twin.documents, twin.question, twin.messages) == (
         prompt,
         prompt.documents,
         prompt.question,
-        prompt.prompt,
+        prompt.messages,
     )
 
 
 def test_the_digest_tells_apart_what_the_text_does_not():
     prompts = [
-        FusedPrompt("ab", documents=documents, question=question)
+        FusedPrompt("ab", documents=documents, question=question, messages=[message])
         for documents in ([Document("ab")], [Document("a"), Document("b")], [Document("ab", "id")], [])
         for question in ("q", "ab")
+        for message in (
+            Message("user", "q"),
+            Message.around("user", "q", ""),
+            Message.around("user", "", "q"),
+            Message.around("user", "", "q", separator="\n"),
+            Message.around("user", "", "q", titles=True),
+            Message.around("system", "", "q"),
+        )
     ]
     assert len({prompt.digest() for prompt in prompts}) == len(prompts)
     assert len(set(prompts)) == 1

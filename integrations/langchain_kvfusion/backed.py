@@ -6,19 +6,19 @@ Loads, copies and identifies; knows neither prompts nor messages, and answers no
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from pydantic import AliasChoices, ConfigDict, Field
 
-from kvfusion_rag import InvalidInputError, __version__
+from kvfusion_rag import Document, InvalidInputError, Message, __version__
 
 from .options import OPTION_NAMES, call_options
 
 if TYPE_CHECKING:
-    from kvfusion_rag import KVFusionGenerator
+    from kvfusion_rag import KVFusionGenerator, ShownPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,14 @@ class GeneratorBacked(BaseLanguageModel[Any]):
     top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
     stop: list[str] | None = Field(default=None, description="Strings that end the answer, left out of it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
+    mode: str | None = Field(
+        default=None, description="'auto', 'fusion', 'concat' or 'ape'; None: the generator's mode."
+    )
     attribution: str | None = Field(
         default=None, description="'attention' or 'effects': what sources say of their part in an answer."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Further variables of the model's chat template; a call's own are added to them."
     )
     streaming: bool = Field(default=False, description="Report tokens to callbacks on a single prompt's invoke too.")
     strict: bool = Field(default=False, description="Refuse prompts that come without documents.")
@@ -116,8 +121,24 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         """Options of a generator's call: those given for this one, before those set here."""
         options = {name: getattr(self, name) for name in OPTION_NAMES} | call_options(given)
         options["max_new_tokens"] = options.pop("max_tokens")
+        options["chat_template_kwargs"] = {
+            **(self.chat_template_kwargs or {}),
+            **(given.get("chat_template_kwargs") or {}),
+        } or None
         options["stop"] = (self.stop or []) if stop is None else stop
         return options
+
+    def _shown(
+        self,
+        question: str,
+        documents: Sequence[Document],
+        prompt: Sequence[Message] | None,
+        mode: str | None,
+        chat_template_kwargs: dict[str, Any] | None,
+    ) -> ShownPrompt:
+        options = self._decoding(None, {"mode": mode, "chat_template_kwargs": chat_template_kwargs})
+        kept: Any = {name: options[name] for name in ("mode", "chat_template_kwargs")}
+        return self._engine().show_prompt(question, documents, prompt=prompt, **kept)
 
     def _check_documents(self, *, all_have_documents: bool) -> None:
         """Raises InvalidInputError where this model is strict and a prompt came without documents."""

@@ -13,7 +13,7 @@ from typing import Any
 from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import RunnableConfig
@@ -22,7 +22,7 @@ from langchain_core.runnables.config import ensure_config
 from kvfusion_rag import InvalidInputError
 
 from .capture import retrieved_for_each
-from .conversations import attach, gather
+from .conversations import carry, gather
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
 from .fused import FusedPrompt, FusedPromptValue
 from .prompts import KVFusionPromptValue
@@ -37,8 +37,7 @@ class DocumentChatModel(BaseChatModel):
         if isinstance(model_input, FusedPromptValue):
             model_input = model_input.fused
         if isinstance(model_input, FusedPrompt):
-            human = HumanMessage(str(model_input.prompt))
-            return ChatPromptValue(messages=[attach(human, model_input.documents, model_input.question)])
+            return ChatPromptValue(messages=carry(model_input.messages, model_input.documents, model_input.question))
         return super()._convert_input(model_input)
 
     def _carrying(

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.llms import create_base_retry_decorator
 from langchain_core.language_models.model_profile import ModelProfile
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables.config import ensure_config
 from pydantic import Field
 
 from kvfusion_rag import Answer, InvalidInputError, OverloadError
@@ -26,12 +27,12 @@ from .chat_inputs import DocumentChatModel, gathered
 from .chat_results import chat_result, last_chunk, piece_chunk
 from .conversations import Conversation, gather, read
 from .deadlines import answer_within, answered_within, apieces_within, pieces_within
-from .documents import to_documents
+from .documents import DocumentsArgument, to_documents
 from .errors import UnsupportedFeatureError
 from .streams import StreamReader
 
 if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream, KVFusionGenerator
+    from kvfusion_rag import AnswerStream, KVFusionGenerator, ShownPrompt
 
 
 class ChatKVFusion(GeneratorBacked, DocumentChatModel):
@@ -43,8 +44,12 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     earlier turns too. Two ways at once raise InvalidInputError. All else is the conversation: its last human message
     asks.
 
+    A model without fine-tuning reads the conversation in its own chat template, with the documents in their place.
+    :meth:`show_prompt` shows what it reads.
+
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
-    ``seed`` and ``mode``; None keeps the value set here, and an unknown name raises InvalidInputError.
+    ``seed``, ``mode``, ``attribution`` and ``chat_template_kwargs``; None keeps the value set here, and an unknown
+    name raises InvalidInputError.
 
     Token counts stand in ``usage_metadata``; mode, sources and citations in ``response_metadata``; in streams, on the
     last chunk. Calls of several threads or tasks are answered together, and so are those of a batch.
@@ -133,6 +138,21 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
             f"with_structured_output was called on {self.model_id}, but its decoding is not bound to a schema; put an "
             "output parser behind it that checks the text, or take sources and citations from response_metadata."
         )
+
+    def show_prompt(
+        self,
+        input: LanguageModelInput,
+        *,
+        documents: DocumentsArgument | None = None,
+        mode: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> ShownPrompt:
+        """Everything that the model reads for ``input``, which is what ``invoke`` takes; nothing is computed.
+
+        ``(prompt | llm.show_prompt).invoke(...)`` shows it in a chain.
+        """
+        asked = read(self._carrying(input, documents, ensure_config().get("callbacks")))
+        return self._shown(asked.question, asked.documents, asked.prompt, mode, chat_template_kwargs)
 
     # From messages to answers
 

@@ -90,9 +90,17 @@ def is_nested(documents: object) -> TypeGuard[Sequence[Sequence[DocumentLike]]]:
     )
 
 
-def joined_text(documents: Sequence[Document]) -> str:
-    """The documents as an ordinary prompt would show them, for traces and for models that take one text."""
-    return TEXT_SEPARATOR.join(document.text for document in documents)
+def joined_text(documents: Sequence[Document], *, separator: str = TEXT_SEPARATOR, titles: bool = False) -> str:
+    """The documents as an ordinary prompt shows them, for traces and for models that take one text.
+
+    Args:
+        separator: text between two documents.
+        titles: write a document's title above its text.
+    """
+    return separator.join(
+        f"Title: {document.title}\n{document.text}" if titles and document.title else document.text
+        for document in documents
+    )
 
 
 def _from_mapping(item: Mapping[str, Any]) -> Document:

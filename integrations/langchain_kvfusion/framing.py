@@ -1,8 +1,9 @@
 """Frames: how separate documents travel through chains that only know strings.
 
 ``KVFusionDocumentPrompt`` writes each document between two control characters, signed, in place of the text
-that a stock chain would join; ``split_frames`` takes the documents out of the prompt again. Documents and
-questions are untrusted, so a frame counts only if this process signed it. Knows no model and no template.
+that a stock chain would join. ``split_frames`` takes the documents out of the prompt again and says where they
+stood. Documents and questions are untrusted, so a frame counts only if this process signed it. Knows no model and
+no template.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import hmac
 import itertools
 import re
 import secrets
+from dataclasses import dataclass
 from typing import Any
 
 from langchain_core.prompts import StringPromptTemplate
 from pydantic import model_validator
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError
+
+from .documents import TEXT_SEPARATOR
 
 _OPEN, _CLOSE, _FIELD_END = "\x02", "\x03", "\x1f"
 _DELIMITERS = re.compile(f"[{_OPEN}{_CLOSE}]")
@@ -30,9 +34,10 @@ class KVFusionDocumentPrompt(StringPromptTemplate):
 
     ``create_stuff_documents_chain(llm, prompt, document_prompt=KVFusionDocumentPrompt())`` or
     ``RetrievalQA.from_chain_type(..., chain_type_kwargs={"document_prompt": KVFusionDocumentPrompt()})``.
-    Keep the chain's document separator white space. ``title_key`` and ``id_key`` name metadata that becomes a
-    document's title and id; LangChain then wants these keys in every document. The framed text is meant for
-    a KVFusionLLM of the same process: any other model would see control characters.
+    The model reads the documents where the chain puts them, with the chain's document separator between them, which
+    must be white space. ``title_key`` and ``id_key`` name metadata that becomes a document's title and id; LangChain
+    then wants these keys in every document. The model reads a title as a line "Title: ..." above the text.
+    Only a KVFusionLLM or ChatKVFusion of the same process can read the framed text.
     """
 
     title_key: str | None = None
@@ -60,6 +65,20 @@ class KVFusionDocumentPrompt(StringPromptTemplate):
         return frame(Document(str(values["page_content"]), name or None, title or None))
 
 
+@dataclass(frozen=True)
+class Extraction:
+    """A text without the documents that stood in it.
+
+    Attributes:
+        text: what is left of it.
+        place: where in ``text`` the documents stood; None if there were none.
+    """
+
+    text: str
+    documents: tuple[Document, ...] = ()
+    place: DocumentsPlace | None = None
+
+
 def frame(document: Document) -> str:
     """One document as a signed frame; metadata does not travel."""
     name, title = (_cleaned(field or "").replace(_FIELD_END, " ") for field in (document.id, document.title))
@@ -72,16 +91,16 @@ def has_frames(text: str) -> bool:
     return _FRAME.search(text) is not None
 
 
-def split_frames(text: str) -> tuple[str, tuple[Document, ...], str]:
-    """What stands before the frames, their documents, and what stands after; all of it before if there are none.
+def split_frames(text: str) -> Extraction:
+    """The framed documents of ``text``, and the text around them unchanged.
 
     Raises:
         InvalidInputError: a frame is not signed by this process (a forged one, or one from another process),
-            or something other than white space stands between two frames.
+            something other than white space stands between two frames, or the gaps between frames differ.
     """
     matches = list(_FRAME.finditer(text))
     if not matches:
-        return text, (), ""
+        return Extraction(text)
     for match in matches:
         if not hmac.compare_digest(match[1], _signature(match[2])):
             raise InvalidInputError(
@@ -89,22 +108,26 @@ def split_frames(text: str) -> tuple[str, tuple[Document, ...], str]:
                 "KVFusionDocumentPrompt alone and are read by a KVFusionLLM of the same process, so a question "
                 "or another untrusted text probably carries a forged one."
             )
-    for before, after in itertools.pairwise(matches):
-        gap = text[before.end() : after.start()]
+    documents = tuple(_document(match[2]) for match in matches)
+    before, after = text[: matches[0].start()], text[matches[-1].end() :]
+    place = DocumentsPlace(len(before), _separator(text, matches), any(document.title for document in documents))
+    return Extraction(before + after, documents, place)
+
+
+def _separator(text: str, matches: list[re.Match[str]]) -> str:
+    gaps = [text[before.end() : after.start()] for before, after in itertools.pairwise(matches)]
+    for gap in gaps:
         if gap.strip():
             raise InvalidInputError(
                 f"{gap[:40]!r} stands between two document frames, but only white space may; use a "
                 "document_separator of white space, and name the documents once in the prompt."
             )
-    return text[: matches[0].start()], tuple(_document(match[2]) for match in matches), text[matches[-1].end() :]
-
-
-def close_gap(before: str, after: str) -> str:
-    """``before`` and ``after`` joined where the documents were, with the wider of the two white spaces."""
-    left, right = before.rstrip(), after.lstrip()
-    if not left or not right:
-        return left + right
-    return left + max(before[len(left) :], after[: len(after) - len(right)], key=len) + right
+    if len(set(gaps)) > 1:
+        raise InvalidInputError(
+            f"{gaps[0][:40]!r} and other white space stand between document frames, but the gaps must be equal; name "
+            "the documents once in the prompt."
+        )
+    return gaps[0] if gaps else TEXT_SEPARATOR
 
 
 def _document(body: str) -> Document:

@@ -30,14 +30,14 @@ from kvfusion_rag import Answer, KVFusionError
 from .backed import STRICT_FIELDS, GeneratorBacked
 from .cache import DocumentAwareCache
 from .capture import retrieved_for, retrieved_for_each
+from .conversations import fuse_messages
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
-from .fused import FusedPrompt, FusedPromptValue, fuse_prompt
-from .messages import fuse_messages
+from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, wording
 from .options import call_options, generation_info, total_usage
 from .streams import StreamReader
 
 if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream
+    from kvfusion_rag import AnswerStream, ShownPrompt
 
 _RUN_NAMES = ("tags", "metadata", "run_name", "run_id")  # what BaseLLM.generate takes beside options
 
@@ -47,9 +47,15 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
 
     Documents come with the prompt (``KVFusionPrompt``, ``create_kvfusion_documents_chain``, chat messages,
     ``KVFusionDocumentPrompt`` in stock chains) or with the call: ``llm.invoke("Who ...?", documents=[...])``,
-    where a list of lists gives each prompt of a batch its own. Every call also takes ``stop``,
-    ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``, ``seed`` and ``mode``; None
-    keeps the value set here, and an unknown name raises InvalidInputError.
+    where a list of lists gives each prompt of a batch its own.
+
+    A model without fine-tuning reads the prompt as it stands, with the documents in their place. A string is one user
+    message of the model's chat template; a model without a chat template reads it as plain text. Chat messages stay
+    messages. :meth:`show_prompt` shows what the model reads.
+
+    Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
+    ``seed``, ``mode``, ``attribution`` and ``chat_template_kwargs``; None keeps the value set here, and an unknown
+    name raises InvalidInputError.
 
     Token counts, sources and citations stand in each generation's ``generation_info``, in streams on the last
     chunk. Traces and callbacks show the documents inside the prompt, as with any other model.
@@ -239,6 +245,23 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
             async for piece in pieces:
                 yield piece
 
+    def show_prompt(
+        self,
+        input: LanguageModelInput,
+        *,
+        documents: DocumentsArgument | None = None,
+        mode: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> ShownPrompt:
+        """Everything that the model reads for ``input``, which is what ``invoke`` takes; nothing is computed.
+
+        ``(prompt | llm.show_prompt).invoke(...)`` shows it in a chain.
+        """
+        [value] = self._with_documents([input], documents, ensure_config().get("callbacks"))
+        fused = value.fused
+        prompt = wording(fused.messages, fused.question, fused.documents)
+        return self._shown(fused.question, fused.documents, prompt, mode, chat_template_kwargs)
+
     # From prompts with documents to answers
 
     def _generate(
@@ -273,7 +296,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         return {
             "questions": [prompt.question for prompt in fused],
             "documents": [prompt.documents for prompt in fused],
-            "prompts": [_wording(prompt) for prompt in fused],
+            "prompts": [wording(prompt.messages, prompt.question, prompt.documents) for prompt in fused],
             **self._decoding(stop, given),
         }
 
@@ -323,8 +346,8 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         [fused] = self._fuse([prompt])
         self._warn_of_missing_documents(all_have_documents=bool(fused.documents))
-        options = self._decoding(stop, given)
-        return self._engine().stream(fused.question, fused.documents, prompt=_wording(fused), **options)
+        asked: dict[str, Any] = {"prompt": wording(fused.messages, fused.question, fused.documents)}
+        return self._engine().stream(fused.question, fused.documents, **asked, **self._decoding(stop, given))
 
     def _result(self, generations: list[Generation]) -> LLMResult:
         usage = total_usage([generation.generation_info or {} for generation in generations])
@@ -332,12 +355,6 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
             generations=[[generation] for generation in generations],
             llm_output={"token_usage": usage, "model_name": self.model_id},
         )
-
-
-def _wording(fused: FusedPrompt) -> str | None:
-    # A question over documents without any wording of its own is put into the model's own template.
-    is_bare = bool(fused.documents) and fused.prompt.strip() == fused.question.strip()
-    return None if is_bare else fused.prompt
 
 
 def _last_chunk(answer: Answer | None) -> GenerationChunk:

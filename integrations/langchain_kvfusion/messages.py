@@ -1,55 +1,25 @@
-"""Chat messages for a model that reads text: what the wording is, and which documents the messages carry.
+"""What one chat message holds: its text, its speaker, the documents that it carries, and their place in its text.
 
-Documents are lifted out of ``additional_kwargs["documents"]``, of text-plain content blocks, of the artifacts of
-retriever tools and of frames. Knows no template and no generator.
+Documents stand in ``additional_kwargs["documents"]``, in text-plain content blocks and in the artifacts of retriever
+tools. Knows no template and no generator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError
 
-from .documents import TEXT_SEPARATOR, joined_text, to_documents
-from .fused import FusedPrompt, part
-from .questions import bare_question, labelled_question
+from .documents import to_documents
+
+Role = Literal["system", "user", "assistant"]  # of a kvfusion_rag.Message
 
 _SPEAKERS = {"human": "User", "user": "User", "ai": "Assistant", "assistant": "Assistant"}
-
-
-def fuse_messages(messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument] = ()) -> FusedPrompt:
-    """One prompt from chat messages; documents are those it carries, or those ``retrieved`` ones that stand in it.
-
-    The question is the last human message (the part after its "Question:" label, if it has one).
-
-    Raises:
-        InvalidInputError: forged frames, content that is no text, or a document that cannot be read.
-    """
-    lifted = lifted_documents(messages)
-    text = render(messages)
-    inside = FusedPrompt.parse(text, () if lifted else retrieved)
-    if inside.documents and lifted:
-        raise InvalidInputError(
-            f"the messages carry {len(lifted)} documents and {len(inside.documents)} framed ones; pass them one way "
-            "only."
-        )
-    ordinary = TEXT_SEPARATOR.join(each for each in (joined_text(lifted), text) if each) if lifted else str(inside)
-    question = question_in(last_human_text(messages), inside.prompt, retrieved)
-    return FusedPrompt(ordinary, documents=inside.documents or lifted, question=question, prompt=inside.prompt)
-
-
-def question_in(human: str | None, wording: str, retrieved: Sequence[LangChainDocument] = ()) -> str:
-    """The bare question of the last human text, or of the whole wording where no human said anything."""
-    if human is None:
-        return bare_question(wording)
-    rest, documents = part(human, retrieved)
-    if documents:  # the message is a template around the documents, so it says more than the question
-        return bare_question(rest)
-    return labelled_question(human) or human
+_ROLES: dict[str, Role] = {"System": "system", "Assistant": "assistant"}
 
 
 def last_human_text(messages: Sequence[BaseMessage]) -> str | None:
@@ -64,20 +34,30 @@ def last_human(messages: Sequence[BaseMessage]) -> int | None:
     return next((i for i in spoken if message_text(messages[i]).strip()), None)
 
 
+def documents_place(message: BaseMessage) -> DocumentsPlace | None:
+    """The place of the documents in the message's text, as ``additional_kwargs["documents_place"]`` has it.
+
+    Raises:
+        InvalidInputError: the entry is not a place.
+    """
+    found = message.additional_kwargs.get("documents_place")
+    if found is None or isinstance(found, DocumentsPlace):
+        return found
+    try:
+        place = DocumentsPlace(**found)
+    except TypeError:
+        place = None
+    if place is None or not (isinstance(place.offset, int) and isinstance(place.separator, str)):
+        raise InvalidInputError(
+            f"additional_kwargs['documents_place'] is {found!r}, but it must hold the 'offset' of the documents in "
+            "the message's text, in characters, and may hold a 'separator' and 'titles'."
+        )
+    return place
+
+
 def lifted_documents(messages: Sequence[BaseMessage]) -> tuple[Document, ...]:
     """The documents that stand beside the messages' texts, in order."""
     return to_documents([item for message in messages for item in _lifted(message)])
-
-
-def render(messages: Sequence[BaseMessage]) -> str:
-    """The messages as one text: system text, then human text. Only a history before that is labelled."""
-    turns = [(message, message_text(message)) for message in messages]
-    turns = [(message, text) for message, text in turns if text.strip()]
-    spoken = [index for index, (message, _) in enumerate(turns) if not isinstance(message, SystemMessage)]
-    history = set(spoken) if turns and isinstance(turns[-1][0], AIMessage) else set(spoken[:-1])
-    return TEXT_SEPARATOR.join(
-        f"{speaker(message)}: {text}" if index in history else text for index, (message, text) in enumerate(turns)
-    )
 
 
 def message_text(message: BaseMessage) -> str:
@@ -153,3 +133,13 @@ def speaker(message: BaseMessage) -> str:
     """Who says ``message``: "User", "Assistant", "System", "Tool" or another role's name."""
     role = message.role if isinstance(message, ChatMessage) else message.type
     return _SPEAKERS.get(role.lower(), role.capitalize())
+
+
+def role_of(message: BaseMessage) -> Role:
+    """The role of ``message`` in a generator's prompt; whoever is not the model or the system counts as the user."""
+    return _ROLES.get(speaker(message), "user")
+
+
+def calls_tools(message: BaseMessage) -> bool:
+    """Whether ``message`` asks for a tool's result."""
+    return isinstance(message, AIMessage) and bool(message.tool_calls)

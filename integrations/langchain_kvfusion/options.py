@@ -11,7 +11,7 @@ from typing import Any
 
 from kvfusion_rag import Answer, InvalidInputError
 
-OPTION_NAMES = ("temperature", "max_tokens", "top_p", "top_k", "seed", "mode", "attribution")
+OPTION_NAMES = ("temperature", "max_tokens", "top_p", "top_k", "seed", "mode", "attribution", "chat_template_kwargs")
 _ALIAS = "max_new_tokens"
 
 

@@ -1,4 +1,4 @@
-"""KVFusionPrompt: any LangChain prompt template, with the documents kept apart from its wording.
+"""KVFusionPrompt: any LangChain prompt template, with the documents kept apart and their place known.
 
 Formats the wrapped template around a random marker in the place of the documents, so the template's own
 syntax (f-string, mustache, chat messages) does not matter. Knows no model and no generator.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 from uuid import uuid4
 
@@ -18,13 +18,13 @@ from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.prompts import BasePromptTemplate, PromptTemplate
 from pydantic import model_validator
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 
-from .conversations import attach
-from .documents import joined_text, to_document, to_documents
-from .framing import close_gap, split_frames
+from .conversations import carry
+from .documents import TEXT_SEPARATOR, joined_text, to_document, to_documents
+from .framing import Extraction, split_frames
 from .fused import FusedPrompt
-from .messages import last_human, last_human_text, lifted_documents, map_text, message_text, render
+from .messages import calls_tools, last_human_text, lifted_documents, map_text, message_text, role_of
 from .questions import bare_question, labelled_question
 
 logger = logging.getLogger(__name__)
@@ -33,18 +33,22 @@ QUESTION_KEYS = ("question", "input", "query")
 
 
 class KVFusionPromptValue(PromptValue):
-    """A formatted prompt: ``text`` as usual, and beside it documents, bare question and wording without documents.
+    """A formatted prompt whose documents stand apart.
 
     A KVFusionLLM takes ``to_string()`` and a ChatKVFusion ``conversation()``, which carry all of it; any other model
     reads the ordinary prompt from ``to_string()`` or ``to_messages()``.
+
+    Attributes:
+        question: the bare question.
+        documents: the separate documents.
+        messages: the ordinary messages, documents included.
+        turns: the same messages as a generator reads them, without the documents but with their place.
     """
 
-    text: str
-    wording: str
     question: str
     documents: list[Document]
     messages: list[BaseMessage]
-    bare_messages: list[BaseMessage]
+    turns: list[Message]
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
@@ -52,31 +56,32 @@ class KVFusionPromptValue(PromptValue):
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
-        return {"documents": [asdict(document) for document in self.documents]}
+        return {
+            "documents": [asdict(document) for document in self.documents],
+            "turns": [asdict(turn) for turn in self.turns],
+        }
 
     def to_string(self) -> FusedPrompt:
-        return FusedPrompt(self.text, documents=self.documents, question=self.question, prompt=self.wording)
+        return FusedPrompt.of(self.turns, self.documents, self.question)
 
     def to_messages(self) -> list[BaseMessage]:
         return list(self.messages)
 
     def conversation(self) -> list[BaseMessage]:
         """The messages without the documents' texts; the last human one carries documents and question."""
-        messages = [message for message in self.bare_messages if message_text(message).strip()]
-        index = last_human(messages)
-        if index is None:  # the question stands in a system message, beside a message of documents alone
-            return [attach(HumanMessage(self.wording), self.documents, self.question)]
-        messages[index] = attach(messages[index], self.documents, self.question)
-        return messages
+        return carry(self.turns, self.documents, self.question)
 
 
 class KVFusionPrompt(BasePromptTemplate[str]):
-    """A prompt template whose documents reach a KVFusionLLM apart; made by :meth:`from_prompt`.
+    """A prompt template whose documents reach the model apart; made by :meth:`from_prompt`.
 
     ``{"context": retriever, "question": RunnablePassthrough()} | KVFusionPrompt.from_template(...) | llm``
 
+    The model reads the wrapped template's own messages, with the documents' texts where the template shows their
+    variable and a blank line between two of them, as if it had held ``"\\n\\n".join(page_contents)``.
+
     Attributes:
-        prompt: the wrapped template. It must show the documents' variable somewhere.
+        prompt: the wrapped template. It must show the documents' variable once, by itself.
         documents_key: the variable that holds the documents: a list of LangChain documents, Documents, strings
             or mappings with "text". A joined string counts as one document, with a warning.
         question_key: the variable that holds the bare question; by default "question", "input" or "query",
@@ -152,70 +157,82 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         Raises:
             InvalidInputError: the documents cannot be read as documents, or the template hides them.
         """
-        documents, marker, variables = self._marked(kwargs)
-        return self._assemble(self.prompt.format_prompt(**variables), documents, marker, variables)
+        found, marker, variables = self._marked(kwargs)
+        return self._assemble(self.prompt.format_prompt(**variables), found, marker, variables)
 
     async def aformat_prompt(self, **kwargs: Any) -> KVFusionPromptValue:
-        documents, marker, variables = self._marked(kwargs)
-        return self._assemble(await self.prompt.aformat_prompt(**variables), documents, marker, variables)
+        found, marker, variables = self._marked(kwargs)
+        return self._assemble(await self.prompt.aformat_prompt(**variables), found, marker, variables)
 
-    def _marked(self, given: Mapping[str, Any]) -> tuple[list[Document], str, dict[str, Any]]:
+    def _marked(self, given: Mapping[str, Any]) -> tuple[Extraction, str, dict[str, Any]]:
+        """The documents, a marker, and the template's variables with the marker in the place of the documents.
+
+        If there are none, the template reads an empty text and may leave out what stands around it.
+        """
         variables = self._merge_partial_and_user_variables(**given)
-        documents = self._read_documents(variables[self.documents_key])
-        marker = f"kvfusion{uuid4().hex}"
-        return documents, marker, {**variables, self.documents_key: marker}
+        found = self._read_documents(variables[self.documents_key])
+        marker, text = f"kvfusion{uuid4().hex}", found.text
+        if found.documents:
+            at = 0 if found.place is None else found.place.offset
+            text = text[:at] + marker + text[at:]
+        return found, marker, {**variables, self.documents_key: text}
 
-    def _read_documents(self, value: Any) -> list[Document]:
+    def _read_documents(self, value: Any) -> Extraction:
         if isinstance(value, str):
             return self._read_joined(value)
         if isinstance(value, Document | LangChainDocument | Mapping):
-            return [to_document(value)]
-        return list(to_documents(value))
+            return Extraction("", (to_document(value),))
+        return Extraction("", to_documents(value))
 
-    def _read_joined(self, text: str) -> list[Document]:
-        before, documents, after = split_frames(text)
-        if documents and not (before + after).strip():
-            return list(documents)
-        if not text.strip():
-            return []
+    def _read_joined(self, text: str) -> Extraction:
+        found = split_frames(text)
+        if not found.text.strip():
+            return found
         problem = (
             f"{self.documents_key!r} is a string of {len(text)} characters, so its documents cannot be told apart; "
             "pass the list of documents itself, or build the chain with create_kvfusion_documents_chain."
         )
-        if documents or self.strict:
+        if found.documents or self.strict:
             raise InvalidInputError(problem)
         logger.warning("%s It is read as one document.", problem)
-        return [Document(text)]
+        return Extraction("", (Document(text),))
 
     def _assemble(
-        self, formatted: PromptValue, documents: list[Document], marker: str, variables: Mapping[str, Any]
+        self, formatted: PromptValue, found: Extraction, marker: str, variables: Mapping[str, Any]
     ) -> KVFusionPromptValue:
         is_chat = isinstance(formatted, ChatPromptValue)
         messages = formatted.to_messages() if is_chat else [HumanMessage(content=formatted.to_string())]
-        if marker not in render(messages):
+        if found.documents:
+            self._require_one_place(sum(message_text(message).count(marker) for message in messages))
+        if lifted := lifted_documents(messages):
+            raise InvalidInputError(
+                f"the messages carry {len(lifted)} documents beside {self.documents_key!r}; pass them one way only."
+            )
+        place = found.place or DocumentsPlace(0)
+        joined = joined_text(found.documents, separator=place.separator, titles=place.titles)
+        turns = _turns(messages, marker, place)
+        question = self._named_question(variables)
+        if question is None:
+            whole = TEXT_SEPARATOR.join(turn.text for turn in turns)
+            question = _question_of(last_human_text(messages), marker) or bare_question(whole)
+        return KVFusionPromptValue(
+            question=question,
+            documents=list(found.documents),
+            messages=[map_text(message, lambda text: text.replace(marker, joined)) for message in messages],
+            turns=turns,
+        )
+
+    def _require_one_place(self, times: int) -> None:
+        if times == 0:
             raise InvalidInputError(
                 f"the template did not show {self.documents_key!r} as it stands; templates that loop over the "
                 "documents or hide them cannot keep them apart, so write the variable once by itself."
             )
-        full = [map_text(message, lambda text: text.replace(marker, joined_text(documents))) for message in messages]
-        bare = [map_text(message, lambda text: _without(text, marker)) for message in messages]
-        lifted = lifted_documents(messages)
-        if lifted:
+        if times > 1:
             raise InvalidInputError(
-                f"the messages carry {len(lifted)} documents beside {self.documents_key!r}; pass them one way only."
+                f"the template shows {self.documents_key!r} {times} times, but documents have one place in a prompt; "
+                "write the variable once."
             )
-        wording = render(bare)
-        question = self._named_question(variables)
-        if question is None:
-            question = _question_of(last_human_text(messages), marker) or bare_question(wording)
-        return KVFusionPromptValue(
-            text=render(full),
-            wording=wording,
-            question=question,
-            documents=documents,
-            messages=full,
-            bare_messages=bare,
-        )
 
     def _named_question(self, variables: Mapping[str, Any]) -> str | None:
         known = self.prompt._merge_partial_and_user_variables(**variables)
@@ -235,14 +252,20 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         )
 
 
+def _turns(messages: Sequence[BaseMessage], marker: str, place: DocumentsPlace) -> list[Message]:
+    """``messages`` as a generator reads them, with the documents' place in that of the marker."""
+    turns: list[Message] = []
+    for message in messages:
+        before, found, after = message_text(message).partition(marker)
+        shown = replace(place, offset=len(before)) if found else None
+        if shown is not None or (before.strip() and not calls_tools(message)):
+            turns.append(Message(role_of(message), before + after, shown))
+    if turns and all(turn.role == "system" for turn in turns):  # somebody has to ask
+        turns[-1] = replace(turns[-1], role="user")
+    return turns or [Message("user", "")]
+
+
 def _question_of(human: str | None, marker: str) -> str | None:
     if human is None or marker in human:  # a message around the documents says more than the question
-        return human and bare_question(_without(human, marker))
+        return human and bare_question(human.replace(marker, ""))
     return labelled_question(human) or human
-
-
-def _without(text: str, marker: str) -> str:
-    before, *rest = text.split(marker)
-    for after in rest:
-        before = close_gap(before, after)
-    return before
