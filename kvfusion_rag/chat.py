@@ -31,6 +31,8 @@ FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
 REASONING_TAGS = ("<think>", "</think>")  # templates look for them in earlier answers, to leave the reasoning out
+# A variable of a wrong type fails inside the template with one of Python's own errors.
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
@@ -217,7 +219,7 @@ def rendered(
         text_of: text of a message, with the documents or a mark in their place.
 
     Raises:
-        InvalidInputError: the template rejects both forms; the message has its reason.
+        InvalidInputError: the template rejects both forms, or its variables; the message has its reason.
     """
     if tokenizer.chat_template is None:
         return as_text(messages, text_of)
@@ -225,7 +227,7 @@ def rendered(
     for turns in (messages, alternating(messages)):
         try:
             return render(tokenizer, [(m.role, text_of(m)) for m in turns], kwargs, fixed_date=fixed_date)
-        except TemplateError as error:
+        except _TEMPLATE_ERRORS as error:
             reason = reason or error
     raise InvalidInputError(f"the model's chat template rejects this conversation: {reason}.") from reason
 

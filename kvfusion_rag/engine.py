@@ -164,15 +164,27 @@ class Engine:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Layout:
         """How the prompt of one question is read in ``mode``."""
-        tuned = not self.is_tuned or self._answers_tuned(mode)
-        settings = self.settings if tuned else self.backbone.base_settings
-        if settings.layout == "fixed":
-            return FixedLayout.of(self.encoder if tuned else self._base_encoder, question, prompt)
+        if not self.reads_prompt(mode):
+            return FixedLayout.of(
+                self.encoder if self._uses_own_settings(mode) else self._base_encoder, question, prompt
+            )
         return self._chats.of(question, prompt, has_documents=has_documents, kwargs=template_kwargs)
 
-    def fused_layout(self, prompt: Prompt) -> Layout:
-        """The layout in which documents are read for questions in the wording of ``prompt``."""
-        return self.layout("?", prompt, "fusion", has_documents=True)
+    def reads_prompt(self, mode: Mode) -> bool:
+        """Whether ``mode`` reads the caller's prompt in the model's chat template, not fixed templates."""
+        settings = self.settings if self._uses_own_settings(mode) else self.backbone.base_settings
+        return settings.layout == "prompt"
+
+    def fused_layout(
+        self, prompt: Prompt, question: str = "", template_kwargs: Mapping[str, Any] | None = None
+    ) -> Layout:
+        """The layout in which documents are read for questions in the wording of ``prompt``.
+
+        Args:
+            question: the question that ``prompt`` holds; "" if it holds none.
+            template_kwargs: variables of the chat template.
+        """
+        return self.layout(question, prompt, "fusion", has_documents=True, template_kwargs=template_kwargs)
 
     def every_layout(self) -> list[Layout]:
         """Layouts that encode documents in all the ways that this model usually reads them."""
@@ -497,6 +509,10 @@ class Engine:
         for _ in self.decode(run, options):
             pass
         return [self.answer(run, number) for number in range(len(batch.requests))]
+
+    def _uses_own_settings(self, mode: Mode) -> bool:
+        """Whether ``mode`` reads prompts as ``self.settings`` say, not as the untuned model's do."""
+        return not self.is_tuned or self._answers_tuned(mode)
 
     def _answers_tuned(self, mode: Mode) -> bool:
         """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""

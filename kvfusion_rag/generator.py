@@ -239,6 +239,13 @@ class KVFusionGenerator:
         """Whether ``prompt=`` is read; a model trained on bare questions reads ``question`` alone."""
         return self.settings.layout == "prompt" or self._encoder.follows_instructions
 
+    def reads_prompt(self, mode: ModeChoice | None = None) -> bool:
+        """Whether ``mode`` reads ``prompt=`` as it is, in the model's chat template with the documents in their place.
+
+        If not, the model reads the fixed templates that it was trained with.
+        """
+        return self._engine.reads_prompt(self._engine.mode_of(mode)[0])
+
     @property
     def context_window(self) -> int | None:
         """Positions that the model knows, in tokens; with fusion, documents share them."""
@@ -554,7 +561,13 @@ class KVFusionGenerator:
         )
 
     def prefill(
-        self, documents: Sequence[Document | str], *, prompt: Prompt = None, progress: bool = False
+        self,
+        documents: Sequence[Document | str],
+        *,
+        prompt: Prompt = None,
+        question: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        progress: bool = False,
     ) -> list[Source]:
         """Compute the KVs of ``documents`` and keep them in the store, so that questions find them there.
 
@@ -562,6 +575,8 @@ class KVFusionGenerator:
             documents: any number; the limit on what one question may fuse does not apply.
             prompt: the wording that questions will come in, whose fixed text in front of the documents is part of
                 their keys; by default that of a bare question.
+            question: the question in ``prompt``, if it holds one. Lines with the question are not part of the keys.
+            chat_template_kwargs: the same as the questions' (:meth:`answer`).
             progress: show a bar once this takes longer than a second.
 
         Raises:
@@ -576,7 +591,7 @@ class KVFusionGenerator:
             raise InvalidInputError(
                 "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
-        layout = self._engine.fused_layout(prompt)
+        layout = self._engine.fused_layout(prompt, question, chat_template_kwargs)
         reading = self._engine.read(documents, layout, max_tokens=UNLIMITED)
         origins, misses = self._supply.store_all(reading.keys, layout.prefix, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
@@ -585,15 +600,23 @@ class KVFusionGenerator:
             )
         return list(reading.sources(origins, misses))
 
-    def prefetch(self, documents: Sequence[Document | str], *, prompt: Prompt = None) -> Future[int]:
+    def prefetch(
+        self,
+        documents: Sequence[Document | str],
+        *,
+        prompt: Prompt = None,
+        question: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Future[int]:
         """Begin to load the stored KVs of ``documents`` into memory, for use while a reranker still chooses.
 
-        Returns at once. What is not stored is not computed.
+        Returns at once. What is not stored is not computed. The other arguments are those of
+        :meth:`prefill`.
 
         Returns:
             How many of the documents (pieces, where long ones are split) are in memory in the end.
         """
-        layout = self._engine.fused_layout(prompt)
+        layout = self._engine.fused_layout(prompt, question, chat_template_kwargs)
         return self._supply.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
 
     def forget(self, documents: Sequence[Document | str]) -> int:

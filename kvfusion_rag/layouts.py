@@ -107,7 +107,7 @@ class ChatLayouts:
             question: the bare question.
             prompt: the caller's messages; None puts the question into the default wording.
             has_documents: whether there are documents; without, the prompt is read as it is.
-            kwargs: variables of the chat template for this prompt.
+            kwargs: variables of the chat template for this prompt. Control tokens in them stay plain text.
 
         Raises:
             InvalidInputError: the prompt cannot be answered, or the template rejects it.
@@ -139,7 +139,8 @@ class ChatLayouts:
             at = message.documents.offset
             return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
 
-        return self._start + rendered(self.tokenizer, messages, text_of, kwargs, fixed_date=fixed)
+        given = {name: marks.disarm(value) if isinstance(value, str) else value for name, value in kwargs.items()}
+        return self._start + rendered(self.tokenizer, messages, text_of, given, fixed_date=fixed)
 
     def encode(self, text: str, marks: Marks, *, continues: bool = False) -> tuple[Ids, list[Span]]:
         """Ids of a rendered prompt, and the tokens between each start mark and its end mark."""

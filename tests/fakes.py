@@ -67,6 +67,7 @@ class RecordingGenerator:
     error: Exception | None = None
     fail_after: int = 0
     follows_instructions: bool = True
+    is_untuned: bool = False
     model_id: str = "fake/model"
     mode: str = "fusion"
     context_window: int = 4096
@@ -75,6 +76,9 @@ class RecordingGenerator:
     calls: list[Call] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     streams: list[RecordingStream] = field(default_factory=list)
+
+    def reads_prompt(self, mode: str | None = None) -> bool:
+        return self.is_untuned
 
     def answer(
         self, question: str, documents: Sequence[Document | str] = (), *, prompt: Prompt = None, **options: Any
@@ -132,7 +136,7 @@ class RecordingGenerator:
         )
         return Attribution(answer.text, -1.0, answer.mode, tuple(influences))
 
-    def prefill(self, documents: Sequence[Document | str]) -> list[Source]:
+    def prefill(self, documents: Sequence[Document | str], **wording: Any) -> list[Source]:
         return list(self._sources(list(documents)))
 
     def encode_text(self, text: str) -> list[int]:

@@ -3,6 +3,8 @@
 import pytest
 import tiny
 
+from kvfusion_rag import Message
+
 DOCUMENTS = ["the river runs past an old mill", "two grey doves sleep"]
 
 
@@ -41,8 +43,12 @@ def test_llama_index(measured):
 
     from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
 
-    gen, expected = measured
+    gen, _ = measured
+    prompt = [Message.around("user", "Of ", ": who?")]
+    found = gen.attribute("who?", DOCUMENTS, prompt=prompt, max_new_tokens=3)
     nodes = [NodeWithScore(node=TextNode(text=text)) for text in DOCUMENTS]
-    synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(gen, max_new_tokens=3, attribution="effects"))
+    llm = KVFusionLlamaIndexLLM(gen, max_new_tokens=3, attribution="effects")
+    synthesizer = KVFusionSynthesizer(llm, text_qa_template="Of {context_str}: {query_str}")
     response = synthesizer.synthesize("who?", nodes)
+    expected = [(document.attention, document.effect) for document in found.documents]
     assert numbers(response.metadata["kvfusion"]["sources"]) == expected

@@ -102,6 +102,21 @@ async def test_documents_arrive_apart_and_the_history_as_turns(kind: Any, way: s
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
+async def test_an_untuned_model_reads_the_documents_in_the_context_template(kind: Any, way: str) -> None:
+    options: dict[str, Any] = {} if kind is KVFusionContextChatEngine else {"skip_condense": True}
+    engine, generator, _ = make(kind, RecordingGenerator(is_untuned=True), system_prompt="Be {brief}.", **options)
+    text, _ = await say(engine, way, "And {braces}?", chat_history=history())
+    (answered,) = generator.calls
+    system, *turns = answered.prompt
+    assert (system.role, system.text.endswith("Be {brief}.")) == ("system", True)
+    assert 0 < system.documents.offset < len(system.text)
+    assert turns == [*TURNS, Message("user", "And {braces}?")]
+    assert answered.texts == ["title: Peru\n\nIt was in Lima.", "It rained."]
+    assert (answered.question, text) == ("And {braces}?", "in lima")
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("way", WAYS)
 async def test_memory_holds_what_was_said(kind: Any, way: str) -> None:
     engine, generator, _ = make(kind)
     for message in ("Where?", "And then?"):

@@ -134,5 +134,5 @@ def test_what_is_refused() -> None:
         KVFusionCitationQueryEngine(FixedRetriever([]), llm, CompactAndRefine(llm=llm))
     with pytest.raises(InvalidInputError, match="multimodal"):
         KVFusionCitationQueryEngine(FixedRetriever([]), llm, multimodal=True)
-    with pytest.raises(InvalidInputError, match=r"'citation_qa_template'.*query_template"):
+    with pytest.raises(InvalidInputError, match=r"'citation_qa_template'.*text_qa_template"):
         KVFusionCitationQueryEngine.from_args(index, llm=llm, citation_qa_template="{context_str}")

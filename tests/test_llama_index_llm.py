@@ -27,7 +27,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 
-from kvfusion_rag import Document, InvalidInputError, Message, MissingDependencyError
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message, MissingDependencyError
 from llama_index_kvfusion import KVFusionLlamaIndexLLM
 from llama_index_kvfusion.documents import to_documents
 
@@ -40,6 +40,7 @@ DEFAULT_OPTIONS = {
     "seed": None,
     "mode": None,
     "attribution": None,
+    "chat_template_kwargs": None,
 }
 USER = [ChatMessage(role=MessageRole.USER, content="Where?")]
 
@@ -249,6 +250,39 @@ def test_prompt_is_passed_where_it_says_more_than_the_question(
     assert (generator.calls[-1].question, generator.calls[-1].prompt) == (question, prompt)
 
 
+@pytest.mark.parametrize("documents", [None, ["a"]])
+def test_an_untuned_model_reads_prompts_and_messages_unchanged(documents: list[str] | None) -> None:
+    llm, generator = make()
+    generator.is_untuned = True
+    llm.complete("Where?", documents=documents)
+    llm.chat(USER, documents=documents)
+    assert [call.prompt for call in generator.calls] == ["Where?", [Message("user", "Where?")]]
+
+
+@pytest.mark.parametrize("way", COMPLETE + CHAT)
+async def test_the_place_of_the_documents_is_passed_on(way: str) -> None:
+    llm, generator = make(completion_to_prompt=lambda text: f"<{text}>") if "complete" in way else make()
+    place = DocumentsPlace(3, "; ")
+    given = {"documents_place": place} if "complete" in way else {"documents_place": (0, place)}
+    await call(llm, way, USER if way in CHAT else "Where?", documents=["a", "b"], question="Bare?", **given)
+    assert generator.calls[-1].prompt == [Message("user", "Where?", place)]
+    assert (generator.calls[-1].question, generator.calls[-1].texts) == ("Bare?", ["a", "b"])
+
+
+def test_a_place_in_messages_that_become_one_text_is_refused() -> None:
+    llm, _ = make(messages_to_prompt=lambda messages: "one text")
+    with pytest.raises(InvalidInputError, match="messages_to_prompt"):
+        llm.chat(USER, documents=["a"], documents_place=(0, DocumentsPlace(0)))
+
+
+def test_variables_of_the_chat_template_of_a_call_are_added_to_those_of_the_llm() -> None:
+    llm, generator = make(chat_template_kwargs={"mood": "calm", "tone": "low"})
+    llm.complete("Where?")
+    llm.complete("Where?", chat_template_kwargs={"tone": "high"})
+    found = [call.options["chat_template_kwargs"] for call in generator.calls]
+    assert found == [{"mood": "calm", "tone": "low"}, {"mood": "calm", "tone": "high"}]
+
+
 def test_completion_to_prompt_wraps_only_unformatted_prompts() -> None:
     llm, generator = make(completion_to_prompt=lambda text: f"<{text}>")
     llm.complete("Where?", documents=["a"])
@@ -280,6 +314,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         seed=1,
         mode="concat",
         attribution="effects",
+        chat_template_kwargs={"enable_thinking": False},
         top_k=None,
     )
     first, second = (c.options for c in generator.calls)
@@ -293,6 +328,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "seed": 1,
         "mode": "concat",
         "attribution": "effects",
+        "chat_template_kwargs": {"enable_thinking": False},
     }
 
 

@@ -28,7 +28,7 @@ from kvfusion_rag import InvalidInputError, KVFusionGenerator, OverloadError
 from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionPrefetch, KVFusionPrefill, KVFusionSynthesizer
 
 QUESTION = "Who built it?"
-MODES = [MetadataMode.NONE, MetadataMode.LLM]
+MODES = [None, MetadataMode.NONE, MetadataMode.LLM]
 
 
 def documents() -> list[LlamaDocument]:
@@ -43,7 +43,7 @@ def llm_on(store: Any) -> KVFusionLlamaIndexLLM:
     return KVFusionLlamaIndexLLM(KVFusionGenerator(backbone("llama"), store=store))
 
 
-def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode = MetadataMode.NONE, **options: Any) -> IngestionPipeline:
+def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode | None = None, **options: Any) -> IngestionPipeline:
     steps = [
         SentenceSplitter(chunk_size=60, chunk_overlap=0),
         KVFusionPrefill(llm, metadata_mode=mode),
@@ -52,7 +52,7 @@ def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode = MetadataMode.NONE,
     return IngestionPipeline(transformations=steps, **options)
 
 
-def origins(llm: KVFusionLlamaIndexLLM, nodes: Any, mode: MetadataMode = MetadataMode.NONE) -> list[str]:
+def origins(llm: KVFusionLlamaIndexLLM, nodes: Any, mode: MetadataMode | None = None) -> list[str]:
     """Where a query over an index of `nodes` finds each of them."""
     index = VectorStoreIndex(nodes, embed_model=MockEmbedding(embed_dim=4))
     synthesizer = KVFusionSynthesizer(llm, metadata_mode=mode)
@@ -62,7 +62,7 @@ def origins(llm: KVFusionLlamaIndexLLM, nodes: Any, mode: MetadataMode = Metadat
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_a_query_finds_every_prefilled_node_in_memory(mode: MetadataMode, asynchronous: bool) -> None:
+async def test_a_query_finds_every_prefilled_node_in_memory(mode: MetadataMode | None, asynchronous: bool) -> None:
     llm = llm_on("memory")
     made = pipeline(llm, mode)
     nodes = await made.arun(documents=documents()) if asynchronous else made.run(documents=documents())
@@ -71,7 +71,7 @@ async def test_a_query_finds_every_prefilled_node_in_memory(mode: MetadataMode, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_another_process_finds_them_on_disk(tmp_path: Path, mode: MetadataMode) -> None:
+def test_another_process_finds_them_on_disk(tmp_path: Path, mode: MetadataMode | None) -> None:
     nodes = pipeline(llm_on(tmp_path), mode).run(documents=documents())
     assert set(origins(llm_on(tmp_path), nodes, mode)) == {"disk"}
 
@@ -118,12 +118,12 @@ def test_a_cache_that_tenants_share_skips_nothing_of_the_other(tmp_path: Path) -
     for tenant in (generator, generator.with_namespace("b")):
         llm = KVFusionLlamaIndexLLM(tenant)
         nodes = pipeline(llm, cache=cache).run(documents=documents())
-        assert "computed" not in origins(llm, nodes, MetadataMode.NONE)
+        assert "computed" not in origins(llm, nodes)
 
 
 async def test_the_event_loop_is_free_while_nodes_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, held = llm_on("memory"), threading.Event()
-    monkeypatch.setattr(llm.generator, "prefill", lambda documents: held.wait(10))
+    monkeypatch.setattr(llm.generator, "prefill", lambda documents, **wording: held.wait(10))
     task = asyncio.create_task(KVFusionPrefill(llm).acall([TextNode(text="a")]))
     for _ in range(5):
         await asyncio.sleep(0)
@@ -165,7 +165,7 @@ async def test_files_are_in_memory_once_the_reranker_has_chosen(
     nodes = [NodeWithScore(node=node) for node in pipeline(llm_on(tmp_path)).run(documents=documents())]
     llm, loading = llm_on(tmp_path), list[Any]()
     prefetch = llm.generator.prefetch
-    monkeypatch.setattr(llm.generator, "prefetch", lambda texts: loading.append(prefetch(texts)))
+    monkeypatch.setattr(llm.generator, "prefetch", lambda texts, **wording: loading.append(prefetch(texts, **wording)))
     engine = KVFusionSynthesizer(llm).as_query_engine(
         FixedRetriever(nodes), node_postprocessors=[KVFusionPrefetch(llm), SlowReranker(loading=loading)]
     )
@@ -177,7 +177,7 @@ async def test_files_are_in_memory_once_the_reranker_has_chosen(
 def test_nodes_are_handed_on_when_too_much_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, nodes = llm_on("memory"), [NodeWithScore(node=TextNode(text="a"))]
 
-    def refuse(documents: Any) -> None:
+    def refuse(documents: Any, **wording: Any) -> None:
         raise OverloadError("too many wait")
 
     monkeypatch.setattr(llm.generator, "prefetch", refuse)

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llama_index.core import PromptTemplate, Settings, VectorStoreIndex
 from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.callbacks.schema import CBEventType
@@ -28,10 +29,11 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
 
 QUESTION = "Where was it?"
@@ -88,8 +90,8 @@ def nodes() -> list[NodeWithScore]:
     ]
 
 
-def make(**kwargs: Any) -> tuple[KVFusionSynthesizer, RecordingGenerator]:
-    generator = RecordingGenerator()
+def make(*, is_untuned: bool = False, **kwargs: Any) -> tuple[KVFusionSynthesizer, RecordingGenerator]:
+    generator = RecordingGenerator(is_untuned=is_untuned)
     return KVFusionSynthesizer(KVFusionLlamaIndexLLM(generator), **kwargs), generator
 
 
@@ -132,6 +134,44 @@ async def test_a_query_template_is_the_wording_around_the_bare_question(way: str
     await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
     assert (generator.calls[0].question, generator.calls[0].prompt) == (QUESTION, f"In one word: {QUESTION}")
     assert generator.calls[0].documents == EXPECTED
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_an_untuned_model_reads_the_stock_template_around_the_documents(way: str) -> None:
+    synthesizer, generator = make(is_untuned=True)
+    text, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    (received,) = generator.calls
+    system, user = received.prompt
+    assert (system.role, system.documents, user.role) == ("system", None, "user")
+    assert user.text.startswith("Context information is below.\n---------------------\n\n---------------------\n")
+    assert user.documents == DocumentsPlace(len("Context information is below.\n---------------------\n"), "\n\n")
+    assert received.texts == ["title: Peru\n\nIt was in Lima.", "page: 3\n\nIt rained.", "Nobody knows."]
+    assert (received.question, received.ids, text) == (QUESTION, ["n1", "n2", "n3"], "in lima")
+    assert [source["title"] for source in response.metadata["kvfusion"]["sources"]] == ["Peru", None, None]
+
+
+@pytest.mark.parametrize("is_untuned", [True, False])
+def test_a_text_qa_template_is_the_wording_around_documents(is_untuned: bool) -> None:
+    synthesizer, generator = make(is_untuned=is_untuned, text_qa_template="Of {context_str}, {tone}: {query_str}")
+    synthesizer.get_response(QUESTION, [" a ", "b"], tone="briefly")
+    expected = Message.around("user", "Of ", f", briefly: {QUESTION}")
+    assert (generator.calls[0].question, generator.calls[0].prompt) == (QUESTION, [expected])
+    assert generator.calls[0].texts == (["a", "b"] if is_untuned else [" a ", "b"])
+
+
+@pytest.mark.parametrize("is_chat", [True, False])
+def test_wrappers_of_the_caller_are_around_the_template(is_chat: bool) -> None:
+    generator = RecordingGenerator(is_untuned=True)
+    wrappers: dict[str, Any] = {"completion_to_prompt": lambda text: f"<{text}>"}
+    if is_chat:
+        wrappers = {"messages_to_prompt": lambda messages: "|".join(f"<{message.content}>" for message in messages)}
+    said = [ChatMessage(role="system", content="Be brief.")] if is_chat else []
+    llm = KVFusionLlamaIndexLLM(generator, **wrappers)
+    KVFusionSynthesizer(llm, text_qa_template="{context_str} {query_str}", chat_history=said).get_response(
+        "Who?", ["a"]
+    )
+    before = "<Be brief.>|<" if is_chat else "<"
+    assert generator.calls[0].prompt == [Message.around("user", before, " Who?>")]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -290,18 +330,20 @@ def test_concurrent_queries_keep_their_own_records() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_event_sequence(way: str, events: list[Any]) -> None:
-    synthesizer, _ = make()
+@pytest.mark.parametrize("is_untuned", [True, False])
+async def test_event_sequence(way: str, is_untuned: bool, events: list[Any]) -> None:
+    synthesizer, generator = make(is_untuned=is_untuned)
+    kind = "LLMChat" if is_untuned else "LLMCompletion"
     await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
     names = [type(event).__name__.removesuffix("Event") for event in events]
-    opening = ["QueryStart", "RetrievalStart", "RetrievalEnd", "SynthesizeStart", "LLMCompletionStart"]
+    opening = ["QueryStart", "RetrievalStart", "RetrievalEnd", "SynthesizeStart", f"{kind}Start"]
     if "stream" in way:
-        progress = ["LLMCompletionInProgress"] * 3
-        assert names == [*opening, "SynthesizeEnd", "QueryEnd", *progress, "LLMCompletionEnd"]
+        progress = [f"{kind}InProgress"] * 3
+        assert names == [*opening, "SynthesizeEnd", "QueryEnd", *progress, f"{kind}End"]
     else:
-        assert names == [*opening, "LLMCompletionEnd", "SynthesizeEnd", "QueryEnd"]
-    (start,) = [event for event in events if type(event).__name__ == "LLMCompletionStartEvent"]
-    assert start.additional_kwargs["documents"] == EXPECTED
+        assert names == [*opening, f"{kind}End", "SynthesizeEnd", "QueryEnd"]
+    (start,) = [event for event in events if type(event).__name__ == f"{kind}StartEvent"]
+    assert start.additional_kwargs["documents"] == generator.calls[0].documents
     assert isinstance(start.model_dump_json(), str)
 
 
@@ -335,6 +377,20 @@ def test_prompts_are_seen_and_changed_through_the_engine() -> None:
     engine.update_prompts({"response_synthesizer:query_template": PromptTemplate("Tell: {query_str}")})
     engine.query(QUESTION)
     assert generator.calls[0].prompt == f"Tell: {QUESTION}"
+
+
+def test_the_template_of_an_untuned_model_is_seen_and_changed_through_the_engine() -> None:
+    synthesizer, generator = make(is_untuned=True)
+    engine = synthesizer.as_query_engine(FixedRetriever(nodes()))
+    assert engine.get_prompts() == {"response_synthesizer:text_qa_template": DEFAULT_TEXT_QA_PROMPT_SEL}
+    engine.update_prompts({"response_synthesizer:text_qa_template": PromptTemplate("Of {context_str}: {query_str}")})
+    engine.query(QUESTION)
+    engine.update_prompts({"response_synthesizer:query_template": PromptTemplate("Tell: {query_str}")})
+    engine.query(QUESTION)
+    assert list(engine.get_prompts()) == ["response_synthesizer:query_template"]
+    around, without = (call.prompt for call in generator.calls)
+    assert around == [Message.around("user", "Of ", f": {QUESTION}")]
+    assert without == [Message("user", f"Tell: {QUESTION}")]
 
 
 def test_a_template_object_serves_as_query_template() -> None:

@@ -1,7 +1,6 @@
-"""LlamaIndex's two context chat engines, with retrieved nodes as separate documents and earlier turns as turns.
+"""LlamaIndex's two context chat engines, with the retrieved nodes as separate documents.
 
-The stock engines join all nodes into the system prompt. These exchange the synthesizer alone: retrieval, condensing,
-memory and responses stay LlamaIndex's. What a turn reads is decided here; how it is asked, by the synthesizer.
+They replace the synthesizer only. Retrieval, condensing, memory and responses stay LlamaIndex's.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextC
 from llama_index.core.chat_engine.condense_plus_context import DEFAULT_CONTEXT_PROMPT_TEMPLATE
 from llama_index.core.chat_engine.context import DEFAULT_CONTEXT_TEMPLATE
 from llama_index.core.chat_engine.types import AgentChatResponse, BaseChatEngine, StreamingAgentChatResponse
-from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
 from llama_index.core.schema import MetadataMode
 from llama_index.core.tools import ToolOutput
 
@@ -28,31 +27,56 @@ from kvfusion_rag import InvalidInputError
 from .llm import KVFusionLlamaIndexLLM
 from .synthesizer import METADATA_KEY, KVFusionSynthesizer, require_own_llm
 
-_DOCUMENTS = "(the documents above)"  # what a caller's context template says in the place of their texts
+_DOCUMENTS = "(the documents above)"  # in a caller's context template, for models that do not read it in place
+_MESSAGE = PromptTemplate("{query_str}")
 
 # The parents build synthesizer and response inside one method; this is how the record of the first reaches the second.
 _record: ContextVar[dict[str, Any]] = ContextVar("kvfusion_chat_record")
 
 
 class _TurnSynthesizer(KVFusionSynthesizer):
-    """Answers one turn, in its conversation."""
+    """Answers one turn of a conversation.
 
-    def __init__(self, llm: KVFusionLlamaIndexLLM, **options: Any) -> None:
-        super().__init__(llm, **options)
+    A model that reads prompts unchanged reads what LlamaIndex's engine sends: the context template with the documents
+    and the system prompt in one system message, then `turns` and the message. For other models, `default` names the
+    context template that only announces the documents, which is left out.
+    """
+
+    def __init__(
+        self,
+        llm: KVFusionLlamaIndexLLM,
+        context: BasePromptTemplate,
+        default: str,
+        system_prompt: str,
+        turns: Sequence[ChatMessage],
+        **options: Any,
+    ) -> None:
+        own = "" if context.get_template() == default else context.format(context_str=_DOCUMENTS)
+        instruction = "\n\n".join(part.strip() for part in (own, system_prompt) if part.strip())
+        system = [ChatMessage(role=llm.metadata.system_role, content=instruction)] if instruction else []
+        super().__init__(llm, chat_history=[*system, *turns], **options)
+        self._context, self._system_prompt, self._turns = context, system_prompt.strip(), turns
         self.condensed: str | None = None
 
+    def _word(self, **values: Any) -> list[ChatMessage] | str:
+        llm = self._fusion_llm
+        system = ChatMessage(
+            role=llm.metadata.system_role, content=self._context.format(**values) + self._system_prompt
+        )
+        return llm.word(_MESSAGE, [system, *self._turns], **values)
+
     def _standalone(self, query_str: str) -> str:
-        return self.condensed or query_str
+        return query_str if self._joins_as_llama_index else self.condensed or query_str
 
     def _new_record(self) -> dict[str, Any]:
-        return _record.get()
+        return _record.get({})
 
 
 class _SeparateDocuments(BaseChatEngine):
-    """What both engines have in common; stands before LlamaIndex's class.
+    """The common part of both engines, which comes before LlamaIndex's class.
 
-    ``response.sources[-1].raw_output`` holds mode, sources, citations, usage and timings of the answer (in streams
-    from the last piece on), and so does ``response.metadata["kvfusion"]`` where it does not stream.
+    ``response.sources[-1].raw_output`` holds mode, sources, citations, usage and timings of the answer; in streams it
+    is filled with the last piece. Responses that do not stream have it in ``response.metadata["kvfusion"]`` too.
     """
 
     _llm: KVFusionLlamaIndexLLM
@@ -63,7 +87,7 @@ class _SeparateDocuments(BaseChatEngine):
         retriever: BaseRetriever,
         llm: KVFusionLlamaIndexLLM,
         *arguments: Any,
-        metadata_mode: MetadataMode = MetadataMode.NONE,
+        metadata_mode: MetadataMode | None = None,
         **options: Any,
     ) -> None:
         """Everything but `metadata_mode` (see `KVFusionSynthesizer`) is the parent's."""
@@ -78,7 +102,7 @@ class _SeparateDocuments(BaseChatEngine):
         retriever: BaseRetriever,
         llm: KVFusionLlamaIndexLLM,
         *,
-        metadata_mode: MetadataMode = MetadataMode.NONE,
+        metadata_mode: MetadataMode | None = None,
         **options: Any,
     ) -> Self:
         """The parent's from_defaults, which knows the `options`; an unknown one raises InvalidInputError."""
@@ -119,51 +143,63 @@ class _SeparateDocuments(BaseChatEngine):
         with _fresh_record() as record:
             return _recorded(await super().astream_chat(message, chat_history, **options), message, record)
 
-    def _synthesizer(self, said: Sequence[ChatMessage], streaming: bool) -> _TurnSynthesizer:
+    @property
+    def synthesizer(self) -> KVFusionSynthesizer:
+        """The synthesizer of a first message, for `KVFusionPrefill` and `show_prompt`."""
+        engine: Any = self  # the parent's hook, which the types cannot know
+        return engine._get_response_synthesizer([])
+
+    def _turn(
+        self,
+        context: BasePromptTemplate,
+        default: str,
+        system_prompt: str,
+        turns: Sequence[ChatMessage],
+        streaming: bool,
+    ) -> _TurnSynthesizer:
         shared = self.callback_manager
         return _TurnSynthesizer(
             self._llm,
-            chat_history=said,
+            context,
+            default,
+            system_prompt,
+            turns,
             metadata_mode=self._metadata_mode,
             streaming=streaming,
             callback_manager=shared if shared.handlers else None,
         )
 
-    def _system(self, template: BasePromptTemplate, default: str, system_prompt: str) -> list[ChatMessage]:
-        """What the system says: the caller's own context template and the system prompt. LlamaIndex's default
-        template only announces the documents' texts, so it is left out."""
-        own = "" if template.get_template() == default else template.format(context_str=_DOCUMENTS)
-        text = "\n\n".join(part.strip() for part in (own, system_prompt) if part.strip())
-        return [ChatMessage(role=self._llm.metadata.system_role, content=text)] if text else []
-
 
 class KVFusionContextChatEngine(_SeparateDocuments, ContextChatEngine):
-    """`ContextChatEngine` whose nodes are separate documents and whose history reaches the model as turns.
+    """`ContextChatEngine` with separate documents.
 
-    Use it as the parent: ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``. The system prompt and
-    other prefix messages come first, then the history, then the message. A caller's `context_template` is read with a
-    reference to the documents in the place of ``{context_str}``; `context_refine_template` is not needed, since all
-    documents are read at once. A model trained on bare questions reads the message alone.
+    Use it as the parent: ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``. An untuned model
+    reads the messages that the parent sends: `context_template` with the documents and the system prompt, other prefix
+    messages, the history, and the message. `context_refine_template` is not used, because all documents are read at
+    once.
+
+    A tuned model with fixed templates reads documents first, then system prompt, history and message. A caller's
+    `context_template` then has a reference to the documents in place of ``{context_str}``. A model trained on bare
+    questions reads the message only.
     """
 
     def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> _TurnSynthesizer:
         prefix, system_prompt = list(self._prefix_messages), ""
         if prefix and prefix[0].role == MessageRole.SYSTEM:
             system_prompt = prefix.pop(0).content or ""
-        system = self._system(self._context_template, DEFAULT_CONTEXT_TEMPLATE, system_prompt)
-        return self._synthesizer([*system, *prefix, *chat_history], streaming)
+        turns = [*prefix, *chat_history]
+        return self._turn(self._context_template, DEFAULT_CONTEXT_TEMPLATE, system_prompt, turns, streaming)
 
 
 class KVFusionCondensePlusContextChatEngine(_SeparateDocuments, CondensePlusContextChatEngine):
-    """`CondensePlusContextChatEngine` whose nodes are separate documents and whose history reaches the model as turns.
+    """`CondensePlusContextChatEngine` with separate documents.
 
-    The condensed question retrieves; the model reads history and message. The rest is as in
-    `KVFusionContextChatEngine`.
+    The condensed question retrieves. The model reads history and message, as in `KVFusionContextChatEngine`.
     """
 
     def __init__(self, retriever: BaseRetriever, llm: KVFusionLlamaIndexLLM, *arguments: Any, **options: Any) -> None:
-        """Raises InvalidInputError for a model that reads bare questions alone, unless `skip_condense` is set: it
-        would answer the instruction to condense with something else."""
+        """Raises InvalidInputError for a model that reads bare questions only, unless `skip_condense` is set, because
+        such a model cannot condense a conversation."""
         super().__init__(retriever, llm, *arguments, **options)
         if not self._skip_condense and not llm.generator.follows_instructions:
             raise InvalidInputError(
@@ -172,10 +208,8 @@ class KVFusionCondensePlusContextChatEngine(_SeparateDocuments, CondensePlusCont
             )
 
     def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> _TurnSynthesizer:
-        system = self._system(
-            self._context_prompt_template, DEFAULT_CONTEXT_PROMPT_TEMPLATE, self._system_prompt or ""
-        )
-        return self._synthesizer([*system, *chat_history], streaming)
+        context, system_prompt = self._context_prompt_template, self._system_prompt or ""
+        return self._turn(context, DEFAULT_CONTEXT_PROMPT_TEMPLATE, system_prompt, chat_history, streaming)
 
     def _run_c3(self, *arguments: Any, **options: Any) -> Any:
         return _with_question(super()._run_c3(*arguments, **options))

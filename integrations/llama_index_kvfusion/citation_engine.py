@@ -50,11 +50,11 @@ class KVFusionCitationQueryEngine(CitationQueryEngine):
         streaming: bool = False,
         **options: Any,
     ) -> Self:
-        """The parent's from_args. Raises InvalidInputError for its templates, which have the texts in them."""
+        """The parent's from_args. Raises InvalidInputError for its templates, which speak of numbers in the texts."""
         if templates := sorted(name for name in options if name.endswith("_template")):
             raise InvalidInputError(
-                f"{templates[0]!r} is for prompts with the sources in them; here they are separate documents: "
-                "response_synthesizer=KVFusionSynthesizer(llm, query_template=...)."
+                f"{templates[0]!r} is for sources with numbers in their texts, but here the texts have none; give "
+                "response_synthesizer=KVFusionSynthesizer(llm, text_qa_template=...)."
             )
         synthesizer = _own_synthesizer(llm, response_synthesizer, streaming=streaming)
         made: Any = super().from_args(index, llm=synthesizer.llm, response_synthesizer=synthesizer, **options)

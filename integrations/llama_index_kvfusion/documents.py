@@ -7,6 +7,7 @@ sources and citations will name. It knows no model and no generator.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore
 
@@ -17,8 +18,10 @@ DocumentLike = Document | str | BaseNode | NodeWithScore
 TITLE_KEY = "title"
 
 
-def to_documents(items: Sequence[DocumentLike], metadata_mode: MetadataMode = MetadataMode.NONE) -> list[Document]:
-    """One Document per item. Nodes are read as `metadata_mode` says, see `node_document`.
+def to_documents(
+    items: Sequence[DocumentLike], metadata_mode: MetadataMode = MetadataMode.NONE, *, titles: bool | None = None
+) -> list[Document]:
+    """One Document per item. Nodes are read as `metadata_mode` and `titles` say, see `node_document`.
 
     Raises InvalidInputError for a bare string (it would be read letter by letter) and for unknown kinds.
     """
@@ -27,23 +30,30 @@ def to_documents(items: Sequence[DocumentLike], metadata_mode: MetadataMode = Me
             f"documents is a {type(items).__name__}; pass a list of documents, one item for each, "
             "because every item is read apart."
         )
-    return with_distinct_ids([_to_document(item, number, metadata_mode) for number, item in enumerate(items)])
+    found = [_to_document(item, number, metadata_mode, titles) for number, item in enumerate(items)]
+    return with_distinct_ids(found)
 
 
-def node_document(scored: NodeWithScore, metadata_mode: MetadataMode) -> Document:
+def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bool | None = None) -> Document:
     """The Document of one retrieved node; its id is the node id, its score is kept in the metadata.
 
-    With `MetadataMode.NONE` the text is the node's own text, so that citations are offsets into it, and
-    ``metadata["title"]`` (unless excluded for the LLM) becomes the title. With any other mode the text begins
-    with LlamaIndex's "key: value" header, which holds the title already.
+    With `MetadataMode.NONE` the text is the node's own text, so that citations are offsets into it. With any other
+    mode it begins with LlamaIndex's "key: value" header, which holds the title already. `titles` says whether
+    ``metadata["title"]`` (unless excluded for the LLM) becomes the title; by default with `MetadataMode.NONE` only.
     """
     node = scored.node
+    with_title = metadata_mode is MetadataMode.NONE if titles is None else titles
     return Document(
         text=node.get_content(metadata_mode=metadata_mode),
         id=node.node_id,
-        title=_title(node) if metadata_mode is MetadataMode.NONE else None,
+        title=_title(node) if with_title else None,
         metadata={} if scored.score is None else {"score": float(scored.score)},
     )
+
+
+def stripped(document: Document) -> Document:
+    """The same document without white space around its text, as LlamaIndex joins texts."""
+    return replace(document, text=document.text.strip())
 
 
 def with_distinct_ids(documents: Sequence[Document]) -> list[Document]:
@@ -69,16 +79,16 @@ def _fresh_id(wanted: str | None, taken: set[str]) -> str | None:
     return f"{wanted}#{number}"
 
 
-def _to_document(item: DocumentLike, number: int, metadata_mode: MetadataMode) -> Document:
+def _to_document(item: DocumentLike, number: int, metadata_mode: MetadataMode, titles: bool | None) -> Document:
     match item:
         case Document():
             return item
         case str():
             return Document(text=item)
         case NodeWithScore():
-            return node_document(item, metadata_mode)
+            return node_document(item, metadata_mode, titles)
         case BaseNode():
-            return node_document(NodeWithScore(node=item), metadata_mode)
+            return node_document(NodeWithScore(node=item), metadata_mode, titles)
     raise InvalidInputError(
         f"documents[{number}] is a {type(item).__name__}; allowed are kvfusion_rag.Document, str and "
         "LlamaIndex nodes (with or without score)."

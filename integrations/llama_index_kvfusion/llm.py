@@ -29,7 +29,7 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
-from kvfusion_rag import InvalidInputError, Message
+from kvfusion_rag import DocumentsPlace, InvalidInputError, Message
 
 from .documents import to_documents
 from .messages import last_question, to_messages
@@ -43,28 +43,40 @@ from .responses import (
 )
 
 if TYPE_CHECKING:
-    from kvfusion_rag import KVFusionGenerator
+    from kvfusion_rag import KVFusionGenerator, ShownPrompt
 
-_OPTIONS = ("temperature", "max_new_tokens", "top_p", "top_k", "stop", "seed", "mode", "attribution")
-_ARGUMENTS = ("documents", "question", "max_tokens", *_OPTIONS)
+_OPTIONS = (
+    "temperature",
+    "max_new_tokens",
+    "top_p",
+    "top_k",
+    "stop",
+    "seed",
+    "mode",
+    "attribution",
+    "chat_template_kwargs",
+)
+_ARGUMENTS = ("documents", "documents_place", "question", "max_tokens", *_OPTIONS)
 
 
 class KVFusionLlamaIndexLLM(CustomLLM):
     """An LLM that takes separate documents: ``llm.complete("Who ...?", documents=["...", node])``.
 
-    Every call also takes the options below (``max_tokens`` is another name for ``max_new_tokens``),
-    ``question`` (the bare question, where the prompt is a longer wording of it) and ``documents``: a list of
-    `kvfusion_rag.Document`, str or LlamaIndex nodes, one item for each document. An option given as None
-    keeps the value set here; an unknown one raises InvalidInputError. Token counts stand in
-    `additional_kwargs`, sources and citations in `raw`, in streams on the last chunk. LlamaIndex's events
-    show documents in full to whoever listens.
+    Every call takes the options below (``max_tokens`` is another name for ``max_new_tokens``) and:
 
-    Without documents, or where the prompt says more than the question, a model that follows instructions
-    reads the prompt as it stands; a bare question over documents is put into the model's own question
-    template. A model trained on bare questions reads the question alone.
+    - ``documents``: a list of `kvfusion_rag.Document`, str or LlamaIndex nodes, one item for each document.
+    - ``documents_place``: where they belong. In `complete` it is a `kvfusion_rag.DocumentsPlace` in the prompt. In
+      `chat` it is the number of a message, counted from 0, and the place in its text. By default documents open the
+      first user message.
+    - ``question``: the bare question, if the prompt is a longer wording of it.
 
-    Chat messages reach the model as turns of its own chat template, unless `messages_to_prompt` was given,
-    whose text is then read in their place.
+    An option given as None keeps the value set here. An unknown option raises InvalidInputError. Token counts are in
+    `additional_kwargs`, sources and citations in `raw`; in streams both come with the last chunk. LlamaIndex's events
+    contain the documents in full.
+
+    An untuned model reads prompts and messages unchanged, in its own chat template: a prompt is one user message. If
+    `messages_to_prompt` is given, its text is read in place of the messages. A tuned model with fixed templates reads
+    a bare question over documents in its own question template, and any other wording if it follows instructions.
     """
 
     temperature: float = Field(default=0.0, description="0 is greedy decoding.")
@@ -73,9 +85,14 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
     stop: str | Sequence[str] = Field(default=(), description="Strings that end the answer, left out of it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
-    mode: str | None = Field(default=None, description="'fusion', 'concat' or 'ape'; None: the generator's mode.")
+    mode: str | None = Field(
+        default=None, description="'auto', 'fusion', 'concat' or 'ape'; None: the generator's mode."
+    )
     attribution: str | None = Field(
         default=None, description="'attention' or 'effects': what sources say of their part in an answer."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Variables of the model's chat template, such as enable_thinking."
     )
 
     _generator: KVFusionGenerator = PrivateAttr()
@@ -115,6 +132,11 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         return self._generator
 
     @property
+    def reads_prompt(self) -> bool:
+        """Whether the model reads wordings unchanged, in its own chat template with the documents in their place."""
+        return self._generator.reads_prompt(self.mode)  # pyright: ignore[reportArgumentType] - which checks the name
+
+    @property
     def metadata(self) -> LLMMetadata:
         """Limits and name. A chat model (whose prompts LlamaIndex sends as messages) is one that follows
         instructions, unless the caller's own `messages_to_prompt` or `completion_to_prompt` is to be used."""
@@ -130,14 +152,37 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         """The template's complete wording with this LLM's system prompt and wrappers, ready to send."""
         return self._get_prompt(template, **values)
 
+    def word(
+        self, template: BasePromptTemplate, chat_history: Sequence[ChatMessage], **values: Any
+    ) -> list[ChatMessage] | str:
+        """What LlamaIndex's own synthesizers send to this LLM: messages, or a text if the caller wraps prompts."""
+        if self.metadata.is_chat_model or (chat_history and self._sends_turns):
+            return self.fill_messages(template, chat_history, **values)
+        if not chat_history:
+            return self.fill(template, **values)
+        assert self.messages_to_prompt is not None  # the parent's validator fills it in
+        return self.messages_to_prompt(self.fill_messages(template, chat_history, **values))
+
     def fill_messages(
         self, template: BasePromptTemplate, chat_history: Sequence[ChatMessage], **values: Any
     ) -> list[ChatMessage]:
-        """The template's messages behind `chat_history` and this LLM's system prompt. What was said earlier is
-        no template: braces in it stay as they are."""
+        """The template's messages behind `chat_history` and this LLM's system prompt. Earlier messages are not
+        templates, so braces in them stay as they are."""
         asked = self._get_messages(template, **values)
         said = self._extend_messages([])
         return [*said, *chat_history, *asked[len(said) :]]
+
+    def show_prompt(self, prompt: str | Sequence[ChatMessage], formatted: bool = False, **kwargs: Any) -> ShownPrompt:
+        """The text that the model reads for `complete` of a text or `chat` of messages; arguments are theirs."""
+        asked = self.request(prompt, formatted, **kwargs)
+        names = ("question", "documents", "prompt", "mode", "chat_template_kwargs")
+        return self._generator.show_prompt(**{name: asked[name] for name in names})
+
+    def request(self, prompt: str | Sequence[ChatMessage], formatted: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Arguments of the generator's `answer` for `complete` of a text or `chat` of messages."""
+        if isinstance(prompt, str):
+            return self._complete_request(prompt, formatted, kwargs)
+        return self._chat_request(prompt, kwargs)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -193,12 +238,22 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     def _chat_request(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         assert self.messages_to_prompt is not None  # the parent's validator fills it in
-        wording = to_messages(messages) if self._sends_turns else self.messages_to_prompt(messages)
+        place = kwargs.get("documents_place")
+        if not self._sends_turns and place is not None:
+            raise InvalidInputError(
+                "documents_place is for messages, but this LLM has a messages_to_prompt that makes one text of them; "
+                "call complete with a DocumentsPlace in that text."
+            )
+        wording = to_messages(messages, place) if self._sends_turns else self.messages_to_prompt(messages)
         return self._request(wording, {"question": last_question(messages), **kwargs})
 
     def _complete_request(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         assert self.completion_to_prompt is not None  # the parent's validator fills it in
-        wording = prompt if formatted else self.completion_to_prompt(prompt)
+        place: DocumentsPlace | None = kwargs.get("documents_place")
+        if place is not None:  # offsets count in the text as it is
+            wording: str | list[Message] = [Message("user", prompt, place)]
+        else:
+            wording = prompt if formatted else self.completion_to_prompt(prompt)
         return self._request(wording, {**kwargs, "question": kwargs.get("question") or prompt})
 
     def _request(self, wording: str | list[Message], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,16 +264,15 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         given = kwargs.get("documents")
         documents = [] if given is None else to_documents(given)
         question = kwargs.get("question") or _last_text(wording)
-        # A wording that adds nothing is left to the model's question template, the one it was tuned with;
-        # without documents that template makes no sense, and the prompt is sent as it stands.
-        adds_nothing = wording in (question, [Message("user", question)])
-        templated = adds_nothing and (bool(documents) or not self._generator.follows_instructions)
-        return {
-            "question": question,
-            "documents": documents,
-            "prompt": None if templated else wording,
-            **self._options(kwargs),
-        }
+        options = self._options(kwargs)
+        # A tuned model reads a bare question in the template that it was tuned with. That template is about
+        # documents, so a prompt without documents is sent as it is if the model follows instructions.
+        is_templated = (
+            wording in (question, [Message("user", question)])
+            and not self._generator.reads_prompt(options["mode"])
+            and (bool(documents) or not self._generator.follows_instructions)
+        )
+        return {"question": question, "documents": documents, "prompt": None if is_templated else wording, **options}
 
     def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in kwargs.items() if value is not None}
@@ -227,6 +281,8 @@ class KVFusionLlamaIndexLLM(CustomLLM):
                 raise InvalidInputError("max_tokens and max_new_tokens are two names for one option; give one.")
             given["max_new_tokens"] = given.pop("max_tokens")
         options = {name: given.get(name, value) for name, value in self._defaults().items()}
+        if self.chat_template_kwargs and "chat_template_kwargs" in given:
+            options["chat_template_kwargs"] = {**self.chat_template_kwargs, **given["chat_template_kwargs"]}
         if isinstance(options["stop"], str):
             options["stop"] = (options["stop"],)
         return options
@@ -241,6 +297,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
             "seed": self.seed,
             "mode": self.mode,
             "attribution": self.attribution,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
 

@@ -1,11 +1,12 @@
-"""LlamaIndex chat messages on the way in: the turns that a generator reads behind its documents.
+"""LlamaIndex chat messages as the messages of a generator's prompt.
 
-Decides which role each of LlamaIndex's roles speaks as, and refuses what no text model can read. It knows no model.
+Maps LlamaIndex's roles to system, user and assistant, and refuses what a text model cannot read. It knows no model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from llama_index.core.base.llms.types import (
     AudioBlock,
@@ -18,21 +19,30 @@ from llama_index.core.base.llms.types import (
 
 from kvfusion_rag import InvalidInputError, Message
 
+from .wording import MessagePlace
+
 _SAYS_AS_SYSTEM = (MessageRole.SYSTEM, MessageRole.DEVELOPER)
 _SAYS_AS_ASSISTANT = (MessageRole.ASSISTANT, MessageRole.CHATBOT, MessageRole.MODEL)
 _MEDIA = (ImageBlock, AudioBlock, VideoBlock, DocumentBlock)
 
 
-def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """The messages as the generator takes them. What tools say is read as the user's, as models without tools do.
+def to_messages(messages: Sequence[ChatMessage], place: MessagePlace | None = None) -> list[Message]:
+    """The messages as the generator takes them, with the documents at `place`. Tool messages become the user's.
 
-    A conversation that ends with the system's instruction ("Sum up.") has that answered, as if the user said it.
+    A final system message ("Sum up.") becomes the user's too, because the last message is what is answered.
 
-    Raises InvalidInputError for images, sound, video and files.
+    Raises InvalidInputError for images, sound, video and files, and for a place in a message that does not exist.
     """
     turns = [_to_message(message, number) for number, message in enumerate(messages)]
+    if place is not None:
+        number, documents = place
+        if not 0 <= number < len(turns):
+            raise InvalidInputError(
+                f"documents_place names message {number}, but there are {len(turns)} messages, counted from 0."
+            )
+        turns[number] = replace(turns[number], documents=documents)
     if turns and turns[-1].role == "system":
-        turns[-1] = Message("user", turns[-1].text)
+        turns[-1] = replace(turns[-1], role="user")
     return turns
 
 

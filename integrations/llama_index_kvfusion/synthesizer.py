@@ -1,7 +1,7 @@
-"""`KVFusionSynthesizer`: a LlamaIndex response synthesizer that hands each node over as a separate document.
+"""`KVFusionSynthesizer`: a LlamaIndex response synthesizer that passes each node on as a separate document.
 
 It overrides as little as it can, so that LlamaIndex's events, callbacks and empty responses stay as they are.
-It decides what is asked; how the model is called is the LLM's business, how a node is read `documents`'.
+It decides what is asked. The LLM decides how the model is called, and `documents` what is read of a node.
 """
 
 from __future__ import annotations
@@ -17,57 +17,69 @@ from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.prompts import BasePromptTemplate, PromptTemplate
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import BaseSynthesizer
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryType
+from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryType
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import Document, InvalidInputError, ShownPrompt
 
-from .documents import to_documents
+from .documents import stripped, to_documents
 from .llm import KVFusionLlamaIndexLLM
+from .wording import QUESTION_MARK, ContextMarks
 
 METADATA_KEY = "kvfusion"
 """Where `response.metadata` holds the answer's record, beside LlamaIndex's node ids."""
 
-_DEFAULT_QUERY_TEMPLATE = "{query_str}"
+_BARE_QUESTION = PromptTemplate("{query_str}")
 
 
 class KVFusionSynthesizer(BaseSynthesizer):
-    """Answers a query from nodes that are read apart, whatever order they come in.
+    """Answers a query from nodes, each a separate document, in the wording of LlamaIndex's own templates.
 
-    ``response.metadata["kvfusion"]`` holds mode, sources, citations, usage and timings; documents are named
-    by node id. In streams it is empty until the last piece was read.
+    In mode "concat", the default of untuned models, the model reads the same tokens as with LlamaIndex's `compact`
+    synthesizer, if the nodes fit into one prompt there. If they do not fit here, a ContextLimitError is raised;
+    answers are not refined in several calls. In modes "fusion" and "ape" each node is read apart, so the order of the
+    nodes does not matter.
+
+    ``response.metadata["kvfusion"]`` holds mode, sources, citations, usage and timings. Documents are named by node
+    id. In streams it is empty until the last piece is read.
     """
 
     def __init__(
         self,
         llm: KVFusionLlamaIndexLLM,
         *,
-        query_template: BasePromptTemplate | str = _DEFAULT_QUERY_TEMPLATE,
+        text_qa_template: BasePromptTemplate | str | None = None,
+        query_template: BasePromptTemplate | str | None = None,
         chat_history: Sequence[ChatMessage] = (),
-        metadata_mode: MetadataMode = MetadataMode.NONE,
+        metadata_mode: MetadataMode | None = None,
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
     ) -> None:
-        """`llm` is required and has to be ours: another one would read no separate documents.
+        """`llm` has to be ours, because other LLMs do not read separate documents.
 
-        query_template: the complete wording around ``{query_str}``, without the documents. The default adds
-            nothing, so that the model's own question template (the one it was tuned with) is used. A
-            ChatPromptTemplate gives several messages.
-        chat_history: what was said before the query, as turns; a system message says how to answer. The chat
-            engines of this package fill it in.
-        metadata_mode: NONE gives the model the bare passage, plus ``metadata["title"]`` where its template
-            has a place for a title. That is what KV-Fusion models are trained on; citations are then offsets
-            into the node's text, and equal passages share one stored KV. LLM puts LlamaIndex's "key: value"
-            header before each passage, for models that follow instructions and need dates or authors.
+        text_qa_template: LlamaIndex's template around ``{context_str}`` and ``{query_str}``. The documents are read
+            where ``{context_str}`` is. The default is LlamaIndex's own; a tuned model with fixed templates reads the
+            question in its own question template instead.
+        query_template: a wording around ``{query_str}`` without the documents, in place of `text_qa_template`. The
+            documents open the first user message. A ChatPromptTemplate gives several messages.
+        chat_history: messages before the query. The chat engines of this package fill it in.
+        metadata_mode: LLM puts LlamaIndex's "key: value" header before each text, as LlamaIndex's synthesizers do.
+            NONE gives the bare text, and ``metadata["title"]`` if the model's template has a field for a title; then
+            citations are offsets into the node's text, and equal texts share one stored KV. The default is LLM for a
+            model that reads prompts unchanged, and NONE for a tuned model with fixed templates.
         callback_manager: also set on the LLM. None: the LLM keeps its own if it has handlers, else both take
             the one in `Settings`, as LlamaIndex's own synthesizers do.
+
+        Raises InvalidInputError for another LLM, or if both templates are given.
         """
         require_own_llm(llm, type(self).__name__)
+        _require_one_template(text_qa_template, query_template)
         shared = None if llm.callback_manager.handlers else Settings.callback_manager
         super().__init__(
             llm=llm, callback_manager=callback_manager or shared, streaming=streaming, empty_response=empty_response
@@ -75,7 +87,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
         self._fusion_llm = llm
         self._chat_history = chat_history
         self._metadata_mode = metadata_mode
-        self._query_template = PromptTemplate(query_template) if isinstance(query_template, str) else query_template
+        self._text_qa_template, self._query_template = _template(text_qa_template), _template(query_template)
 
     @property
     def llm(self) -> KVFusionLlamaIndexLLM:
@@ -84,8 +96,28 @@ class KVFusionSynthesizer(BaseSynthesizer):
 
     @property
     def metadata_mode(self) -> MetadataMode:
-        """What is read of a node; `KVFusionPrefill` has to be given the same."""
-        return self._metadata_mode
+        """What is read of a node."""
+        if self._metadata_mode is not None:
+            return self._metadata_mode
+        return MetadataMode.LLM if self._fusion_llm.reads_prompt else MetadataMode.NONE
+
+    def to_documents(self, nodes: Sequence[BaseNode | NodeWithScore]) -> list[Document]:
+        """The documents that a query over `nodes` reads."""
+        if not self._joins_as_llama_index:
+            return to_documents(nodes, self.metadata_mode)
+        # The template does not show titles, so they are for the answer's record only.
+        return [stripped(document) for document in to_documents(nodes, self.metadata_mode, titles=True)]
+
+    def prefill_arguments(self) -> dict[str, Any]:
+        """Arguments of the generator's `prefill` and `prefetch` for the documents of this synthesizer's queries."""
+        call = self._call(QUESTION_MARK, [], {})
+        request = self._fusion_llm.request(call.pop("messages", None) or call.pop("prompt"), **call)
+        return {name: request[name] for name in ("prompt", "question", "chat_template_kwargs")}
+
+    def show_prompt(self, query: str, nodes: Sequence[BaseNode | NodeWithScore]) -> ShownPrompt:
+        """The text that the model reads for `query` over `nodes`."""
+        call = self._call(query, self.to_documents(nodes), {})
+        return self._fusion_llm.show_prompt(call.pop("messages", None) or call.pop("prompt"), **call)
 
     def as_query_engine(
         self,
@@ -126,7 +158,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """LlamaIndex's synthesize, with the nodes' ids, titles and scores kept for the answer's record."""
         record = self._new_record()
-        documents = to_documents(nodes, self._metadata_mode)
+        documents = self.to_documents(nodes)
         response = super().synthesize(
             query, nodes, additional_source_nodes, documents=documents, record=record, **response_kwargs
         )
@@ -141,7 +173,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Like `synthesize`, without blocking the event loop."""
         record = self._new_record()
-        documents = to_documents(nodes, self._metadata_mode)
+        documents = self.to_documents(nodes)
         response = await super().asynthesize(
             query, nodes, additional_source_nodes, documents=documents, record=record, **response_kwargs
         )
@@ -189,26 +221,80 @@ class KVFusionSynthesizer(BaseSynthesizer):
     def _call(
         self, query_str: str, documents: Sequence[Document | str], template_values: dict[str, Any]
     ) -> dict[str, Any]:
-        """Arguments of the LLM's chat where there are messages to send, else of its complete."""
-        llm, template, values = self._fusion_llm, self._query_template, {"query_str": query_str, **template_values}
-        call = {"question": self._standalone(query_str), "documents": list(documents)}
-        if self._chat_history or len(template.format_messages(llm=llm, **values)) > 1:
-            return {"messages": llm.fill_messages(template, self._chat_history, **values), **call}
-        return {"prompt": llm.fill(template, **values), "formatted": True, **call}
+        """Arguments of the LLM's `chat` if there are messages to send, else of its `complete`."""
+        values = {"query_str": query_str, **template_values}
+        if self._joins_as_llama_index:
+            documents = [stripped(document) for document in to_documents(documents)]
+        wording = self._around_documents(values) if self._shows_documents else self._without_documents(values)
+        return {"question": self._standalone(query_str), "documents": list(documents), **wording}
+
+    def _around_documents(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The wording of a template that shows the documents, and their place in it."""
+        marks = ContextMarks()
+        wording = self._word(**values, context_str=marks.text)
+        if isinstance(wording, str):
+            text, place = marks.remove(wording)
+            return {"prompt": text, "formatted": True, "documents_place": place}
+        messages, message_place = marks.remove_from_messages(wording)
+        return {"messages": messages, "documents_place": message_place}
+
+    def _without_documents(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The wording of a query template."""
+        llm, template, history = self._fusion_llm, self._query_template or _BARE_QUESTION, self._chat_history
+        if llm.reads_prompt:
+            wording = llm.word(template, history, **values)
+        elif history or len(template.format_messages(llm=llm, **values)) > 1:
+            wording = llm.fill_messages(template, history, **values)
+        else:
+            wording = llm.fill(template, **values)
+        return {"prompt": wording, "formatted": True} if isinstance(wording, str) else {"messages": wording}
+
+    def _word(self, **values: Any) -> list[ChatMessage] | str:
+        """What LlamaIndex's own synthesizer would send to the LLM."""
+        template = self._text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
+        return self._fusion_llm.word(template, self._chat_history, **values)
+
+    @property
+    def _shows_documents(self) -> bool:
+        """Whether the wording shows the documents."""
+        return self._query_template is None and (self._text_qa_template is not None or self._fusion_llm.reads_prompt)
+
+    @property
+    def _joins_as_llama_index(self) -> bool:
+        """Whether the documents' texts are joined in the wording as LlamaIndex joins them."""
+        return self._shows_documents and self._fusion_llm.reads_prompt
 
     def _standalone(self, query_str: str) -> str:
-        """The question for models that read nothing of a conversation."""
+        """The question for models that do not read the conversation."""
         return query_str
 
     def _new_record(self) -> dict[str, Any]:
-        """What the next answer fills in."""
+        """The record that the next answer fills in."""
         return {}
 
     def _get_prompts(self) -> PromptDictType:
-        return {"query_template": self._query_template}
+        """The template in use."""
+        if self._shows_documents:
+            return {"text_qa_template": self._text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL}
+        return {"query_template": self._query_template or _BARE_QUESTION}
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
-        self._query_template = prompts.get("query_template", self._query_template)
+        text_qa_template, query_template = prompts.get("text_qa_template"), prompts.get("query_template")
+        _require_one_template(text_qa_template, query_template)
+        if text_qa_template is not None or query_template is not None:
+            self._text_qa_template, self._query_template = text_qa_template, query_template
+
+
+def _template(given: BasePromptTemplate | str | None) -> BasePromptTemplate | None:
+    return PromptTemplate(given) if isinstance(given, str) else given
+
+
+def _require_one_template(text_qa_template: object, query_template: object) -> None:
+    if text_qa_template is not None and query_template is not None:
+        raise InvalidInputError(
+            "text_qa_template and query_template are both given, but a query has one wording; text_qa_template is "
+            "the one that shows the documents."
+        )
 
 
 def require_own_llm(llm: object, user: str) -> None:

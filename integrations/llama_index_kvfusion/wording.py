@@ -1,0 +1,69 @@
+"""Prompt templates around documents: their wording without the documents, and the place where the documents belong.
+
+A template is formatted with two random marks in place of the documents, so its syntax (format string, Jinja, function
+mappings) does not matter. Two marks also show what the template puts between documents. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import uuid4
+
+from llama_index.core.base.llms.types import ChatMessage, TextBlock
+
+from kvfusion_rag import DocumentsPlace, InvalidInputError
+
+SEPARATOR = "\n\n"
+"""Text between two documents, as LlamaIndex's compact synthesizer joins them."""
+
+QUESTION_MARK = "\u2983question\u2984"
+"""Stands for the question in a wording that is made before anyone asks."""
+
+MessagePlace = tuple[int, DocumentsPlace]
+"""Number of the message that shows the documents, and their place in its text."""
+
+
+class ContextMarks:
+    """Two texts that no caller can guess, for the place of the documents in one formatted template."""
+
+    def __init__(self) -> None:
+        nonce = uuid4().hex
+        self._first, self._second = f"kvfusion{nonce}a", f"kvfusion{nonce}b"
+
+    @property
+    def text(self) -> str:
+        """The value of ``{context_str}``: two documents."""
+        return f"{self._first}{SEPARATOR}{self._second}"
+
+    def remove(self, text: str) -> tuple[str, DocumentsPlace]:
+        """`text` without the marks, and the place that they stood for.
+
+        Raises InvalidInputError for a template that does not show the documents exactly once.
+        """
+        before, _, rest = text.partition(self._first)
+        separator, found, after = rest.partition(self._second)
+        if not found or self._occurs_in(before + separator + after):
+            raise _no_place()
+        return before + after, DocumentsPlace(len(before), separator)
+
+    def remove_from_messages(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], MessagePlace]:
+        """The same for the messages of a chat template, one of which shows the documents."""
+        numbers = [n for n, message in enumerate(messages) if self._occurs_in(message.content or "")]
+        if len(numbers) != 1:
+            raise _no_place()
+        number = numbers[0]
+        shown = messages[number]
+        text, place = self.remove(shown.content or "")
+        blocks = [*(block for block in shown.blocks if not isinstance(block, TextBlock)), TextBlock(text=text)]
+        cleaned = shown.model_copy(update={"blocks": blocks})
+        return [*messages[:number], cleaned, *messages[number + 1 :]], (number, place)
+
+    def _occurs_in(self, text: str) -> bool:
+        return self._first in text or self._second in text
+
+
+def _no_place() -> InvalidInputError:
+    return InvalidInputError(
+        "the template does not show {context_str} exactly once and as it is given, so the documents have no place in "
+        "it; write the variable once, or give a wording without documents as query_template."
+    )
