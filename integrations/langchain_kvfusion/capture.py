@@ -134,8 +134,9 @@ def enable_document_capture(most_documents: int = MOST_DOCUMENTS) -> DocumentCap
 
     ``with enable_document_capture(): chain.invoke(question)``, where the chain's model is a KVFusionLLM or a
     ChatKVFusion. A prompt's documents are found by their text, so a chain that shortens or rewrites them, or a plain
-    function in place of a retriever, keeps its joined prompt. What is retrieved outside of chains is shared by all
-    that is called in the capture, so open one for each request that you serve.
+    function in place of a retriever, keeps its joined prompt. The documents keep their place in the prompt; if each
+    has a number or label of its own, all are read in the place of the first. What is retrieved outside of chains is
+    shared by all that is called in the capture, so open one for each request that you serve.
 
     Args:
         most_documents: how many the capture remembers; the oldest leave first.

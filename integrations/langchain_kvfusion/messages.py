@@ -24,14 +24,8 @@ _ROLES: dict[str, Role] = {"System": "system", "Assistant": "assistant"}
 
 def last_human_text(messages: Sequence[BaseMessage]) -> str | None:
     """The text of the last human message that has any."""
-    index = last_human(messages)
-    return None if index is None else message_text(messages[index])
-
-
-def last_human(messages: Sequence[BaseMessage]) -> int | None:
-    """Place of the last human message that has any text."""
-    spoken = (i for i in reversed(range(len(messages))) if speaker(messages[i]) == "User")
-    return next((i for i in spoken if message_text(messages[i]).strip()), None)
+    texts = (message_text(message) for message in reversed(messages) if speaker(message) == "User")
+    return next((text for text in texts if text.strip()), None)
 
 
 def documents_place(message: BaseMessage) -> DocumentsPlace | None:
