@@ -116,7 +116,9 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
                 f"message {number} puts the documents at character {place.offset}, but its text has "
                 f"{len(message.text)}."
             )
-    said = [message for message in prompt if message.text.strip() or message.documents is not None]
+    said = list(prompt)
+    while said and not said[-1].text.strip() and said[-1].documents is None:
+        said.pop()
     if not said or said[-1].role != "user":
         raise InvalidInputError(
             f"the conversation ends with {said[-1].role if said else 'no text'!r}, but its last message must be "

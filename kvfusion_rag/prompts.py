@@ -300,6 +300,8 @@ class PromptEncoder:
             return tuple(self._prompt.encode(prompt=prompt))
         messages = [without_place(message) for message in messages_of(prompt, question)]
         turns = alternating([Message(m.role, m.text.strip()) for m in messages if m.text.strip()])
+        if [turn.text for turn in turns] == [question.strip()]:  # a wording that adds nothing
+            return tuple(self._question.encode(question=question))
         template = self._chat_template([turn.role for turn in turns])
         if template is None:
             return tuple(self._prompt.encode(prompt=as_text(turns)))

@@ -9,11 +9,9 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("llama_index.core")
 
@@ -30,10 +28,10 @@ from llama_index.core.prompts import RichPromptTemplate
 from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.query_engine.citation_query_engine import CITATION_QA_TEMPLATE
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from parity import NEW_TOKENS, Reader, generated, ids_of, untuned_reader
 
 from kvfusion_rag import DocumentsPlace, InvalidInputError, KVFusionGenerator, Message
 from kvfusion_rag.backbone import Backbone
-from kvfusion_rag.settings import default_settings
 from llama_index_kvfusion import (
     KVFusionCondensePlusContextChatEngine,
     KVFusionContextChatEngine,
@@ -44,44 +42,12 @@ from llama_index_kvfusion import (
 )
 
 QUESTION = "who built the lighthouse?"
-NEW_TOKENS = 6
-POSITIONS = 4096
 WAYS = ["sync", "async", "stream", "async stream"]
-
-
-@dataclass
-class Reader:
-    """A tiny untuned chat model, and the token ids of what it has read and answered."""
-
-    generator: KVFusionGenerator
-    read: list[tuple[int, ...]] = field(default_factory=list)
-    answered: list[tuple[int, ...]] = field(default_factory=list)
-
-    def llm(self, **options: Any) -> KVFusionLlamaIndexLLM:
-        return KVFusionLlamaIndexLLM(self.generator, max_new_tokens=NEW_TOKENS, **options)
 
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Reader:
-    made = replace(default_settings(tiny.tokenizer("byte-bpe")), mode="auto")
-    backbone = tiny.backbone("llama", settings=made, max_position_embeddings=POSITIONS)
-    found = Reader(KVFusionGenerator(backbone, store="memory"))
-    engine = found.generator._engine
-    request, answer = engine.request, engine.answer
-
-    def note_request(*arguments: Any) -> Any:
-        made = request(*arguments)
-        found.read.append(tuple(made.question.ids))
-        return made
-
-    def note_answer(*arguments: Any) -> Any:
-        made = answer(*arguments)
-        found.answered.append(made.token_ids)
-        return made
-
-    monkeypatch.setattr(engine, "request", note_request)
-    monkeypatch.setattr(engine, "answer", note_answer)
-    return found
+    return untuned_reader(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +55,10 @@ def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Settings, "_llm", None)
     yield
     assert Settings._llm is None
+
+
+def llm_of(model: Reader, **options: Any) -> KVFusionLlamaIndexLLM:
+    return KVFusionLlamaIndexLLM(model.generator, max_new_tokens=NEW_TOKENS, **options)
 
 
 class RecordingChat(CustomLLM):
@@ -113,21 +83,6 @@ class RecordingChat(CustomLLM):
 
 def expected_ids(messages: Sequence[ChatMessage], **variables: Any) -> list[int]:
     return ids_of([(message.role.value, message.content or "") for message in messages], **variables)
-
-
-def ids_of(turns: Sequence[tuple[str, str]], **variables: Any) -> list[int]:
-    conversation = [{"role": role, "content": text} for role, text in turns]
-    tok = tiny.tokenizer("byte-bpe")
-    return list(tok.apply_chat_template(conversation, add_generation_prompt=True, **variables)["input_ids"])
-
-
-def generated(ids: Sequence[int]) -> list[int]:
-    network = tiny.model("llama", max_position_embeddings=POSITIONS)
-    asked = torch.tensor([list(ids)])
-    found = network.generate(
-        asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
-    )
-    return found[0, len(ids) :].tolist()
 
 
 def require_parity(model: Reader, sent: Sequence[ChatMessage]) -> None:
@@ -193,7 +148,7 @@ async def ask(engine: Any, way: str, question: str = QUESTION) -> str:
 async def test_the_stock_engine_and_ours_have_the_same_tokens(model: Reader, way: str) -> None:
     stock, found = RecordingChat(), index()
     found.as_query_engine(llm=stock, similarity_top_k=4).query(QUESTION)
-    engine = KVFusionSynthesizer(model.llm()).as_query_engine(found, similarity_top_k=4)
+    engine = KVFusionSynthesizer(llm_of(model)).as_query_engine(found, similarity_top_k=4)
     text = await ask(engine, way)
     require_parity(model, stock.sent[0])
     assert text.strip() == tiny.tokenizer("byte-bpe").decode(generated(model.read[0])).strip()
@@ -203,7 +158,7 @@ async def test_the_stock_engine_and_ours_have_the_same_tokens(model: Reader, way
 def test_every_template_has_the_documents_in_its_place(model: Reader, name: str) -> None:
     stock, found = RecordingChat(), index()
     found.as_query_engine(llm=stock, similarity_top_k=4, text_qa_template=TEMPLATES[name]).query(QUESTION)
-    llm = model.llm()
+    llm = llm_of(model)
     synthesizer = KVFusionSynthesizer(llm, text_qa_template=TEMPLATES[name])
     response = found.as_query_engine(llm=llm, response_synthesizer=synthesizer, similarity_top_k=4).query(QUESTION)
     require_parity(model, stock.sent[0])
@@ -216,7 +171,7 @@ def test_a_function_that_lists_the_documents(model: Reader) -> None:
     stock = RecordingChat()
     found = VectorStoreIndex([*nodes()[1:3], TextNode(text="rain")], embed_model=MockEmbedding(embed_dim=4))
     found.as_query_engine(llm=stock, similarity_top_k=4, text_qa_template=BULLETS).query(QUESTION)
-    KVFusionSynthesizer(model.llm(), text_qa_template=BULLETS).as_query_engine(found, similarity_top_k=4).query(
+    KVFusionSynthesizer(llm_of(model), text_qa_template=BULLETS).as_query_engine(found, similarity_top_k=4).query(
         QUESTION
     )
     assert "- two grey doves sleep" in (stock.sent[0][0].content or "")
@@ -225,13 +180,13 @@ def test_a_function_that_lists_the_documents(model: Reader) -> None:
 
 def test_the_default_engine_over_our_llm_has_the_same_tokens(model: Reader) -> None:
     stock, found = RecordingChat(), index()
-    for llm in (stock, model.llm()):
+    for llm in (stock, llm_of(model)):
         found.as_query_engine(llm=llm, similarity_top_k=4).query(QUESTION)
     require_parity(model, stock.sent[0])
 
 
 def test_a_system_prompt_of_the_llm_is_a_system_message(model: Reader) -> None:
-    stock, llm, found = RecordingChat(system_prompt="Be kind."), model.llm(system_prompt="Be kind."), index()
+    stock, llm, found = RecordingChat(system_prompt="Be kind."), llm_of(model, system_prompt="Be kind."), index()
     found.as_query_engine(llm=stock, similarity_top_k=4).query(QUESTION)
     KVFusionSynthesizer(llm).as_query_engine(found, similarity_top_k=4).query(QUESTION)
     assert [message.role.value for message in stock.sent[0]] == ["system", "system", "user"]
@@ -239,7 +194,7 @@ def test_a_system_prompt_of_the_llm_is_a_system_message(model: Reader) -> None:
 
 
 def test_the_stock_citation_engine_with_our_synthesizer_has_the_same_tokens(model: Reader) -> None:
-    stock, llm, found = RecordingChat(), model.llm(), index()
+    stock, llm, found = RecordingChat(), llm_of(model), index()
     CitationQueryEngine.from_args(found, llm=stock, similarity_top_k=3).query(QUESTION)
     synthesizer = KVFusionSynthesizer(llm, text_qa_template=CITATION_QA_TEMPLATE)
     engine = CitationQueryEngine.from_args(found, llm=llm, response_synthesizer=synthesizer, similarity_top_k=3)
@@ -249,7 +204,7 @@ def test_the_stock_citation_engine_with_our_synthesizer_has_the_same_tokens(mode
 
 def test_a_template_set_through_the_engine_has_the_same_tokens(model: Reader) -> None:
     stock, found, name = RecordingChat(), index(), "response_synthesizer:text_qa_template"
-    ours = KVFusionSynthesizer(model.llm()).as_query_engine(found, similarity_top_k=4)
+    ours = KVFusionSynthesizer(llm_of(model)).as_query_engine(found, similarity_top_k=4)
     theirs = found.as_query_engine(llm=stock, similarity_top_k=4)
     assert ours.get_prompts()[name] == theirs.get_prompts()[name]
     for engine in (ours, theirs):
@@ -262,7 +217,7 @@ def test_the_prompt_that_is_shown_is_the_one_that_is_read(model: Reader) -> None
     stock, found = RecordingChat(), index()
     found.as_query_engine(llm=stock, similarity_top_k=4).query(QUESTION)
     retrieved = found.as_retriever(similarity_top_k=4).retrieve(QUESTION)
-    shown = KVFusionSynthesizer(model.llm()).show_prompt(QUESTION, retrieved)
+    shown = KVFusionSynthesizer(llm_of(model)).show_prompt(QUESTION, retrieved)
     assert shown.text == tiny.tokenizer("byte-bpe").decode(expected_ids(stock.sent[0]))
     names = [part.document_id for part in shown.parts if part.document_id is not None]
     assert sorted(names) == ["doves", "lighthouse", "rain"]
@@ -271,7 +226,7 @@ def test_the_prompt_that_is_shown_is_the_one_that_is_read(model: Reader) -> None
 def test_bare_texts_can_be_read_in_the_same_place(model: Reader) -> None:
     found = [NodeWithScore(node=node) for node in nodes()[:2]]
     synthesizer = KVFusionSynthesizer(
-        model.llm(), text_qa_template="{context_str}|{query_str}", metadata_mode=MetadataMode.NONE
+        llm_of(model), text_qa_template="{context_str}|{query_str}", metadata_mode=MetadataMode.NONE
     )
     response = synthesizer.synthesize(QUESTION, found)
     text = f"Amara Osei built a lighthouse.\n\ntwo grey doves sleep|{QUESTION}"
@@ -280,7 +235,9 @@ def test_bare_texts_can_be_read_in_the_same_place(model: Reader) -> None:
 
 
 def test_a_query_template_leaves_the_place_to_the_generator(model: Reader) -> None:
-    synthesizer = KVFusionSynthesizer(model.llm(system_prompt="Be kind."), query_template="In one word: {query_str}")
+    synthesizer = KVFusionSynthesizer(
+        llm_of(model, system_prompt="Be kind."), query_template="In one word: {query_str}"
+    )
     synthesizer.synthesize(QUESTION, [NodeWithScore(node=nodes()[1])])
     text = f"Documents:\n\ntwo grey doves sleep\n\nIn one word: {QUESTION}"
     assert list(model.read[-1]) == ids_of([("system", "Be kind."), ("user", text)])
@@ -289,12 +246,14 @@ def test_a_query_template_leaves_the_place_to_the_generator(model: Reader) -> No
 @pytest.mark.parametrize("text", ["{query_str}", "{context_str} {query_str} {context_str}"])
 def test_a_template_without_one_place_is_refused(model: Reader, text: str) -> None:
     with pytest.raises(InvalidInputError, match=r"\{context_str\} exactly once"):
-        KVFusionSynthesizer(model.llm(), text_qa_template=text).synthesize(QUESTION, [NodeWithScore(node=nodes()[0])])
+        KVFusionSynthesizer(llm_of(model), text_qa_template=text).synthesize(
+            QUESTION, [NodeWithScore(node=nodes()[0])]
+        )
 
 
 def test_two_templates_are_refused(model: Reader) -> None:
     with pytest.raises(InvalidInputError, match="both given"):
-        KVFusionSynthesizer(model.llm(), text_qa_template="{context_str}", query_template="{query_str}")
+        KVFusionSynthesizer(llm_of(model), text_qa_template="{context_str}", query_template="{query_str}")
 
 
 # The LLM
@@ -303,7 +262,7 @@ def test_two_templates_are_refused(model: Reader) -> None:
 def test_messages_and_prompts_are_read_unchanged(model: Reader) -> None:
     turns = [("system", " Be kind. "), ("user", "who?"), ("assistant", "she"), ("user", QUESTION)]
     messages = [ChatMessage(role=MessageRole(role), content=text) for role, text in turns]
-    llm = model.llm()
+    llm = llm_of(model)
     llm.chat(messages)
     require_parity(model, messages)
     llm.complete(QUESTION)
@@ -312,7 +271,7 @@ def test_messages_and_prompts_are_read_unchanged(model: Reader) -> None:
 
 
 def test_documents_are_read_at_their_place(model: Reader) -> None:
-    llm, place = model.llm(), DocumentsPlace(len("Of "), "; ")
+    llm, place = llm_of(model), DocumentsPlace(len("Of "), "; ")
     expected = ids_of([("system", "Of a; b"), ("user", QUESTION)])
     messages = [ChatMessage(role="system", content="Of "), ChatMessage(role="user", content=QUESTION)]
     llm.chat(messages, documents=["a", "b"], documents_place=(0, place))
@@ -374,7 +333,7 @@ async def test_stock_chat_engines_and_ours_have_the_same_tokens(model: Reader, k
     theirs, ours, _ = ENGINES[kind]
     stock, retriever, options = RecordingChat(), index().as_retriever(similarity_top_k=4), chat_options(kind, name)
     theirs.from_defaults(retriever=retriever, llm=stock, memory=memory(), **options).chat(QUESTION, history())
-    engine = ours.from_defaults(retriever, model.llm(), memory=memory(), **options)
+    engine = ours.from_defaults(retriever, llm_of(model), memory=memory(), **options)
     response = engine.chat(QUESTION, history())
     require_parity(model, stock.sent[0])
     assert response.sources[-1].raw_output["mode"] == "concat"
@@ -405,7 +364,7 @@ def origins(record: dict[str, Any]) -> set[str]:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_any_order_has_the_same_answer_and_documents_are_kept(model: Reader, name: str) -> None:
     retriever = OrderedRetriever()
-    synthesizer = KVFusionSynthesizer(model.llm(mode="fusion"), text_qa_template=TEMPLATES[name])
+    synthesizer = KVFusionSynthesizer(llm_of(model, mode="fusion"), text_qa_template=TEMPLATES[name])
     engine = synthesizer.as_query_engine(retriever)
     first = engine.query(QUESTION).metadata["kvfusion"]
     assert (first["mode"], origins(first)) == ("fusion", {"computed"})
@@ -419,7 +378,7 @@ def test_any_order_has_the_same_answer_and_documents_are_kept(model: Reader, nam
 def test_chat_turns_find_their_documents(model: Reader) -> None:
     retriever = OrderedRetriever()
     engine = KVFusionContextChatEngine.from_defaults(
-        retriever, model.llm(mode="fusion"), memory=memory(), system_prompt="Be kind."
+        retriever, llm_of(model, mode="fusion"), memory=memory(), system_prompt="Be kind."
     )
     assert origins(engine.chat(QUESTION).metadata["kvfusion"]) == {"computed"}
     assert origins(engine.chat("who sleeps?").metadata["kvfusion"]) == {"memory"}
@@ -447,21 +406,21 @@ def prefilled_for_chat(llm: KVFusionLlamaIndexLLM, template: Any) -> tuple[Any, 
     ],
 )
 def test_prefilled_nodes_are_found_under_the_wording_of_the_engine(model: Reader, made: Any, template: Any) -> None:
-    llm = model.llm(mode="fusion")
+    llm = llm_of(model, mode="fusion")
     synthesizer, asked = made(llm, template)
     KVFusionPrefill(llm, synthesizer=synthesizer)(nodes())
     assert origins(asked(QUESTION)) == {"memory"}
 
 
 def test_the_default_wording_is_that_of_the_default_synthesizer(model: Reader) -> None:
-    llm = model.llm(mode="fusion")
+    llm = llm_of(model, mode="fusion")
     KVFusionPrefill(llm)(nodes())
     engine = KVFusionSynthesizer(llm).as_query_engine(OrderedRetriever(), node_postprocessors=[KVFusionPrefetch(llm)])
     assert origins(engine.query(QUESTION).metadata["kvfusion"]) == {"memory"}
 
 
 def test_another_wording_is_another_document(model: Reader) -> None:
-    llm = model.llm(mode="fusion")
+    llm = llm_of(model, mode="fusion")
     KVFusionPrefill(llm)(nodes())
     other = KVFusionSynthesizer(llm, text_qa_template=TEMPLATES["chat"]).as_query_engine(OrderedRetriever())
     assert origins(other.query(QUESTION).metadata["kvfusion"]) == {"computed"}
@@ -470,7 +429,7 @@ def test_another_wording_is_another_document(model: Reader) -> None:
 
 
 def test_a_synthesizer_of_another_model_and_two_metadata_modes_are_refused(model: Reader) -> None:
-    llm = model.llm()
+    llm = llm_of(model)
     other = KVFusionLlamaIndexLLM(model.generator.with_settings(mode="fusion"))
     with pytest.raises(InvalidInputError, match="another generator"):
         KVFusionPrefill(llm, synthesizer=KVFusionSynthesizer(other))
@@ -488,7 +447,7 @@ def test_no_text_becomes_a_control_token(model: Reader, mode: str) -> None:
 
     def controls(question: str, text: str) -> list[int]:
         found = [NodeWithScore(node=TextNode(text=f"{text} {n}", metadata={"title": text})) for n in range(2)]
-        synthesizer = KVFusionSynthesizer(model.llm(mode=mode))
+        synthesizer = KVFusionSynthesizer(llm_of(model, mode=mode))
         shown = synthesizer.show_prompt(question, found)
         synthesizer.synthesize(question, found)
         assert sum(text in part.text for part in shown.parts if part.document_id is not None) == 2
@@ -498,7 +457,7 @@ def test_no_text_becomes_a_control_token(model: Reader, mode: str) -> None:
 
 
 def test_braces_in_a_conversation_stay_as_they_are(model: Reader) -> None:
-    engine = KVFusionContextChatEngine.from_defaults(OrderedRetriever(), model.llm(), memory=memory())
+    engine = KVFusionContextChatEngine.from_defaults(OrderedRetriever(), llm_of(model), memory=memory())
     said = [ChatMessage(role=MessageRole.USER, content="{context_str}"), *history()[1:]]
     engine.chat("{query_str}?", said)
     request = engine.synthesizer.prefill_arguments()

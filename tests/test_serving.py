@@ -89,6 +89,7 @@ def test_options_of_decoding_are_passed_on(client, generator):
         "seed": 3,
         "mode": "ape",
         "attribution": "effects",
+        "chat_template_kwargs": {"enable_thinking": False, "effort": "low", "depth": 3, "weight": 0.5, "name": None},
     }
     assert client.post(CHAT, json=request(**fields, stop="\n")).status_code == 200
     expected = {**fields, "max_new_tokens": fields["max_completion_tokens"], "stop": ["\n"]}
@@ -114,6 +115,8 @@ def test_a_mode_of_the_server_is_that_of_requests_that_name_none(generator):
     client = client_of(generator, mode="concat")
     modes = [client.post(CHAT, json=request(**fields)).json()["kvfusion"]["mode"] for fields in ({}, {"mode": "ape"})]
     assert modes == ["concat", "ape"]
+    client.post(CHAT, json=request(mode="auto"))
+    assert generator.calls[-1].options["mode"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -182,11 +185,20 @@ def test_a_stream_tells_the_same_in_pieces(client, include_usage):
     assert chunks[-1]["kvfusion"] == whole["kvfusion"] and "kvfusion" not in chunks[1]
 
 
-def test_models_and_health(client):
+def test_models(client):
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == "fake/model" and model["kvfusion"]["mode"] == "fusion"
     assert client.get("/v1/models/fake/model").json() == model
     assert client.get("/v1/models/other").status_code == 404
+
+
+@pytest.mark.parametrize(("mode", "shown"), [(None, "fusion"), ("auto", "fusion"), ("concat", "concat")])
+def test_the_model_shows_the_mode_of_requests_that_name_none(generator, mode, shown):
+    found = client_of(generator, mode=mode).get("/v1/models/fake/model").json()
+    assert found["kvfusion"]["mode"] == shown
+
+
+def test_health(client):
     assert client.get("/health").json() == {"status": "ok"}
 
 
@@ -249,6 +261,12 @@ def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
         ({"documents": [{"text": "x", "id": 7}]}, "documents[0].id", "valid string"),
         ({"documents": ["x"] * 4}, "documents", "4 documents"),
         ({"mode": "sideways"}, "mode", "'fusion'"),
+        ({"chat_template_kwargs": "none"}, "chat_template_kwargs", "dictionary"),
+        ({"chat_template_kwargs": {str(n): n for n in range(17)}}, "chat_template_kwargs", "at most 16"),
+        ({"chat_template_kwargs": {"": 1}}, "chat_template_kwargs", "1 to 64"),
+        ({"chat_template_kwargs": {"x" * 65: 1}}, "chat_template_kwargs", "1 to 64"),
+        ({"chat_template_kwargs": {"a": "x" * 501}}, "chat_template_kwargs", "500 at most"),
+        ({"chat_template_kwargs": {"a": ["nested"]}}, "chat_template_kwargs", "'a' is not a text"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stop": [""]}, "stop[0]", "at least 1"),
@@ -314,6 +332,42 @@ def test_documents_are_prefilled_found_and_forgotten():
     assert origins == ["computed", "computed", "memory"]
 
 
+def test_documents_are_prefilled_for_a_wording():
+    generator = tiny.generator()
+    client = client_of(generator)
+    documents = [{"text": "the river runs past an old mill"}, {"text": "two grey doves sleep"}]
+    system = {"role": "system", "content": "Is it true? Be brief."}
+
+    def origins(question: str, *before: dict[str, Any]) -> set[str]:
+        asked = request(*before, {"role": "user", "content": question}, documents=documents, max_tokens=1)
+        answer = client.post(CHAT, json={**asked, "model": generator.model_id}).json()
+        return {s["origin"] for s in answer["kvfusion"]["sources"]}
+
+    wording = {"messages": [system, {"role": "user", "content": "anything"}]}
+    assert client.post("/v1/documents", json={"documents": documents, **wording}).status_code == 200
+    assert origins("who sleeps?") == {"computed"}  # without the system message
+    assert origins("who sleeps?", system) == {"memory"}
+    turns = [system, {"role": "user", "content": "who?"}, {"role": "assistant", "content": "she"}]
+    assert origins("who sleeps?", *turns) == {"memory"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x"}] * 1001}, "messages"),
+        ({"chat_template_kwargs": {"a": {}}}, "chat_template_kwargs"),
+        ({"mode": "fusion"}, "mode"),
+    ],
+    ids=["none", "no user", "many", "nested", "unknown"],
+)
+def test_wordings_of_prefill_have_the_bounds_of_chats(client, fields, param):
+    found = client.post("/v1/documents", json={"documents": ["x"], **fields})
+    assert (found.status_code, found.json()["error"]["param"]) == (400, param)
+    assert client.post("/v1/documents/forget", json={"documents": ["x"], "messages": []}).status_code == 400
+
+
 def test_prefill_without_a_store_is_the_callers_error():
     found = client_of(tiny.generator(store=None)).post("/v1/documents", json={"documents": ["x"]})
     assert found.status_code == 400 and "store" in found.json()["error"]["message"]
@@ -329,5 +383,5 @@ def test_metrics_count_requests_and_documents():
     assert 'kvfusion_server_requests_total{path="/v1/documents",status="200"} 1.0' in lines
     assert 'kvfusion_server_requests_total{path="/v1/documents",status="400"} 1.0' in lines
     assert 'kvfusion_server_requests_total{path="other",status="404"} 1.0' in lines
-    assert "kvfusion_store_computed_total 1.0" in lines
+    assert "kvfusion_store_computed_total 2.0" in lines  # the document, and the prefix in front of it
     assert client_of(generator).get("/metrics").status_code == 404

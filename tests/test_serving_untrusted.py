@@ -28,7 +28,19 @@ HOSTILE = [
     "\ud800 alone, \udc00\ud800 reversed",
     "🏮" * 50,
 ]
-FIELDS = ["messages", "documents", "stop", "seed", "temperature", "stream_options", "mode", "n", "model", "max_tokens"]
+FIELDS = [
+    "messages",
+    "documents",
+    "stop",
+    "seed",
+    "temperature",
+    "stream_options",
+    "mode",
+    "n",
+    "model",
+    "max_tokens",
+    "chat_template_kwargs",
+]
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
     lambda items: st.lists(items) | st.dictionaries(st.text(), items),
@@ -57,6 +69,7 @@ def asked(generator: KVFusionGenerator, text: str, **fields: Any) -> dict[str, A
         "messages": messages,
         "documents": documents,
         "stop": [text[:20]],
+        "chat_template_kwargs": {text[:64]: text},
         "user": text,
         "max_tokens": 2,
         **fields,
@@ -83,7 +96,11 @@ def test_any_text_is_answered_over_its_documents_alone(client, generator, text):
 @given(ANY_JSON, st.sampled_from(FIELDS))
 def test_any_json_in_any_field_is_an_answer_or_the_clients_error(value, name):
     client = client_of(RecordingGenerator())
-    for path, body in ((CHAT, {**request(), name: value}), (CHAT, value), ("/v1/documents", {"documents": value})):
+    for path, body in (
+        (CHAT, {**request(), name: value}),
+        (CHAT, value),
+        ("/v1/documents", {"documents": value, name: value}),
+    ):
         found = client.post(path, content=json.dumps(body), headers=JSON)
         assert found.status_code in (200, 400, 404), found.text
         if found.status_code != 200:
@@ -146,6 +163,15 @@ def test_numbers_outside_are_refused_by_the_generator(client, generator, fields,
 def test_a_document_of_ten_megabytes_on_one_line_is_refused(client, generator):
     found = client.post(CHAT, json=asked(generator, "x", documents=["a" * (10 << 20)]))
     assert found.status_code == 400 and found.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), [1], {"a": 1}, "x" * 501], ids=lambda value: str(value)[:9]
+)
+def test_variables_of_the_template_are_scalars(client, generator, value):
+    body = json.dumps(asked(generator, "x", chat_template_kwargs={"a": value}))
+    found = client.post(CHAT, content=body, headers=JSON)
+    assert found.status_code == 400 and found.json()["error"]["param"] == "chat_template_kwargs"
 
 
 def test_deep_metadata_is_carried_and_not_sent_back(client, generator):

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_name(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
-    parser.add_argument("--mode", choices=["fusion", "concat", "ape"], help="of requests that name none")
+    parser.add_argument("--mode", choices=["auto", "fusion", "concat", "ape"], help="of requests that name none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=count, default=8000, metavar="N", help="default: 8000; 0 for any free one")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -16,7 +17,7 @@ from ..errors import KVFusionError
 from ..generator import KVFusionGenerator
 from ..schema import Document, Source
 from .access import Access, Guard
-from .bodies import ChatRequest, DocumentsRequest
+from .bodies import ChatRequest, DocumentsRequest, PrefillRequest
 from .errors import ApiError, Reply, error_reply, is_own_fault, of_validation
 from .flights import Flights
 from .options import ServingOptions
@@ -47,7 +48,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
-    _add_models(app, generator)
+    _add_models(app, generator, options)
     _add_answers(app, _Tenants(generator, access), options)
     app.add_middleware(Flights, options=options)
     app.add_middleware(Guard, access=access)
@@ -78,14 +79,15 @@ class _Tenants:
         return self._own if namespace is None else self._others[namespace]
 
 
-def _add_models(app: FastAPI, generator: KVFusionGenerator) -> None:
+def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOptions) -> None:
+    own = options.mode in (None, "auto")
     model = {
         "id": generator.model_id,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "kvfusion-rag",
         "kvfusion": {
-            "mode": generator.mode,
+            "mode": generator.mode if own else options.mode,
             "context_window": generator.context_window,
             "follows_instructions": generator.follows_instructions,
         },
@@ -127,9 +129,9 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
         return Reply(Completion(generator.model_id).whole(answer))
 
     @app.post("/v1/documents")
-    async def prefill(body: DocumentsRequest, request: Request) -> Response:
+    async def prefill(body: PrefillRequest, request: Request) -> Response:
         require_few(body.documents)
-        found = await _prefill(tenants.of(request), _numbered(body.to_documents()))
+        found = await _prefill(tenants.of(request), _numbered(body.to_documents()), body.to_wording())
         return Reply({"object": "list", "data": sources(found)})
 
     @app.post("/v1/documents/forget")
@@ -139,10 +141,11 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
         return Reply({"object": "documents.forgotten", "removed": removed})
 
 
-async def _prefill(generator: KVFusionGenerator, documents: list[Document]) -> list[Source]:
+async def _prefill(generator: KVFusionGenerator, documents: list[Document], wording: dict[str, Any]) -> list[Source]:
+    prefill = partial(generator.prefill, **wording)
     found: list[Source] = []
     for start in range(0, len(documents), PREFILLED_AT_ONCE):
-        found += await in_thread(generator.prefill, documents[start : start + PREFILLED_AT_ONCE])
+        found += await in_thread(prefill, documents[start : start + PREFILLED_AT_ONCE])
     return found
 
 

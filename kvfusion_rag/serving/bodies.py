@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..schema import Attributed, Document, Message, Mode
+from ..schema import Attributed, Document, Message, ModeChoice
 
 MOST_MESSAGES = 1000
 MOST_STOPS = 16
 LONGEST_STOP = 500  # characters
+MOST_VARIABLES = 16
+LONGEST_VARIABLE_NAME = 64  # characters
+LONGEST_VARIABLE = 500  # characters
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -97,12 +101,6 @@ class _WithDocuments(_Body):
         return [body.to_document() for body in self.documents]
 
 
-class DocumentsRequest(_WithDocuments):
-    """Documents to prefill or to forget."""
-
-    documents: list[DocumentBody] = Field(min_length=1)
-
-
 def _only(*allowed: Any) -> AfterValidator:
     """Of a field that is not supported: the values that ask for nothing."""
 
@@ -124,14 +122,58 @@ def _ends_with_user(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     return messages
 
 
+def _scalars(variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables of a chat template.
+
+    Raises:
+        ValueError: a name or a text is too long, or a value is not a JSON scalar.
+    """
+    for name, value in variables.items():
+        if not 0 < len(name) <= LONGEST_VARIABLE_NAME:
+            raise ValueError(f"a name has {len(name)} characters, but it must have 1 to {LONGEST_VARIABLE_NAME}")
+        if not isinstance(value, str | bool | int | float | None) or (
+            isinstance(value, float) and not isfinite(value)
+        ):
+            raise ValueError(f"{name!r} is not a text, a finite number, true, false or null")
+        if isinstance(value, str) and len(value) > LONGEST_VARIABLE:
+            raise ValueError(f"{name!r} has {len(value)} characters, but it may have {LONGEST_VARIABLE} at most")
+    return {name: _well_formed(value) for name, value in variables.items()}
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_ends_with_user)]
+Variables = Annotated[dict[Text, Any], Field(max_length=MOST_VARIABLES), AfterValidator(_scalars)]
+
+
+class DocumentsRequest(_WithDocuments):
+    """Documents to forget."""
+
+    documents: list[DocumentBody] = Field(min_length=1)
+
+
+class PrefillRequest(DocumentsRequest):
+    """Documents to prefill, and the wording that questions about them will come in."""
+
+    messages: Messages | None = None
+    chat_template_kwargs: Variables | None = None
+
+    def to_wording(self) -> dict[str, Any]:
+        """Arguments of ``KVFusionGenerator.prefill`` besides the documents."""
+        if self.messages is None:
+            return {"chat_template_kwargs": self.chat_template_kwargs}
+        return {
+            "prompt": [message.to_message() for message in self.messages],
+            "question": self.messages[-1].content,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+
+
 class ChatRequest(_WithDocuments):
-    """A request for a chat completion: OpenAI's fields, and documents, top_k, mode and attribution besides."""
+    """A request for a chat completion: OpenAI's fields, and documents, mode, attribution, top_k and variables."""
 
     model: Text
-    messages: Annotated[
-        list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_ends_with_user)
-    ]
-    mode: Mode | None = None
+    messages: Messages
+    mode: ModeChoice | None = None
+    chat_template_kwargs: Variables | None = None
     attribution: Attributed | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
@@ -184,4 +226,5 @@ class ChatRequest(_WithDocuments):
             "stop": self.stop,
             "seed": self.seed,
             "attribution": self.attribution,
+            "chat_template_kwargs": self.chat_template_kwargs,
         }

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import InvalidInputError
-from ..schema import Mode
+from ..schema import ModeChoice
 from ..settings import is_count, require_mode
 
 
@@ -23,7 +23,7 @@ class ServingOptions:
         metrics: whether ``GET /metrics`` shows counts to Prometheus; to all who may ask, whatever their namespace.
     """
 
-    mode: Mode | None = None
+    mode: ModeChoice | None = None
     max_concurrency: int = 64
     max_body_bytes: int = 4 << 20
     max_documents: int = 256

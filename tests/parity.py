@@ -1,0 +1,66 @@
+"""What an untuned model has to read and answer: ``apply_chat_template`` and ``generate`` of transformers.
+
+Nothing here comes from this package except the generator under test, whose requests and answers are noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.settings import default_settings
+
+NEW_TOKENS = 6
+POSITIONS = 4096
+
+
+@dataclass
+class Reader:
+    """A tiny untuned chat model, and the token ids of what it has read and answered."""
+
+    generator: KVFusionGenerator
+    read: list[tuple[int, ...]] = field(default_factory=list)
+    answered: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def untuned_reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
+    settings = replace(default_settings(tiny.tokenizer("byte-bpe")), mode="auto")
+    backbone = tiny.backbone("llama", settings=settings, max_position_embeddings=POSITIONS)
+    found = Reader(KVFusionGenerator(backbone, store="memory"))
+    engine = found.generator._engine
+    request, answer = engine.request, engine.answer
+
+    def note_request(*arguments: Any) -> Any:
+        made = request(*arguments)
+        found.read.append(tuple(made.question.ids))
+        return made
+
+    def note_answer(*arguments: Any) -> Any:
+        made = answer(*arguments)
+        found.answered.append(made.token_ids)
+        return made
+
+    monkeypatch.setattr(engine, "request", note_request)
+    monkeypatch.setattr(engine, "answer", note_answer)
+    return found
+
+
+def ids_of(turns: Sequence[tuple[str, str]], **variables: Any) -> list[int]:
+    conversation = [{"role": role, "content": text} for role, text in turns]
+    tok = tiny.tokenizer("byte-bpe")
+    return list(tok.apply_chat_template(conversation, add_generation_prompt=True, **variables)["input_ids"])
+
+
+def generated(ids: Sequence[int]) -> list[int]:
+    network = tiny.model("llama", max_position_embeddings=POSITIONS)
+    asked = torch.tensor([list(ids)])
+    found = network.generate(
+        asked, attention_mask=torch.ones_like(asked), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0
+    )
+    return found[0, len(ids) :].tolist()
