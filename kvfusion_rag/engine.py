@@ -23,29 +23,16 @@ from .decoding import DecodingOptions, Question, Row, decode
 from .errors import InvalidInputError, MemoryLimitError
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
-from .layouts import ChatLayouts, FixedLayout, Layout
+from .layouts import FixedLayout, Layout
 from .limits import is_out_of_memory, memory_errors, require_fit, room_left
-from .measured import best_mode
 from .placing import place
 from .prefill import prefill_prefix
-from .prompts import PlainEncoder, PromptEncoder
+from .prompt_reader import PromptReader
+from .prompts import PromptEncoder
 from .reading import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
 from .recording import CudaGraphs, Recorder
-from .schema import (
-    Answer,
-    Document,
-    DocumentKV,
-    Message,
-    Mode,
-    ModeChoice,
-    Origin,
-    Prompt,
-    PromptPart,
-    ShownPrompt,
-    Timings,
-    Usage,
-)
-from .settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings, require_mode
+from .schema import Answer, Document, DocumentKV, Mode, ModeChoice, Origin, Prompt, Timings, Usage
+from .settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings
 from .store import Fetched, Place, Tier, Wanted
 from .supply import Supply
 
@@ -100,17 +87,26 @@ class Engine:
         self.decoder = decoder or backbone
         on_gpu = self.decoder.device.type == "cuda"
         self.recorder: Recorder | None = CudaGraphs(self.decoder.device) if cuda_graphs and on_gpu else None
-        self.settings = settings
-        plain = PlainEncoder(backbone.tokenizer)
-        self.encoder = PromptEncoder(backbone.tokenizer, settings, plain)
-        self._base_encoder = PromptEncoder(backbone.tokenizer, backbone.base_settings, plain)
-        self._chats = ChatLayouts(backbone.tokenizer, settings, plain)
+        self.prompts = PromptReader(backbone, self.decoder, settings)
         require_fit(backbone, self.decoder, self.encoder, settings)
         self.supply = Supply(backbone, store=store, namespace=namespace, tokens_per_pass=tokens_per_pass)
         self._max_fused_tokens = max_fused_tokens
         self._pool = BufferPool()
         self.warned: set[str] = set()
         self._explicit_is_exact = False  # until measured
+
+    @property
+    def settings(self) -> ModelSettings:
+        return self.prompts.settings
+
+    @settings.setter
+    def settings(self, settings: ModelSettings) -> None:
+        self.prompts.settings = settings
+
+    @property
+    def encoder(self) -> PromptEncoder:
+        """The encoder of the fixed templates, which also decodes answers."""
+        return self.prompts.encoder
 
     def current(self, request: Request) -> Request:
         """``request`` with keys of the model as it is now, in the thread that answers.
@@ -135,82 +131,6 @@ class Engine:
         """Default limit of an answer: the settings', else the generation config's, else 512."""
         return self.settings.max_new_tokens or self.decoder.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
 
-    @property
-    def is_tuned(self) -> bool:
-        """Whether an adapter or a decoder with weights of its own is loaded."""
-        return self.decoder is not self.backbone or self.backbone.has_adapter
-
-    def mode_of(self, wanted: ModeChoice | None) -> tuple[Mode, str]:
-        """The mode that answers, and the reason for it."""
-        require_mode("auto" if wanted is None else wanted)
-        chosen = wanted or "auto"
-        if chosen != "auto":
-            return chosen, "asked for"
-        if self.settings.mode != "auto":
-            return self.settings.mode, "set for this model"
-        if self.settings.tuned:
-            return "fusion", "the weights were trained to read fused documents"
-        if (found := best_mode(self.backbone, self.backbone.adapter_digest)) is not None:
-            return found, "measured best by kvfusion doctor --measure"
-        return "concat", "the model was not trained to read fused documents"
-
-    def layout(
-        self,
-        question: str,
-        prompt: Prompt,
-        mode: Mode,
-        *,
-        has_documents: bool,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Layout:
-        """How the prompt of one question is read in ``mode``."""
-        if not self.reads_prompt(mode):
-            return FixedLayout.of(
-                self.encoder if self._uses_own_settings(mode) else self._base_encoder, question, prompt
-            )
-        return self._chats.of(question, prompt, has_documents=has_documents, kwargs=template_kwargs)
-
-    def reads_prompt(self, mode: Mode) -> bool:
-        """Whether ``mode`` reads the caller's prompt in the model's chat template, not fixed templates."""
-        settings = self.settings if self._uses_own_settings(mode) else self.backbone.base_settings
-        return settings.layout == "prompt"
-
-    def fused_layout(
-        self, prompt: Prompt, question: str = "", template_kwargs: Mapping[str, Any] | None = None
-    ) -> Layout:
-        """The layout in which documents are read for questions in the wording of ``prompt``.
-
-        Args:
-            question: the question that ``prompt`` holds; "" if it holds none.
-            template_kwargs: variables of the chat template.
-        """
-        return self.layout(question, prompt, "fusion", has_documents=True, template_kwargs=template_kwargs)
-
-    def every_layout(self) -> list[Layout]:
-        """Layouts that encode documents in all the ways that this model usually reads them."""
-        messages = [Message.around("user", "", "?", titles=titles) for titles in (False, True)]
-        chats = [self._chats.of("?", [message], has_documents=True) for message in messages]
-        return [FixedLayout.of(self.encoder, "?", None), FixedLayout.of(self._base_encoder, "?", None), *chats]
-
-    def shown(self, request: Request) -> ShownPrompt:
-        """What the model reads for ``request``, as text."""
-
-        def text(ids: Sequence[int]) -> str:
-            return str(self.backbone.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
-
-        if request.fused is not None:
-            names = {ids: read.id for read in reversed(request.reading.documents) for ids in read.pieces}
-            documents = [PromptPart(text(piece.ids), names[piece.ids]) for piece in request.fused]
-            parts = [PromptPart(text(request.prefix)), *documents, PromptPart(text(request.question.ids))]
-            return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
-        parts, at, ids = [], 0, request.question.ids
-        for read, (start, end) in zip(request.reading.documents, request.spans, strict=True):
-            if end > start:
-                parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), read.id)]
-                at = end
-        parts.append(PromptPart(text(ids[at:])))
-        return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
-
     def read(
         self, documents: Sequence[Document | str], layout: Layout | None = None, *, max_tokens: int | None = None
     ) -> Reading:
@@ -220,7 +140,7 @@ class Engine:
             layout: of the prompt that shows them; by default that of a bare question.
             max_tokens: in place of the limit on all together.
         """
-        layout = layout or self.fused_layout(None)
+        layout = layout or self.prompts.fused_layout(None)
         self.supply.refresh()
         limits = Limits(
             document=limit_of(self.settings, self.backbone.context_window, len(layout.prefix)),
@@ -240,7 +160,7 @@ class Engine:
     ) -> Request:
         """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
         began = time.perf_counter()
-        chosen, reason = self.mode_of(mode)
+        chosen, reason = self.prompts.mode_of(mode)
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
         if not isinstance(prompt, str | Sequence | None):
@@ -249,7 +169,9 @@ class Engine:
             raise InvalidInputError(f"the prompt is {prompt!r}, but must not be blank; None asks the question alone.")
         require_sequence(documents)
         has_documents = any(is_filled(document) for document in documents)
-        layout = self.layout(question, prompt, chosen, has_documents=has_documents, template_kwargs=template_kwargs)
+        layout = self.prompts.layout(
+            question, prompt, chosen, has_documents=has_documents, template_kwargs=template_kwargs
+        )
         reading = self.read(documents, layout)
         if not reading.keys:
             self._warn_once("no documents: this is plain generation over the question alone")
@@ -412,7 +334,7 @@ class Engine:
     def answering(self, run: Run) -> tuple[Backbone, dict[str, Any]]:
         """The decoder that answers ``run``, and how: adapter on or off, attention as APE's or its own."""
         mode, settings = run.batch.requests[0].mode, self.settings
-        tuned = self._answers_tuned(mode)
+        tuned = self.prompts.answers_tuned(mode)
         ape = None
         if mode == "ape":
             lengths = [len(row.prefix) for row in run.batch.rows]
@@ -510,14 +432,6 @@ class Engine:
             pass
         return [self.answer(run, number) for number in range(len(batch.requests))]
 
-    def _uses_own_settings(self, mode: Mode) -> bool:
-        """Whether ``mode`` reads prompts as ``self.settings`` say, not as the untuned model's do."""
-        return not self.is_tuned or self._answers_tuned(mode)
-
-    def _answers_tuned(self, mode: Mode) -> bool:
-        """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
-        return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
-
     def require_explicit_attention(self) -> None:
         """Refuse a model whose attention ours cannot stand in for, measured when it is first asked for."""
         if not self._explicit_is_exact:
@@ -527,16 +441,17 @@ class Engine:
 
     def _log_mode(self, mode: Mode, reason: str) -> None:
         name = self.backbone.model_id
-        on = self.is_tuned and self._answers_tuned(mode)
+        is_tuned = self.prompts.is_tuned
+        on = is_tuned and self.prompts.answers_tuned(mode)
         logger.info("mode %s (%s), model %s, tuned decoder %s", mode, reason, name, "on" if on else "off")
         if mode == "ape":
             logger.info("APE with temperature %g, scale %g", self.settings.ape_temperature, self.settings.ape_scale)
-        if mode == "fusion" and not (self.is_tuned or self.settings.tuned):
+        if mode == "fusion" and not (is_tuned or self.settings.tuned):
             self._warn_once(
                 f"{name} was not trained to read fused documents and has no adapter; "
                 "answers can be worse than in mode 'concat'"
             )
-        if mode == "fusion" and self.is_tuned and self.settings.mode == "concat" and self.settings.tuned_concat:
+        if mode == "fusion" and is_tuned and self.settings.mode == "concat" and self.settings.tuned_concat:
             self._warn_once(f"the tuned decoder of {name} was trained on joined prompts; its own mode is 'concat'")
 
     def _warn_once(self, message: str) -> None:

@@ -214,11 +214,11 @@ class KVFusionGenerator:
     @property
     def mode(self) -> Mode:
         """Mode of calls that do not name one."""
-        return self._engine.mode_of(None)[0]
+        return self._engine.prompts.mode_of(None)[0]
 
     def default_mode(self) -> tuple[Mode, str]:
         """The mode of calls that do not name one, and the reason for it."""
-        return self._engine.mode_of(None)
+        return self._engine.prompts.mode_of(None)
 
     def keep_best_mode(self, mode: Mode, table: list[dict[str, Any]]) -> None:
         """Keep ``mode`` as the best one for this model and adapter, with the table that shows it, for later processes.
@@ -244,7 +244,7 @@ class KVFusionGenerator:
 
         If not, the model reads the fixed templates that it was trained with.
         """
-        return self._engine.reads_prompt(self._engine.mode_of(mode)[0])
+        return self._engine.prompts.reads_prompt(self._engine.prompts.mode_of(mode)[0])
 
     @property
     def context_window(self) -> int | None:
@@ -556,7 +556,7 @@ class KVFusionGenerator:
         joined; they stand at the same positions.
         """
         decoding = self._options({})
-        return self._engine.shown(
+        return self._engine.prompts.shown(
             self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
         )
 
@@ -591,7 +591,7 @@ class KVFusionGenerator:
             raise InvalidInputError(
                 "prefill cannot know where documents will stand, since positions is 'global'; use positions='uniform'."
             )
-        layout = self._engine.fused_layout(prompt, question, chat_template_kwargs)
+        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
         reading = self._engine.read(documents, layout, max_tokens=UNLIMITED)
         origins, misses = self._supply.store_all(reading.keys, layout.prefix, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
@@ -616,7 +616,7 @@ class KVFusionGenerator:
         Returns:
             How many of the documents (pieces, where long ones are split) are in memory in the end.
         """
-        layout = self._engine.fused_layout(prompt, question, chat_template_kwargs)
+        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
         return self._supply.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
 
     def forget(self, documents: Sequence[Document | str]) -> int:
@@ -628,7 +628,9 @@ class KVFusionGenerator:
         Returns:
             How many copies were removed.
         """
-        keys = (self._engine.read(documents, way, max_tokens=UNLIMITED).keys for way in self._engine.every_layout())
+        keys = (
+            self._engine.read(documents, way, max_tokens=UNLIMITED).keys for way in self._engine.prompts.every_layout()
+        )
         return self._supply.store.forget({key: ids for found in keys for key, ids in found.items()})
 
     def clear(self) -> int:

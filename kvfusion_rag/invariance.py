@@ -45,7 +45,7 @@ def check_invariance(
         if run.rows[0].text not in answers:
             answers.append(run.rows[0].text)
         rng.shuffle(shuffled)
-    return InvarianceReport(engine.mode_of(mode)[0], permutations, tuple(answers), difference)
+    return InvarianceReport(engine.prompts.mode_of(mode)[0], permutations, tuple(answers), difference)
 
 
 def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:

@@ -314,7 +314,6 @@ def test_split_falls_at_the_end_of_a_sentence():
         {"prefix": None},
         {"passage_length": 0},
         {"max_new_tokens": "12"},
-        {"max_new_tokens": None},
         {"mode": "fused"},
         {"long_documents": "drop"},
         {"tuned": "no"},

@@ -132,7 +132,7 @@ class Trainer:
                 "the model has no end token, so its answers would never end; set the tokenizer's eos_token."
             )
         joined = torch.Generator().manual_seed(self.config.seed)
-        layout = self._engine.fused_layout(None)
+        layout = self._engine.prompts.fused_layout(None)
         read = lru_cache(maxsize=1)(
             lambda documents: self._engine.read(documents, layout)
         )  # rows that share their documents follow one another

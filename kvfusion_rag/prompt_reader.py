@@ -1,0 +1,117 @@
+"""Decides which mode answers a question, and how that mode reads the caller's prompt.
+
+An untuned model reads the prompt in its own chat template, a tuned decoder the templates that it was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .backbone import Backbone
+from .batching import Request
+from .layouts import ChatLayouts, FixedLayout, Layout
+from .measured import best_mode
+from .prompts import PlainEncoder, PromptEncoder
+from .schema import Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
+from .settings import ModelSettings, require_mode
+
+
+class PromptReader:
+    """The prompts of one backbone and its decoder.
+
+    Args:
+        decoder: the backbone itself, or a decoder with weights of its own.
+        settings: of the tuned decoder if there is one, else of the backbone.
+    """
+
+    def __init__(self, backbone: Backbone, decoder: Backbone, settings: ModelSettings) -> None:
+        self.backbone, self.decoder, self.settings = backbone, decoder, settings
+        plain = PlainEncoder(backbone.tokenizer)
+        self.encoder = PromptEncoder(backbone.tokenizer, settings, plain)
+        self._base_encoder = PromptEncoder(backbone.tokenizer, backbone.base_settings, plain)
+        self._chats = ChatLayouts(backbone.tokenizer, settings, plain)
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether an adapter or a decoder with weights of its own is loaded."""
+        return self.decoder is not self.backbone or self.backbone.has_adapter
+
+    def mode_of(self, wanted: ModeChoice | None) -> tuple[Mode, str]:
+        """The mode that answers, and the reason for it."""
+        require_mode("auto" if wanted is None else wanted)
+        chosen = wanted or "auto"
+        if chosen != "auto":
+            return chosen, "asked for"
+        if self.settings.mode != "auto":
+            return self.settings.mode, "set for this model"
+        if self.settings.tuned:
+            return "fusion", "the weights were trained to read fused documents"
+        if (found := best_mode(self.backbone, self.backbone.adapter_digest)) is not None:
+            return found, "measured best by kvfusion doctor --measure"
+        return "concat", "the model was not trained to read fused documents"
+
+    def layout(
+        self,
+        question: str,
+        prompt: Prompt,
+        mode: Mode,
+        *,
+        has_documents: bool,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Layout:
+        """How the prompt of one question is read in ``mode``."""
+        if not self.reads_prompt(mode):
+            return FixedLayout.of(
+                self.encoder if self._uses_own_settings(mode) else self._base_encoder, question, prompt
+            )
+        return self._chats.of(question, prompt, has_documents=has_documents, kwargs=template_kwargs)
+
+    def reads_prompt(self, mode: Mode) -> bool:
+        """Whether ``mode`` reads the caller's prompt in the model's chat template, not fixed templates."""
+        settings = self.settings if self._uses_own_settings(mode) else self.backbone.base_settings
+        return settings.layout == "prompt"
+
+    def fused_layout(
+        self, prompt: Prompt, question: str = "", template_kwargs: Mapping[str, Any] | None = None
+    ) -> Layout:
+        """The layout in which documents are read for questions in the wording of ``prompt``.
+
+        Args:
+            question: the question that ``prompt`` holds; "" if it holds none.
+            template_kwargs: variables of the chat template.
+        """
+        return self.layout(question, prompt, "fusion", has_documents=True, template_kwargs=template_kwargs)
+
+    def every_layout(self) -> list[Layout]:
+        """Layouts that encode documents in all the ways that this model usually reads them."""
+        messages = [Message.around("user", "", "?", titles=titles) for titles in (False, True)]
+        chats = [self._chats.of("?", [message], has_documents=True) for message in messages]
+        return [FixedLayout.of(self.encoder, "?", None), FixedLayout.of(self._base_encoder, "?", None), *chats]
+
+    def shown(self, request: Request) -> ShownPrompt:
+        """What the model reads for ``request``, as text."""
+
+        def text(ids: Sequence[int]) -> str:
+            return str(self.backbone.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+        if request.fused is not None:
+            names = {ids: read.id for read in reversed(request.reading.documents) for ids in read.pieces}
+            documents = [PromptPart(text(piece.ids), names[piece.ids]) for piece in request.fused]
+            parts = [PromptPart(text(request.prefix)), *documents, PromptPart(text(request.question.ids))]
+            return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
+        parts, at, ids = [], 0, request.question.ids
+        for read, (start, end) in zip(request.reading.documents, request.spans, strict=True):
+            if end > start:
+                parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), read.id)]
+                at = end
+        parts.append(PromptPart(text(ids[at:])))
+        return ShownPrompt(request.mode, tuple(part for part in parts if part.text))
+
+    def _uses_own_settings(self, mode: Mode) -> bool:
+        """Whether ``mode`` reads prompts as ``self.settings`` say, not as the untuned model's do."""
+        return not self.is_tuned or self.answers_tuned(mode)
+
+    def answers_tuned(self, mode: Mode) -> bool:
+        """Whether the adapter or the second decoder, if there is one, answers in ``mode``."""
+        return mode == "fusion" or (mode == "concat" and self.settings.tuned_concat)
