@@ -9,7 +9,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 
 def block_after(heading: str, language: str) -> str:
-    found = re.search(rf"### {heading}\n.*?```{language}\n(.*?)```", README, re.DOTALL)
+    found = re.search(rf"## {heading}\n.*?```{language}\n(.*?)```", README, re.DOTALL)
     assert found, f"the README has no {language} block under {heading}"
     return found[1]
 
