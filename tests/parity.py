@@ -6,7 +6,7 @@ Nothing here comes from this package except the generator under test, whose requ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ import tiny
 import torch
 
 from kvfusion_rag import KVFusionGenerator
-from kvfusion_rag.settings import default_settings
 
 NEW_TOKENS = 6
 POSITIONS = 4096
@@ -30,9 +29,7 @@ class Reader:
 
 
 def untuned_reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
-    settings = replace(default_settings(tiny.tokenizer("byte-bpe")), mode="auto")
-    backbone = tiny.backbone("llama", settings=settings, max_position_embeddings=POSITIONS)
-    found = Reader(KVFusionGenerator(backbone, store="memory"))
+    found = Reader(tiny.untuned(max_position_embeddings=POSITIONS))
     engine = found.generator._engine
     request, answer = engine.request, engine.answer
 

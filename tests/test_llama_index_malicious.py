@@ -262,7 +262,8 @@ async def test_titles_and_ids_are_data_and_nothing_shows_them_as_html(
 
 def test_a_line_of_a_megabyte_leaves_the_other_documents_alone(speaker: KVFusionGenerator) -> None:
     found = [NodeWithScore(node=FACT), NodeWithScore(node=TextNode(text="x" * 1_000_000))]
-    engine = KVFusionSynthesizer(KVFusionLlamaIndexLLM(speaker)).as_query_engine(FixedRetriever(found))
+    llm = KVFusionLlamaIndexLLM(speaker, mode="fusion")  # whose long documents share positions
+    engine = KVFusionSynthesizer(llm).as_query_engine(FixedRetriever(found))
     record = engine.query("Who wrote Hamlet?").metadata["kvfusion"]
     assert (record["cited_text"], len(record["sources"])) == ("Amara Osei", 2)
 

@@ -239,8 +239,8 @@ def test_a_query_template_leaves_the_place_to_the_generator(model: Reader) -> No
         llm_of(model, system_prompt="Be kind."), query_template="In one word: {query_str}"
     )
     synthesizer.synthesize(QUESTION, [NodeWithScore(node=nodes()[1])])
-    text = f"Documents:\n\ntwo grey doves sleep\n\nIn one word: {QUESTION}"
-    assert list(model.read[-1]) == ids_of([("system", "Be kind."), ("user", text)])
+    system = "Be kind.\n\nAnswer the question from these documents.\n\ntwo grey doves sleep"
+    assert list(model.read[-1]) == ids_of([("system", system), ("user", f"In one word: {QUESTION}")])
 
 
 @pytest.mark.parametrize("text", ["{query_str}", "{context_str} {query_str} {context_str}"])

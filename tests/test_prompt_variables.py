@@ -34,7 +34,7 @@ def origins(generator: KVFusionGenerator, question: str, prompt: list[Message], 
     "before", ["Is it here? Look:\n", "Asked: {question}\nRecords:\n", "Is it?\nAsked: {question}\n\nIs it here?\n"]
 )
 def test_prefilled_documents_are_found_whatever_the_question(before: str) -> None:
-    generator = tiny.generator()
+    generator = tiny.untuned("fusion")
 
     def prompt(question: str) -> list[Message]:
         return [Message.around("user", before.format(question=question), f"\n{question}")]
@@ -76,9 +76,9 @@ def test_variables_that_the_template_cannot_take_are_the_callers_error(variables
 
 
 def test_which_modes_read_the_callers_prompt() -> None:
-    untuned, fixed = tiny.generator(), tiny.generator(prefix="Documents:\n")
+    untuned, fixed = tiny.untuned(), tiny.generator(prefix="Documents:\n")
     assert (untuned.reads_prompt(), fixed.reads_prompt()) == (True, False)
-    base = tiny.backbone("llama")
+    base = tiny.backbone("llama", settings=default_settings(tiny.tokenizer("byte-bpe")))
     tuned = Backbone(tiny.model("llama", seed=1), base.tokenizer, ModelSettings(tuned=True), model_id="tuned")
     generator = KVFusionGenerator(base, settings=tuned.settings, decoder=tuned, store=None)
     assert [generator.reads_prompt(mode) for mode in (None, "auto", "fusion", "concat", "ape")] == [

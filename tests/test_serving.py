@@ -333,7 +333,7 @@ def test_documents_are_prefilled_found_and_forgotten():
 
 
 def test_documents_are_prefilled_for_a_wording():
-    generator = tiny.generator()
+    generator = tiny.untuned("fusion")
     client = client_of(generator)
     documents = [{"text": "the river runs past an old mill"}, {"text": "two grey doves sleep"}]
     system = {"role": "system", "content": "Is it true? Be brief."}

@@ -117,4 +117,4 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, nu
     assert server.returncode == code, err
     assert out == "" and "Traceback" not in err
     assert main(["store", "verify", str(tmp_path / "kv"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["whole"] == 2
+    assert json.loads(capsys.readouterr().out)["whole"] == 4  # document and prefix, twice

@@ -17,7 +17,9 @@ from kvfusion_rag import Document, Message
 QUESTION = "who built the lighthouse?"
 TURNS = [("system", " Be kind. "), ("user", "who sleeps?"), ("assistant", "two doves"), ("user", QUESTION)]
 DOCUMENTS = [{"text": "Amara Osei built it.", "title": "Harbour records", "id": "a"}, "two grey doves sleep"]
-SHOWN = "Documents:\n\nTitle: Harbour records\nAmara Osei built it.\n\ntwo grey doves sleep\n\n"
+SHOWN = (
+    "Answer the question from these documents.\n\nTitle: Harbour records\nAmara Osei built it.\n\ntwo grey doves sleep"
+)
 
 
 @pytest.fixture
@@ -56,9 +58,9 @@ def test_messages_are_read_unchanged(model: Reader, turns: list[tuple[str, str]]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_documents_open_the_first_user_message(model: Reader, stream: bool) -> None:
+def test_documents_end_the_system_message(model: Reader, stream: bool) -> None:
     found = ask(model, TURNS, stream=stream, documents=DOCUMENTS, mode="auto")
-    ids = ids_of([TURNS[0], ("user", SHOWN + TURNS[1][1]), *TURNS[2:]])
+    ids = ids_of([("system", f"{TURNS[0][1]}\n\n{SHOWN}"), *TURNS[1:]])
     assert list(model.read[-1]) == ids
     assert list(model.answered[-1]) == generated(ids)
     assert (found["mode"], {source["origin"] for source in found["sources"]}) == ("concat", {"prompt"})

@@ -45,6 +45,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.generator import KVFusionGenerator
+from kvfusion_rag.schema import ModeChoice
 from kvfusion_rag.settings import ModelSettings, default_settings
 from kvfusion_rag.store import MemoryStore
 
@@ -205,6 +206,12 @@ def generator(
     made = ModelSettings(**{"mode": "fusion", **settings}) if settings else None
     kept = MemoryStore() if store == "memory" else store
     return KVFusionGenerator(backbone(architecture, dtype, tokens=tokens, settings=made), store=kept)
+
+
+def untuned(mode: ModeChoice = "auto", **changes) -> KVFusionGenerator:
+    """A random model that reads the caller's prompt in its chat template; ``changes`` are those of ``model``."""
+    settings = replace(default_settings(tokenizer("byte-bpe")), mode=mode)
+    return KVFusionGenerator(backbone("llama", settings=settings, **changes), store=MemoryStore())
 
 
 def save(

@@ -66,8 +66,8 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     - ``documents``: a list of `kvfusion_rag.Document`, str or LlamaIndex nodes, one item for each document.
     - ``documents_place``: where they belong. In `complete` it is a `kvfusion_rag.DocumentsPlace` in the prompt. In
-      `chat` it is the number of a message, counted from 0, and the place in its text. By default documents open the
-      first user message.
+      `chat` it is the number of a message, counted from 0, and the place in its text. By default documents end the
+      system message.
     - ``question``: the bare question, if the prompt is a longer wording of it.
 
     An option given as None keeps the value set here. An unknown option raises InvalidInputError. Token counts are in

@@ -67,7 +67,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
             where ``{context_str}`` is. The default is LlamaIndex's own; a tuned model with fixed templates reads the
             question in its own question template instead.
         query_template: a wording around ``{query_str}`` without the documents, in place of `text_qa_template`. The
-            documents open the first user message. A ChatPromptTemplate gives several messages.
+            documents end the system message. A ChatPromptTemplate gives several messages.
         chat_history: messages before the query. The chat engines of this package fill it in.
         metadata_mode: LLM puts LlamaIndex's "key: value" header before each text, as LlamaIndex's synthesizers do.
             NONE gives the bare text, and ``metadata["title"]`` if the model's template has a field for a title; then
