@@ -78,7 +78,7 @@ def locate_model(
             raise InvalidInputError(f"gguf_file is {gguf_file!r}, but model is a file already: {str(model)!r}.")
         return _converted(path)
     if path.is_dir():
-        file = _file_in(path / hub.get("subfolder", ""), gguf_file)
+        file = _file_in(path / (hub.get("subfolder") or ""), gguf_file)
         if file is not None:
             return _converted(file)
         return ModelLocation(str(path), path.resolve().name, str(path), shipped_adapter(path), revision, hub)
