@@ -521,13 +521,13 @@ def test_reordering_reaches_the_generator():
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, generator):
+def command(monkeypatch, tmp_path, generator, model_folder):
     """``kvfusion evaluate`` on six rows with the random model."""
     monkeypatch.setitem(COMMANDS, "evaluate", evaluate)
     monkeypatch.setattr(evaluate, "load_generator", lambda args, store: generator)
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl.gz", rows())
-    return lambda *argv: main(["evaluate", *map(str, argv)])
+    return lambda *argv: main(["evaluate", *map(str, argv), "--model", str(model_folder)])
 
 
 def test_the_whole_path(capsys, command, tmp_path):
@@ -756,7 +756,7 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
     }
     for name, (base, options) in expected.items():
         changes = {key: options.pop(key) for key in ("passage_length", "tuned_concat") if key in options}
-        gen = KVFusionGenerator.from_pretrained(folders / base, **options).with_settings(**changes)
+        gen = KVFusionGenerator.from_pretrained(folders / base, **{"mode": "fusion"} | options).with_settings(**changes)
         documents = [[p.document(str(n)) for n, p in enumerate(one.passages)] for one in made]
         answers = gen.answer_batch([one.question for one in made], documents, max_new_tokens=6)
         assert found[name] == [answer.token_ids for answer in answers], name

@@ -42,7 +42,7 @@ def llm() -> KVFusionLLM:
 
 @pytest.fixture(scope="module")
 def speaker() -> KVFusionLLM:
-    return KVFusionLLM(generator=tiny.speaker(ANSWER))
+    return KVFusionLLM(generator=tiny.speaker(ANSWER, mode="fusion"))
 
 
 @pytest.fixture(scope="module")

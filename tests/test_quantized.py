@@ -18,7 +18,7 @@ FORMATS = {"int8": Int8WeightOnlyConfig(), "float8": Float8WeightOnlyConfig()}
 
 def load(folder, how, **options):
     quantized = {"quantization_config": TorchAoConfig(how)} if how is not None else {}
-    return KVFusionGenerator.from_pretrained(folder, model_kwargs=quantized, **options)
+    return KVFusionGenerator.from_pretrained(folder, mode="fusion", model_kwargs=quantized, **options)
 
 
 def tokens(made: KVFusionGenerator, documents=DOCUMENTS):

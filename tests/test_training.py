@@ -242,7 +242,9 @@ def test_evidence_can_be_told_from_the_answer(kind):
 
 def test_evidence_that_could_not_be_told_from_the_answer_is_refused(tmp_path):
     made = engine()
-    made.prompts.encoder = PromptEncoder(made.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | "))
+    made.prompts.encoder = PromptEncoder(
+        made.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | ")
+    )
     with pytest.raises(InvalidInputError, match="evidence_separator"):
         trainer(tmp_path, made, rows(2), evidence=True)
 

@@ -49,7 +49,7 @@ def encode_row(
     end_id: int,
     evidence: bool,
     joined: bool,
-    read: Callable[[tuple[Document, ...]], Reading],
+    read: Callable[[tuple[Document, ...]], Reading] | None = None,
 ) -> Example:
     """Encode one row.
 
@@ -58,14 +58,14 @@ def encode_row(
         end_id: the token that ends an answer.
         evidence: append the sentence that holds the answer, as the paper does.
         joined: one prompt with all documents (full attention) in place of fused ones.
-        read: reads documents in the engine's fixed layout.
+        read: the engine's own ``read``, or one that remembers what it has read.
 
     Raises:
         ContextLimitError: the row does not fit into the model's window.
     """
     encoder, settings = engine.encoder, engine.settings
     documents = tuple(passage.document(str(n)) for n, passage in enumerate(row.passages, start=1))
-    reading = read(documents)
+    reading = engine.read(documents) if read is None else read(documents)
     answer = standing_answer(row) or UNANSWERABLE
     if evidence and row.evidence:
         answer += settings.evidence_separator + row.evidence
