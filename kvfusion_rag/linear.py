@@ -1,35 +1,41 @@
 """Linear layers in float32 on AMD's processors, where torch's own library (MKL) has no kernels made for them.
 
-oneDNN, which comes with torch too, is up to 2.7 times as fast there with a layer that is wide (more outputs than
-inputs), and up to 1.6 times with any other large one while rows are few; elsewhere torch is as fast or faster
-(``benchmarks/linear_layers.py``). Weights stay as and where they are. Training is left to torch. Knows neither models
-nor text.
+oneDNN comes with torch too. With AVX-512, which MKL does not use on these processors, it is up to twice as fast with
+layers that are not tiny. Without, it is up to 2.7 times as fast with a layer that is wide (more outputs than inputs),
+and up to 1.6 times with any other large one while rows are few (``benchmarks/linear_layers.py``). Weights stay as and
+where they are. Training is left to torch. Knows neither models nor text.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch.nn.functional import linear
 
 from .probe import device_name
 
-LARGE = 1 << 19  # weights
+SMALL = 1 << 16  # weights from which on oneDNN is faster with AVX-512; below, its calls cost more than they save
+LARGE = 1 << 19  # weights from which on it is faster for a single row, and without AVX-512 for a few
 FEW = 64  # rows
-RULE = f"onednn: wide, or {LARGE} weights and up to {FEW} rows"  # in the keys of documents
+RULE = f"onednn: wide; {LARGE} weights, up to {FEW} rows; with AVX-512 {SMALL} weights"  # part of documents' keys
 
 
 class OneDNNLinear(torch.nn.Linear):
-    """``torch.nn.Linear`` over the same weights, by oneDNN in inference mode where that is faster."""
+    """``torch.nn.Linear`` over the same weights, by oneDNN in inference mode if that is faster."""
+
+    rows: range  # numbers of rows with which oneDNN is faster
 
     @classmethod
     def like(cls, layer: torch.nn.Linear) -> OneDNNLinear:
         made = cls(layer.in_features, layer.out_features, bias=False, device="meta")
         made.weight, made.bias = layer.weight, layer.bias
+        made.rows = _faster_rows(layer)
         return made.train(layer.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Outputs (..., out_features) of inputs (..., in_features)."""
-        is_faster = _is_wide(self) or input.numel() <= FEW * self.in_features
+        is_faster = input.numel() // self.in_features in self.rows
         is_plain = _is_plain(self.weight) and _is_plain(input)  # the layer may have been moved
         if is_faster and is_plain and torch.is_inference_mode_enabled():
             return onednn(input, self.weight, self.bias)
@@ -44,12 +50,12 @@ def use_onednn(model: torch.nn.Module) -> bool:
 
 
 def replace_layers(model: torch.nn.Module) -> None:
-    """Put :class:`OneDNNLinear` in place of all float32 layers on the CPU that are wide or large.
+    """Put :class:`OneDNNLinear` in place of all float32 layers on the CPU for which it is faster.
 
     Quantised layers, and those with hooks or a forward pass of their own, stay.
     """
     for name, layer in list(model.named_modules()):
-        if type(layer) is torch.nn.Linear and (_is_wide(layer) or _is_large(layer)) and _is_bare(layer):
+        if type(layer) is torch.nn.Linear and _faster_rows(layer) and _is_bare(layer):
             model.set_submodule(name, OneDNNLinear.like(layer))
 
 
@@ -69,12 +75,19 @@ def has_onednn() -> bool:
         return False
 
 
-def _is_wide(layer: torch.nn.Linear) -> bool:
-    return layer.out_features > layer.in_features
+def has_avx512() -> bool:
+    """Whether torch's kernels use AVX-512 here."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _is_large(layer: torch.nn.Linear) -> bool:
-    return layer.in_features * layer.out_features >= LARGE
+def _faster_rows(layer: torch.nn.Linear) -> range:
+    """Numbers of rows with which oneDNN is faster; empty if it never is."""
+    weights = layer.in_features * layer.out_features
+    if layer.out_features > layer.in_features:
+        return range(1, sys.maxsize)
+    if weights >= SMALL and has_avx512():
+        return range(1 if weights >= LARGE else 2, sys.maxsize)
+    return range(1, FEW + 1) if weights >= LARGE else range(0)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -1,4 +1,6 @@
-"""Wide and large linear layers by oneDNN: the same function as torch's, and its rows do not hang on each other."""
+"""Linear layers by oneDNN: the same function as torch's, and its rows do not hang on each other."""
+
+import sys
 
 import pytest
 import torch
@@ -20,6 +22,13 @@ def layer(outputs: int, inputs: int, *, bias: bool = True) -> Linear:
     return Linear(inputs, outputs, bias=bias)
 
 
+def always_onednn(theirs: Linear) -> OneDNNLinear:
+    """A layer that goes through oneDNN whatever its size and number of rows."""
+    ours = OneDNNLinear.like(theirs)
+    ours.rows = range(1, sys.maxsize)
+    return ours
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.integers(2, 700), st.integers(1, 400), st.integers(1, 70), st.booleans(),
@@ -27,7 +36,7 @@ def layer(outputs: int, inputs: int, *, bias: bool = True) -> Linear:
 )  # fmt: skip
 def test_it_is_the_same_function(outputs, inputs, rows, bias, form):
     theirs = layer(outputs, inputs, bias=bias)
-    ours = OneDNNLinear.like(theirs)
+    ours = always_onednn(theirs)
     given = torch.randn(2, rows + 1, inputs)
     if form == "slice":
         given = given[:, 1:]
@@ -40,10 +49,10 @@ def test_it_is_the_same_function(outputs, inputs, rows, bias, form):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.integers(2, 700), st.integers(1, 400), st.integers(2, 70), st.randoms())
+@given(st.integers(2, 700), st.integers(1, 400), st.integers(2, 64), st.randoms())
 def test_rows_hang_on_nothing_but_themselves(outputs, inputs, rows, random):
     """Or the bits of a document would hang on its neighbours in a prefill pass."""
-    ours = OneDNNLinear.like(layer(outputs, inputs))
+    ours = always_onednn(layer(outputs, inputs))
     order = random.sample(range(rows), rows)
     given = torch.randn(rows, inputs)
     with torch.inference_mode():
@@ -88,12 +97,18 @@ def test_a_layer_that_was_moved_is_torchs_again(changed):
 
 
 @pytest.mark.parametrize(
-    ("outputs", "shape", "expected"),
-    [(96, (7,), True), (96, (4,), True), (8, (5,), False), (8, (2, 3), False), (8, (4,), True), (8, (2, 2), True)],
-)
-def test_layers_that_are_not_wide_are_torchs_where_rows_are_many(monkeypatch, outputs, shape, expected):
+    ("avx512", "outputs", "shape", "expected"),
+    [
+        (False, 96, (7,), True), (False, 16, (4,), True), (False, 16, (2, 2), True), (False, 16, (5,), False),
+        (False, 16, (2, 3), False), (False, 8, (4,), False), (True, 96, (1,), True), (True, 16, (1,), True),
+        (True, 16, (99,), True), (True, 8, (1,), False), (True, 8, (2,), True), (True, 4, (2,), False),
+    ],
+)  # fmt: skip
+def test_size_and_rows_decide_which_library_computes(monkeypatch, avx512, outputs, shape, expected):
     calls = []
-    monkeypatch.setattr(linear, "FEW", 4)
+    for name, value in (("SMALL", 8 * 32), ("LARGE", 16 * 32), ("FEW", 4)):
+        monkeypatch.setattr(linear, name, value)
+    monkeypatch.setattr(linear, "has_avx512", lambda: avx512)
     monkeypatch.setattr(linear, "onednn", lambda *given: calls.append(given) or torch.zeros(outputs))
     with torch.inference_mode():
         OneDNNLinear.like(layer(outputs, 32))(torch.ones(*shape, 32))
@@ -111,14 +126,16 @@ def test_training_is_left_to_torch():
         assert ours(given).equal(theirs(given))
 
 
-@pytest.mark.parametrize("large", [linear.LARGE, 64 * 64, 64 * 64 + 1])
+@pytest.mark.parametrize("name", ["LARGE", "SMALL"])
+@pytest.mark.parametrize("least", [linear.LARGE, 64 * 64, 64 * 64 + 1])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2", "bert"])
-def test_wide_and_large_layers_alone_are_replaced_and_weights_stay_where_they_are(monkeypatch, architecture, large):
-    monkeypatch.setattr(linear, "LARGE", large)
+def test_only_layers_that_gain_are_replaced_and_weights_stay_where_they_are(monkeypatch, architecture, least, name):
+    monkeypatch.setattr(linear, name, least)
+    monkeypatch.setattr(linear, "has_avx512", lambda: name == "SMALL")
     made = model(architecture)
     before = {name: weight.data_ptr() for name, weight in made.state_dict().items()}
     sizes = {n: (m.out_features, m.in_features) for n, m in made.named_modules() if type(m) is Linear}
-    wanted = [n for n, (outputs, inputs) in sizes.items() if outputs > inputs or outputs * inputs >= large]
+    wanted = [n for n, (outputs, inputs) in sizes.items() if outputs > inputs or outputs * inputs >= least]
     assert wanted or architecture == "gpt2"
     replace_layers(made)
     replace_layers(made)  # no layer twice

@@ -1,0 +1,129 @@
+"""Compare the time per token of our decoding loop with that of transformers' ``generate``, over the same cache.
+
+    python benchmarks/token_time.py MODEL [--slots 3000] [--tokens 64] [--repeats 7] [--json results.json]
+
+Both continue one question over the same random keys and values with the same weights, in turns, in one process. The
+first token is not counted, since it reads the question. ``generate`` has its own copy of the model, as transformers
+loads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from kvfusion_rag.backbone import Backbone
+from kvfusion_rag.decoding import DecodingOptions, Question, decode
+from kvfusion_rag.evaluation.report import run_facts
+from kvfusion_rag.fusion import FusedBuffer
+from kvfusion_rag.schema import DocumentKV, KVShape
+
+QUESTION_TOKENS = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or hub name")
+    parser.add_argument("--slots", type=int, default=3000, help="cached tokens in front of the question")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each, after one that does not count")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    backbone = Backbone.load(args.model, model_id=Path(args.model).name, device="cpu", dtype="float32")
+    backbone.end_ids = frozenset()  # all answers are equally long
+    theirs: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    torch.manual_seed(0)
+    drawn = torch.randint(backbone.config.vocab_size, (args.slots + QUESTION_TOKENS,)).tolist()
+    ids, question = tuple(drawn[: args.slots]), drawn[args.slots :]
+    config = backbone.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    document = KVShape(config.num_hidden_layers, config.num_key_value_heads, width, torch.float32).empty(ids)
+    document.keys.normal_()
+    document.values.normal_()
+
+    ours, generate = [], []
+    for turn in range(-1, args.repeats):
+        found, own_tokens = decoded(backbone, document, question, args.tokens)
+        expected, their_tokens = generated(theirs, document, question, args.tokens)
+        if own_tokens != their_tokens:
+            raise SystemExit("the two systems gave different tokens.")
+        if turn >= 0:
+            ours.append(found)
+            generate.append(expected)
+    ratios = [mine / other for mine, other in zip(ours, generate, strict=True)]
+    figures = {name: spread(times) for name, times in (("ours", ours), ("generate", generate))}
+    for name, milliseconds in figures.items():
+        print("{:8} {median:6.2f} ms per token ({least:.2f} to {most:.2f})".format(name, **milliseconds))
+    ratio = statistics.median(ours) / statistics.median(generate)
+    print(f"ratio of medians {ratio:.3f}, of single turns {min(ratios):.3f} to {max(ratios):.3f}")
+    if args.json:
+        facts = {"slots": args.slots, "tokens": args.tokens, "repeats": args.repeats}
+        args.json.write_text(
+            json.dumps({"options": facts, "milliseconds": figures, "ratio": round(ratio, 4),
+                        "run": run_facts()}, indent=2) + "\n"
+        )  # fmt: skip
+
+
+def decoded(
+    backbone: Backbone, document: DocumentKV, question: list[int], tokens: int
+) -> tuple[float, tuple[int, ...]]:
+    """Seconds per token after the first, and the answer's ids, of our loop."""
+    buffer = FusedBuffer([document.num_tokens], KVShape.of(document), backbone.device, room=len(question) + tokens)
+    document.copy_into(buffer.slots(0, 0, document.token_ids))
+    steps = decode(
+        backbone, buffer.context(), [Question(tuple(question), document.num_tokens)],
+        DecodingOptions(max_new_tokens=tokens), lambda ids: "", adapter=False,
+    )  # fmt: skip
+    times: list[float] = []
+    ids: tuple[int, ...] = ()
+    for (row,) in steps:
+        times.append(time.perf_counter())
+        ids = tuple(row.ids)
+    return (times[-1] - times[0]) / (tokens - 1), ids
+
+
+def generated(model: Any, document: DocumentKV, question: list[int], tokens: int) -> tuple[float, tuple[int, ...]]:
+    """The same of ``generate``."""
+    cache = DynamicCache(config=model.config)
+    for number, (keys, values) in enumerate(zip(document.keys, document.values, strict=True)):
+        cache.update(keys[None].clone(), values[None].clone(), number)
+    ids = torch.tensor([[*document.token_ids, *question]])
+    clock = Clock()
+    model.generation_config.eos_token_id = None
+    made = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False,
+        pad_token_id=0, streamer=clock,
+    )  # fmt: skip
+    first, *_, last = clock.tokens[1:]
+    return (last - first) / (tokens - 1), tuple(made[0, ids.shape[1] :].tolist())
+
+
+class Clock(BaseStreamer):
+    """Notes when the prompt (the first) and each token are known."""
+
+    def __init__(self) -> None:
+        self.tokens: list[float] = []
+
+    def put(self, value: object) -> None:
+        self.tokens.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median, least and most in milliseconds."""
+    figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+    return {name: round(1e3 * figure, 3) for name, figure in figures.items()}
+
+
+if __name__ == "__main__":
+    main()
