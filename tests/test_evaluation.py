@@ -527,7 +527,7 @@ def command(monkeypatch, tmp_path, generator, model_folder):
     monkeypatch.setattr(evaluate, "load_generator", lambda args, store: generator)
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl.gz", rows())
-    return lambda *argv: main(["evaluate", *map(str, argv), "--model", str(model_folder)])
+    return lambda *argv: main(["evaluate", "--model", str(model_folder), *map(str, argv)])
 
 
 def test_the_whole_path(capsys, command, tmp_path):
@@ -756,7 +756,9 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
     }
     for name, (base, options) in expected.items():
         changes = {key: options.pop(key) for key in ("passage_length", "tuned_concat") if key in options}
-        gen = KVFusionGenerator.from_pretrained(folders / base, **{"mode": "fusion"} | options).with_settings(**changes)
+        gen = KVFusionGenerator.from_pretrained(folders / base, **{"mode": "fusion"} | options).with_settings(
+            **changes
+        )
         documents = [[p.document(str(n)) for n, p in enumerate(one.passages)] for one in made]
         answers = gen.answer_batch([one.question for one in made], documents, max_new_tokens=6)
         assert found[name] == [answer.token_ids for answer in answers], name

@@ -6,6 +6,7 @@ import shutil
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -29,7 +30,7 @@ from kvfusion_rag import (
 from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.probe import slowness
 from kvfusion_rag.prompts import PlainEncoder
-from kvfusion_rag.settings import ModelSettings
+from kvfusion_rag.settings import ModelSettings, default_settings
 
 DOCUMENTS = [
     Document("the river runs past an old mill", id="river", title="River"),
@@ -367,9 +368,21 @@ def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
     assert adapted.token_ids != plain.token_ids
     fresh = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder, store=None, mode="fusion")
     assert fresh.answer("who?", DOCUMENTS, max_new_tokens=8).token_ids == adapted.token_ids
-    joined = [g.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=8).token_ids for g in (base, tuned)]
-    assert joined[0] == joined[1]  # adapter off = base
     assert base.identity()["adapter"] is None and tuned.identity()["adapter"]
+
+
+def test_an_adapter_answers_joined_prompts_unless_it_was_trained_on_fused_ones(model_folder, adapter_folder, tmp_path):
+    """One of other software has no record and takes part; one that says what it was trained for is off."""
+    recorded = shutil.copytree(adapter_folder, tmp_path / "recorded")
+    made = replace(default_settings(tokenizer("byte-bpe")), layout="fixed", mode="fusion")
+    (recorded / "kvfusion.json").write_text(json.dumps(made.to_dict()))
+    base, other, own = (
+        KVFusionGenerator.from_pretrained(model_folder, adapter=adapter, store=None)
+        for adapter in (None, adapter_folder, recorded)
+    )
+    assert (base.mode, other.mode, own.mode) == ("concat", "concat", "fusion")
+    answers = [g.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=8).token_ids for g in (base, other, own)]
+    assert answers[0] == answers[2] != answers[1]
 
 
 def test_a_model_folder_may_carry_its_adapter(model_folder, adapter_folder, tmp_path):
