@@ -566,9 +566,9 @@ def test_the_default_model_answers_and_cites(default_model):
         Document("The ferry has run since 1921. It carries forty cars and three hundred passengers.", id="ferry"),
         Document("The bakery on Mill Street was opened by Tomas Lindqvist.", id="bakery"),
     ]
-    answer = default_model.answer("How many cars does the ferry carry?", documents)
-    assert "forty" in answer.text.lower()
-    assert {citation.document_id for citation in answer.citations} <= {"ferry"}
+    answer = default_model.answer("Who opened the bakery on Mill Street?", documents)
+    assert "Tomas Lindqvist" in answer.text
+    assert {citation.document_id for citation in answer.citations} <= {"bakery"}
 
 
 @pytest.mark.parametrize(("times", "warned"), [(50.0, True), (1.1, False)])
