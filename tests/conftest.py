@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -55,3 +56,18 @@ def speaker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def default_model() -> KVFusionGenerator:
     """The default model, for tests marked ``default_model``; its store fills up over the session."""
     return KVFusionGenerator.from_pretrained()
+
+
+@pytest.fixture
+def default_model_once(default_model: KVFusionGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``from_pretrained()`` without a name share the weights of ``default_model``, loaded once."""
+    load = KVFusionGenerator.from_pretrained
+
+    def from_pretrained(
+        model: str | Path | None = None, *, store: Any = "memory", **options: Any
+    ) -> KVFusionGenerator:
+        if model is not None or options:
+            return load(model, store=store, **options)
+        return KVFusionGenerator(default_model._backbone, store=store)
+
+    monkeypatch.setattr(KVFusionGenerator, "from_pretrained", from_pretrained)

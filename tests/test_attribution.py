@@ -183,10 +183,10 @@ def test_the_document_with_the_answer_matters_most(default_model):
         Document("The bakery on Mill Street was opened by Tomas Lindqvist.", id="bakery"),
         Document("The lighthouse was built by Edda Marsh.", id="lighthouse"),
     ]
-    found = default_model.attribute("How many cars does the ferry carry?", documents, answer="forty")
+    found = default_model.attribute("Who opened the bakery on Mill Street?", documents, answer="Tomas Lindqvist")
     best = max(found.documents, key=lambda d: d.effect)
-    assert best.id == "ferry" and best.effect > 1
-    assert "most='ferry'" in repr(found)
+    assert best.id == "bakery" and best.effect > 5
+    assert "most='bakery'" in repr(found)
 
 
 def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(monkeypatch):

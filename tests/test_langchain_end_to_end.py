@@ -149,6 +149,6 @@ def test_tokens_are_counted_by_the_models_own_tokenizer(llm: KVFusionLLM) -> Non
 
 
 @pytest.mark.default_model
-def test_the_default_model_loads_without_a_name() -> None:
-    llm = KVFusionLLM.from_model_id(device="cpu")
+def test_the_default_model_needs_no_name(default_model_once: None) -> None:
+    llm = KVFusionLLM.from_model_id()
     assert "paris" in llm.invoke(QUESTIONS[1], documents=DOCUMENTS).lower()

@@ -128,7 +128,7 @@ def test_modes_and_limits_of_a_call(llm: KVFusionLlamaIndexLLM) -> None:
 
 
 @pytest.mark.default_model
-def test_the_default_model_loads_without_a_name() -> None:
-    llm = KVFusionLlamaIndexLLM.from_model_id(model_options={"device": "cpu"})
+def test_the_default_model_needs_no_name(default_model_once: None) -> None:
+    llm = KVFusionLlamaIndexLLM.from_model_id()
     answer = llm.complete("In which city is the Eiffel Tower?", documents=list(FACTS.values()))
     assert "paris" in answer.text.lower()

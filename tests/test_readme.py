@@ -15,7 +15,7 @@ def block_after(heading: str, language: str) -> str:
 
 
 @pytest.mark.default_model
-def test_python_example_prints_what_its_comments_say(capsys):
+def test_python_example_prints_what_its_comments_say(default_model_once, capsys):
     code = block_after("Python", "python")
     expected = [comment.strip() for comment in re.findall(r"print\(.*\)\s+# (.*)", code)]
     exec(compile(code, "README.md", "exec"), {})  # our own text
