@@ -177,16 +177,17 @@ def test_what_a_notebook_shows_is_escaped_and_what_it_draws_has_a_bar_a_document
 
 
 @pytest.mark.default_model
-def test_the_document_with_the_answer_matters_most(default_model):
+@pytest.mark.parametrize("mode", ["concat", "fusion"])
+def test_the_document_with_the_answer_matters_most(mode, default_model):
     documents = [
         Document("The ferry has run since 1921. It carries forty cars and three hundred passengers.", id="ferry"),
-        Document("The bakery on Mill Street was opened by Tomas Lindqvist.", id="bakery"),
+        Document("The bakery on Mill Street was opened by Tomas Lindqvist in 1987.", id="bakery"),
         Document("The lighthouse was built by Edda Marsh.", id="lighthouse"),
     ]
-    found = default_model.attribute("How many cars does the ferry carry?", documents, answer="forty")
+    found = default_model.attribute("Who opened the bakery?", documents, answer="Tomas Lindqvist", mode=mode)
     best = max(found.documents, key=lambda d: d.effect)
-    assert best.id == "ferry" and best.effect > 1
-    assert "most='ferry'" in repr(found)
+    assert best.id == "bakery" and best.effect > 1
+    assert "most='bakery'" in repr(found)
 
 
 def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(monkeypatch):
