@@ -177,15 +177,16 @@ def test_what_a_notebook_shows_is_escaped_and_what_it_draws_has_a_bar_a_document
 
 
 @pytest.mark.default_model
-def test_the_document_with_the_answer_matters_most(default_model):
+@pytest.mark.parametrize("mode", ["concat", "fusion"])
+def test_the_document_with_the_answer_matters_most(mode, default_model):
     documents = [
         Document("The ferry has run since 1921. It carries forty cars and three hundred passengers.", id="ferry"),
-        Document("The bakery on Mill Street was opened by Tomas Lindqvist.", id="bakery"),
+        Document("The bakery on Mill Street was opened by Tomas Lindqvist in 1987.", id="bakery"),
         Document("The lighthouse was built by Edda Marsh.", id="lighthouse"),
     ]
-    found = default_model.attribute("Who opened the bakery on Mill Street?", documents, answer="Tomas Lindqvist")
+    found = default_model.attribute("Who opened the bakery?", documents, answer="Tomas Lindqvist", mode=mode)
     best = max(found.documents, key=lambda d: d.effect)
-    assert best.id == "bakery" and best.effect > 5
+    assert best.id == "bakery" and best.effect > 1
     assert "most='bakery'" in repr(found)
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
-from kvfusion_rag import Document, KVFusionGenerator, ModelLoadError, locating
+from kvfusion_rag import KVFusionGenerator, Message, ModelLoadError, locating
 from kvfusion_rag.locating import DEFAULT_MODEL, DEFAULT_PACKAGE, DEFAULT_REPOSITORY, locate_model
 from kvfusion_rag.settings import FILE_NAME, RECORD_NAME
 
@@ -177,14 +177,14 @@ def test_the_real_model_keeps_its_chat_template_and_end_token(real):
 
 @needs_package
 def test_the_real_models_greedy_tokens_are_those_of_transformers(real):
-    answer = real.answer("Who built the lighthouse?", DOCUMENTS, mode="concat", max_new_tokens=8)
-    encoder = real._encoder
-    documents = [encoder.encode_document(Document(text)) for text in DOCUMENTS]
-    ids = [
-        *encoder.prefix_ids,
-        *(i for d in documents for i in d),
-        *encoder.encode_question("Who built the lighthouse?"),
-    ]
+    question = "Who built the lighthouse?"
+    wording = [Message.around("user", "Answer from these notes:\n\n", f"\n\nQuestion: {question}")]
+    answer = real.answer(question, DOCUMENTS, prompt=wording, max_new_tokens=8)
+    assert answer.mode == "concat"
+    text = "\n\n".join(["Answer from these notes:", *DOCUMENTS, f"Question: {question}"])
+    ids = real._backbone.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True
+    )["input_ids"]
     plain = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
     out = plain.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
     assert list(answer.token_ids) == [i for i in out if i not in real._backbone.end_ids]

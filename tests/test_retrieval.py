@@ -642,6 +642,21 @@ def test_every_example_question_finds_its_document(minilm):
             assert row["source"] in [d.metadata["file"] for d in index.search(row["question"], 5)]
 
 
+@pytest.mark.default_model
+def test_the_default_model_answers_example_questions_from_their_documents(default_model):
+    rows = example_questions()
+    texts = [read_document(LIGHTHOUSE / row["source"]).text for row in rows]
+    answers = [
+        default_model.answer(row["question"], [text], max_new_tokens=32).text
+        for row, text in zip(rows, texts, strict=True)
+    ]
+    right = [
+        any(right.casefold() in answer.casefold() for right in row["answers"])
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    assert sum(right) > len(rows) / 2, answers
+
+
 def test_vectors_have_length_one_and_a_stable_fingerprint(minilm):
     vectors = minilm.embed_documents(["a lighthouse", "a whale"])
     assert vectors.dtype == np.float32
