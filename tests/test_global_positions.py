@@ -83,7 +83,7 @@ def test_only_the_document_right_after_the_prefix_is_looked_for_in_the_store():
     assert [s.origin for s in again.sources] == [
         s.origin for s in first.sources
     ] and again.token_ids == first.token_ids
-    assert len(store) == len(DOCUMENTS)
+    assert len(store) == len(DOCUMENTS) + 1  # the prefix too
     alone = KVFusionGenerator(tiny.backbone("llama"), store=None).with_settings(positions="global")
     assert alone.answer("who?", DOCUMENTS, max_new_tokens=6).token_ids == first.token_ids
 
