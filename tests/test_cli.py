@@ -36,6 +36,9 @@ class CommandGenerator(RecordingGenerator):
     gate = GateReport("fake/model", (Check("full attention", True, "2 layers"),))
     report = InvarianceReport("fusion", 3, ("in lima",), 0.0)
 
+    def default_mode(self):
+        return "concat", "set for this model"
+
     def check_invariance(self, question, documents, *, permutations, mode):
         self.checked = (question, len(documents), permutations, mode)
         return self.report
@@ -327,6 +330,9 @@ def test_doctor_prints_every_check(capsys, generator):
         "passed": True,
         "checks": [{"name": "full attention", "passed": True, "detail": "2 layers"}],
         "error": None,
+        "mode": "concat",
+        "mode_reason": "set for this model",
+        "measured": None,
     }
 
 
@@ -350,7 +356,7 @@ KEEPER = "Who was the last keeper of the Harrow Point Lighthouse?"
 @pytest.fixture
 def real(monkeypatch) -> None:
     """A model that answers "thomas grant", and the real embedding model, loaded once for all tests."""
-    generator = tiny.speaker("thomas grant")
+    generator = tiny.speaker("thomas grant", mode="fusion")
     monkeypatch.setattr(ask, "load_generator", lambda args: generator)
     monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: load_minilm())
 

@@ -105,6 +105,7 @@ def test_options_of_the_store(run, docs, tmp_path):
     code, _ = index(run, docs, tmp_path, "--store-codec", "v8", "--store-max-bytes", "1GiB")
     assert code == 0 and len(list((tmp_path / "s").glob("v2-v8/*/*/*.safetensors"))) == 4 + 1
     asking = ("ask", "Where?", "--docs", docs, "--index", tmp_path / "ix", "--store", tmp_path / "s", "--json")
+    asking = (*asking, "--mode", "fusion")
     for options, origin in (((), "computed"), (("--store-codec", "v8"), "disk")):
         assert {source["origin"] for source in run(*asking, *options)[1]["sources"]} == {origin}
     never = run(*asking, "--store-codec", "v8", "--store-load", "never")[1]["sources"]
