@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-QUESTION ?= Who designed the Harrow Point Lighthouse?
+QUESTION ?= Who was the last keeper of the Harrow Point Lighthouse?
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 from .schema import Citation, Document
 
+_WORD = re.compile(r"\w+")
 _LEADING_ARTICLES = re.compile(r"^(?:(?:a|an|the)(?:\s+|$))+", re.IGNORECASE)
 
 
@@ -31,6 +32,47 @@ def find_citations(answer: str, documents: Iterable[tuple[str, Document]]) -> tu
         for document_id, text, place in places
         if place is not None
     )
+
+
+def find_shared_phrases(answer: str, question: str, documents: Iterable[tuple[str, Document]]) -> tuple[Citation, ...]:
+    """The longest phrase that each document shares with an answer, for answers that stand in no document as a whole.
+
+    A phrase has two words or more, at least one of which is new: neither in the question nor shorter than four letters
+    (unless it is a number). Only the documents with the longest phrase of all are returned, in their order.
+    """
+    known = {_reduce(word) for word in _WORD.findall(question)}
+    said = [_reduce(word) for word in _WORD.findall(answer)]
+    found = [
+        (document_id, document.text, _longest_run(said, document.text, known)) for document_id, document in documents
+    ]
+    most = max((run[0] for _, _, run in found), default=0)
+    if most < 2:
+        return ()
+    return tuple(
+        Citation(document_id, start, end, text[start:end])
+        for document_id, text, (length, start, end) in found
+        if length == most
+    )
+
+
+def _longest_run(said: Sequence[str], text: str, known: Collection[str]) -> tuple[int, int, int]:
+    """Words, first and last character of the longest run of ``said`` in ``text`` with a new word; zeros if none."""
+    places = [(match.start(), match.end(), _reduce(match[0])) for match in _WORD.finditer(text)]
+    best, row = (0, 0, 0), [0] * (len(places) + 1)
+    for word in said:
+        grown = [0] * (len(places) + 1)
+        for n, (_, end, other) in enumerate(places):
+            if word == other:
+                length = grown[n + 1] = row[n] + 1
+                run = places[n + 1 - length : n + 1]
+                if length > best[0] and any(_is_new(w, known) for _, _, w in run):
+                    best = length, run[0][0], end
+        row = grown
+    return best
+
+
+def _is_new(word: str, known: Collection[str]) -> bool:
+    return word not in known and (len(word) >= 4 or word.isdecimal())
 
 
 def _find(wanted: str, text: str) -> tuple[int, int] | None:

@@ -66,11 +66,22 @@ def say_spelling(answer: Answer) -> None:
         say(f"  as the source spells it: {answer.cited_text.strip()}")
 
 
-def say_sources(answer: Answer, documents: Sequence[Document]) -> None:
-    """Every document that was read with its place, those that hold the answer marked and quoted."""
-    citations = {citation.document_id: citation for citation in answer.citations}
+def say_sources(answer: Answer, question: str, documents: Sequence[Document]) -> None:
+    """Every document that was read with its place; those that hold the answer, or most of its words, are quoted."""
+    from ..citations import find_shared_phrases
+
+    head, found = "sources (* holds the answer)", answer.citations
+    if not found:
+        named = [(source.id, document) for source, document in zip(answer.sources, documents, strict=True)]
+        found = find_shared_phrases(answer.text, question, named)
+        head = (
+            "sources (* shares most words with the answer)"
+            if found
+            else "sources (none holds the answer word for word)"
+        )
+    citations = {citation.document_id: citation for citation in found}
     say()
-    say("sources (* holds the answer)" if citations else "sources (none holds the answer word for word)")
+    say(head)
     for source, document in zip(answer.sources, documents, strict=True):
         citation = citations.get(source.id)
         place = f"{shown_path(document.metadata['source'])}, part {document.metadata['chunk']}"

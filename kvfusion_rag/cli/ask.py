@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.stream:
         say_answer(answer)
-    say_sources(answer, documents)
+    say_sources(answer, args.question, documents)
     say_facts(answer)
     if attribution is not None:
         say_attribution(attribution, answer)
