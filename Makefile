@@ -1,9 +1,17 @@
 # Every target sets up what it needs: a virtual environment in $(VENV) with the tested versions.
 PYTHON ?= python3
 VENV ?= .venv
+VENVS ?= .venvs
 BIN := $(VENV)/bin
 QUESTION ?= Who was the last keeper of the Harrow Point Lighthouse?
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
+# What other libraries can break: models, adapters, training, integrations, serving, retrieval.
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,fusion_laws generator decoding support prompts quantized versions \
+	training training_command training_data gradient_checkpointing \
+	langchain_llm langchain_chat langchain_standard langchain_chains langchain_retrievers \
+	llama_index_llm llama_index_prefill llama_index_synthesizer llama_index_chat_engines llama_index_citation_engine \
+	serving serving_flights serving_openai retrieval store_disk store_prometheus))
+VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask
 # jupyter execute would leave times and widget states in the files.
@@ -12,10 +20,10 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu notebooks check format build clean
+.PHONY: help demo test test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks check format build clean
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 $(READY_TO_ASK): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +47,16 @@ test-all: $(READY) ## the slow tests too
 test-gpu: $(READY) ## the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu
 
+test-versions: $(VERSION_SETS:%=test-%) ## tests of what other libraries can break, with their lowest and newest versions
+
+$(VERSION_SETS:%=test-%): test-%: $(VENVS)/%/.ready
+	$(VENVS)/$*/bin/python -m pytest -m "not slow and not gpu" $(VERSION_TESTS)
+
+$(VENVS)/%/.ready: tests/versions/%.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $< --editable ".[test]"
+	touch $@
+
 notebooks: $(READY) ## execute the notebooks and save them with their outputs (NOTEBOOKS="..." for some)
 	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c '$(EXECUTE)' $(NOTEBOOKS)
 
@@ -56,4 +74,4 @@ build: $(READY) ## wheel and source distribution into dist/
 	$(BIN)/python -m build
 
 clean: ## remove what can be made again
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENVS) build dist .pytest_cache .hypothesis .ruff_cache

@@ -43,6 +43,7 @@ from .probe import SLOW, device_name, slowness
 from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
+from .versions import require_adapters
 from .watch import Watch
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,10 @@ class Backbone:
         Raises:
             ModelLoadError: model, tokenizer or adapter cannot be read.
             UnsupportedModelError: the architecture cannot be fused exactly.
+            MissingDependencyError: there is an adapter, and the installed transformers and peft do not fit.
         """
+        if adapter is not None:
+            require_adapters()
         place = choose_device(device)
         precision = choose_dtype(dtype, place)
         if place.type == "cpu" and isinstance(precision, torch.dtype) and slowness(precision) > SLOW:
@@ -296,7 +300,12 @@ class Backbone:
         self.checkpoints_activations = True
 
     def add_adapter(self, settings: LoraConfig) -> None:
-        """Put a fresh LoRA adapter onto the model, to be trained; prefill goes on without it."""
+        """Put a fresh LoRA adapter onto the model, to be trained; prefill goes on without it.
+
+        Raises:
+            MissingDependencyError: the installed transformers and peft do not fit.
+        """
+        require_adapters()
         with self._lock:
             self.model.add_adapter(settings)
             self.adapter_digest = "in training"

@@ -55,7 +55,7 @@ class RetrievalError(KVFusionError):
 
 
 class MissingDependencyError(KVFusionError, ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """A package is not installed, or its version does not fit the others; the message names what to install."""
 
 
 @contextmanager

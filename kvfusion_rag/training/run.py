@@ -17,6 +17,7 @@ from ..generator import MAX_FUSED_TOKENS
 from ..locating import locate_model
 from ..qa import QARow
 from ..store import MemoryStore
+from ..versions import require_adapters
 from .checkpoint import recover
 from .config import TrainingConfig
 from .examples import require_answerable
@@ -61,8 +62,11 @@ def train(
         InvalidInputError: no rows, or one that nothing can be learned from; the output holds a run and ``resume`` is
             not set, or it holds one of other rows or settings.
         ModelLoadError, UnsupportedModelError: as ``KVFusionGenerator.from_pretrained``.
+        MissingDependencyError: an adapter is to be trained, and the installed transformers and peft do not fit.
     """
     config, folder = config or TrainingConfig(), Path(output)
+    if not config.full:
+        require_adapters()  # before the model is loaded and rows are encoded
     processes = PartialState(cpu=choose_device(device).type == "cpu")
     if device is None and processes.num_processes > 1:
         device = str(processes.device)  # each process has an accelerator of its own
