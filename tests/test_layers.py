@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
-    "errors", "versions", "home", "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "splitting",
-    "positions", "support", "gguf_header", "gguf_convert", "gguf_cache", "locating", "linear", "attention", "ape", "watch",
-    "collecting", "backbone", "measured", "prefill", "fusion", "gate", "limits", "loading", "citations", "store",
-    "supply", "reading", "layouts", "recording", "decoding", "placing", "batching", "gathering", "prompt_reader",
-    "engine", "attribution", "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training",
-    "serving", "cli",
+    "errors", "versions", "home", "probe", "devices", "digest", "schema", "chat", "settings", "prompts",
+    "splitting", "positions", "support", "gguf_header", "gguf_convert", "gguf_cache", "locating", "linear",
+    "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "gate", "limits",
+    "loading", "citations", "store", "supply", "reading", "layouts", "recording", "decoding", "placing",
+    "batching", "gathering", "prompt_reader", "engine", "attribution", "invariance", "streaming", "generator",
+    "qa", "retrieval", "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 
