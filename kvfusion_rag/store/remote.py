@@ -38,6 +38,7 @@ WAIT_SECONDS = 2.0  # for one document, before it is computed instead
 PAUSE_SECONDS = 60.0  # without asking, after a fault
 FLUSH_SECONDS = 60.0  # for what is being written, when a store is closed
 END_SECONDS = 5.0  # the same, when a process ends that has closed nothing
+LAST_SECONDS = 1.0  # for a thread that has written all to end
 STALLED_SECONDS = 30.0  # without a sign of the store, after which removing and listing are given up
 _QUEUED, _QUEUED_BYTES = 64, 512 << 20  # uploads that may wait
 _AT_ONCE = {"read": 16, "write": 4}
@@ -106,8 +107,8 @@ class RemoteStore:
         self._paused_until = {"read": 0.0, "write": 0.0}  # what cannot be written may still be read
         self._warned: set[str] = set()
         self.evictions = self.dropped = self.failed_writes = 0
-        at_end, in_child = weakref.WeakMethod(self.close), weakref.WeakMethod(self._begin)
-        atexit.register(lambda: (close := at_end()) and close(END_SECONDS))
+        at_end, in_child = weakref.WeakMethod(self._finish), weakref.WeakMethod(self._begin)
+        atexit.register(lambda: (finish := at_end()) and finish())
         os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
 
     def _begin(self) -> None:
@@ -117,6 +118,7 @@ class RemoteStore:
         self._changed = threading.Condition()
         self._queue: deque[_Upload] = deque()
         self._workers = self._waiting = self._waiting_bytes = 0  # waiting: queued or being written
+        self._threads: deque[threading.Thread] = deque(maxlen=_AT_ONCE["write"])  # those that wrote last
 
     def __repr__(self) -> str:
         return f"RemoteStore({self.url!r})"
@@ -182,7 +184,7 @@ class RemoteStore:
             self._waiting_bytes += size
             if self._workers < _AT_ONCE["write"]:
                 self._workers += 1
-                self._in_background(self._work)
+                self._threads.append(self._in_background(self._work))
 
     def forget(self, *keys: str) -> int:
         """Remove the documents of ``keys`` under every model; how many files that were.
@@ -258,6 +260,16 @@ class RemoteStore:
             while self._queue:
                 self._end(self._queue.popleft())
         return False
+
+    def _finish(self) -> None:
+        """Give uploads some seconds at the process's end.
+
+        Threads that are done are waited for: one that is still releasing its data when the interpreter goes would end
+        the process with an error.
+        """
+        if self.close(END_SECONDS):
+            for thread in list(self._threads):
+                thread.join(LAST_SECONDS)
 
     def _path(self, key: str) -> str:
         namespace, rest = key.split("-", 1)
@@ -416,9 +428,11 @@ class RemoteStore:
             )
 
     @staticmethod
-    def _in_background(work: Callable[[], None]) -> None:
-        """In a thread that no process waits for at its end: a remote store may hang."""
-        threading.Thread(target=work, name="kvfusion-remote", daemon=True).start()
+    def _in_background(work: Callable[[], None]) -> threading.Thread:
+        """Start ``work`` in a thread that no process waits for at its end, since a remote store may hang."""
+        thread = threading.Thread(target=work, name="kvfusion-remote", daemon=True)
+        thread.start()
+        return thread
 
 
 def _age(facts: dict[str, Any]) -> str:
