@@ -14,11 +14,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,13 +34,16 @@ from .collecting import DocumentCache
 from .devices import choose_device, choose_dtype
 from .digest import digest_tensors
 from .errors import InvalidInputError, KVFusionError, ModelLoadError
+from .kv import DocumentKV
 from .linear import RULE, use_onednn
 from .positions import additive
 from .probe import SLOW, device_name, slowness
-from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
 

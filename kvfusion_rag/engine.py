@@ -23,12 +23,13 @@ from .decoding import DecodingOptions, Question, Row, decode
 from .errors import InvalidInputError, MemoryLimitError
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
+from .kv import DocumentKV
 from .limits import is_out_of_memory, memory_errors, require_fit, require_room
 from .placing import Placed, place
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, limit_of, read_documents
 from .recording import CudaGraphs, Recorder
-from .schema import Answer, Document, DocumentKV, Mode, Origin, Prompt, Timings, Usage
+from .schema import Answer, Document, Mode, Origin, Prompt, Timings, Usage
 from .settings import ModelSettings, require_mode
 from .store import Fetched, Place, Tier, Wanted
 from .supply import Supply
