@@ -24,7 +24,7 @@ from kvfusion_rag.backbone import Backbone
 from kvfusion_rag.decoding import DecodingOptions, Question, decode
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.fusion import FusedBuffer
-from kvfusion_rag.schema import DocumentKV, KVShape
+from kvfusion_rag.kv import DocumentKV, KVShape
 
 QUESTION_TOKENS = 16
 

@@ -15,11 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,15 +35,18 @@ from .collecting import DocumentCache
 from .devices import choose_device, choose_dtype
 from .digest import digest_tensors
 from .errors import InvalidInputError, ModelLoadError, model_load_errors
+from .kv import DocumentKV
 from .linear import RULE, use_onednn
 from .locating import HUB_OPTIONS, ModelLocation
 from .positions import additive
 from .probe import SLOW, device_name, slowness
-from .schema import DocumentKV
 from .settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .support import require_supported
 from .versions import require_adapters
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
-from .schema import DocumentKV
+from .kv import DocumentKV
 
 
 class DocumentCache(DynamicCache):

@@ -23,6 +23,7 @@ from .decoding import DecodingOptions, Question, Row, decode
 from .errors import InvalidInputError, MemoryLimitError
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
+from .kv import DocumentKV
 from .layouts import FixedLayout, Layout
 from .limits import is_out_of_memory, memory_errors, require_fit, room_left
 from .placing import place
@@ -31,7 +32,7 @@ from .prompt_reader import PromptReader
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
 from .recording import CudaGraphs, Recorder
-from .schema import Answer, Document, DocumentKV, Mode, ModeChoice, Origin, Prompt, Timings, Usage
+from .schema import Answer, Document, Mode, ModeChoice, Origin, Prompt, Timings, Usage
 from .settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings
 from .store import Fetched, Place, Tier, Wanted
 from .supply import Supply

@@ -17,7 +17,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from .schema import DocumentKV, KVShape
+from .kv import DocumentKV, KVShape
 
 MOST_SPARE = 8  # times the memory that is needed, up to which a kept piece serves
 

@@ -7,6 +7,7 @@ slots, or rotates keys late fails one of them, whatever its configuration says.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from transformers import DynamicCache
@@ -15,9 +16,10 @@ from .ape import Ape
 from .backbone import Backbone
 from .errors import UnsupportedModelError
 from .fusion import fuse
+from .kv import DocumentKV
 from .positions import additive, block_mask, fused_positions, question_start
 from .prefill import prefill
-from .schema import Check, DocumentKV, GateReport
+from .schema import Check, GateReport
 from .support import configuration_checks
 
 DOCUMENT_LENGTHS = (11, 7)
@@ -112,6 +114,11 @@ class _Probe:
         self.kvs = self._prefill(self.documents)
         self.tolerance = TOLERANCE.get(backbone.dtype, TOLERANCE[torch.float16])
 
+    @cached_property
+    def fused(self) -> torch.Tensor:
+        """Logits (1, V) of the question over both documents, which several laws compare with."""
+        return self._fused(self.kvs)
+
     def a_documents_kv_is_its_own(self) -> Check:
         alone = self._prefill(self.documents[1:])[0]
         same = torch.equal(alone.keys, self.kvs[1].keys) and torch.equal(alone.values, self.kvs[1].values)
@@ -133,15 +140,13 @@ class _Probe:
         )
         mask = self._block_mask(DOCUMENT_LENGTHS)
         single = self._forward(ids, positions, mask, DynamicCache(config=self.backbone.config))
-        return self._compare("two fused documents = one block-masked pass", self._fused(self.kvs), single)
+        return self._compare("two fused documents = one block-masked pass", self.fused, single)
 
     def order_does_not_matter(self) -> Check:
-        return self._compare(
-            "an order changes logits by rounding alone", self._fused(self.kvs), self._fused(self.kvs[::-1])
-        )
+        return self._compare("an order changes logits by rounding alone", self.fused, self._fused(self.kvs[::-1]))
 
     def positions_are_honoured(self) -> Check:
-        moved = not torch.equal(self._fused(self.kvs), self._fused(self.kvs, shift=3))
+        moved = not torch.equal(self.fused, self._fused(self.kvs, shift=3))
         detail = "the question's position changes the logits" if moved else "it ignores explicit position ids"
         return Check("explicit positions are honoured", moved, detail)
 
@@ -155,7 +160,7 @@ class _Probe:
         used = not torch.equal(neutral, self._fused(self.kvs, ape=(0.5, 0.5)))
         detail = "temperature and scale change the logits" if used else "its attention cannot be exchanged"
         return (
-            self._compare("APE with temperature and scale 1 = fusion", neutral, self._fused(self.kvs)),
+            self._compare("APE with temperature and scale 1 = fusion", neutral, self.fused),
             Check("APE's attention is used", used, detail),
         )
 

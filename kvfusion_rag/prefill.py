@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .backbone import Backbone
-from .schema import DocumentKV, KVShape
+from .kv import DocumentKV, KVShape
 from .support import routes_tokens
 
 LENGTH_BUCKET = 32  # tokens; padded lengths are multiples of it

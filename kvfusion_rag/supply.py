@@ -17,8 +17,9 @@ from tqdm.auto import tqdm
 
 from .backbone import Backbone
 from .errors import InvalidInputError
+from .kv import DocumentKV
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill
-from .schema import DocumentKV, Origin
+from .schema import Origin
 from .store import Fetched, Miss, Place, Wanted, as_store, document_key
 
 STORED_AT_ONCE = 128  # documents

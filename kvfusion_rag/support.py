@@ -14,7 +14,8 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .errors import UnsupportedModelError
-from .schema import Check, KVShape
+from .kv import KVShape
+from .schema import Check
 
 LENGTH_DEPENDENT_ROPE = {
     "dynamic": "stretches its rotation with the length of the input",

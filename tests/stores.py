@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from kvfusion_rag import DiskStore
-from kvfusion_rag.schema import DocumentKV, KVShape
+from kvfusion_rag.kv import DocumentKV, KVShape
 from kvfusion_rag.store import Wanted, document_key
 
 SHAPE = KVShape(2, 3, 8, torch.float32)

@@ -30,10 +30,10 @@ from kvfusion_rag.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.batching import MAX_BATCH, MAX_ROW_TOKENS, MOST_FOREIGN, Batch, Placed, Request, batches
 from kvfusion_rag.decoding import DecodingOptions, Question
 from kvfusion_rag.fusion import BufferPool, FusedBuffer, FusedLayer
+from kvfusion_rag.kv import DocumentKV, KVShape
 from kvfusion_rag.layouts import FixedLayout
 from kvfusion_rag.limits import is_out_of_memory
 from kvfusion_rag.reading import Reading
-from kvfusion_rag.schema import DocumentKV, KVShape
 
 VOCABULARY = WORDS.split()
 SHAPE = KVShape(2, 2, 4, torch.float32)

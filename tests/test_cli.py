@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from test_retrieval import LIGHTHOUSE, WordEmbedder, load_minilm, reasons
 from kvfusion_rag import Check, GateReport, InvarianceReport, UnsupportedModelError, __version__
 from kvfusion_rag.cli import ask, doctor, main
 from kvfusion_rag.cli.answers import MAX_SENTENCE_CHARACTERS, sentence_around
-from kvfusion_rag.cli.console import printable
+from kvfusion_rag.cli.console import collection_paused, printable
 from kvfusion_rag.retrieval import SkippedFile
 
 ROOT = Path(__file__).parent.parent
@@ -413,3 +414,27 @@ def test_a_reader_that_leaves_is_no_error():
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, cwd=ROOT, timeout=60, check=False)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+# The garbage collector
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_garbage_collector_is_as_before_when_a_command_ends(monkeypatch, fails):
+    seen = []
+
+    @collection_paused()
+    def load(args):
+        seen.append(gc.isenabled())
+        if fails:
+            raise UnsupportedModelError("no such model")
+
+    def run(args):
+        load(args)
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        return 0
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor", "a/model"]) == (2 if fails else 0)
+    assert seen == ([False] if fails else [False, (True, True)])
+    assert gc.isenabled() and gc.get_freeze_count() == 0

@@ -8,8 +8,8 @@ import torch
 from tiny import ARCHITECTURES, backbone
 from transformers import DynamicCache
 
+from kvfusion_rag.kv import DocumentKV
 from kvfusion_rag.prefill import prefill_prefix
-from kvfusion_rag.schema import DocumentKV
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

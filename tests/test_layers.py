@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
-    "errors", "versions", "home", "probe", "devices", "digest", "schema", "chat", "settings", "prompts",
+    "errors", "versions", "home", "probe", "devices", "digest", "schema", "kv", "chat", "settings", "prompts",
     "splitting", "positions", "support", "gguf_header", "gguf_convert", "gguf_cache", "locating", "linear",
     "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "gate", "limits",
     "loading", "citations", "store", "supply", "reading", "layouts", "recording", "decoding", "placing",
@@ -73,7 +73,7 @@ def test_integrations_use_public_names_alone():
     ("module", "absent"),
     [
         ("kvfusion_rag", ["torch", "transformers"]),
-        ("kvfusion_rag.generator", ["langchain_core", "llama_index", "chromadb", "sentence_transformers"]),
+        ("kvfusion_rag.generator", ["langchain_core", "llama_index", "chromadb", "sentence_transformers", "peft"]),
         ("kvfusion_rag.training.formats", ["bm25s", "accelerate", "chromadb", "sentence_transformers"]),
         ("kvfusion_rag.cli", ["torch", "transformers", "chromadb"]),
     ],
@@ -82,6 +82,20 @@ def test_imports_are_light(module, absent):
     code = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from kvfusion_rag import Answer, Document, Message; from kvfusion_rag.schema import Usage; Document('x')",
+        "from kvfusion_rag.cli import main; assert main(['--help']) == 0 == main(['ask', '--help'])",
+    ],
+    ids=["data", "help"],
+)
+def test_plain_data_and_help_load_no_torch(code):
+    code += "\nimport sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.splitlines()[-1] == "[]"
 
 
 def test_type_checkers_see_the_public_names_where_they_are():

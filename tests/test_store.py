@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfusion_rag import InvalidInputError, MemoryStore
-from kvfusion_rag.schema import DocumentKV
+from kvfusion_rag.kv import DocumentKV
 from kvfusion_rag.store import document_key, namespace_key, require_namespace
 from kvfusion_rag.store.keys import document_part, is_key
 

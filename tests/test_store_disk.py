@@ -25,7 +25,7 @@ from safetensors import safe_open
 from stores import SHAPE, files_of, ids_of, key_of, kv_of, read, same
 
 from kvfusion_rag import DiskStore, InvalidInputError, StoreError
-from kvfusion_rag.schema import KVShape
+from kvfusion_rag.kv import KVShape
 from kvfusion_rag.store import Miss, VerifyReport, namespace_key
 from kvfusion_rag.store.folder import DEAD_SECONDS, ORPHANED_SECONDS
 from kvfusion_rag.store.format import CODECS, checksum, encode, is_finite, layout

@@ -7,6 +7,8 @@ inside ``run``. Exit codes: 0 done, 1 a check failed, 2 the caller's mistake (on
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -42,6 +44,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    if argv is None:  # the process ends with the command
+        atexit.register(gc.freeze)
     with Interruption() as interruption:
         try:
             return _run(argv)
@@ -63,8 +67,11 @@ def _run(argv: Sequence[str] | None) -> int:
     except SystemExit as done:  # --help and --version
         sys.stdout.flush()
         return int(done.code or 0)
-    with quiet_libraries():
-        return args.run(args)
+    try:
+        with quiet_libraries():
+            return args.run(args)
+    finally:
+        gc.unfreeze()
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -6,6 +6,7 @@ terminal sees them. Also keeps other libraries quiet while a command runs, and p
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -129,6 +130,23 @@ def quiet_libraries() -> Iterator[None]:
                 os.environ.pop(name, None)
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Pause Python's garbage collector while libraries and models are loaded, and leave out of it what was loaded.
+
+    It takes a fifth of the time of large imports, and over a second when a process ends, and finds next to nothing.
+    ``gc.unfreeze`` puts everything back.
+    """
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if is_on:
+            gc.enable()
 
 
 @contextmanager

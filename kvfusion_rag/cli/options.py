@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError, RetrievalError, model_load_errors
-from .console import patient_bars
+from .console import collection_paused, patient_bars
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -125,6 +125,7 @@ def _open_store(args: argparse.Namespace) -> DocumentStore | str:
     return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
 
 
+@collection_paused()
 def load_generator(args: argparse.Namespace, store: DocumentStore | None = None) -> KVFusionGenerator:
     """The generator that the arguments of models, and of stores where a command has them, name; over ``store``."""
     from .. import KVFusionGenerator
@@ -174,6 +175,7 @@ def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], 
     return lambda text: len(encoder.plain.encode(text)), settings.passage_length
 
 
+@collection_paused()
 def open_index(
     args: argparse.Namespace, folder: Path | None, count_tokens: Callable[[str], int], passage_length: int | None
 ) -> DocumentIndex:

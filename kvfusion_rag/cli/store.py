@@ -121,7 +121,7 @@ def _forget(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     import torch
 
-    from ..schema import KVShape
+    from ..kv import KVShape
     from ..store.format import layout
     from ..support import expected_kv_shape
 

@@ -20,8 +20,9 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 
 from ..errors import InvalidInputError, OverloadError, StoreError
+from ..kv import DocumentKV, KVShape
 from ..probe import device_name
-from ..schema import DocumentKV, KVShape, Origin
+from ..schema import Origin
 from .disk import DiskStore
 from .files import Miss
 from .flights import Flight, Flights

@@ -13,8 +13,8 @@ from ..engine import Engine
 from ..errors import UnsupportedModelError
 from ..fusion import fuse
 from ..gate import TOLERANCE
+from ..kv import DocumentKV
 from ..positions import packed_mask
-from ..schema import DocumentKV
 from .examples import Batch, Example, collate
 
 
