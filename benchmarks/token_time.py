@@ -25,6 +25,7 @@ from kvfusion_rag.decoding import DecodingOptions, Question, decode
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.fusion import FusedBuffer
 from kvfusion_rag.kv import DocumentKV, KVShape
+from kvfusion_rag.locating import locate_model
 
 QUESTION_TOKENS = 16
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="runs of each, after one that does not count")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    backbone = Backbone.load(args.model, model_id=Path(args.model).name, device="cpu", dtype="float32")
+    backbone = Backbone.load(locate_model(args.model), device="cpu", dtype="float32")
     backbone.end_ids = frozenset()  # all answers are equally long
     theirs: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     torch.manual_seed(0)
