@@ -222,7 +222,7 @@ def test_dev_rows_are_answered_in_the_mode_that_is_trained(tmp_path, caplog):
     for share, mode in ((0.0, "fusion"), (0.5, "fusion"), (1.0, "concat")):
         caplog.clear()
         trainer(tmp_path / mode / str(share), engine(), rows(4), rows(2), max_steps=1, joined_share=share).run()
-        assert {r.message.split(",")[0] for r in caplog.records if r.message.startswith("mode ")} == {f"mode {mode}"}
+        assert {r.message.split(" (")[0] for r in caplog.records if r.message.startswith("mode ")} == {f"mode {mode}"}
 
 
 def test_a_tuned_decoder_that_read_joined_prompts_alone_says_so_in_mode_fusion(caplog):
