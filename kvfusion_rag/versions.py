@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from .errors import MissingDependencyError
 
 # The bounds of pyproject.toml for the libraries that adapters need.
-ADAPTER_LIBRARIES = {"transformers": ">=5.12,<5.24", "peft": ">=0.20,<0.22", "torchao": ">=0.18,<0.19"}
+ADAPTER_LIBRARIES = {"transformers": ">=5.18,<5.24", "peft": ">=0.20,<0.22", "torchao": ">=0.18,<0.19"}
 
 
 def require_adapters() -> None:
