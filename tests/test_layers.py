@@ -13,12 +13,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
 # Each module may import only those above it.
 LAYERS = [
-    "errors", "versions",
-    "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "positions", "support",
-    "linear", "attention", "ape", "watch", "collecting", "backbone", "prefill", "fusion", "gate", "limits", "locating",
-    "loading", "citations", "store", "supply", "reading", "recording", "decoding", "placing", "batching", "gathering",
-    "engine", "attribution", "invariance", "streaming", "generator", "qa", "retrieval", "evaluation", "training",
-    "serving", "cli",
+    "errors", "versions", "probe", "devices", "digest", "schema", "chat", "settings", "prompts", "positions",
+    "support", "linear", "attention", "ape", "watch", "collecting", "backbone", "prefill", "fusion", "gate",
+    "limits", "locating", "loading", "citations", "store", "supply", "reading", "recording", "decoding", "placing",
+    "batching", "gathering", "engine", "attribution", "invariance", "streaming", "generator", "qa", "retrieval",
+    "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 
