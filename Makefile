@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 QUESTION ?= Who was the last keeper of the Harrow Point Lighthouse?
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 # What other libraries can break: models, adapters, training, integrations, serving, retrieval.
-VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,fusion_laws generator decoding support prompts quantized versions \
-	training training_command training_data gradient_checkpointing \
+VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,fusion_laws generator decoding support prompts quantized \
+	gguf versions training training_command training_data gradient_checkpointing \
 	langchain_llm langchain_chat langchain_standard langchain_chains langchain_retrievers \
 	llama_index_llm llama_index_prefill llama_index_synthesizer llama_index_chat_engines llama_index_citation_engine \
 	serving serving_flights serving_openai retrieval store_disk store_prometheus))
