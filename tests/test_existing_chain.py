@@ -47,11 +47,11 @@ def test_the_changed_chain_answers_the_example_questions():
     names["llm"].max_tokens = 32  # the chain has this very model
     chain = names["chain"]
     rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
-    asked = [row for row in rows if row["source"].endswith((".md", ".txt"))][::3]  # more would take minutes
+    asked = [row for row in rows if row["source"].endswith((".md", ".txt"))]
     answers = chain.batch([row["question"] for row in asked])
     right = [
         row["question"]
         for row, answer in zip(asked, answers, strict=True)
         if any(a.casefold() in answer.casefold() for a in row["answers"])
     ]
-    assert len(right) >= 3, f"only {right} of {len(asked)} questions were answered"
+    assert len(right) >= 5, f"only {right} of {len(asked)} questions were answered"
