@@ -50,7 +50,7 @@ test-gpu: $(READY) ## the tests that need a GPU
 test-versions: $(VERSION_SETS:%=test-%) ## tests of what other libraries can break, with their lowest and newest versions
 
 $(VERSION_SETS:%=test-%): test-%: $(VENVS)/%/.ready
-	$(VENVS)/$*/bin/python -m pytest -m "not slow and not gpu" $(VERSION_TESTS)
+	$(VENVS)/$*/bin/python -m pytest -m "not slow and not gpu and not default_model" $(VERSION_TESTS)
 
 $(VENVS)/%/.ready: tests/versions/%.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)

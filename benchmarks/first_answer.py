@@ -29,7 +29,7 @@ from unittest.mock import patch
 from kvfusion_rag.cli import main as command
 from kvfusion_rag.cli.console import collection_paused
 
-QUESTION = "Who built the lighthouse at Harrow Point?"
+QUESTION = "Who was the last keeper of the Harrow Point Lighthouse?"
 IMPORTED = ("torch", "transformers.modeling_utils", "kvfusion_rag.generator", "sentence_transformers", "chromadb")
 TIMED = (  # phase, module, class or "", function
     ("tokenizer", "transformers", "AutoTokenizer", "from_pretrained"),

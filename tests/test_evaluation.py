@@ -535,7 +535,7 @@ def test_the_whole_path(capsys, command, tmp_path):
     files = ["--output", "a.json", "--markdown", "a.md", "--predictions", "p.jsonl", "--plot", "a.png"]
     assert command("rows.jsonl.gz", "--limit", 4, "--batch-size", 3, "--seed", 5, *files) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert [line for line in err.splitlines() if "was not trained" not in line] == []  # a generator says that once
     assert out == (tmp_path / "a.md").read_text()
     assert "**tiny-llama on rows.jsonl.gz: 4 questions, 5 documents each.**" in out
     figures = json.loads((tmp_path / "a.json").read_text())

@@ -205,6 +205,6 @@ def test_documents_that_neighbouring_rows_share_are_encoded_once(tmp_path, monke
     made = engine()
     expected = [encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in rows]
     read, asked = made.read, []
-    monkeypatch.setattr(made, "read", lambda documents: asked.append(documents) or read(documents))
+    monkeypatch.setattr(made, "read", lambda documents, layout: asked.append(documents) or read(documents, layout))
     run = trainer(tmp_path, made, rows)
     assert run.examples == expected and len(asked) == 2

@@ -113,7 +113,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     def from_model_id(
         cls, model_id: str | Path | None = None, *, model_options: Mapping[str, Any] | None = None, **fields: Any
     ) -> KVFusionLlamaIndexLLM:
-        """Load a model and wrap it. None is the small model that comes with the package.
+        """Load a model and wrap it. None is the default model, SmolLM2-135M-Instruct.
 
         `model_options` go to `KVFusionGenerator.from_pretrained` (revision, adapter, device, dtype, store,
         ...), everything else to the constructor. Raises what from_pretrained raises.
