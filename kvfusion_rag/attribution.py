@@ -116,14 +116,22 @@ class Attribution:
 
 def with_attribution(engine: Engine, request: Request, answer: Answer, wanted: Attributed) -> Answer:
     """``answer`` with the attention that its sources got, and with "effects" what it is worth without each."""
+    request = engine.prepare(request, DecodingOptions(max_new_tokens=len(answer.token_ids)))
     if wanted == "attention":
         shares = attention_shares(engine, request, answer.token_ids)
         measured = [{"attention": share} for share in shares]
     else:
         found = attribute(engine, request, answer.token_ids, answer.text).documents
         measured = [{"attention": influence.attention, "effect": influence.effect} for influence in found]
-    sources = zip(answer.sources, measured, strict=True)
-    return replace(answer, sources=tuple(replace(source, **facts) for source, facts in sources))
+    sources = [replace(s, attention=0.0, effect=None if wanted == "attention" else 0.0) for s in answer.sources]
+    for number, facts in zip(_read(request), measured, strict=True):
+        sources[number] = replace(sources[number], **facts)
+    return replace(answer, sources=tuple(sources))
+
+
+def _read(request: Request) -> Sequence[int]:
+    """Places of the documents that the model reads among the caller's documents."""
+    return range(len(request.reading.documents)) if request.choice is None else request.choice.kept
 
 
 def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str) -> Attribution:
@@ -133,8 +141,8 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
         UnsupportedModelError: the model's attention cannot be exchanged for one that adds it up.
     """
     engine.require_explicit_attention()
-    request = engine.current(request)  # its answer may have waited, and variants have keys of the model as it is now
     options, began = DecodingOptions(max_new_tokens=len(answer)), time.perf_counter()
+    request = engine.prepare(request, options)  # as the model is now, since variants have its keys
     documents = request.reading.documents
     # In an order of theirs, not the caller's: where a variant stands among the others rounds its numbers.
     full = sorted((number for number, read in enumerate(documents) if read.pieces), key=lambda n: documents[n].pieces)
@@ -155,7 +163,7 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
 @torch.inference_mode()
 def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) -> list[float]:
     """Each document's mean share, over layers and heads, of the attention that chose the tokens of ``answer``."""
-    request = engine.current(request)
+    request = engine.prepare(request, DecodingOptions(max_new_tokens=len(answer)))
     spans = _spans(request)
     run = engine.start(Batch.of(request), DecodingOptions(max_new_tokens=len(answer)))
     try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .decoding import Question
+from .focus import Choice, Focus
 from .layouts import Layout
 from .placing import Placed
 from .reading import Reading
@@ -32,6 +33,8 @@ class Request:
         model: what the keys were made with.
         most_tokens: limit of this answer, if the window has less room than the caller's default.
         spans: tokens of each of the caller's documents in a joined prompt.
+        focus: how to choose among more documents; ``reading`` then holds the longest ones until that is done.
+        choice: what was chosen; ``reading`` holds it.
         began: time at which the caller asked.
         cancelled: once set, the answer ends at its next token.
     """
@@ -44,6 +47,8 @@ class Request:
     model: str
     most_tokens: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
+    focus: Focus | None = None
+    choice: Choice | None = None
     began: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any, get_args
+from functools import partial
+from typing import Any, TypeVar, get_args
 
 import torch
 
@@ -21,6 +22,7 @@ from .batching import Batch, Request, batches
 from .citations import find_citations
 from .decoding import DecodingOptions, Question, Row, decode
 from .errors import InvalidInputError, MemoryLimitError
+from .focus import Focus, choose, needs_choice, scored_question
 from .fusion import BufferPool, FusedBuffer
 from .gate import require_ape
 from .kv import DocumentKV
@@ -32,13 +34,14 @@ from .prompt_reader import PromptReader
 from .prompts import PromptEncoder
 from .reading import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
 from .recording import CudaGraphs, Recorder
-from .schema import Answer, Document, Mode, ModeChoice, Origin, Prompt, Timings, Usage
+from .schema import Answer, Document, FocusChoice, Mode, ModeChoice, Origin, Prompt, Timings, Usage
 from .settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings
 from .store import Fetched, Place, Tier, Wanted
 from .supply import Supply
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 ROOM = 4096  # slots kept free for answers behind all rows; more are made when they are needed
 
 
@@ -121,7 +124,28 @@ class Engine:
         prefix = request.layout.prefix
         reading = request.reading.with_keys(lambda ids: self.supply.key(ids, prefix))
         fused, _ = place(reading, request.mode, self.settings, prefix_tokens=len(prefix))
-        return replace(request, reading=reading, fused=fused, model=self.supply.model)
+        focus = request.focus and request.focus.with_keys(self.supply.key, prefix)
+        return replace(request, reading=reading, fused=fused, focus=focus, model=self.supply.model)
+
+    def prepare(self, request: Request, options: DecodingOptions) -> Request:
+        """``request`` as it is answered: with current keys, and with the documents that focus keeps.
+
+        Raises:
+            MemoryLimitError: there is not enough memory to read the question over all documents.
+        """
+        request = self.current(request)
+        focus = request.focus
+        if focus is None or request.choice is not None:
+            return request
+        tuned = self.prompts.answers_tuned(request.mode)
+        decoder = self.decoder if tuned else self.backbone
+        errors = partial(
+            memory_errors, self.backbone.device, questions=len(focus.scored.keys), tokens=focus.scored.longest
+        )
+        choice = self._twice(lambda: choose(self.supply, decoder, focus, adapter=tuned), errors)
+        chosen = focus.reading.only(choice.kept)
+        made = self.request_for(chosen, request.layout, request.mode, options, request.began)
+        return replace(made, focus=focus, choice=choice, cancelled=request.cancelled)
 
     def ordinary_ids(self) -> list[int]:
         """All ids of the model that are no control tokens."""
@@ -158,10 +182,13 @@ class Engine:
         mode: ModeChoice | None,
         options: DecodingOptions,
         template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        focus: FocusChoice = "auto",
     ) -> Request:
         """Encode and check one question with its documents; see ``KVFusionGenerator.answer``."""
         began = time.perf_counter()
         chosen, reason = self.prompts.mode_of(mode)
+        most = self.prompts.focus_of(focus, chosen)
         if not isinstance(question, str) or not question.strip():
             raise InvalidInputError(f"the question is {question!r}, but it must be a text that is not blank.")
         if not isinstance(prompt, str | Sequence | None):
@@ -181,9 +208,25 @@ class Engine:
             self._warn_once(f"{name} reads bare questions; the wording around the question is not used")
         if chosen == "ape":
             self.require_explicit_attention()
-        made = self.request_for(reading, layout, chosen, options, began)
+        if most is not None and needs_choice(reading, most):
+            made = self._focused(question, documents, reading, layout, chosen, most, options, began)
+        else:
+            made = self.request_for(reading, layout, chosen, options, began)
         self._log_mode(chosen, reason)
         return made
+
+    def _focused(
+        self, question: str, documents: Sequence[Document | str], reading: Reading, layout: Layout, mode: Mode,
+        most: int, options: DecodingOptions, began: float,
+    ) -> Request:  # fmt: skip
+        """A request whose documents are still to be chosen; a joined prompt's are scored as a bare question's."""
+        scored, prefix = reading, layout.prefix
+        if mode == "concat":
+            bare = self.prompts.fused_layout(None)
+            scored, prefix = self.read(documents, bare), bare.prefix
+        ids, given = scored_question(self.encoder.plain, question)
+        focus = Focus(most, reading, scored, prefix, ids, given, self.settings.focus_weight)
+        return replace(self.request_for(focus.longest, layout, mode, options, began), focus=focus)
 
     def request_for(
         self, reading: Reading, layout: Layout, mode: Mode, options: DecodingOptions, began: float
@@ -207,7 +250,7 @@ class Engine:
             positions=self.settings.positions,
         )
         most = room if room is not None and room < options.max_new_tokens else None
-        return Request(reading, Question(ids, start), mode, fused, layout, self.supply.model, most, spans, began)
+        return Request(reading, Question(ids, start), mode, fused, layout, self.supply.model, most, spans, began=began)
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -219,7 +262,7 @@ class Engine:
 
     def answer_all(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
         """Answers of all requests, decoded in as few batches as the limit on fused tokens allows."""
-        requests = [self.current(request) for request in requests]
+        requests = [self.prepare(request, options) for request in requests]
         return [
             answer
             for batch in self.batches(requests)
@@ -234,16 +277,20 @@ class Engine:
         Raises:
             MemoryLimitError: it runs out again.
         """
+        return self._twice(lambda: self._start(batch, options), lambda: self.memory_errors(batch))
+
+    def _twice(self, run: Callable[[], T], errors: Callable[[], AbstractContextManager[None]]) -> T:
+        """What ``run`` returns; once more if memory runs out, in a context of ``errors``."""
         try:
-            return self._start(batch, options)
+            return run()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         # The failed pass is gone by now, its tensors with it.
         released = self.supply.store.release_memory(self.backbone.device) + self._give_back()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
-        with self.memory_errors(batch):
-            return self._start(batch, options)
+        with errors():
+            return run()
 
     def _start(self, batch: Batch, options: DecodingOptions) -> Run:
         buffer, fetched = self.fill(batch, options.max_new_tokens)
@@ -299,6 +346,7 @@ class Engine:
         copies: list[tuple[str, DocumentKV]] = []  # further slots of documents that several rows share
         starts: dict[str, int] = {}
         kv = self.supply.prefix_kv(prefix)
+        held = {key: found for r in batch.requests if r.choice is not None for key, found in r.choice.kvs.items()}
         for row, shared in enumerate(batch.rows):
             if shared.prefix != prefix:
                 continue
@@ -307,7 +355,9 @@ class Engine:
             at = len(prefix)
             for piece in shared.pieces.values():
                 slots = buffer.slots(row, at, piece.ids)
-                if piece.key in wanted:
+                if piece.key in held:
+                    held[piece.key].copy_into(slots)
+                elif piece.key in wanted:
                     copies.append((piece.key, slots))
                 else:
                     wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots, piece.stored), piece.start
@@ -384,16 +434,21 @@ class Engine:
         reading = request.reading
         apart = request.mode != "concat"
         origins: dict[str, Origin] = dict.fromkeys(reading.keys, "prompt")
+        misses = run.misses if apart else {}
         if apart:
-            found: dict[tuple[int, ...], Origin] = {piece.ids: run.origins[piece.key] for piece in request.fused or ()}
+            known: Mapping[str, Origin] = {**(request.choice.origins if request.choice else {}), **run.origins}
+            found: dict[tuple[int, ...], Origin] = {piece.ids: known[piece.key] for piece in request.fused or ()}
             origins = {key: found[ids] for key, ids in reading.keys.items()}
+        sources = reading.sources(origins, misses)
+        if request.choice is not None:
+            sources = request.choice.sources(sources)
         if row.finish_reason in (None, "length"):
             logger.info("the answer was cut at its limit of %d tokens; max_new_tokens raises it", len(row.ids))
         cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] in get_args(Tier))
         return Answer(
             text=row.text,
             mode=request.mode,
-            sources=reading.sources(origins, run.misses if apart else {}),
+            sources=sources,
             citations=find_citations(row.text, reading.cited_order),
             usage=Usage(
                 prompt_tokens=len(request.prefix) + request.fused_tokens + len(request.question.ids),

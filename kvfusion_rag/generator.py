@@ -35,6 +35,7 @@ from .schema import (
     Answer,
     Attributed,
     Document,
+    FocusChoice,
     GateReport,
     InvarianceReport,
     Mode,
@@ -332,6 +333,7 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         attribution: Attributed | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
@@ -348,6 +350,9 @@ class KVFusionGenerator:
             mode: "fusion" (with ``positions="global"`` the order does matter); "concat" (the ordinary joined prompt
                 in the caller's order; the adapter takes part only if it was trained on joined prompts too); "ape"
                 (training-free fusion, arXiv 2502.05431; the adapter takes no part); "auto", see ``ModelSettings``.
+            focus: keep only this many documents, those that make the question likeliest (and that the retriever scores
+                highest, if the model's ``focus_weight`` says so); None keeps all, as in the paper; "auto" is the
+                model's own (``ModelSettings.focus``). ``Answer.sources`` has the scores.
             attribution: measure what each document did for the answer (``Answer.sources``): "attention" by one more
                 pass over question and answer, "effects" also what it is worth without each (:meth:`attribute`).
             chat_template_kwargs: further variables of the model's chat template for this call.
@@ -362,6 +367,7 @@ class KVFusionGenerator:
             [documents],
             prompts=[prompt],
             mode=mode,
+            focus=focus,
             attribution=attribution,
             chat_template_kwargs=chat_template_kwargs,
             **options,
@@ -374,6 +380,7 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         attribution: Attributed | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
@@ -384,6 +391,7 @@ class KVFusionGenerator:
             [documents],
             prompts=[prompt],
             mode=mode,
+            focus=focus,
             attribution=attribution,
             chat_template_kwargs=chat_template_kwargs,
             **options,
@@ -397,6 +405,7 @@ class KVFusionGenerator:
         *,
         prompts: Sequence[Prompt] | None = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         attribution: Attributed | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
@@ -407,7 +416,7 @@ class KVFusionGenerator:
         documents read them once. Nothing is computed when one question is wrong. Where all together would pass
         ``max_fused_tokens``, they are decoded in several batches, in order.
         """
-        requests, decoding = self._requests(questions, documents, prompts, mode, chat_template_kwargs, options)
+        requests, decoding = self._requests(questions, documents, prompts, mode, focus, chat_template_kwargs, options)
         self._require_attributable(attribution)
         ask = self._engine.answer_all if self._gatherer is None else self._gatherer.ask
         return self._attributed(requests, ask(requests, decoding), attribution)
@@ -419,13 +428,14 @@ class KVFusionGenerator:
         *,
         prompts: Sequence[Prompt] | None = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         attribution: Attributed | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> list[Answer]:
         """As :meth:`answer_batch`, while the event loop stays free; see :meth:`aanswer`."""
         requests, decoding = await asyncio.to_thread(
-            self._requests, questions, documents, prompts, mode, chat_template_kwargs, options
+            self._requests, questions, documents, prompts, mode, focus, chat_template_kwargs, options
         )
         await asyncio.to_thread(self._require_attributable, attribution)
         if self._gatherer is None:
@@ -469,6 +479,7 @@ class KVFusionGenerator:
         documents: Sequence[Sequence[Document | str]],
         prompts: Sequence[Prompt] | None,
         mode: ModeChoice | None,
+        focus: FocusChoice,
         template_kwargs: Mapping[str, Any] | None,
         options: DecodingKwargs,
     ) -> tuple[list[Request], DecodingOptions]:
@@ -484,7 +495,10 @@ class KVFusionGenerator:
             )
         decoding = self._options(options)
         rows = zip(questions, documents, prompts, strict=True)
-        return [self._engine.request(q, row, p, mode, decoding, template_kwargs) for q, row, p in rows], decoding
+        requests = [
+            self._engine.request(q, row, p, mode, decoding, template_kwargs, focus=focus) for q, row, p in rows
+        ]
+        return requests, decoding
 
     def stream(
         self,
@@ -493,13 +507,14 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         attribution: Attributed | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> AnswerStream:
         """Answer piece by piece. Arguments and errors are those of :meth:`answer`, raised by this call itself."""
         decoding = self._options(options)
-        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
+        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs, focus=focus)
         self._require_attributable(attribution)
         return AnswerStream(self._pieces(request, decoding, attribution), request.cancelled)
 
@@ -511,6 +526,7 @@ class KVFusionGenerator:
         answer: Answer | str | None = None,
         prompt: Prompt = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **options: Unpack[DecodingKwargs],
     ) -> Attribution:
@@ -520,7 +536,8 @@ class KVFusionGenerator:
 
         Args:
             answer: an answer of this generator or a text to judge; by default the question is answered first.
-            question, documents, prompt, mode, options: as :meth:`answer` takes them.
+            question, documents, prompt, mode, focus, options: as :meth:`answer` takes them. Documents that focus left
+                out take no part.
         """
         self._options(options)
         if not isinstance(answer, Answer | str | None):
@@ -529,7 +546,7 @@ class KVFusionGenerator:
             mode = mode or answer.mode
         wording: dict[str, Any] = {"prompt": prompt, "chat_template_kwargs": chat_template_kwargs}
         if answer is None:
-            answer = self.answer(question, documents, mode=mode, **wording, **options)
+            answer = self.answer(question, documents, mode=mode, focus=focus, **wording, **options)
         if isinstance(answer, str):
             ends = [self._backbone.end_id] if self._backbone.end_id is not None else []
             ids, text = (*self._encoder.encode_answer(answer), *ends), answer
@@ -538,7 +555,7 @@ class KVFusionGenerator:
         if not ids:
             raise InvalidInputError("the answer has no tokens, so no document can have brought it about.")
         decoding = DecodingOptions(max_new_tokens=len(ids))
-        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
+        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs, focus=focus)
         return attribute(self._engine, request, ids, text)
 
     def show_prompt(
@@ -548,17 +565,17 @@ class KVFusionGenerator:
         *,
         prompt: Prompt = None,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> ShownPrompt:
         """The text that the model reads for this question, with the borders of the documents.
 
         Arguments are those of :meth:`answer`. Fused documents are shown once each, in the order in which they are
-        joined; they stand at the same positions.
+        joined; they stand at the same positions. Documents are computed only if focus has to choose among them.
         """
         decoding = self._options({})
-        return self._engine.prompts.shown(
-            self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs)
-        )
+        request = self._engine.request(question, documents, prompt, mode, decoding, chat_template_kwargs, focus=focus)
+        return self._engine.prompts.shown(self._engine.prepare(request, decoding))
 
     def prefill(
         self,
@@ -651,6 +668,7 @@ class KVFusionGenerator:
         *,
         permutations: int = 10,
         mode: ModeChoice | None = None,
+        focus: FocusChoice = "auto",
         seed: int = 0,
     ) -> InvarianceReport:
         """Answer once as given and then in ``permutations`` shuffled orders; compare texts and bits of all logits.
@@ -659,8 +677,9 @@ class KVFusionGenerator:
         checks that stored and computed KVs are the same.
         """
         return check_invariance(
-            self._engine, question, documents, self._options({}), permutations=permutations, mode=mode, seed=seed
-        )
+            self._engine, question, documents, self._options({}),
+            permutations=permutations, mode=mode, focus=focus, seed=seed,
+        )  # fmt: skip
 
     def _options(self, options: DecodingKwargs) -> DecodingOptions:
         return decoding_options(options, max_new_tokens=self.max_new_tokens)
@@ -668,7 +687,7 @@ class KVFusionGenerator:
     def _pieces(
         self, request: Request, options: DecodingOptions, attribution: Attributed | None
     ) -> Generator[str | Answer, None, None]:
-        request = self._engine.current(request)  # much may happen before a stream is first read
+        request = self._engine.prepare(request, options)  # much may happen before a stream is first read
         run = self._engine.start(Batch.of(request), options)
         with closing(self._engine.decode(run, options)) as steps:
             for _ in steps:

@@ -12,7 +12,7 @@ from .decoding import DecodingOptions
 from .engine import Engine
 from .errors import InvalidInputError
 from .reading import require_sequence
-from .schema import Document, InvarianceReport, ModeChoice
+from .schema import Document, FocusChoice, InvarianceReport, ModeChoice
 from .settings import is_count
 
 
@@ -24,6 +24,7 @@ def check_invariance(
     *,
     permutations: int,
     mode: ModeChoice | None,
+    focus: FocusChoice,
     seed: int,
 ) -> InvarianceReport:
     """See ``KVFusionGenerator.check_invariance``."""
@@ -36,7 +37,7 @@ def check_invariance(
     difference = 0.0
     for _ in range(permutations + 1):
         logits: list[torch.Tensor] = []
-        request = engine.request(question, shuffled, None, mode, options)
+        request = engine.prepare(engine.request(question, shuffled, None, mode, options, focus=focus), options)
         run = engine.start(Batch.of(request), options)
         for _ in engine.decode(run, options, on_logits=logits.append):
             pass

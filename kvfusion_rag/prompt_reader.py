@@ -13,8 +13,8 @@ from .batching import Request
 from .layouts import ChatLayouts, FixedLayout, Layout
 from .measured import best_mode
 from .prompts import PlainEncoder, PromptEncoder
-from .schema import Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
-from .settings import ModelSettings, require_mode
+from .schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
+from .settings import ModelSettings, require_focus, require_mode
 
 
 class PromptReader:
@@ -50,6 +50,13 @@ class PromptReader:
         if (found := best_mode(self.backbone, self.backbone.adapter_digest)) is not None:
             return found, "measured best by kvfusion doctor --measure"
         return "concat", "the model was not trained to read fused documents"
+
+    def focus_of(self, wanted: FocusChoice, mode: Mode) -> int | None:
+        """How many documents an answer in ``mode`` keeps; None for all."""
+        require_focus(wanted)
+        if wanted != "auto":
+            return wanted
+        return self.settings.focus if mode == "fusion" else None
 
     def layout(
         self,

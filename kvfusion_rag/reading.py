@@ -6,7 +6,8 @@ Sits between the facade and the engine. Knows templates and limits, but neither 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .errors import ContextLimitError, InvalidInputError
@@ -51,7 +52,11 @@ class Reading:
 
     def without(self, number: int) -> Reading:
         """All documents but the one at this place; what it shares with another one stays."""
-        documents = self.documents[:number] + self.documents[number + 1 :]
+        return self.only([n for n in range(len(self.documents)) if n != number])
+
+    def only(self, numbers: Iterable[int]) -> Reading:
+        """The documents at these places."""
+        documents = tuple(self.documents[number] for number in numbers)
         left = {ids for document in documents for ids in document.pieces}
         return Reading(documents, {key: ids for key, ids in self.keys.items() if ids in left})
 
@@ -107,6 +112,7 @@ class Reading:
                     duplicate_of=twin,
                     miss=next((str(misses[key_of[piece]]) for piece in read.pieces if key_of[piece] in misses), None),
                     metadata=dict(read.document.metadata),
+                    used=bool(read.pieces),
                 )
             )
         return tuple(sources)
@@ -181,6 +187,11 @@ def is_filled(document: object) -> bool:
     return not isinstance(text, str) or bool(text.strip())
 
 
+def is_score(value: object) -> bool:
+    """Whether ``value`` can be a retriever's score."""
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+
+
 def _read(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> ReadDocument:
     if isinstance(document, str):
         document = Document(document)
@@ -193,6 +204,8 @@ def _read(document: Document | str, number: int, encoder: DocumentEncoder, limit
     for name, value in (("text", document.text), ("id", document.id), ("title", document.title)):
         if not isinstance(value, str) and (value is not None or name == "text"):
             raise InvalidInputError(f"the {name} of document {number} is {value!r}, but it must be a string.")
+    if not is_score(document.score):
+        raise InvalidInputError(f"the score of document {number} is {document.score!r}, but must be a finite number.")
     if not isinstance(document.metadata, Mapping):
         raise InvalidInputError(
             f"the metadata of document {number} is {document.metadata!r:.100}, but must be a dict."

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 ModeChoice = Literal["auto", "fusion", "concat", "ape"]  # what callers may ask for; "auto" becomes one of the modes
+FocusChoice = int | Literal["auto"] | None  # how many documents to keep; "auto" becomes a number or None (all)
 FinishReason = Literal["stop", "length", "cancelled"]
 Attributed = Literal["attention", "effects"]  # what sources say of their part in an answer, if that is asked for
 Role = Literal["system", "user", "assistant"]
@@ -26,13 +27,15 @@ class Document:
     """One retrieved passage: the unit that is prefilled alone.
 
     ``id`` names it in sources and citations (the caller's order number where it is missing); ``title``
-    is read by the model when its template has a place for it; ``metadata`` is carried, never read.
+    is read by the model when its template has a place for it; ``metadata`` is carried, never read. ``score`` is the
+    retriever's, higher for a better document; focus may weigh it.
     """
 
     text: str
     id: str | None = None
     title: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,8 @@ class Source:
     ``miss`` is the reason why the store had a computed one not (of its first missing piece).
     ``attention`` and ``effect`` are those of ``Influence``, if they were asked for (``attribution=``).
     ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
-    the same tokens, which was fused in its place.
+    the same tokens, which was fused in its place. ``used`` is False for a blank document and for one that focus left
+    out; ``focus_score`` is what focus ranked it by (nats), None where nothing had to be chosen.
     """
 
     id: str
@@ -121,6 +125,8 @@ class Source:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     attention: float | None = None
     effect: float | None = None
+    used: bool = True
+    focus_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

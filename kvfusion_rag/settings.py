@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,8 @@ class ModelSettings:
         positions: of documents in mode "fusion". "uniform": all stand right after the prefix, so no order of theirs
             is told from another. "global": one after another in the caller's order, the question behind the last;
             it measures what order invariance costs.
+        focus: documents that mode "fusion" keeps by default, those that make the question likeliest; None for all.
+        focus_weight: of the retriever's score, standardized over the documents, beside log p(question | document).
         ape_temperature: T of mode "ape", which divides the logits of the documents' slots.
         ape_scale: S of mode "ape", which multiplies the log-sum-exp of the documents' slots.
         tuned: True when the weights themselves were trained to read fused caches.
@@ -91,6 +93,8 @@ class ModelSettings:
     max_new_tokens: int | None = None
     mode: ModeChoice = "auto"
     positions: Positions = "uniform"
+    focus: int | None = None
+    focus_weight: float = 0.0
     ape_temperature: float = 0.9
     ape_scale: float = 0.9
     tuned: bool = False
@@ -110,6 +114,11 @@ class ModelSettings:
             value = getattr(self, name)
             if not (is_count(value) or value is None):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of tokens above 0.")
+        if self.focus == "auto":
+            raise InvalidInputError("focus is 'auto', but a model's own setting must be a whole number or None.")
+        require_focus(self.focus)
+        if not _is_number(self.focus_weight) or self.focus_weight < 0:
+            raise InvalidInputError(f"focus_weight is {self.focus_weight!r}, but it must be a number from 0.")
         if self.long_documents not in ("error", "split"):
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
         if self.layout not in ("prompt", "fixed"):
@@ -228,13 +237,23 @@ def require_mode(mode: object) -> None:
         raise InvalidInputError(f"mode is {mode!r}, but it must be 'auto', 'fusion', 'concat' or 'ape'.")
 
 
+def require_focus(focus: object) -> None:
+    """Raise InvalidInputError unless ``focus`` is a number of documents, "auto" or None."""
+    if not (is_count(focus) or focus is None or focus == "auto"):
+        raise InvalidInputError(f"focus is {focus!r}, but it must be a number of documents from 1, 'auto' or None.")
+
+
 def is_count(value: object) -> bool:
     """Whether ``value`` is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return _is_number(value) and value > 0
 
 
 def _require_template(name: str, template: object, field: str | None = None, *, optional: str | None = None) -> None:
