@@ -225,7 +225,7 @@ class Engine:
             bare = self.prompts.fused_layout(None)
             scored, prefix = self.read(documents, bare), bare.prefix
         ids, given = scored_question(self.encoder.plain, question)
-        focus = Focus(most, reading, scored, prefix, ids, given, self.settings.focus_weight)
+        focus = Focus(most, reading, scored, prefix, ids, given, self.prompts.focus_weight)
         return replace(self.request_for(focus.longest, layout, mode, options, began), focus=focus)
 
     def request_for(

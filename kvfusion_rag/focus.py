@@ -137,12 +137,15 @@ def document_scores(
     values = [float(score) for score in given if score is not None]
     if not weight or len(values) < len(given):
         return tuple(found)
+    added = iter(standardized(values))
+    return tuple(None if score is None else score + weight * next(added) for score in found)
+
+
+def standardized(values: Sequence[float]) -> list[float]:
+    """``values`` with mean 0 and standard deviation 1; all 0 if they are equal."""
     mean = math.fsum(values) / len(values)  # exact sums, which do not depend on the order
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)) or 1.0
-    return tuple(
-        None if score is None else score + weight * ((read.document.score or 0.0) - mean) / deviation
-        for read, score in zip(documents, found, strict=True)
-    )
+    return [(value - mean) / deviation for value in values]
 
 
 def best_documents(reading: Reading, scores: Sequence[float | None], most: int) -> tuple[int, ...]:

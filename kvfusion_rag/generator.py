@@ -28,7 +28,7 @@ from .gathering import Gatherer
 from .home import HOME_VARIABLE, home
 from .invariance import check_invariance
 from .loading import load_decoders
-from .measured import keep_measurement
+from .measured import Measured, keep_measurement
 from .prefill import LENGTH_BUCKET, prefill_prefix
 from .reading import UNLIMITED
 from .schema import (
@@ -221,14 +221,18 @@ class KVFusionGenerator:
         """The mode of calls that do not name one, and the reason for it."""
         return self._engine.prompts.mode_of(None)
 
-    def keep_best_mode(self, mode: Mode, table: list[dict[str, Any]]) -> None:
-        """Keep ``mode`` as the best one for this model and adapter, with the table that shows it, for later processes.
+    def default_focus(self) -> int | None:
+        """How many documents calls keep that name neither mode nor focus; None for all."""
+        return self._engine.prompts.focus_of("auto", self.mode)
+
+    def keep_measurement(self, best: Measured, table: list[dict[str, Any]]) -> None:
+        """Keep the best mode and focus of this model and adapter, with the table that shows it, for later processes.
 
         Raises:
             InvalidInputError: the file cannot be written.
         """
         try:
-            keep_measurement(self._backbone, self._backbone.adapter_digest, mode, table)
+            keep_measurement(self._backbone, self._backbone.adapter_digest, best, table)
         except OSError as error:
             raise InvalidInputError(
                 f"the measured mode cannot be kept in {str(home())!r}: {error.strerror or error}; set {HOME_VARIABLE} "

@@ -11,7 +11,7 @@ from typing import Any
 from .backbone import Backbone
 from .batching import Request
 from .layouts import ChatLayouts, FixedLayout, Layout
-from .measured import best_mode
+from .measured import Measured, measured
 from .prompts import PlainEncoder, PromptEncoder
 from .schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
 from .settings import ModelSettings, require_focus, require_mode
@@ -47,8 +47,8 @@ class PromptReader:
             return self.settings.mode, "set for this model"
         if self.settings.tuned:
             return "fusion", "the weights were trained to read fused documents"
-        if (found := best_mode(self.backbone, self.backbone.adapter_digest)) is not None:
-            return found, "measured best by kvfusion doctor --measure"
+        if (found := self._measured()) is not None:
+            return found.mode, "measured best by kvfusion doctor --measure"
         return "concat", "the model was not trained to read fused documents"
 
     def focus_of(self, wanted: FocusChoice, mode: Mode) -> int | None:
@@ -56,7 +56,19 @@ class PromptReader:
         require_focus(wanted)
         if wanted != "auto":
             return wanted
-        return self.settings.focus if mode == "fusion" else None
+        if mode != "fusion" or self.settings.focus is not None:
+            return self.settings.focus if mode == "fusion" else None
+        return None if (found := self._measured()) is None else found.focus
+
+    @property
+    def focus_weight(self) -> float:
+        """Weight of the retriever's score: the model's own, else the measured one, else 0."""
+        if self.settings.focus_weight is not None:
+            return self.settings.focus_weight
+        return 0.0 if (found := self._measured()) is None else found.focus_weight
+
+    def _measured(self) -> Measured | None:
+        return measured(self.backbone, self.backbone.adapter_digest)
 
     def layout(
         self,

@@ -68,7 +68,8 @@ class ModelSettings:
             is told from another. "global": one after another in the caller's order, the question behind the last;
             it measures what order invariance costs.
         focus: documents that mode "fusion" keeps by default, those that make the question likeliest; None for all.
-        focus_weight: of the retriever's score, standardized over the documents, beside log p(question | document).
+        focus_weight: of the retriever's score, standardized over the documents, beside log p(question | document);
+            None for what ``kvfusion doctor --measure`` found best, else 0.
         ape_temperature: T of mode "ape", which divides the logits of the documents' slots.
         ape_scale: S of mode "ape", which multiplies the log-sum-exp of the documents' slots.
         tuned: True when the weights themselves were trained to read fused caches.
@@ -94,7 +95,7 @@ class ModelSettings:
     mode: ModeChoice = "auto"
     positions: Positions = "uniform"
     focus: int | None = None
-    focus_weight: float = 0.0
+    focus_weight: float | None = None
     ape_temperature: float = 0.9
     ape_scale: float = 0.9
     tuned: bool = False
@@ -117,8 +118,8 @@ class ModelSettings:
         if self.focus == "auto":
             raise InvalidInputError("focus is 'auto', but a model's own setting must be a whole number or None.")
         require_focus(self.focus)
-        if not _is_number(self.focus_weight) or self.focus_weight < 0:
-            raise InvalidInputError(f"focus_weight is {self.focus_weight!r}, but it must be a number from 0.")
+        if self.focus_weight is not None and (not _is_number(self.focus_weight) or self.focus_weight < 0):
+            raise InvalidInputError(f"focus_weight is {self.focus_weight!r}, but it must be a number from 0, or None.")
         if self.long_documents not in ("error", "split"):
             raise InvalidInputError(f"long_documents is {self.long_documents!r}, but it must be 'error' or 'split'.")
         if self.layout not in ("prompt", "fixed"):

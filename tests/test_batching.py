@@ -414,7 +414,7 @@ def test_a_cancelled_task_ends_at_a_token_and_the_rest_go_on():
         gen._backbone.forward = counted
         requests = gen._engine.request
         running = []
-        gen._engine.request = lambda *args: (made := requests(*args), running.append(made))[0]
+        gen._engine.request = lambda *args, **named: (made := requests(*args, **named), running.append(made))[0]
         tasks = [asyncio.create_task(gen.aanswer(q, rows, max_new_tokens=30)) for q in ("who built it?", "where?")]
         return await asyncio.gather(*tasks, return_exceptions=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -13,8 +14,18 @@ from test_retrieval import WordEmbedder
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import main
 from kvfusion_rag.evaluation.metrics import answer_in_text
-from kvfusion_rag.evaluation.modes import ModeQuestion, ModeResult, best_of, measure_modes, shipped_questions
+from kvfusion_rag.evaluation.modes import (
+    WAYS,
+    ModeQuestion,
+    ModeResult,
+    best_measured,
+    best_weight,
+    measure_modes,
+    shipped_questions,
+    with_scores,
+)
 from kvfusion_rag.home import home
+from kvfusion_rag.measured import Measured
 from kvfusion_rag.schema import Document
 
 ANSWER = "Amara Osei"
@@ -42,37 +53,80 @@ def test_a_mode_is_judged_by_its_answers():
         ModeQuestion("who built it?", (ANSWER,), documents),
         ModeQuestion("who sleeps?", ("the doves",), documents),
     ]
-    results = {result.mode: result for result in measure_modes(gen, asked)}
-    assert set(results) == {"fusion", "ape", "concat"}
-    assert {result.right for result in results.values()} == {50.0}
-    assert all(0 < result.first_token <= result.total for result in results.values())
+    results, weight = measure_modes(gen, asked)
+    assert [(result.mode, result.focus) for result in results] == list(WAYS) and weight == 0
+    assert {result.right for result in results} == {50.0}
+    assert all(0 < result.first_token <= result.total for result in results)
+
+
+def test_the_weight_ranks_documents_with_an_answer_highest():
+    rows = []
+    for letter, best in (("a", 0), ("b", 2), ("c", 1)):
+        documents = [
+            Document(f"{'Elm' if n == best else 'two'} grey doves {letter} {n}", score=float(n == best))
+            for n in range(3)
+        ]
+        rows.append(ModeQuestion(f"which tree {letter}?", ("Elm",), tuple(documents)))
+    weight = best_weight(tiny.untuned(), rows)
+    ranked = tiny.untuned().with_settings(focus_weight=weight)
+    for row, best in zip(rows, (0, 2, 1), strict=True):
+        sources = ranked.answer(row.question, row.documents, mode="fusion", focus=1, max_new_tokens=1).sources
+        assert [source.used for source in sources] == [n == best for n in range(3)]
+    bare = [ModeQuestion(r.question, r.answers, tuple(Document(d.text) for d in r.documents)) for r in rows]
+    assert best_weight(tiny.untuned(), bare) == 0
+
+
+def test_scores_are_cosine_similarities():
+    class Embedder:
+        def embed_documents(self, texts):
+            return np.array([[1.0, 0.0], [0.6, 0.8]])
+
+        def embed_question(self, text):
+            return np.array([0.0, 1.0])
+
+    (found,) = with_scores([ModeQuestion("?", ("a",), (Document("a"), Document("b", title="t")))], Embedder())
+    assert [document.score for document in found.documents] == [0.0, 0.8]
 
 
 def test_the_best_mode_has_the_most_right_answers_and_equal_ones_prefer_stored_documents():
-    assert best_of([ModeResult("fusion", 50.0), ModeResult("ape", 60.0), ModeResult("concat", 55.0)]) == "ape"
-    assert best_of([ModeResult("fusion", 60.0), ModeResult("ape", 60.0), ModeResult("concat", 60.0)]) == "fusion"
-    assert best_of([ModeResult("fusion", reason="refused"), ModeResult("concat", 0.0)]) == "concat"
+    def best(*results):
+        return best_measured(results, 0.5)
+
+    concat = ModeResult("concat", 55.0)
+    assert best(ModeResult("fusion", 50.0), ModeResult("ape", 60.0), concat) == Measured("ape", None, 0.5)
+    assert best(ModeResult("fusion", 55.0), ModeResult("ape", 55.0), concat) == Measured("fusion", None, 0.5)
+    assert best(ModeResult("fusion", reason="refused"), concat) == Measured("concat", None, 0.5)
+    focused = [ModeResult("fusion", 50.0, focus=1), ModeResult("fusion", 52.0, focus=2), ModeResult("fusion", 52.0)]
+    assert best(*focused, concat) == Measured("concat", None, 0.5)
+    assert best(*focused[:2], concat) == Measured("concat", 2, 0.5)  # what mode "fusion" does when it is asked for
 
 
 def test_a_measured_mode_is_the_default_of_these_weights_only(own_home):
     made, others = tiny.untuned(), tiny.untuned(seed=1)
     assert made.default_mode()[0] == "concat"
-    made.keep_best_mode("ape", [])
+    made.keep_measurement(Measured("ape"), [])
     again = tiny.untuned()
     assert again.default_mode() == ("ape", "measured best by kvfusion doctor --measure")
     assert again.answer("who?", ["the mill"], max_new_tokens=2).mode == "ape"
+    made.keep_measurement(Measured("fusion", 1, 0.5), [])
+    answer = tiny.untuned().answer("who?", ["the mill", "two doves"], max_new_tokens=2)
+    assert answer.mode == "fusion" and [source.used for source in answer.sources].count(True) == 1
+    assert tiny.untuned().default_focus() == 1
     assert others.default_mode()[0] == "concat"
 
 
 def test_a_mode_that_is_set_wins_over_a_measured_one(own_home):
-    tiny.untuned().keep_best_mode("ape", [])
+    tiny.untuned().keep_measurement(Measured("ape"), [])
     assert tiny.untuned(mode="concat").mode == "concat"
 
 
 def test_a_damaged_measurement_is_reported_and_ignored(own_home, caplog):
-    tiny.untuned().keep_best_mode("ape", [])
+    tiny.untuned().keep_measurement(Measured("ape"), [])
     (file,) = (home() / "measured").iterdir()
-    file.write_text("{")
+    whole = json.loads(file.read_text())
+    for damaged in ("{", json.dumps({**whole, "focus": "all"}), json.dumps({**whole, "focus_weight": -1})):
+        file.write_text(damaged)
+        assert tiny.untuned().mode == "concat"
     with caplog.at_level(logging.WARNING):
         assert tiny.untuned().mode == "concat"
     assert "doctor --measure again" in caplog.text
@@ -82,7 +136,7 @@ def test_a_measurement_that_cannot_be_kept_names_the_folder(monkeypatch, tmp_pat
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("KVFUSION_HOME", str(tmp_path / "taken"))
     with pytest.raises(InvalidInputError, match=r"taken.*KVFUSION_HOME"):
-        tiny.untuned().keep_best_mode("ape", [])
+        tiny.untuned().keep_measurement(Measured("ape"), [])
 
 
 def test_the_command_prints_the_table_and_keeps_the_mode(own_home, capsys, monkeypatch, tmp_path):

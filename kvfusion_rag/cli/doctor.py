@@ -6,9 +6,10 @@ Exit code 0 if all checks passed, 1 if the model is refused.
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UnsupportedModelError
+from ..errors import MissingDependencyError, UnsupportedModelError
 from .console import print_error, say, say_json
 from .options import add_gguf_file, add_model_arguments, load_generator
 
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
                 "error": None,
                 "mode": mode,
                 "mode_reason": reason,
+                "focus": generator.default_focus(),
                 "measured": measured,
             }
         )
@@ -61,28 +63,34 @@ def run(args: argparse.Namespace) -> int:
     say("passed: documents can be fused exactly")
     if results is not None:
         _say_table(results)
-    say(f"default mode: {mode} ({reason})")
+    focus = generator.default_focus()
+    say(f"default mode: {mode} ({reason}){'' if focus is None else f', focus {focus}'}")
     if results is None:
         say("These checks say nothing about the quality of answers. --measure answers 40 questions in each mode.")
     return 0
 
 
 def _measure(generator: KVFusionGenerator, *, progress: bool) -> list[ModeResult]:
-    from ..evaluation.modes import best_of, measure_modes
+    from ..evaluation.modes import best_measured, measure_modes, shipped_questions, with_scores
+    from ..retrieval import SentenceTransformerEmbedder
 
-    results = measure_modes(generator, progress=progress)
-    generator.keep_best_mode(best_of(results), [result.to_dict() for result in results])
+    questions = shipped_questions()
+    with suppress(MissingDependencyError):  # without an embedding model, documents have no scores to weigh
+        questions = with_scores(questions, SentenceTransformerEmbedder())
+    results, weight = measure_modes(generator, questions, progress=progress)
+    generator.keep_measurement(best_measured(results, weight), [result.to_dict() for result in results])
     return results
 
 
 def _say_table(results: list[ModeResult]) -> None:
     say()
-    say(f"{'mode':8} {'right':>7} {'F1':>6} {'first token':>12} {'answer':>8}")
+    say(f"{'mode':8} {'focus':>5} {'right':>7} {'F1':>6} {'first token':>12} {'answer':>8}")
     for result in results:
+        focus = result.focus or ""
         if result.right is None:
-            say(f"{result.mode:8} cannot be used: {result.reason}")
+            say(f"{result.mode:8} {focus:>5} cannot be used: {result.reason}")
         else:
-            columns: list[Any] = [result.right, result.f1, result.first_token, result.total]
-            say("{:8} {:5.1f} % {:6.1f} {:10.2f} s {:6.2f} s".format(result.mode, *columns))
-    say("40 questions over five documents each; right: the answer contains an accepted one")
+            columns: list[Any] = [focus, result.right, result.f1, result.first_token, result.total]
+            say("{:8} {:>5} {:5.1f} % {:6.1f} {:10.2f} s {:6.2f} s".format(result.mode, *columns))
+    say("40 questions over five documents each; right: the answer contains an accepted one; focus: documents kept")
     say()
