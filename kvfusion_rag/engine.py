@@ -137,12 +137,10 @@ class Engine:
         focus = request.focus
         if focus is None or request.choice is not None:
             return request
-        tuned = self.prompts.answers_tuned(request.mode)
-        decoder = self.decoder if tuned else self.backbone
         errors = partial(
             memory_errors, self.backbone.device, questions=len(focus.scored.keys), tokens=focus.scored.longest
         )
-        choice = self._twice(lambda: choose(self.supply, decoder, focus, adapter=tuned), errors)
+        choice = self._twice(lambda: choose(self.supply, focus), errors)
         chosen = focus.reading.only(choice.kept)
         made = self.request_for(chosen, request.layout, request.mode, options, request.began)
         return replace(made, focus=focus, choice=choice, cancelled=request.cancelled)

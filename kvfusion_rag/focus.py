@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from .backbone import Backbone
 from .kv import DocumentKV
 from .likelihood import text_log_probabilities
 from .prompts import PlainEncoder
@@ -99,8 +98,10 @@ def scored_question(encoder: PlainEncoder, question: str) -> tuple[Ids, int]:
     return tuple(ids), max(given, 1)
 
 
-def choose(supply: Supply, decoder: Backbone, focus: Focus, *, adapter: bool) -> Choice:
-    """Score every document and keep the best.
+def choose(supply: Supply, focus: Focus) -> Choice:
+    """Score every document by the model without its adapter, and keep the best.
+
+    An adapter that was trained on answers only is worse at judging questions (docs/focus.md).
 
     Documents are computed in canonical order and equal scores are broken by content, so the caller's order changes
     nothing.
@@ -109,12 +110,11 @@ def choose(supply: Supply, decoder: Backbone, focus: Focus, *, adapter: bool) ->
     wanted = {key: Wanted(ids) for key, ids in reading.keys.items()}
     fetched = supply.fetch(wanted, None, supply.model, prefix=focus.prefix)
     likelihoods = text_log_probabilities(
-        decoder,
+        supply.backbone,
         supply.prefix_kv(focus.prefix),
         [fetched.kvs[key] for key in reading.keys],
         focus.ids,
         given=focus.given,
-        adapter=adapter,
     )
     of_piece = dict(zip(reading.keys.values(), likelihoods, strict=True))
     scores = document_scores(reading.documents, of_piece, focus.weight)

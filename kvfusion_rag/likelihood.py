@@ -15,15 +15,9 @@ LOGITS_AT_ONCE = 1 << 26  # numbers, 256 MB
 
 @torch.inference_mode()
 def text_log_probabilities(
-    backbone: Backbone,
-    prefix: DocumentKV | None,
-    documents: Sequence[DocumentKV],
-    ids: Sequence[int],
-    *,
-    given: int,
-    adapter: bool,
+    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
 ) -> list[float]:
-    """Natural logarithm of p(``ids[given:]`` | prefix, document, ``ids[:given]``) for each of D documents.
+    """Natural logarithm of p(``ids[given:]`` | prefix, document, ``ids[:given]``) for each of D documents, no adapter.
 
     The text stands right behind its own document, so a score does not depend on the other documents.
 
@@ -32,23 +26,17 @@ def text_log_probabilities(
         documents: KVs (L, H_kv, T_i, d) with at least one token each.
         ids: the text, with at least one id behind ``given``.
         given: ids of the text that are read and not scored, at least one.
-        adapter: whether the adapter takes part.
     """
     scored = len(ids) - given
     rows = max(1, LOGITS_AT_ONCE // (scored * backbone.config.vocab_size))
     found: list[float] = []
     for start in range(0, len(documents), rows):
-        found += _of_rows(backbone, prefix, documents[start : start + rows], ids, given, adapter)
+        found += _of_rows(backbone, prefix, documents[start : start + rows], ids, given)
     return found
 
 
 def _of_rows(
-    backbone: Backbone,
-    prefix: DocumentKV | None,
-    documents: Sequence[DocumentKV],
-    ids: Sequence[int],
-    given: int,
-    adapter: bool,
+    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], given: int
 ) -> list[float]:
     before = 0 if prefix is None else prefix.num_tokens
     lengths = [before + document.num_tokens for document in documents]
@@ -70,7 +58,7 @@ def _of_rows(
         context.cache,
         columns,
         rows=torch.arange(count, device=device).repeat_interleave(scored),
-        adapter=adapter,
+        adapter=False,
     )
     targets = torch.tensor([*ids[given:]] * count, device=device)
     chosen = logits.log_softmax(dim=-1).gather(1, targets[:, None])  # (D A, 1)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeGuard, cast
 
 from .errors import InvalidInputError
 from .schema import Document
@@ -22,14 +23,19 @@ from .schema import Document
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One document of a row; ``gold`` where it holds the answer."""
+    """One document of a row; ``gold`` if it holds the answer; ``score`` is a retriever's, higher for a better one."""
 
     text: str
     title: str | None = None
     gold: bool = False
+    score: float | None = None
 
     def document(self, document_id: str) -> Document:
-        return Document(self.text, id=document_id, title=self.title)
+        return Document(self.text, id=document_id, title=self.title, score=self.score)
+
+    def to_dict(self) -> dict[str, Any]:
+        found = {"title": self.title, "text": self.text, "gold": self.gold}
+        return found if self.score is None else found | {"score": self.score}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ def write_rows(path: str | Path, rows: Iterable[QARow]) -> int:
     count = 0
     with open_text(Path(path), "wt") as out:
         for row in rows:
-            passages = [{"title": p.title, "text": p.text, "gold": p.gold} for p in row.passages]
+            passages = [passage.to_dict() for passage in row.passages]
             data: dict[str, Any] = {"id": row.id, "question": row.question, "answers": list(row.answers)}
             data |= {"passages": passages} | ({"evidence": row.evidence} if row.evidence else {})
             out.write(json.dumps(data, ensure_ascii=False) + "\n")
@@ -86,7 +92,8 @@ def rows_digest(rows: Iterable[QARow]) -> str:
     """SHA-256 of all rows in their order, in hex."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(asdict(row), sort_keys=True).encode() + b"\n")
+        passages = [passage.to_dict() for passage in row.passages]
+        digest.update(json.dumps(asdict(row) | {"passages": passages}, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -145,11 +152,17 @@ def open_text(path: Path, mode: str = "rt") -> IO[str]:
 def _passage(data: object, where: str) -> Passage:
     if not isinstance(data, dict):
         raise InvalidInputError(f"{where} is a {type(data).__name__}, but it must be an object with a text.")
-    text, title, gold = data.get("text"), data.get("title"), data.get("gold", False)
+    text, title, gold, score = data.get("text"), data.get("title"), data.get("gold", False), data.get("score")
     if not isinstance(text, str):
         raise InvalidInputError(f"{where}: text is {text!r:.100}, but it must be a text.")
     if not isinstance(title, str | None):
         raise InvalidInputError(f"{where}: title is {title!r:.100}, but it must be a text or absent.")
     if not isinstance(gold, bool):
         raise InvalidInputError(f"{where}: gold is {gold!r:.100}, but it must be true or false.")
-    return Passage(text, title, gold)
+    if not (score is None or (_is_number(score) and math.isfinite(score))):
+        raise InvalidInputError(f"{where}: score is {score!r:.100}, but it must be a finite number or absent.")
+    return Passage(text, title, gold, score)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)

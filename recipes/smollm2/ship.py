@@ -1,0 +1,85 @@
+"""Make the adapter that ships with the package from a training run: fewer ranks, settings, record and model card.
+
+    python recipes/smollm2/ship.py RUN/best recipes/smollm2/MODEL_CARD.md \\
+        kvfusion_rag/adapters/smollm2-135m-instruct --rank 24 --focus 1
+
+Every weight's update B A is replaced by the nearest one of lower rank (peft, SVD), which takes less space. Prints how
+much of the updates' squared norm is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.locating import DEFAULT_MODEL, locate_model
+
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path, help="folder best/ of a training run")
+    parser.add_argument("card", type=Path, help="model card, which becomes README.md")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--rank", type=int, default=24)
+    parser.add_argument("--focus", type=int, help="documents that mode fusion keeps by default")
+    parser.add_argument("--focus-weight", type=float, default=0.0)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    kept = reduce_rank(args.trained, args.output, args.rank)
+    print(f"rank {args.rank} keeps {kept:.2%} of the updates' squared norm")
+    settings = json.loads((args.trained / "kvfusion.json").read_text()) | {
+        "mode": "fusion",
+        "focus": args.focus,
+        "focus_weight": args.focus_weight,
+    }
+    settings.pop("document_attention", None)  # of runs before this field went
+    (args.output / "kvfusion.json").write_text(json.dumps(settings, indent=2) + "\n")
+    record = json.loads((args.trained / "training.json").read_text())
+    record["progress"] = {name: record["progress"][name] for name in ("step", "best") if name in record["progress"]}
+    record |= {"base_model": DEFAULT_MODEL, "base_weights": digests(), "same_family": True, "shipped_rank": args.rank}
+    (args.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    shutil.copy(args.card, args.output / "README.md")
+
+
+def reduce_rank(trained: Path, output: Path, rank: int) -> float:
+    """Write the adapter of ``rank`` nearest to the trained one; returns the share of the squared norm it keeps."""
+    base = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(trained))
+    model.add_weighted_adapter(["default"], [1.0], "small", combination_type="svd", svd_rank=rank)
+    before = after = 0.0
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            before += float(module.get_delta_weight("default").pow(2).sum())
+            after += float(module.get_delta_weight("small").pow(2).sum())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["small"])
+        saved = Path(folder, "small")
+        weights = {name: tensor.bfloat16().contiguous() for name, tensor in load_file(saved / ADAPTER).items()}
+        save_file(weights, output / ADAPTER, metadata={"format": "pt"})
+        config = json.loads((saved / CONFIG).read_text()) | {"base_model_name_or_path": DEFAULT_MODEL}
+        (output / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return after / before
+
+
+def digests() -> list[str]:
+    """Of the default model's weights in the precisions that it is loaded in."""
+    return [
+        KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)._backbone.weights_digest
+        for dtype in ("float32", "bfloat16")
+    ]
+
+
+if __name__ == "__main__":
+    main()
