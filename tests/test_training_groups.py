@@ -177,10 +177,28 @@ def test_the_gold_piece_is_the_one_that_the_start_lies_in():
     assert next(row for row in rows if row.id == "inside").gold[0].text == "Many took part in it."
 
 
+@pytest.mark.parametrize("least", [1, 2, 4, 7])
+def test_groups_of_few_questions_are_left_out(least):
+    far = [
+        Example(str(n), f"f{n}", f"Who sang {n}?", (f"Ann{n}",), (Passage(f"Ann{n} sang song {n}.", None, True),))
+        for n in range(3)
+    ]
+    whole = groups_of(build([*TOWNS, *far], DataOptions((3, 3), grouped=True))[1])
+    builder, rows = build([*TOWNS, *far], DataOptions((3, 3), grouped=True, group_questions=least))
+    kept = [group for group in whole if len(group) >= least]
+    assert groups_of(rows) == kept and builder.report.groups == len(kept)
+    left_out = sum(map(len, whole)) - sum(map(len, kept))
+    assert builder.report.dropped["belongs to a group of too few questions"] == left_out
+    assert builder.report.negatives.total() == 2 * len(kept)
+
+
 def test_options_of_groups_are_checked():
     for wrong in ({"passages": (2, 3)}, {"passages": (3, 3), "no_gold": 0.5}):
         with pytest.raises(InvalidInputError, match="share one set"):
             DataOptions(**wrong, grouped=True)
+    for wrong in ({"group_questions": 2}, {"group_questions": 0, "grouped": True, "passages": (2, 2)}):
+        with pytest.raises(InvalidInputError, match="only groups have one"):
+            DataOptions(**wrong)
 
 
 def test_the_command_groups_and_training_packs_what_it_wrote(tmp_path, capsys):

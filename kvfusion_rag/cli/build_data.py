@@ -50,6 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in place of --passages: rows in groups that share one set of N passages, which training reads once",
     )  # fmt: skip
     parser.add_argument(
+        "--group-questions", type=positive, default=1, metavar="N",
+        help="leave out groups of fewer questions, which cost training as much as large ones (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--negatives", type=_negative_sources, default=("bm25",), metavar="NAMES",
         help=f"where negatives come from, in turn, of {', '.join(NEGATIVES)}: bm25,random (default: bm25)",
     )  # fmt: skip
@@ -125,8 +129,9 @@ def _options(args: argparse.Namespace) -> DataOptions:
         )
     passages = (args.group, args.group) if args.group else args.passages or (20, 20)
     return DataOptions(
-        passages, args.negatives, args.no_gold, args.max_tokens, args.seed, args.strict, args.group is not None
-    )
+        passages, args.negatives, args.no_gold, args.max_tokens, args.seed, args.strict, args.group is not None,
+        args.group_questions,
+    )  # fmt: skip
 
 
 def _read_questions(args: argparse.Namespace) -> Iterator[Example]:

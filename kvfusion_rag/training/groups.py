@@ -16,7 +16,7 @@ from ..qa import QARow
 from .formats import Example
 from .golds import Gold
 from .mining import FILLED, MatchText, Pool, Ranking, take_turns
-from .recipe import TOO_FEW, DataOptions, DataReport
+from .recipe import SMALL_GROUP, TOO_FEW, DataOptions, DataReport
 from .windows import evidence_of
 
 NEIGHBOURHOOD = 5  # times the size of a set: how many of the nearest passages it is chosen from
@@ -84,12 +84,17 @@ class Grouping:
                 else:
                     self._report.passed_over += 1
                     self._waiting[other].append(question)
+        if len(joined) < self._options.group_questions:
+            for question in joined:
+                self._report.drop(question.example, SMALL_GROUP, strict=self._options.strict)
+            return []
         self._report.groups += 1
+        self._report.negatives += Counter(chosen.values())
         rng.shuffle(slots)
         return [self._row(question, slots) for question in joined]
 
-    def _nearest(self, number: int, seeds: list[GroupQuestion], rng: random.Random) -> list[int] | None:
-        """Passages near to ``number`` that answer none of ``seeds``; ``None`` where there are too few.
+    def _nearest(self, number: int, seeds: list[GroupQuestion], rng: random.Random) -> dict[int, str] | None:
+        """Passages near to ``number`` that answer none of ``seeds``, each with its source; None if there are too few.
 
         Of a wider neighbourhood those come first that questions wait for. Otherwise the nearest of all would be taken
         again and again, when their own questions have long been asked, and most groups would be of one question.
@@ -107,8 +112,7 @@ class Grouping:
         chosen |= take(wanted - len(chosen), [FILLED])
         if len(chosen) < wanted:
             return None
-        self._report.negatives += Counter(chosen.values())
-        return list(chosen)
+        return chosen
 
     def _suits(self, question: GroupQuestion, slots: list[int]) -> bool:
         """Whether its gold passage is the only one of the set that answers it."""

@@ -20,9 +20,10 @@ SEVERAL_GOLDS = "more than one passage is marked gold"
 NOT_FOUND = "no passage found for the question holds the answer"
 TOO_LONG = "answer is longer than max_tokens"
 TOO_FEW = "too few passages without the answer"
+SMALL_GROUP = "belongs to a group of too few questions"
 BETWEEN_PIECES = "answer runs over the pieces that its context is cut into"
 UNANSWERABLE_IN_GROUP = "has no answer, so the passages near its context may answer it"
-HARMLESS = (EXCLUDED_QUESTION, EXCLUDED_CONTEXT, REPEATED)
+HARMLESS = (EXCLUDED_QUESTION, EXCLUDED_CONTEXT, REPEATED, SMALL_GROUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class DataOptions:
         max_tokens: most tokens of a passage with its title; ``None`` cuts nothing.
         strict: a row that cannot be used is an error instead of being left out.
         grouped: rows come in groups that share one set of passages, so that training fuses them once.
+        group_questions: fewest questions of a group; training reads a small one at the cost of a large one.
     """
 
     passages: tuple[int, int] = (20, 20)
@@ -45,6 +47,7 @@ class DataOptions:
     seed: int = 0
     strict: bool = False
     grouped: bool = False
+    group_questions: int = 1
 
     def __post_init__(self) -> None:
         least, most = self.passages
@@ -59,6 +62,10 @@ class DataOptions:
             raise InvalidInputError(f"no_gold is {self.no_gold}, but a share lies between 0 and 1.")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidInputError(f"max_tokens is {self.max_tokens}, but it must be at least 1.")
+        if self.group_questions < 1 or (self.group_questions > 1 and not self.grouped):
+            raise InvalidInputError(
+                f"group_questions is {self.group_questions}, but it must be a number from 1, and only groups have one."
+            )
         if self.grouped and (least < most or self.no_gold):
             raise InvalidInputError(
                 f"passages is {least}-{most} and no_gold {self.no_gold}, but the rows of a group share one set of "
