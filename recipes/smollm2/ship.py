@@ -57,7 +57,10 @@ def reduce_rank(trained: Path, output: Path, rank: int) -> float:
     """Write the adapter of ``rank`` nearest to the trained one; returns the share of the squared norm it keeps."""
     base = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(trained))
-    model.add_weighted_adapter(["default"], [1.0], "small", combination_type="svd", svd_rank=rank)
+    halves = [0.5, 0.5]  # peft copies a single adapter as it is, whatever rank it is given
+    model.add_weighted_adapter(
+        ["default", "default"], halves, "small", combination_type="svd", svd_rank=rank, svd_full_matrices=False
+    )
     before = after = 0.0
     for module in model.modules():
         if isinstance(module, LoraLinear):
