@@ -1,4 +1,4 @@
-"""Compare the time to the first token with focus, with all documents fused, and with a joined prompt; stored documents.
+"""Compare the time to the first token over stored documents: with focus, all fused, and in a joined prompt.
 
     python benchmarks/focus_time.py [MODEL] [--documents 20] [--tokens 160] [--focus 1] [--repeats 5] [--json FILE]
 
@@ -55,7 +55,28 @@ def main() -> None:
 
 def text(generator: KVFusionGenerator, number: int, tokens: int) -> str:
     """A document of about ``tokens`` tokens."""
-    words = "the mill by sea had a red lamp and two grey doors while boats went out to fish at dawn".split()
+    words = [
+        "the",
+        "mill",
+        "by",
+        "sea",
+        "had",
+        "a",
+        "red",
+        "lamp",
+        "and",
+        "two",
+        "grey",
+        "doors",
+        "while",
+        "boats",
+        "went",
+        "out",
+        "to",
+        "fish",
+        "at",
+        "dawn",
+    ]
     rng = random.Random(number)
     made = f"Document {number}."
     while generator.count_tokens(made) < tokens:
