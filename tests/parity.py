@@ -33,8 +33,8 @@ def untuned_reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     engine = found.generator._engine
     request, answer = engine.request, engine.answer
 
-    def note_request(*arguments: Any) -> Any:
-        made = request(*arguments)
+    def note_request(*arguments: Any, **named: Any) -> Any:
+        made = request(*arguments, **named)
         found.read.append(tuple(made.question.ids))
         return made
 
