@@ -26,7 +26,6 @@ from kvfusion_rag import (
     Timings,
     Usage,
 )
-
 from kvfusion_rag.settings import ModelSettings
 
 Prompt = str | Sequence[Message] | None

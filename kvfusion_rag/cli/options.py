@@ -171,7 +171,6 @@ def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings
 
     from ..locating import locate_model
     from ..prompts import PromptEncoder
-    from ..schema import FocusChoice
     from ..settings import load_settings
 
     where = locate_model(args.model, gguf_file=args.gguf_file)
