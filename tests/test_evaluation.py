@@ -527,8 +527,8 @@ def test_reordering_and_focus_reach_the_generator():
 def test_systems_with_focus_keep_the_given_number_else_the_models_own_else_one(generator):
     own = generator.with_settings(focus=2)
     names = ["focus", "focus-base", "concat-focus", "fusion", "concat"]
-    for model, given, number in ((generator, None, 1), (own, None, 2), (own, 4, 4)):
-        systems = make_systems(names, Models(lambda options, found=model: found, LORA, focus=given))
+    for model, wanted, number in ((generator, None, 1), (own, None, 2), (own, 4, 4)):
+        systems = make_systems(names, Models(lambda options, found=model: found, LORA, focus=wanted))
         assert [system.focus for system in systems] == [number] * 3 + [None] * 2
         assert [system.identity().get("focus") for system in systems] == [number] * 3 + [None] * 2
 

@@ -281,7 +281,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         return {"question": question, "documents": documents, "prompt": None if is_templated else wording, **options}
 
     def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in kwargs.items() if value is not None or name == "focus"}
+        given: dict[str, Any] = {name: value for name, value in kwargs.items() if value is not None or name == "focus"}
         if "max_tokens" in given:
             if "max_new_tokens" in given:
                 raise InvalidInputError("max_tokens and max_new_tokens are two names for one option; give one.")
