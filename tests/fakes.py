@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from kvfusion_rag import (
     Answer,
@@ -26,6 +26,7 @@ from kvfusion_rag import (
     Timings,
     Usage,
 )
+from kvfusion_rag.settings import ModelSettings
 
 Prompt = str | Sequence[Message] | None
 
@@ -76,6 +77,8 @@ class RecordingGenerator:
     calls: list[Call] = field(default_factory=list)
     threads: list[int] = field(default_factory=list)
     streams: list[RecordingStream] = field(default_factory=list)
+
+    settings: ClassVar[Any] = ModelSettings()
 
     def reads_prompt(self, mode: str | None = None) -> bool:
         return self.is_untuned

@@ -40,8 +40,8 @@ class CommandGenerator(RecordingGenerator):
     def default_mode(self):
         return "concat", "set for this model"
 
-    def check_invariance(self, question, documents, *, permutations, mode):
-        self.checked = (question, len(documents), permutations, mode)
+    def check_invariance(self, question, documents, *, permutations, mode, focus):
+        self.checked = (question, len(documents), permutations, mode, focus)
         return self.report
 
 
@@ -86,6 +86,8 @@ def run(capsys, *argv: object) -> tuple[int, str, str]:
         (["ask", "Who?", "--index", "/no/such/path"], "'/no/such/path' does not exist"),
         (["ask", "Who?", "--docs", ".", "--top-k", "0"], "'0' is not a whole number from 1"),
         (["ask", "Who?", "--docs", ".", "--mode", "mix"], "invalid choice: 'mix'"),
+        (["ask", "Who?", "--docs", ".", "--focus", "0"], "'0' is not a number of documents from 1, auto or none"),
+        (["ask", "Who?", "--docs", ".", "--focus", "all"], "'all' is not a number of documents from 1, auto or none"),
         (["ask", "Who?", "--docs", ".", "--json", "--stream"], "exclude each other"),
         (["ask", "Who?", "--docs", ".", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["index"], "PATH"),
@@ -161,7 +163,8 @@ def test_ask_passes_everything_on(capsys, generator, docs):
     assert run(capsys, "ask", "Where is the office?", "--docs", docs, *argv)[0] == 0
     (call,) = generator.calls
     assert (call.method, call.question) == ("answer", "Where is the office?")
-    assert call.options == {"mode": "concat", "max_new_tokens": 7, "temperature": 0.5, "seed": 3, "stop": ["x", "y"]}
+    decoding = {"max_new_tokens": 7, "temperature": 0.5, "seed": 3, "stop": ["x", "y"]}
+    assert call.options == {"mode": "concat", "focus": "auto", **decoding}
     assert call.ids == ["peru.md#1", "rice.txt#1"]
 
 
@@ -180,7 +183,7 @@ def test_ask_prints_the_answer_its_source_and_the_facts(capsys, generator, docs)
         "mode fusion · 2 documents (20 tokens, 0 from the store) · prefill 0.10 s, first token 0.20 s, total 0.30 s",
         "shuffle check: 3 other orders of the documents, identical answer bytes, identical logits",
     ]
-    assert generator.checked == ("Where is the office?", 2, 3, None)
+    assert generator.checked == ("Where is the office?", 2, 3, None, "auto")
 
 
 def test_a_shuffle_check_that_found_a_difference_says_so(capsys, generator, docs):
@@ -204,6 +207,54 @@ def test_attribution_names_what_matters_most_first(capsys, generator, docs):
     assert [document["effect"] for document in data["attribution"]["documents"]] == [16.0, 4.0]
     plain = json.loads(run(capsys, "ask", "Where is the office?", "--docs", docs, "--json")[1])
     assert plain["attribution"] is None
+
+
+@pytest.mark.parametrize(("given", "focus"), [((), "auto"), (("auto",), "auto"), (("none",), None), (("2",), 2)])
+def test_ask_passes_focus_and_scores_on(capsys, generator, docs, given, focus):
+    options = [
+        "--docs",
+        docs,
+        "--show-prompt",
+        "--shuffle-check",
+        1,
+        "--attribute",
+        *(["--focus", *given] * bool(given)),
+    ]
+    assert run(capsys, "ask", "Where is the office?", *options)[0] == 0
+    assert {call.method: call.options["focus"] for call in generator.calls} == {
+        "show_prompt": focus,
+        "answer": focus,
+        "attribute": focus,
+    }
+    assert generator.checked[-1] == focus
+    run(capsys, "ask", "Where is the office?", *options, "--stream")
+    assert {call.options["focus"] for call in generator.calls if call.method == "stream"} == {focus}
+    for document in generator.calls[0].documents:
+        assert document.score == pytest.approx(1 - document.metadata["distance"])
+
+
+def test_ask_tells_what_focus_left_out(capsys, monkeypatch, docs):
+    model = tiny.generator(store=None)
+    monkeypatch.setattr(ask, "load_generator", lambda args: model)
+    monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
+    argv = ["ask", "Where is the office?", "--docs", docs, "--focus", 1, "--max-new-tokens", 4]
+    code, out, _ = run(capsys, *argv, "--attribute", "--shuffle-check", 2)
+    assert code == 0
+    result = json.loads(run(capsys, *argv, "--attribute", "--json", "--show-prompt")[1])
+    kept, left_out = sorted(result["sources"], key=lambda source: not source["used"])
+    assert (kept["used"], left_out["used"]) == (True, False)
+    assert kept["focus_score"] > left_out["focus_score"]
+    lines = [line for line in out.splitlines() if ", part 1" in line]
+    for source in (kept, left_out):
+        (line,) = (line for line in lines if source["metadata"]["source"] in line)
+        assert f"{source['focus_score']:8.2f}  {source['title']} (" in line
+        assert line.endswith(", left out)") == (not source["used"])
+    assert ", each with its focus score\n" in out
+    assert "mode fusion · 1 of 2 documents (" in out
+    assert [document["id"] for document in result["attribution"]["documents"]] == [kept["id"]]
+    named = out[out.index("attribution (") :].splitlines()[1:]
+    assert [line.split("of attention  ")[1] for line in named if "of attention" in line] == [kept["title"]]
+    assert kept["metadata"]["source"] and "shuffle check: 2 other orders" in out
 
 
 def test_ask_streams_piece_by_piece(capsys, generator, docs, monkeypatch):

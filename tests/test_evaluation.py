@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -436,7 +436,7 @@ def test_each_system_judges_what_its_name_says(generator, tmp_path):
     """Weights, mode and settings of every system, with all inputs at once."""
     (tmp_path / "adapter_config.json").write_text("{}")
     inputs = {"adapter": "lora", "decoder": "full", "sft": str(tmp_path), "concat_model": "wide"}
-    assert default_systems(inputs) == list(SYSTEMS)
+    assert default_systems(inputs, focus=True) == list(SYSTEMS)
     joined = {"model": "wide"} | UNTUNED
     tuned, full, sft = (
         UNTUNED | {"adapter": "lora"},
@@ -454,15 +454,19 @@ def test_each_system_judges_what_its_name_says(generator, tmp_path):
         "pcw": (UNTUNED, "fusion", "uniform"),
         "global": (tuned, "fusion", "global"),
         "ape": (UNTUNED, "ape", "uniform"),
+        "focus": (tuned, "fusion", "uniform"),
+        "focus-base": (UNTUNED, "fusion", "uniform"),
+        "concat-focus": (joined, "concat", "uniform"),
     }
     assert list(expected) == list(SYSTEMS)
     for name, (weights, mode, positions) in expected.items():
-        (system,) = make_systems([name], Models(shelf := Shelf(generator), inputs))
+        (system,) = make_systems([name], Models(shelf := Shelf(generator), inputs, focus=3))
         settings = system.generator.settings
         assert (shelf.loaded, system.name, system.mode) == ([weights], name, mode)
         assert settings.positions == positions
         assert settings.passage_length == (None if name == "pcw" else 60)
         assert settings.tuned_concat == name.startswith("sft")
+        assert system.focus == (3 if "focus" in name else None)
         assert (system.reorder is long_context_order) == name.endswith("-reorder")
     (system,) = make_systems(["sft"], Models(shelf := Shelf(generator), {"sft": "org/model", "concat_model": "wide"}))
     assert shelf.loaded == [{"model": "org/model"} | UNTUNED]  # a whole model needs no other
@@ -474,6 +478,8 @@ def test_default_systems_are_those_whose_inputs_are_there():
     assert default_systems({"adapter": "a"}) == ["fusion", "fusion-base", *always]
     assert default_systems({"decoder": "d"}) == ["fusion-full", "fusion-base", *always]
     assert default_systems({"sft": "s"}) == ["fusion", *always[:2], "sft", "sft-reorder", *always[2:]]
+    assert default_systems({}, focus=True) == ["fusion", *always, "focus", "concat-focus"]
+    assert default_systems({"adapter": "a"}, focus=True)[-3:] == ["focus", "focus-base", "concat-focus"]
     require_inputs(["fusion-full", "global"], {"decoder": "d"})
     for name, inputs, message in (
         ("fusion-full", {}, "'fusion-full' needs --decoder, which is not given."),
@@ -508,13 +514,33 @@ def test_the_identity_says_what_a_system_changes(generator):
     assert (found["mode"], found["temperature"], found["scale"]) == ("ape", 0.9, 0.9)
 
 
-def test_reordering_reaches_the_generator():
+def test_reordering_and_focus_reach_the_generator():
     class Spy:
-        def answer_batch(self, questions, documents, *, mode, max_new_tokens):
-            return documents, mode, max_new_tokens
+        def answer_batch(self, questions, documents, *, mode, focus, max_new_tokens):
+            return documents, mode, focus, max_new_tokens
 
     system = GeneratorSystem("s", Spy(), "concat", long_context_order, 7)
-    assert system.answer_batch(["?"], [[1, 2, 3, 4]]) == ([[2, 4, 3, 1]], "concat", 7)
+    assert system.answer_batch(["?"], [[1, 2, 3, 4]]) == ([[2, 4, 3, 1]], "concat", None, 7)
+    assert replace(system, focus=2).answer_batch(["?"], [[1]])[2] == 2
+
+
+def test_systems_with_focus_keep_the_given_number_else_the_models_own_else_one(generator):
+    own = generator.with_settings(focus=2)
+    names = ["focus", "focus-base", "concat-focus", "fusion", "concat"]
+    for model, wanted, number in ((generator, None, 1), (own, None, 2), (own, 4, 4)):
+        systems = make_systems(names, Models(lambda options, found=model: found, LORA, focus=wanted))
+        assert [system.focus for system in systems] == [number] * 3 + [None] * 2
+        assert [system.identity().get("focus") for system in systems] == [number] * 3 + [None] * 2
+
+
+def test_plain_fusion_stays_plain_with_a_model_that_has_a_focus():
+    own = tiny.generator(focus=1, passage_length=60)
+    made = rows(1, 5)[0]
+    documents = [[passage.document(str(n)) for n, passage in enumerate(made.passages)]]
+    systems = make_systems(["fusion", "fusion-base", "pcw", "global", "concat", "focus"], Models(lambda _: own, {}))
+    used = {s.name: sum(x.used for x in s.answer_batch([made.question], documents)[0].sources) for s in systems}
+    assert used.pop("focus") == 1
+    assert set(used.values()) == {5}
 
 
 # The command
@@ -738,7 +764,16 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
         folders / "wide",
         *given,
     ]
-    argv += ["--conditions", "original", "--max-new-tokens", "6", "--predictions", tmp_path / "p.jsonl"]
+    argv += [
+        "--focus",
+        "2",
+        "--conditions",
+        "original",
+        "--max-new-tokens",
+        "6",
+        "--predictions",
+        tmp_path / "p.jsonl",
+    ]
     assert main([str(arg) for arg in argv]) == 0
     found = {}
     for line in map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines()):
@@ -753,14 +788,18 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
         "pcw": ("base", {"passage_length": None}),
         "global": ("base", {"adapter": folders / "adapter", "positions": "global"}),
         "ape": ("base", {"mode": "ape"}),
+        "focus": ("base", {"adapter": folders / "adapter", "focus": 2}),
+        "focus-base": ("base", {"focus": 2}),
+        "concat-focus": ("wide", {"mode": "concat", "focus": 2}),
     }
     for name, (base, options) in expected.items():
         changes = {key: options.pop(key) for key in ("passage_length", "tuned_concat") if key in options}
+        focus = options.pop("focus", None)
         gen = KVFusionGenerator.from_pretrained(folders / base, **{"mode": "fusion"} | options).with_settings(
             **changes
         )
         documents = [[p.document(str(n)) for n, p in enumerate(one.passages)] for one in made]
-        answers = gen.answer_batch([one.question for one in made], documents, max_new_tokens=6)
+        answers = gen.answer_batch([one.question for one in made], documents, focus=focus, max_new_tokens=6)
         assert found[name] == [answer.token_ids for answer in answers], name
     assert len({str(found[name]) for name in expected}) == len(expected)  # no two of them are the same
 

@@ -335,6 +335,7 @@ async def test_options_of_a_call_come_before_those_of_the_model():
         "top_k": 4,
         "seed": 1,
         "mode": "concat",
+        "focus": 2,
         "attribution": "effects",
         "stop": ["and so on"],
         "chat_template_kwargs": {"enable_thinking": True},
@@ -352,6 +353,7 @@ async def test_options_of_a_call_come_before_those_of_the_model():
         "top_k": None,
         "seed": 9,
         "mode": None,
+        "focus": "auto",
         "attribution": None,
         "chat_template_kwargs": None,
         "stop": ["."],
@@ -378,8 +380,11 @@ def test_show_prompt_asks_for_what_invoke_would_read():
     model.invoke("Who?", documents=FOUND)
     model.show_prompt("Who?", documents=FOUND, mode="fusion", chat_template_kwargs={"a": 2})
     read, shown, beside, beside_shown = fake.calls
-    assert (shown.method, shown.options) == ("show_prompt", {"mode": "concat", "chat_template_kwargs": {"a": 1}})
-    assert beside_shown.options == {"mode": "fusion", "chat_template_kwargs": {"a": 2}}
+    assert (shown.method, shown.options) == (
+        "show_prompt",
+        {"mode": "concat", "focus": "auto", "chat_template_kwargs": {"a": 1}},
+    )
+    assert beside_shown.options == {"mode": "fusion", "focus": "auto", "chat_template_kwargs": {"a": 2}}
     for asked, seen in ((read, shown), (beside, beside_shown)):
         assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
 

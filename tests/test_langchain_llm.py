@@ -35,6 +35,7 @@ DEFAULTS = {
     "top_k": None,
     "seed": None,
     "mode": None,
+    "focus": "auto",
     "attribution": None,
     "chat_template_kwargs": None,
     "stop": [],
@@ -104,6 +105,7 @@ async def test_options_of_the_model_reach_every_call():
         "top_k": 4,
         "seed": 1,
         "mode": "concat",
+        "focus": 2,
         "attribution": "effects",
         "chat_template_kwargs": {"enable_thinking": True},
         "stop": ["\n"],
@@ -121,6 +123,7 @@ async def test_options_of_a_call_come_before_those_of_the_model(name):
         "top_k": 4,
         "seed": 1,
         "mode": "concat",
+        "focus": 2,
         "attribution": "effects",
         "chat_template_kwargs": {"enable_thinking": True},
         "stop": ["and so on", "\n"],
@@ -152,8 +155,11 @@ def test_show_prompt_asks_for_what_invoke_would_read():
     llm.invoke("Who?", documents=["x"])
     llm.show_prompt("Who?", documents=["x"], mode="fusion", chat_template_kwargs={"a": 2})
     read, shown, beside, beside_shown = fake.calls
-    assert (shown.method, shown.options) == ("show_prompt", {"mode": "concat", "chat_template_kwargs": {"a": 1}})
-    assert beside_shown.options == {"mode": "fusion", "chat_template_kwargs": {"a": 2}}
+    assert (shown.method, shown.options) == (
+        "show_prompt",
+        {"mode": "concat", "focus": "auto", "chat_template_kwargs": {"a": 1}},
+    )
+    assert beside_shown.options == {"mode": "fusion", "focus": "auto", "chat_template_kwargs": {"a": 2}}
     for asked, seen in ((read, shown), (beside, beside_shown)):
         assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
 

@@ -39,6 +39,7 @@ DEFAULT_OPTIONS = {
     "stop": (),
     "seed": None,
     "mode": None,
+    "focus": "auto",
     "attribution": None,
     "chat_template_kwargs": None,
 }
@@ -313,6 +314,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         top_p=0.9,
         seed=1,
         mode="concat",
+        focus=2,
         attribution="effects",
         chat_template_kwargs={"enable_thinking": False},
         top_k=None,
@@ -327,6 +329,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "stop": ["\n", "."],
         "seed": 1,
         "mode": "concat",
+        "focus": 2,
         "attribution": "effects",
         "chat_template_kwargs": {"enable_thinking": False},
     }

@@ -38,8 +38,8 @@ from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
 
 QUESTION = "Where was it?"
 EXPECTED = [
-    Document("It was in Lima.", id="n1", title="Peru", metadata={"score": 0.75}),
-    Document("It rained.", id="n2", title=None, metadata={"score": 0.5}),
+    Document("It was in Lima.", id="n1", title="Peru", metadata={"score": 0.75}, score=0.75),
+    Document("It rained.", id="n2", title=None, metadata={"score": 0.5}, score=0.5),
     Document("Nobody knows.", id="n3", title=None, metadata={}),
 ]
 WAYS = ["sync", "async", "stream", "async stream"]

@@ -354,9 +354,12 @@ def test_chunks_stand_in_their_files(docs):
 
 
 def snapshot(index: DocumentIndex) -> dict[str | None, Document]:
-    """All documents held, without their distances to the question."""
+    """All documents held, without their distances to the question and their scores."""
     documents = index.search("lamp", len(index))
-    return {d.id: replace(d, metadata={k: v for k, v in d.metadata.items() if k != "distance"}) for d in documents}
+    return {
+        d.id: replace(d, metadata={k: v for k, v in d.metadata.items() if k != "distance"}, score=None)
+        for d in documents
+    }
 
 
 def test_an_update_without_changes_embeds_nothing(docs):

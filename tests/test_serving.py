@@ -67,12 +67,12 @@ def test_developers_are_systems_and_text_parts_are_joined(client, generator):
 def test_documents_are_strings_or_objects(client, generator):
     given = [
         "The office is in Lima.",
-        {"text": "Rice.", "id": "../../etc/passwd", "title": "<b>T</b>", "metadata": {}},
+        {"text": "Rice.", "id": "../../etc/passwd", "title": "<b>T</b>", "metadata": {}, "score": 2},
     ]
     found = client.post(CHAT, json=request(documents=given)).json()
     assert generator.calls[0].documents == [
         Document("The office is in Lima."),
-        Document("Rice.", "../../etc/passwd", "<b>T</b>", {}),
+        Document("Rice.", "../../etc/passwd", "<b>T</b>", {}, 2.0),
     ]
     assert [(s["id"], s["title"]) for s in found["kvfusion"]["sources"]] == [
         ("1", None),
@@ -88,6 +88,7 @@ def test_options_of_decoding_are_passed_on(client, generator):
         "max_completion_tokens": 5,
         "seed": 3,
         "mode": "ape",
+        "focus": 2,
         "attribution": "effects",
         "chat_template_kwargs": {"enable_thinking": False, "effort": "low", "depth": 3, "weight": 0.5, "name": None},
     }
@@ -117,6 +118,48 @@ def test_a_mode_of_the_server_is_that_of_requests_that_name_none(generator):
     assert modes == ["concat", "ape"]
     client.post(CHAT, json=request(mode="auto"))
     assert generator.calls[-1].options["mode"] == "auto"
+
+
+@pytest.mark.parametrize("own", ["auto", None, 3])
+def test_a_focus_of_the_server_is_that_of_requests_that_name_none(generator, own):
+    client = client_of(generator, focus=own)
+    for fields in ({}, {"focus": None}, {"focus": "auto"}, {"focus": 2}):
+        assert client.post(CHAT, json=request(**fields)).status_code == 200
+    assert [call.options["focus"] for call in generator.calls] == [own, None, "auto", 2]
+    fields = client.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]
+    assert "null keeps all" in fields["focus"]["description"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sources_say_what_focus_left_out(stream):
+    generator = tiny.generator()
+    documents = ["the river runs past an old mill", "two grey doves sleep", "the lamp is lit"]
+    expected = generator.answer("who?", documents, prompt=[Message("user", "who?")], focus=1, max_new_tokens=2)
+    asked = {"model": generator.model_id, "messages": [{"role": "user", "content": "who?"}], "documents": documents}
+    found = client_of(generator).post(CHAT, json={**asked, "max_tokens": 2, "focus": 1, "stream": stream})
+    facts = json.loads(found.text.split("data: ")[-2])["kvfusion"] if stream else found.json()["kvfusion"]
+    assert [(s["used"], s["focus_score"]) for s in facts["sources"]] == [
+        (source.used, source.focus_score) for source in expected.sources
+    ]
+    assert [s["used"] for s in facts["sources"]].count(True) == 1
+    plain = client_of(generator).post(CHAT, json={**asked, "max_tokens": 2}).json()
+    assert {(s["used"], s["focus_score"]) for s in plain["kvfusion"]["sources"]} == {(True, None)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "shown"),
+    [
+        ({}, {}, None),
+        ({"focus": 2}, {}, 2),
+        ({"focus": 2}, {"mode": "concat"}, None),
+        ({"focus": 2}, {"mode": "concat", "focus": 3}, 3),
+        ({"focus": 2}, {"focus": None}, None),
+    ],
+)
+def test_the_model_shows_the_focus_of_requests_that_name_none(settings, options, shown):
+    generator = tiny.generator(**settings)
+    found = client_of(generator, **options).get(f"/v1/models/{generator.model_id}").json()
+    assert found["kvfusion"]["focus"] == shown
 
 
 @pytest.mark.parametrize(
@@ -161,7 +204,11 @@ def test_a_whole_answer(client):
     }
     facts = found["kvfusion"]
     assert facts["mode"] == "fusion" and facts["cited_text"] == "In Lima"
-    assert facts["sources"] == [{"id": "a", "title": None, "origin": "computed", "tokens": 5, "duplicate_of": None}]
+    (source,) = facts["sources"]
+    assert source == {
+        **{"id": "a", "title": None, "origin": "computed", "tokens": 5, "duplicate_of": None},
+        **{"used": True, "focus_score": None},
+    }
     assert facts["citations"] == [{"document_id": "a", "start": 14, "end": 21, "text": "In Lima"}]
     assert facts["timings"] == {"prefill": 0.1, "first_token": 0.2, "total": 0.3}
 
@@ -260,7 +307,14 @@ def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
         ({"documents": [{"title": "no text"}]}, "documents[0].text", "missing"),
         ({"documents": [{"text": "x", "id": 7}]}, "documents[0].id", "valid string"),
         ({"documents": ["x"] * 4}, "documents", "4 documents"),
+        ({"documents": [{"text": "x", "score": "0.5"}]}, "documents[0].score", "valid number"),
+        ({"documents": [{"text": "x", "score": True}]}, "documents[0].score", "valid number"),
         ({"mode": "sideways"}, "mode", "'fusion'"),
+        ({"focus": 0}, "focus", "focus is 0, but it must be a number of documents from 1"),
+        ({"focus": True}, "focus", "focus is True"),
+        ({"focus": 1.5}, "focus", "focus is 1.5"),
+        ({"focus": "2"}, "focus", "focus is '2'"),
+        ({"focus": [1]}, "focus", "focus is [1]"),
         ({"chat_template_kwargs": "none"}, "chat_template_kwargs", "dictionary"),
         ({"chat_template_kwargs": {str(n): n for n in range(17)}}, "chat_template_kwargs", "at most 16"),
         ({"chat_template_kwargs": {"": 1}}, "chat_template_kwargs", "1 to 64"),

@@ -30,6 +30,7 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--port", "-1"], "not a whole number"),
         (["--max-concurrency", "0"], "not a whole number from 1"),
         (["--mode", "sideways"], "invalid choice"),
+        (["--focus", "some"], "not a number of documents from 1, auto or none"),
         (["--store-codec", "v8"], "without --store"),
         (["--namespace", "../up", "--port", "0"], "namespace is"),
     ],
@@ -58,6 +59,7 @@ def test_a_missing_extra_names_its_command():
     "changes",
     [
         {"mode": "sideways"},
+        {"focus": 0},
         {"max_concurrency": 0},
         {"max_body_bytes": 1.5},
         {"max_documents": True},
@@ -76,6 +78,7 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, nu
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({KEY: "tenant-a"}))
     command = ["serve", "--port", "0", "--api-keys-file", str(keys), "--api-key-env", "RAG_KEY", "--metrics"]
+    command += ["--focus", "3"]
     server = subprocess.Popen(
         [sys.executable, "-m", "kvfusion_rag.cli", *command, "--store", tmp_path / "kv", "--model", speaker_folder],
         stdout=subprocess.PIPE,
@@ -91,6 +94,8 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, nu
         with httpx.Client(base_url=line.split()[3], timeout=60) as client:
             assert client.get("/models").status_code == 401
             headers = {"authorization": f"Bearer {KEY}"}
+            (model,) = client.get("/models", headers=headers).json()["data"]
+            assert model["kvfusion"]["focus"] == 3
             body = {
                 "model": "tiny-speaker",
                 "messages": [{"role": "user", "content": "Who was the last keeper?"}],

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from types import EllipsisType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
 from pydantic import AliasChoices, ConfigDict, Field
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from kvfusion_rag import KVFusionGenerator, ShownPrompt
 
 logger = logging.getLogger(__name__)
+
+FocusChoice = Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None
 
 # Subclasses set it themselves: of several bases pydantic takes the last one's, which is LangChain's.
 STRICT_FIELDS = ConfigDict(extra="forbid", protected_namespaces=())
@@ -43,6 +46,11 @@ class GeneratorBacked(BaseLanguageModel[Any]):
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     mode: str | None = Field(
         default=None, description="'auto', 'fusion', 'concat' or 'ape'; None: the generator's mode."
+    )
+    focus: FocusChoice = Field(
+        default="auto",
+        description="Keep this many documents, those that make the question likeliest; None: all of them, also as a "
+        "call's option; 'auto': the model's own number.",
     )
     attribution: str | None = Field(
         default=None, description="'attention' or 'effects': what sources say of their part in an answer."
@@ -134,10 +142,12 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         documents: Sequence[Document],
         prompt: Sequence[Message] | None,
         mode: str | None,
+        focus: FocusChoice | EllipsisType,
         chat_template_kwargs: dict[str, Any] | None,
     ) -> ShownPrompt:
-        options = self._decoding(None, {"mode": mode, "chat_template_kwargs": chat_template_kwargs})
-        kept: Any = {name: options[name] for name in ("mode", "chat_template_kwargs")}
+        given = {"mode": mode, "chat_template_kwargs": chat_template_kwargs}
+        options = self._decoding(None, given if focus is ... else {**given, "focus": focus})
+        kept: Any = {name: options[name] for name in ("mode", "focus", "chat_template_kwargs")}
         return self._engine().show_prompt(question, documents, prompt=prompt, **kept)
 
     def _check_documents(self, *, all_have_documents: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -22,7 +23,7 @@ from pydantic import Field
 
 from kvfusion_rag import Answer, InvalidInputError, OverloadError
 
-from .backed import STRICT_FIELDS, GeneratorBacked
+from .backed import STRICT_FIELDS, FocusChoice, GeneratorBacked
 from .chat_inputs import DocumentChatModel, gathered
 from .chat_results import chat_result, last_chunk, piece_chunk
 from .conversations import Conversation, gather, read
@@ -48,8 +49,8 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     :meth:`show_prompt` shows what it reads.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
-    ``seed``, ``mode``, ``attribution`` and ``chat_template_kwargs``; None keeps the value set here, and an unknown
-    name raises InvalidInputError.
+    ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the value set here, except
+    that ``focus=None`` reads all documents. An unknown name raises InvalidInputError.
 
     Token counts stand in ``usage_metadata``; mode, sources and citations in ``response_metadata``; in streams, on the
     last chunk. Calls of several threads or tasks are answered together, and so are those of a batch.
@@ -145,14 +146,16 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         *,
         documents: DocumentsArgument | None = None,
         mode: str | None = None,
+        focus: FocusChoice | EllipsisType = ...,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ShownPrompt:
-        """Everything that the model reads for ``input``, which is what ``invoke`` takes; nothing is computed.
+        """Everything that the model reads for ``input``, which is what ``invoke`` takes; no answer is computed.
 
+        An option that is left out has the value set here. With ``focus`` the documents that it keeps are shown.
         ``(prompt | llm.show_prompt).invoke(...)`` shows it in a chain.
         """
         asked = read(self._carrying(input, documents, ensure_config().get("callbacks")))
-        return self._shown(asked.question, asked.documents, asked.prompt, mode, chat_template_kwargs)
+        return self._shown(asked.question, asked.documents, asked.prompt, mode, focus, chat_template_kwargs)
 
     # From messages to answers
 

@@ -214,4 +214,5 @@ def _turn(message: BaseMessage, found: Extraction) -> BaseMessage | None:
 
 def _plain(document: Document) -> dict[str, Any]:
     fields = {"text": document.text, "id": document.id, "title": document.title, "metadata": dict(document.metadata)}
-    return {name: value for name, value in fields.items() if name == "text" or value}
+    score = {} if document.score is None else {"score": document.score}
+    return {name: value for name, value in fields.items() if name == "text" or value} | score

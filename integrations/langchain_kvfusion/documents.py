@@ -6,8 +6,10 @@ It knows no prompt, no model and no generator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, TypeGuard
 
 from langchain_core.documents import Document as LangChainDocument
@@ -18,14 +20,16 @@ DocumentLike = Document | LangChainDocument | str | Mapping[str, Any]
 DocumentsArgument = Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]]
 
 TEXT_SEPARATOR = "\n\n"
+SCORE_KEYS = ("relevance_score", "score")  # in metadata: a reranker's score, else the retriever's
 
 
 def to_document(item: DocumentLike) -> Document:
     """One Document.
 
     A LangChain document keeps its id (``metadata["source"]`` where it has none), takes ``metadata["title"]``
-    as its title and carries its metadata. A mapping has "text" and, if it likes, "id", "title" and
-    "metadata"; its other entries are carried as metadata.
+    as its title and carries its metadata; ``metadata["relevance_score"]``, else ``metadata["score"]``, is its score
+    if it is a finite number. A mapping has "text" and, if it likes, "id", "title", "score" and "metadata"; its other
+    entries are carried as metadata.
 
     Raises:
         InvalidInputError: any other kind of item, or a mapping whose "text" is no string.
@@ -37,7 +41,9 @@ def to_document(item: DocumentLike) -> Document:
     if isinstance(item, LangChainDocument):
         source = item.metadata.get("source")
         name = item.id if item.id is not None or source is None else str(source)
-        return Document(item.page_content, name, _title(item.metadata), dict(item.metadata))
+        return Document(
+            item.page_content, name, _title(item.metadata), dict(item.metadata), metadata_score(item.metadata)
+        )
     if isinstance(item, Mapping):
         return _from_mapping(item)
     raise InvalidInputError(
@@ -110,9 +116,23 @@ def _from_mapping(item: Mapping[str, Any]) -> Document:
             f'a document mapping has the keys {sorted(map(str, item))} and "text" is a {type(text).__name__}, but '
             '"text" must be a string.'
         )
-    rest = {k: v for k, v in item.items() if k not in ("text", "id", "title", "metadata")}
-    name = item.get("id")
-    return Document(text, None if name is None else str(name), _title(item), {**(item.get("metadata") or {}), **rest})
+    own, name = as_score(item.get("score")), item.get("id")
+    read = ("text", "id", "title", "metadata", *(() if own is None else ("score",)))
+    metadata = {**(item.get("metadata") or {}), **{k: v for k, v in item.items() if k not in read}}
+    score = metadata_score(metadata) if own is None else own
+    return Document(text, None if name is None else str(name), _title(item), metadata, score)
+
+
+def metadata_score(metadata: Mapping[str, Any]) -> float | None:
+    """The retriever's score that ``metadata`` carries."""
+    return next((score for key in SCORE_KEYS if (score := as_score(metadata.get(key))) is not None), None)
+
+
+def as_score(value: object) -> float | None:
+    """``value`` as a score if it is a finite number (of numpy too), else None; a bool or a string is not a score."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        return None
+    return float(value)
 
 
 def _title(fields: Mapping[str, Any]) -> str | None:

@@ -22,7 +22,7 @@ from pydantic import model_validator
 
 from kvfusion_rag import Document, DocumentsPlace, InvalidInputError
 
-from .documents import TEXT_SEPARATOR
+from .documents import TEXT_SEPARATOR, as_score
 
 _OPEN, _CLOSE, _FIELD_END = "\x02", "\x03", "\x1f"
 _DELIMITERS = re.compile(f"[{_OPEN}{_CLOSE}]")
@@ -35,18 +35,20 @@ class KVFusionDocumentPrompt(StringPromptTemplate):
     ``create_stuff_documents_chain(llm, prompt, document_prompt=KVFusionDocumentPrompt())`` or
     ``RetrievalQA.from_chain_type(..., chain_type_kwargs={"document_prompt": KVFusionDocumentPrompt()})``.
     The model reads the documents where the chain puts them, with the chain's document separator between them, which
-    must be white space. ``title_key`` and ``id_key`` name metadata that becomes a document's title and id; LangChain
-    then wants these keys in every document. The model reads a title as a line "Title: ..." above the text.
+    must be white space. ``title_key``, ``id_key`` and ``score_key`` name metadata that becomes a document's title, id
+    and score; LangChain then wants these keys in every document. The model reads a title as a line "Title: ..." above
+    the text.
     Only a KVFusionLLM or ChatKVFusion of the same process can read the framed text.
     """
 
     title_key: str | None = None
     id_key: str | None = None
+    score_key: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _derive_input_variables(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        keys = [key for key in (fields.get("title_key"), fields.get("id_key")) if key is not None]
+        keys = [key for name in ("title_key", "id_key", "score_key") if (key := fields.get(name)) is not None]
         return {**fields, "input_variables": list(dict.fromkeys(["page_content", *keys]))}
 
     @classmethod
@@ -62,7 +64,8 @@ class KVFusionDocumentPrompt(StringPromptTemplate):
         values = self._merge_partial_and_user_variables(**kwargs)
         title = str(values[self.title_key]) if self.title_key is not None else ""
         name = str(values[self.id_key]) if self.id_key is not None else ""
-        return frame(Document(str(values["page_content"]), name or None, title or None))
+        score = as_score(values[self.score_key]) if self.score_key is not None else None
+        return frame(Document(str(values["page_content"]), name or None, title or None, score=score))
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Extraction:
 def frame(document: Document) -> str:
     """One document as a signed frame; metadata does not travel."""
     name, title = (_cleaned(field or "").replace(_FIELD_END, " ") for field in (document.id, document.title))
-    body = _FIELD_END.join((name, title, _cleaned(document.text)))
+    score = "" if document.score is None else repr(document.score)
+    body = _FIELD_END.join((name, title, score, _cleaned(document.text)))
     return f"{_OPEN}{_signature(body)}{_FIELD_END}{body}{_CLOSE}"
 
 
@@ -131,8 +135,8 @@ def _separator(text: str, matches: list[re.Match[str]]) -> str:
 
 
 def _document(body: str) -> Document:
-    name, title, text = body.split(_FIELD_END, 2)
-    return Document(text, name or None, title or None)
+    name, title, score, text = body.split(_FIELD_END, 3)
+    return Document(text, name or None, title or None, score=float(score) if score else None)
 
 
 def _cleaned(text: str) -> str:

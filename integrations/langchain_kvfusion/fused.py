@@ -81,7 +81,7 @@ class FusedPrompt(str):
 
     def digest(self) -> str:
         """Hex digest of everything beyond the text that changes the answer or its sources."""
-        documents = [[document.id, document.title, document.text] for document in self.documents]
+        documents = [[d.id, d.title, d.text, d.score] for d in self.documents]
         content = json.dumps([documents, self.question, [asdict(message) for message in self.messages]])
         return hashlib.sha256(content.encode()).hexdigest()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.caches import BaseCache
@@ -27,7 +28,7 @@ from pydantic import PrivateAttr
 
 from kvfusion_rag import Answer, KVFusionError
 
-from .backed import STRICT_FIELDS, GeneratorBacked
+from .backed import STRICT_FIELDS, FocusChoice, GeneratorBacked
 from .cache import DocumentAwareCache
 from .capture import retrieved_for, retrieved_for_each
 from .conversations import fuse_messages
@@ -54,8 +55,8 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     messages. :meth:`show_prompt` shows what the model reads.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
-    ``seed``, ``mode``, ``attribution`` and ``chat_template_kwargs``; None keeps the value set here, and an unknown
-    name raises InvalidInputError.
+    ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the value set here, except
+    that ``focus=None`` reads all documents. An unknown name raises InvalidInputError.
 
     Token counts, sources and citations stand in each generation's ``generation_info``, in streams on the last
     chunk. Traces and callbacks show the documents inside the prompt, as with any other model.
@@ -251,16 +252,18 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         *,
         documents: DocumentsArgument | None = None,
         mode: str | None = None,
+        focus: FocusChoice | EllipsisType = ...,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ShownPrompt:
-        """Everything that the model reads for ``input``, which is what ``invoke`` takes; nothing is computed.
+        """Everything that the model reads for ``input``, which is what ``invoke`` takes; no answer is computed.
 
+        An option that is left out has the value set here. With ``focus`` the documents that it keeps are shown.
         ``(prompt | llm.show_prompt).invoke(...)`` shows it in a chain.
         """
         [value] = self._with_documents([input], documents, ensure_config().get("callbacks"))
         fused = value.fused
         prompt = wording(fused.messages, fused.question, fused.documents)
-        return self._shown(fused.question, fused.documents, prompt, mode, chat_template_kwargs)
+        return self._shown(fused.question, fused.documents, prompt, mode, focus, chat_template_kwargs)
 
     # From prompts with documents to answers
 

@@ -11,12 +11,24 @@ from typing import Any
 
 from kvfusion_rag import Answer, InvalidInputError
 
-OPTION_NAMES = ("temperature", "max_tokens", "top_p", "top_k", "seed", "mode", "attribution", "chat_template_kwargs")
+OPTION_NAMES = (
+    "temperature",
+    "max_tokens",
+    "top_p",
+    "top_k",
+    "seed",
+    "mode",
+    "focus",
+    "attribution",
+    "chat_template_kwargs",
+)
 _ALIAS = "max_new_tokens"
 
 
 def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """The options that one call sets itself, under our names; those given as None are left out.
+
+    ``focus`` stays even if it is None, because None means all documents.
 
     Raises:
         InvalidInputError: an unknown name, or ``max_tokens`` together with ``max_new_tokens``.
@@ -31,7 +43,11 @@ def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
         raise InvalidInputError(
             f"max_tokens is {given['max_tokens']} and {_ALIAS} is {given[_ALIAS]}, but they are one option; set one."
         )
-    named = {("max_tokens" if name == _ALIAS else name): value for name, value in given.items() if value is not None}
+    named = {
+        ("max_tokens" if name == _ALIAS else name): value
+        for name, value in given.items()
+        if value is not None or name == "focus"
+    }
     return dict(sorted(named.items()))
 
 
@@ -58,6 +74,8 @@ def generation_info(answer: Answer) -> dict[str, Any]:
                 "origin": source.origin,
                 "tokens": source.tokens,
                 "duplicate_of": source.duplicate_of,
+                "used": source.used,
+                "focus_score": source.focus_score,
                 "attention": source.attention,
                 "effect": source.effect,
             }

@@ -6,6 +6,7 @@ sources and citations will name. It knows no model and no generator.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def to_documents(
 
 
 def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bool | None = None) -> Document:
-    """The Document of one retrieved node; its id is the node id, its score is kept in the metadata.
+    """The Document of one retrieved node; its id is the node id, and its score is in the metadata too.
 
     With `MetadataMode.NONE` the text is the node's own text, so that citations are offsets into it. With any other
     mode it begins with LlamaIndex's "key: value" header, which holds the title already. `titles` says whether
@@ -43,11 +44,13 @@ def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bo
     """
     node = scored.node
     with_title = metadata_mode is MetadataMode.NONE if titles is None else titles
+    score = None if scored.score is None else float(scored.score)
     return Document(
         text=node.get_content(metadata_mode=metadata_mode),
         id=node.node_id,
         title=_title(node) if with_title else None,
-        metadata={} if scored.score is None else {"score": float(scored.score)},
+        metadata={} if score is None else {"score": score},
+        score=score if score is None or math.isfinite(score) else None,
     )
 
 
@@ -64,9 +67,7 @@ def with_distinct_ids(documents: Sequence[Document]) -> list[Document]:
         fresh = _fresh_id(document.id, taken)
         if fresh is not None:
             taken.add(fresh)
-        distinct.append(
-            document if fresh == document.id else Document(document.text, fresh, document.title, document.metadata)
-        )
+        distinct.append(document if fresh == document.id else replace(document, id=fresh))
     return distinct
 
 

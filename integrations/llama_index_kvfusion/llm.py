@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -53,6 +53,7 @@ _OPTIONS = (
     "stop",
     "seed",
     "mode",
+    "focus",
     "attribution",
     "chat_template_kwargs",
 )
@@ -70,9 +71,9 @@ class KVFusionLlamaIndexLLM(CustomLLM):
       system message.
     - ``question``: the bare question, if the prompt is a longer wording of it.
 
-    An option given as None keeps the value set here. An unknown option raises InvalidInputError. Token counts are in
-    `additional_kwargs`, sources and citations in `raw`; in streams both come with the last chunk. LlamaIndex's events
-    contain the documents in full.
+    An option given as None keeps the value set here, except that ``focus=None`` reads all documents. An unknown
+    option raises InvalidInputError. Token counts are in `additional_kwargs`, sources and citations in `raw`; in
+    streams both come with the last chunk. LlamaIndex's events contain the documents in full.
 
     An untuned model reads prompts and messages unchanged, in its own chat template: a prompt is one user message. If
     `messages_to_prompt` is given, its text is read in place of the messages. A tuned model with fixed templates reads
@@ -87,6 +88,11 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     mode: str | None = Field(
         default=None, description="'auto', 'fusion', 'concat' or 'ape'; None: the generator's mode."
+    )
+    focus: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
+        default="auto",
+        description="Keep this many documents, those that make the question likeliest; None: all of them; 'auto': the "
+        "model's own number.",
     )
     attribution: str | None = Field(
         default=None, description="'attention' or 'effects': what sources say of their part in an answer."
@@ -175,7 +181,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     def show_prompt(self, prompt: str | Sequence[ChatMessage], formatted: bool = False, **kwargs: Any) -> ShownPrompt:
         """The text that the model reads for `complete` of a text or `chat` of messages; arguments are theirs."""
         asked = self.request(prompt, formatted, **kwargs)
-        names = ("question", "documents", "prompt", "mode", "chat_template_kwargs")
+        names = ("question", "documents", "prompt", "mode", "focus", "chat_template_kwargs")
         return self._generator.show_prompt(**{name: asked[name] for name in names})
 
     def request(self, prompt: str | Sequence[ChatMessage], formatted: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -275,7 +281,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         return {"question": question, "documents": documents, "prompt": None if is_templated else wording, **options}
 
     def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        given = {name: value for name, value in kwargs.items() if value is not None}
+        given: dict[str, Any] = {name: value for name, value in kwargs.items() if value is not None or name == "focus"}
         if "max_tokens" in given:
             if "max_new_tokens" in given:
                 raise InvalidInputError("max_tokens and max_new_tokens are two names for one option; give one.")
@@ -296,6 +302,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
             "stop": self.stop,
             "seed": self.seed,
             "mode": self.mode,
+            "focus": self.focus,
             "attribution": self.attribution,
             "chat_template_kwargs": self.chat_template_kwargs,
         }

@@ -67,12 +67,16 @@ def say_spelling(answer: Answer) -> None:
 
 
 def say_sources(answer: Answer, question: str, documents: Sequence[Document]) -> None:
-    """Every document that was read with its place; those that hold the answer, or most of its words, are quoted."""
+    """Every document with its place; those that hold the answer, or most of its words, are quoted.
+
+    If focus chose among them, each one has its score, and those that it left out are marked.
+    """
     from ..citations import find_shared_phrases
 
     head, found = "sources (* holds the answer)", answer.citations
     if not found:
-        named = [(source.id, document) for source, document in zip(answer.sources, documents, strict=True)]
+        pairs = zip(answer.sources, documents, strict=True)
+        named = [(source.id, document) for source, document in pairs if source.used]
         found = find_shared_phrases(answer.text, question, named)
         head = (
             "sources (* shares most words with the answer)"
@@ -80,13 +84,16 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
             else "sources (none holds the answer word for word)"
         )
     citations = {citation.document_id: citation for citation in found}
+    has_scores = any(source.focus_score is not None for source in answer.sources)
     say()
-    say(head)
+    say(f"{head}, each with its focus score" if has_scores else head)
     for source, document in zip(answer.sources, documents, strict=True):
         citation = citations.get(source.id)
         place = f"{shown_path(document.metadata['source'])}, part {document.metadata['chunk']}"
         same = f", same text as {source.duplicate_of}" if source.duplicate_of else ""
-        say(f"  {'*' if citation else ' '} {source.title} ({place}{same})")
+        score = f"{_score(source.focus_score)}  " if has_scores else ""
+        left_out = "" if source.used else ", left out"
+        say(f"  {'*' if citation else ' '} {score}{source.title} ({place}{same}{left_out})")
         if citation is not None:
             start, end = sentence_around(document.text, citation.start, citation.end)
             quote = f"{document.text[start : citation.start]}»{citation.text}«{document.text[citation.end : end]}"
@@ -97,9 +104,11 @@ def say_facts(answer: Answer) -> None:
     """One line on mode, documents and times, and one more if the answer was cut."""
     usage, timings = answer.usage, answer.timings
     count = len(answer.sources)
+    used = sum(source.used for source in answer.sources)
+    kept = "" if used == count else f"{used} of "
     say()
     say(
-        f"mode {answer.mode} · {count} document{'s' * (count != 1)} ({usage.document_tokens} tokens, "
+        f"mode {answer.mode} · {kept}{count} document{'s' * (count != 1)} ({usage.document_tokens} tokens, "
         f"{usage.cached_document_tokens} from the store) · prefill {timings.prefill:.2f} s, "
         f"first token {timings.first_token:.2f} s, total {timings.total:.2f} s"
     )
@@ -107,13 +116,16 @@ def say_facts(answer: Answer) -> None:
         say(f"the answer was cut at {usage.completion_tokens} tokens; --max-new-tokens raises the limit")
 
 
-def say_attribution(attribution: Attribution, answer: Answer) -> None:
+def say_attribution(attribution: Attribution) -> None:
     """What the answer gains in log-probability by each document, and the attention it got; the greatest gain first."""
     say()
     say(f"attribution (the answer's log-probability is {attribution.log_probability:.2f})")
-    pairs = zip(attribution.documents, answer.sources, strict=True)
-    for influence, source in sorted(pairs, key=lambda pair: -pair[0].effect):
-        say(f"  {influence.effect:+7.2f}  {influence.attention:6.1%} of attention  {source.title or source.id}")
+    for influence in sorted(attribution.documents, key=lambda document: -document.effect):
+        say(f"  {influence.effect:+7.2f}  {influence.attention:6.1%} of attention  {influence.title or influence.id}")
+
+
+def _score(score: float | None) -> str:
+    return f"{score:8.2f}" if score is not None else " " * 8
 
 
 def say_shuffle_check(report: InvarianceReport) -> None:

@@ -23,6 +23,7 @@ from .answers import (
 from .console import say, say_json, shown_path
 from .options import (
     INDEX_FOLDER,
+    add_focus,
     add_index_arguments,
     add_model_arguments,
     add_model_name,
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_index_arguments(parser)
     add_store_arguments(parser)
     parser.add_argument("--mode", choices=["auto", "fusion", "concat", "ape"], help="default: the model's own")
+    add_focus(parser)
     parser.add_argument(
         "--show-prompt", action="store_true", help="print what the model reads, with the borders of the documents"
     )
@@ -75,18 +77,18 @@ def run(args: argparse.Namespace) -> int:
     documents, report = _retrieve(args, folder, generator)
     shown = None
     if args.show_prompt:
-        shown = generator.show_prompt(args.question, documents, mode=args.mode)
+        shown = generator.show_prompt(args.question, documents, **_choices(args))
         if not args.json:
             say(f"{shown}\n")
     answer = _stream(args, generator, documents) if args.stream else _answer(args, generator, documents)
     shuffled = None
     if args.shuffle_check:
         shuffled = generator.check_invariance(
-            args.question, documents, permutations=args.shuffle_check, mode=args.mode
+            args.question, documents, permutations=args.shuffle_check, **_choices(args)
         )
     attribution = None
     if args.attribute:
-        attribution = generator.attribute(args.question, documents, answer=answer, mode=args.mode)
+        attribution = generator.attribute(args.question, documents, answer=answer, **_choices(args))
     if generator.store is not None:
         generator.store.close()  # ends uploads, and notes which documents were used
     if args.json:
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     say_sources(answer, args.question, documents)
     say_facts(answer)
     if attribution is not None:
-        say_attribution(attribution, answer)
+        say_attribution(attribution)
     if shuffled is not None:
         say_shuffle_check(shuffled)
     return 0
@@ -149,9 +151,13 @@ def _retrieve(
         return index.search(args.question, args.top_k, files=report.files), report
 
 
+def _choices(args: argparse.Namespace) -> dict[str, Any]:
+    return {"mode": args.mode, "focus": args.focus}
+
+
 def _decoding(args: argparse.Namespace) -> dict[str, Any]:
     return {
-        "mode": args.mode,
+        **_choices(args),
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "seed": args.seed,

@@ -53,7 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         metavar="A,B",
         help=f"out of {', '.join(SYSTEMS)}; others are compared with the first (default: those whose inputs are "
-        "given; --adapter and --decoder may both be)",
+        "given, and those with focus if --focus is; --adapter and --decoder may both be)",
+    )
+    parser.add_argument(
+        "--focus",
+        type=positive,
+        metavar="N",
+        help="documents that focus, focus-base and concat-focus keep (default: the model's own number, else 1)",
     )
     parser.add_argument(
         "--sft", metavar="DIR", help="adapter folder or whole model that was trained on joined prompts"
@@ -110,14 +116,14 @@ def run(args: argparse.Namespace) -> int:
     from ..store import DocumentStore, MemoryStore
 
     inputs = _inputs(args)
-    chosen = args.systems or default_systems(inputs)
+    chosen = args.systems or default_systems(inputs, focus=args.focus is not None)
     require_systems(chosen)
     require_inputs(chosen, inputs)
     _require_outputs(args)
     settings, searched = _settings(args), _file_facts(args.ape_search)  # of the files as they are read now
     rows, plan = _rows_and_plan(args)
     store = DocumentStore(MemoryStore())  # systems over the same base share its documents
-    models = Models(lambda options: _load(args, options, store), inputs, args.max_new_tokens)
+    models = Models(lambda options: _load(args, options, store), inputs, args.max_new_tokens, args.focus)
     journal = _journal(args.resume, args, rows, plan)
     factories, search = dict(SYSTEMS), _ape_search(args, chosen, rows, plan, models)
     if search is not None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .. import DocumentIndex, DocumentStore, KVFusionGenerator
     from ..prompts import PromptEncoder
+    from ..schema import FocusChoice
     from ..settings import ModelSettings
 
 DEFAULT_CHUNK_TOKENS = 200  # for a model that was not trained with a passage length
@@ -37,6 +38,15 @@ def count(text: str) -> int:
     """Argument type: a whole number from 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def focus(text: str) -> FocusChoice:
+    """Argument type: a number of documents from 1, auto, or none for all of them."""
+    if text in ("auto", "none"):
+        return "auto" if text == "auto" else None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of documents from 1, auto or none")
     return int(text)
 
 
@@ -74,6 +84,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decoder", metavar="NAME", help="tuned answering decoder with weights of its own")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
+
+
+def add_focus(parser: argparse.ArgumentParser, whose: str = "") -> None:
+    """The option that names how many documents are kept; ``whose`` says of which requests."""
+    parser.add_argument(
+        "--focus",
+        type=focus,
+        default="auto",
+        metavar="N",
+        help=f"documents to keep{whose}, those that make the question likeliest; none keeps all (default: auto, the "
+        "model's own)",
+    )
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ..errors import InvalidInputError
 from .console import say, say_json
 from .options import (
+    add_focus,
     add_model_arguments,
     add_model_name,
     add_store_arguments,
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_store_arguments(parser)
     parser.add_argument("--mode", choices=["auto", "fusion", "concat", "ape"], help="of requests that name none")
+    add_focus(parser, " for requests that name none")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=count, default=8000, metavar="N", help="default: 8000; 0 for any free one")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         require_guarded(args.host, access)
     options = ServingOptions(
         mode=args.mode,
+        focus=args.focus,
         max_concurrency=args.max_concurrency,
         max_body_bytes=args.max_body_mib << 20,
         max_documents=args.max_documents,

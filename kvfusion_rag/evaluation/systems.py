@@ -17,7 +17,7 @@ from .orders import long_context_order
 
 if TYPE_CHECKING:
     from ..generator import KVFusionGenerator
-    from ..schema import Document, Mode
+    from ..schema import Document, FocusChoice, Mode
 
 ADAPTER_FILE = "adapter_config.json"  # as peft names it
 Reorder = Callable[[Sequence["Document"]], "list[Document]"]
@@ -51,17 +51,23 @@ class System(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GeneratorSystem:
-    """A generator in one mode, documents reordered first where ``reorder`` is given; greedy decoding."""
+    """A generator in one mode, documents reordered first where ``reorder`` is given; greedy decoding.
+
+    ``focus`` is the number of documents that are kept; None keeps all, whatever the model's own number is.
+    """
 
     name: str
     generator: KVFusionGenerator
     mode: Mode
     reorder: Reorder = list
     max_new_tokens: int | None = None
+    focus: FocusChoice = None
 
     def answer_batch(self, questions: Sequence[str], documents: Sequence[Sequence[Document]]) -> Sequence[AnswerLike]:
         ordered = [self.reorder(row) for row in documents]
-        return self.generator.answer_batch(questions, ordered, mode=self.mode, max_new_tokens=self.max_new_tokens)
+        return self.generator.answer_batch(
+            questions, ordered, mode=self.mode, focus=self.focus, max_new_tokens=self.max_new_tokens
+        )
 
     def require_mode(self) -> None:
         """Raise UnsupportedModelError if the model refuses the mode; decodes nothing."""
@@ -77,6 +83,8 @@ class GeneratorSystem:
             changed["positions"] = settings.positions
         if self.mode == "ape":
             changed |= {"temperature": settings.ape_temperature, "scale": settings.ape_scale}
+        if self.focus is not None:  # absent for all documents, so that earlier journals stay valid
+            changed |= {"focus": self.focus, "focus_weight": settings.focus_weight}
         return found | {
             **changed,
             "mode": self.mode,
@@ -97,6 +105,7 @@ class Models:
             (trained on fused documents), ``sft`` (an adapter folder or a whole model, trained on joined prompts),
             ``concat_model`` (another base model for joined prompts).
         max_new_tokens: longest answer; ``None`` for the model's own.
+        focus: documents that the systems with focus keep; ``None`` for the model's own number, else 1.
     """
 
     def __init__(
@@ -104,15 +113,31 @@ class Models:
         load: Callable[[Mapping[str, str | None]], KVFusionGenerator],
         inputs: Mapping[str, str | None],
         max_new_tokens: int | None = None,
+        focus: int | None = None,
     ) -> None:
         self._load = load
+        self._focus = focus
         self._inputs = inputs
         self._loaded: dict[frozenset[tuple[str, Any]], KVFusionGenerator] = {}
         self.max_new_tokens = max_new_tokens
 
-    def system(self, name: str, mode: Mode, weights: Weights, *, reorder: Reorder = list, **settings: Any) -> System:
+    @property
+    def focus(self) -> int:
+        """Documents that the systems with focus keep; the tuned weights' own number, so that all keep as many."""
+        return self._focus or self.generator("tuned").settings.focus or 1
+
+    def system(
+        self,
+        name: str,
+        mode: Mode,
+        weights: Weights,
+        *,
+        reorder: Reorder = list,
+        focus: FocusChoice = None,
+        **settings: Any,
+    ) -> System:
         """A generator system over ``weights``, with ``settings`` in place of the model's own."""
-        return GeneratorSystem(name, self.generator(weights, **settings), mode, reorder, self.max_new_tokens)
+        return GeneratorSystem(name, self.generator(weights, **settings), mode, reorder, self.max_new_tokens, focus)
 
     def generator(self, weights: Weights, **settings: Any) -> KVFusionGenerator:
         """The generator over ``weights``; those that differ in settings alone share them and their store."""
@@ -162,15 +187,23 @@ SYSTEMS: Mapping[str, SystemFactory] = MappingProxyType(
         "pcw": lambda models: models.system("pcw", "fusion", "base", passage_length=None),
         "global": lambda models: models.system("global", "fusion", "tuned", positions="global"),
         "ape": lambda models: models.system("ape", "ape", "base"),
+        "focus": lambda models: models.system("focus", "fusion", "tuned", focus=models.focus),
+        "focus-base": lambda models: models.system("focus-base", "fusion", "base", focus=models.focus),
+        "concat-focus": lambda models: models.system("concat-focus", "concat", "concat", focus=models.focus),
     }
 )
+FOCUS_SYSTEMS = ("focus", "focus-base", "concat-focus")
 NEEDED = MappingProxyType({"fusion-full": "decoder", "sft": "sft", "sft-reorder": "sft"})  # by system, an input
 
 
-def default_systems(inputs: Mapping[str, str | None]) -> list[str]:
-    """The systems whose inputs are there; ``fusion-base`` only where it is another one than ``fusion``."""
+def default_systems(inputs: Mapping[str, str | None], *, focus: bool = False) -> list[str]:
+    """The systems whose inputs are there; those with focus only if ``focus``.
+
+    ``fusion-base`` and ``focus-base`` are left out if they are the same as ``fusion`` and ``focus``.
+    """
     tuned = inputs.get("adapter") or inputs.get("decoder")
-    return [name for name in SYSTEMS if _missing(name, inputs) is None and (tuned or name != "fusion-base")]
+    left_out = {*(() if tuned else ("fusion-base", "focus-base")), *(() if focus else FOCUS_SYSTEMS)}
+    return [name for name in SYSTEMS if _missing(name, inputs) is None and name not in left_out]
 
 
 def require_inputs(names: Sequence[str], inputs: Mapping[str, str | None]) -> None:

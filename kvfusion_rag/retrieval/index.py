@@ -190,7 +190,7 @@ class DocumentIndex:
         return report
 
     def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
-        """All chunks, or those of some files, as :meth:`search` would give them (without a distance)."""
+        """All chunks, or those of some files, as :meth:`search` would give them (without distance and score)."""
         allowed = None if files is None else frozenset(files)
         rows = self._collection.rows()
         return [self._document(row, None) for row in rows if allowed is None or row.metadata["file"] in allowed]
@@ -205,7 +205,8 @@ class DocumentIndex:
 
         Returns:
             Documents with ``id`` = ``<file>#<chunk>``, the file's title, and metadata ``source`` (path), ``file``,
-            ``chunk`` (from 1), ``start`` and ``end`` (characters of the file's text) and ``distance`` (cosine).
+            ``chunk`` (from 1), ``start`` and ``end`` (characters of the file's text) and ``distance`` (cosine). The
+            ``score`` is the cosine similarity, 1 minus the distance.
 
         Raises:
             RetrievalError: the index holds nothing.
@@ -277,6 +278,7 @@ class DocumentIndex:
             id=row.id,
             title=str(row.metadata["title"]),
             metadata={"source": str(self._path(row.metadata["file"])), **metadata},
+            score=None if distance is None else round(1 - distance, 5),
         )
 
     def _name(self, path: Path) -> str:

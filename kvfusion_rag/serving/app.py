@@ -80,14 +80,16 @@ class _Tenants:
 
 
 def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOptions) -> None:
-    own = options.mode in (None, "auto")
+    mode = generator.mode if options.mode in (None, "auto") else options.mode
+    own_focus = generator.settings.focus if mode == "fusion" else None
     model = {
         "id": generator.model_id,
         "object": "model",
         "created": int(time.time()),
         "owned_by": "kvfusion-rag",
         "kvfusion": {
-            "mode": generator.mode if own else options.mode,
+            "mode": mode,
+            "focus": own_focus if options.focus == "auto" else options.focus,
             "context_window": generator.context_window,
             "follows_instructions": generator.follows_instructions,
         },
@@ -122,7 +124,8 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
         generator = tenants.of(request)
         _require_model(body.model, generator.model_id)
         require_few(body.documents)
-        arguments = {**body.to_arguments(), "mode": body.mode or options.mode}
+        focus = body.focus if "focus" in body.model_fields_set else options.focus
+        arguments = {**body.to_arguments(), "mode": body.mode or options.mode, "focus": focus}
         if body.stream:
             return await answer_events(generator, arguments, include_usage=body.stream_options.include_usage)
         answer = await generator.aanswer(**arguments)

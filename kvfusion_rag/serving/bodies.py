@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from math import isfinite
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..schema import Attributed, Document, Message, ModeChoice
+from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
+from ..settings import require_focus
 
 MOST_MESSAGES = 1000
 MOST_STOPS = 16
@@ -32,13 +33,18 @@ Text = Annotated[str, BeforeValidator(_well_formed)]
 
 
 class _Body(BaseModel):
+    """Null means absent, as OpenAI's clients have it, except in the fields named in ``NULLABLE``."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    NULLABLE: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: object) -> object:
-        """Null means absent, as OpenAI's clients have it."""
-        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        return {k: v for k, v in value.items() if v is not None or k in cls.NULLABLE}
 
 
 def _joined_parts(content: object) -> object:
@@ -79,6 +85,7 @@ class DocumentBody(_Body):
     id: Text | None = None
     title: Text | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
+    score: float | None = Field(None, description="The retriever's score, higher for a better document.")
 
     @model_validator(mode="before")
     @classmethod
@@ -86,7 +93,7 @@ class DocumentBody(_Body):
         return {"text": value} if isinstance(value, str) else value
 
     def to_document(self) -> Document:
-        return Document(self.text, self.id, self.title, self.metadata)
+        return Document(self.text, self.id, self.title, self.metadata, self.score)
 
 
 class StreamOptions(_Body):
@@ -140,6 +147,11 @@ def _scalars(variables: dict[str, Any]) -> dict[str, Any]:
     return {name: _well_formed(value) for name, value in variables.items()}
 
 
+def _focus(value: object) -> object:
+    require_focus(value)
+    return value
+
+
 Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_ends_with_user)]
 Variables = Annotated[dict[Text, Any], Field(max_length=MOST_VARIABLES), AfterValidator(_scalars)]
 
@@ -168,11 +180,21 @@ class PrefillRequest(DocumentsRequest):
 
 
 class ChatRequest(_WithDocuments):
-    """A request for a chat completion: OpenAI's fields, and documents, mode, attribution, top_k and variables."""
+    """A request for a chat completion.
+
+    It has OpenAI's fields, and documents, mode, focus, attribution, top_k and variables.
+    """
+
+    NULLABLE: ClassVar[frozenset[str]] = frozenset({"focus"})
 
     model: Text
     messages: Messages
     mode: ModeChoice | None = None
+    focus: Annotated[FocusChoice, BeforeValidator(_focus)] = Field(
+        "auto",
+        description="Keep this many documents, those that make the question likeliest; null keeps all, 'auto' is the "
+        "model's own number. If it is absent, the server's own setting counts.",
+    )
     chat_template_kwargs: Variables | None = None
     attribution: Attributed | None = None
     stream: bool = False
@@ -213,7 +235,7 @@ class ChatRequest(_WithDocuments):
     parallel_tool_calls: Annotated[Any, _only(True, False)] = None
 
     def to_arguments(self) -> dict[str, Any]:
-        """Arguments of ``KVFusionGenerator.answer`` but for the mode. The question is the last message's text."""
+        """Arguments of ``KVFusionGenerator.answer`` except mode and focus. The question is the last message's text."""
         longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return {
             "question": self.messages[-1].content,

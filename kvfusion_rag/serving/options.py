@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from ..errors import InvalidInputError
-from ..schema import ModeChoice
-from ..settings import is_count, require_mode
+from ..schema import FocusChoice, ModeChoice
+from ..settings import is_count, require_focus, require_mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class ServingOptions:
 
     Attributes:
         mode: of requests that name none; ``None`` for the model's own.
+        focus: of requests that name none: a number of documents to keep, ``None`` for all, "auto" for the model's own.
         max_concurrency: requests that are read and answered at once; further ones are refused with 429.
         max_body_bytes: longest body of a request.
         max_documents: most documents of one request.
@@ -24,6 +25,7 @@ class ServingOptions:
     """
 
     mode: ModeChoice | None = None
+    focus: FocusChoice = "auto"
     max_concurrency: int = 64
     max_body_bytes: int = 4 << 20
     max_documents: int = 256
@@ -34,6 +36,7 @@ class ServingOptions:
         """Raise InvalidInputError for a value that is not allowed."""
         if self.mode is not None:
             require_mode(self.mode)
+        require_focus(self.focus)
         for name in ("max_concurrency", "max_body_bytes", "max_documents"):
             if not is_count(value := getattr(self, name)):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number from 1.")

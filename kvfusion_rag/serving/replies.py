@@ -20,13 +20,14 @@ def event(data: object) -> bytes:
 
 
 def sources(found: Sequence[Source]) -> list[dict[str, Any]]:
-    """Where each document's keys and values came from, and its part in the answer where that was asked for.
+    """Where each document's keys and values came from, whether it was read, and its part in the answer if asked for.
 
     Its metadata is not sent back.
     """
     return [
         {
             **{"id": s.id, "title": s.title, "origin": s.origin, "tokens": s.tokens, "duplicate_of": s.duplicate_of},
+            **{"used": s.used, "focus_score": s.focus_score},
             **{name: value for name in ("attention", "effect") if (value := getattr(s, name)) is not None},
         }
         for s in found
