@@ -34,6 +34,7 @@ from kvfusion_rag.evaluation.orders import (
     usable_rows,
 )
 from kvfusion_rag.evaluation.runner import Prediction, predict
+from kvfusion_rag.evaluation.scores import with_scores
 from kvfusion_rag.evaluation.summary import METRICS, score, summarize
 from kvfusion_rag.evaluation.systems import (
     SYSTEMS,
@@ -43,7 +44,7 @@ from kvfusion_rag.evaluation.systems import (
     make_systems,
     require_inputs,
 )
-from kvfusion_rag.qa import Passage, QARow, write_rows
+from kvfusion_rag.qa import Passage, QARow, parse_row, read_rows, rows_digest, write_rows
 from kvfusion_rag.settings import ModelSettings
 
 
@@ -531,6 +532,42 @@ def test_systems_with_focus_keep_the_given_number_else_the_models_own_else_one(g
         systems = make_systems(names, Models(lambda options, found=model: found, LORA, focus=wanted))
         assert [system.focus for system in systems] == [number] * 3 + [None] * 2
         assert [system.identity().get("focus") for system in systems] == [number] * 3 + [None] * 2
+
+
+def test_systems_with_focus_weigh_scores_alike(generator):
+    for given, own, expected in ((None, None, 0.0), (None, 3.0, 3.0), (2.0, 3.0, 2.0)):
+        model = generator.with_settings(focus_weight=own)
+        found = {"adapter": model, None: generator}
+        models = Models(
+            lambda options, found=found: found[options["adapter"]], {"adapter": "adapter"}, focus_weight=given
+        )
+        systems = make_systems(["focus", "focus-base", "concat-focus"], models)
+        assert [system.generator.settings.focus_weight or 0.0 for system in systems] == [expected] * 3
+
+
+def test_passages_are_scored_by_similarity_to_their_question():
+    class Embedder:
+        def embed_documents(self, texts):
+            return np.array([[float("gold" in text), float("far" in text)] for text in texts])
+
+        def embed_questions(self, texts):
+            return np.array([[1.0, -1.0]] * len(texts))
+
+    asked = [QARow(str(n), "?", ("a",), (Passage("gold one", "t", True), Passage(f"far {n}"))) for n in range(2)]
+    for row in with_scores(asked, Embedder()):
+        assert [passage.score for passage in row.passages] == [1.0, -1.0]
+        assert [passage.document("1").score for passage in row.passages] == [1.0, -1.0]
+
+
+def test_rows_keep_their_scores(tmp_path):
+    row = QARow("1", "?", ("a",), (Passage("a", None, True, 0.25), Passage("b")))
+    write_rows(tmp_path / "rows.jsonl", [row])
+    assert list(read_rows(tmp_path / "rows.jsonl")) == [row]
+    assert rows_digest([row]) != rows_digest([replace(row, passages=(Passage("a", None, True), Passage("b")))])
+    for wrong in ("true", "NaN", '"0.5"'):
+        line = f'{{"question": "?", "answers": [], "passages": [{{"text": "a", "score": {wrong}}}]}}'
+        with pytest.raises(InvalidInputError, match="score is .*, but it must be a finite number or absent"):
+            parse_row(line, "line 1")
 
 
 def test_plain_fusion_stays_plain_with_a_model_that_has_a_focus():

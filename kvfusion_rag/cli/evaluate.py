@@ -62,6 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents that focus, focus-base and concat-focus keep (default: the model's own number, else 1)",
     )
     parser.add_argument(
+        "--score-passages",
+        action="store_true",
+        help="score passages with the offline embedding model, as a retriever does, for focus to weigh",
+    )
+    parser.add_argument(
+        "--focus-weight", type=weight, metavar="W", help="of these scores (default: the model's own, else 0)"
+    )
+    parser.add_argument(
         "--sft", metavar="DIR", help="adapter folder or whole model that was trained on joined prompts"
     )
     parser.add_argument("--concat-model", metavar="NAME", help="another base model for concat and sft")
@@ -107,6 +115,17 @@ def names(text: str) -> list[str]:
     return found
 
 
+def weight(text: str) -> float:
+    """Argument type: a finite number from 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     from ..evaluation.bootstrap import Bootstrap
     from ..evaluation.report import make_report
@@ -123,7 +142,9 @@ def run(args: argparse.Namespace) -> int:
     settings, searched = _settings(args), _file_facts(args.ape_search)  # of the files as they are read now
     rows, plan = _rows_and_plan(args)
     store = DocumentStore(MemoryStore())  # systems over the same base share its documents
-    models = Models(lambda options: _load(args, options, store), inputs, args.max_new_tokens, args.focus)
+    models = Models(
+        lambda options: _load(args, options, store), inputs, args.max_new_tokens, args.focus, args.focus_weight
+    )
     journal = _journal(args.resume, args, rows, plan)
     factories, search = dict(SYSTEMS), _ape_search(args, chosen, rows, plan, models)
     if search is not None:
@@ -170,6 +191,8 @@ def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
     if args.skip_rows and rows:
         rows, notes = usable_rows(rows, args.conditions, args.documents)
     rows = _sample(rows, args)
+    if args.score_passages:
+        rows = _scored(rows, args)
     plan = plan_conditions(rows, args.conditions, args.documents)
     plan = replace(plan, notes=(*notes, *plan.notes))
     for note in plan.notes:
@@ -184,6 +207,13 @@ def _sample(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
     if args.limit is None or args.limit >= len(rows):
         return rows
     return [rows[index] for index in sorted(random.Random(args.seed).sample(range(len(rows)), args.limit))]
+
+
+def _scored(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
+    from ..evaluation.scores import with_scores
+    from ..retrieval import SentenceTransformerEmbedder
+
+    return list(with_scores(rows, SentenceTransformerEmbedder(device=args.device)))
 
 
 def _ape_search(
@@ -264,7 +294,8 @@ def _require_outputs(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    facts = {"limit": args.limit, "seed": args.seed, "batch_size": args.batch_size}
+    names = ("limit", "seed", "batch_size", "score_passages", "focus", "focus_weight")
+    facts = {name: getattr(args, name) for name in names}
     return _file_facts(args.rows) | facts
 
 

@@ -106,6 +106,7 @@ class Models:
             ``concat_model`` (another base model for joined prompts).
         max_new_tokens: longest answer; ``None`` for the model's own.
         focus: documents that the systems with focus keep; ``None`` for the model's own number, else 1.
+        focus_weight: of the passages' scores; ``None`` for the model's own, else 0.
     """
 
     def __init__(
@@ -114,9 +115,10 @@ class Models:
         inputs: Mapping[str, str | None],
         max_new_tokens: int | None = None,
         focus: int | None = None,
+        focus_weight: float | None = None,
     ) -> None:
         self._load = load
-        self._focus = focus
+        self._focus, self._focus_weight = focus, focus_weight
         self._inputs = inputs
         self._loaded: dict[frozenset[tuple[str, Any]], KVFusionGenerator] = {}
         self.max_new_tokens = max_new_tokens
@@ -125,6 +127,13 @@ class Models:
     def focus(self) -> int:
         """Documents that the systems with focus keep; the tuned weights' own number, so that all keep as many."""
         return self._focus or self.generator("tuned").settings.focus or 1
+
+    @property
+    def focus_weight(self) -> float:
+        """Weight of the passages' scores; the tuned weights' own, so that all systems with focus weigh alike."""
+        if self._focus_weight is not None:
+            return self._focus_weight
+        return self.generator("tuned").settings.focus_weight or 0.0
 
     def system(
         self,
@@ -137,6 +146,8 @@ class Models:
         **settings: Any,
     ) -> System:
         """A generator system over ``weights``, with ``settings`` in place of the model's own."""
+        if focus is not None and self.focus_weight != (self.generator(weights).settings.focus_weight or 0.0):
+            settings["focus_weight"] = self.focus_weight
         return GeneratorSystem(name, self.generator(weights, **settings), mode, reorder, self.max_new_tokens, focus)
 
     def generator(self, weights: Weights, **settings: Any) -> KVFusionGenerator:
