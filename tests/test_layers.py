@@ -15,10 +15,10 @@ PACKAGE = ROOT / "kvfusion_rag"
 LAYERS = [
     "errors", "versions", "home", "probe", "devices", "digest", "schema", "kv", "chat", "settings", "prompts",
     "splitting", "positions", "support", "gguf_header", "gguf_convert", "gguf_cache", "locating", "linear",
-    "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "gate", "limits",
-    "loading", "citations", "store", "supply", "reading", "layouts", "recording", "decoding", "placing",
-    "batching", "gathering", "prompt_reader", "engine", "attribution", "invariance", "streaming", "generator",
-    "qa", "retrieval", "evaluation", "training", "serving", "cli",
+    "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "likelihood", "gate",
+    "limits", "loading", "citations", "store", "supply", "reading", "focus", "layouts", "recording", "decoding",
+    "placing", "batching", "gathering", "prompt_reader", "engine", "attribution", "invariance", "streaming",
+    "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
 ]  # fmt: skip
 
 
