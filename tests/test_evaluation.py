@@ -535,11 +535,11 @@ def test_systems_with_focus_keep_the_given_number_else_the_models_own_else_one(g
 
 
 def test_systems_with_focus_weigh_scores_alike(generator):
-    for given, own, expected in ((None, None, 0.0), (None, 3.0, 3.0), (2.0, 3.0, 2.0)):
+    for wanted, own, expected in ((None, None, 0.0), (None, 3.0, 3.0), (2.0, 3.0, 2.0)):
         model = generator.with_settings(focus_weight=own)
         found = {"adapter": model, None: generator}
         models = Models(
-            lambda options, found=found: found[options["adapter"]], {"adapter": "adapter"}, focus_weight=given
+            lambda options, found=found: found[options["adapter"]], {"adapter": "adapter"}, focus_weight=wanted
         )
         systems = make_systems(["focus", "focus-base", "concat-focus"], models)
         assert [system.generator.settings.focus_weight or 0.0 for system in systems] == [expected] * 3
@@ -566,7 +566,7 @@ def test_rows_keep_their_scores(tmp_path):
     assert rows_digest([row]) != rows_digest([replace(row, passages=(Passage("a", None, True), Passage("b")))])
     for wrong in ("true", "NaN", '"0.5"'):
         line = f'{{"question": "?", "answers": [], "passages": [{{"text": "a", "score": {wrong}}}]}}'
-        with pytest.raises(InvalidInputError, match="score is .*, but it must be a finite number or absent"):
+        with pytest.raises(InvalidInputError, match=r"score is .*, but it must be a finite number or absent"):
             parse_row(line, "line 1")
 
 
