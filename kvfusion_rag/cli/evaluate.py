@@ -92,6 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="evaluate a random sample of N rows")
     parser.add_argument("--seed", type=count, default=0, help="of sample, shuffled order and intervals (default: 0)")
+    parser.add_argument(
+        "--memory", type=positive, default=1, metavar="GIB",
+        help="memory for the keys and values of passages, which rows may share (default: 1)",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
     parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all figures as JSON")
@@ -141,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     _require_outputs(args)
     settings, searched = _settings(args), _file_facts(args.ape_search)  # of the files as they are read now
     rows, plan = _rows_and_plan(args)
-    store = DocumentStore(MemoryStore())  # systems over the same base share its documents
+    store = DocumentStore(MemoryStore(args.memory << 30))  # systems over the same base share its documents
     models = Models(
         lambda options: _load(args, options, store), inputs, args.max_new_tokens, args.focus, args.focus_weight
     )
