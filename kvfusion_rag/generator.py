@@ -221,9 +221,13 @@ class KVFusionGenerator:
         """The mode of calls that do not name one, and the reason for it."""
         return self._engine.prompts.mode_of(None)
 
+    def focus_of(self, wanted: FocusChoice, mode: Mode) -> int | None:
+        """How many documents a call in ``mode`` keeps; None for all."""
+        return self._engine.prompts.focus_of(wanted, mode)
+
     def default_focus(self) -> int | None:
         """How many documents calls keep that name neither mode nor focus; None for all."""
-        return self._engine.prompts.focus_of("auto", self.mode)
+        return self.focus_of("auto", self.mode)
 
     def keep_measurement(self, best: Measured, table: list[dict[str, Any]]) -> None:
         """Keep the best mode and focus of this model and adapter, with the table that shows it, for later processes.

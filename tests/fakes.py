@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from kvfusion_rag import (
     Answer,
@@ -26,7 +26,7 @@ from kvfusion_rag import (
     Timings,
     Usage,
 )
-from kvfusion_rag.settings import ModelSettings
+from kvfusion_rag.schema import FocusChoice, Mode
 
 Prompt = str | Sequence[Message] | None
 
@@ -78,7 +78,8 @@ class RecordingGenerator:
     threads: list[int] = field(default_factory=list)
     streams: list[RecordingStream] = field(default_factory=list)
 
-    settings: ClassVar[Any] = ModelSettings()
+    def focus_of(self, wanted: FocusChoice, mode: Mode) -> int | None:
+        return None if wanted == "auto" else wanted
 
     def reads_prompt(self, mode: str | None = None) -> bool:
         return self.is_untuned

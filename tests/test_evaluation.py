@@ -461,7 +461,7 @@ def test_each_system_judges_what_its_name_says(generator, tmp_path):
     }
     assert list(expected) == list(SYSTEMS)
     for name, (weights, mode, positions) in expected.items():
-        (system,) = make_systems([name], Models(shelf := Shelf(generator), inputs, focus=3))
+        (system,) = make_systems([name], Models(shelf := Shelf(generator), inputs, focus=3, focus_weight=0.0))
         settings = system.generator.settings
         assert (shelf.loaded, system.name, system.mode) == ([weights], name, mode)
         assert settings.positions == positions

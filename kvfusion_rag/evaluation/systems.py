@@ -146,7 +146,7 @@ class Models:
         **settings: Any,
     ) -> System:
         """A generator system over ``weights``, with ``settings`` in place of the model's own."""
-        if focus is not None and self.focus_weight != (self.generator(weights).settings.focus_weight or 0.0):
+        if focus is not None and self.generator(weights).settings.focus_weight != self.focus_weight:
             settings["focus_weight"] = self.focus_weight
         return GeneratorSystem(name, self.generator(weights, **settings), mode, reorder, self.max_new_tokens, focus)
 

@@ -81,7 +81,6 @@ class _Tenants:
 
 def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOptions) -> None:
     mode = generator.mode if options.mode in (None, "auto") else options.mode
-    own_focus = generator.settings.focus if mode == "fusion" else None
     model = {
         "id": generator.model_id,
         "object": "model",
@@ -89,7 +88,7 @@ def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOpti
         "owned_by": "kvfusion-rag",
         "kvfusion": {
             "mode": mode,
-            "focus": own_focus if options.focus == "auto" else options.focus,
+            "focus": generator.focus_of(options.focus, mode),
             "context_window": generator.context_window,
             "follows_instructions": generator.follows_instructions,
         },
