@@ -18,7 +18,7 @@ LAYERS = [
     "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "gate", "limits",
     "loading", "citations", "store", "supply", "reading", "layouts", "recording", "decoding", "placing",
     "batching", "gathering", "prompt_reader", "engine", "attribution", "invariance", "streaming", "generator",
-    "qa", "retrieval", "evaluation", "training", "serving", "cli",
+    "qa", "retrieval", "evaluation", "training", "adapting", "serving", "cli",
 ]  # fmt: skip
 
 

@@ -1,0 +1,70 @@
+"""Which questions and answers teach something: pure functions on text, each with the reason for a drop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from ..evaluation.metrics import answer_in_text, normalize_answer, token_f1
+from ..qa import Passage
+from ..training.mining import MatchText
+
+FEWEST_WORDS, MOST_WORDS = 4, 40  # of a question
+NAMED_SHARE = 0.5  # of a question's content words that stand in its passage
+GROUNDED_SHARE = 0.7  # of an answer's new content words that stand in the passage
+_COMMON = frozenset(
+    "a about after all also an and any are as at be been before but by can could did do does for from had has have he "
+    "her his how i if in into is it its many may more most much must name no not of on one or other she should so some "
+    "such than that the their them then there these they this those to under up was we were what when where which who "
+    "whom whose why will with would you your yes".split()
+)
+_TALKS_OF_TEXT = re.compile(r"\b(?:text|passage|paragraph|sentence|following|above|below|author|article)s?\b", re.I)
+
+
+def question_fault(question: str, passage: Passage, seen: Collection[str]) -> str | None:
+    """Why a question that the model wrote is of no use, or None.
+
+    Args:
+        seen: questions that were kept, normalised.
+    """
+    words = question.split()
+    if not FEWEST_WORDS <= len(words) <= MOST_WORDS:
+        return "question too short or too long"
+    if not question.rstrip().endswith(("?", "？", "؟")):
+        return "no question mark at its end"
+    if _TALKS_OF_TEXT.search(question):
+        return "question about the text itself"
+    asked = content_words(question)
+    if not asked or len(asked & content_words(f"{passage.title or ''} {passage.text}")) < NAMED_SHARE * len(asked):
+        return "question does not name what the passage is about"
+    if normalize_answer(question) in seen:
+        return "question repeated"
+    return None
+
+
+def answer_fault(answer: str, question: str, passage: Passage, *, cut: bool) -> str | None:
+    """Why an answer to a useful question is of no use, or None.
+
+    Args:
+        cut: whether it ended at its limit of tokens.
+    """
+    if cut:
+        return "answer too long"
+    if not normalize_answer(answer):
+        return "answer empty"
+    new = content_words(answer) - content_words(question)
+    if not new:
+        return "answer only repeats the question"
+    if len(new & content_words(f"{passage.title or ''} {passage.text}")) < GROUNDED_SHARE * len(new):
+        return "answer not from the passage"
+    return None
+
+
+def repeats(answer: str, again: str, min_f1: float) -> bool:
+    """Whether ``again``, given among other passages, says the same as ``answer``."""
+    return answer_in_text(again, [answer]) or token_f1(again, [answer]) >= min_f1
+
+
+def content_words(text: str) -> set[str]:
+    """Words that are not among the commonest of English; each sign of a script without spaces is a word."""
+    return {word for word in MatchText.of(text).words.split() if word not in _COMMON}

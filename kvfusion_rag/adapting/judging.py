@@ -1,0 +1,50 @@
+"""Compares systems on held-out rows against the answers that the model gives from the gold passage only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..evaluation.metrics import answer_in_text, token_f1
+from ..generator import KVFusionGenerator
+from ..qa import QARow
+from ..schema import Mode
+
+UNTUNED, ADAPTED, CONCAT = "fusion, untuned", "fusion, adapted", "concat"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How one system did.
+
+    Attributes:
+        right: share (%) of its answers that contain the gold-passage answer.
+        f1: mean F1 of words (%) against it.
+    """
+
+    system: str
+    right: float
+    f1: float
+
+
+def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode, answer_tokens: int) -> list[str]:
+    """Greedy answers to ``rows`` over all their passages, in the rows' order of passages."""
+    answers = generator.answer_batch(
+        [row.question for row in rows],
+        [[passage.document(str(number)) for number, passage in enumerate(row.passages)] for row in rows],
+        mode=mode,
+        max_new_tokens=answer_tokens,
+    )
+    return [answer.text for answer in answers]
+
+
+def judge(system: str, rows: Sequence[QARow], answers: Sequence[str]) -> Verdict:
+    """Score the answers of one system."""
+    pairs = [(answer, row.answers) for answer, row in zip(answers, rows, strict=True)]
+    right = 100 * sum(answer_in_text(answer, wanted) for answer, wanted in pairs) / len(pairs)
+    return Verdict(system, right, 100 * sum(token_f1(answer, wanted) for answer, wanted in pairs) / len(pairs))
+
+
+def wins(adapted: Verdict, untuned: Verdict) -> bool:
+    """Whether the adapter is worth keeping: more answers right, or as many with a higher F1."""
+    return (adapted.right, adapted.f1) > (untuned.right, untuned.f1)
