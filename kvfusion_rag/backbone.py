@@ -284,8 +284,8 @@ class Backbone:
     ) -> torch.Tensor:
         """Logits (B, N, V) of one pass of Dt with gradients, at the N columns of ``ids`` that ``kept`` (N,) names.
 
-        Other arguments are those of :meth:`forward`. With ``tuned=False`` they are the logits of the base model, adapter
-        and dropout off; the caller turns gradients off.
+        Other arguments are those of :meth:`forward`. With ``tuned=False`` the base model answers, adapter and dropout
+        off; the caller turns gradients off.
 
         Once :meth:`checkpoint_activations` was called, the mask must be a four-dimensional one, and the backward
         pass must come before the model is used for anything else, since it computes the layers again.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from ..errors import InvalidInputError
-from ..settings import is_count
+from ..settings import Layout, is_count
 from ..training.config import TrainingConfig
 
 DEFAULT_PASSAGE_TOKENS = 160
@@ -24,6 +25,8 @@ class AdaptOptions:
         documents: most documents of a question, the gold passage among them.
         min_f1: least token F1 at which the model has repeated its answer.
         answer_tokens: longest answer in tokens; longer ones are dropped.
+        layout: in which questions are read, while the adapter is made and later; ``None`` for the model's own. "fixed"
+            asks for few words, which suits small models.
         seed: of the sample and of everything random.
         training: settings of the trainer; its layout is the model's own, its loss "distill", its seed this one.
     """
@@ -35,7 +38,8 @@ class AdaptOptions:
     judged: int = 100
     documents: int = 5
     min_f1: float = 0.6
-    answer_tokens: int = 48
+    answer_tokens: int = 64
+    layout: Layout | None = None
     seed: int = 0
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(loss="distill", layout="prompt", epochs=3, eval_every=20)
@@ -55,5 +59,7 @@ class AdaptOptions:
             raise InvalidInputError(f"held_out is {self.held_out!r}, but it must be a share between 0 and 1.")
         if not 0 < self.min_f1 <= 1:
             raise InvalidInputError(f"min_f1 is {self.min_f1!r}, but it must be above 0 and at most 1.")
+        if self.layout not in (None, *get_args(Layout)):
+            raise InvalidInputError(f"layout is {self.layout!r}, but it must be 'prompt', 'fixed' or None.")
         if self.training.full or self.training.loss != "distill":
             raise InvalidInputError("training is full or has another loss, but an adapter is distilled here.")

@@ -110,7 +110,7 @@ def _prepare(
     """Everything up to training; the report of a run that has ended already."""
     given = None if questions is None else list(read_questions(questions))
     backbone = Backbone.load(locate_model(model, gguf_file=gguf_file), device=device, dtype=dtype)
-    settings = replace(backbone.settings, mode="auto")
+    settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
     if settings.positions != "uniform":
         raise InvalidInputError(
             f"positions is {settings.positions!r} in the settings of {backbone.model_id!r}, but training reads "

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the passages, to judge by (default: 0.15)")
     parser.add_argument("--judged", type=positive, metavar="N", help="most questions to judge by (default: 100)")
     parser.add_argument("--min-f1", type=float, metavar="F1", help="at which an answer was repeated (default: 0.6)")
-    parser.add_argument("--answer-tokens", type=positive, metavar="N", help="longest answer (default: 48)")
+    parser.add_argument("--answer-tokens", type=positive, metavar="N", help="longest answer (default: 64)")
+    parser.add_argument("--layout", choices=["prompt", "fixed"],
+                        help="how questions are read (default: as the model reads them; fixed asks for few words)")  # fmt: skip
     parser.add_argument("--seed", type=int, metavar="N", help="of everything random (default: 0)")
     for name in TRAINING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help="see TrainingConfig")
@@ -80,7 +82,7 @@ def _options(args: argparse.Namespace) -> AdaptOptions:
     training = given(*TRAINING, "learning_rate", "gradient_checkpointing")
     own = given(
         "passages", "questions_per_passage", "passage_tokens", "documents", "held_out", "judged", "min_f1",
-        "answer_tokens", "seed",
+        "answer_tokens", "layout", "seed",
     )  # fmt: skip
     options = AdaptOptions(**own)  # type: ignore[arg-type]
     return replace(options, training=replace(options.training, **training))  # type: ignore[arg-type]
@@ -96,9 +98,7 @@ def _say_end(report: AdaptReport, output: Path, model: str | None) -> None:
     say(f"right passage only; adapted minus untuned {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
     say()
     if not report.kept:
-        say(
-            f"The adapter does not beat untuned fusion and was not kept; {shown_path(output)}/report.json has the figures."
-        )
+        say(f"The adapter does not beat untuned fusion and was not kept; see {shown_path(output)}/report.json.")
         return
     adapter = f"{shown_path(output)}/adapter"
     named = f"--model {model} " if model else ""

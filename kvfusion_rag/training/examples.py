@@ -29,8 +29,8 @@ class Example:
     """One row, encoded: ``documents`` maps store keys to ids, in canonical order.
 
     The model reads ``question`` from position ``start`` on and is trained on ``target``, which ends with the end
-    token. In a joined row prefix and documents stand in ``question`` and nothing is fused. ``prefix`` stands in front of
-    every document. ``base`` is what the base model reads when Dt is to learn its distribution.
+    token. In a joined row prefix and documents stand in ``question`` and nothing is fused. ``prefix`` stands in front
+    of every document. ``base`` is what the base model reads when Dt is to learn its distribution.
     """
 
     joined: bool
