@@ -13,9 +13,9 @@ def card(report: AdaptReport) -> str:
     hardware = report.run["hardware"]
     return f"""# Adapter of {report.model_id} for fused documents
 
-A LoRA adapter of the answering decoder, made by `kvfusion adapt` from {report.passages} passages of {report.files}
-files without labels. Documents are read by the frozen base model; the adapter reads their joined keys and values. It was
-trained to say over up to {report.documents} fused passages what the base model says over the right one only.
+A LoRA adapter of the answering decoder, made by `kvfusion adapt` without labels from {report.passages} passages of
+{report.files} files. Documents are read by the frozen base model; the adapter reads their joined keys and values. It
+was trained to say over up to {report.documents} fused passages what the base model says over the right one only.
 
 Use it with `kvfusion ask "..." --docs PATH --adapter DIR`, or
 `KVFusionGenerator.from_pretrained(MODEL, adapter=DIR)`; its default mode is `fusion`.

@@ -12,12 +12,15 @@ from ..training.mining import MatchText
 FEWEST_WORDS, MOST_WORDS = 4, 40  # of a question
 NAMED_SHARE = 0.5  # of a question's content words that stand in its passage
 GROUNDED_SHARE = 0.7  # of an answer's new content words that stand in the passage
-_COMMON = frozenset(
-    "a about after all also an and any are as at be been before but by can could did do does for from had has have "
-    "he her his how i if in into is it its many may more most much must name no not of on one or other she should "
-    "so some such than that the their them then there these they this those to under up was we were what when where "
-    "which who whom whose why will with would you your yes".split()
-)
+_COMMON = frozenset([
+    "a", "about", "after", "all", "also", "an", "and", "any", "are", "as", "at", "be", "been", "before", "but",
+    "by", "can", "could", "did", "do", "does", "for", "from", "had", "has", "have", "he", "her", "his", "how",
+    "i", "if", "in", "into", "is", "it", "its", "many", "may", "more", "most", "much", "must", "name", "no",
+    "not", "of", "on", "one", "or", "other", "she", "should", "so", "some", "such", "than", "that", "the",
+    "their", "them", "then", "there", "these", "they", "this", "those", "to", "under", "up", "was", "we",
+    "were", "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "would", "you",
+    "your", "yes",
+])  # fmt: skip
 _TALKS_OF_TEXT = re.compile(r"\b(?:text|passage|paragraph|sentence|following|above|below|author|article)s?\b", re.I)
 
 

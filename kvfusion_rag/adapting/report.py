@@ -21,6 +21,7 @@ class AdaptReport:
         trained, judged: questions that the adapter was trained on, and judged by.
         documents: most documents of a question.
         steps: of the optimiser; ``losses`` are the means (nats a token) of its first and last tenth.
+        seconds: of the call that ended the run.
         verdicts: of untuned fusion, adapted fusion and concat.
         margin: share (%) of right answers of adapted fusion minus that of untuned fusion, with the borders of its 95 %
             interval.

@@ -36,6 +36,8 @@ from .questions import read_questions
 from .report import FILE, AdaptReport
 from .stages import Stages, prepare_folder, write_atomically, writing_errors
 
+FORMAT = 1  # raise it when questions, filters or rows change, since a run cannot go on from others
+
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
@@ -122,6 +124,7 @@ def _prepare(
     config = replace(options.training, layout=settings.layout, seed=options.seed)
     precision = str(backbone.dtype).removeprefix("torch.")
     facts = {
+        "format": FORMAT,
         "model": f"{backbone.model_id} ({precision}, weights {backbone.weights_digest})",
         "documents": pool.digest,
         "questions": None if given is None else hashlib.sha256(repr(given).encode()).hexdigest(),

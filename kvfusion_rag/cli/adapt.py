@@ -43,8 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judged", type=positive, metavar="N", help="most questions to judge by (default: 100)")
     parser.add_argument("--min-f1", type=float, metavar="F1", help="at which an answer was repeated (default: 0.6)")
     parser.add_argument("--answer-tokens", type=positive, metavar="N", help="longest answer (default: 64)")
-    parser.add_argument("--layout", choices=["prompt", "fixed"],
-                        help="how questions are read (default: as the model reads them; fixed asks for few words)")  # fmt: skip
+    parser.add_argument(
+        "--layout",
+        choices=["prompt", "fixed"],
+        help="how questions are read (default: as the model reads them; fixed asks for few words)",
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of everything random (default: 0)")
     for name in TRAINING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help="see TrainingConfig")
