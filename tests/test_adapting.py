@@ -12,7 +12,7 @@ from tiny import backbone, save, save_speaker
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, RetrievalError, UnsupportedModelError
 from kvfusion_rag.adapting import AdaptOptions, adapt, making
 from kvfusion_rag.adapting import run as running
-from kvfusion_rag.adapting.filtering import answer_fault, question_fault, repeats
+from kvfusion_rag.adapting.filtering import answer_fault, question_fault, repeats, whole_sentences
 from kvfusion_rag.adapting.judging import Verdict, wins
 from kvfusion_rag.adapting.questions import EXAMPLES, openings_of, question_writer, read_questions, write_questions
 from kvfusion_rag.adapting.rows import NegativeMiner, make_row, number_of_documents
@@ -355,19 +355,27 @@ def test_degenerate_questions_are_dropped(question, fault):
 
 
 @pytest.mark.parametrize(
-    ("answer", "cut", "fault"),
+    ("answer", "fault"),
     [
-        ("Amara Osei", False, None),
-        ("It was built by Amara Osei in 1874.", False, None),
-        ("Amara Osei built it, and then", True, "too long"),
-        (" . ", False, "empty"),
-        ("The water mill at Ash Brook was built.", False, "only repeats"),
-        ("It was built by Napoleon Bonaparte of France.", False, "not from the passage"),
+        ("Amara Osei", None),
+        ("It was built by Amara Osei in 1874.", None),
+        (" . ", "empty"),
+        ("The water mill at Ash Brook was built.", "only repeats"),
+        ("It was built by Napoleon Bonaparte of France.", "not from the passage"),
     ],
 )
-def test_answers_that_teach_nothing_are_dropped(answer, cut, fault):
-    found = answer_fault(answer, GOOD, MILL, cut=cut)
+def test_answers_that_teach_nothing_are_dropped(answer, fault):
+    found = answer_fault(answer, GOOD, MILL)
     assert found is None if fault is None else found is not None and fault in found
+
+
+def test_a_cut_answer_keeps_its_whole_sentences():
+    assert whole_sentences("Amara Osei built it. It burned down in 1901. Then the") == (
+        "Amara Osei built it. It burned down in 1901."
+    )
+    assert whole_sentences("It is 31.5 metres high. It") == "It is 31.5 metres high."
+    assert whole_sentences("Amara Osei built it, and then") == "" == whole_sentences("")
+    assert whole_sentences("灯塔建在岩石上。等") == "灯塔建在岩石上。"
 
 
 def test_an_answer_is_repeated_if_it_stands_in_the_other_or_shares_its_words():

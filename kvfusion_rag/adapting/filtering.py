@@ -21,6 +21,7 @@ _COMMON = frozenset([
     "were", "what", "when", "where", "which", "who", "whom", "whose", "why", "will", "with", "would", "you",
     "your", "yes",
 ])  # fmt: skip
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？]")
 _TALKS_OF_TEXT = re.compile(r"\b(?:text|passage|paragraph|sentence|following|above|below|author|article)s?\b", re.I)
 
 
@@ -45,16 +46,19 @@ def question_fault(question: str, passage: Passage, seen: Collection[str]) -> st
     return None
 
 
-def answer_fault(answer: str, question: str, passage: Passage, *, cut: bool) -> str | None:
-    """Why an answer to a useful question is of no use, or None.
+def whole_sentences(answer: str) -> str:
+    """An answer that ended at its limit of tokens, up to its last whole sentence; "" without one.
 
-    Args:
-        cut: whether it ended at its limit of tokens.
+    The base model's distribution is learned at each token, so an answer need not be complete.
     """
-    if cut:
-        return "answer too long"
+    ends = [match.end() for match in _SENTENCE_END.finditer(answer)]
+    return answer[: ends[-1]] if ends else ""
+
+
+def answer_fault(answer: str, question: str, passage: Passage) -> str | None:
+    """Why an answer to a useful question is of no use, or None."""
     if not normalize_answer(answer):
-        return "answer empty"
+        return "answer empty, or without a whole sentence"
     new = content_words(answer) - content_words(question)
     if not new:
         return "answer only repeats the question"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InvalidInputError
@@ -13,7 +13,7 @@ from ..evaluation.metrics import normalize_answer
 from ..generator import KVFusionGenerator
 from ..qa import Passage, QARow
 from ..training.mining import text_key
-from .filtering import answer_fault, question_fault, repeats
+from .filtering import answer_fault, question_fault, repeats, whole_sentences
 from .judging import answer_rows
 from .options import AdaptOptions
 from .passages import PassagePool
@@ -130,17 +130,16 @@ class RowMaker:
     def _answer(self, asked: Sequence[Asked]) -> list[tuple[Asked, str]]:
         """Questions with the answers from their passages, those of use."""
 
-        def answer(chunk: Sequence[Asked]) -> list[tuple[str, bool]]:
+        def answer(chunk: Sequence[Asked]) -> list[str]:
             pairs = [(one.question, self._passages[one.passage]) for one in chunk]
             answers = answer_alone(self._generator, pairs, self._options.answer_tokens)
-            return [(found.text, found.finish_reason == "length") for found in answers]
+            return [whole_sentences(one.text) if one.finish_reason == "length" else one.text for one in answers]
 
         answers = self._stages.work("answers", asked, QUESTIONS_AT_ONCE, answer)
-        pairs: Iterable[tuple[Asked, list[str | bool]]] = zip(asked, answers, strict=True)
         return [
-            (one, str(text))
-            for one, (text, cut) in pairs
-            if not self._drop(answer_fault(str(text), one.question, self._passages[one.passage], cut=bool(cut)))
+            (one, text)
+            for one, text in zip(asked, answers, strict=True)
+            if not self._drop(answer_fault(text, one.question, self._passages[one.passage]))
         ]
 
     def _repeated(self, pairs: Sequence[tuple[int, Asked, str]]) -> list[QARow]:

@@ -24,7 +24,7 @@ class AdaptOptions:
         judged: most held-out questions to judge.
         documents: most documents of a question, the gold passage among them.
         min_f1: least token F1 at which the model has repeated its answer.
-        answer_tokens: longest answer in tokens; longer ones are dropped.
+        answer_tokens: longest answer in tokens; of a longer one its whole sentences are kept.
         layout: in which questions are read, while the adapter is made and later; ``None`` for the model's own. "fixed"
             asks for few words, which suits small models.
         seed: of the sample and of everything random.

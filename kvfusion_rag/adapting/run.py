@@ -133,7 +133,7 @@ def _prepare(
     stages = Stages(folder, facts, progress=progress)
     if (folder / FILE).is_file():
         return AdaptReport.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    note(f"{len(pool.passages)} passages of up to {tokens} tokens in {pool.files} files")
+    note(f"{len(pool.passages)} passages of up to {tokens} tokens in {pool.files} files, {len(pool.skipped)} left out")
     start = leading_bos(backbone.tokenizer)
     made = RowMaker(generator, pool, options, stages, start=start, given=given).make()
     note(f"{len(made.trained)} questions to train on, {len(made.judged)} to judge by, of {made.asked}")
