@@ -226,7 +226,7 @@ def test_a_folder_of_another_run_is_left_as_it_is(base, docs, tmp_path):
     other = save_speaker(tmp_path / "other", "amara osei")
     for changes, message in [
         ({"base": other}, "another model"),
-        ({"options": options(seed=1)}, "another options"),
+        ({"options": options(seed=1)}, "another option seed"),
         ({"questions": None}, "another questions"),
     ]:
         arguments = {"base": base, **changes}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from .passages import PassagePool
 from .questions import Asked, answer_alone, openings_of, question_writer, write_questions
 from .rows import NegativeMiner, make_row, number_of_documents
 from .stages import Stages
-
-logger = logging.getLogger(__name__)
 
 LEAST_TRAINED, LEAST_JUDGED = 8, 4  # questions
 QUESTIONS_AT_ONCE, ROWS_AT_ONCE = 32, 16

@@ -40,6 +40,16 @@ FORMAT = 1  # raise it when questions, filters or rows change, since a run canno
 
 
 @dataclass(frozen=True, slots=True)
+class _Model:
+    """What is loaded three times: to ask and answer, to be trained, to be judged."""
+
+    model: str | Path | None
+    gguf_file: str | None
+    device: str | None
+    dtype: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class _Prepared:
     """All that the untuned model has done."""
 
@@ -88,30 +98,29 @@ def adapt(
     require_adapters()
     prepare_folder(folder)
     with writing_errors(folder):
-        found = _prepare(model, gguf_file, docs, questions, folder, options, device, dtype, progress, note)
+        named = _Model(model, gguf_file, device, dtype)
+        found = _prepare(named, docs, questions, folder, options, progress, note)
         if isinstance(found, AdaptReport):
             return found
         gc.collect()  # the untuned model, before it is loaded again
-        trained = _train(found, model, gguf_file, device, dtype, folder, note)
-        adapted = _judge_adapted(found, model, gguf_file, device, dtype, folder, options)
+        trained = _train(found, named, folder, note)
+        adapted = _judge_adapted(found, named, folder, options)
         return _finish(found, trained, adapted, folder, options, time.perf_counter() - began)
 
 
 def _prepare(
-    model: str | Path | None,
-    gguf_file: str | None,
+    named: _Model,
     docs: Sequence[str | Path],
     questions: str | Path | None,
     folder: Path,
     options: AdaptOptions,
-    device: str | None,
-    dtype: str | None,
     progress: bool,
     note: Callable[[str], None],
 ) -> _Prepared | AdaptReport:
     """Everything up to training; the report of a run that has ended already."""
     given = None if questions is None else list(read_questions(questions))
-    backbone = Backbone.load(locate_model(model, gguf_file=gguf_file), device=device, dtype=dtype)
+    where = locate_model(named.model, gguf_file=named.gguf_file)
+    backbone = Backbone.load(where, device=named.device, dtype=named.dtype)
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
     if settings.positions != "uniform":
         raise InvalidInputError(
@@ -128,8 +137,9 @@ def _prepare(
         "model": f"{backbone.model_id} ({precision}, weights {backbone.weights_digest})",
         "documents": pool.digest,
         "questions": None if given is None else hashlib.sha256(repr(given).encode()).hexdigest(),
-        "options": asdict(replace(options, training=config)),
     }
+    chosen = {name: value for name, value in asdict(options).items() if name != "training"}
+    facts |= {f"option {name}": value for name, value in (chosen | asdict(config)).items()}
     stages = Stages(folder, facts, progress=progress)
     if (folder / FILE).is_file():
         return AdaptReport.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
@@ -153,15 +163,7 @@ def _answers(
     return stages.work(name, rows, ROWS_AT_ONCE, answer)
 
 
-def _train(
-    found: _Prepared,
-    model: str | Path | None,
-    gguf_file: str | None,
-    device: str | None,
-    dtype: str | None,
-    folder: Path,
-    note: Callable[[str], None],
-) -> Progress:
+def _train(found: _Prepared, named: _Model, folder: Path, note: Callable[[str], None]) -> Progress:
     where = folder / "training"
     recover(where / "checkpoint")
     if not (where / "checkpoint").exists():
@@ -173,24 +175,13 @@ def _train(
 
     files: Mapping[str, Any] = {"documents": {"sha256": found.pool.digest, "passages": len(found.pool.passages)}}
     return train(
-        found.made.trained, output=where, model=model, gguf_file=gguf_file, config=found.config, device=device,
-        dtype=dtype, resume=True, files=files, report=report,
-    )  # fmt: skip
-
-
-def _judge_adapted(
-    found: _Prepared,
-    model: str | Path | None,
-    gguf_file: str | None,
-    device: str | None,
-    dtype: str | None,
-    folder: Path,
-    options: AdaptOptions,
-) -> list[str]:
-    adapter = folder / "training" / "best"
-    generator = KVFusionGenerator.from_pretrained(
-        model, gguf_file=gguf_file, adapter=adapter, device=device, dtype=dtype, store=MemoryStore(), gather=False
+        found.made.trained, output=where, config=found.config, resume=True, files=files, report=report, **asdict(named)
     )
+
+
+def _judge_adapted(found: _Prepared, named: _Model, folder: Path, options: AdaptOptions) -> list[str]:
+    adapter = folder / "training" / "best"
+    generator = KVFusionGenerator.from_pretrained(adapter=adapter, store=MemoryStore(), gather=False, **asdict(named))
     return _answers(found.stages, "judged-adapted", generator, found.made.judged, "fusion", options)
 
 
