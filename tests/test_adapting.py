@@ -12,7 +12,7 @@ from tiny import backbone, save, save_speaker
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, RetrievalError, UnsupportedModelError
 from kvfusion_rag.adapting import AdaptOptions, adapt, making
 from kvfusion_rag.adapting import run as running
-from kvfusion_rag.adapting.filtering import answer_fault, question_fault, repeats, whole_sentences
+from kvfusion_rag.adapting.filtering import answer_fault, question_fault, repeats, says, whole_sentences
 from kvfusion_rag.adapting.judging import Verdict, wins
 from kvfusion_rag.adapting.questions import EXAMPLES, openings_of, question_writer, read_questions, write_questions
 from kvfusion_rag.adapting.rows import NegativeMiner, make_row, number_of_documents
@@ -378,11 +378,20 @@ def test_a_cut_answer_keeps_its_whole_sentences():
     assert whole_sentences("灯塔建在岩石上。等") == "灯塔建在岩石上。"
 
 
-def test_an_answer_is_repeated_if_it_stands_in_the_other_or_shares_its_words():
-    assert repeats("Amara Osei", "It was Amara Osei.", 0.6)
-    assert repeats("It was built by Amara Osei", "Amara Osei built it", 0.6)
-    assert not repeats("Amara Osei", "a miller of the name of Grant", 0.6)
-    assert not repeats("It was built by Amara Osei", "It was built by Napoleon", 0.9)
+def test_an_answer_is_repeated_if_its_own_words_are():
+    assert repeats("Amara Osei", "It was Amara Osei.", GOOD, 0.6)
+    assert repeats("It was built by Amara Osei", "Amara Osei built it in 1874", GOOD, 0.6)
+    assert repeats("Amara Osei in 1874", "Amara Osei", GOOD, 0.6)
+    assert not repeats("Amara Osei", "a miller of the name of Grant", GOOD, 0.6)
+    assert not repeats("The water mill at Ash Brook was built by Osei", "The water mill was built by Grant", GOOD, 0.6)
+    assert not repeats("Amara Osei", "", GOOD, 0.6)
+
+
+def test_a_text_says_an_answer_if_it_holds_the_words_that_the_question_does_not_have():
+    assert says("Amara Osei", "The water mill at Ash Brook was built by Amara Osei.", GOOD)
+    assert says("Built in 1874 by Amara Osei.", "The mill was built by Amara Osei.", GOOD)
+    assert not says("The water mill at Ash Brook was built by Amara.", "Amara Osei built the mill.", GOOD)
+    assert not says("The water mill at Ash Brook was built.", "The water mill was built.", GOOD)
 
 
 # Rows

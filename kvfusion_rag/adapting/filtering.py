@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from ..evaluation.metrics import answer_in_text, normalize_answer, token_f1
+from ..evaluation.metrics import normalize_answer
 from ..qa import Passage
 from ..training.mining import MatchText
 
@@ -59,7 +59,7 @@ def answer_fault(answer: str, question: str, passage: Passage) -> str | None:
     """Why an answer to a useful question is of no use, or None."""
     if not normalize_answer(answer):
         return "answer empty, or without a whole sentence"
-    new = content_words(answer) - content_words(question)
+    new = own_words(answer, question)
     if not new:
         return "answer only repeats the question"
     if len(new & content_words(f"{passage.title or ''} {passage.text}")) < GROUNDED_SHARE * len(new):
@@ -67,9 +67,27 @@ def answer_fault(answer: str, question: str, passage: Passage) -> str | None:
     return None
 
 
-def repeats(answer: str, again: str, min_f1: float) -> bool:
-    """Whether ``again``, given among other passages, says the same as ``answer``."""
-    return answer_in_text(again, [answer]) or token_f1(again, [answer]) >= min_f1
+def says(text: str, answer: str, question: str) -> bool:
+    """Whether ``text`` holds every content word of ``answer`` that the question does not have.
+
+    Sentences that only share the question's words with the answer ("The mill was built by ...") do not say it, and
+    those that put its words into another sentence do.
+    """
+    own = own_words(answer, question)
+    return bool(own) and own <= content_words(text)
+
+
+def repeats(answer: str, again: str, question: str, min_f1: float) -> bool:
+    """Whether ``again``, given among other passages, says the same as ``answer``: F1 of the words of their own."""
+    mine, theirs = own_words(answer, question), own_words(again, question)
+    if not mine or not theirs:
+        return False
+    return says(again, answer, question) or 2 * len(mine & theirs) >= min_f1 * (len(mine) + len(theirs))
+
+
+def own_words(answer: str, question: str) -> set[str]:
+    """Content words of an answer that are not in its question."""
+    return content_words(answer) - content_words(question)
 
 
 def content_words(text: str) -> set[str]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..evaluation.metrics import answer_in_text, token_f1
+from ..evaluation.metrics import token_f1
 from ..generator import KVFusionGenerator
 from ..qa import QARow
 from ..schema import Mode
+from .filtering import says
 
 UNTUNED, ADAPTED, CONCAT = "fusion, untuned", "fusion, adapted", "concat"
 
@@ -18,7 +19,7 @@ class Verdict:
     """How one system did.
 
     Attributes:
-        right: share (%) of its answers that contain the gold-passage answer.
+        right: share (%) of its answers that say the gold-passage answer (``filtering.says``).
         f1: mean F1 of words (%) against it.
     """
 
@@ -38,11 +39,16 @@ def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode,
     return [answer.text for answer in answers]
 
 
+def right_answers(rows: Sequence[QARow], answers: Sequence[str]) -> list[bool]:
+    """Which of the answers of one system say the gold-passage answer."""
+    return [says(text, row.answers[0], row.question) for text, row in zip(answers, rows, strict=True)]
+
+
 def judge(system: str, rows: Sequence[QARow], answers: Sequence[str]) -> Verdict:
     """Score the answers of one system."""
-    pairs = [(answer, row.answers) for answer, row in zip(answers, rows, strict=True)]
-    right = 100 * sum(answer_in_text(answer, wanted) for answer, wanted in pairs) / len(pairs)
-    return Verdict(system, right, 100 * sum(token_f1(answer, wanted) for answer, wanted in pairs) / len(pairs))
+    right = 100 * sum(right_answers(rows, answers)) / len(rows)
+    f1 = 100 * sum(token_f1(text, row.answers) for text, row in zip(answers, rows, strict=True)) / len(rows)
+    return Verdict(system, right, f1)
 
 
 def wins(adapted: Verdict, untuned: Verdict) -> bool:

@@ -149,7 +149,11 @@ class RowMaker:
         again = self._stages.work("repeats", small, ROWS_AT_ONCE, repeat)
         kept: list[QARow] = []
         for (n, asked, answer), found in zip(pairs, again, strict=True):
-            fault = None if repeats(answer, found, self._options.min_f1) else "answer not repeated among negatives"
+            fault = (
+                None
+                if repeats(answer, found, asked.question, self._options.min_f1)
+                else "answer not repeated among negatives"
+            )
             if not self._drop(fault):
                 documents = number_of_documents(asked.question, self._options.documents, self._options.seed)
                 kept.append(self._row(n, asked, answer, documents=documents))

@@ -15,7 +15,6 @@ from typing import Any
 from ..backbone import Backbone
 from ..errors import InvalidInputError
 from ..evaluation.bootstrap import Bootstrap
-from ..evaluation.metrics import answer_in_text
 from ..evaluation.report import run_facts
 from ..generator import KVFusionGenerator
 from ..locating import locate_model
@@ -28,7 +27,7 @@ from ..training.progress import LOSSES, Progress
 from ..training.run import train
 from ..versions import require_adapters
 from .card import card
-from .judging import ADAPTED, CONCAT, UNTUNED, answer_rows, judge, wins
+from .judging import ADAPTED, CONCAT, UNTUNED, answer_rows, judge, right_answers, wins
 from .making import ROWS_AT_ONCE, Made, RowMaker
 from .options import DEFAULT_PASSAGE_TOKENS, AdaptOptions
 from .passages import PassagePool, read_passages
@@ -192,8 +191,8 @@ def _finish(
     rows = found.made.judged
     texts = {UNTUNED: found.untuned, ADAPTED: adapted, CONCAT: found.concat}
     verdicts = {system: judge(system, rows, answers) for system, answers in texts.items()}
-    right = [[100.0 * answer_in_text(a, r.answers) for a, r in zip(texts[s], rows, strict=True)] for s in texts]
-    margin = Bootstrap(options.seed).difference(right[1], right[0])
+    right = {system: [100.0 * one for one in right_answers(rows, answers)] for system, answers in texts.items()}
+    margin = Bootstrap(options.seed).difference(right[ADAPTED], right[UNTUNED])
     losses = [loss for _, loss in trained.losses]
     tenth = max(1, len(losses) // 10)
     report = AdaptReport(
