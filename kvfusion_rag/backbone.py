@@ -273,11 +273,19 @@ class Backbone:
             ).logits
 
     def training_logits(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, kept: torch.Tensor
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        cache: DynamicCache,
+        kept: torch.Tensor,
+        *,
+        tuned: bool = True,
     ) -> torch.Tensor:
         """Logits (B, N, V) of one pass of Dt with gradients, at the N columns of ``ids`` that ``kept`` (N,) names.
 
-        Other arguments are those of :meth:`forward`.
+        Other arguments are those of :meth:`forward`. With ``tuned=False`` the base model answers, adapter and dropout
+        off; the caller turns gradients off.
 
         Once :meth:`checkpoint_activations` was called, the mask must be a four-dimensional one, and the backward
         pass must come before the model is used for anything else, since it computes the layers again.
@@ -285,10 +293,10 @@ class Backbone:
         if mask.dim() == 4 and self.config._attn_implementation == "eager":  # which adds a mask to the scores
             mask = additive(mask, self.dtype)
         known: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
-        if self.checkpoints_activations:
+        if self.checkpoints_activations and tuned:
             layers = [layer[:2] for layer in cache] if cache.get_seq_length() else None
             known = {"context": layers, "use_cache": False}
-        with self._turn(adapter=True, training=self.model.training):
+        with self._turn(adapter=tuned, training=tuned and self.model.training):
             out = self.model(input_ids=ids, position_ids=positions, attention_mask=mask, logits_to_keep=kept, **known)
         return out.logits
 

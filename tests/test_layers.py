@@ -18,7 +18,7 @@ LAYERS = [
     "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "likelihood", "gate",
     "limits", "loading", "citations", "store", "supply", "reading", "focus", "layouts", "recording", "decoding",
     "placing", "batching", "gathering", "prompt_reader", "engine", "attribution", "invariance", "streaming",
-    "generator", "qa", "retrieval", "evaluation", "training", "serving", "cli",
+    "generator", "qa", "retrieval", "evaluation", "training", "adapting", "serving", "cli",
 ]  # fmt: skip
 
 

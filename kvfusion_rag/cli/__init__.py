@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import KVFusionError
-from . import ask, bench, build_data, doctor, evaluate, index, serve, store, train
+from . import adapt, ask, bench, build_data, doctor, evaluate, index, serve, store, train
 from .console import Interruption, drop_output, print_error, quiet_libraries
 
 COMMANDS = {
@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": doctor,
     "build-data": build_data,
     "train": train,
+    "adapt": adapt,
     "evaluate": evaluate,
 }
 

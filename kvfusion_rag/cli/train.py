@@ -19,6 +19,7 @@ from .options import add_model_name, positive, require_paths
 if TYPE_CHECKING:
     from ..qa import QARow
     from ..training import Progress, TrainingConfig
+    from ..training.config import Loss
 
 # Settings of TrainingConfig that are flags or lists get arguments of their own.
 NUMBERS = (
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_name(parser, "base model")
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
+    parser.add_argument(
+        "--loss", choices=["answer", "distill"],
+        help="answer (default): the row's answer; distill: what the base model says over the gold passages only",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layout", choices=["fixed", "prompt"], help="templates of the settings (default), or the chat template"
+    )
     parser.add_argument("--evidence", action="store_true", default=None, help="train on the evidence sentence too")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", default=None,
@@ -59,10 +67,13 @@ def run(args: argparse.Namespace) -> int:
 
     from ..training import preset, train
 
-    given = {name: getattr(args, name) for name in (*NUMBERS, "full", "evidence", "gradient_checkpointing")}
+    given = {
+        name: getattr(args, name)
+        for name in (*NUMBERS, "full", "evidence", "gradient_checkpointing", "loss", "layout")
+    }
     config = preset(args.preset, **given, targets=tuple(args.targets) if args.targets else None)
-    rows = _read(args.rows, trained=True)
-    dev = [row for path in args.dev for row in _read([path], trained=False)[: args.dev_limit]]
+    rows = _read(args.rows, config.loss)
+    dev = [row for path in args.dev for row in _read([path], None)[: args.dev_limit]]
 
     def report(progress: Progress) -> None:
         _plot(args, progress)
@@ -102,15 +113,16 @@ def _require_plot(path: Path | None, *, resume: bool) -> None:
         raise InvalidInputError(f"--plot is {str(path)!r}, which exists; name another file, or remove it.")
 
 
-def _read(paths: list[str], *, trained: bool) -> list[QARow]:
+def _read(paths: list[str], loss: Loss | None) -> list[QARow]:
+    """All rows of the files, those to train on by ``loss`` checked."""
     from ..qa import read_placed_rows
-    from ..training.examples import require_answerable
+    from ..training.examples import require_trainable
 
     rows: list[QARow] = []
     for path in paths:
         for where, row in read_placed_rows(path):
-            if trained:
-                require_answerable(row, where)
+            if loss is not None:
+                require_trainable(row, where, loss)
             rows.append(row)
     return rows
 

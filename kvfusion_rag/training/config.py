@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..errors import InvalidInputError
-from ..settings import is_count
+from ..settings import Layout, is_count
+
+Loss = Literal["answer", "distill"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +18,9 @@ class TrainingConfig:
     Attributes:
         full: train all weights of a second copy (the paper), in place of a LoRA adapter.
         rank, alpha, dropout, targets: LoRA; ``targets`` are module names, or "all-linear".
+        loss: "answer": cross entropy on the row's answer (the paper). "distill": KL divergence on the answer's tokens,
+            from what the base model says over the gold passages only to what Dt says over all fused passages.
+        layout: "fixed": the templates of the settings. "prompt": a bare question in the model's own chat template.
         epochs: passes over the rows; ``max_steps`` ends a run earlier.
         batch_size: rows of one forward pass on one process.
         accumulation: forward passes of one optimiser step.
@@ -35,6 +40,8 @@ class TrainingConfig:
     alpha: int = 32
     dropout: float = 0.05
     targets: tuple[str, ...] = ("all-linear",)
+    loss: Loss = "answer"
+    layout: Layout = "fixed"
     epochs: int = 2
     max_steps: int | None = None
     batch_size: int = 8
@@ -62,6 +69,14 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be above 0.")
+        for name, kind in (("loss", Loss), ("layout", Layout)):
+            if getattr(self, name) not in get_args(kind):
+                allowed = " or ".join(map(repr, get_args(kind)))
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be {allowed}.")
+        if self.loss == "distill" and self.evidence:
+            raise InvalidInputError(
+                "evidence is true and loss is 'distill', but the base model's answers hold no evidence; set only one."
+            )
         if not self.weight_decay >= 0:
             raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be 0 or above.")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 31):

@@ -13,10 +13,12 @@ import torch
 
 from ..engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
+from ..layouts import Layout
 from ..positions import question_start
 from ..qa import QARow
 from ..reading import Reading
 from ..schema import Document
+from .config import Loss
 from .mining import MatchText
 
 UNANSWERABLE = "Unanswerable"  # the paper's word for questions that no document answers
@@ -27,7 +29,8 @@ class Example:
     """One row, encoded: ``documents`` maps store keys to ids, in canonical order.
 
     The model reads ``question`` from position ``start`` on and is trained on ``target``, which ends with the end
-    token. In a joined row prefix and documents stand in ``question`` and nothing is fused.
+    token. In a joined row prefix and documents stand in ``question`` and nothing is fused. ``prefix`` stands in front
+    of every document. ``base`` is what the base model reads when Dt is to learn its distribution.
     """
 
     joined: bool
@@ -35,6 +38,8 @@ class Example:
     question: tuple[int, ...]
     target: tuple[int, ...]
     start: int
+    prefix: tuple[int, ...] = ()
+    base: Example | None = None
 
     @property
     def read(self) -> tuple[int, ...]:
@@ -49,7 +54,8 @@ def encode_row(
     end_id: int,
     evidence: bool,
     joined: bool,
-    read: Callable[[tuple[Document, ...]], Reading] | None = None,
+    loss: Loss = "answer",
+    read: Callable[[tuple[Document, ...], Layout], Reading] | None = None,
 ) -> Example:
     """Encode one row.
 
@@ -58,6 +64,7 @@ def encode_row(
         end_id: the token that ends an answer.
         evidence: append the sentence that holds the answer, as the paper does.
         joined: one prompt with all documents (full attention) in place of fused ones.
+        loss: with "distill", the row's gold passages are encoded for the base model too.
         read: the engine's own ``read``, or one that remembers what it has read.
 
     Raises:
@@ -65,17 +72,21 @@ def encode_row(
     """
     encoder, settings = engine.encoder, engine.settings
     documents = tuple(passage.document(str(n)) for n, passage in enumerate(row.passages, start=1))
-    reading = engine.read(documents) if read is None else read(documents)
-    answer = standing_answer(row) or UNANSWERABLE
+    layout = engine.prompts.layout(row.question, None, "fusion", has_documents=bool(documents))
+    reading = (read or engine.read)(documents, layout)
+    answer = (row.answers[0] if loss == "distill" else standing_answer(row)) or UNANSWERABLE
     if evidence and row.evidence:
         answer += settings.evidence_separator + row.evidence
     target = (*encoder.encode_answer(answer), end_id)
-    question, prefix = encoder.encode_question(row.question), encoder.prefix_ids
-    if joined:
-        example = Example(True, {}, (*prefix, *reading.joined, *question), target, 0)
-    else:
-        start = question_start(len(prefix), settings.passage_length, reading.longest)
-        example = Example(False, reading.keys, question, target, start)
+    prefix = layout.prefix
+
+    def fused(found: Reading, base: Example | None = None) -> Example:
+        start = question_start(len(prefix), settings.passage_length, found.longest)
+        return Example(False, found.keys, layout.question, target, start, prefix, base)
+
+    gold = tuple(document for document, passage in zip(documents, row.passages, strict=True) if passage.gold)
+    base = fused(engine.read(gold, layout)) if loss == "distill" else None
+    example = Example(True, {}, layout.joined(reading).ids, target, 0, base=base) if joined else fused(reading, base)
     window = engine.backbone.context_window
     if window is not None and example.start + len(example.read) > window:
         raise ContextLimitError(
@@ -107,6 +118,21 @@ def require_answerable(row: QARow, where: str) -> None:
         raise InvalidInputError(
             f"{where}: none of the answers {list(row.answers)!r} stands in its gold passage; kvfusion build-data "
             "leaves such rows out."
+        )
+
+
+def require_trainable(row: QARow, where: str, loss: Loss) -> None:
+    """Refuse a row that nothing can be learned from by ``loss``; ``where`` is named.
+
+    Raises:
+        InvalidInputError: see ``require_answerable``; to distill, a gold passage and an answer of any wording will do.
+    """
+    if loss == "answer":
+        require_answerable(row, where)
+    elif not (row.gold and row.answers):
+        missing = "answers is empty" if row.gold else "no passage is gold"
+        raise InvalidInputError(
+            f"{where}: {missing}, but loss 'distill' needs a gold passage and the base model's answer from it."
         )
 
 

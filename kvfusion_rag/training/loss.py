@@ -1,4 +1,5 @@
-"""The loss of KV-Fusion: next-token loss on the answer, given the question and the fused cache (paper section 3.2).
+"""The losses of KV-Fusion: next-token loss on the answer, given the question and the fused cache (paper section 3.2),
+or the divergence from what the base model says over the gold passages only.
 
 The documents' keys and values come from the frozen prefill decoder Dp and carry no gradient; the gradient
 reaches the answering decoder Dt alone.
@@ -6,8 +7,10 @@ reaches the answering decoder Dt alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ..engine import Engine
 from ..errors import UnsupportedModelError
@@ -28,24 +31,90 @@ def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
         engine: its backbone prefills (and its store keeps) the documents, its decoder is trained.
         batch: examples, fused or joined.
     """
+    logits = _target_logits(engine, batch, _prefilled(engine, _members(batch)))
+    labels = batch.labels[batch.labels != -100]
+    return cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
+
+
+def distillation_loss(engine: Engine, batch: Batch) -> torch.Tensor:
+    """Sum over the batch's target tokens of KL(base || Dt) in nats, a float32 scalar with gradients.
+
+    The base model reads the gold passages only, Dt all passages of its row. At each token both have read the same
+    beginning of the answer.
+
+    Args:
+        engine: as in :func:`fusion_loss`; the adapter is off while the base model reads.
+        batch: examples that were encoded with ``loss="distill"``.
+    """
+    members = _members(batch)
+    bases = [example.base for example in members if example.base is not None]
+    kvs = _prefilled(engine, [*members, *bases])
+    # The base's pass comes first: under gradient checkpointing nothing may come between Dt's two passes.
+    expected = base_log_probabilities(engine, bases, kvs)
+    found = log_softmax(_target_logits(engine, batch, kvs).float(), dim=-1)
+    return kl_div(found, expected, log_target=True, reduction="sum")
+
+
+@torch.no_grad()
+def base_log_probabilities(
+    engine: Engine, examples: Sequence[Example], kvs: Mapping[str, DocumentKV] | None = None
+) -> torch.Tensor:
+    """Log probabilities (A, V) of the base model for the A target tokens of ``examples``, one after the other.
+
+    Args:
+        kvs: the documents' keys and values, where they are known already.
+    """
+    batch = collate(examples)
+    logits = _target_logits(engine, batch, kvs or _prefilled(engine, examples), tuned=False)
+    members = _members(batch)  # rows with the same documents stand side by side here
+    pieces = logits.split([len(example.target) for example in members])
+    piece_of = {id(example): piece for example, piece in zip(members, pieces, strict=True)}
+    return log_softmax(torch.cat([piece_of[id(example)] for example in examples]).float(), dim=-1)
+
+
+def _members(batch: Batch) -> list[Example]:
+    """The examples of ``batch`` in the order in which its target tokens stand."""
+    return [example for group in batch.groups for example in group]
+
+
+def _prefilled(engine: Engine, examples: Sequence[Example]) -> dict[str, DocumentKV]:
+    """Keys and values of all documents of ``examples``, by key."""
+    kvs: dict[str, DocumentKV] = {}
+    for prefix in dict.fromkeys(example.prefix for example in examples):
+        documents = [example.documents for example in examples if example.prefix == prefix]
+        kvs |= engine.supply.document_kvs({key: ids for keys in documents for key, ids in keys.items()}, prefix)
+    return kvs
+
+
+def _target_logits(engine: Engine, batch: Batch, kvs: Mapping[str, DocumentKV], *, tuned: bool = True) -> torch.Tensor:
+    """Logits (A, V) for all target tokens of ``batch``."""
     trained = batch.labels != -100  # (R, Q)
     kept = trained.any(dim=0).nonzero()[:, 0]  # a vocabulary of logits for each question token would fill the memory
-    logits = batch_logits(engine, batch, kept)
-    labels, trained = (part[:, kept].to(logits.device) for part in (batch.labels, trained))
-    return cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
+    logits = batch_logits(engine, batch, kept, kvs, tuned=tuned)
+    return logits[trained[:, kept].to(logits.device)]  # (R, N, V) -> (A, V)
 
 
-def batch_logits(engine: Engine, batch: Batch, kept: torch.Tensor) -> torch.Tensor:
-    """Logits (R, N, V) of Dt at the columns ``kept`` (N,), over keys and values that Dp made without a gradient."""
+def batch_logits(
+    engine: Engine,
+    batch: Batch,
+    kept: torch.Tensor,
+    kvs: Mapping[str, DocumentKV] | None = None,
+    *,
+    tuned: bool = True,
+) -> torch.Tensor:
+    """Logits (R, N, V) of Dt at the columns ``kept`` (N,), over keys and values that Dp made without a gradient.
+
+    Args:
+        kvs: those keys and values, where they are known already.
+        tuned: False for the base model's logits in place of Dt's.
+    """
+    kvs = _prefilled(engine, _members(batch)) if kvs is None else kvs
     firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
-    keys = {key: ids for example in firsts for key, ids in example.documents.items()}
-    prefix = engine.encoder.prefix_ids
-    kvs, prefix_kv = engine.supply.document_kvs(keys, prefix), engine.supply.prefix_kv(prefix)
-    head = [] if prefix_kv is None else [prefix_kv]
-    rows: list[list[DocumentKV]] = [
-        [] if example.joined else [*head, *(kvs[key] for key in example.documents)] for example in firsts
-    ]
-    decoder = engine.decoder
+    rows: list[list[DocumentKV]] = []
+    for example in firsts:
+        head = None if example.joined else engine.supply.prefix_kv(example.prefix)
+        rows.append([*([] if head is None else [head]), *(kvs[key] for key in example.documents)])
+    decoder = engine.decoder if tuned else engine.backbone
     with torch.no_grad():
         context = fuse(rows, decoder.device)
     if batch.packed or decoder.checkpoints_activations:
@@ -53,7 +122,7 @@ def batch_logits(engine: Engine, batch: Batch, kept: torch.Tensor) -> torch.Tens
     else:
         mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (R, K + Q)
     ids, positions, kept = (part.to(decoder.device) for part in (batch.ids, batch.positions, kept))
-    return decoder.training_logits(ids, positions, mask, context.cache, kept)
+    return decoder.training_logits(ids, positions, mask, context.cache, kept, tuned=tuned)
 
 
 @torch.inference_mode()

@@ -17,6 +17,8 @@ from ..evaluation.report import run_facts
 from ..qa import QARow, rows_digest
 from .config import TrainingConfig
 
+DEFAULTS = asdict(TrainingConfig())  # of settings that a record of an earlier version does not have
+
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "gradient_checkpointing")
 
 
@@ -75,9 +77,11 @@ def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
             )
     for group in ("config", "settings", None):
         former, present = (saved.get(group, {}), mine[group]) if group else (saved, {"processes": mine["processes"]})
+        defaults = json.loads(json.dumps(DEFAULTS)) if group == "config" else {}
         for name, value in present.items():
-            if name not in MAY_CHANGE and former.get(name) != value:
+            saved_value = former.get(name, defaults.get(name))
+            if name not in MAY_CHANGE and saved_value != value:
                 raise InvalidInputError(
-                    f"the checkpoint was made with {name} {former.get(name)!r}, but this run has {value!r}; only "
+                    f"the checkpoint was made with {name} {saved_value!r}, but this run has {value!r}; only "
                     f"{', '.join(MAY_CHANGE)} may change on resuming: name another output folder, or the same value."
                 )

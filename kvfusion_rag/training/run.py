@@ -20,7 +20,7 @@ from ..store import MemoryStore
 from ..versions import require_adapters
 from .checkpoint import recover
 from .config import TrainingConfig
-from .examples import require_answerable
+from .examples import require_trainable
 from .progress import LOSSES, Progress
 from .trainer import Trainer
 
@@ -73,7 +73,7 @@ def train(
     if not rows:
         raise InvalidInputError("there are no rows to train on.")
     for row in rows:
-        require_answerable(row, f"row {row.id!r}")
+        require_trainable(row, f"row {row.id!r}", config.loss)
     if processes.is_main_process:
         recover(folder / "checkpoint")
         recover(folder / "best")

@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,16 @@ from ..decoding import DecodingOptions
 from ..engine import Engine, Request
 from ..errors import ContextLimitError, InvalidInputError, TrainingError, UnsupportedModelError
 from ..evaluation.metrics import is_right
+from ..layouts import Layout
 from ..qa import QARow
+from ..reading import Reading
+from ..schema import Document
 from ..settings import FILE_NAME, TUNED_MAX_NEW_TOKENS, ModelSettings
 from .batches import Step, epoch_steps
 from .checkpoint import load_record, load_state, save_decoder, save_state
 from .config import TrainingConfig
 from .examples import Batch, Example, collate, encode_row, encode_rows
-from .loss import checkpoint_exactly, fusion_loss
+from .loss import checkpoint_exactly, distillation_loss, fusion_loss
 from .progress import Progress, write_losses
 from .record import make_record, require_same_run
 from .weights import MasterWeights
@@ -132,16 +134,12 @@ class Trainer:
                 "the model has no end token, so its answers would never end; set the tokenizer's eos_token."
             )
         joined = torch.Generator().manual_seed(self.config.seed)
-        layout = self._engine.prompts.fused_layout(None)
-        read = lru_cache(maxsize=1)(
-            lambda documents: self._engine.read(documents, layout)
-        )  # rows that share their documents follow one another
+        read = _reading_once(self._engine)
 
         def encode(row: QARow) -> Example:
             is_joined = float(torch.rand((), generator=joined)) < self.config.joined_share
-            return encode_row(
-                row, self._engine, end_id=end_id, evidence=self.config.evidence, joined=is_joined, read=read
-            )
+            options: dict[str, Any] = {"evidence": self.config.evidence, "loss": self.config.loss, "read": read}
+            return encode_row(row, self._engine, end_id=end_id, joined=is_joined, **options)
 
         examples, left_out = encode_rows(rows, encode)
         if left_out:
@@ -215,8 +213,9 @@ class Trainer:
         torch.manual_seed((self.config.seed << 32) + (self.progress.step << 12) + self._processes.process_index)
         self._optimizer.zero_grad()
         total = torch.zeros((), device=self._engine.decoder.device)
+        loss_of = distillation_loss if self.config.loss == "distill" else fusion_loss
         for batch in batches:
-            loss = fusion_loss(self._engine, batch) / tokens
+            loss = loss_of(self._engine, batch) / tokens
             loss.backward()
             self._masters.take_gradients()
             total += loss.detach()
@@ -308,13 +307,27 @@ class Trainer:
             self._schedule.step()
 
 
+def _reading_once(engine: Engine) -> Callable[[tuple[Document, ...], Layout], Reading]:
+    """The engine's ``read`` with its last result kept, since rows that share their documents follow one another."""
+    last: tuple[Any, Reading] | None = None
+
+    def read(documents: tuple[Document, ...], layout: Layout) -> Reading:
+        nonlocal last
+        if last is None or last[0] != (documents, layout.prefix):
+            last = (documents, layout.prefix), engine.read(documents, layout)
+        return last[1]
+
+    return read
+
+
 def _trained(settings: ModelSettings, config: TrainingConfig) -> ModelSettings:
     """How a model with ``settings`` is to be used once it is trained by ``config``."""
+    limit = TUNED_MAX_NEW_TOKENS if config.layout == "fixed" else None  # in its own layout it answers as the base does
     return replace(
         settings,
-        layout="fixed",
+        layout=config.layout,
         mode="concat" if config.joined_share == 1 else "fusion",
-        max_new_tokens=settings.max_new_tokens or TUNED_MAX_NEW_TOKENS,
+        max_new_tokens=settings.max_new_tokens or limit,
         tuned_concat=config.joined_share > 0,
         tuned_evidence=config.evidence,
     )

@@ -1,0 +1,56 @@
+"""Compares systems on held-out rows against the answers that the model gives from the gold passage only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..evaluation.metrics import token_f1
+from ..generator import KVFusionGenerator
+from ..qa import QARow
+from ..schema import Mode
+from .filtering import says
+
+UNTUNED, ADAPTED, CONCAT = "fusion, untuned", "fusion, adapted", "concat"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How one system did.
+
+    Attributes:
+        right: share (%) of its answers that say the gold-passage answer (``filtering.says``).
+        f1: mean F1 of words (%) against it.
+    """
+
+    system: str
+    right: float
+    f1: float
+
+
+def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode, answer_tokens: int) -> list[str]:
+    """Greedy answers to ``rows`` over all their passages, in the rows' order of passages."""
+    answers = generator.answer_batch(
+        [row.question for row in rows],
+        [[passage.document(str(number)) for number, passage in enumerate(row.passages)] for row in rows],
+        mode=mode,
+        max_new_tokens=answer_tokens,
+    )
+    return [answer.text for answer in answers]
+
+
+def right_answers(rows: Sequence[QARow], answers: Sequence[str]) -> list[bool]:
+    """Which of the answers of one system say the gold-passage answer."""
+    return [says(text, row.answers[0], row.question) for text, row in zip(answers, rows, strict=True)]
+
+
+def judge(system: str, rows: Sequence[QARow], answers: Sequence[str]) -> Verdict:
+    """Score the answers of one system."""
+    right = 100 * sum(right_answers(rows, answers)) / len(rows)
+    f1 = 100 * sum(token_f1(text, row.answers) for text, row in zip(answers, rows, strict=True)) / len(rows)
+    return Verdict(system, right, f1)
+
+
+def wins(adapted: Verdict, untuned: Verdict) -> bool:
+    """Whether the adapter is worth keeping: more answers right, or as many with a higher F1."""
+    return (adapted.right, adapted.f1) > (untuned.right, untuned.f1)

@@ -1,0 +1,172 @@
+"""From passages to rows: questions asked, answered and filtered, with negatives; each step resumable."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import InvalidInputError
+from ..evaluation.metrics import normalize_answer
+from ..generator import KVFusionGenerator
+from ..qa import Passage, QARow
+from ..training.mining import text_key
+from .filtering import answer_fault, question_fault, repeats, whole_sentences
+from .judging import answer_rows
+from .options import AdaptOptions
+from .passages import PassagePool
+from .questions import Asked, answer_alone, openings_of, question_writer, write_questions
+from .rows import NegativeMiner, make_row, number_of_documents
+from .stages import Stages
+
+LEAST_TRAINED, LEAST_JUDGED = 8, 4  # questions
+QUESTIONS_AT_ONCE, ROWS_AT_ONCE = 32, 16
+REPEAT_NEGATIVES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Rows to train on and to judge by.
+
+    Attributes:
+        asked: number of questions before any was dropped.
+        dropped: number of questions by the reason for which they were dropped.
+    """
+
+    trained: list[QARow]
+    judged: list[QARow]
+    asked: int
+    dropped: dict[str, int]
+
+
+class RowMaker:
+    """Makes the rows of one run.
+
+    Args:
+        generator: the untuned model.
+        start: token that its tokenizer puts in front of a text.
+        given: the user's own questions with their passages, if these are known; None has the model ask.
+    """
+
+    def __init__(
+        self,
+        generator: KVFusionGenerator,
+        pool: PassagePool,
+        options: AdaptOptions,
+        stages: Stages,
+        *,
+        start: str = "",
+        given: Sequence[tuple[str, Passage | None]] | None = None,
+    ) -> None:
+        self._generator, self._options, self._stages, self._start = generator, options, stages, start
+        self._pool, self._given = pool, given
+        own = [passage for _, passage in given or () if passage is not None]
+        found = {text_key(passage.text): passage for passage in [*pool.passages, *own]}
+        self._passages = list(found.values())  # the pool's own come first, under their numbers
+        self._numbers = {key: number for number, key in enumerate(found)}
+        self._miner = NegativeMiner(self._passages, options.seed)
+        self._dropped: Counter[str] = Counter()
+
+    def make(self) -> Made:
+        """All rows.
+
+        Raises:
+            InvalidInputError: too few questions are left.
+        """
+        asked, total = self._ask() if self._given is None else self._place_given(self._given)
+        pairs = self._answer(asked)
+        judged = [self._row(n, *pair) for n, pair in enumerate(pairs) if pair[0].held_out][: self._options.judged]
+        trained = self._repeated([(n, *pair) for n, pair in enumerate(pairs) if not pair[0].held_out])
+        for rows, least, use in ((trained, LEAST_TRAINED, "train on"), (judged, LEAST_JUDGED, "judge by")):
+            if len(rows) < least:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in self._dropped.most_common())
+                raise InvalidInputError(
+                    f"{len(rows)} of {total} questions are left to {use}, but at least {least} are needed; raise "
+                    f"--passages, name more documents, or give your own --questions (dropped: {reasons or 'none'})."
+                )
+        return Made(trained, judged, total, dict(self._dropped.most_common()))
+
+    def _ask(self) -> tuple[list[Asked], int]:
+        """The model's own questions that are of use, and how many it wrote."""
+        options = self._options
+        numbers = self._pool.sample(options.passages, options.seed)
+        held = set(numbers[: max(1, round(options.held_out * len(numbers)))])
+        count = options.questions_per_passage
+        tasks = [(n, opening) for n in numbers for opening in openings_of(n, count, options.seed)]
+        writer: KVFusionGenerator | None = None
+
+        def write(chunk: Sequence[tuple[int, str]]) -> list[str]:
+            nonlocal writer
+            writer = writer or question_writer(self._generator, self._start)
+            return write_questions(writer, [(self._passages[number], opening) for number, opening in chunk])
+
+        texts = self._stages.work("questions", tasks, QUESTIONS_AT_ONCE, write)
+        kept: list[Asked] = []
+        seen: set[str] = set()
+        for (number, _), text in zip(tasks, texts, strict=True):
+            if not self._drop(question_fault(text, self._passages[number], seen)):
+                seen.add(normalize_answer(text))
+                kept.append(Asked(text, number, number in held))
+        return kept, len(tasks)
+
+    def _place_given(self, given: Sequence[tuple[str, Passage | None]]) -> tuple[list[Asked], int]:
+        """The user's questions with their passages; a share of the passages is held out."""
+        found: dict[str, tuple[str, int]] = {}
+        for question, passage in given:
+            number = self._miner.best(question) if passage is None else self._numbers[text_key(passage.text)]
+            if number is None:
+                self._drop("no passage shares a word with the question")
+            elif not self._drop("question repeated" if normalize_answer(question) in found else None):
+                found[normalize_answer(question)] = question, number
+        numbers = sorted({number for _, number in found.values()})
+        random.Random(self._options.seed).shuffle(numbers)
+        held = set(numbers[: max(1, round(self._options.held_out * len(numbers)))])
+        return [Asked(question, number, number in held) for question, number in found.values()], len(given)
+
+    def _answer(self, asked: Sequence[Asked]) -> list[tuple[Asked, str]]:
+        """Questions with the answers from their passages, those of use."""
+
+        def answer(chunk: Sequence[Asked]) -> list[str]:
+            pairs = [(one.question, self._passages[one.passage]) for one in chunk]
+            answers = answer_alone(self._generator, pairs, self._options.answer_tokens)
+            return [whole_sentences(one.text) if one.finish_reason == "length" else one.text for one in answers]
+
+        answers = self._stages.work("answers", asked, QUESTIONS_AT_ONCE, answer)
+        return [
+            (one, text)
+            for one, text in zip(asked, answers, strict=True)
+            if not self._drop(answer_fault(text, one.question, self._passages[one.passage]))
+        ]
+
+    def _repeated(self, pairs: Sequence[tuple[int, Asked, str]]) -> list[QARow]:
+        """Rows of the questions whose answers the model repeats in a joined prompt with a few negatives."""
+        small = [self._row(*pair, documents=1 + REPEAT_NEGATIVES) for pair in pairs]
+
+        def repeat(chunk: Sequence[QARow]) -> list[str]:
+            return answer_rows(self._generator, chunk, "concat", self._options.answer_tokens)
+
+        again = self._stages.work("repeats", small, ROWS_AT_ONCE, repeat)
+        kept: list[QARow] = []
+        for (n, asked, answer), found in zip(pairs, again, strict=True):
+            fault = (
+                None
+                if repeats(answer, found, asked.question, self._options.min_f1)
+                else "answer not repeated among negatives"
+            )
+            if not self._drop(fault):
+                documents = number_of_documents(asked.question, self._options.documents, self._options.seed)
+                kept.append(self._row(n, asked, answer, documents=documents))
+        return kept
+
+    def _row(self, number: int, asked: Asked, answer: str, *, documents: int | None = None) -> QARow:
+        count = (documents or self._options.documents) - 1
+        negatives = self._miner.negatives(asked.question, answer, asked.passage, count)
+        gold = self._passages[asked.passage]
+        return make_row(number, asked.question, answer, gold, negatives, self._options.seed)
+
+    def _drop(self, reason: str | None) -> bool:
+        """Count a dropped question; whether there is a reason to drop it."""
+        if reason is not None:
+            self._dropped[reason] += 1
+        return reason is not None

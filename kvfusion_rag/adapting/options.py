@@ -1,0 +1,65 @@
+"""The settings of one adaptation. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import get_args
+
+from ..errors import InvalidInputError
+from ..settings import Layout, is_count
+from ..training.config import TrainingConfig
+
+DEFAULT_PASSAGE_TOKENS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptOptions:
+    """How questions are made, filtered, trained on and judged.
+
+    Attributes:
+        passages: most passages to ask about; a sample where the documents hold more.
+        questions_per_passage: questions that the model writes about each.
+        passage_tokens: most tokens of a passage; ``None`` for the model's passage length, else 160.
+        held_out: share of the passages whose questions are not trained on but judged.
+        judged: most held-out questions to judge.
+        documents: most documents of a question, the gold passage among them.
+        min_f1: least token F1 at which the model has repeated its answer.
+        answer_tokens: longest answer in tokens; of a longer one its whole sentences are kept.
+        layout: in which questions are read, while the adapter is made and later; ``None`` for the model's own. "fixed"
+            asks for few words, which suits small models.
+        seed: of the sample and of everything random.
+        training: settings of the trainer; its layout is the model's own, its loss "distill", its seed this one.
+    """
+
+    passages: int = 400
+    questions_per_passage: int = 2
+    passage_tokens: int | None = None
+    held_out: float = 0.15
+    judged: int = 100
+    documents: int = 5
+    min_f1: float = 0.6
+    answer_tokens: int = 64
+    layout: Layout | None = None
+    seed: int = 0
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(loss="distill", layout="prompt", epochs=3, eval_every=20)
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("passages", "judged", "answer_tokens"):
+            if not is_count(getattr(self, name)):
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a whole number from 1.")
+        if not (is_count(self.questions_per_passage) and self.questions_per_passage <= 3):
+            raise InvalidInputError(
+                f"questions_per_passage is {self.questions_per_passage!r}, but it must be 1, 2 or 3."
+            )
+        if not (is_count(self.documents) and self.documents >= 2):
+            raise InvalidInputError(f"documents is {self.documents!r}, but it must be a whole number from 2.")
+        if not 0 < self.held_out < 1:
+            raise InvalidInputError(f"held_out is {self.held_out!r}, but it must be a share between 0 and 1.")
+        if not 0 < self.min_f1 <= 1:
+            raise InvalidInputError(f"min_f1 is {self.min_f1!r}, but it must be above 0 and at most 1.")
+        if self.layout not in (None, *get_args(Layout)):
+            raise InvalidInputError(f"layout is {self.layout!r}, but it must be 'prompt', 'fixed' or None.")
+        if self.training.full or self.training.loss != "distill":
+            raise InvalidInputError("training is full or has another loss, but an adapter is distilled here.")
