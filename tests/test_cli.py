@@ -37,6 +37,9 @@ class CommandGenerator(RecordingGenerator):
     gate = GateReport("fake/model", (Check("full attention", True, "2 layers"),))
     report = InvarianceReport("fusion", 3, ("in lima",), 0.0)
 
+    def default_focus(self):
+        return None
+
     def default_mode(self):
         return "concat", "set for this model"
 
@@ -443,7 +446,7 @@ def shell(*argv: object, **options) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_process_prints_nothing_but_its_answer(capsys, tmp_path, speaker_folder):
-    shutil.copytree(LIGHTHOUSE, tmp_path / "docs")
+    shutil.copytree(LIGHTHOUSE, tmp_path / "docs", ignore=shutil.ignore_patterns(".kvfusion"))
     code, out, err = run(capsys, "index", tmp_path / "docs", "--json", "--model", speaker_folder)
     assert (code, err, len(json.loads(out)["added"])) == (0, "", 11)
     docs = ("--docs", tmp_path / "docs")
