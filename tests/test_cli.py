@@ -387,6 +387,7 @@ def test_doctor_prints_every_check(capsys, generator):
         "error": None,
         "mode": "concat",
         "mode_reason": "set for this model",
+        "focus": None,
         "measured": None,
     }
 
