@@ -59,6 +59,6 @@ class AdaptReport:
 
 def table(report: AdaptReport) -> str:
     """The verdicts as lines of text."""
-    lines = [f"{'system':16} {'answer in text':>14} {'F1':>6}"]
-    lines += [f"{one.system:16} {one.right:12.1f} % {one.f1:6.1f}" for one in report.verdicts]
+    lines = [f"{'system':16} {'right':>7} {'F1':>6}"]
+    lines += [f"{one.system:16} {one.right:5.1f} % {one.f1:6.1f}" for one in report.verdicts]
     return "\n".join(lines)

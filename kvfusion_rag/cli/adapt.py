@@ -98,7 +98,9 @@ def _say_end(report: AdaptReport, output: Path, model: str | None) -> None:
     say()
     say(table(report))
     say(f"{report.judged} held-out questions over up to {report.documents} documents, against the answers from the")
-    say(f"right passage only; adapted minus untuned {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
+    say(
+        f"right passage only; adapted minus untuned {mean:+.1f} points right (95 % interval {low:+.1f} to {high:+.1f})"
+    )
     say()
     if not report.kept:
         say(f"The adapter does not beat untuned fusion and was not kept; see {shown_path(output)}/report.json.")
