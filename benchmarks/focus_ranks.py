@@ -54,8 +54,8 @@ def main() -> None:
                 found[weight][kept] += gold <= set(ranked[:kept])
     shares = {str(w): {k: round(100 * n / len(rows), 1) for k, n in by.items()} for w, by in found.items()}
     print(f"{len(rows)} questions; all gold documents among the first {', '.join(map(str, KEPT))} (%)")
-    for weight, share in shares.items():
-        print(f"weight {weight:>4}: " + " / ".join(f"{value:.0f}" for value in share.values()))
+    for name, share in shares.items():
+        print(f"weight {name:>4}: " + " / ".join(f"{value:.0f}" for value in share.values()))
     if args.json:
         args.json.write_text(json.dumps({"rows": len(rows), "kept": shares, "run": run_facts()}, indent=2) + "\n")
 
