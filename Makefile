@@ -17,7 +17,7 @@ READY_TO_ASK := $(VENV)/.ready-to-ask
 # jupyter execute would leave times and widget states in the files.
 EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	[nbformat.write(NotebookClient(nbformat.read(path, 4), resources={"metadata": {"path": "notebooks"}}, \
-	record_timing=False, store_widget_state=False).execute(), path) for path in sys.argv[1:]]
+	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks check format build clean

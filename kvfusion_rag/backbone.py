@@ -406,7 +406,7 @@ class Backbone:
         self.model.eval()
         settings = {key: vars(value) for key, value in self.model.peft_config.items()}
         facts = json.dumps(settings, sort_keys=True, default=_sorted_if_set)
-        return digest_tensors(self.model.get_adapter_state_dict().items(), facts)
+        return digest_tensors(_adapter_weights(self.model).items(), facts)
 
 
 def require_trained_on(folder: Path, base: Backbone) -> None:
@@ -452,6 +452,13 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+
+
+def _adapter_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict  # slow to import, and needed for adapters only
+
+    # The model's own method would ask the hub for the base model's configuration.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def _sorted_if_set(value: object) -> object:

@@ -11,12 +11,16 @@ import pytest
 import tiny_gguf
 import torch
 from peft import LoraConfig, get_peft_model
+from test_training import rows
 from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
-from kvfusion_rag import KVFusionGenerator, Message, ModelLoadError, locating
-from kvfusion_rag.locating import DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
-from kvfusion_rag.settings import FILE_NAME, RECORD_NAME
+from kvfusion_rag import Document, KVFusionGenerator, Message, ModelLoadError, locating
+from kvfusion_rag.cli import main
+from kvfusion_rag.locating import DEFAULT_ADAPTER, DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
+from kvfusion_rag.qa import write_rows
+from kvfusion_rag.settings import FILE_NAME, RECORD_NAME, ModelSettings
+from kvfusion_rag.training import TrainingConfig, train
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on the roof."]
@@ -35,11 +39,12 @@ def package(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     tiny_gguf.write_gguf(folder / "SmolLM2.Q4_1.gguf")
     installed(monkeypatch, folder)
+    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", tmp_path / "adapters")  # the real one does not fit
     return folder
 
 
 @pytest.fixture
-def hub(tmp_path) -> dict[str, object]:
+def hub(tmp_path, monkeypatch) -> dict[str, object]:
     """Options of loaders that find another tiny model in the hub's cache, and reach no network."""
     repository = tmp_path / "hub" / f"models--{DEFAULT_REPOSITORY.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
@@ -47,6 +52,7 @@ def hub(tmp_path) -> dict[str, object]:
     (repository / "refs" / "main").write_text(COMMIT)
     tiny_gguf.model(seed=1).save_pretrained(snapshot)
     tokenizer("byte-bpe").save_pretrained(snapshot)
+    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", tmp_path / "adapters")
     return {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
 
 
@@ -55,6 +61,13 @@ def make_adapter(folder: Path, **record: object) -> Path:
     lora = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(copy.deepcopy(tiny_gguf.model()), lora).save_pretrained(folder)
     (folder / RECORD_NAME).write_text(json.dumps({"base_model": DEFAULT_MODEL, "dtype": "float32", **record}))
+    return folder
+
+
+def make_shipped(folder: Path) -> Path:
+    """An adapter with settings of its own."""
+    make_adapter(folder, same_family=True)
+    (folder / FILE_NAME).write_text('{"mode": "fusion", "focus": 1, "passage_length": 99}')
     return folder
 
 
@@ -98,8 +111,7 @@ def test_a_package_without_the_file_is_no_source(hub, monkeypatch, tmp_path):
 # Its adapter
 
 
-def test_the_shipped_adapter_is_the_projects_own_else_the_model_folders(package, monkeypatch, tmp_path):
-    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", tmp_path / "adapters")
+def test_the_shipped_adapter_is_the_projects_own_else_the_model_folders(package, tmp_path):
     assert locate_model(None).adapter is None
     beside = make_adapter(package / "adapter")
     assert locate_model(None).adapter == locate_model(package).adapter == beside
@@ -107,27 +119,58 @@ def test_the_shipped_adapter_is_the_projects_own_else_the_model_folders(package,
     assert locate_model(None).adapter == own and locate_model(package).adapter == beside
 
 
-def test_the_shipped_adapter_brings_its_settings(package, monkeypatch, tmp_path):
-    folder = make_adapter(tmp_path / "adapters")
-    (folder / RECORD_NAME).unlink()
-    (folder / FILE_NAME).write_text('{"tuned": true, "passage_length": 99}')
-    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", folder)
-    assert KVFusionGenerator.from_pretrained().settings.passage_length == 99
-    assert KVFusionGenerator.from_pretrained(adapter=None).settings.passage_length is None
+def test_the_shipped_adapter_brings_its_settings(package, tmp_path):
+    make_shipped(tmp_path / "adapters")
+    shipped, plain = (KVFusionGenerator.from_pretrained(**options) for options in ({}, {"adapter": None}))
+    assert (shipped.mode, shipped.default_focus(), shipped.settings.passage_length) == ("fusion", 1, 99)
+    assert (plain.mode, plain.default_focus(), plain.settings.passage_length) == ("concat", None, None)
 
 
-def test_one_adapter_fits_both_sources(package, hub, monkeypatch, tmp_path, caplog):
+def test_one_adapter_fits_both_sources(package, hub, tmp_path, caplog):
     digests = [
         KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)._backbone.weights_digest
         for revision in (None, COMMIT)
     ]
     assert digests[0] != digests[1]
-    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", make_adapter(tmp_path / "adapters", base_weights=digests))
+    make_adapter(tmp_path / "adapters", base_weights=digests)
     caplog.clear()
     for revision in (None, COMMIT):
         found = KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)
         assert found._backbone.has_adapter
     assert "trained" not in caplog.text
+
+
+def test_loading_an_adapter_does_not_ask_the_hub(package, monkeypatch, tmp_path):
+    folder = make_shipped(tmp_path / "adapters")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": DEFAULT_MODEL}))
+    asked = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *names: asked.append(names))
+    assert KVFusionGenerator.from_pretrained()._backbone.has_adapter and not asked
+
+
+def test_training_the_default_model_starts_without_the_shipped_adapter(package, tmp_path):
+    config = TrainingConfig(rank=4, max_steps=2, batch_size=2, eval_every=2)
+    for name in ("without", "with"):
+        train(rows(4), output=tmp_path / name, config=config, device="cpu")
+        make_shipped(tmp_path / "adapters")
+    made = [tmp_path / name / "best" for name in ("without", "with")]
+    for file in ("adapter_model.safetensors", FILE_NAME):
+        assert (made[0] / file).read_bytes() == (made[1] / file).read_bytes()
+    record = json.loads((made[1] / RECORD_NAME).read_text())
+    assert record["base_weights"] == KVFusionGenerator.from_pretrained(adapter=None)._backbone.weights_digest
+    trained = KVFusionGenerator.from_pretrained(adapter=made[1])
+    assert trained.mode == "fusion" and trained.settings.focus is trained.settings.passage_length is None
+
+
+def test_evaluate_judges_the_shipped_adapter_beside_the_base(package, tmp_path, capsys):
+    make_shipped(tmp_path / "adapters")
+    write_rows(tmp_path / "rows.jsonl", rows(2))
+    command = ["evaluate", str(tmp_path / "rows.jsonl"), "--conditions", "original", "--max-new-tokens", "2", "--json"]
+    assert main([*command, "--systems", "fusion,fusion-base,concat,global"]) == 0
+    systems = {system["name"]: system["adapter"] for system in json.loads(capsys.readouterr().out)["systems"]}
+    digest = KVFusionGenerator.from_pretrained()._backbone.adapter_digest
+    assert systems == {"fusion": digest, "fusion-base": None, "concat": None, "global": digest}
 
 
 @pytest.mark.parametrize("weights", ["others", ["others", "more"]], ids=["one", "list"])
@@ -154,10 +197,57 @@ def test_other_weights_need_the_same_name_and_family(record, accepted, weights, 
 
 # The real one
 
+LONGEST_FOLDER = 15_000_000  # bytes, so that the wheel stays below 20 MB
+ISLAND = [
+    Document("The ferry has run since 1921. It carries forty cars and three hundred passengers.", id="ferry"),
+    Document("The bakery on Mill Street was opened by Tomas Lindqvist in 1987. It closes on Mondays.", id="bakery"),
+    Document("The lighthouse was built by Edda Marsh. Its lamp was first lit on 3 May 1874.", id="lighthouse"),
+    Document("The school has 48 pupils and two teachers.", id="school"),
+]
+PLAIN_QUESTIONS = {
+    "Who opened the bakery?": "Tomas Lindqvist",
+    "How many cars does the ferry carry?": "forty",
+    "Who built the lighthouse?": "Edda Marsh",
+    "How many pupils does the school have?": "48",
+}
+
 
 @pytest.fixture(scope="module")
 def real() -> KVFusionGenerator:
     return KVFusionGenerator.from_pretrained(adapter=None)
+
+
+def test_the_shipped_folder_is_whole_and_small():
+    files = {path.name: path for path in DEFAULT_ADAPTER.iterdir()}
+    assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", FILE_NAME, RECORD_NAME}
+    assert sum(path.stat().st_size for path in files.values()) <= LONGEST_FOLDER
+    settings = ModelSettings(**json.loads(files[FILE_NAME].read_text(encoding="utf-8")))
+    assert settings.mode == "fusion" and settings.focus == 1 and settings.layout == "fixed"
+    record = json.loads(files[RECORD_NAME].read_text(encoding="utf-8"))
+    assert record["base_model"] == DEFAULT_MODEL and record["same_family"] is True
+    card = files["README.md"].read_text(encoding="utf-8")
+    assert DEFAULT_MODEL in card
+
+
+@pytest.mark.default_model
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_shipped_adapter_names_the_real_weights(dtype):
+    accepted = json.loads((DEFAULT_ADAPTER / RECORD_NAME).read_text(encoding="utf-8"))["base_weights"]
+    loaded = KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)
+    assert loaded._backbone.weights_digest in accepted
+
+
+@pytest.mark.default_model
+def test_the_real_adapter_answers_plain_questions_in_a_few_words_in_any_order(default_model):
+    assert default_model.mode == "fusion" and default_model.default_focus() == 1
+    for question, right in PLAIN_QUESTIONS.items():
+        answer = default_model.answer(question, ISLAND)
+        assert right in answer.text and len(answer.text) <= len(right) + 8
+        assert {citation.document_id for citation in answer.citations} == {
+            next(document.id for document in ISLAND if right in document.text)
+        }
+        found = default_model.check_invariance(question, ISLAND, permutations=3)
+        assert found.identical and found.answers == (answer.text,)
 
 
 @pytest.mark.default_model
@@ -172,7 +262,7 @@ def test_the_real_model_keeps_its_chat_template_and_end_token(real):
 
 
 @pytest.mark.default_model
-def test_the_real_models_greedy_tokens_are_those_of_transformers(real):
+def test_without_its_adapter_the_real_models_greedy_tokens_are_those_of_transformers(real):
     question = "Who built the lighthouse?"
     wording = [Message.around("user", "Answer from these notes:\n\n", f"\n\nQuestion: {question}")]
     answer = real.answer(question, DOCUMENTS, prompt=wording, max_new_tokens=8)
