@@ -413,10 +413,10 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
     """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
 
     Shapes alone do not tell two models of one family apart. The record holds one digest of weights or a list of
-    accepted ones. With ``"same_family": true``, other weights are accepted under the same name, with a warning: they
-    are another quantisation of one model. What has no record, or was trained on a base that is quantised here (which
-    changes the digest), is not judged; what was trained in another precision is judged by the base model's name alone,
-    with a warning.
+    accepted ones, in all precisions. With ``"same_family": true``, other weights are accepted under the same name, with
+    a warning: they are another quantisation of one model. What has no record, or was trained on a base that is
+    quantised here (which changes the digest), is not judged; what has one digest, in another precision, is judged by
+    the base model's name only, with a warning.
 
     Raises:
         ModelLoadError: it was trained on another base model.
@@ -430,14 +430,14 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
         accepted = trained_on if isinstance(trained_on, list) else [trained_on]
         is_family = record.get("same_family") is True
     name, precision, shown = record.get("base_model"), str(base.dtype).removeprefix("torch."), folder.resolve().name
-    if dtype != precision:
+    if base.weights_digest in accepted:
+        return
+    if dtype != precision and not isinstance(trained_on, list):
         if name != base.model_id:
             logger.warning(
                 "%r was trained on %r in %s; whether %r in %s has the same weights cannot be told.",
                 shown, name, dtype, base.model_id, precision,
             )  # fmt: skip
-        return
-    if base.weights_digest in accepted:
         return
     if name != base.model_id or not is_family:
         raise ModelLoadError(

@@ -195,6 +195,16 @@ def test_other_weights_need_the_same_name_and_family(record, accepted, weights, 
     assert sum("was trained on other weights of" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("weights", ["others", ["others", "more"]], ids=["one", "list"])
+def test_a_list_of_digests_judges_weights_in_any_precision(weights, package, tmp_path):
+    folder = make_adapter(tmp_path / "tuned", base_weights=weights, dtype="bfloat16")
+    if isinstance(weights, str):  # a digest in bfloat16 says nothing about weights in float32
+        KVFusionGenerator.from_pretrained(adapter=folder, dtype="float32")
+        return
+    with pytest.raises(ModelLoadError, match="'tuned' was trained on another base model"):
+        KVFusionGenerator.from_pretrained(adapter=folder, dtype="float32")
+
+
 # The real one
 
 LONGEST_FOLDER = 15_000_000  # bytes, so that the wheel stays below 20 MB
@@ -230,7 +240,7 @@ def test_the_shipped_folder_is_whole_and_small():
 
 
 @pytest.mark.default_model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_shipped_adapter_names_the_real_weights(dtype):
     accepted = json.loads((DEFAULT_ADAPTER / RECORD_NAME).read_text(encoding="utf-8"))["base_weights"]
     loaded = KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)

@@ -80,7 +80,7 @@ def digests() -> list[str]:
     """Of the default model's weights in the precisions that it is loaded in."""
     return [
         KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)._backbone.weights_digest
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", "bfloat16", "float16")
     ]
 
 
