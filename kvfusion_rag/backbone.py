@@ -413,8 +413,8 @@ def require_trained_on(folder: Path, base: Backbone) -> None:
     """Refuse an adapter or decoder whose record says that it was trained on other weights than those of ``base``.
 
     Shapes alone do not tell two models of one family apart. The record holds one digest of weights or a list of
-    accepted ones, in all precisions. With ``"same_family": true``, other weights are accepted under the same name, with
-    a warning: they are another quantisation of one model. What has no record, or was trained on a base that is
+    accepted ones, in all precisions. With ``"same_family": true``, other weights are accepted under the same name,
+    with a warning: they are another quantisation of one model. What has no record, or was trained on a base that is
     quantised here (which changes the digest), is not judged; what has one digest, in another precision, is judged by
     the base model's name only, with a warning.
 
