@@ -1,7 +1,8 @@
-"""Make the adapter that ships with the package from a training run: fewer ranks, settings, record and model card.
+"""Make the adapter that ships with the package from a training run: fewer ranks, settings and record.
 
-    python recipes/smollm2/ship.py RUN/best recipes/smollm2/MODEL_CARD.md \\
-        kvfusion_rag/adapters/smollm2-135m-instruct --rank 24 --focus 1
+    python recipes/smollm2/ship.py RUN kvfusion_rag/adapters/smollm2-135m-instruct --rank 24 --focus 1 --focus-weight 3
+
+Takes the weights of the last step, from the checkpoint: the few dev questions of a run cannot tell steps apart.
 
 Every weight's update B A is replaced by the nearest one of lower rank (peft, SVD), which takes less space. Prints how
 much of the updates' squared norm is kept.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,34 +29,39 @@ ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trained", type=Path, help="folder best/ of a training run")
-    parser.add_argument("card", type=Path, help="model card, which becomes README.md")
+    parser.add_argument("run", type=Path, help="output folder of kvfusion train")
     parser.add_argument("output", type=Path)
     parser.add_argument("--rank", type=int, default=24)
     parser.add_argument("--focus", type=int, help="documents that mode fusion keeps by default")
     parser.add_argument("--focus-weight", type=float, default=0.0)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    kept = reduce_rank(args.trained, args.output, args.rank)
+    kept = reduce_rank(args.run, args.output, args.rank)
     print(f"rank {args.rank} keeps {kept:.2%} of the updates' squared norm")
-    settings = json.loads((args.trained / "kvfusion.json").read_text()) | {
+    settings = json.loads((args.run / "best" / "kvfusion.json").read_text()) | {
         "mode": "fusion",
         "focus": args.focus,
         "focus_weight": args.focus_weight,
     }
     settings.pop("document_attention", None)  # of runs before this field went
     (args.output / "kvfusion.json").write_text(json.dumps(settings, indent=2) + "\n")
-    record = json.loads((args.trained / "training.json").read_text())
+    record = json.loads((args.run / "checkpoint" / "training.json").read_text())
     record["progress"] = {name: record["progress"][name] for name in ("step", "best") if name in record["progress"]}
     record |= {"base_model": DEFAULT_MODEL, "base_weights": digests(), "same_family": True, "shipped_rank": args.rank}
     (args.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    shutil.copy(args.card, args.output / "README.md")
 
 
-def reduce_rank(trained: Path, output: Path, rank: int) -> float:
+def reduce_rank(run: Path, output: Path, rank: int) -> float:
     """Write the adapter of ``rank`` nearest to the trained one; returns the share of the squared norm it keeps."""
     base = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(trained))
+    model = PeftModel.from_pretrained(base, str(run / "best"))
+    state = load_file(run / "checkpoint" / "optimizer.safetensors")
+    last = {name.partition("/")[2]: weight for name, weight in state.items() if name.startswith("weight/")}
+    own = {f"base_model.model.{name}": weight for name, weight in last.items()}
+    missing = set(own) - set(dict(model.named_parameters()))
+    if missing or not own:
+        raise SystemExit(f"the checkpoint of {str(run)!r} is not one of this adapter.")
+    model.load_state_dict(own, strict=False)
     halves = [0.5, 0.5]  # peft copies a single adapter as it is, whatever rank it is given
     model.add_weighted_adapter(
         ["default", "default"], halves, "small", combination_type="svd", svd_rank=rank, svd_full_matrices=False
