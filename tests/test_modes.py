@@ -81,8 +81,8 @@ def test_scores_are_cosine_similarities():
         def embed_documents(self, texts):
             return np.array([[1.0, 0.0], [0.6, 0.8]])
 
-        def embed_question(self, text):
-            return np.array([0.0, 1.0])
+        def embed_questions(self, texts):
+            return np.array([[0.0, 1.0]])
 
     (found,) = with_scores([ModeQuestion("?", ("a",), (Document("a"), Document("b", title="t")))], Embedder())
     assert [document.score for document in found.documents] == [0.0, 0.8]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
@@ -16,6 +15,7 @@ from ..focus import standardized
 from ..measured import Measured
 from ..schema import Document, Mode
 from .metrics import answer_in_text, token_f1
+from .scores import similarities
 
 if TYPE_CHECKING:
     from ..generator import KVFusionGenerator
@@ -27,8 +27,6 @@ WAYS: tuple[tuple[Mode, int | None], ...] = (
 )  # fmt: skip
 WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)  # of the retriever's standardized score
 LONGEST_ANSWER = 64  # tokens
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +75,11 @@ def shipped_questions() -> list[ModeQuestion]:
 
 def with_scores(questions: Sequence[ModeQuestion], embedder: Embedder) -> list[ModeQuestion]:
     """The questions with their documents' cosine similarities as retriever scores."""
-    found = []
-    for q in questions:
-        texts = [f"{d.title}\n{d.text}" if d.title else d.text for d in q.documents]
-        similarities = embedder.embed_documents(texts) @ embedder.embed_question(q.question)
-        scored = zip(q.documents, similarities, strict=True)
-        found.append(replace(q, documents=tuple(replace(d, score=float(s)) for d, s in scored)))
-    return found
+    scores = similarities([q.question for q in questions], [q.documents for q in questions], embedder)
+    return [
+        replace(q, documents=tuple(replace(d, score=s) for d, s in zip(q.documents, own, strict=True)))
+        for q, own in zip(questions, scores, strict=True)
+    ]
 
 
 def measure_modes(

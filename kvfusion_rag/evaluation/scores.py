@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..qa import Passage, QARow
+from ..schema import Document
 
 if TYPE_CHECKING:
     from ..retrieval import Embedder
@@ -14,15 +15,22 @@ if TYPE_CHECKING:
 
 def with_scores(rows: Sequence[QARow], embedder: Embedder) -> Iterator[QARow]:
     """The rows with the cosine similarity of question and passage (title and text) as each passage's score."""
-    texts = sorted({_text(passage) for row in rows for passage in row.passages})
-    place = {text: number for number, text in enumerate(texts)}
-    vectors = embedder.embed_documents(texts)
-    questions = embedder.embed_questions([row.question for row in rows])
-    for row, question in zip(rows, questions, strict=True):
-        scores = vectors[[place[_text(passage)] for passage in row.passages]] @ question
+    found = similarities([row.question for row in rows], [row.passages for row in rows], embedder)
+    for row, scores in zip(rows, found, strict=True):
         scored = zip(row.passages, scores, strict=True)
-        yield replace(row, passages=tuple(replace(passage, score=float(score)) for passage, score in scored))
+        yield replace(row, passages=tuple(replace(passage, score=score) for passage, score in scored))
 
 
-def _text(passage: Passage) -> str:
-    return f"{passage.title}\n{passage.text}" if passage.title else passage.text
+def similarities(
+    questions: Sequence[str], texts: Sequence[Sequence[Passage | Document]], embedder: Embedder
+) -> Iterator[list[float]]:
+    """The cosine similarity of each question to each of its own texts; equal texts are embedded once."""
+    distinct = sorted({_text(one) for row in texts for one in row})
+    place = {text: number for number, text in enumerate(distinct)}
+    vectors = embedder.embed_documents(distinct)
+    for question, row in zip(embedder.embed_questions(questions), texts, strict=True):
+        yield (vectors[[place[_text(one)] for one in row]] @ question).tolist()
+
+
+def _text(one: Passage | Document) -> str:
+    return f"{one.title}\n{one.text}" if one.title else one.text
