@@ -33,9 +33,9 @@ QUESTION = "Who was the last keeper of the Harrow Point Lighthouse?"
 IMPORTED = ("torch", "transformers.modeling_utils", "kvfusion_rag.generator", "sentence_transformers", "chromadb")
 TIMED = (  # phase, module, class or "", function
     ("tokenizer", "transformers", "AutoTokenizer", "from_pretrained"),
-    ("tokenizer without control tokens", "kvfusion_rag.prompts", "PlainEncoder", "__init__"),
+    ("tokenizer without control tokens", "kvfusion_rag.text.encoder", "PlainEncoder", "__init__"),
     ("weights", "transformers", "AutoModelForCausalLM", "from_pretrained"),
-    ("digest of weights", "kvfusion_rag.backbone", "", "digest_tensors"),
+    ("digest of weights", "kvfusion_rag.model.backbone", "", "digest_tensors"),
     ("gate", "kvfusion_rag.generator", "", "run_gate"),
     ("embedding model", "kvfusion_rag.retrieval", "SentenceTransformerEmbedder", "__init__"),
     ("index: open, update, search", "kvfusion_rag.retrieval", "DocumentIndex", "__init__"),

@@ -17,11 +17,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kvfusion_rag import DocumentStore, KVFusionGenerator, MemoryStore
+from kvfusion_rag.data import read_ready_rows
+from kvfusion_rag.engine.focus import standardized
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.evaluation.scores import with_scores
-from kvfusion_rag.focus import standardized
 from kvfusion_rag.retrieval import SentenceTransformerEmbedder
-from kvfusion_rag.training import read_ready_rows
 
 KEPT = (1, 2, 3, 5)
 WEIGHTS = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, math.inf)

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
+from kvfusion_rag.benchmark.shapes import SHAPES, shape_named
 from kvfusion_rag.evaluation.report import run_facts
-from kvfusion_rag.evaluation.shapes import SHAPES, shape_named
-from kvfusion_rag.linear import has_onednn, onednn
+from kvfusion_rag.model.linear import has_onednn, onednn
 
 ROWS = (1, 2, 4, 16, 64, 128, 256, 1024)
 BYTES = 1 << 28  # of all copies of a layer's weights: more than caches hold

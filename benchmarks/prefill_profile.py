@@ -11,8 +11,8 @@ from collections import Counter
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kvfusion_rag.evaluation.shapes import SHAPES, WORDS, random_backbone
-from kvfusion_rag.prefill import TOKENS_PER_PASS, prefill
+from kvfusion_rag.benchmark.shapes import SHAPES, WORDS, random_backbone
+from kvfusion_rag.fusion.prefill import TOKENS_PER_PASS, prefill
 
 KINDS = {"aten::mm": "products of layers", "aten::addmm": "products of layers",
          "mkldnn::_linear_pointwise": "products of layers",

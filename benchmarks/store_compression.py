@@ -19,11 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from kvfusion_rag import DiskStore, DocumentStore, KVFusionGenerator, MemoryStore
+from kvfusion_rag.data.formats import read_ready_rows
 from kvfusion_rag.evaluation import exact_match
 from kvfusion_rag.evaluation.bootstrap import Bootstrap
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.store import CODECS
-from kvfusion_rag.training.formats import read_ready_rows
 
 
 def main() -> None:

@@ -20,12 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from kvfusion_rag.backbone import Backbone
-from kvfusion_rag.decoding import DecodingOptions, Question, decode
 from kvfusion_rag.evaluation.report import run_facts
-from kvfusion_rag.fusion import FusedBuffer
-from kvfusion_rag.kv import DocumentKV, KVShape
-from kvfusion_rag.locating import locate_model
+from kvfusion_rag.fusion.decode import DecodingOptions, Question, decode
+from kvfusion_rag.fusion.fused_cache import FusedBuffer
+from kvfusion_rag.model.backbone import Backbone
+from kvfusion_rag.model.kv import DocumentKV, KVShape
+from kvfusion_rag.model.locating import locate_model
 
 QUESTION_TOKENS = 16
 

@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any, Literal, Unpack, get_args
 
 from . import __version__
-from .attribution import Attribution, attribute, with_attribution
-from .backbone import Backbone
-from .batching import Batch, Request
-from .decoding import DecodingKwargs, DecodingOptions, decoding_options
-from .engine import Engine
+from .engine.attribution import Attribution, attribute, with_attribution
+from .engine.engine import Engine
+from .engine.invariance import check_invariance
+from .engine.measured import Measured, keep_measurement
+from .engine.queue import Gatherer
+from .engine.requests import Batch, Request
+from .engine.streaming import AnswerStream
 from .errors import InvalidInputError
-from .gate import run_gate
-from .gathering import Gatherer
+from .fusion.decode import DecodingKwargs, DecodingOptions, decoding_options
+from .fusion.gate import run_gate
+from .fusion.prefill import LENGTH_BUCKET, prefill_prefix
 from .home import HOME_VARIABLE, home
-from .invariance import check_invariance
-from .loading import load_decoders
-from .measured import Measured, keep_measurement
-from .prefill import LENGTH_BUCKET, prefill_prefix
-from .reading import UNLIMITED
+from .model.backbone import Backbone
+from .model.loading import load_decoders
 from .schema import (
     Answer,
     Attributed,
@@ -44,9 +44,9 @@ from .schema import (
     ShownPrompt,
     Source,
 )
-from .settings import LongDocuments, ModelSettings, Positions, is_count
 from .store import DocumentStore, Place, as_store, namespace_key, require_namespace
-from .streaming import AnswerStream
+from .text.documents import UNLIMITED
+from .text.settings import LongDocuments, ModelSettings, Positions, is_count
 
 logger = logging.getLogger(__name__)
 

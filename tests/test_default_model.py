@@ -11,16 +11,17 @@ import pytest
 import tiny_gguf
 import torch
 from peft import LoraConfig, get_peft_model
-from test_training import rows
 from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
-from kvfusion_rag import Document, KVFusionGenerator, Message, ModelLoadError, locating
+from kvfusion_rag import Document, KVFusionGenerator, Message, ModelLoadError
 from kvfusion_rag.cli import main
-from kvfusion_rag.locating import DEFAULT_ADAPTER, DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
-from kvfusion_rag.qa import write_rows
-from kvfusion_rag.settings import FILE_NAME, RECORD_NAME, ModelSettings
+from kvfusion_rag.data.rows import write_rows
+from kvfusion_rag.model import locating
+from kvfusion_rag.model.locating import DEFAULT_ADAPTER, DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
+from kvfusion_rag.text.settings import FILE_NAME, RECORD_NAME, ModelSettings
 from kvfusion_rag.training import TrainingConfig, train
+from tests.training.test_training import rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on the roof."]

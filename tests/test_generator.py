@@ -27,10 +27,10 @@ from kvfusion_rag import (
     ModelLoadError,
     UnsupportedModelError,
 )
-from kvfusion_rag.backbone import Backbone
-from kvfusion_rag.probe import slowness
-from kvfusion_rag.prompts import PlainEncoder
-from kvfusion_rag.settings import ModelSettings, default_settings
+from kvfusion_rag.model.backbone import Backbone
+from kvfusion_rag.model.hardware import slowness
+from kvfusion_rag.text.encoder import PlainEncoder
+from kvfusion_rag.text.settings import ModelSettings, default_settings
 
 DOCUMENTS = [
     Document("the river runs past an old mill", id="river", title="River"),
@@ -586,14 +586,14 @@ def test_the_default_model_answers_and_cites(default_model):
 
 @pytest.mark.parametrize(("times", "warned"), [(50.0, True), (1.1, False)])
 def test_a_dtype_that_the_cpu_has_no_instructions_for_is_warned_of(times, warned, model_folder, monkeypatch, caplog):
-    monkeypatch.setattr("kvfusion_rag.backbone.slowness", lambda dtype: times)
+    monkeypatch.setattr("kvfusion_rag.model.backbone.slowness", lambda dtype: times)
     KVFusionGenerator.from_pretrained(model_folder, dtype="bfloat16", device="cpu")
     assert ("no instructions for bfloat16" in caplog.text) == warned
 
 
 def test_a_busy_machine_says_nothing_of_float32(monkeypatch):
     seconds = iter([9.0, 1.0])
-    monkeypatch.setattr("kvfusion_rag.probe._product_seconds", lambda dtype: next(seconds))
+    monkeypatch.setattr("kvfusion_rag.model.hardware._product_seconds", lambda dtype: next(seconds))
     assert slowness(torch.float32) == 1.0
 
 
@@ -606,7 +606,7 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_all_the_same(monkeypatch
         busy = 30.0 if len(calls) <= 4 else 1.0
         return busy * (20.0 if dtype == torch.bfloat16 else 1.0)
 
-    monkeypatch.setattr("kvfusion_rag.probe._product_seconds", seconds)
+    monkeypatch.setattr("kvfusion_rag.model.hardware._product_seconds", seconds)
     assert slowness(torch.bfloat16) == 20.0
 
 

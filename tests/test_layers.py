@@ -3,52 +3,91 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from kvfusion_rag import _HOME
-
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
-# Each module may import only those above it.
-LAYERS = [
-    "errors", "versions", "home", "probe", "devices", "digest", "schema", "kv", "chat", "settings", "prompts",
-    "splitting", "positions", "support", "gguf_header", "gguf_convert", "gguf_cache", "locating", "linear",
-    "attention", "ape", "watch", "collecting", "backbone", "measured", "prefill", "fusion", "likelihood", "gate",
-    "limits", "loading", "citations", "store", "supply", "reading", "focus", "layouts", "recording", "decoding",
-    "placing", "batching", "gathering", "prompt_reader", "engine", "attribution", "invariance", "streaming",
-    "generator", "qa", "retrieval", "evaluation", "training", "adapting", "serving", "cli",
+# A module imports from rooms above its own, and never in a circle inside its room.
+ROOMS = [
+    "errors", "schema", "home", "text", "model", "fusion", "store", "retrieval", "engine", "generator", "data",
+    "evaluation", "training", "adapting", "benchmark", "serving", "cli",
 ]  # fmt: skip
+MOST_MODULES = 14  # of a room, and without its __init__
+MOST_LINES = 400
+MOST_FUNCTION_LINES = 60
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
-def layer_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_layers(path: Path) -> set[str]:
-    """Top-level modules of kvfusion_rag that a file imports, relative or absolute."""
-    package = ["kvfusion_rag", *path.relative_to(PACKAGE).parts[:-1]]
+NAMES = {name_of(path): path for path in MODULES}
+
+
+def lazy_names(stub: Path) -> dict[str, str]:
+    """Module of every name that a lazy ``__init__.pyi`` lists."""
+    tree = ast.parse(stub.read_text(encoding="utf-8"))
+    package = name_of(stub)
+    froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{package}.{node.module}" for node in froms for alias in node.names}
+
+
+LAZY = {name_of(stub): lazy_names(stub) for stub in PACKAGE.rglob("__init__.pyi")}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Modules of kvfusion_rag that a file imports, relative or absolute; a public name counts as its module."""
+    parts = name_of(path).split(".")
+    package = parts if path.stem == "__init__" else parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            name = [*base, *(node.module.split(".") if node.module else [])]
-            found |= {".".join([*name, alias.name]) for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    names = {n.split(".")[1] for n in found if n.startswith("kvfusion_rag.")} - {"__version__"}
-    return {_HOME.get(name, name) for name in names}  # a public name counts as the module it lives in
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = package[: len(package) - node.level + 1] if node.level else []
+        source = ".".join([*base, *(node.module.split(".") if node.module else [])])
+        for alias in node.names:
+            inner = LAZY.get(source, {}).get(alias.name, f"{source}.{alias.name}")
+            found.add(inner if inner in NAMES else source)
+    return {name for name in found if name in NAMES}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.name != "__init__.py"), ids=str
-)
-def test_modules_import_only_what_is_above_them(path):
-    mine = layer_of(path)
-    assert mine in LAYERS, f"{path.name} has no place in the list of layers"
-    above = set(LAYERS[: LAYERS.index(mine) + 1])
-    assert imported_layers(path) <= above
+def room_of(name: str) -> str:
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path != PACKAGE / "__init__.py"], ids=name_of)
+def test_modules_import_only_from_rooms_above(path):
+    room = room_of(name_of(path))
+    assert room in ROOMS, f"{room} is not in the list of rooms"
+    above = ROOMS[: ROOMS.index(room) + 1]
+    wrong = {name for name in imported_modules(path) if name != "kvfusion_rag" and room_of(name) not in above}
+    assert not wrong
+
+
+def test_modules_of_a_room_do_not_import_in_circles():
+    graph = {name: imported_modules(path) - {name} for name, path in NAMES.items() if path.stem != "__init__"}
+    TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_rooms_stay_small():
+    assert len([path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]) <= 5
+    for room in (path for path in PACKAGE.rglob("*") if path.is_dir()):
+        modules = [path.name for path in room.glob("*.py") if path.stem != "__init__"]
+        assert len(modules) <= MOST_MODULES, f"{room.name} has {len(modules)} modules"
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "integrations").rglob("*.py"))], ids=name_of)
+def test_modules_and_functions_stay_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES
+    functions = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+    lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions}
+    assert not {name: length for name, length in lengths.items() if length > MOST_FUNCTION_LINES}
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, ROOT / "integrations"], ids=["kvfusion_rag", "integrations"])
@@ -74,7 +113,7 @@ def test_integrations_use_public_names_alone():
     [
         ("kvfusion_rag", ["torch", "transformers"]),
         ("kvfusion_rag.generator", ["langchain_core", "llama_index", "chromadb", "sentence_transformers", "peft"]),
-        ("kvfusion_rag.training.formats", ["bm25s", "accelerate", "chromadb", "sentence_transformers"]),
+        ("kvfusion_rag.data.formats", ["bm25s", "accelerate", "chromadb", "sentence_transformers"]),
         ("kvfusion_rag.cli", ["torch", "transformers", "chromadb"]),
     ],
 )
@@ -96,16 +135,6 @@ def test_plain_data_and_help_load_no_torch(code):
     code += "\nimport sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert out.stdout.splitlines()[-1] == "[]"
-
-
-def test_type_checkers_see_the_public_names_where_they_are():
-    (block,) = (
-        node
-        for node in ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.If)
-    )
-    seen = {alias.name: node.module for node in block.body for alias in node.names}
-    assert seen == _HOME
 
 
 def test_public_names_resolve():

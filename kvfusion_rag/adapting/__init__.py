@@ -1,27 +1,10 @@
-"""Adapting a model to fused documents without labels: its own questions, its own answers, and an adapter.
+"""Adapting a model to fused documents without labels: a folder of documents in, an adapter and its card out.
 
-``passages`` reads and cuts the documents, ``questions`` has the model ask and answer, ``filtering`` drops pairs that
-teach nothing, ``rows`` adds negatives, ``judging`` compares systems on held-out questions, ``card`` describes the
-adapter, ``stages`` keeps what was done and ``run`` is one call for all of it. Names are imported on first use, so that
-the options cost no torch import.
+The model asks and answers questions about its own documents (``questions``, ``filtering``), learns to repeat over
+fused documents what it answers from the one passage (``making``), and is judged on held-out questions (``judging``).
+The adapter is kept only if it wins. ``stages`` lets an interrupted run continue. Serving is not known here.
 """
 
-from __future__ import annotations
+import lazy_loader
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-_HOME = {"AdaptOptions": "options", "AdaptReport": "report", "adapt": "run"}
-
-__all__ = list(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
-
-if TYPE_CHECKING:
-    from .options import AdaptOptions
-    from .report import AdaptReport
-    from .run import adapt
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from ..evaluation.metrics import normalize_answer
-from ..qa import Passage
-from ..training.mining import MatchText
+from ..data.answer_match import normalize_answer
+from ..data.mining import MatchText
+from ..data.rows import Passage
 
 FEWEST_WORDS, MOST_WORDS = 4, 40  # of a question
 NAMED_SHARE = 0.5  # of a question's content words that stand in its passage

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..evaluation.metrics import token_f1
+from ..data.answer_match import token_f1
+from ..data.rows import QARow
 from ..generator import KVFusionGenerator
-from ..qa import QARow
 from ..schema import Mode
 from .filtering import says
 

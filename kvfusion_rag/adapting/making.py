@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..data.answer_match import normalize_answer
+from ..data.mining import text_key
+from ..data.rows import Passage, QARow
 from ..errors import InvalidInputError
-from ..evaluation.metrics import normalize_answer
 from ..generator import KVFusionGenerator
-from ..qa import Passage, QARow
-from ..training.mining import text_key
 from .filtering import answer_fault, question_fault, repeats, whole_sentences
 from .judging import answer_rows
 from .options import AdaptOptions

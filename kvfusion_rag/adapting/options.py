@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from ..errors import InvalidInputError
-from ..settings import Layout, is_count
+from ..text.settings import Layout, is_count
 from ..training.config import TrainingConfig
 
 DEFAULT_PASSAGE_TOKENS = 160

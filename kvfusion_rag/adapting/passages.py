@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.mining import text_key
+from ..data.rows import Passage
 from ..errors import InvalidInputError, RetrievalError
-from ..qa import Passage
 from ..retrieval.loaders import SkippedFile, UnreadableFileError, find_files, printable_path, read_document
 from ..retrieval.splitting import check_chunk_tokens, split_text
-from ..training.mining import text_key
 
 LEAST_PASSAGES = 10  # fewer leave no negatives, or nothing to judge
 LEAST_SHARE = 0.25  # of the longest passage: a shorter one, such as a heading, gives nothing to ask about

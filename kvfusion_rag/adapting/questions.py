@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.rows import Passage, open_text
 from ..errors import InvalidInputError
 from ..generator import KVFusionGenerator
-from ..qa import Passage, open_text
 from ..schema import Answer
 
 EXAMPLES = (

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..qa import Passage, QARow
-from ..training.mining import FILLED, BM25Ranking, MatchText, RandomRanking, take_turns
+from ..data.mining import FILLED, BM25Ranking, MatchText, RandomRanking, take_turns
+from ..data.rows import Passage, QARow
 
 
 class NegativeMiner:

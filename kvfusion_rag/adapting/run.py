@@ -12,20 +12,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..backbone import Backbone
+from ..data.rows import QARow
 from ..errors import InvalidInputError
 from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..generator import KVFusionGenerator
-from ..locating import locate_model
-from ..qa import QARow
-from ..settings import leading_bos
+from ..model.backbone import Backbone
+from ..model.locating import locate_model
+from ..model.versions import require_adapters
 from ..store import MemoryStore
+from ..text.settings import leading_bos
 from ..training.checkpoint import recover
 from ..training.config import TrainingConfig
 from ..training.progress import LOSSES, Progress
 from ..training.run import train
-from ..versions import require_adapters
 from .card import card
 from .judging import ADAPTED, CONCAT, UNTUNED, answer_rows, judge, right_answers, wins
 from .making import ROWS_AT_ONCE, Made, RowMaker

@@ -71,7 +71,7 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
 
     If focus chose among them, each one has its score, and those that it left out are marked.
     """
-    from ..citations import find_shared_phrases
+    from ..text.citations import find_shared_phrases
 
     head, found = "sources (* holds the answer)", answer.citations
     if not found:

@@ -80,9 +80,9 @@ def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..devices import choose_device
-    from ..evaluation.shapes import shape_named
-    from ..probe import fast_dtype
+    from ..benchmark.shapes import shape_named
+    from ..model.devices import choose_device
+    from ..model.hardware import fast_dtype
 
     shape_named(args.shape)  # before anything is measured
     args.dtype = args.dtype or str(fast_dtype(choose_device(args.device))).removeprefix("torch.")
@@ -92,10 +92,10 @@ def run(args: argparse.Namespace) -> int:
 def _answer(args: argparse.Namespace) -> int:
     import torch
 
+    from ..benchmark.speed import AnswerBenchmark, AnswerRun
+    from ..benchmark.speed_table import markdown
+    from ..benchmark.workload import SYSTEMS, Case, sweep
     from ..evaluation.report import run_facts
-    from ..evaluation.speed import AnswerBenchmark, AnswerRun
-    from ..evaluation.speed_table import markdown
-    from ..evaluation.workload import SYSTEMS, Case, sweep
 
     base = Case(
         args.documents, args.document_tokens, args.question_tokens, args.answer_tokens, args.batch, args.over,
@@ -126,8 +126,8 @@ def _answer(args: argparse.Namespace) -> int:
 
 
 def _store(args: argparse.Namespace) -> int:
+    from ..benchmark.store_speed import StoreBenchmark, measure_store
     from ..evaluation.report import run_facts
-    from ..evaluation.store_speed import StoreBenchmark, measure_store
 
     names = ("shape", "documents", "document_tokens", "question_tokens", "dtype", "device", "codec", "repeats")
     found = measure_store(StoreBenchmark(**{name: getattr(args, name) for name in names}), args.folder)

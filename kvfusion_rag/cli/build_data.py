@@ -17,10 +17,10 @@ from .console import patient_bars, say, say_json, say_list, shown_path
 from .options import add_model_name, load_token_counter, positive
 
 if TYPE_CHECKING:
-    from ..qa import QARow
+    from ..data.formats import Example
+    from ..data.rows import QARow
     from ..retrieval import Embedder
     from ..training import DataOptions, DataReport
-    from ..training.formats import Example
 
 NEGATIVES = ("bm25", "dense", "random")
 

@@ -31,12 +31,12 @@ from .options import add_model_arguments, add_model_name, count, load_generator,
 
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
+    from ..data.rows import QARow
     from ..evaluation.ape import ApeSearch
     from ..evaluation.journal import Journal
     from ..evaluation.orders import Plan
     from ..evaluation.runner import Predictions
     from ..evaluation.summary import Summary
-    from ..qa import QARow
     from ..store import DocumentStore
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
     """What the command line names to be judged beside the base model."""
-    from ..locating import locate_model
+    from ..model.locating import locate_model
 
     found = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
     if args.adapter == "shipped":
@@ -250,8 +250,8 @@ def _ape_search(
 
 def _journal(path: Path | None, args: argparse.Namespace, rows: list[QARow], plan: Plan) -> Journal | None:
     """The answers that ``--resume`` goes on from; what decides them has to be the same."""
+    from ..data.rows import rows_digest
     from ..evaluation.journal import Journal
-    from ..qa import rows_digest
 
     if path is None:
         return None

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from .. import DocumentIndex, DocumentStore, KVFusionGenerator
-    from ..prompts import PromptEncoder
     from ..schema import FocusChoice
-    from ..settings import ModelSettings
+    from ..text.encoder import PromptEncoder
+    from ..text.settings import ModelSettings
 
 DEFAULT_CHUNK_TOKENS = 200  # for a model that was not trained with a passage length
 CODECS = ("raw", "v8")  # of a store's files; named here since its modules load torch
@@ -169,9 +169,9 @@ def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings
     """How the model that the arguments name reads documents, without its weights."""
     from transformers import AutoTokenizer
 
-    from ..locating import locate_model
-    from ..prompts import PromptEncoder
-    from ..settings import load_settings
+    from ..model.locating import locate_model
+    from ..text.encoder import PromptEncoder
+    from ..text.settings import load_settings
 
     where = locate_model(args.model, gguf_file=args.gguf_file)
     with model_load_errors(f"the tokenizer of {where.model_id!r}"):
@@ -184,7 +184,7 @@ def load_config(args: argparse.Namespace) -> PretrainedConfig:
     """The text configuration of the model that the arguments name, without its weights."""
     from transformers import AutoConfig
 
-    from ..locating import locate_model
+    from ..model.locating import locate_model
 
     where = locate_model(args.model, gguf_file=args.gguf_file)
     with model_load_errors(f"the configuration of {where.model_id!r}"):

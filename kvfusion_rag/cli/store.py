@@ -121,9 +121,9 @@ def _forget(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     import torch
 
-    from ..kv import KVShape
+    from ..model.kv import KVShape
+    from ..model.support import expected_kv_shape
     from ..store.format import layout
-    from ..support import expected_kv_shape
 
     require_paths(args.paths)
     dtype = getattr(torch, args.dtype)
@@ -148,8 +148,8 @@ def _estimate(args: argparse.Namespace) -> int:
 
 def _pieces(args: argparse.Namespace) -> list[tuple[int, ...]]:
     """The token ids of the distinct documents of the files, cut as ``kvfusion ask`` and ``kvfusion index`` do."""
-    from ..reading import UNLIMITED, Limits, limit_of, read_documents
     from ..store import document_key
+    from ..text.documents import UNLIMITED, Limits, limit_of, read_documents
 
     encoder, settings = load_encoder(args)
     window = getattr(load_config(args), "max_position_embeddings", None)

@@ -17,7 +17,7 @@ from .console import say, say_json, shown_path
 from .options import add_model_name, positive, require_paths
 
 if TYPE_CHECKING:
-    from ..qa import QARow
+    from ..data.rows import QARow
     from ..training import Progress, TrainingConfig
     from ..training.config import Loss
 
@@ -115,7 +115,7 @@ def _require_plot(path: Path | None, *, resume: bool) -> None:
 
 def _read(paths: list[str], loss: Loss | None) -> list[QARow]:
     """All rows of the files, those to train on by ``loss`` checked."""
-    from ..qa import read_placed_rows
+    from ..data.rows import read_placed_rows
     from ..training.examples import require_trainable
 
     rows: list[QARow] = []
@@ -140,7 +140,7 @@ def _files(args: argparse.Namespace) -> dict[str, Any]:
 def _plot(args: argparse.Namespace, progress: Progress) -> None:
     if args.plot is None:
         return
-    from ..locating import DEFAULT_MODEL
+    from ..model.locating import DEFAULT_MODEL
     from ..training.curve import plot_losses
 
     names = ", ".join(Path(path).name for path in args.rows)

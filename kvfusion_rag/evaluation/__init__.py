@@ -5,6 +5,6 @@ The metrics are imported from here. The harness is imported by module: ``orders`
 (figures and intervals), ``report``, ``tables`` and ``plots`` (showing them), ``speed`` and ``store_speed`` (times).
 """
 
-from .metrics import answer_in_text, exact_match, normalize_answer, token_f1
+from ..data.answer_match import answer_in_text, exact_match, normalize_answer, token_f1
 
 __all__ = ["answer_in_text", "exact_match", "normalize_answer", "token_f1"]

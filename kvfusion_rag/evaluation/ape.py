@@ -17,8 +17,8 @@ from .summary import score
 from .systems import GeneratorSystem
 
 if TYPE_CHECKING:
+    from ..data.rows import QARow
     from ..generator import KVFusionGenerator
-    from ..qa import QARow
     from .journal import Journal
 
 TEMPERATURES = (1.0, 0.9, 0.8, 0.6)

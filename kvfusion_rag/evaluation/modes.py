@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from ..data.answer_match import answer_in_text, token_f1
+from ..engine.focus import standardized
+from ..engine.measured import Measured
 from ..errors import UnsupportedModelError
-from ..focus import standardized
-from ..measured import Measured
 from ..schema import Document, Mode
-from .metrics import answer_in_text, token_f1
 from .scores import similarities
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from ..errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from ..qa import QARow
+    from ..data.rows import QARow
 
 Kind = Literal["slot", "original", "shuffled", "top", "no-gold"]
 T = TypeVar("T")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..qa import QARow
+from ..data.rows import QARow
 from .orders import Plan
 from .runner import Predictions
 from .summary import Summary, score

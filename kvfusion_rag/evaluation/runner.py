@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from ..data.rows import QARow
 from ..errors import ContextLimitError, InvalidInputError
-from ..qa import QARow
 from ..schema import Document
 from .orders import Condition, Plan, arrange
 from .systems import System

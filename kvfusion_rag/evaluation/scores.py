@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..qa import Passage, QARow
+from ..data.rows import Passage, QARow
 from ..schema import Document
 
 if TYPE_CHECKING:

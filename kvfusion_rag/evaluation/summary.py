@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..qa import QARow
+from ..data.answer_match import abstains, answer_in_text, exact_match, token_f1
+from ..data.rows import QARow
 from .bootstrap import Bootstrap, Interval
-from .metrics import abstains, answer_in_text, exact_match, token_f1
 from .orders import NO_GOLD, ORIGINAL, SHUFFLED, Condition
 from .runner import Prediction, Predictions
 

@@ -235,7 +235,7 @@ def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
 
 def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
     """A whole model trained on joined prompts; one of ours reads what its base has prefilled, as in training."""
-    from ..settings import RECORD_NAME  # brings transformers
+    from ..text.settings import RECORD_NAME  # brings transformers
 
     return {**joined, "decoder": sft} if _holds(sft, RECORD_NAME) else {"model": sft}
 

@@ -129,6 +129,6 @@ def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
 
 def _digest(model: SentenceTransformer) -> str:
     """Of all weights, the prompts and the length limit: a name alone does not fix the vectors."""
-    from ..digest import digest_tensors
+    from ..model.fingerprint import digest_tensors
 
     return digest_tensors(model.state_dict().items(), repr((model.max_seq_length, sorted(model.prompts.items()))))

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
-from ..settings import require_focus
+from ..text.settings import require_focus
 
 MOST_MESSAGES = 1000
 MOST_STOPS = 16

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import InvalidInputError
 from ..schema import FocusChoice, ModeChoice
-from ..settings import is_count, require_focus, require_mode
+from ..text.settings import is_count, require_focus, require_mode
 
 
 @dataclass(frozen=True, slots=True)

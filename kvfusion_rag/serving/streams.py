@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from ..engine.streaming import AnswerStream
 from ..generator import KVFusionGenerator
-from ..streaming import AnswerStream
 from .errors import as_api_error, is_own_fault
 from .replies import LAST_EVENT, Completion, event
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InvalidInputError, StoreError
-from ..kv import DocumentKV, KVShape
+from ..model.kv import DocumentKV, KVShape
 from .database import is_held
 from .files import SUFFIX, Miss, check_alone, read_file
 from .folder import Folder

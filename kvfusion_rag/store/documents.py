@@ -20,8 +20,8 @@ from typing import NamedTuple, NoReturn, TypeVar
 import torch
 
 from ..errors import InvalidInputError, OverloadError, StoreError
-from ..kv import DocumentKV, KVShape
-from ..probe import device_name
+from ..model.hardware import device_name
+from ..model.kv import DocumentKV, KVShape
 from ..schema import Origin
 from .disk import DiskStore
 from .files import Miss

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 import xxhash
 
-from ..kv import DocumentKV
+from ..model.kv import DocumentKV
 from .format import Buffer, Codec, Layout, are_finite, bits, expand, is_finite, scratch, token_bytes
 
 SUFFIX = ".safetensors"

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
 
-from ..kv import DocumentKV
+from ..model.kv import DocumentKV
 
 Flight = Future[DocumentKV | None]  # ``None``: it was not brought, and whoever waited tries for itself
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import xxhash
 
-from ..kv import DocumentKV, KVShape
+from ..model.kv import DocumentKV, KVShape
 
 FORMAT_VERSION = 2
 Codec = Literal["raw", "v8"]

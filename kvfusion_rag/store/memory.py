@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import InvalidInputError
-from ..kv import DocumentKV
+from ..model.kv import DocumentKV
 from .keys import document_part
 
 DEFAULT_MAX_BYTES = 1 << 30

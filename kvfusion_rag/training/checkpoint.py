@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..backbone import Backbone
 from ..errors import ModelLoadError
-from ..settings import FILE_NAME, RECORD_NAME, ModelSettings
+from ..model.backbone import Backbone
+from ..text.settings import FILE_NAME, RECORD_NAME, ModelSettings
 
 _STATE = "optimizer.safetensors"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from ..errors import InvalidInputError
-from ..settings import Layout, is_count
+from ..text.settings import Layout, is_count
 
 Loss = Literal["answer", "distill"]
 

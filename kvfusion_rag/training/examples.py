@@ -11,15 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..engine import Engine
+from ..data.mining import MatchText
+from ..data.rows import QARow
+from ..engine.engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
-from ..layouts import Layout
-from ..positions import question_start
-from ..qa import QARow
-from ..reading import Reading
+from ..model.positions import question_start
 from ..schema import Document
+from ..text.documents import Reading
+from ..text.layouts import Layout
 from .config import Loss
-from .mining import MatchText
 
 UNANSWERABLE = "Unanswerable"  # the paper's word for questions that no document answers
 

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from ..engine import Engine
+from ..engine.engine import Engine
 from ..errors import UnsupportedModelError
-from ..fusion import fuse
-from ..gate import TOLERANCE
-from ..kv import DocumentKV
-from ..positions import packed_mask
+from ..fusion.fused_cache import fuse
+from ..fusion.gate import TOLERANCE
+from ..model.kv import DocumentKV
+from ..model.positions import packed_mask
 from .examples import Batch, Example, collate
 
 

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..engine import Engine
+from ..data.rows import QARow, rows_digest
+from ..engine.engine import Engine
 from ..errors import InvalidInputError, ModelLoadError
 from ..evaluation.report import run_facts
-from ..qa import QARow, rows_digest
 from .config import TrainingConfig
 
 DEFAULTS = asdict(TrainingConfig())  # of settings that a record of an earlier version does not have

@@ -9,15 +9,15 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..backbone import Backbone
-from ..devices import choose_device
-from ..engine import Engine
+from ..data.rows import QARow
+from ..engine.engine import Engine
 from ..errors import InvalidInputError
 from ..generator import MAX_FUSED_TOKENS
-from ..locating import locate_model
-from ..qa import QARow
+from ..model.backbone import Backbone
+from ..model.devices import choose_device
+from ..model.locating import locate_model
+from ..model.versions import require_adapters
 from ..store import MemoryStore
-from ..versions import require_adapters
 from .checkpoint import recover
 from .config import TrainingConfig
 from .examples import require_trainable

@@ -20,15 +20,15 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from ..decoding import DecodingOptions
-from ..engine import Engine, Request
+from ..data.answer_match import is_right
+from ..data.rows import QARow
+from ..engine.engine import Engine, Request
 from ..errors import ContextLimitError, InvalidInputError, TrainingError, UnsupportedModelError
-from ..evaluation.metrics import is_right
-from ..layouts import Layout
-from ..qa import QARow
-from ..reading import Reading
+from ..fusion.decode import DecodingOptions
 from ..schema import Document
-from ..settings import FILE_NAME, TUNED_MAX_NEW_TOKENS, ModelSettings
+from ..text.documents import Reading
+from ..text.layouts import Layout
+from ..text.settings import FILE_NAME, TUNED_MAX_NEW_TOKENS, ModelSettings
 from .batches import Step, epoch_steps
 from .checkpoint import load_record, load_state, save_decoder, save_state
 from .config import TrainingConfig

@@ -1,0 +1,159 @@
+"""What the document store is worth: time to the first token with it, and how near its reads come to the disk's own.
+
+All ratios come from one run of one process over the same weights, documents and questions. Weights are random: only
+their shape counts here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.requests import Batch
+from ..fusion.decode import DecodingOptions
+from ..generator import KVFusionGenerator
+from ..store import Codec, DiskStore, DocumentStore, MemoryStore
+from .shapes import random_backbone, random_text
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBenchmark:
+    """What is measured: ``documents`` of ``document_tokens`` each, and a question over all of them."""
+
+    shape: str = "qwen2.5-0.5b"
+    documents: int = 20
+    document_tokens: int = 256
+    question_tokens: int = 64
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    codec: Codec = "raw"
+    repeats: int = 5
+    seed: int = 0
+
+
+def measure_store(options: StoreBenchmark, folder: Path | None = None) -> dict[str, Any]:
+    """Medians, spreads and ratios; ``folder`` is where the store is put (by default a temporary one).
+
+    Times are those to the first token, in seconds. "disk" reads files that the system has in its page cache, as
+    those of documents in use are; ``cold_disk`` asks the system to drop them first.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        return _Run(options, Path(place)).measure()
+
+
+class _Run:
+    def __init__(self, options: StoreBenchmark, folder: Path) -> None:
+        self.options, self.folder = options, folder
+        rng = random.Random(options.seed)
+        self.backbone = random_backbone(options.shape, options.dtype, options.device, options.seed)
+        self.documents = [random_text(rng, options.document_tokens) for _ in range(options.documents)]
+        self.question = random_text(rng, options.question_tokens)
+
+    def measure(self) -> dict[str, Any]:
+        options = self.options
+        disk = DiskStore(self.folder / "store", codec=options.codec)
+        memory = self._generator(DocumentStore(MemoryStore(8 << 30)))
+        stored = self._generator(DocumentStore(None, disk, load="always"))
+        nothing = self._generator(DocumentStore())
+        joined = self._times(lambda: self._first_token(nothing, mode="concat"))
+        cold = self._times(lambda: self._first_token(nothing))
+        stored.prefill(self.documents)
+        memory.prefill(self.documents)
+        from_disk = self._times(lambda: self._first_token(stored))
+        from_cold_disk = self._times(lambda: self._first_token(stored), before=lambda: _drop_pages(disk.path))
+        from_memory = self._times(lambda: self._first_token(memory))
+        files = sorted(disk.path.glob("v*/*/*/*.safetensors"))
+        size = sum(file.stat().st_size for file in files)
+        load = self._times(lambda: self._load(stored))
+        raw = self._times(lambda: _read_raw(files))
+        times = {"joined prompt": joined, "cold": cold, "disk": from_disk, "cold disk": from_cold_disk,
+                 "memory": from_memory}  # fmt: skip
+        base = statistics.median(joined)
+        tokens = options.documents * options.document_tokens
+        return {
+            "options": asdict(options),
+            "threads": torch.get_num_threads(),
+            "seconds_to_first_token": {name: _spread(found) for name, found in times.items()},
+            "times_faster_than_joined_prompt": {
+                name: round(base / statistics.median(found), 2) for name, found in times.items()
+            },
+            "bytes": size,
+            "bytes_per_1000_tokens": round(1000 * size / tokens),
+            "read_gb_per_second": {
+                "into the fused buffer": _rate(size, load),
+                "raw file read": _rate(size, raw),
+                "ratio": round(statistics.median(raw) / statistics.median(load), 2),
+            },
+            "write_seconds_per_document": _spread([t / options.documents for t in self._writes()]),
+        }
+
+    def _generator(self, store: DocumentStore) -> KVFusionGenerator:
+        return KVFusionGenerator(self.backbone, store=store, max_fused_tokens=1 << 20)
+
+    def _first_token(self, generator: KVFusionGenerator, **options: Any) -> float:
+        answer = generator.answer(self.question, self.documents, max_new_tokens=1, **options)
+        return answer.timings.first_token
+
+    def _load(self, generator: KVFusionGenerator) -> float:
+        """Time until the fused buffer is filled from files, with everything that is checked on the way."""
+        engine = generator._engine
+        request = engine.request(self.question, self.documents, None, "fusion", DecodingOptions(1))
+        began = time.perf_counter()
+        engine.fill(Batch.of(request), 1)[0].release()
+        return time.perf_counter() - began
+
+    def _writes(self) -> list[float]:
+        """Time to write all documents into an empty store, apart from computing them."""
+        found = []
+        for number in range(self.options.repeats):
+            disk = DiskStore(self.folder / f"written{number}", codec=self.options.codec)
+            store = DocumentStore(None, disk)
+            self._generator(store).prefill(self.documents)
+            found.append(store.metrics.store_seconds["disk"])
+        return found
+
+    def _times(self, measure: Callable[[], float], before: Callable[[], None] = lambda: None) -> list[float]:
+        before()
+        measure()  # warm-up
+        found = []
+        for _ in range(self.options.repeats):
+            before()
+            found.append(measure())
+        return found
+
+
+def _read_raw(files: Sequence[Path]) -> float:
+    """Time to read all files into memory that is there already, as the system does it."""
+    buffers = [bytearray(file.stat().st_size) for file in files]
+    began = time.perf_counter()
+    for file, buffer in zip(files, buffers, strict=True):
+        place = os.open(file, os.O_RDONLY)
+        os.preadv(place, [buffer], 0)
+        os.close(place)
+    return time.perf_counter() - began
+
+
+def _drop_pages(folder: Path) -> None:
+    """Ask the system to forget the files of a folder, so that they are read from the disk."""
+    for file in folder.glob("v*/*/*/*.safetensors"):
+        place = os.open(file, os.O_RDONLY)
+        os.fsync(place)
+        os.posix_fadvise(place, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(place)
+
+
+def _spread(found: Sequence[float]) -> dict[str, float]:
+    return {"median": round(statistics.median(found), 5), "least": round(min(found), 5), "most": round(max(found), 5)}
+
+
+def _rate(size: int, found: Sequence[float]) -> float:
+    return round(size / statistics.median(found) / 1e9, 2)

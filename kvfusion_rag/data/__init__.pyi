@@ -1,0 +1,13 @@
+from .build import DataBuilder as DataBuilder
+from .formats import Example as Example
+from .formats import read_corpus as read_corpus
+from .formats import read_dataset as read_dataset
+from .formats import read_examples as read_examples
+from .formats import read_ready_rows as read_ready_rows
+from .recipe import DataOptions as DataOptions
+from .recipe import DataReport as DataReport
+from .rows import QARow as QARow
+from .rows import read_rows as read_rows
+from .rows import write_rows as write_rows
+from .writing import check_output as check_output
+from .writing import write_training_rows as write_training_rows

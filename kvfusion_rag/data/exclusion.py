@@ -1,0 +1,72 @@
+"""What training rows may not hold: questions and contexts of evaluation files, cut or whole.
+
+Evaluation rows often hold passages that were cut, and training contexts are cut later, so a context is compared by
+what it contains. Knows texts only.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+
+import numpy as np
+
+from .answer_match import normalize_answer
+from .formats import Example
+from .mining import text_key
+
+RUN, STEP = 5, 4  # words of a run, and from one run that is kept of an excluded context to the next
+SHORTEST = RUN + STEP - 1  # words; any text of so many that stands in an excluded context has a kept run in it
+
+
+class Exclusion:
+    """Questions and contexts of evaluation files, made ready to be found."""
+
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._questions: set[bytes] = set()
+        self._contexts: dict[str, int] = {}  # normalised, numbered
+        self._judged: dict[bytes, bool] = {}
+        hashes, owners = array("q"), array("q")
+        for example in examples:
+            self._questions.add(text_key(example.question))
+            for passage in example.passages:
+                text = normalize_answer(passage.text)
+                if text not in self._contexts:
+                    kept = _runs(text, STEP)
+                    hashes.extend(kept)
+                    owners.extend([len(self._contexts)] * len(kept))
+                    self._contexts[text] = len(self._contexts)
+        self._texts = list(self._contexts)
+        order = np.argsort(np.asarray(hashes), kind="stable")
+        self._hashes, self._owners = np.asarray(hashes)[order], np.asarray(owners)[order]
+
+    def has_question(self, key: bytes) -> bool:
+        """Whether the question of this ``text_key`` is excluded."""
+        return key in self._questions
+
+    def has_context(self, key: bytes, text: str) -> bool:
+        """Whether ``text``, of this ``text_key``, is an excluded context, contains one or is contained in one.
+
+        Texts of fewer than ``SHORTEST`` words, such as a name, are found only where they are the whole context.
+        """
+        if key not in self._judged:  # one context comes with many questions
+            normal = normalize_answer(text)
+            self._judged[key] = normal in self._contexts or any(
+                other in normal or normal in other for other in self._near(normal)
+            )
+        return self._judged[key]
+
+    def _near(self, normal: str) -> list[str]:
+        """Excluded contexts that share a run of words with a text."""
+        runs = _runs(normal, 1)
+        first, last = (np.searchsorted(self._hashes, runs, side) for side in ("left", "right"))
+        found = {n for start, end in zip(first, last, strict=True) for n in self._owners[start:end].tolist()}
+        return [self._texts[n] for n in found]
+
+
+def _runs(normal: str, step: int) -> list[int]:
+    """Hashes of the runs of words that start at every ``step``-th word; none of a text that is too short."""
+    words = normal.split()
+    if len(words) < SHORTEST:
+        return []
+    return [hash(tuple(words[n : n + RUN])) for n in range(0, len(words) - RUN + 1, step)]

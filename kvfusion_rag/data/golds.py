@@ -1,0 +1,148 @@
+"""The gold passage of a question: the one that came with it, or the likeliest of the corpus, with the answer in it.
+
+Either cut to size around the answer, for a row of its own, or as the pool has it, for rows that share their passages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import InvalidInputError
+from .formats import Example
+from .mining import MatchText, Pool, Ranking, text_key
+from .recipe import BETWEEN_PIECES, NO_GOLD, NOT_FOUND, NOT_IN_CONTEXT, SEVERAL_GOLDS, TOO_LONG, DroppedError
+from .rows import Passage
+from .windows import Fits, Span, cut_around, find_answer, split_passage
+
+SEARCHED_FOR_GOLD = 100  # passages looked at for a question that came without a context
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """The passage that a question is answered from.
+
+    Attributes:
+        passage: cut to size around the answer, or a piece of the pool.
+        key: that of its uncut text; ``numbers`` are the passages of the pool that are made of it.
+        answers: all accepted answers, those that stand in the passage first.
+        span: where the first of them stands in it, if that is known.
+        number: of the passage in the pool, if it is one of those.
+        found: it did not come with the question.
+    """
+
+    passage: Passage
+    key: bytes
+    numbers: tuple[int, ...]
+    answers: tuple[str, ...]
+    span: Span | None
+    number: int | None = None
+    found: bool = False
+
+
+class GoldFinder:
+    """Finds the gold passage of one question after the other.
+
+    Args:
+        rankings: by the name of their source; the first that reads questions finds what came without a context.
+        fits: whether a text fits into a passage with this title.
+    """
+
+    def __init__(self, pool: Pool, rankings: Mapping[str, Ranking], fits: Callable[[str | None], Fits]) -> None:
+        self._pool, self._rankings, self._fits = pool, rankings, fits
+
+    def find(self, example: Example, answers: list[MatchText], rng: random.Random, *, cut: bool) -> Gold:
+        """The gold passage of ``example``, whose ``answers`` are given ready to look for.
+
+        Args:
+            cut: cut it around the answer; otherwise it is a piece of the pool as it stands there.
+
+        Raises:
+            DroppedError: there is none, or no single one, or the answer is not in it.
+            InvalidInputError: it came without a context, and no ranking can find it one.
+        """
+        if len(example.golds) > 1:
+            raise DroppedError(SEVERAL_GOLDS)
+        if not example.golds:
+            if example.others:
+                raise DroppedError(NO_GOLD)
+            return self._searched(example, answers, rng)
+        held, start = self._held(example, answers)
+        ordered = _first_come(example.answers, held)
+        if cut:
+            return self._cut(example.golds[0], ordered, start, answers[held[0]], rng)
+        return self._piece(example.golds[0], ordered, start, answers[held[0]])
+
+    def _held(self, example: Example, answers: list[MatchText]) -> tuple[list[int], int | None]:
+        """Which answers stand in the passage that the file calls gold, and where the first one does if it says so."""
+        text, start = example.golds[0].text, example.answer_start
+        literal = start is not None and start >= 0 and text.startswith(example.answers[0], start)
+        literal = literal and not answers[0].blank
+        match = MatchText.of(text)
+        held = [n for n, answer in enumerate(answers) if (n == 0 and literal) or match.holds([answer])]
+        if not held:
+            raise DroppedError(NOT_IN_CONTEXT)
+        return held, start if held[0] == 0 else None
+
+    def _cut(
+        self, whole: Passage, answers: tuple[str, ...], start: int | None, match: MatchText, rng: random.Random
+    ) -> Gold:
+        """As much of the passage around the answer as fits."""
+        fits = self._fits(whole.title)
+        span = find_answer(whole.text, [answers[0]], start)
+        if span is None:  # it is there, but only in the words of the metric
+            pieces = split_passage(whole.text, fits)
+            text = next((piece for piece in pieces if MatchText.of(piece).holds([match])), None)
+        else:
+            window = cut_around(whole.text, span, fits, rng)
+            text = whole.text[slice(*window)] if window else None
+            span = (span[0] - window[0], span[1] - window[0]) if window else None
+        if text is None:
+            raise DroppedError(TOO_LONG)
+        key = text_key(whole.text)
+        return Gold(Passage(text, whole.title, True), key, self._pool.numbers(key), answers, span)
+
+    def _piece(self, whole: Passage, answers: tuple[str, ...], start: int | None, match: MatchText) -> Gold:
+        """The piece of the passage, as the pool has it, that holds the answer."""
+        key = text_key(whole.text)
+        numbers = self._pool.numbers(key)
+        places = [_place_in(self._pool.passages[n].text, whole.text, start, len(answers[0])) for n in numbers]
+        # A start is believed, even within a word; without one, or where it lies in no piece, whole words decide.
+        for number, place in sorted(zip(numbers, places, strict=True), key=lambda one: one[1] is None):
+            piece = self._pool.passages[number]
+            if place is not None or self._pool.matches[number].holds([match]):
+                span = find_answer(piece.text, [answers[0]], place)
+                return Gold(replace(piece, gold=True), key, numbers, answers, span, number)
+        raise DroppedError(BETWEEN_PIECES)
+
+    def _searched(self, example: Example, answers: list[MatchText], rng: random.Random) -> Gold:
+        """The passage of the corpus that is likeliest to answer, by the first ranking that reads the question."""
+        ranking = next((one for name, one in self._rankings.items() if name in ("bm25", "dense")), None)
+        if ranking is None:
+            raise InvalidInputError(
+                f"{example.where} has no context, and random negatives cannot find it one; add bm25 or dense."
+            )
+        for number in itertools.islice(ranking.rank(example.question, rng), SEARCHED_FOR_GOLD):
+            match = self._pool.matches[number]
+            held = [n for n, answer in enumerate(answers) if match.holds([answer])]
+            if held:
+                found, ordered = self._pool.passages[number], _first_come(example.answers, held)
+                span = find_answer(found.text, [ordered[0]])
+                gold = replace(found, gold=True)
+                return Gold(gold, text_key(found.text), (number,), ordered, span, number, found=True)
+        raise DroppedError(NOT_FOUND)
+
+
+def _place_in(piece: str, whole: str, start: int | None, length: int) -> int | None:
+    """Where in ``piece`` the ``length`` characters from ``start`` of ``whole`` on lie, if they do."""
+    if start is None:
+        return None
+    begin = whole.find(piece, max(0, start + length - len(piece)), start + len(piece))
+    return None if begin < 0 else start - begin
+
+
+def _first_come(answers: tuple[str, ...], held: list[int]) -> tuple[str, ...]:
+    """``answers`` with those numbered in ``held`` in front, otherwise in their order."""
+    return tuple(answers[n] for n in sorted(range(len(answers)), key=lambda n: (n not in held, n)))

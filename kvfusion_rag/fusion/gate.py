@@ -1,0 +1,198 @@
+"""The numeric half of the support gate: a model is used only if fusion is exact on it, measured at load.
+
+Five laws on a few random ordinary tokens. A model that ignores explicit positions, biases attention by cache
+slots, or rotates keys late fails one of them, whatever its configuration says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import torch
+from transformers import DynamicCache
+
+from ..errors import UnsupportedModelError
+from ..model.ape import Ape
+from ..model.backbone import Backbone
+from ..model.kv import DocumentKV
+from ..model.positions import additive, block_mask, fused_positions, question_start
+from ..model.support import configuration_checks
+from ..schema import Check, GateReport
+from .fused_cache import fuse
+from .prefill import prefill
+
+DOCUMENT_LENGTHS = (11, 7)
+QUESTION_LENGTH = 5
+# Relative error of logits: rounding alone, at the precision of each dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def run_gate(
+    backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], *, tokens_per_pass: int
+) -> GateReport:
+    """Measure the five laws.
+
+    Args:
+        prefix: the model's shared prefix.
+        ordinary_ids: token ids without control tokens to draw from.
+        tokens_per_pass: as documents will be prefilled.
+
+    Raises:
+        UnsupportedModelError: a law does not hold; the message names it with the numbers.
+    """
+    checks = (*configuration_checks(backbone.model.config), *_measure(backbone, prefix, ordinary_ids, tokens_per_pass))
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise UnsupportedModelError(
+            f"{backbone.model_id!r} ({backbone.config.model_type}) failed the support gate: "
+            f"{failed[0].name}: {failed[0].detail}."
+        )
+    return GateReport(backbone.model_id, checks)
+
+
+def require_ape(
+    backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], *, tokens_per_pass: int
+) -> None:
+    """Measure whether mode "ape" is exact on a model that has passed the gate; arguments as there.
+
+    Raises:
+        UnsupportedModelError: the model's attention does more than APE's, or cannot be exchanged.
+    """
+    checks = _probed(lambda: _Probe(backbone, prefix, ordinary_ids, tokens_per_pass).ape_checks())
+    if failed := [check for check in checks if not check.passed]:
+        raise UnsupportedModelError(
+            f"{backbone.model_id!r} ({backbone.config.model_type}) cannot answer in mode 'ape' or measure attention: "
+            f"{failed[0].name}: {failed[0].detail}; modes 'fusion' and 'concat' work."
+        )
+
+
+def _measure(
+    backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], tokens_per_pass: int
+) -> tuple[Check, ...]:
+    def laws() -> tuple[Check, ...]:
+        probe = _Probe(backbone, prefix, ordinary_ids, tokens_per_pass)
+        return (
+            probe.a_documents_kv_is_its_own(),
+            probe.one_document_is_an_ordinary_pass(),
+            probe.two_documents_are_one_block_masked_pass(),
+            probe.order_does_not_matter(),
+            probe.positions_are_honoured(),
+        )
+
+    return _probed(laws)
+
+
+def _probed(measure: Callable[[], tuple[Check, ...]]) -> tuple[Check, ...]:
+    """What ``measure`` found, or one failed check where the model itself fails."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the architecture
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        return (
+            Check("forward passes over a fused cache", False, f"the model fails in them: {str(error).rstrip('.')}"),
+        )
+
+
+class _Probe:
+    """Two random documents and a question, fused and unfused."""
+
+    def __init__(
+        self, backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], tokens_per_pass: int
+    ) -> None:
+        rng = torch.Generator().manual_seed(0)
+        pool = torch.tensor(ordinary_ids)
+        total = sum(DOCUMENT_LENGTHS) + QUESTION_LENGTH
+        drawn = pool[torch.randint(len(pool), (total,), generator=rng)].tolist()
+        first, second = DOCUMENT_LENGTHS
+        self.documents = [tuple(drawn[:first]), tuple(drawn[first : first + second])]
+        self.question = drawn[first + second :]
+        self.backbone, self.prefix = backbone, prefix
+        self.prefix_ids = list(prefix.token_ids) if prefix else []
+        self.tokens_per_pass = tokens_per_pass
+        self.kvs = self._prefill(self.documents)
+        self.tolerance = TOLERANCE.get(backbone.dtype, TOLERANCE[torch.float16])
+
+    @cached_property
+    def fused(self) -> torch.Tensor:
+        """Logits (1, V) of the question over both documents, which several laws compare with."""
+        return self._fused(self.kvs)
+
+    def a_documents_kv_is_its_own(self) -> Check:
+        alone = self._prefill(self.documents[1:])[0]
+        same = torch.equal(alone.keys, self.kvs[1].keys) and torch.equal(alone.values, self.kvs[1].values)
+        detail = "the same bits" if same else "other bits than when it is prefilled alone; try tokens_per_pass=1"
+        return Check("a document's KV does not depend on its neighbours", same, detail)
+
+    def one_document_is_an_ordinary_pass(self) -> Check:
+        document = self.documents[0]
+        ids = [*self.prefix_ids, *document, *self.question]
+        mask = torch.ones(1, len(ids))
+        ordinary = self._forward(ids, torch.arange(len(ids)), mask, DynamicCache(config=self.backbone.config))
+        return self._compare("one fused document = ordinary pass", self._fused(self.kvs[:1]), ordinary)
+
+    def two_documents_are_one_block_masked_pass(self) -> Check:
+        ids = [*self.prefix_ids, *self.documents[0], *self.documents[1], *self.question]
+        p = len(self.prefix_ids)
+        positions = fused_positions(
+            p, DOCUMENT_LENGTHS, question_start(p, None, max(DOCUMENT_LENGTHS)), QUESTION_LENGTH
+        )
+        mask = self._block_mask(DOCUMENT_LENGTHS)
+        single = self._forward(ids, positions, mask, DynamicCache(config=self.backbone.config))
+        return self._compare("two fused documents = one block-masked pass", self.fused, single)
+
+    def order_does_not_matter(self) -> Check:
+        return self._compare("an order changes logits by rounding alone", self.fused, self._fused(self.kvs[::-1]))
+
+    def positions_are_honoured(self) -> Check:
+        moved = not torch.equal(self.fused, self._fused(self.kvs, shift=3))
+        detail = "the question's position changes the logits" if moved else "it ignores explicit position ids"
+        return Check("explicit positions are honoured", moved, detail)
+
+    def _block_mask(self, document_lengths: Sequence[int]) -> torch.Tensor:
+        mask = block_mask(len(self.prefix_ids), document_lengths, QUESTION_LENGTH)
+        return additive(mask, self.backbone.dtype)[None, None]
+
+    def ape_checks(self) -> tuple[Check, ...]:
+        """Whether APE's attention is the model's own where T = S = 1, and is used where they are not."""
+        neutral = self._fused(self.kvs, ape=(1.0, 1.0))
+        used = not torch.equal(neutral, self._fused(self.kvs, ape=(0.5, 0.5)))
+        detail = "temperature and scale change the logits" if used else "its attention cannot be exchanged"
+        return (
+            self._compare("APE with temperature and scale 1 = fusion", neutral, self.fused),
+            Check("APE's attention is used", used, detail),
+        )
+
+    def _prefill(self, documents: list[tuple[int, ...]]) -> list[DocumentKV]:
+        done = dict(prefill(self.backbone, documents, self.prefix, tokens_per_pass=self.tokens_per_pass))
+        return [done[index] for index in range(len(documents))]
+
+    def _fused(self, kvs: list[DocumentKV], shift: int = 0, ape: tuple[float, float] | None = None) -> torch.Tensor:
+        row = [self.prefix, *kvs] if self.prefix else kvs
+        context = fuse([row], self.backbone.device)
+        start = question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs)) + shift
+        positions = torch.arange(start, start + QUESTION_LENGTH)
+        mask = torch.ones(1, context.mask.shape[1] + QUESTION_LENGTH)
+        weighed = None if ape is None else Ape.over(context.mask, [len(self.prefix_ids)], *ape)
+        return self._forward(self.question, positions, mask, context.cache, weighed)
+
+    def _forward(
+        self, ids: list[int], positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, ape: Ape | None = None
+    ) -> torch.Tensor:
+        place = self.backbone.device
+        mask = mask.to(place) if mask.dim() == 4 else mask.long().to(place)
+        return self.backbone.forward(
+            torch.tensor([ids], device=place),
+            positions[None].to(place),
+            mask,
+            cache,
+            torch.tensor([len(ids) - 1], device=place),
+            adapter=False,  # the base model's laws; an adapter changes the decoder alone
+            ape=ape,
+        )
+
+    def _compare(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> Check:
+        error = float((found - expected).norm() / expected.norm())
+        passed = error <= self.tolerance  # NaN fails
+        return Check(name, passed, f"relative error {error:.1e}, allowed {self.tolerance:.0e}")

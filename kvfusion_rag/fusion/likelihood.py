@@ -1,0 +1,65 @@
+"""How likely each document makes a text: log p(text | document), every document read apart, all in few passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..model.backbone import Backbone
+from ..model.kv import DocumentKV, KVShape
+from .fused_cache import FusedBuffer
+
+LOGITS_AT_ONCE = 1 << 26  # numbers, 256 MB
+
+
+@torch.inference_mode()
+def text_log_probabilities(
+    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
+) -> list[float]:
+    """Natural logarithm of p(``ids[given:]`` | prefix, document, ``ids[:given]``) for each of D documents, no adapter.
+
+    The text stands right behind its own document, so a score does not depend on the other documents.
+
+    Args:
+        prefix: read in front of each document.
+        documents: KVs (L, H_kv, T_i, d) with at least one token each.
+        ids: the text, with at least one id behind ``given``.
+        given: ids of the text that are read and not scored, at least one.
+    """
+    scored = len(ids) - given
+    rows = max(1, LOGITS_AT_ONCE // (scored * backbone.config.vocab_size))
+    found: list[float] = []
+    for start in range(0, len(documents), rows):
+        found += _of_rows(backbone, prefix, documents[start : start + rows], ids, given)
+    return found
+
+
+def _of_rows(
+    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], given: int
+) -> list[float]:
+    before = 0 if prefix is None else prefix.num_tokens
+    lengths = [before + document.num_tokens for document in documents]
+    read = ids[:-1]
+    device = backbone.device
+    buffer = FusedBuffer(lengths, KVShape.of(documents[0]), device, room=len(read))
+    for row, document in enumerate(documents):
+        if prefix is not None:
+            prefix.copy_into(buffer.slots(row, 0, prefix.token_ids))
+        document.copy_into(buffer.slots(row, before, document.token_ids))
+    context = buffer.context()
+    count, scored = len(documents), len(ids) - given
+    steps = torch.arange(len(read), device=device)
+    columns = torch.arange(given - 1, len(read), device=device).repeat(count)  # (D A,)
+    logits = backbone.forward(
+        torch.tensor([read] * count, device=device),
+        torch.tensor(lengths, device=device)[:, None] + steps,
+        torch.cat([context.mask, context.mask.new_ones(count, len(read))], dim=1),
+        context.cache,
+        columns,
+        rows=torch.arange(count, device=device).repeat_interleave(scored),
+        adapter=False,
+    )
+    targets = torch.tensor([*ids[given:]] * count, device=device)
+    chosen = logits.log_softmax(dim=-1).gather(1, targets[:, None])  # (D A, 1)
+    return chosen.view(count, scored).double().sum(dim=1).tolist()

@@ -1,0 +1,157 @@
+"""Converts a GGUF file into a model folder (config, tokenizer, safetensors) with transformers' own GGUF reader.
+
+Weights are dequantised to float32 when the model has less than a billion parameters, which keeps every value exact,
+and to bfloat16 when it has more. Tied embeddings are written once. The folder does not record the quantisation, since
+its weights are dense. The cache that keeps the folder is in ``gguf_cache.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ...errors import ModelLoadError, model_load_errors
+from .header import GGUFHeader
+
+logger = logging.getLogger(__name__)
+
+PRE_TOKENIZER = "tokenizer.ggml.pre"
+FLOAT32_BELOW = 1_000_000_000  # parameters
+GPT2_SPLITS = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais"}  # transformers' split where it has no other
+DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
+
+_quiet_lock = threading.Lock()  # sys.stderr belongs to the whole process
+
+
+def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
+    """Write the model of GGUF ``file`` into the empty ``folder``.
+
+    Raises:
+        ModelLoadError: transformers cannot read the model or the tokenizer, or the tensors do not fill the model.
+        OSError, SafetensorError: ``folder`` cannot be written to.
+    """
+    # The folder is empty, so transformers takes everything from the file and nothing from what lies beside it.
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "gguf_file": str(file.absolute())}
+    with _quiet():
+        with model_load_errors(f"the configuration of {file.name!r}"):
+            config = AutoConfig.from_pretrained(**source)
+            _require_filled(config, header, file.name)
+        with model_load_errors(f"the tokenizer of {file.name!r}"):
+            # The plain class keeps the tokenizer as the file describes it; a model's own class would rebuild it.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)
+            is_known = _set_split(tokenizer, header)
+        with model_load_errors(f"the weights of {file.name!r}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source,
+                config=config,
+                dtype=storage_dtype(header),
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+            model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        if missing := sorted(found["missing_keys"]):
+            raise ModelLoadError(
+                f"cannot load the weights of {file.name!r}: {len(missing)} are missing, the first {missing[0]!r}."
+            )
+        _add_end_of_turn(model, header)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    if not is_known:
+        logger.warning(
+            "%r splits text in a way that is not known here (%r): it is split as GPT-2 does, so token ids may differ "
+            "from those of the original tokenizer",
+            file.name, header.metadata.get(PRE_TOKENIZER),
+        )  # fmt: skip
+
+
+def storage_dtype(header: GGUFHeader) -> torch.dtype:
+    """Precision of the converted weights."""
+    return torch.float32 if header.parameters < FLOAT32_BELOW else torch.bfloat16
+
+
+def _require_filled(config: PretrainedConfig, header: GGUFHeader, name: str) -> None:
+    """Refuse a model that is larger than the tensors in the file, before memory is allocated for it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > header.parameters:
+        raise ModelLoadError(
+            f"{name!r} is damaged: its metadata describe a model of {needed} parameters, but it holds "
+            f"{header.parameters}."
+        )
+
+
+def _set_split(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> bool:
+    """Split text before byte-level BPE as the model does; whether that is known.
+
+    Transformers splits as GPT-2 does if it does not know the file's own way.
+    """
+    backend, kind = tokenizer.backend_tokenizer, header.metadata.get(PRE_TOKENIZER, "default")
+    is_gpt2 = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
+    if header.metadata.get("tokenizer.ggml.model") != "gpt2" or not is_gpt2:
+        return True
+    if kind in DIGIT_SPLITS:
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)  # type: ignore[assignment]
+        return True
+    return kind in GPT2_SPLITS
+
+
+def _add_end_of_turn(model: PreTrainedModel, header: GGUFHeader) -> None:
+    """Let the end-of-turn token end an answer too; transformers reads only the end-of-text token."""
+    settings = model.generation_config
+    if settings is None:
+        return
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = [*ends, header.token_id("eot")]
+    settings.eos_token_id = list(dict.fromkeys(i for i in ends if i is not None)) or None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress progress bars and hints of other libraries that nobody can act on.
+
+    Transformers' bar over GGUF tensors cannot be switched off, so what this thread writes to stderr is dropped.
+    """
+    hints = logging.getLogger("transformers")
+    with _quiet_lock:
+        level = hints.level
+        hints.setLevel(logging.ERROR)
+        try:
+            with redirect_stderr(cast(TextIO, _OtherThreads(sys.stderr, threading.get_ident()))):
+                yield
+        finally:
+            hints.setLevel(level)
+
+
+class _OtherThreads:
+    """A stream that drops what one thread writes."""
+
+    def __init__(self, stream: TextIO, dropped: int) -> None:
+        self._stream = stream
+        self._dropped = dropped
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._dropped else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

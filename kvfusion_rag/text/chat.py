@@ -1,0 +1,264 @@
+"""The model's chat template around the messages of a prompt, with the documents in their place.
+
+The template is rendered over the messages' own texts, so that whatever it does with them (trimming, splitting) happens
+as in ``apply_chat_template``. Control tokens that an untrusted text spells out are broken up before, and mended
+afterwards by ``layouts.py``, which encodes the result. This module encodes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InvalidInputError
+from ..schema import ROLES, DocumentsPlace, Message, Prompt
+
+TEXT_SEPARATOR = "\n\n"
+DEFAULT_LEAD = (
+    "Answer the question from these documents.\n\n"  # before documents whose place the caller did not choose
+)
+# Some templates print today's date, which would change the prefix, and so every key, at midnight: they take one as
+# an argument (Llama 3), or call a function for it (SmolLM 3), which is shadowed.
+FIXED_DATE = "26 Jul 2024"
+_FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
+
+REASONING_TAGS = ("<think>", "</think>")  # templates look for them in earlier answers, to leave the reasoning out
+# A variable of a wrong type fails inside the template with one of Python's own errors.
+_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+_LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
+
+
+class Marks:
+    """Texts that no caller can guess, to find places in a rendered template.
+
+    Args:
+        control_tokens: texts that the tokenizer would read as control tokens.
+    """
+
+    def __init__(self, control_tokens: Sequence[str]) -> None:
+        nonce = secrets.token_hex(8)
+        self.documents = f"[documents:{nonce}]"
+        self.break_mark = f"[break:{nonce}]"
+        self.start, self.end = f"[start:{nonce}]", f"[end:{nonce}]"
+        longest_first = sorted((token for token in control_tokens if len(token) > 1), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    def disarm(self, text: str, *, spare: Sequence[str] = ()) -> str:
+        """``text`` with every control token in it, except those to ``spare``, broken up by ``break_mark``."""
+        if self._control is None:
+            return text
+
+        def broken(match: re.Match[str]) -> str:
+            token = match[0]
+            return token if token in spare else f"{token[:1]}{self.break_mark}{token[1:]}"
+
+        return self._control.sub(broken, text)
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[tuple[str, str]],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    fixed_date: bool,
+) -> str:
+    """The model's chat template around ``turns`` (role, text), up to where its answer begins.
+
+    Args:
+        kwargs: further variables of the template, as ``apply_chat_template`` takes them.
+        fixed_date: put a constant in place of today's date.
+
+    Raises:
+        jinja2.TemplateError: the template does not accept such turns.
+    """
+    template = tokenizer.get_chat_template()
+    given = dict(kwargs or {})
+    if fixed_date:
+        template = _FIXED_CLOCK + template
+        given.setdefault("date_string", FIXED_DATE)
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        **given,
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
+    """The messages that ``prompt`` stands for; ``bare_prompt`` is the user's text if there is no prompt.
+
+    Raises:
+        InvalidInputError: an item is not a message, the last one is not the user's, or the documents have two places.
+    """
+    if prompt is None or isinstance(prompt, str):
+        return [Message("user", bare_prompt if prompt is None else prompt)]
+    for number, message in enumerate(prompt):
+        if not isinstance(message, Message) or message.role not in ROLES or not isinstance(message.text, str):
+            raise InvalidInputError(
+                f"message {number} of the prompt is {message!r}, but it must be a kvfusion_rag.Message with a text "
+                f"and one of the roles {', '.join(ROLES)}."
+            )
+        place = message.documents
+        if place is not None and not 0 <= place.offset <= len(message.text):
+            raise InvalidInputError(
+                f"message {number} puts the documents at character {place.offset}, but its text has "
+                f"{len(message.text)}."
+            )
+    said = list(prompt)
+    while said and not said[-1].text.strip() and said[-1].documents is None:
+        said.pop()
+    if not said or said[-1].role != "user":
+        raise InvalidInputError(
+            f"the conversation ends with {said[-1].role if said else 'no text'!r}, but its last message must be "
+            "the user's, because that is what is answered."
+        )
+    if sum(message.documents is not None for message in said) > 1:
+        raise InvalidInputError("the prompt shows the documents in several messages, but they have one place only.")
+    return said
+
+
+def with_place(messages: Sequence[Message], *, lead: str) -> list[Message]:
+    """``messages`` with the documents at the end of the system message, unless they have a place already.
+
+    Args:
+        lead: text in front of the documents.
+    """
+    if any(message.documents is not None for message in messages):
+        return list(messages)
+    if messages[0].role != "system":
+        return [Message.around("system", lead, "", titles=True), *messages]
+    said = messages[0].text + TEXT_SEPARATOR
+    return [Message.around("system", said + lead, "", titles=True), *messages[1:]]
+
+
+def documents_first(messages: Sequence[Message], question: str) -> list[Message]:
+    """``messages`` with nothing in front of the documents that changes from question to question.
+
+    Fixed text before the documents stays there. Lines that contain the question move behind the documents, and so do
+    earlier turns of user and assistant, since documents that follow them would have to be read again at each turn.
+    """
+    number = next(n for n, message in enumerate(messages) if message.documents is not None)
+    message, place = messages[number], messages[number].documents
+    assert place is not None
+    fixed, moved = _without_question(message.text[: place.offset], question)
+    rest = moved + message.text[place.offset :]
+    systems: list[Message] = []
+    for earlier in (m for m in messages[:number] if m.role == "system"):
+        kept, asks = _without_question(earlier.text, question)
+        systems += [replace(earlier, text=kept)] if kept.strip() else []
+        rest = asks + rest
+    history = [m for m in messages[:number] if m.role != "system"]
+    if not history:
+        return [*systems, _around(message, fixed, rest, place), *messages[number + 1 :]]
+    opening = history.pop(0).text if history[0].role == "user" else ""
+    first = _around(replace(message, role="user"), fixed, TEXT_SEPARATOR + opening, place)
+    last = [replace(message, text=rest.strip(), documents=None)] if rest.strip() else []
+    return [*systems, first, *history, *last, *messages[number + 1 :]]
+
+
+def without_place(message: Message) -> Message:
+    """``message`` without the documents' place, the gap that it leaves closed."""
+    if message.documents is None:
+        return message
+    before, after = message.text[: message.documents.offset], message.text[message.documents.offset :]
+    return Message(message.role, close_gap(before, after))
+
+
+def close_gap(before: str, after: str) -> str:
+    """``before`` and ``after`` joined where the documents were, with the longer of the two white spaces."""
+    left, right = before.rstrip(), after.lstrip()
+    if not left or not right:
+        return left + right
+    return left + max(before[len(left) :], after[: len(after) - len(right)], key=len) + right
+
+
+def alternating(messages: Sequence[Message]) -> list[Message]:
+    """``messages`` as turns of user and assistant that alternate, from user to user.
+
+    System texts open the first user turn. Neighbouring messages of one role become one turn.
+    """
+    said = [replace(message, role="user") for message in messages if message.role == "system"]
+    others = [message for message in messages if message.role != "system"]
+    opening = said if said or others[0].role == "user" else [Message("user", "")]
+    turns: list[Message] = []
+    for _, group in groupby([*opening, *others], key=attrgetter("role")):
+        turns.append(_joined(list(group)))
+    return turns
+
+
+def as_text(messages: Sequence[Message], text_of: Callable[[Message], str] = attrgetter("text")) -> str:
+    """Messages as one text, for models without a chat template; several turns are labelled by their speaker."""
+    if sum(message.role != "system" for message in messages) == 1:
+        return TEXT_SEPARATOR.join(text_of(message) for message in messages if text_of(message))
+    return TEXT_SEPARATOR.join(f"{_LABELS[m.role]}: {text_of(m)}" for m in messages if text_of(m))
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    text_of: Callable[[Message], str],
+    kwargs: Mapping[str, Any],
+    *,
+    fixed_date: bool,
+) -> str:
+    """What a model reads of ``messages``: its chat template around them, or their plain text if it has none.
+
+    A template that rejects the roles as they are gets alternating turns of user and assistant.
+
+    Args:
+        text_of: text of a message, with the documents or a mark in their place.
+
+    Raises:
+        InvalidInputError: the template rejects both forms, or its variables; the message has its reason.
+    """
+    if tokenizer.chat_template is None:
+        return as_text(messages, text_of)
+    reason: Exception | None = None
+    for turns in (messages, alternating(messages)):
+        try:
+            return render(tokenizer, [(m.role, text_of(m)) for m in turns], kwargs, fixed_date=fixed_date)
+        except _TEMPLATE_ERRORS as error:
+            reason = reason or error
+    raise InvalidInputError(f"the model's chat template rejects this conversation: {reason}.") from reason
+
+
+def _without_question(text: str, question: str) -> tuple[str, str]:
+    """The lines of ``text`` that do not contain the question, and those that do."""
+    asked = question.strip()
+    if not asked or asked not in text:
+        return text, ""
+    start = text.index(asked)
+    first = text.rfind("\n", 0, start) + 1
+    end = text.find("\n", start + len(asked))
+    last = len(text) if end < 0 else end + 1
+    while last < len(text) and text[last] == "\n":
+        last += 1
+    more_kept, more_moved = _without_question(text[last:], question)
+    return text[:first] + more_kept, text[first:last] + more_moved
+
+
+def _around(message: Message, before: str, after: str, place: DocumentsPlace) -> Message:
+    return replace(message, text=before + after, documents=replace(place, offset=len(before)))
+
+
+def _joined(messages: Sequence[Message]) -> Message:
+    """Neighbours of one role as one message, the documents' place kept."""
+    whole = messages[0]
+    for message in messages[1:]:
+        start = len(whole.text) + len(TEXT_SEPARATOR)
+        place = message.documents
+        moved = whole.documents if place is None else replace(place, offset=start + place.offset)
+        whole = Message(whole.role, whole.text + TEXT_SEPARATOR + message.text, moved)
+    return whole

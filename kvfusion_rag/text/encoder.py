@@ -1,0 +1,342 @@
+"""The only place where text becomes token ids, and ids become text again.
+
+Documents, titles, questions and prompts are untrusted: they are encoded by a second tokenizer that has no
+control tokens at all, and the result is checked once more before it is handed on. Control tokens come from
+the model's own templates alone, as constant ids. This module knows no model weights and no positions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..errors import ControlTokenError, UnsupportedModelError
+from ..schema import Document, Message, Prompt
+from .chat import alternating, as_text, messages_of, render, without_place
+from .settings import DOCUMENTS_MARK, FIELD, MARK, ModelSettings, documents_turn, mark, template_kwargs
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+_BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+
+
+class PlainEncoder:
+    """Encodes untrusted text; cannot emit a control token.
+
+    Control tokens are all added tokens (``<tool_call>`` is one, though it is not marked special) but white space,
+    ordinary single characters, and the one that the tokenization model puts in for what it cannot spell.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise UnsupportedModelError(
+                f"the tokenizer is a {type(tokenizer).__name__}, but only those backed by the tokenizers library "
+                "can be made safe against control tokens in documents; convert it to a tokenizer.json."
+            )
+        whole = tokenizer.backend_tokenizer.to_str()
+        self.digest = hashlib.sha256(whole.encode()).hexdigest()
+        spec = json.loads(whole)
+        control = {t["id"]: t["content"] for t in spec["added_tokens"] if not _is_ordinary(t)}
+        self._metaspace = _prepends_at_start(spec["pre_tokenizer"])
+        spec["added_tokens"] = _kept(spec["added_tokens"], spec["model"])
+        spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+        unknown_id = _unknown_id(spec["model"])
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
+        harmless = {unknown_id} - set(ends)  # an unknown token that also ends texts stays forbidden
+        self.control_ids = frozenset(control.keys() | set(tokenizer.all_special_ids)) - harmless
+        _remove_pieces(spec["model"], {control[i] for i in control if i != unknown_id})
+        bytes_alone = {i for piece, i in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(piece)}
+        # Decoding reads a run of byte pieces as one whole and skips special tokens, so neither settles the text.
+        self.unsettling_ids = frozenset(bytes_alone.union(tokenizer.all_special_ids))
+        self.control_tokens = tuple(str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids)
+        self.largest_id = max(tokenizer.get_vocab().values())
+        self._tokenizer = Tokenizer.from_str(json.dumps(spec))
+        self._continuing = self._tokenizer
+        if self._metaspace:
+            _never_prepend(spec["pre_tokenizer"])
+            self._continuing = Tokenizer.from_str(json.dumps(spec))
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Token ids of ``text``; lone surrogates read as U+FFFD.
+
+        Args:
+            continues: other tokens stand in front of the text, so a tokenizer that marks the start of a prompt with a
+                space does not mark this one.
+
+        Raises:
+            ControlTokenError: a control id came out all the same, so nothing may be sent to the model.
+        """
+        return self._checked(self._encoding(text, continues=continues).ids, text)
+
+    def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
+        """Characters (start, end) of ``text`` that each of its ids spells."""
+        return self._encoding(text, continues=continues).offsets
+
+    def cut(self, text: str, max_tokens: int) -> int:
+        """Character offset at which to cut ``text`` so that the first part has at most ``max_tokens`` ids.
+
+        The cut falls at a sentence's end in the second half of the part if there is one, else at a space.
+        """
+        encoding = self._encoding(text)
+        if len(encoding.ids) <= max_tokens:
+            return len(text)
+        end = max(1, encoding.offsets[max_tokens][0])
+        sentence_ends = [m.end() for m in _SENTENCE_END.finditer(text, end // 2, end)]
+        if sentence_ends:
+            return sentence_ends[-1]
+        space = text.rfind(" ", end // 2, end)
+        return space + 1 if space > 0 else end
+
+    def _encoding(self, text: str, *, continues: bool = False) -> Any:
+        tokenizer = self._continuing if continues else self._tokenizer
+        return tokenizer.encode(_LONE_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
+
+    def _checked(self, ids: list[int], text: str) -> list[int]:
+        if leaked := self.control_ids.intersection(ids):
+            raise ControlTokenError(
+                f"a text of {len(text)} characters became the control token id {min(leaked)}; nothing was sent to "
+                "the model, because its tokenizer cannot be made safe for this text."
+            )
+        return ids
+
+
+def _metaspaces(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The parts of a pre-tokenizer that write spaces as SentencePiece does."""
+    if pre_tokenizer is None:
+        return []
+    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    return [part for part in parts if part["type"] == "Metaspace"]
+
+
+def _prepends_at_start(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether the tokenizer puts a space in front of a prompt, but not behind a control token inside it."""
+    return any(part.get("prepend_scheme") == "first" for part in _metaspaces(pre_tokenizer))
+
+
+def _never_prepend(pre_tokenizer: dict[str, Any]) -> None:
+    for part in _metaspaces(pre_tokenizer):
+        part["prepend_scheme"] = "never"
+
+
+def _unknown_id(model: Mapping[str, Any]) -> int | None:
+    """Id that the tokenization model emits for what it cannot spell, if it has one."""
+    if model["type"] == "Unigram":
+        return model["unk_id"]
+    unknown = model.get("unk_token")
+    return None if unknown is None else model["vocab"].get(unknown)
+
+
+def _is_ordinary(token: Mapping[str, Any]) -> bool:
+    """Whether an added token is text like any other: white space (``▁`` is a space), or one unmarked character."""
+    content = token["content"].replace("▁", " ")
+    return content.isspace() or (len(content) == 1 and not token["special"])
+
+
+def _kept(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """The ordinary added tokens, put into the vocabulary, since others would be given new ids."""
+    kept = [token for token in added if _is_ordinary(token)]
+    if model["type"] == "Unigram":
+        pieces = {piece for piece, _ in model["vocab"]}
+        return [token for token in kept if token["content"] in pieces]
+    for token in kept:
+        model["vocab"].setdefault(token["content"], token["id"])
+    return kept
+
+
+def _remove_pieces(model: dict[str, Any], pieces: set[str]) -> None:
+    """Make it impossible for the tokenization model to produce ``pieces`` (SentencePiece lists them as pieces)."""
+    if model["type"] == "Unigram":  # ids are list places, so the piece is renamed to what no text can guess
+        nonce = secrets.token_hex(16)
+        model["vocab"] = [
+            [f"\ufdd0{nonce}{i}" if piece in pieces else piece, score]
+            for i, (piece, score) in enumerate(model["vocab"])
+        ]
+        return
+    model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in pieces}
+    if model["type"] == "BPE":
+        model["merges"] = [m for m in model["merges"] if pieces.isdisjoint(_merge_parts(m))]
+
+
+def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return left, right, left + right
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control token of a template, by its constant id."""
+
+    token_id: int
+
+
+class Template:
+    """A template of the model's owner, cut into control tokens and plain text with fields."""
+
+    def __init__(
+        self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder, field: re.Pattern[str] = FIELD
+    ) -> None:
+        self._encoder, self._field = encoder, field
+        self._parts = split_at_control_tokens(text, tokenizer, encoder.control_ids)
+
+    def encode(self, **values: str) -> list[int]:
+        """Token ids with the fields filled in. A value that looks like a field or a control token stays plain text."""
+        ids: list[int] = []
+        for part in self._parts:
+            if isinstance(part, Control):
+                ids.append(part.token_id)
+            else:
+                ids += self._encoder.encode(self._field.sub(lambda match: values[match[0][1:-1]], part))
+        return ids
+
+
+def split_at_control_tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, control_ids: frozenset[int]
+) -> list[Control | str]:
+    tokens = {str(t): (i, t) for i, t in tokenizer.added_tokens_decoder.items() if i in control_ids}
+    if not tokens:
+        return [text] if text else []
+    pattern = "|".join(re.escape(content) for content in sorted(tokens, key=len, reverse=True))
+    parts: list[Control | str] = []
+    strip_next = False
+    for piece in re.split(f"({pattern})", text):
+        if piece in tokens:
+            token_id, token = tokens[piece]
+            if token.lstrip and parts and isinstance(parts[-1], str):
+                parts[-1] = parts[-1].rstrip()
+            parts.append(Control(token_id))
+            strip_next = token.rstrip
+        elif piece:
+            parts.append(piece.lstrip() if strip_next else piece)
+            strip_next = False
+    return [part for part in parts if part != ""]
+
+
+class DocumentEncoder(Protocol):
+    """Encodes a document as one model reads it under one prompt."""
+
+    @property
+    def plain(self) -> PlainEncoder: ...
+
+    def encode_document(self, document: Document) -> tuple[int, ...]:
+        """Ids (T,) of one document; ``()`` for a blank one."""
+        ...
+
+
+class TextDocuments:
+    """Documents as plain text, each with the separator behind it.
+
+    Args:
+        separator: text between two documents.
+        titles: write a document's title above its text.
+        continues: a prefix stands in front of every document.
+    """
+
+    def __init__(self, plain: PlainEncoder, *, separator: str, titles: bool, continues: bool) -> None:
+        self.plain = plain
+        self._separator, self._titles, self._continues = separator, titles, continues
+
+    def encode_document(self, document: Document) -> tuple[int, ...]:
+        if not document.text.strip():
+            return ()
+        text = document_text(document, titles=self._titles) + self._separator
+        return tuple(self.plain.encode(text, continues=self._continues))
+
+
+def document_text(document: Document, *, titles: bool) -> str:
+    """A document as a prompt shows it."""
+    return f"Title: {document.title}\n{document.text}" if titles and document.title else document.text
+
+
+class PromptEncoder:
+    """Encodes the prefix, documents and questions of one model in fixed templates, and decodes its answers."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder | None = None
+    ) -> None:
+        self.plain = plain or PlainEncoder(tokenizer)
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._document = Template(settings.document_template, tokenizer, self.plain)
+        self._titled = Template(settings.titled_document_template, tokenizer, self.plain)
+        self._question = Template(settings.question_template, tokenizer, self.plain)
+        prompt = settings.prompt_template
+        self._answer = Template(settings.answer_template, tokenizer, self.plain)
+        self._prompt = None if prompt is None else Template(prompt, tokenizer, self.plain)
+        self.prefix_ids = tuple(Template(settings.prefix, tokenizer, self.plain).encode())
+
+    @property
+    def follows_instructions(self) -> bool:
+        """Whether the model reads a caller's own wording; otherwise it reads the bare question."""
+        return self._prompt is not None
+
+    def encode_document(self, document: Document) -> tuple[int, ...]:
+        """Ids (T,) of one document in its template; ``()`` for a blank one."""
+        if not document.text.strip():
+            return ()
+        if document.title:
+            return tuple(self._titled.encode(title=document.title, text=document.text))
+        return tuple(self._document.encode(text=document.text))
+
+    def encode_question(self, question: str, prompt: Prompt = None) -> tuple[int, ...]:
+        """Ids (Q,) of the question, or of the caller's ``prompt`` if the model follows instructions.
+
+        System texts stand behind the documents too, at the beginning of the first user turn.
+
+        Raises:
+            InvalidInputError: the prompt is a conversation that cannot be answered.
+        """
+        if prompt is None or self._prompt is None:
+            return tuple(self._question.encode(question=question))
+        if isinstance(prompt, str):
+            return tuple(self._prompt.encode(prompt=prompt))
+        messages = [without_place(message) for message in messages_of(prompt, question)]
+        turns = alternating([Message(m.role, m.text.strip()) for m in messages if m.text.strip()])
+        if [turn.text for turn in turns] == [question.strip()]:  # a wording that adds nothing
+            return tuple(self._question.encode(question=question))
+        template = self._chat_template([turn.role for turn in turns])
+        if template is None:
+            return tuple(self._prompt.encode(prompt=as_text(turns)))
+        return tuple(template.encode(**{f"message{n}": turn.text for n, turn in enumerate(turns)}))
+
+    def _chat_template(self, roles: Sequence[str]) -> Template | None:
+        """The chat template behind the documents of a conversation.
+
+        Returns None if prefix and prompt template are not the chat template's, or if it changes such turns.
+        """
+        if self._tokenizer.chat_template is None:
+            return None
+        marks = [mark(f"message{number}") for number in range(len(roles))]
+        texts = [documents_turn(marks[0]), *marks[1:]]
+        turns = list(zip(roles, texts, strict=True))
+        try:
+            text = render(self._tokenizer, turns, template_kwargs(self._settings), fixed_date=True)
+        except TemplateError:
+            return None
+        prefix, _, rest = text.partition(DOCUMENTS_MARK)
+        suffix = rest.rpartition(marks[-1])[2]
+        is_own = (prefix, f"{{prompt}}{suffix}") == (self._settings.prefix, self._settings.prompt_template)
+        return Template(rest, self._tokenizer, self.plain, MARK) if is_own and MARK.findall(rest) == marks else None
+
+    def encode_answer(self, answer: str) -> tuple[int, ...]:
+        """Ids (A,) of an answer as the model is trained to write it, without the end token."""
+        return tuple(self._answer.encode(answer=answer))
+
+    @property
+    def evidence_mark(self) -> str | None:
+        """Text that shows in a decoded answer that its evidence begins; None if the tokenizer loses it."""
+        spelt = self.decode(list(self.encode_answer(f"1{self._settings.evidence_separator}1"))).strip()
+        mark = spelt[1:-1].rstrip(" ")
+        return mark if spelt[:1] == spelt[-1:] == "1" and any(map(str.isalnum, mark)) else None
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Text of generated ids, special tokens left out."""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,0 +1,235 @@
+"""What the model reads for one question: a prefix, the documents, and the rest of the prompt, as token ids.
+
+Two layouts. An untuned model reads the prompt in its own chat template: joined into one prompt it has the ids of
+``apply_chat_template`` over the same messages, and fused the same text with the documents in the same place. A tuned
+decoder reads the fixed templates that it was trained with. Knows text and ids, but no weights and no positions.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import InvalidInputError
+from ..schema import Document, Message, Prompt
+from .chat import DEFAULT_LEAD, REASONING_TAGS, Marks, documents_first, messages_of, rendered, with_place
+from .documents import Reading
+from .encoder import (
+    Control,
+    DocumentEncoder,
+    PlainEncoder,
+    PromptEncoder,
+    TextDocuments,
+    document_text,
+    split_at_control_tokens,
+)
+from .settings import ModelSettings, leading_bos
+
+Ids = tuple[int, ...]
+Span = tuple[int, int]  # start and end, in tokens
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedPrompt:
+    """All documents in one prompt.
+
+    Attributes:
+        ids: of the whole prompt.
+        spans: tokens that spell each of the caller's documents; ``(0, 0)`` for one that is not in the prompt.
+    """
+
+    ids: Ids
+    spans: tuple[Span, ...]
+
+
+class Layout(Protocol):
+    """How one question's prompt is read.
+
+    ``prefix`` stands in front of the documents and ``question`` behind them when they are fused.
+    """
+
+    @property
+    def prefix(self) -> Ids: ...
+    @property
+    def question(self) -> Ids: ...
+    @property
+    def documents(self) -> DocumentEncoder: ...
+    def joined(self, reading: Reading) -> JoinedPrompt: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedLayout:
+    """The templates of a tuned decoder."""
+
+    prefix: Ids
+    question: Ids
+    documents: DocumentEncoder
+
+    @classmethod
+    def of(cls, encoder: PromptEncoder, question: str, prompt: Prompt) -> FixedLayout:
+        return cls(encoder.prefix_ids, encoder.encode_question(question, prompt), encoder)
+
+    def joined(self, reading: Reading) -> JoinedPrompt:
+        ids = [*self.prefix]
+        spans: list[Span] = []
+        for document in reading.documents:
+            start = len(ids)
+            for piece in document.pieces:
+                ids += piece
+            spans.append((start, len(ids)) if document.pieces else (0, 0))
+        return JoinedPrompt((*ids, *self.question), tuple(spans))
+
+
+class ChatLayouts:
+    """Layouts of prompts in the model's own chat template.
+
+    Args:
+        settings: the chat template's variables, and the default wording of a bare question.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder) -> None:
+        self.tokenizer, self.plain = tokenizer, plain
+        self._kwargs = settings.chat_template_kwargs
+        self._has_template = tokenizer.chat_template is not None
+        self._start = "" if self._has_template else leading_bos(tokenizer)
+        self._documents: dict[tuple[str, bool, bool], TextDocuments] = {}
+
+    def of(
+        self, question: str, prompt: Prompt, *, has_documents: bool, kwargs: Mapping[str, Any] | None = None
+    ) -> ChatLayout:
+        """The layout of one prompt.
+
+        Args:
+            question: the bare question.
+            prompt: the caller's messages; None puts the question into the default wording.
+            has_documents: whether there are documents; without, the prompt is read as it is.
+            kwargs: variables of the chat template for this prompt. Control tokens in them stay plain text.
+
+        Raises:
+            InvalidInputError: the prompt cannot be answered, or the template rejects it.
+        """
+        messages = messages_of(prompt, self._bare_prompt(question) if has_documents else question)
+        if has_documents:
+            messages = with_place(messages, lead=DEFAULT_LEAD if self._has_template else "")
+        return ChatLayout(self, messages, question, {**self._kwargs, **(kwargs or {})})
+
+    def _bare_prompt(self, question: str) -> str:
+        return question if self._has_template else f"Question: {question}\nAnswer:"
+
+    def text_documents(self, separator: str, titles: bool, continues: bool) -> TextDocuments:
+        """The encoder of documents with these options; one for all prompts."""
+        key = separator, titles, continues
+        if key not in self._documents:
+            options: dict[str, Any] = {"separator": separator, "titles": titles, "continues": continues}
+            self._documents[key] = TextDocuments(self.plain, **options)
+        return self._documents[key]
+
+    def render(
+        self, marks: Marks, messages: Sequence[Message], shown: str, kwargs: Mapping[str, Any], fixed: bool
+    ) -> str:
+        """The chat template around ``messages``, with the text ``shown`` in the documents' place."""
+
+        def text_of(message: Message) -> str:
+            if message.documents is None:
+                return marks.disarm(message.text, spare=REASONING_TAGS if message.role == "assistant" else ())
+            at = message.documents.offset
+            return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
+
+        given = {name: marks.disarm(value) if isinstance(value, str) else value for name, value in kwargs.items()}
+        return self._start + rendered(self.tokenizer, messages, text_of, given, fixed_date=fixed)
+
+    def encode(self, text: str, marks: Marks, *, continues: bool = False) -> tuple[Ids, list[Span]]:
+        """Ids of a rendered prompt, and the tokens between each start mark and its end mark."""
+        ids: list[int] = []
+        spans: list[Span] = []
+        for part in split_at_control_tokens(text, self.tokenizer, self.plain.control_ids):
+            if isinstance(part, Control):
+                ids.append(part.token_id)
+                continue
+            clean, found = _without_marks(part, marks)
+            behind = continues or bool(ids)
+            encoded = self.plain.encode(clean, continues=behind)
+            if found:
+                offsets = self.plain.offsets(clean, continues=behind)
+                spans += [_token_span(offsets, start, end, len(ids)) for start, end in found]
+            ids += encoded
+        return tuple(ids), spans
+
+
+class ChatLayout:
+    """One prompt in the model's chat template; see :class:`Layout`."""
+
+    def __init__(
+        self, layouts: ChatLayouts, messages: Sequence[Message], question: str, kwargs: Mapping[str, Any]
+    ) -> None:
+        self._layouts, self._messages, self._kwargs = layouts, messages, kwargs
+        place = next((message.documents for message in messages if message.documents is not None), None)
+        self._place = place
+        marks = Marks(layouts.plain.control_tokens)
+        if place is None:
+            self.prefix: Ids = ()
+            self.question = layouts.encode(layouts.render(marks, messages, "", kwargs, False), marks)[0]
+            self.documents: DocumentEncoder = layouts.text_documents("\n\n", False, False)
+            return
+        text = layouts.render(marks, documents_first(messages, question), marks.documents, kwargs, True)
+        before, found, after = text.partition(marks.documents)
+        if not found or marks.documents in after:
+            raise InvalidInputError(
+                "the model's chat template does not show the message with the documents exactly once, so they have "
+                "no place in it."
+            )
+        self.prefix = layouts.encode(before, marks)[0]
+        # Every document ends with the separator, the last one too.
+        self.question = layouts.encode(after.removeprefix(place.separator), marks, continues=True)[0]
+        self.documents = layouts.text_documents(place.separator, place.titles, bool(self.prefix))
+
+    def joined(self, reading: Reading) -> JoinedPrompt:
+        """The caller's own prompt, token for token as ``apply_chat_template`` gives it."""
+        if self._place is None:
+            return JoinedPrompt(self.question, tuple((0, 0) for _ in reading.documents))
+        marks, layouts = Marks(self._layouts.plain.control_tokens), self._layouts
+        shown = [document.document for document in reading.documents if document.pieces]
+        ids, _ = layouts.encode(self._rendered(marks, shown, marked=False), marks)
+        marked, spans = layouts.encode(self._rendered(marks, shown, marked=True), marks)
+        if marked != ids:  # the template trims what a mark hid from it, a few characters at the edge of a document
+            shift = len(marked) - len(ids)
+            spans = [
+                (max(0, start - (shift if n else 0)), max(0, end - shift)) for n, (start, end) in enumerate(spans)
+            ]
+        left = iter(spans)
+        return JoinedPrompt(ids, tuple(next(left) if document.pieces else (0, 0) for document in reading.documents))
+
+    def _rendered(self, marks: Marks, documents: Sequence[Document], *, marked: bool) -> str:
+        place = self._place
+        assert place is not None
+        texts = [marks.disarm(document_text(document, titles=place.titles)) for document in documents]
+        if marked:
+            texts = [f"{marks.start}{text}{marks.end}" for text in texts]
+        shown = marks.disarm(place.separator).join(texts)
+        return self._layouts.render(marks, self._messages, shown, self._kwargs, False)
+
+
+def _without_marks(text: str, marks: Marks) -> tuple[str, list[Span]]:
+    """``text`` without marks, and the characters between each start mark and its end mark."""
+    pieces: list[str] = []
+    spans: list[Span] = []
+    length = start = 0
+    for piece in re.split(f"({re.escape(marks.start)}|{re.escape(marks.end)}|{re.escape(marks.break_mark)})", text):
+        if piece == marks.start:
+            start = length
+        elif piece == marks.end:
+            spans.append((start, length))
+        elif piece != marks.break_mark:
+            pieces.append(piece)
+            length += len(piece)
+    return "".join(pieces), spans
+
+
+def _token_span(offsets: Sequence[Span], start: int, end: int, at: int) -> Span:
+    """Tokens that spell the characters from ``start`` to ``end``, counted from ``at``."""
+    touched = [n for n, (first, last) in enumerate(offsets) if first < end and last > start]
+    return (at + touched[0], at + touched[-1] + 1) if touched else (at, at)

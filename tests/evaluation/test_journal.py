@@ -1,0 +1,102 @@
+"""A run of an evaluation that was stopped anywhere goes on to the very figures of one that was not."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvfusion_rag import InvalidInputError
+from kvfusion_rag.evaluation.journal import BEGINNING, Journal
+from kvfusion_rag.evaluation.orders import plan_conditions
+from kvfusion_rag.evaluation.runner import predict
+from tests.evaluation.test_evaluation import Reader, command, generator, rows  # noqa: F401  (fixtures)
+
+FACTS = {"rows": "digest", "documents": 5, "seed": 0, "batch_size": 3}
+
+
+def readers() -> list[Reader]:
+    return [Reader("all"), Reader("first two", 2), Reader("few", limit=4)]  # the last is never able to answer
+
+
+def run(path, made, systems, conditions=None):
+    journal = Journal(path, FACTS)
+    journal.require(systems)
+    return predict(made, systems, plan_conditions(made, conditions), batch_size=3, journal=journal)
+
+
+@given(st.integers(1, 8), st.data())
+def test_a_run_that_was_stopped_at_any_byte_goes_on_to_the_same_answers(tmp_path_factory, count, data):
+    path, made = tmp_path_factory.mktemp("journal") / "answers.jsonl", rows(count)
+    expected = run(path, made, readers())
+    assert expected == predict(made, readers(), plan_conditions(made), batch_size=3)
+    content = path.read_bytes()
+    path.write_bytes(content[: data.draw(st.sampled_from([0, *range(len(BEGINNING), len(content) + 1)]))])
+    assert run(path, made, readers()) == expected
+    assert run(path, made, systems := readers()) == expected
+    assert not any(system.batches for system in systems)  # nothing is asked a third time
+
+
+def test_batches_are_asked_again_as_wholes(tmp_path):
+    made = rows(6)
+    expected = run(tmp_path / "a", made, readers(), ["original"])
+    lines = (tmp_path / "a").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a").write_bytes(b"".join(lines[:-1]))  # the last system's last row of two batches
+    systems = readers()
+    assert run(tmp_path / "a", made, systems, ["original"]) == expected
+    assert [system.batches[:1] for system in systems] == [[], [], [3]]
+
+
+def test_more_systems_and_conditions_go_on_from_the_same_file(tmp_path):
+    made = rows(4)
+    run(tmp_path / "a", made, readers()[:1], ["original"])
+    systems = readers()[:2]
+    assert run(tmp_path / "a", made, systems, ["original", "slot:5"]) == predict(
+        made, readers()[:2], plan_conditions(made, ["original", "slot:5"]), batch_size=3
+    )
+    assert systems[0].batches == [3, 1] and systems[1].batches == [3, 3, 1, 1]
+
+
+def test_a_file_of_another_run_or_kind_is_refused_and_left_as_it_is(tmp_path):
+    path, made = tmp_path / "a", rows(3)
+    run(path, made, readers())
+    content = path.read_bytes()
+    with pytest.raises(InvalidInputError, match="another run: seed is 0 there and 1 here"):
+        Journal(path, FACTS | {"seed": 1})
+    changed = Reader("all")
+    changed.identity = lambda: {"model_id": "another"}
+    with pytest.raises(InvalidInputError, match="model_id of 'all' is 'fake/all' there and 'another' here"):
+        Journal(path, FACTS).require([changed])
+    assert path.read_bytes() == content
+    for other in (
+        b"mine",
+        b"mine\n",
+        b'{"id": 3}\n',
+        b"[1]\n",
+        b'{"system": "a", "identity": {}}\n',
+        b"\xff\n",
+        b"3\n",
+    ):
+        path.write_bytes(other)
+        with pytest.raises(InvalidInputError, match="holds no answers of an evaluation"):
+            Journal(path, FACTS)
+        assert path.read_bytes() == other
+
+
+def test_the_command_goes_on(capsys, command, tmp_path):  # noqa: F811
+    options = ["rows.jsonl.gz", "--conditions", "original,slot:2", "--resume", "answers.jsonl", "--json"]
+    options += ["--systems", "fusion,concat"]
+
+    def figures(*more):
+        assert command(*options, *more) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["cells"], found["differences"]
+
+    expected = figures()
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "answers.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    assert figures() == expected == figures()
+    assert command(*options, "--seed", 3) == 2 and "seed is 0 there and 3 here" in capsys.readouterr().err
+    assert command(*options, "--output", "answers.jsonl") == 2 and "named twice" in capsys.readouterr().err

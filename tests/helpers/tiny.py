@@ -1,0 +1,266 @@
+"""Small random models and trained-in-place tokenizers, so that tests need no network.
+
+``tokenizer(kind)`` gives one of four kinds that real models use; ``model(architecture, ...)`` a random causal
+language model of a few ten thousand parameters. Weights are drawn wide, so that attention is far from uniform
+and a wrong position or mask shows in the logits.
+
+Random models answer gibberish. Tests that need a known answer use ``speaker(answer)``; tests that load a model use
+``save(folder)`` or ``save_speaker(folder, answer)``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    BertConfig,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from kvfusion_rag.generator import KVFusionGenerator
+from kvfusion_rag.model.backbone import Backbone
+from kvfusion_rag.schema import ModeChoice
+from kvfusion_rag.store import MemoryStore
+from kvfusion_rag.text.settings import ModelSettings, default_settings
+
+WORDS = (
+    "the river runs past an old mill and the miller counts sacks of flour while rain falls on the roof "
+    "where two grey doves sleep; in 1874 Amara Osei built a lighthouse of 31 metres, and its lamp was lit "
+    "for the first time on 3 May. Question: who built it? Answer: nobody knows, said the clerk, but wait! "
+    "Title: Harbour records — naïve café 東京 русский. user system assistant"
+)
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKENIZER_KINDS = ("byte-bpe", "unigram", "bpe-byte-fallback", "wordpiece")
+
+
+@cache
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    return {
+        "byte-bpe": byte_bpe,
+        "unigram": _unigram,
+        "bpe-byte-fallback": _bpe_byte_fallback,
+        "wordpiece": _wordpiece,
+    }[kind]()
+
+
+def byte_bpe() -> PreTrainedTokenizerFast:
+    """As Qwen and Llama 3: byte-level BPE, control tokens outside the vocabulary, one of them not 'special'."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tok.train_from_iterator(
+        [WORDS] * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tok.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("    ", special=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+
+
+def _unigram() -> PreTrainedTokenizerFast:
+    """As T5 and XLM-R: SentencePiece unigram, control tokens listed as pieces of the vocabulary."""
+    tok = Tokenizer(models.Unigram())
+    tok.pre_tokenizer = pre_tokenizers.Metaspace()
+    tok.decoder = decoders.Metaspace()
+    control = ["<pad>", "</s>", "<unk>", "<extra_id_0>"]
+    tok.train_from_iterator(
+        [WORDS] * 4,
+        trainers.UnigramTrainer(vocab_size=200, special_tokens=control, unk_token="<unk>", show_progress=False),
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def _bpe_byte_fallback() -> PreTrainedTokenizerFast:
+    """As Llama 2 and Gemma: SentencePiece BPE with byte pieces, ``<s>`` in the vocabulary and a BOS in front."""
+    tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tok.normalizer = normalizers.Replace(" ", "▁")
+    tok.pre_tokenizer = pre_tokenizers.Split(Regex("▁"), "merged_with_next")
+    tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    control = ["<unk>", "<s>", "</s>", "<start_of_turn>"]
+    pieces = control + [f"<0x{byte:02X}>" for byte in range(256)]
+    tok.train_from_iterator(
+        [WORDS] * 4, trainers.BpeTrainer(vocab_size=460, special_tokens=pieces, show_progress=False)
+    )
+    spec = json.loads(tok.to_str())
+    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in control]  # byte pieces are ordinary
+    tok = Tokenizer.from_str(json.dumps(spec))
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def _wordpiece() -> PreTrainedTokenizerFast:
+    """As BERT, but split at white space alone, so that a control token stays one word."""
+    tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tok.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok.decoder = decoders.WordPiece()
+    control = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tok.train_from_iterator(
+        [WORDS] * 4, trainers.WordPieceTrainer(vocab_size=300, special_tokens=control, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        eos_token="[SEP]",
+    )
+
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": 512,
+}
+CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "phi3": Phi3Config,
+    "gemma": GemmaConfig,
+}
+ARCHITECTURES = (*CONFIGS, "gpt2", "bert")
+
+
+def config(architecture: str, **changes) -> PretrainedConfig:
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+    if architecture == "gpt2":
+        made = GPT2Config(n_embd=48, n_layer=3, n_head=4, n_positions=512, vocab_size=512, **ends)
+    elif architecture == "bert":
+        sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+        made = BertConfig(**sizes, **ends, is_decoder=True)
+    else:
+        extra = {"sliding_window": None} if architecture == "mistral" else {}
+        extra |= {"head_dim": 12} if architecture in ("qwen3", "gemma") else {}
+        made = CONFIGS[architecture](**SIZES, **ends, **extra)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+def model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> PreTrainedModel:
+    made = config(architecture, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = AutoModelForCausalLM.from_config(made)
+        for parameter in network.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.15)
+    return network.to(dtype).eval()
+
+
+def backbone(
+    architecture: str, dtype: torch.dtype = torch.float32, *, tokens: str = "byte-bpe", settings=None, **changes
+) -> Backbone:
+    tok = tokenizer(tokens)
+    settings = settings or replace(default_settings(tok), layout="fixed", mode="fusion")
+    return Backbone(model(architecture, dtype, **changes), tok, settings, model_id=f"tiny-{architecture}")
+
+
+def generator(
+    architecture: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    *,
+    tokens: str = "byte-bpe",
+    store="memory",
+    **settings,
+) -> KVFusionGenerator:
+    made = ModelSettings(**{"mode": "fusion", **settings}) if settings else None
+    kept = MemoryStore() if store == "memory" else store
+    return KVFusionGenerator(backbone(architecture, dtype, tokens=tokens, settings=made), store=kept)
+
+
+def untuned(mode: ModeChoice = "auto", **changes) -> KVFusionGenerator:
+    """A random model that reads the caller's prompt in its chat template; ``changes`` are those of ``model``."""
+    settings = replace(default_settings(tokenizer("byte-bpe")), mode=mode)
+    return KVFusionGenerator(backbone("llama", settings=settings, **changes), store=MemoryStore())
+
+
+def save(
+    folder: Path,
+    architecture: str = "llama",
+    *,
+    tokens: str = "byte-bpe",
+    settings: ModelSettings | None = None,
+    **changes,
+) -> Path:
+    """Saves a random model of under 1 MB with its tokenizer; ``settings`` become its ``kvfusion.json``."""
+    return _save(folder, model(architecture, **changes), tokenizer(tokens), settings)
+
+
+def speaker(answer: str, **settings) -> KVFusionGenerator:
+    """A random model that answers every question with ``answer``; documents move its logits, not the best token."""
+    tok = tokenizer("byte-bpe")
+    made = replace(default_settings(tok), **settings)
+    return KVFusionGenerator(
+        Backbone(_speaking_model(answer), tok, made, model_id="tiny-speaker"), store=MemoryStore()
+    )
+
+
+def save_speaker(folder: Path, answer: str) -> Path:
+    """Saves the model of ``speaker(answer)``; it counts as trained for fusion, so it loads without a warning."""
+    tok = tokenizer("byte-bpe")
+    return _save(folder, _speaking_model(answer), tok, replace(default_settings(tok), tuned=True))
+
+
+def _speaking_model(answer: str) -> PreTrainedModel:
+    """Wide embeddings outweigh what attention adds; the output layer maps each token of the answer to the next."""
+    tok = tokenizer("byte-bpe")
+    network = model("llama", max_position_embeddings=2048)
+    before = tok(default_settings(tok).question_template, add_special_tokens=False)["input_ids"][-1]
+    chain = [before, *tok(answer, add_special_tokens=False)["input_ids"], tok.eos_token_id]
+    assert len(set(chain)) == len(chain), f"{answer!r} has a token twice, which would have two successors"
+    with torch.no_grad():
+        embeddings, output = network.get_input_embeddings().weight, network.get_output_embeddings().weight
+        embeddings.mul_(20)
+        for token, following in pairwise(chain):
+            output[following] += 2 * embeddings[token] / embeddings[token].norm()
+    return network
+
+
+def _save(
+    folder: Path, network: PreTrainedModel, tok: PreTrainedTokenizerFast, settings: ModelSettings | None
+) -> Path:
+    network.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    if settings is not None:
+        (folder / "kvfusion.json").write_text(json.dumps(settings.to_dict()), encoding="utf-8")
+    return folder

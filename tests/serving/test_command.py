@@ -1,0 +1,125 @@
+"""``kvfusion serve``: what it refuses before a model is loaded, and a whole life of it as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from kvfusion_rag.cli import main
+from kvfusion_rag.serving import ServingOptions
+
+ROOT = Path(__file__).parent.parent.parent
+KEY = "key-of-the-first-tenant"
+KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id": "keeper"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--host", "0.0.0.0"], "no API key"),
+        (["--api-key-env", "KVFUSION_NO_SUCH_VARIABLE"], "holds no API key"),
+        (["--api-keys-file", "/no/such/file"], "No such file"),
+        (["--port", "70000"], "cannot listen"),
+        (["--port", "-1"], "not a whole number"),
+        (["--max-concurrency", "0"], "not a whole number from 1"),
+        (["--mode", "sideways"], "invalid choice"),
+        (["--focus", "some"], "not a number of documents from 1, auto or none"),
+        (["--store-codec", "v8"], "without --store"),
+        (["--namespace", "../up", "--port", "0"], "namespace is"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, argv, message):
+    assert main(["serve", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_short_key_is_refused_and_not_printed(capsys, monkeypatch):
+    monkeypatch.setenv("RAG_KEY", "hunter2")
+    assert main(["serve", "--api-key-env", "RAG_KEY"]) == 2
+    err = capsys.readouterr().err
+    assert "at least 16" in err and "hunter2" not in err
+
+
+def test_a_missing_extra_names_its_command():
+    hidden = "import sys; sys.modules['uvicorn'] = None; from kvfusion_rag.cli import main; sys.exit(main(['serve']))"
+    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and 'pip install "kvfusion-rag[serve]"' in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mode": "sideways"},
+        {"focus": 0},
+        {"max_concurrency": 0},
+        {"max_body_bytes": 1.5},
+        {"max_documents": True},
+        {"timeout": 0},
+        {"timeout": float("nan")},
+        {"timeout": float("inf")},
+    ],
+)
+def test_limits_are_checked(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        ServingOptions(**changes)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, number, code):
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({KEY: "tenant-a"}))
+    command = ["serve", "--port", "0", "--api-keys-file", str(keys), "--api-key-env", "RAG_KEY", "--metrics"]
+    command += ["--focus", "3"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "kvfusion_rag.cli", *command, "--store", tmp_path / "kv", "--model", speaker_folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "RAG_KEY": "key-of-the-environment"},
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("serving tiny-speaker at http://127.0.0.1:") and line.endswith("/v1 (Ctrl-C ends it)\n")
+        with httpx.Client(base_url=line.split()[3], timeout=60) as client:
+            assert client.get("/models").status_code == 401
+            headers = {"authorization": f"Bearer {KEY}"}
+            (model,) = client.get("/models", headers=headers).json()["data"]
+            assert model["kvfusion"]["focus"] == 3
+            body = {
+                "model": "tiny-speaker",
+                "messages": [{"role": "user", "content": "Who was the last keeper?"}],
+                "documents": [KEEPER],
+            }
+            answer = client.post("/chat/completions", json=body, headers=headers).json()
+            assert answer["choices"][0]["message"]["content"] == "thomas grant"
+            assert answer["kvfusion"]["cited_text"] == "Thomas Grant"
+            other = {"authorization": "Bearer key-of-the-environment"}
+            origin = client.post("/chat/completions", json=body, headers=other).json()["kvfusion"]["sources"][0][
+                "origin"
+            ]
+            assert origin == "computed"  # its namespace is another one
+            # One more is under way when the signal comes:
+            with client.stream(
+                "POST", "/chat/completions", json={**body, "stream": True}, headers=headers
+            ) as response:
+                server.send_signal(number)
+                assert response.read().endswith(b"data: [DONE]\n\n")
+        out, err = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    assert server.returncode == code, err
+    assert out == "" and "Traceback" not in err
+    assert main(["store", "verify", str(tmp_path / "kv"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["whole"] == 4  # document and prefix, twice

@@ -1,0 +1,219 @@
+"""Requests under way, against a real server: how many, how large, how long, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import httpx
+import pytest
+import tiny
+from fakes import RecordingGenerator
+
+from kvfusion_rag import Answer, KVFusionGenerator, MemoryStore
+from kvfusion_rag.serving import ServingOptions, create_app, running
+from tests.serving.test_serving import CHAT, request
+
+
+class NeverAnswers(RecordingGenerator):
+    """Knows when an answer was begun, and when it was given up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.given_up = threading.Event(), threading.Event()
+
+    async def aanswer(self, *args: Any, **kwargs: Any) -> Answer:
+        self.begun.set()
+        try:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        except asyncio.CancelledError:
+            self.given_up.set()
+            raise
+
+
+class StallsAfterOnePiece(RecordingGenerator):
+    def step(self) -> None:
+        self.threads.append(threading.get_ident())
+        assert self.hold is not None
+        if len(self.threads) > 1 and not self.hold.wait(10):
+            raise TimeoutError("held too long")
+
+
+@contextmanager
+def served(generator: Any, **options: Any) -> Iterator[httpx.Client]:
+    with (
+        running(create_app(generator, options=ServingOptions(**options))) as url,
+        httpx.Client(base_url=url, timeout=20) as client,
+    ):
+        yield client
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true within a few seconds."""
+    limit = time.monotonic() + 10
+    while not (found := condition()) and time.monotonic() < limit:
+        time.sleep(0.01)
+    return found
+
+
+def leave_early(client: httpx.Client, body: dict[str, Any], ready: Callable[[], object]) -> None:
+    """Ask, and hang up once ``ready`` returns."""
+    data = json.dumps(body).encode()
+    with connection(client) as sock:
+        sock.sendall(head(len(data)) + data)
+        ready()
+
+
+def connection(client: httpx.Client) -> socket.socket:
+    return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
+
+
+def head(length: object) -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1", "host: localhost", "content-type: application/json", f"content-length: {length}"]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def is_idle(client: httpx.Client) -> bool:
+    """Whether a request finds room; it is refused for its emptiness before a generator sees it."""
+    return client.post(CHAT, json={}).status_code == 400
+
+
+# How many
+
+
+def test_more_at_once_than_allowed_are_told_to_come_back():
+    generator = NeverAnswers()
+    with served(generator, max_concurrency=1) as client:
+        with connection(client) as sock:
+            data = json.dumps(request()).encode()
+            sock.sendall(head(len(data)) + data)
+            assert generator.begun.wait(10)
+            refused = client.post(CHAT, json=request())
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert client.get("/health").status_code == client.get("/v1/models").status_code == 200
+        assert soon(lambda: is_idle(client))
+
+
+# Who leaves
+
+
+def test_a_client_that_leaves_ends_the_work():
+    generator = NeverAnswers()
+    with served(generator) as client:
+        leave_early(client, request(), generator.begun.wait)
+        assert generator.given_up.wait(10)
+
+
+def test_the_model_stops_at_a_token_once_the_client_has_left():
+    backbone = tiny.backbone("llama", max_position_embeddings=100_000)
+    generator = KVFusionGenerator(backbone, store=MemoryStore())
+    steps: list[None] = []
+    with served(generator, max_concurrency=1) as client:
+        asked = {**request(max_tokens=90_000), "model": generator.model_id}
+        counting = backbone.model.register_forward_hook(lambda *_: steps.append(None))
+        leave_early(client, asked, lambda: soon(lambda: len(steps) > 3))
+        assert soon(lambda: is_idle(client))
+        short = client.post(CHAT, json={**asked, "max_tokens": 2})  # one thread answers all, so the first has ended
+        counting.remove()
+    assert short.json()["choices"][0]["finish_reason"] == "length"
+    assert 3 < len(steps) < 20_000
+
+
+def test_a_stream_ends_when_its_reader_leaves():
+    generator = RecordingGenerator(pieces=["word "] * 500_000)
+    with served(generator) as client:
+        with client.stream("POST", CHAT, json=request(stream=True)) as response:
+            next(response.iter_lines())
+        assert soon(lambda: generator.streams[0].closed)
+        assert len(generator.threads) < 500_000
+
+
+def test_a_place_is_free_only_once_the_piece_being_computed_is_done():
+    generator = RecordingGenerator(hold=threading.Event())
+    with served(generator, max_concurrency=1) as client:
+        leave_early(client, request(stream=True), lambda: soon(lambda: bool(generator.threads)))
+        time.sleep(0.3)
+        assert not is_idle(client) and not generator.streams[0].closed
+        generator.hold.set()
+        assert soon(lambda: is_idle(client)) and generator.streams[0].closed
+
+
+# How long
+
+
+def test_an_answer_that_takes_too_long_is_given_up():
+    generator = NeverAnswers()
+    with served(generator, timeout=0.3, max_concurrency=1) as client:
+        late = client.post(CHAT, json=request())
+        assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
+        assert generator.given_up.wait(10) and soon(lambda: is_idle(client))
+
+
+def test_a_stream_that_takes_too_long_ends_with_the_error():
+    generator = StallsAfterOnePiece(hold=threading.Event())
+    with served(generator, timeout=0.5, max_concurrency=1) as client:
+        late = client.post(CHAT, json=request(stream=True))
+        *pieces, last, rest = late.text.split("\n\n")
+        assert late.status_code == 200 and len(pieces) == 2 and rest == ""
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert not is_idle(client)
+        generator.hold.set()
+        assert soon(lambda: is_idle(client)) and generator.streams[0].closed
+
+
+def test_a_body_that_does_not_come_is_not_waited_for():
+    with served(RecordingGenerator(), timeout=0.3, max_concurrency=1) as client:
+        with connection(client) as sock:
+            sock.sendall(head(100) + b"{")
+            assert b" 504 " in sock.recv(4096).partition(b"\r\n")[0]
+        assert soon(lambda: is_idle(client))
+
+
+# How large
+
+
+def test_a_body_is_measured_while_it_is_read():
+    generator = RecordingGenerator()
+    body = json.dumps(request(documents=["x" * 3000])).encode()
+    with served(generator, max_body_bytes=len(body), max_concurrency=1) as client:
+        headers = {"content-type": "application/json"}
+        parts = [body[at : at + 700] for at in range(0, len(body), 700)]
+        assert client.post(CHAT, content=iter(parts), headers=headers).status_code == 200  # without Content-Length
+        for content in (body + b" ", iter([*parts, b" "])):
+            found = client.post(CHAT, content=content, headers=headers)
+            assert found.status_code == 413 and found.json()["error"]["code"] == "body_too_large"
+        assert is_idle(client) and len(generator.calls) == 1
+
+
+@pytest.mark.parametrize("length", [1 << 40, 10**30, "9" * 5000])
+def test_an_announced_body_is_refused_before_it_comes(length):
+    with served(RecordingGenerator()) as client, connection(client) as sock:
+        sock.sendall(head(length))
+        assert sock.recv(4096).split(b" ")[1] in (b"413", b"400")  # some numbers uvicorn itself refuses
+
+
+def test_a_client_that_sends_more_than_allowed_reads_why():
+    with served(RecordingGenerator(), max_body_bytes=1000, max_concurrency=1) as client:
+        for content in (b" " * (20 << 20), iter([b" " * (1 << 20)] * 20)):
+            found = client.post(CHAT, content=content, headers={"content-type": "application/json"})
+            assert found.status_code == 413
+
+
+@pytest.mark.parametrize("headers", [{}, {"host": "page.example"}], ids=["too long", "not allowed"])
+def test_the_connection_of_an_endless_body_is_closed(headers):
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b" " * 65536
+
+    with served(RecordingGenerator(), max_body_bytes=1 << 20, max_concurrency=1) as client:
+        with suppress(httpx.TransportError):  # it may be closed while the client writes
+            found = client.post(CHAT, content=endless(), headers={"content-type": "application/json", **headers})
+            assert found.status_code in (413, 403)
+        assert soon(lambda: is_idle(client))
