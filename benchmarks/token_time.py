@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvfusion_rag.evaluation.report import run_facts
-from kvfusion_rag.fusion.decode import DecodingOptions, Question, decode
+from kvfusion_rag.fusion.decode import DecodingPlan, Question, decode
 from kvfusion_rag.fusion.fused_cache import FusedBuffer
+from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.kv import DocumentKV, KVShape
 from kvfusion_rag.model.locating import locate_model
@@ -80,8 +81,8 @@ def decoded(
     buffer = FusedBuffer([document.num_tokens], KVShape.of(document), backbone.device, room=len(question) + tokens)
     document.copy_into(buffer.slots(0, 0, document.token_ids))
     steps = decode(
-        backbone, buffer.context(), [Question(tuple(question), document.num_tokens)],
-        DecodingOptions(max_new_tokens=tokens), lambda ids: "", adapter=False,
+        DecodingPlan(backbone, adapter=False), buffer.context(), [Question(tuple(question), document.num_tokens)],
+        DecodingOptions(max_new_tokens=tokens), lambda ids: "",
     )  # fmt: skip
     times: list[float] = []
     ids: tuple[int, ...] = ()

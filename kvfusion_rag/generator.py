@@ -21,13 +21,13 @@ from .engine.attribution import Attribution, attribute, with_attribution
 from .engine.engine import Engine
 from .engine.invariance import check_invariance
 from .engine.measured import Measured, keep_measurement
-from .engine.queue import Gatherer
+from .engine.queue import RequestQueue
 from .engine.requests import Batch, Request
 from .engine.streaming import AnswerStream
 from .errors import InvalidInputError
-from .fusion.decode import DecodingKwargs, DecodingOptions, decoding_options
 from .fusion.gate import run_gate
 from .fusion.prefill import LENGTH_BUCKET, prefill_prefix
+from .fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from .home import HOME_VARIABLE, home
 from .model.backbone import Backbone
 from .model.loading import load_decoders
@@ -73,7 +73,6 @@ class KVFusionGenerator:
         tokens_per_pass: int | None = None,
         decoder: Backbone | None = None,
         gather: bool = True,
-        cuda_graphs: bool = False,
     ) -> None:
         _require_arguments(namespace, max_fused_tokens, tokens_per_pass)
         self._backbone = backbone
@@ -82,17 +81,18 @@ class KVFusionGenerator:
             "max_fused_tokens": max_fused_tokens,
             "tokens_per_pass": tokens_per_pass,
             "decoder": decoder,
-            "cuda_graphs": cuda_graphs,
         }
         self._engine = Engine(backbone, settings or backbone.settings, store=store, **self._engine_options)
-        self._encoder, self._supply = self._engine.encoder, self._engine.supply
-        self._gatherer = Gatherer(self._engine.answer_all) if gather else None
-        self._supply.store.require_room(self._supply.kv_shape, self.settings.passage_length or LENGTH_BUCKET)
+        self._encoder, self._document_kvs = self._engine.encoder, self._engine.document_kvs
+        self._gatherer = RequestQueue(self._engine.answer_all) if gather else None
+        self._document_kvs.store.require_room(
+            self._document_kvs.kv_shape, self.settings.passage_length or LENGTH_BUCKET
+        )
         self.gate: GateReport = run_gate(
             backbone,
             prefill_prefix(backbone, self._encoder.prefix_ids),
             self._engine.ordinary_ids(),
-            tokens_per_pass=self._supply.tokens_per_pass,
+            tokens_per_pass=self._document_kvs.tokens_per_pass,
         )
 
     @classmethod
@@ -118,7 +118,6 @@ class KVFusionGenerator:
         max_fused_tokens: int = MAX_FUSED_TOKENS,
         tokens_per_pass: int | None = None,
         gather: bool = True,
-        cuda_graphs: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
@@ -148,8 +147,6 @@ class KVFusionGenerator:
             gather: answer callers that wait at the same time together. That is several times faster; but kernels round
                 differently for other shapes, so only without it are the bits of an answer's logits the same in any
                 company (in any order of its documents they always are, in the same company).
-            cuda_graphs: record each answer's decoding step as a CUDA graph, since launching its kernels one by one
-                takes longer than running them. Changes nothing where there is no such GPU.
             chat_template_kwargs: further variables of the model's chat template, such as ``enable_thinking``.
             max_new_tokens: default limit of an answer; by default the model's own, else 512.
             model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
@@ -193,7 +190,6 @@ class KVFusionGenerator:
             tokens_per_pass=tokens_per_pass,
             decoder=tuned,
             gather=gather,
-            cuda_graphs=cuda_graphs,
         )
 
     # What the generator is
@@ -263,7 +259,7 @@ class KVFusionGenerator:
     @property
     def namespace(self) -> str:
         """Whose documents these are in a shared store."""
-        return self._supply.namespace
+        return self._document_kvs.namespace
 
     @property
     def max_new_tokens(self) -> int:
@@ -272,7 +268,7 @@ class KVFusionGenerator:
     @property
     def store(self) -> DocumentStore | None:
         """Where document KVs are kept, shared with generators that were given the same; ``None`` for nowhere."""
-        return None if self._supply.store.is_empty else self._supply.store
+        return None if self._document_kvs.store.is_empty else self._document_kvs.store
 
     def identity(self) -> dict[str, str | int | None]:
         """Everything that changes an answer besides question, documents and options; no paths, no secrets.
@@ -329,7 +325,7 @@ class KVFusionGenerator:
         gather = self._gatherer is not None
         made = KVFusionGenerator(self._backbone, settings=settings, store=self.store, gather=gather, **engine_options)
         # What is found out and said of the model once is not found out and said again.
-        made._engine.warned, made._engine.recorder = self._engine.warned, self._engine.recorder
+        made._engine.warned = self._engine.warned
         return made
 
     # What it does
@@ -618,7 +614,7 @@ class KVFusionGenerator:
             )
         layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
         reading = self._engine.read(documents, layout, max_tokens=UNLIMITED)
-        origins, misses = self._supply.store_all(reading.keys, layout.prefix, progress=progress)
+        origins, misses = self._document_kvs.store_all(reading.keys, layout.prefix, progress=progress)
         if gone := sum(key not in self.store for key in reading.keys):
             logger.warning(
                 "the store is too small: %d of %d documents were computed but not kept", gone, len(reading.keys)
@@ -642,7 +638,7 @@ class KVFusionGenerator:
             How many of the documents (pieces, where long ones are split) are in memory in the end.
         """
         layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
-        return self._supply.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
+        return self._document_kvs.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
 
     def forget(self, documents: Sequence[Document | str]) -> int:
         """Remove the KVs of ``documents`` in this namespace from every tier of the store, whatever model made them.
@@ -656,11 +652,11 @@ class KVFusionGenerator:
         keys = (
             self._engine.read(documents, way, max_tokens=UNLIMITED).keys for way in self._engine.prompts.every_layout()
         )
-        return self._supply.store.forget({key: ids for found in keys for key, ids in found.items()})
+        return self._document_kvs.store.forget({key: ids for found in keys for key, ids in found.items()})
 
     def clear(self) -> int:
         """Remove all document KVs of this namespace from every tier of the store; how many copies that were."""
-        return self._supply.store.clear(namespace_key(self._supply.namespace))
+        return self._document_kvs.store.clear(namespace_key(self._document_kvs.namespace))
 
     def bump_epoch(self) -> None:
         """Say that the weights were changed by a way that torch does not count (``tensor.data``, another library).

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..model.linear import has_onednn, onednn
 from .shapes import Shape
 from .workload import Case, System
 
@@ -144,7 +143,7 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
     is_cpu = device.type == "cpu"
     side, size = (2048, 1 << 29) if is_cpu else (8192, 1 << 30)
     square = torch.rand(side, side, device=device).to(dtype)
-    product = min(_best_seconds(do, device) for do in _products(square))
+    product = _best_seconds(lambda: torch.mm(square, square), device)
     numbers = torch.ones(size // 4, device=device)  # larger than caches
     other = torch.empty_like(numbers)
     copy = _best_seconds(lambda: other.copy_(numbers), device)
@@ -154,14 +153,6 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
         host = torch.ones(size // 4, pin_memory=True)
         load = size / _best_seconds(lambda: numbers.copy_(host, non_blocking=True), device)
     return Peaks(2 * side**3 / product, max(2 * size / copy, size / add), load)
-
-
-def _products(square: torch.Tensor) -> list[Callable[[], object]]:
-    """Ways to multiply ``square`` by itself: torch's own and, where layers may have it, oneDNN's."""
-    found: list[Callable[[], object]] = [lambda: torch.mm(square, square)]
-    if square.device.type == "cpu" and square.dtype == torch.float32 and has_onednn():
-        found.append(lambda: onednn(square, square, None))
-    return found
 
 
 def _best_seconds(do: Callable[[], object], device: torch.device) -> float:

@@ -38,7 +38,6 @@ class AnswerBenchmark:
         warmups: runs of each system and case that do not count.
         generate_up_to: longest joined prompt, in tokens, that "generate" is asked; the time it takes grows with the
             square.
-        cuda_graphs: ours records decoding steps (on a GPU).
         weights: of the layers: in ``dtype`` (``None``), or in 8 bit through torchao, "int8" or "float8".
     """
 
@@ -50,7 +49,6 @@ class AnswerBenchmark:
     warmups: int = 1
     generate_up_to: int | None = None
     weights: str | None = None
-    cuda_graphs: bool = False
     seed: int = 0
 
 
@@ -98,7 +96,6 @@ class AnswerRun:
                 "parameters": self._backbone.model.num_parameters(),
                 "weight_bytes_of_a_step": self._costs.weight_bytes,
                 "kv_bytes_of_a_token": self._costs.kv,
-                "linear": self._backbone.linear,  # of ours; generate has torch's
             },
             "peaks": {
                 "gflops": round(self._peaks.operations / 1e9, 1),
@@ -136,9 +133,7 @@ class AnswerRun:
         return _compared(rows)
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
-        return KVFusionGenerator(
-            self._backbone, store=store, max_fused_tokens=NO_CAP, cuda_graphs=self.options.cuda_graphs
-        )
+        return KVFusionGenerator(self._backbone, store=store, max_fused_tokens=NO_CAP)
 
     def _asked(self, case: Case) -> _Asked:
         """A document is made by its length and number alone, so that cases of a sweep share what is stored."""
@@ -194,7 +189,7 @@ class AnswerRun:
     def _generate(self, case: Case, asked: _Asked) -> _Measured:
         """As a user of transformers would: one prompt a question, rows in a batch, the library's own attention.
 
-        It runs without inference mode, so matrix products are torch's own too (``linear.py``).
+        It runs without inference mode.
         """
         model: Any = self._backbone.model
         ours = model.config._attn_implementation

@@ -16,7 +16,6 @@ def markdown(found: dict[str, Any]) -> str:
     """The table of ``AnswerRun.facts`` with its ``rows`` and ``run``."""
     options, peaks = found["options"], found["peaks"]
     weights = f" and {options['weights']}" if options.get("weights") else ""
-    weights += ", steps recorded as CUDA graphs" if options.get("cuda_graphs") else ""
     about = (
         f"**{options['shape']} in {options['dtype']}{weights}, random weights, {options['device']}.** Medians of "
         f"{options['repeats']} (least to most). x floor: times what the machine's best in this run allows, "

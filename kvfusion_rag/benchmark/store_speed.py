@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ..engine.requests import Batch
-from ..fusion.decode import DecodingOptions
+from ..fusion.sampling import DecodingOptions
 from ..generator import KVFusionGenerator
 from ..store import Codec, DiskStore, DocumentStore, MemoryStore
 from .shapes import random_backbone, random_text

@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave generate out where the joined prompt is longer",
     )
     answer.add_argument("--weights", choices=["int8", "float8"], help="keep the layers' weights in 8 bit (torchao)")
-    answer.add_argument("--cuda-graphs", action="store_true", help="record decoding steps (ours, on a GPU)")
     answer.add_argument("--threads", type=positive, metavar="N", help="of torch (default: its own choice)")
     answer.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
     store = _subject(subjects, "store", "documents from disk and memory, and what writing costs", repeats=5)
@@ -105,11 +104,9 @@ def _answer(args: argparse.Namespace) -> int:
     systems = tuple(args.systems.split(","))
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise InvalidInputError(f"--systems has {unknown[0]!r}, but it must be of {', '.join(SYSTEMS)}.")
-    if args.cuda_graphs and not args.device.startswith("cuda"):
-        raise InvalidInputError(f"--cuda-graphs is given, but the device is {args.device!r} and not a CUDA device.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    names = ("shape", "dtype", "device", "repeats", "warmups", "generate_up_to", "weights", "cuda_graphs")
+    names = ("shape", "dtype", "device", "repeats", "warmups", "generate_up_to", "weights")
     options = AnswerBenchmark(systems=systems, **{name: getattr(args, name) for name in names})
     with tempfile.TemporaryDirectory(dir=args.folder) as place:
         measured = AnswerRun(options, Path(place))

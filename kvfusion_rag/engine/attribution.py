@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import MissingDependencyError
-from ..fusion.decode import DecodingOptions, log_probabilities
-from ..model.attention_weights import Watch
+from ..fusion.decode import log_probabilities
+from ..fusion.sampling import DecodingOptions
+from ..fusion.slot_table import StepInputs
+from ..model.attention_weights import AttentionSum
 from ..schema import Answer, Attributed, Mode
 from .engine import Engine, Run
 from .requests import Batch, Request
@@ -167,8 +169,9 @@ def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) ->
     spans = _spans(request)
     run = engine.start(Batch.of(request), DecodingOptions(max_new_tokens=len(answer)))
     try:
-        decoder, ways = engine.answering(run)
-        watch = Watch(max((end for own in spans for _, end in own), default=0), decoder.device)
+        plan = engine.plan(run)
+        decoder = plan.decoder
+        attention = AttentionSum(max((end for own in spans for _, end in own), default=0), decoder.device)
         ids, first = [*request.question.ids, *answer[:-1]], len(request.question.ids) - 1
         slots = run.context.mask.shape[1] + len(ids)
         step = max(1, WEIGHTS_AT_ONCE // (slots * decoder.config.num_attention_heads))
@@ -178,18 +181,17 @@ def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) ->
         for start, end in pairwise(cuts):
             _require_wanted(request)
             with engine.memory_errors(run.batch):
-                decoder.forward(
+                inputs = StepInputs(
                     torch.tensor([ids[start:end]], device=decoder.device),
                     torch.arange(at + start, at + end, device=decoder.device)[None],
                     mask[:, : run.context.mask.shape[1] + end],
-                    run.context.cache,
+                    torch.tensor([0], device=decoder.device),
                     torch.tensor([end - start - 1], device=decoder.device),
-                    watch=watch if start >= first else None,
-                    **ways,
                 )
+                plan.logits(run.context, inputs, attention if start >= first else None)
     finally:
         run.release()
-    return watch.shares(spans)
+    return attention.shares(spans)
 
 
 def _log_probabilities(engine: Engine, requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
@@ -212,10 +214,9 @@ def _log_probabilities(engine: Engine, requests: Sequence[Request], answer: Sequ
 
 def _row_log_probabilities(engine: Engine, run: Run, answer: Sequence[int]) -> list[float]:
     try:
-        decoder, ways = engine.answering(run)
         questions = [request.question for request in run.batch.requests]
         with engine.memory_errors(run.batch):
-            return log_probabilities(decoder, run.context, questions, answer, seen=engine.seen(run), **ways)
+            return log_probabilities(engine.plan(run), run.context, questions, answer, visible=engine.visible(run))
     finally:
         run.release()
 

@@ -20,7 +20,7 @@ from ..fusion.prefill import TOKENS_PER_PASS, kv_shape, prefill
 from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
 from ..schema import Origin
-from ..store import Fetched, Miss, Place, Wanted, as_store, document_key
+from ..store import FetchedKVs, KVRequest, Miss, Place, as_store, document_key
 
 STORED_AT_ONCE = 128  # documents
 PREFIXES = 32  # whose KVs stay in memory beside the store
@@ -28,7 +28,7 @@ PREFIXES = 32  # whose KVs stay in memory beside the store
 Ids = tuple[int, ...]
 
 
-class Supply:
+class DocumentKVs:
     """Document KVs of one backbone, for all threads.
 
     Args:
@@ -87,16 +87,16 @@ class Supply:
         key = self.key(prefix, ())
         kv = self._prefixes.pop(key, None)
         if kv is None:
-            kv = self.fetch({key: Wanted(prefix)}, None, self.model, prefix=()).kvs[key]
+            kv = self.fetch({key: KVRequest(prefix)}, None, self.model, prefix=()).kvs[key]
         self._prefixes[key] = kv
         while len(self._prefixes) > PREFIXES:
             self._prefixes.popitem(last=False)
         return kv
 
     def fetch(
-        self, wanted: Mapping[str, Wanted], starts: Mapping[str, int] | None, model: str, *, prefix: Ids,
+        self, wanted: Mapping[str, KVRequest], starts: Mapping[str, int] | None, model: str, *, prefix: Ids,
         keep: bool = True,
-    ) -> Fetched:  # fmt: skip
+    ) -> FetchedKVs:  # fmt: skip
         """Documents from the store, or prefilled at ``starts`` (by default right after the prefix).
 
         Args:
@@ -124,9 +124,9 @@ class Supply:
 
         return self.store.fetch(wanted, self.kv_shape, self.backbone.device, self._fingerprint, compute, keep=keep)
 
-    def document_kvs(self, keys: Mapping[str, Ids], prefix: Ids) -> dict[str, DocumentKV]:
+    def get(self, keys: Mapping[str, Ids], prefix: Ids) -> dict[str, DocumentKV]:
         """KV of every key, from the store or computed now (and then stored)."""
-        return self.fetch({key: Wanted(ids) for key, ids in keys.items()}, None, self.model, prefix=prefix).kvs
+        return self.fetch({key: KVRequest(ids) for key, ids in keys.items()}, None, self.model, prefix=prefix).kvs
 
     def store_all(
         self, keys: Mapping[str, Ids], prefix: Ids, *, progress: bool
@@ -144,7 +144,7 @@ class Supply:
             total=len(keys), initial=len(origins), desc="prefill", unit="doc", delay=1, disable=not progress
         ) as bar:
             for start in range(0, len(absent), STORED_AT_ONCE):
-                wanted = {key: Wanted(keys[key]) for key in absent[start : start + STORED_AT_ONCE]}
+                wanted = {key: KVRequest(keys[key]) for key in absent[start : start + STORED_AT_ONCE]}
                 fetched = self.fetch(wanted, None, model, prefix=prefix, keep=False)
                 origins |= fetched.origins
                 misses |= fetched.misses

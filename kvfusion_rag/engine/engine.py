@@ -17,22 +17,23 @@ from typing import Any, TypeVar, get_args
 import torch
 
 from ..errors import InvalidInputError, MemoryLimitError
-from ..fusion.decode import DecodingOptions, Question, Row, decode
+from ..fusion.decode import DecodingPlan, Question, decode
 from ..fusion.fused_cache import BufferPool, FusedBuffer
 from ..fusion.gate import require_ape
+from ..fusion.growing_answer import GrowingAnswer
 from ..fusion.prefill import prefill_prefix
-from ..fusion.recording import CudaGraphs, Recorder
+from ..fusion.sampling import DecodingOptions
 from ..model.ape import Ape
 from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
 from ..schema import Answer, Document, FocusChoice, Mode, ModeChoice, Origin, Prompt, Timings, Usage
-from ..store import Fetched, Place, Tier, Wanted
+from ..store import FetchedKVs, KVRequest, Place, Tier
 from ..text.citations import find_citations
 from ..text.documents import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
 from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
 from ..text.settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings
-from .document_kvs import Supply
+from .document_kvs import DocumentKVs
 from .focus import Focus, choose, needs_choice, scored_question
 from .limits import is_out_of_memory, memory_errors, require_fit, room_left
 from .placing import place
@@ -48,13 +49,13 @@ ROOM = 4096  # slots kept free for answers behind all rows; more are made when t
 class Run:
     """A batch being decoded: fused context, where documents came from, answers so far and times."""
 
-    def __init__(self, batch: Batch, buffer: FusedBuffer, fetched: Fetched) -> None:
+    def __init__(self, batch: Batch, buffer: FusedBuffer, fetched: FetchedKVs) -> None:
         self.batch = batch
         self.origins, self.misses = fetched.origins, fetched.misses
         self.buffer, self.context = buffer, buffer.context()
         self.prefilled_at = time.perf_counter()
         self.first_token_at = 0.0
-        self.rows: list[Row] = []
+        self.rows: list[GrowingAnswer] = []
 
     def release(self) -> None:
         """Give the memory of the context to the next run; whoever keeps this one keeps its answers alone."""
@@ -72,7 +73,6 @@ class Engine:
         max_fused_tokens: most document tokens of one question.
         tokens_per_pass: padded tokens of one prefill pass; ``None`` for the device's default.
         decoder: Dt where its weights are its own (full fine-tuning); by default the backbone, adapter on.
-        cuda_graphs: record decoding steps, where the backbone is on a GPU that can.
     """
 
     def __init__(
@@ -85,15 +85,12 @@ class Engine:
         max_fused_tokens: int,
         tokens_per_pass: int | None,
         decoder: Backbone | None = None,
-        cuda_graphs: bool = False,
     ) -> None:
         self.backbone = backbone
         self.decoder = decoder or backbone
-        on_gpu = self.decoder.device.type == "cuda"
-        self.recorder: Recorder | None = CudaGraphs(self.decoder.device) if cuda_graphs and on_gpu else None
         self.prompts = PromptReader(backbone, self.decoder, settings)
         require_fit(backbone, self.decoder, self.encoder, settings)
-        self.supply = Supply(backbone, store=store, namespace=namespace, tokens_per_pass=tokens_per_pass)
+        self.document_kvs = DocumentKVs(backbone, store=store, namespace=namespace, tokens_per_pass=tokens_per_pass)
         self._max_fused_tokens = max_fused_tokens
         self._pool = BufferPool()
         self.warned: set[str] = set()
@@ -118,14 +115,14 @@ class Engine:
         Much may happen before a request has its turn: weights may change, and each thread has a number of threads of
         its own for torch.
         """
-        self.supply.refresh()
-        if request.model == self.supply.model:
+        self.document_kvs.refresh()
+        if request.model == self.document_kvs.model:
             return request
         prefix = request.layout.prefix
-        reading = request.reading.with_keys(lambda ids: self.supply.key(ids, prefix))
+        reading = request.reading.with_keys(lambda ids: self.document_kvs.key(ids, prefix))
         fused, _ = place(reading, request.mode, self.settings, prefix_tokens=len(prefix))
-        focus = request.focus and request.focus.with_keys(self.supply.key, prefix)
-        return replace(request, reading=reading, fused=fused, focus=focus, model=self.supply.model)
+        focus = request.focus and request.focus.with_keys(self.document_kvs.key, prefix)
+        return replace(request, reading=reading, fused=fused, focus=focus, model=self.document_kvs.model)
 
     def prepare(self, request: Request, options: DecodingOptions) -> Request:
         """``request`` as it is answered: with current keys, and with the documents that focus keeps.
@@ -140,7 +137,7 @@ class Engine:
         errors = partial(
             memory_errors, self.backbone.device, questions=len(focus.scored.keys), tokens=focus.scored.longest
         )
-        choice = self._twice(lambda: choose(self.supply, focus), errors)
+        choice = self._twice(lambda: choose(self.document_kvs, focus), errors)
         chosen = focus.reading.only(choice.kept)
         made = self.request_for(chosen, request.layout, request.mode, options, request.began)
         return replace(made, focus=focus, choice=choice, cancelled=request.cancelled)
@@ -164,13 +161,15 @@ class Engine:
             max_tokens: in place of the limit on all together.
         """
         layout = layout or self.prompts.fused_layout(None)
-        self.supply.refresh()
+        self.document_kvs.refresh()
         limits = Limits(
             document=limit_of(self.settings, self.backbone.context_window, len(layout.prefix)),
             total=self._max_fused_tokens if max_tokens is None else max_tokens,
             long_documents=self.settings.long_documents,
         )
-        return read_documents(documents, layout.documents, limits, lambda ids: self.supply.key(ids, layout.prefix))
+        return read_documents(
+            documents, layout.documents, limits, lambda ids: self.document_kvs.key(ids, layout.prefix)
+        )
 
     def request(
         self,
@@ -248,7 +247,9 @@ class Engine:
             positions=self.settings.positions,
         )
         most = room if room is not None and room < options.max_new_tokens else None
-        return Request(reading, Question(ids, start), mode, fused, layout, self.supply.model, most, spans, began=began)
+        return Request(
+            reading, Question(ids, start), mode, fused, layout, self.document_kvs.model, most, spans, began=began
+        )
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -285,7 +286,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
         # The failed pass is gone by now, its tensors with it.
-        released = self.supply.store.release_memory(self.backbone.device) + self._give_back()
+        released = self.document_kvs.store.release_memory(self.backbone.device) + self._give_back()
         logger.warning("memory ran out; %d bytes were given back, and it is tried once more", released)
         with errors():
             return run()
@@ -307,7 +308,7 @@ class Engine:
             torch.cuda.empty_cache()
         return released
 
-    def fill(self, batch: Batch, new_tokens: int) -> tuple[FusedBuffer, Fetched]:
+    def fill(self, batch: Batch, new_tokens: int) -> tuple[FusedBuffer, FetchedKVs]:
         """The rows of ``batch`` with their documents in them, and where each document came from.
 
         Args:
@@ -318,19 +319,19 @@ class Engine:
             InvalidInputError: weights, threads or precision were changed since a request was made.
         """
         for request in batch.requests:
-            self.supply.require_unchanged(request.model)
+            self.document_kvs.require_unchanged(request.model)
         lengths = [row.tokens + len(row.prefix) for row in batch.rows]
         most = max(ROOM // len(batch.rows), max(lengths) // 2)
         buffer = FusedBuffer(
             lengths,
-            self.supply.kv_shape,
+            self.document_kvs.kv_shape,
             self.backbone.device,
             room=max(row.question_tokens for row in batch.rows)
             + min(most, new_tokens * max(len(row.members) for row in batch.rows)),
             pool=self._pool,
         )
         model = batch.requests[0].model
-        fetched = Fetched({}, {}, {})
+        fetched = FetchedKVs({}, {}, {})
         for prefix in dict.fromkeys(row.prefix for row in batch.rows):
             found = self._fill_rows(batch, buffer, prefix, model)
             fetched.kvs.update(found.kvs)
@@ -338,12 +339,12 @@ class Engine:
             fetched.misses.update(found.misses)
         return buffer, fetched
 
-    def _fill_rows(self, batch: Batch, buffer: FusedBuffer, prefix: tuple[int, ...], model: str) -> Fetched:
+    def _fill_rows(self, batch: Batch, buffer: FusedBuffer, prefix: tuple[int, ...], model: str) -> FetchedKVs:
         """Put ``prefix`` and the documents behind it into the rows that begin with it."""
-        wanted: dict[str, Wanted] = {}
+        wanted: dict[str, KVRequest] = {}
         copies: list[tuple[str, DocumentKV]] = []  # further slots of documents that several rows share
         starts: dict[str, int] = {}
-        kv = self.supply.prefix_kv(prefix)
+        kv = self.document_kvs.prefix_kv(prefix)
         held = {key: found for r in batch.requests if r.choice is not None for key, found in r.choice.kvs.items()}
         for row, shared in enumerate(batch.rows):
             if shared.prefix != prefix:
@@ -358,14 +359,14 @@ class Engine:
                 elif piece.key in wanted:
                     copies.append((piece.key, slots))
                 else:
-                    wanted[piece.key], starts[piece.key] = Wanted(piece.ids, slots, piece.stored), piece.start
+                    wanted[piece.key], starts[piece.key] = KVRequest(piece.ids, slots, piece.stored), piece.start
                 at += len(piece.ids)
-        fetched = self.supply.fetch(wanted, starts, model, prefix=prefix)
+        fetched = self.document_kvs.fetch(wanted, starts, model, prefix=prefix)
         for key, slots in copies:
             fetched.kvs[key].copy_into(slots)
         return fetched
 
-    def seen(self, run: Run) -> torch.Tensor | None:
+    def visible(self, run: Run) -> torch.Tensor | None:
         """(N, K) bool, which slots each question may see; ``None`` where that is all of its row."""
         batch, slots = run.batch, run.context.mask.shape[1]
         if not batch.has_foreign:
@@ -380,15 +381,15 @@ class Engine:
                 at += len(piece.ids)
         return seen.to(self.backbone.device)
 
-    def answering(self, run: Run) -> tuple[Backbone, dict[str, Any]]:
-        """The decoder that answers ``run``, and how: adapter on or off, attention as APE's or its own."""
+    def plan(self, run: Run) -> DecodingPlan:
+        """Return which weights answer ``run``, with which attention."""
         mode, settings = run.batch.requests[0].mode, self.settings
         tuned = self.prompts.answers_tuned(mode)
         ape = None
         if mode == "ape":
             lengths = [len(row.prefix) for row in run.batch.rows]
             ape = Ape.over(run.context.mask, lengths, settings.ape_temperature, settings.ape_scale)
-        return self.decoder if tuned else self.backbone, {"adapter": tuned, "ape": ape}
+        return DecodingPlan(self.decoder if tuned else self.backbone, adapter=tuned, ape=ape)
 
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
@@ -398,19 +399,17 @@ class Engine:
         Raises:
             MemoryLimitError: memory runs out.
         """
-        decoder, ways = self.answering(run)
-        if ways["adapter"] and self.settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
+        plan = self.plan(run)
+        if plan.adapter and self.settings.tuned_evidence and (mark := self.encoder.evidence_mark) is not None:
             options = replace(options, stop=(*options.stop, mark))
         steps = decode(
-            decoder,
+            plan,
             run.context,
             [request.question for request in run.batch.requests],
             options,
             self.encoder.decode,
             row_of=run.batch.row_of,
-            seen=self.seen(run),
-            **ways,
-            recorder=self.recorder,
+            visible=self.visible(run),
             unsettling_ids=self.encoder.plain.unsettling_ids,
             on_logits=on_logits,
             is_cancelled=lambda number: run.batch.requests[number].cancelled.is_set(),
@@ -490,7 +489,7 @@ class Engine:
         """Refuse a model whose attention ours cannot stand in for, measured when it is first asked for."""
         if not self._explicit_is_exact:
             prefix = prefill_prefix(self.backbone, self.encoder.prefix_ids)
-            require_ape(self.backbone, prefix, self.ordinary_ids(), tokens_per_pass=self.supply.tokens_per_pass)
+            require_ape(self.backbone, prefix, self.ordinary_ids(), tokens_per_pass=self.document_kvs.tokens_per_pass)
             self._explicit_is_exact = True
 
     def _log_mode(self, mode: Mode, reason: str) -> None:

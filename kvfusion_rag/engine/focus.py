@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from ..fusion.likelihood import text_log_probabilities
 from ..model.kv import DocumentKV
 from ..schema import Origin, Source
-from ..store import Wanted
+from ..store import KVRequest
 from ..text.documents import ReadDocument, Reading
 from ..text.encoder import PlainEncoder
-from .document_kvs import Supply
+from .document_kvs import DocumentKVs
 
 Ids = tuple[int, ...]
 LEAD = "Question:"  # in front of the question that is scored; read, not scored
@@ -98,7 +98,7 @@ def scored_question(encoder: PlainEncoder, question: str) -> tuple[Ids, int]:
     return tuple(ids), max(given, 1)
 
 
-def choose(supply: Supply, focus: Focus) -> Choice:
+def choose(supply: DocumentKVs, focus: Focus) -> Choice:
     """Score every document by the model without its adapter, and keep the best.
 
     An adapter that was trained on answers only is worse at judging questions (docs/focus.md).
@@ -107,7 +107,7 @@ def choose(supply: Supply, focus: Focus) -> Choice:
     nothing.
     """
     reading = focus.scored
-    wanted = {key: Wanted(ids) for key, ids in reading.keys.items()}
+    wanted = {key: KVRequest(ids) for key, ids in reading.keys.items()}
     fetched = supply.fetch(wanted, None, supply.model, prefix=focus.prefix)
     likelihoods = text_log_probabilities(
         supply.backbone,

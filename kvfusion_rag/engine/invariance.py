@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InvalidInputError
-from ..fusion.decode import DecodingOptions
+from ..fusion.sampling import DecodingOptions
 from ..schema import Document, FocusChoice, InvarianceReport, ModeChoice
 from ..text.documents import require_sequence
 from ..text.settings import is_count

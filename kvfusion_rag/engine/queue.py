@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..errors import OverloadError
-from ..fusion.decode import DecodingOptions
+from ..fusion.sampling import DecodingOptions
 from ..schema import Answer
 from .requests import MAX_BATCH, Request
 
@@ -57,7 +57,7 @@ class _Job:
         self.future.cancel()
 
 
-class Gatherer:
+class RequestQueue:
     """Answers for any number of threads and tasks, in batches of those that wait and ask with the same options.
 
     Args:

@@ -33,7 +33,6 @@ class FusedLayer(DynamicLayer):
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._place = keys, values
-        self._at: torch.Tensor | None = None
         self.show(used)
 
     def update(
@@ -42,10 +41,6 @@ class FusedLayer(DynamicLayer):
         if torch.is_grad_enabled():
             self._place = super().update(key_states, value_states)
             return self.show(self._place[0].shape[2])
-        if self._at is not None:
-            for place, states in zip(self._place, (key_states, value_states), strict=True):
-                place.index_copy_(2, self._at, states)
-            return self._place
         used, end = self._used, self._used + key_states.shape[2]
         if end > self._place[0].shape[2]:
             keys, values = self._place
@@ -71,16 +66,6 @@ class FusedLayer(DynamicLayer):
     @property
     def slots(self) -> int:
         return self._place[0].shape[2]
-
-    def write_at(self, at: torch.Tensor | None) -> None:
-        """From now on hand out all slots and write to those that ``at`` (Q,) names; ``None`` for the usual way.
-
-        What is not used yet becomes zero, since a mask hides numbers alone: not NaN, which fresh memory may hold.
-        """
-        self._at = at
-        if at is not None:
-            for place in self._place:
-                place[:, :, self._used :] = 0
 
     def show(self, used: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the first ``used`` slots as used."""
@@ -126,21 +111,6 @@ class FusedContext:
     def room(self) -> int:
         """Slots that can be written before everything has to move."""
         return self.slots - self.used
-
-    def take_whole(self, at: torch.Tensor) -> None:
-        """From now on the model sees all slots, writes to those that ``at`` names, and :meth:`grow` counts them."""
-        for layer in self.layers:
-            layer.write_at(at)
-
-    def take_used(self) -> None:
-        """The model sees what is used, and writes behind it: the usual way."""
-        for layer in self.layers:
-            layer.write_at(None)
-
-    def grow(self, slots: int) -> None:
-        """So many more were written."""
-        for layer in self.layers:
-            layer.show(layer.used + slots)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but these, in this order, by moving as few as possible.

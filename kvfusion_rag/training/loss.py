@@ -82,7 +82,7 @@ def _prefilled(engine: Engine, examples: Sequence[Example]) -> dict[str, Documen
     kvs: dict[str, DocumentKV] = {}
     for prefix in dict.fromkeys(example.prefix for example in examples):
         documents = [example.documents for example in examples if example.prefix == prefix]
-        kvs |= engine.supply.document_kvs({key: ids for keys in documents for key, ids in keys.items()}, prefix)
+        kvs |= engine.document_kvs.get({key: ids for keys in documents for key, ids in keys.items()}, prefix)
     return kvs
 
 
@@ -112,7 +112,7 @@ def batch_logits(
     firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
     rows: list[list[DocumentKV]] = []
     for example in firsts:
-        head = None if example.joined else engine.supply.prefix_kv(example.prefix)
+        head = None if example.joined else engine.document_kvs.prefix_kv(example.prefix)
         rows.append([*([] if head is None else [head]), *(kvs[key] for key in example.documents)])
     decoder = engine.decoder if tuned else engine.backbone
     with torch.no_grad():

@@ -24,7 +24,7 @@ from ..data.answer_match import is_right
 from ..data.rows import QARow
 from ..engine.engine import Engine, Request
 from ..errors import ContextLimitError, InvalidInputError, TrainingError, UnsupportedModelError
-from ..fusion.decode import DecodingOptions
+from ..fusion.sampling import DecodingOptions
 from ..schema import Document
 from ..text.documents import Reading
 from ..text.layouts import Layout

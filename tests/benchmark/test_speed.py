@@ -10,14 +10,13 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from kvfusion_rag import KVFusionGenerator
-from kvfusion_rag.benchmark import floors, shapes, speed
+from kvfusion_rag.benchmark import shapes, speed
 from kvfusion_rag.benchmark.floors import Costs, Peaks, Work
 from kvfusion_rag.benchmark.shapes import END, SHAPES, Shape, random_backbone, shape_named
 from kvfusion_rag.benchmark.speed import AnswerBenchmark, AnswerRun
 from kvfusion_rag.benchmark.workload import SYSTEMS, Case, sweep
 from kvfusion_rag.cli import main
 from kvfusion_rag.errors import InvalidInputError, KVFusionError, MemoryLimitError
-from kvfusion_rag.model.linear import has_onednn
 
 SMALL = Case(documents=4, document_tokens=32, question_tokens=8, answer_tokens=4)
 COMMAND = ["bench", "answer", "--shape", "tiny", "--documents", "4", "--document-tokens", "32", "--question-tokens",
@@ -118,14 +117,6 @@ def test_random_models_have_the_shape_and_never_end_an_answer(monkeypatch, shape
     generator = KVFusionGenerator(backbone, store=None)
     assert generator.count_tokens(shapes.random_text(random.Random(0), 40)) == 40
     assert generator.answer("w1 w2", ["w3 w4"], max_new_tokens=20).usage.completion_tokens == 20
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_every_product_that_a_peak_is_measured_by_is_one(dtype):
-    square = torch.eye(6).to(dtype) * 3
-    products = floors._products(square)
-    assert len(products) == 1 + (dtype == torch.float32 and has_onednn())
-    assert all(torch.equal(product(), square * 3) for product in products)
 
 
 # Cases

@@ -28,8 +28,9 @@ from kvfusion_rag import (
 )
 from kvfusion_rag.engine.limits import is_out_of_memory
 from kvfusion_rag.engine.requests import MAX_BATCH, MAX_ROW_TOKENS, MOST_FOREIGN, Batch, Placed, Request, batches
-from kvfusion_rag.fusion.decode import DecodingOptions, Question
+from kvfusion_rag.fusion.decode import Question
 from kvfusion_rag.fusion.fused_cache import BufferPool, FusedBuffer, FusedLayer
+from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.model.kv import DocumentKV, KVShape
 from kvfusion_rag.text.documents import Reading
@@ -232,7 +233,7 @@ def test_a_document_read_from_disk_is_not_handed_on_in_slots_that_are_used_again
     ids = tuple(range(5))
     disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk, load="always")
     made = DocumentKV(torch.ones(2, 2, 5, 4), torch.ones(2, 2, 5, 4), ids)
-    from kvfusion_rag.store import Wanted, document_key
+    from kvfusion_rag.store import KVRequest, document_key
 
     key = document_key("m", "", ids)
     disk.disk.put(key, made)
@@ -240,7 +241,7 @@ def test_a_document_read_from_disk_is_not_handed_on_in_slots_that_are_used_again
     landed = []
     land = disk._flights.land
     disk._flights.land = lambda key, document: (landed.append(document), land(key, document))
-    disk.fetch({key: Wanted(ids, slots)}, SHAPE, CPU, "m", lambda keys: pytest.fail("computed"))
+    disk.fetch({key: KVRequest(ids, slots)}, SHAPE, CPU, "m", lambda keys: pytest.fail("computed"))
     assert slots.keys.eq(1).all()
     assert not landed or landed[0].keys.data_ptr() != slots.keys.data_ptr()
 
@@ -482,7 +483,7 @@ def test_threads_that_differ_in_torchs_threads_answer_for_each_other():
     try:
         with ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask_elsewhere).result()
-        assert made.model != gen._engine.supply.model
+        assert made.model != gen._engine.document_kvs.model
         assert gen._gatherer.ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
     finally:
         torch.set_num_threads(usual)

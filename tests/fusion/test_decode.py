@@ -10,18 +10,19 @@ from tiny import TOKENIZER_KINDS, generator, tokenizer
 
 from kvfusion_rag import InvalidInputError, UnsupportedModelError
 from kvfusion_rag.engine.invariance import _logit_difference
-from kvfusion_rag.fusion.decode import DecodingOptions, Row, _sampler
+from kvfusion_rag.fusion.growing_answer import GrowingAnswer
+from kvfusion_rag.fusion.sampling import DecodingOptions, sampler
 from kvfusion_rag.text.encoder import PlainEncoder
 
 CPU = torch.device("cpu")
 STOPS = st.lists(st.text(st.sampled_from("abc .\n#"), min_size=1, max_size=4), max_size=3)
 
 
-def grow(text: str, stop: list[str], size: int) -> tuple[Row, list[str]]:
+def grow(text: str, stop: list[str], size: int) -> tuple[GrowingAnswer, list[str]]:
     """Feed ``text`` to a row token by token, ``size`` tokens between two takings."""
     tok = tokenizer("byte-bpe")
     ids = tok(text, add_special_tokens=False)["input_ids"]
-    row, pieces = Row(lambda ids: tok.decode(ids), stop), []
+    row, pieces = GrowingAnswer(lambda ids: tok.decode(ids), stop), []
     for number, token in enumerate(ids, start=1):
         row.push(token, is_end=False, is_last=number == len(ids))
         if number % size == 0 or row.finish_reason:
@@ -42,7 +43,7 @@ def test_streamed_pieces_join_to_the_text_and_stop_strings_never_show(text, stop
 
 
 def test_an_ending_that_may_become_a_stop_string_is_held_back():
-    row = Row("".join, ["##END"])
+    row = GrowingAnswer("".join, ["##END"])
     for token in ("one", " #", "#E"):
         row.push(token, is_end=False, is_last=False)
     assert row.take() == "one "
@@ -52,7 +53,7 @@ def test_an_ending_that_may_become_a_stop_string_is_held_back():
 
 def test_an_answer_without_stop_strings_is_decoded_when_it_is_asked_for():
     calls = []
-    row = Row(lambda ids: calls.append(len(ids)) or "".join(ids), [])
+    row = GrowingAnswer(lambda ids: calls.append(len(ids)) or "".join(ids), [])
     for token in "abcdef":
         row.push(token, is_end=False, is_last=token == "f")
     assert not calls and row.text == row.text == "abcdef" and calls == [6]
@@ -97,7 +98,10 @@ def test_pieces_of_any_tokens_join_to_the_text(kind, data):
     tok = tokenizer(kind)
     ids = data.draw(st.lists(st.integers(0, len(tok) - 1), min_size=1, max_size=25))
     unsettling_ids = PlainEncoder(tok).unsettling_ids
-    row, pieces = Row(lambda ids: tok.decode(ids, skip_special_tokens=True), data.draw(STOPS), unsettling_ids), []
+    row, pieces = (
+        GrowingAnswer(lambda ids: tok.decode(ids, skip_special_tokens=True), data.draw(STOPS), unsettling_ids),
+        [],
+    )
     for number, token in enumerate(ids, start=1):
         row.push(token, is_end=False, is_last=number == len(ids))
         pieces.append(row.take())
@@ -123,9 +127,9 @@ def test_wrong_options_name_the_field(wrong):
 
 def test_sampling_keeps_to_top_k_and_top_p():
     logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, 0.0]]).expand(200, -1)
-    drawn = torch.tensor(_sampler(DecodingOptions(1, temperature=1.0, top_k=2), 200, CPU)(logits, range(200)))
+    drawn = torch.tensor(sampler(DecodingOptions(1, temperature=1.0, top_k=2), 200, CPU)(logits, range(200)))
     assert set(drawn.tolist()) == {0, 1}
-    assert set(_sampler(DecodingOptions(1, temperature=1.0, top_p=0.5), 200, CPU)(logits, range(200))) == {0}
+    assert set(sampler(DecodingOptions(1, temperature=1.0, top_p=0.5), 200, CPU)(logits, range(200))) == {0}
 
 
 def test_the_smallest_temperatures_are_greedy():
@@ -136,7 +140,7 @@ def test_the_smallest_temperatures_are_greedy():
 
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[1.0, 0.0]]).expand(4000, -1)
-    share = statistics.mean(_sampler(DecodingOptions(1, temperature=2.0), 4000, CPU)(logits, range(4000)))
+    share = statistics.mean(sampler(DecodingOptions(1, temperature=2.0), 4000, CPU)(logits, range(4000)))
     assert abs(share - 1 / (1 + 2.718281828**0.5)) < 0.04  # four standard errors
 
 

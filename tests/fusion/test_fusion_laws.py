@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 from kvfusion_rag import Document, KVFusionGenerator
 from kvfusion_rag.engine.requests import Batch
-from kvfusion_rag.fusion.decode import DecodingOptions
 from kvfusion_rag.fusion.fused_cache import fuse
 from kvfusion_rag.fusion.gate import run_gate
 from kvfusion_rag.fusion.prefill import prefill, prefill_prefix
+from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.positions import block_mask, fused_positions, question_start
 from kvfusion_rag.store import MemoryStore
 

@@ -9,7 +9,7 @@ import torch
 
 from kvfusion_rag import DiskStore
 from kvfusion_rag.model.kv import DocumentKV, KVShape
-from kvfusion_rag.store import Wanted, document_key
+from kvfusion_rag.store import KVRequest, document_key
 
 SHAPE = KVShape(2, 3, 8, torch.float32)
 CPU = torch.device("cpu")
@@ -45,8 +45,8 @@ def files_of(store: DiskStore) -> list[Path]:
     return sorted(store.path.glob("v*/*/*/*.safetensors"))
 
 
-def wanted_of(numbers: Iterable[int], tokens: int = 5, namespace: str = "") -> dict[str, Wanted]:
-    return {key_of(n, tokens, namespace): Wanted(ids_of(n, tokens)) for n in numbers}
+def wanted_of(numbers: Iterable[int], tokens: int = 5, namespace: str = "") -> dict[str, KVRequest]:
+    return {key_of(n, tokens, namespace): KVRequest(ids_of(n, tokens)) for n in numbers}
 
 
 class Computer:

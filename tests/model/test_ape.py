@@ -15,7 +15,7 @@ from transformers import AttentionInterface, GPTJConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator, ModelLoadError, UnsupportedModelError
-from kvfusion_rag.fusion.decode import DecodingOptions
+from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.positions import block_mask, fused_positions
 from kvfusion_rag.text.settings import ModelSettings, load_settings

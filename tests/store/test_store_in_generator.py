@@ -327,7 +327,7 @@ def test_f7_a_batch_without_memory_is_answered_in_halves(monkeypatch):
     rows = [DOCUMENTS[: 1 + n % 3] for n in range(5)]
     expected = [gen.answer("who?", row, max_new_tokens=4).token_ids for row in rows]
     running_out(gen, monkeypatch, times=10**6, largest=1)
-    gen._engine.supply.tokens_per_pass = 1  # one document a pass, so that prefill is within it
+    gen._engine.document_kvs.tokens_per_pass = 1  # one document a pass, so that prefill is within it
     found = gen.answer_batch(["who?"] * 5, rows, max_new_tokens=4)
     assert [answer.token_ids for answer in found] == expected
 

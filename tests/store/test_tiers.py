@@ -31,7 +31,7 @@ from kvfusion_rag import (
     StoreError,
     StoreEvent,
 )
-from kvfusion_rag.store import Miss, Wanted, as_store, namespace_key, open_store
+from kvfusion_rag.store import KVRequest, Miss, as_store, namespace_key, open_store
 from kvfusion_rag.store.documents import _on_device
 from kvfusion_rag.store.format import encode, layout
 from kvfusion_rag.store.policy import LoadPolicy
@@ -83,7 +83,7 @@ def test_documents_are_put_into_the_slots_that_were_named(tmp_path):
     store = layered(tmp_path)
     for origin in ("computed", "memory", "disk"):
         slots = {n: SHAPE.empty(ids_of(n)) for n in range(3)}
-        wanted = {key_of(n): Wanted(ids_of(n), slots[n]) for n in range(3)}
+        wanted = {key_of(n): KVRequest(ids_of(n), slots[n]) for n in range(3)}
         found, origins, _ = store.fetch(wanted, SHAPE, CPU, "model", Computer(range(3)))
         assert set(origins.values()) == {origin} and all(found[key_of(n)] is slots[n] for n in range(3))
         assert all(same(slots[n], kv_of(n)) for n in range(3))

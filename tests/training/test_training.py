@@ -20,7 +20,7 @@ from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore, Mode
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import Passage, QARow, write_rows
 from kvfusion_rag.engine.engine import Engine
-from kvfusion_rag.fusion.decode import DecodingOptions
+from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.positions import block_mask, fused_positions
 from kvfusion_rag.text.encoder import PromptEncoder
@@ -130,9 +130,9 @@ def test_stored_and_computed_documents_give_the_same_loss_and_gradients():
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
 def test_documents_are_prefilled_without_dropout_while_the_same_model_is_trained(architecture):
     made, ids = engine(architecture), {"k": (20, 30, 40)}
-    expected = made.supply.document_kvs(ids, made.encoder.prefix_ids)["k"]
+    expected = made.document_kvs.get(ids, made.encoder.prefix_ids)["k"]
     made.decoder.model.train()
-    assert torch.equal(made.supply.document_kvs(ids, made.encoder.prefix_ids)["k"].values, expected.values)
+    assert torch.equal(made.document_kvs.get(ids, made.encoder.prefix_ids)["k"].values, expected.values)
     assert made.decoder.model.training
 
 
@@ -144,7 +144,7 @@ def trainer(tmp_path: Path, made: Engine, data: list[QARow], dev: list[QARow] | 
 def test_gradient_reaches_the_adapter_alone_and_prefill_stays_frozen(tmp_path):
     made = engine()
     before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
-    kv = made.supply.document_kvs({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"]
+    kv = made.document_kvs.get({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"]
     run = trainer(tmp_path, made, rows(8), max_steps=3)
     assert run.weights and all("lora" in name for name in run.weights)
     started = {n: p.clone() for n, p in run.weights.items()}
@@ -154,7 +154,7 @@ def test_gradient_reaches_the_adapter_alone_and_prefill_stays_frozen(tmp_path):
         kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
         assert kept is not None and torch.equal(kept, weight), name
     assert any(not torch.equal(p, started[n]) for n, p in run.weights.items())
-    assert torch.equal(made.supply.document_kvs({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"].keys, kv.keys)
+    assert torch.equal(made.document_kvs.get({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"].keys, kv.keys)
 
 
 def test_full_training_changes_the_decoder_and_not_the_prefill_model(tmp_path):

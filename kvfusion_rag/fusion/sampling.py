@@ -1,0 +1,128 @@
+"""Chooses the next token of each answer from its logits, as the caller's options say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypedDict, cast
+
+import torch
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..errors import InvalidInputError
+from ..text.settings import is_count
+
+GREEDY_BELOW = 1e-4  # temperatures at which logits would overflow and the likeliest token is all but certain
+NO_TOKEN = -1  # the logits are NaN or infinite
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingOptions:
+    """How tokens are chosen and when an answer ends.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        temperature: 0 for greedy; above it, sampling.
+        top_p: keep the likeliest tokens that hold this share of the probability.
+        top_k: keep this many likeliest tokens; ``None`` for all.
+        stop: strings that end an answer wherever their letters fall on tokens; not part of it.
+        seed: of the random generator of each answer, below 2**63; ``None`` for a fresh one.
+        may_shorten: the limit is a default, so an answer with less room in the window gets a lower one.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    may_shorten: bool = False
+
+    def __post_init__(self) -> None:
+        _require(is_count(self.max_new_tokens), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
+        _require(
+            _is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
+        )
+        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(self.top_k is None or is_count(self.top_k), "top_k", self.top_k, "a whole number from 1, or None")
+        is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        _require(is_list, "stop", self.stop, "a list of strings; put a single one into a list")
+        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
+        object.__setattr__(self, "stop", tuple(self.stop))  # the caller's list may change while answers are decoded
+        is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 63
+        _require(self.seed is None or is_seed, "seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
+
+
+class DecodingKwargs(TypedDict, total=False):
+    """Options of one call, as :class:`DecodingOptions` describes them."""
+
+    max_new_tokens: int | None
+    temperature: float
+    top_p: float
+    top_k: int | None
+    stop: Sequence[str]
+    seed: int | None
+
+
+def decoding_options(given: DecodingKwargs, *, max_new_tokens: int) -> DecodingOptions:
+    """What a caller gave, with defaults for what was not.
+
+    Raises:
+        InvalidInputError: an unknown option, or a value that is not allowed.
+    """
+    allowed = DecodingKwargs.__annotations__
+    if unknown := sorted(given.keys() - allowed.keys()):
+        raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
+    wanted = given.get("max_new_tokens")
+    limit = {"max_new_tokens": max_new_tokens, "may_shorten": True} if wanted is None else {"max_new_tokens": wanted}
+    return DecodingOptions(**{**given, **limit, "stop": given.get("stop") or ()})
+
+
+def sampler(
+    options: DecodingOptions, answers: int, device: torch.device
+) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
+    """Function from logits (n, V), and which answers they are for, to the next token of each, or ``NO_TOKEN``."""
+    if options.temperature < GREEDY_BELOW:
+        return lambda logits, open_ones: _likeliest(logits)
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
+    if options.top_k is not None:
+        warpers.append(TopKLogitsWarper(options.top_k))
+    if options.top_p < 1:
+        warpers.append(TopPLogitsWarper(options.top_p))
+    # A generator each: an answer does not depend on what is sampled beside it, nor on torch's global state.
+    generators = [torch.Generator(device) for _ in range(answers)]
+    for generator in generators:
+        generator.seed() if options.seed is None else generator.manual_seed(options.seed)
+
+    no_ids = cast(torch.LongTensor, torch.empty(0, dtype=torch.long))  # these warpers do not look at ids
+
+    def sample(logits: torch.Tensor, open_ones: Sequence[int]) -> list[int]:
+        for warper in warpers:
+            logits = warper(no_ids, cast(torch.FloatTensor, logits))
+        # The largest p / q, q from an exponential distribution, is each with probability p, as in torch.multinomial.
+        draws = torch.empty_like(logits)
+        for draw, i in zip(draws, open_ones, strict=True):
+            draw.exponential_(generator=generators[i])
+        return _likeliest(logits.softmax(dim=-1) / draws)
+
+    return sample
+
+
+def _likeliest(scores: torch.Tensor) -> list[int]:
+    """The place of the largest score of each row (n, V), or ``NO_TOKEN`` where they are no numbers."""
+    largest, places = scores.max(dim=-1)
+    return places.where(largest.isfinite(), NO_TOKEN).tolist()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise InvalidInputError(f"{name} is {value!r}, but it must be {allowed}.")
