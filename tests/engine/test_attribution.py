@@ -11,7 +11,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generator import DOCUMENTS
+from tests.test_generator import DOCUMENTS
 
 from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, MemoryLimitError
 from kvfusion_rag.engine import attribution

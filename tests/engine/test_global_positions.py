@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from test_generator import DOCUMENTS
+from tests.test_generator import DOCUMENTS
 
 from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator
 from kvfusion_rag.data.rows import Passage, QARow

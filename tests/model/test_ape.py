@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_generator import DOCUMENTS
+from tests.test_generator import DOCUMENTS
 from transformers import AttentionInterface, GPTJConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
