@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ..engine.engine import Engine
 from ..errors import UnsupportedModelError
 from ..fusion.fused_cache import fuse
-from ..fusion.gate import TOLERANCE
+from ..model.tolerance import TOLERANCE
 from ..model.kv import DocumentKV
 from ..model.positions import packed_mask
 from .examples import Batch, Example, collate
