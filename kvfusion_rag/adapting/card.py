@@ -8,7 +8,7 @@ from .report import AdaptReport
 def card(report: AdaptReport) -> str:
     """Return Markdown text with data, counts, command, figures and limits."""
     dropped = "\n".join(f"| {reason} | {count} |" for reason, count in report.dropped.items())
-    figures = "\n".join(f"| {verdict.system} | {verdict.right:.1f} | {verdict.f1:.1f} |" for verdict in report.verdicts)
+    figures = "\n".join(f"| {one.system} | {one.right:.1f} | {one.f1:.1f} |" for one in report.verdicts)
     mean, low, high = report.margin
     hardware = report.run["hardware"]
     return f"""# Adapter of {report.model_id} for fused documents
@@ -22,8 +22,8 @@ Use it with `kvfusion ask "..." --docs PATH --adapter DIR`, or
 
 ## Data
 
-The base model wrote or was given {report.asked} questions and answered them from their passages. The adapter was trained
-on {report.trained} of them and judged on {report.judged} about other passages. Dropped:
+The base model wrote or was given {report.asked} questions and answered them from their passages. The adapter was
+trained on {report.trained} of them and judged on {report.judged} about other passages. Dropped:
 
 | reason | questions |
 | --- | --- |

@@ -215,6 +215,7 @@ def _report(
         run=run_facts(),
     )
 
+
 def _finish(report: AdaptReport, folder: Path) -> None:
     """Put the adapter, if it is kept, with its card into ``folder/adapter``, and write the report last."""
     if report.kept:

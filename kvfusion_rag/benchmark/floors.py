@@ -1,4 +1,5 @@
-"""Computes the floor of an answer: its minimum number of operations and bytes, and the time these take on this machine.
+"""Computes the floor of an answer: its minimum number of operations and bytes, and the time these take on this
+machine.
 
 A floor counts matrix products and attention, each weight read once per step, and each document's KV moved once for all
 its questions. If the token after a token is not needed, the last layer only computes its KV. Everything else (norms,

@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights, and random texts for them, so that speed is measured without a hub."""
+"""Models of published shapes with random weights, and random texts for them, which need no hub."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def shape_named(name: str) -> Shape:
 
 
 def random_backbone(name: str, dtype: str, device: str, seed: int, weights: str | None = None) -> Backbone:
-    """Return a model of the shape ``name`` with one token per word of :func:`random_text`. Its answers never end early.
+    """Return a model of the shape ``name`` with one token per word of :func:`random_text`. Its answers never end
+    early.
 
     With ``weights`` "int8" or "float8", torchao stores the layers' weights in 8 bits, but not the output matrix.
     """

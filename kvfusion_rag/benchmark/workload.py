@@ -76,7 +76,9 @@ def _combinations(base: Case, text: str) -> list[Case]:
         name, equals, listed = part.partition("=")
         name = name.replace("-", "_")
         if not equals or name not in _FIELDS:
-            raise InvalidInputError(f"sweep is {part!r}, but it must be NAME=VALUE,... with NAME of {', '.join(_FIELDS)}.")
+            raise InvalidInputError(
+                f"sweep is {part!r}, but it must be NAME=VALUE,... with NAME of {', '.join(_FIELDS)}."
+            )
         values[name] = [_value(name, one) for one in listed.split(",")]
     return [replace(base, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
 

@@ -75,7 +75,9 @@ class DataBuilder:
         embedder: Embedder | None = None,
     ) -> None:
         if options.max_tokens is not None and count_tokens is None:
-            raise InvalidInputError("max_tokens is set, but count_tokens is missing, which counts the tokens of a text.")
+            raise InvalidInputError(
+                "max_tokens is set, but count_tokens is missing, which counts the tokens of a text."
+            )
         if "dense" in options.negatives and embedder is None:
             raise InvalidInputError("negatives is 'dense', but embedder is missing, which computes the vectors.")
         self.report = DataReport()

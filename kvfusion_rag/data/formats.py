@@ -1,8 +1,8 @@
 """Reads questions and passages from common file formats into one kind of object.
 
 The formats are this project's rows, one-question-one-context JSON lines, SQuAD 1.1 and 2.0, Natural-Questions-open,
-TriviaQA, PopQA, lost-in-the-middle and, through the optional library, Hugging Face ``datasets``. A malformed file raises
-one error that names file, place and field. Whether a row is useful is decided elsewhere.
+TriviaQA, PopQA, lost-in-the-middle and, through the optional library, Hugging Face ``datasets``. A malformed file
+raises one error that names file, place and field. Whether a row is useful is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -44,11 +44,9 @@ _ANSWER_FIELDS = ("answers", "answer", "Answer", "possible_answers")
 class Example:
     """A question as its file contains it.
 
-    Attributes:
-        where: file and place, for messages.
-        answers: accepted answers; empty if the question cannot be answered from its context.
-        passages: all passages that came with the question, in the file's order; those that contain the answer are gold.
-        answer_start: offset of ``answers[0]`` in the gold passage, as the file gives it.
+    Attributes: where: file and place, for messages. answers: accepted answers; empty if the question cannot be
+        answered from its context. passages: all passages that came with the question, in the file's order; those that
+        contain the answer are gold. answer_start: offset of ``answers[0]`` in the gold passage, as the file gives it.
     """
 
     where: str
@@ -301,7 +299,9 @@ def _answers(data: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int 
 
 
 def _answer_object(value: Mapping[str, Any], where: str, name: str) -> tuple[Any, Any]:
-    """Return answers and start from SQuAD's columns {text, answer_start} or TriviaQA's {value, aliases}, in either spelling."""
+    """Return answers and start from SQuAD's columns {text, answer_start} or TriviaQA's {value, aliases}, in either
+    spelling.
+    """
     if "text" in value:
         starts = value.get("answer_start") or [None]
         return value["text"], starts[0] if isinstance(starts, list) else starts

@@ -1,7 +1,8 @@
 """Builds groups of rows that share one set of passages, so that training prefills and fuses it once for all of them.
 
-A set is the gold passage of a question and passages similar to it. Every question whose gold passage is in the set joins
-the group, unless another passage of the set contains one of its answers. Such a question waits for another group.
+A set is the gold passage of a question and passages similar to it. Every question whose gold passage is in the set
+joins the group, unless another passage of the set contains one of its answers. Such a question waits for another
+group.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Finds negatives: passages that are similar to the gold passage and do not contain an answer.
 
-Contains a pool of distinct passages, rankings of it for a question (BM25, sentence vectors, random order), and the draw
-that takes passages from the rankings in turn.
+Contains a pool of distinct passages, rankings of it for a question (BM25, sentence vectors, random order), and the
+draw that takes passages from the rankings in turn.
 """
 
 from __future__ import annotations
@@ -204,8 +204,8 @@ def take_turns(
 ) -> dict[int, str]:
     """Return up to ``count`` passages, one from each ranking in turn, with the name of the ranking of each.
 
-    Passages in ``taken`` and those that ``refuse`` rejects are skipped. Chosen ones are added to ``taken``. The ranking
-    named ``FILLED`` is used only when the others are exhausted.
+    Passages in ``taken`` and those that ``refuse`` rejects are skipped. Chosen ones are added to ``taken``. The
+    ranking named ``FILLED`` is used only when the others are exhausted.
     """
     chosen: dict[int, str] = {}
     waiting = [name for name in rankings if name != FILLED] or [FILLED]

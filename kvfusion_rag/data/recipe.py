@@ -64,7 +64,7 @@ class DataOptions:
             raise InvalidInputError(f"max_tokens is {self.max_tokens}, but it must be at least 1.")
         if self.group_questions < 1 or (self.group_questions > 1 and not self.grouped):
             raise InvalidInputError(
-                f"group_questions is {self.group_questions}, but it must be a whole number from 1, and 1 without groups."
+                f"group_questions is {self.group_questions}, but it must be a whole number from 1, 1 without groups."
             )
         if self.grouped and (least < most or self.no_gold):
             raise InvalidInputError(
@@ -116,8 +116,8 @@ class DataReport:
     def drop(self, example: Example, reason: str, *, strict: bool) -> None:
         """Count a dropped question.
 
-        Raises:
-            InvalidInputError: ``strict`` is set and the reason is not harmless. Names the question's place and the cause.
+        Raises: InvalidInputError: ``strict`` is set and the reason is not harmless. Names the question's place and the
+            cause.
         """
         if strict and reason not in HARMLESS:
             raise InvalidInputError(f"{example.where} (id {example.id!r}): {reason}; without strict it is dropped.")

@@ -1,7 +1,7 @@
 """Question-answer rows, the format that training and evaluation share: one question, its answers, its passages.
 
-A row without answers cannot be answered from its passages. A row without a gold passage is asked over distractors only.
-Other formats are read by ``formats``.
+A row without answers cannot be answered from its passages. A row without a gold passage is asked over distractors
+only. Other formats are read by ``formats``.
 """
 
 from __future__ import annotations

@@ -84,8 +84,8 @@ def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, d
     several = sum(len(row.gold) > 1 for row in rows)
     if several and any(condition.kind == "slot" for condition in conditions):
         notes.append(
-            f"{several} of {len(rows)} rows have several gold passages, which are placed together from the slot on, or "
-            "so that they end at the last slot."
+            f"{several} of {len(rows)} rows have several gold passages, which are placed together from the slot on, "
+            "or so that they end at the last slot."
         )
     return Plan(tuple(conditions), documents, tuple(notes))
 
@@ -161,9 +161,7 @@ def _checked_documents(rows: Sequence[QARow], documents: int | None) -> int:
         )
     for row in rows:
         if len(row.gold) > documents:
-            raise InvalidInputError(
-                f"documents is {documents}, but row {row.id!r} has {len(row.gold)} gold passages."
-            )
+            raise InvalidInputError(f"documents is {documents}, but row {row.id!r} has {len(row.gold)} gold passages.")
     return documents
 
 
@@ -181,7 +179,9 @@ def _expand(name: str, documents: int, fewest: int) -> list[Condition]:
         raise InvalidInputError(f"condition is {name!r}, but it must be one of {', '.join(GROUPS)}, slot:N and top:K.")
     most = documents if kind == "slot" else fewest
     if not 1 <= int(number) <= most:
-        raise InvalidInputError(f"condition is {name}, but its number must be from 1 to {most}, as rows have documents.")
+        raise InvalidInputError(
+            f"condition is {name}, but its number must be from 1 to {most}, as rows have documents."
+        )
     return [Condition(kind, int(number))]
 
 

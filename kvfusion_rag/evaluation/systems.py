@@ -1,7 +1,7 @@
 """The systems that an evaluation compares.
 
-A system answers questions from documents in a given order. ``SYSTEMS`` lists those of the command; add a line there for
-another one. The caller loads models.
+A system answers questions from documents in a given order. ``SYSTEMS`` lists those of the command; add a line there
+for another one. The caller loads models.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Models:
         return self._loaded[changed]
 
     def _options(self, weights: Weights) -> dict[str, str | None]:
-        """Return what to load. "tuned" is the adapter, else the decoder, else the base model. "full" is the decoder."""
+        """Return what to load: for "tuned" the adapter, else the decoder, else the base model."""
         adapter, decoder, sft, other = (self._inputs.get(n) for n in ("adapter", "decoder", "sft", "concat_model"))
         joined = {} if other is None else {"model": other}
         tuned = {"decoder": decoder} if adapter is None else {"adapter": adapter}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from sentencex import get_sentence_boundaries
+from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue]
 
 WINDOW = 20_000  # characters; the library's time grows with the square of what it reads at once
 # The library fails on lone surrogates and on white space outside ASCII.

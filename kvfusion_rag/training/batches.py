@@ -1,7 +1,7 @@
 """Orders the rows of an epoch into steps and batches, and keeps rows with the same documents together.
 
-Questions in a batch that share documents share one fused cache, so groups are shuffled as wholes and split only if they
-are larger than a batch. If no rows share documents, an epoch is a plain shuffle in slices.
+Questions in a batch that share documents share one fused cache, so groups are shuffled as wholes and split only if
+they are larger than a batch. If no rows share documents, an epoch is a plain shuffle in slices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Saves and restores the state of a training run: weights in their libraries' formats, the rest in safetensors and JSON.
+"""Saves and restores the state of a training run: weights in their libraries' formats, the rest in safetensors and
+JSON.
 
 A checkpoint is written under another name and then renamed, so that killing a run does not damage the previous one.
 """

@@ -124,8 +124,8 @@ def require_answerable(row: QARow, where: str) -> None:
 def require_trainable(row: QARow, where: str, loss: Loss) -> None:
     """Reject a row that cannot be trained on with ``loss``.
 
-    Raises:
-        InvalidInputError: see ``require_answerable``; "distill" only needs a gold passage and an answer in any wording.
+    Raises: InvalidInputError: see ``require_answerable``; "distill" only needs a gold passage and an answer in any
+        wording.
     """
     if loss == "answer":
         require_answerable(row, where)

@@ -1,8 +1,9 @@
 """The losses of KV-Fusion: cross entropy of the answer, given question and fused cache (paper section 3.2), or the
 divergence from the base model over the gold passages only.
 
-The documents' KV comes from the frozen prefill decoder Dp and has no gradient. Only the answering decoder Dt is trained.
-Shapes: B batch rows, K fused slots, Q question tokens, N kept columns of Q, A target tokens of the batch, V vocabulary.
+The documents' KV comes from the frozen prefill decoder Dp and has no gradient. Only the answering decoder Dt is
+trained. Shapes: B batch rows, K fused slots, Q question tokens, N kept columns of Q, A target tokens of the batch, V
+vocabulary.
 """
 
 from __future__ import annotations

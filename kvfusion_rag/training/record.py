@@ -1,7 +1,7 @@
 """The record of how a decoder was trained, saved beside its weights, and the check that a checkpoint can be resumed.
 
-Base weights, templates, settings, rows and processes must be the same on resuming. The length of the run, the frequency
-of evaluations and gradient checkpointing may change.
+Base weights, templates, settings, rows and processes must be the same on resuming. The length of the run, the
+frequency of evaluations and gradient checkpointing may change.
 """
 
 from __future__ import annotations

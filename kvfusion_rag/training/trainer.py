@@ -1,7 +1,7 @@
 """The training loop of the answering decoder Dt, as in the paper, with a LoRA adapter or in full.
 
-Each step takes the documents' KV from the frozen Dp (kept in the store across epochs if they fit), computes the loss on
-the answers, and updates only Dt. Several processes share the rows of a step and sum their gradients.
+Each step takes the documents' KV from the frozen Dp (kept in the store across epochs if they fit), computes the loss
+on the answers, and updates only Dt. Several processes share the rows of a step and sum their gradients.
 """
 
 from __future__ import annotations
@@ -221,8 +221,8 @@ class Trainer:
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
-            f"{what}, so training diverged; resume from the last checkpoint, or start again with a learning_rate below "
-            f"{self.config.learning_rate}."
+            f"{what}, so training diverged; resume from the last checkpoint, or start again with a learning_rate "
+            f"below {self.config.learning_rate}."
         )
 
     def _sum_over_processes(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -296,7 +296,7 @@ class Trainer:
 
 
 def _reading_once(engine: Engine) -> Callable[[tuple[Document, ...], Layout], Reading]:
-    """Return the engine's ``read`` with a cache of its last result, since rows with the same documents are adjacent."""
+    """Return the engine's ``read`` with a cache of one result, since rows with the same documents are adjacent."""
     last: tuple[Any, Reading] | None = None
 
     def read(documents: tuple[Document, ...], layout: Layout) -> Reading:

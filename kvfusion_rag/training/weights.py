@@ -1,8 +1,8 @@
 """Float32 copies of the trained weights, for any precision of the model.
 
 In bfloat16 (8 bits of mantissa), small updates and accumulated gradients are rounded away. So the optimiser works on
-float32 copies with float32 gradients, and the model gets their rounded values after each step. Float32 weights are their
-own copies.
+float32 copies with float32 gradients, and the model gets their rounded values after each step. Float32 weights are
+their own copies.
 """
 
 from __future__ import annotations
