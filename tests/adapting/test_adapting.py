@@ -18,6 +18,7 @@ from kvfusion_rag.adapting.rows import NegativeMiner, make_row, number_of_docume
 from kvfusion_rag.adapting.stages import Stages
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import Passage
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.store import MemoryStore
 from kvfusion_rag.training.trainer import Trainer
 from tests.training.test_training import contents
@@ -73,7 +74,7 @@ def fusion_fails_untuned(monkeypatch) -> None:
     answer_rows = running.answer_rows
 
     def answers(generator, rows, mode, tokens):
-        if mode == "fusion" and not generator._backbone.has_adapter:
+        if mode == "fusion" and not generator._engine.model.backbone.has_adapter:
             return ["nobody"] * len(rows)
         return answer_rows(generator, rows, mode, tokens)
 
@@ -289,7 +290,7 @@ def test_a_model_without_a_chat_template_is_adapted_in_plain_wording(docs, tmp_p
 @pytest.mark.parametrize("tokens", ["byte-bpe", "bpe-byte-fallback"])
 def test_a_question_goes_on_from_examples_text_and_opening(tokens):
     base = backbone("llama", tokens=tokens, max_position_embeddings=2048)
-    generator = KVFusionGenerator(base, store=MemoryStore(), gather=False)
+    generator = KVFusionGenerator(TorchModel(base), store=MemoryStore(), gather=False)
     start = "<s>" if tokens == "bpe-byte-fallback" else ""
     writer = question_writer(generator, start)
     passage = Passage(place(0), "Harbour")

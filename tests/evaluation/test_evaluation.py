@@ -44,6 +44,7 @@ from kvfusion_rag.evaluation.systems import (
     make_systems,
     require_inputs,
 )
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.text.settings import ModelSettings
 
@@ -723,7 +724,9 @@ def old(monkeypatch):
     """A generator over GPT-J, whose attention cannot be exchanged."""
     config = GPTJConfig(n_embd=48, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, vocab_size=512)
     model, tokenizer = AutoModelForCausalLM.from_config(config), tiny.tokenizer("byte-bpe")
-    made = KVFusionGenerator(Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old"), store=None)
+    made = KVFusionGenerator(
+        TorchModel(Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old")), store=None
+    )
     monkeypatch.setattr(evaluate, "load_generator", lambda args, store: made)
 
 

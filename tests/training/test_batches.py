@@ -29,11 +29,11 @@ def shared(sizes: list[int], seed: int = 0, passages: int = 3) -> list[QARow]:
 
 
 def gradients(made, batches) -> tuple[float, dict[str, torch.Tensor]]:
-    made.decoder.model.zero_grad()
+    made.model.decoder.model.zero_grad()
     loss = sum(fusion_loss(made, batch) for batch in batches)
     loss.backward()
     return float(loss.detach()), {
-        n: p.grad.clone() for n, p in made.decoder.model.named_parameters() if p.grad is not None
+        n: p.grad.clone() for n, p in made.model.decoder.model.named_parameters() if p.grad is not None
     }
 
 
@@ -41,7 +41,7 @@ def gradients(made, batches) -> tuple[float, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_questions_have_the_loss_and_gradients_of_single_ones(architecture, changes):
     made = engine(architecture, **changes)
-    made.decoder.model.requires_grad_(True)
+    made.model.decoder.model.requires_grad_(True)
     data = [*shared([3, 1, 2]), QARow("none", "who", (), ())]
     together = batch_of(made, data)
     assert [len(group) for group in together.groups] == [3, 1, 2, 1] and together.packed

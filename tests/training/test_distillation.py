@@ -13,6 +13,7 @@ from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import Passage, QARow, write_rows
 from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import default_settings
 from kvfusion_rag.training.checkpoint import load_record
 from kvfusion_rag.training.config import TrainingConfig
@@ -26,13 +27,12 @@ def prompt_engine() -> Engine:
     """An engine that reads bare questions in the model's chat template."""
     settings = default_settings(tokenizer("byte-bpe"))
     base = backbone("llama", settings=settings, max_position_embeddings=1024)
-    options = {"namespace": "", "max_fused_tokens": 100_000, "tokens_per_pass": None}
-    return Engine(base, settings, store=MemoryStore(), **options)
+    return Engine(TorchModel(base), settings, store=MemoryStore())
 
 
 def distilled(made: Engine, data: list[QARow], *, joined: bool = False):
     options = {"evidence": False, "joined": joined, "loss": "distill"}
-    return collate([encode_row(row, made, end_id=made.decoder.end_id, **options) for row in data])
+    return collate([encode_row(row, made, end_id=made.model.decoder.end_id, **options) for row in data])
 
 
 def gold_only(row: QARow) -> QARow:
@@ -52,7 +52,9 @@ def test_the_target_is_the_distribution_of_the_base_model_over_the_gold_passage_
         # A passage length puts the question further behind; without one the positions are those of a joined prompt.
         ids = [*base.prefix, *gold, *base.read]
         positions = [*range(len(base.prefix) + len(gold)), *range(base.start, base.start + len(base.read))]
-        logits = made.backbone.model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions])).logits[0]
+        logits = made.model.backbone.model(
+            input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions])
+        ).logits[0]
         expected = log_softmax(logits[-len(base.target) :], dim=-1)
         torch.testing.assert_close(base_log_probabilities(made, [base]), expected, rtol=1e-3, atol=1e-3)
 
@@ -60,24 +62,24 @@ def test_the_target_is_the_distribution_of_the_base_model_over_the_gold_passage_
 def test_the_base_model_reads_what_it_reads_when_it_is_asked_over_the_gold_passage(made):
     (row,) = rows(1)
     documents = [passage.document("1") for passage in row.gold]
-    asked = KVFusionGenerator(made.backbone, settings=made.settings, store=None).show_prompt(
+    asked = KVFusionGenerator(TorchModel(made.model.backbone), settings=made.settings, store=None).show_prompt(
         row.question, documents, mode="fusion"
     )
     ((example,),) = distilled(made, [row]).groups
     base = example.base
     ids = [*base.prefix, *(i for document in base.documents.values() for i in document), *base.question]
-    assert made.backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == asked.text
+    assert made.model.backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == asked.text
 
 
 def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(made):
     """Over the gold passage only, the base model is both."""
-    made.decoder.model.requires_grad_(True)
+    made.model.decoder.model.requires_grad_(True)
     loss = distillation_loss(made, distilled(made, [gold_only(row) for row in rows(3)]))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-4)
-    gradients = [p.grad for p in made.decoder.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in made.model.decoder.model.parameters() if p.grad is not None]
     assert gradients and max(float(gradient.abs().max()) for gradient in gradients) < 1e-3
-    made.decoder.model.zero_grad()
+    made.model.decoder.model.zero_grad()
     among_others = distillation_loss(made, distilled(made, rows(3)))
     assert float(among_others.detach()) > 0.01
 
@@ -139,11 +141,11 @@ def test_a_run_taken_up_again_has_the_losses_of_one_that_was_not_stopped(tmp_pat
 
 def test_full_training_distils_from_the_frozen_model(tmp_path):
     made = engine(full=True)
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
     run = trainer(tmp_path, made, rows(8), max_steps=4, loss="distill", full=True, batch_size=8)
     losses = [loss for _, loss in run.run().losses]
     assert losses[-1] < losses[0]
-    assert all(torch.equal(p, before[n]) for n, p in made.backbone.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in made.model.backbone.model.named_parameters())
 
 
 def test_the_adapter_is_read_in_the_layout_in_which_it_was_trained(tmp_path):

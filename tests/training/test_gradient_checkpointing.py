@@ -20,8 +20,8 @@ def prepared(architecture: str, *, full: bool, **changes):
     if not full:
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            made.decoder.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    made.decoder.model.train()
+            made.model.decoder.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    made.model.decoder.model.train()
     return made
 
 
@@ -33,7 +33,7 @@ def test_loss_and_gradients_are_those_without_checkpoints(architecture, full):
     for checkpointed in (False, True):
         made = prepared(architecture, full=full)
         if checkpointed:
-            made.decoder.checkpoint_activations()
+            made.model.decoder.checkpoint_activations()
         batches = [batch_of(made, data), batch_of(made, rows(2), joined=True)]
         torch.manual_seed(0)  # gpt2 and bert have dropout
         found.append(gradients(made, batches))
@@ -51,7 +51,7 @@ def test_layers_really_are_computed_twice_and_keep_less():
     for checkpointed in (False, True):
         made = prepared("llama", full=True)
         if checkpointed:
-            made.decoder.checkpoint_activations()
+            made.model.decoder.checkpoint_activations()
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
             fusion_loss(made, batch_of(made, rows(4)))
@@ -80,7 +80,7 @@ def test_models_that_cannot_are_refused(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"'eager'.*needs 'sdpa'"):
         trainer(tmp_path, engine(_attn_implementation="eager"), rows(2), gradient_checkpointing=True)
     made = engine()
-    monkeypatch.setattr(type(made.decoder.model), "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(type(made.model.decoder.model), "supports_gradient_checkpointing", False)
     with pytest.raises(UnsupportedModelError, match="has no gradient checkpointing"):
         trainer(tmp_path, made, rows(2), gradient_checkpointing=True)
 
@@ -88,7 +88,7 @@ def test_models_that_cannot_are_refused(tmp_path, monkeypatch):
 def test_a_model_that_loses_the_context_is_refused(tmp_path):
     """As an architecture would whose layers do not hand unknown arguments on to attention."""
     made = engine()
-    layer = made.decoder.model.model.layers[1]
+    layer = made.model.decoder.model.model.layers[1]
     layer.self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"context": None}), with_kwargs=True
     )

@@ -19,8 +19,10 @@ from torch.nn.functional import cross_entropy
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import Passage, QARow, write_rows
-from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.engine.document_kvs import Scope
+from kvfusion_rag.engine.engine import Engine, EngineOptions
 from kvfusion_rag.fusion.sampling import DecodingOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.positions import block_mask, fused_positions
 from kvfusion_rag.text.encoder import PromptEncoder
@@ -63,14 +65,12 @@ def engine(
     decoder = None
     if full:
         decoder = Backbone(copy.deepcopy(base.model), base.tokenizer, SETTINGS, model_id="decoder")
-    return Engine(
-        base, SETTINGS, store=store, namespace="", max_fused_tokens=100_000, tokens_per_pass=None, decoder=decoder
-    )
+    return Engine(TorchModel(base, decoder), SETTINGS, store=store, options=EngineOptions(max_fused_tokens=100_000))
 
 
 def batch_of(made: Engine, data: list[QARow], **options):
     options = {"evidence": False, "joined": False} | options
-    return collate([encode_row(row, made, end_id=made.decoder.end_id, **options) for row in data])
+    return collate([encode_row(row, made, end_id=made.model.decoder.end_id, **options) for row in data])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -82,7 +82,7 @@ def test_the_loss_is_that_of_one_block_masked_pass(architecture):
         documents, read = list(example.documents.values()), list(example.read)
         lengths, prefix = [len(d) for d in documents], list(made.encoder.prefix_ids)
         ids = [*prefix, *(i for d in documents for i in d), *read]
-        logits = made.backbone.model(
+        logits = made.model.backbone.model(
             input_ids=torch.tensor([ids]),
             position_ids=fused_positions(len(prefix), lengths, example.start, len(read))[None],
             attention_mask=block_mask(len(prefix), lengths, len(read))[None, None],
@@ -108,7 +108,7 @@ def test_only_answer_tokens_and_the_end_are_trained():
     batch = batch_of(made, [row])
     text = made.encoder.decode([i for i in batch.labels[0].tolist() if i != -100])
     assert text.split() == list(row.answers)
-    assert batch.labels[0, -1].item() == made.decoder.end_id
+    assert batch.labels[0, -1].item() == made.model.decoder.end_id
     with_evidence = batch_of(made, [row], evidence=True)
     assert row.evidence in made.encoder.decode([i for i in with_evidence.labels[0].tolist() if i != -100])
     unanswerable = batch_of(made, [QARow("u", "who", (), row.passages)])
@@ -119,21 +119,21 @@ def test_stored_and_computed_documents_give_the_same_loss_and_gradients():
     gradients = []
     for store in (None, MemoryStore()):
         made = engine(store=store)
-        made.decoder.model.requires_grad_(True)
+        made.model.decoder.model.requires_grad_(True)
         for _ in range(2):  # the second pass reads from the store, if there is one
-            made.decoder.model.zero_grad()
+            made.model.decoder.model.zero_grad()
             fusion_loss(made, batch_of(made, rows(4))).backward()
-        gradients.append([p.grad.clone() for p in made.decoder.model.parameters() if p.grad is not None])
+        gradients.append([p.grad.clone() for p in made.model.decoder.model.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
 def test_documents_are_prefilled_without_dropout_while_the_same_model_is_trained(architecture):
     made, ids = engine(architecture), {"k": (20, 30, 40)}
-    expected = made.document_kvs.get(ids, made.encoder.prefix_ids)["k"]
-    made.decoder.model.train()
-    assert torch.equal(made.document_kvs.get(ids, made.encoder.prefix_ids)["k"].values, expected.values)
-    assert made.decoder.model.training
+    expected = made.document_kvs.get(ids, Scope(made.encoder.prefix_ids))["k"]
+    made.model.decoder.model.train()
+    assert torch.equal(made.document_kvs.get(ids, Scope(made.encoder.prefix_ids))["k"].values, expected.values)
+    assert made.model.decoder.model.training
 
 
 def trainer(tmp_path: Path, made: Engine, data: list[QARow], dev: list[QARow] | None = None, **config) -> Trainer:
@@ -143,26 +143,26 @@ def trainer(tmp_path: Path, made: Engine, data: list[QARow], dev: list[QARow] | 
 
 def test_gradient_reaches_the_adapter_alone_and_prefill_stays_frozen(tmp_path):
     made = engine()
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
-    kv = made.document_kvs.get({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"]
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
+    kv = made.document_kvs.get({"k": (20, 30, 40)}, Scope(made.encoder.prefix_ids))["k"]
     run = trainer(tmp_path, made, rows(8), max_steps=3)
     assert run.weights and all("lora" in name for name in run.weights)
     started = {n: p.clone() for n, p in run.weights.items()}
     run.run()
-    after = dict(made.backbone.model.named_parameters())
+    after = dict(made.model.backbone.model.named_parameters())
     for name, weight in before.items():
         kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
         assert kept is not None and torch.equal(kept, weight), name
     assert any(not torch.equal(p, started[n]) for n, p in run.weights.items())
-    assert torch.equal(made.document_kvs.get({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"].keys, kv.keys)
+    assert torch.equal(made.document_kvs.get({"k": (20, 30, 40)}, Scope(made.encoder.prefix_ids))["k"].keys, kv.keys)
 
 
 def test_full_training_changes_the_decoder_and_not_the_prefill_model(tmp_path):
     made = engine(full=True)
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
     trainer(tmp_path, made, rows(8), max_steps=2, full=True).run()
-    assert all(torch.equal(p, before[n]) for n, p in made.backbone.model.named_parameters())
-    changed = [n for n, p in made.decoder.model.named_parameters() if not torch.equal(p, before[n])]
+    assert all(torch.equal(p, before[n]) for n, p in made.model.backbone.model.named_parameters())
+    changed = [n for n, p in made.model.decoder.model.named_parameters() if not torch.equal(p, before[n])]
     assert len(changed) > len(before) / 2
 
 
@@ -171,8 +171,8 @@ def test_a_run_learns_and_what_it_saves_answers_like_the_trainer(tmp_path):
     base = save(tmp_path / "base", settings=SETTINGS)
     data = rows(8, passages=4)
     for full in (False, True):
-        loaded = KVFusionGenerator.from_pretrained(base)._backbone
-        decoder = KVFusionGenerator.from_pretrained(base)._backbone if full else None
+        loaded = KVFusionGenerator.from_pretrained(base)._engine.model.backbone
+        decoder = KVFusionGenerator.from_pretrained(base)._engine.model.backbone if full else None
         made = Engine(
             loaded, loaded.settings, store=MemoryStore(), namespace="", max_fused_tokens=100_000, tokens_per_pass=None,
             decoder=decoder,
@@ -243,7 +243,7 @@ def test_evidence_can_be_told_from_the_answer(kind):
 def test_evidence_that_could_not_be_told_from_the_answer_is_refused(tmp_path):
     made = engine()
     made.prompts.encoder = PromptEncoder(
-        made.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | ")
+        made.model.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | ")
     )
     with pytest.raises(InvalidInputError, match="evidence_separator"):
         trainer(tmp_path, made, rows(2), evidence=True)
@@ -309,11 +309,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
     before = contents(tmp_path / "run")
     other = engine(initializer_range=0.5)  # the same shapes
     with torch.no_grad():
-        other.backbone.model.get_input_embeddings().weight += 1
-    other = Engine(
-        Backbone(other.backbone.model, other.backbone.tokenizer, SETTINGS, model_id="twin"), SETTINGS, store=None,
-        namespace="", max_fused_tokens=100_000, tokens_per_pass=None,
-    )  # fmt: skip
+        other.model.backbone.model.get_input_embeddings().weight += 1
+    twin = Backbone(other.model.backbone.model, other.model.tokenizer, SETTINGS, model_id="twin")
+    other = Engine(TorchModel(twin), SETTINGS, store=None, options=EngineOptions(max_fused_tokens=100_000))
     for changed, error, message in [
         ({"made": other}, ModelLoadError, "another base model: .*'tiny-llama'.*'twin'"),
         ({"made": engine(dtype=torch.bfloat16)}, ModelLoadError, r"another base model: .*\(float32\).*\(bfloat16\)"),
