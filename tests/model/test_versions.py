@@ -32,7 +32,10 @@ TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hyp
 def requirements() -> dict[str, Requirement]:
     """Every library that the package or a test of a framework needs, without tools."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(line for name in extras if name not in ("dev", "docs") for line in extras[name])]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for name in extras if name not in ("dev", "docs") for line in extras[name]),
+    ]
     made = [Requirement(line) for line in lines]
     return {r.name: r for r in made if r.name not in TEST_TOOLS | {"kvfusion-rag"}}
 
