@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [README, *PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md"))]
-FRAMEWORKS = ("langchain", "llama_index", "serving")  # pages that load a framework
+QUICK = ("README", "index", "store")  # the other pages load a framework or answer many questions
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 MAKE_TARGETS = {*re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE), "test-lowest", "test-newest"}
 
@@ -22,9 +22,7 @@ def python_blocks(page: Path) -> list[str]:
 
 def runnable_pages() -> list[object]:
     pages = [page for page in (README, *PAGES) if python_blocks(page)]
-    return [
-        pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in FRAMEWORKS else ()) for page in pages
-    ]
+    return [pytest.param(page, id=page.stem, marks=() if page.stem in QUICK else pytest.mark.slow) for page in pages]
 
 
 @pytest.mark.default_model
