@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import kvfusion_rag
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -66,3 +68,9 @@ def test_version_tests_exist():
 def test_every_page_is_in_the_navigation():
     named = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert named == {page.name for page in PAGES}
+
+
+def test_api_page_has_every_public_name():
+    documented = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    names = [name for name in kvfusion_rag.__all__ if not name.endswith(("Error", "__version__"))]
+    assert not [name for name in names if f"::: kvfusion_rag.{name}\n" not in documented]
