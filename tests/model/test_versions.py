@@ -26,13 +26,16 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_RUN = {"torch"}  # one version of torch is tested
 SHOWN_IN = {"ipykernel", "ipywidgets"}  # notebooks, which are no part of the versions that are tested
 UNCAPPED = {"fsspec", *SHOWN_IN}  # versions of fsspec are dates
-TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "nbmake", "packaging"}
+TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis", "nbmake", "packaging"}
 
 
 def requirements() -> dict[str, Requirement]:
     """Every library that the package or a test of a framework needs, without tools."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for name in extras if name not in ("dev", "docs") for line in extras[name]),
+    ]
     made = [Requirement(line) for line in lines]
     return {r.name: r for r in made if r.name not in TEST_TOOLS | {"kvfusion-rag"}}
 
