@@ -122,7 +122,7 @@ class DocumentKVs:
                 self.require_unchanged(model)
                 yield missing[index], kv
 
-        return self.store.fetch(wanted, self.kv_shape, self.backbone.device, self._fingerprint, compute, keep=keep)
+        return self.store.fetch(wanted, self.kv_shape, self.backbone.device, compute, keep=keep)
 
     def get(self, keys: Mapping[str, Ids], prefix: Ids) -> dict[str, DocumentKV]:
         """KV of every key, from the store or computed now (and then stored)."""
@@ -153,4 +153,4 @@ class DocumentKVs:
 
     def prefetch(self, keys: Mapping[str, tuple[int, ...]]) -> Future[int]:
         """Begin to bring stored documents into memory; the future has how many are there."""
-        return self.store.prefetch(keys, self.kv_shape, self.backbone.device, self._fingerprint)
+        return self.store.prefetch(keys, self.kv_shape, self.backbone.device)

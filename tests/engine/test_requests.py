@@ -231,7 +231,7 @@ def test_an_answer_longer_than_its_room_is_the_same(monkeypatch):
 def test_a_document_read_from_disk_is_not_handed_on_in_slots_that_are_used_again(tmp_path):
     """Another thread may look at it when the first question has ended and its memory has the next one's documents."""
     ids = tuple(range(5))
-    disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk, load="always")
+    disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk)
     made = DocumentKV(torch.ones(2, 2, 5, 4), torch.ones(2, 2, 5, 4), ids)
     from kvfusion_rag.store import KVRequest, document_key
 
@@ -239,9 +239,9 @@ def test_a_document_read_from_disk_is_not_handed_on_in_slots_that_are_used_again
     disk.disk.put(key, made)
     slots = DocumentKV(torch.empty(2, 2, 5, 4), torch.empty(2, 2, 5, 4), ids)
     landed = []
-    land = disk._flights.land
-    disk._flights.land = lambda key, document: (landed.append(document), land(key, document))
-    disk.fetch({key: KVRequest(ids, slots)}, SHAPE, CPU, "m", lambda keys: pytest.fail("computed"))
+    land = disk._single_flight.resolve
+    disk._single_flight.resolve = lambda key, document: (landed.append(document), land(key, document))
+    disk.fetch({key: KVRequest(ids, slots)}, SHAPE, CPU, lambda keys: pytest.fail("computed"))
     assert slots.keys.eq(1).all()
     assert not landed or landed[0].keys.data_ptr() != slots.keys.data_ptr()
 
@@ -536,7 +536,7 @@ def test_a_callback_of_the_store_may_ask_over_the_same_documents(tmp_path, kind)
             asked.append(gen.answer("where?", mills, max_new_tokens=2).token_ids)
 
     mills = ["the old mill", "the river", "white doves"]
-    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"), on_event=on_event, load="always")
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"), on_event=on_event)
     gen = KVFusionGenerator(backbone("llama"), store=store)
     if kind == "hit":
         gen.prefill(mills)
