@@ -274,7 +274,7 @@ def test_a_store_callback_may_ask_about_the_same_documents(tmp_path, kind):
             asked.append(gen.answer("where?", mills, max_new_tokens=2).token_ids)
 
     mills = ["the old mill", "the river", "white doves"]
-    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"), on_event=on_event, load="always")
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"), on_event=on_event)
     gen = KVFusionGenerator(TorchModel(backbone("llama")), store=store)
     if kind == "hit":
         gen.prefill(mills)

@@ -87,7 +87,7 @@ def test_an_answer_longer_than_its_free_slots_is_unchanged(monkeypatch):
 def test_documents_from_disk_do_not_share_memory_with_reused_slots(tmp_path):
     """Another thread may read it after its memory was reused for the next question's documents."""
     ids = tuple(range(5))
-    disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk, load="always")
+    disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk)
     made = DocumentKV(torch.ones(2, 2, 5, 4), torch.ones(2, 2, 5, 4), ids)
     from kvfusion_rag.store import KVRequest, document_key
 
@@ -97,7 +97,7 @@ def test_documents_from_disk_do_not_share_memory_with_reused_slots(tmp_path):
     landed = []
     land = disk._flights.land
     disk._flights.land = lambda key, document: (landed.append(document), land(key, document))
-    disk.fetch({key: KVRequest(ids, slots)}, SHAPE, CPU, "m", lambda keys: pytest.fail("computed"))
+    disk.fetch({key: KVRequest(ids, slots)}, SHAPE, CPU, lambda keys: pytest.fail("computed"))
     assert slots.keys.eq(1).all()
     assert not landed or landed[0].keys.data_ptr() != slots.keys.data_ptr()
 

@@ -49,8 +49,8 @@ def test_any_order_gives_the_same_bits_and_stored_is_computed(device, dtype, att
         None,
         MemoryStore(),
         MemoryStore(host=True),
-        DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28), load="always"),
-        DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28), load="always"),
+        DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28)),
+        DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28)),
     ]
     generators = [KVFusionGenerator(bone, store=store) for store in stores]  # each has passed the gate
     rng = random.Random(11)
