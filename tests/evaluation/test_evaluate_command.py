@@ -29,7 +29,8 @@ from tests.evaluation.test_orders import BARE
 
 def test_command_writes_all_files(capsys, command, tmp_path):
     pytest.importorskip("matplotlib")
-    files = ["--output", "a.json", "--markdown", "a.md", "--predictions", "p.jsonl", "--plot", "a.png"]
+    (tmp_path / "a.json").write_text("old")
+    files = ["--output", "a.json", "--markdown", "a.md", "--predictions", "p.jsonl", "--plot", "a.png", "--force"]
     assert command("rows.jsonl.gz", "--limit", 4, "--batch-size", 3, "--seed", 5, *files) == 0
     out, err = capsys.readouterr()
     assert [line for line in err.splitlines() if "was not trained" not in line] == []
@@ -48,6 +49,11 @@ def test_command_writes_all_files(capsys, command, tmp_path):
     at_5 = [line["documents"] for line in lines if line["condition"] == "slot:5"]
     assert at_5 == [[2, 3, 4, 5, 1]] * 24
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    sections = out.split("### ")[1:]
+    assert len(sections) == 5
+    for section in sections:
+        table = [line for line in section.splitlines() if line.startswith("|")]
+        assert len(table) >= 4 and len({(len(line), line.count("|")) for line in table}) == 1
 
 
 def test_files_are_written_if_stdout_is_closed(command, tmp_path, monkeypatch):
@@ -76,16 +82,6 @@ def test_predictions_can_contain_lone_surrogates(command, tmp_path):
     odd = QARow("odd\ud800", "who built \ud83d it?", ("東京\udfff",), row([True, False]).passages)
     lines = report.prediction_lines([odd], {("s", ORIGINAL): [Prediction("\ud800", "x", (1,), (1, 2))]})
     assert json.loads("".join(lines).encode())["answers"] == ["東京\udfff"]
-
-
-def test_tables_are_aligned(capsys, command):
-    assert command("rows.jsonl.gz") == 0
-    sections = capsys.readouterr().out.split("### ")[1:]
-    assert len(sections) == 5
-    for section in sections:
-        lines = [line for line in section.splitlines() if line.startswith("|")]
-        assert len({len(line) for line in lines}) == 1 and len({line.count("|") for line in lines}) == 1
-        assert len(lines) >= 4
 
 
 def test_json_output_repeats(capsys, command):
@@ -274,12 +270,6 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
         answers = gen.answer_batch([one.question for one in made], documents, focus=focus, max_new_tokens=6)
         assert found[name] == [answer.token_ids for answer in answers], name
     assert len({str(found[name]) for name in expected}) == len(expected)  # all differ
-
-
-def test_force_overwrites(capsys, command, tmp_path):
-    (tmp_path / "a.json").write_text("old")
-    assert command("rows.jsonl.gz", "--conditions", "original", "--output", "a.json", "--force") == 0
-    assert json.loads((tmp_path / "a.json").read_text())["conditions"] == ["original"]
 
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):

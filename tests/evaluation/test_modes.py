@@ -142,6 +142,7 @@ def test_unwritable_folder_of_measurements_is_named(monkeypatch, tmp_path):
 def test_command_prints_the_table_and_keeps_the_mode(own_home, capsys, monkeypatch, tmp_path):
     few = shipped_questions()[:2]
     monkeypatch.setattr("kvfusion_rag.evaluation.modes.shipped_questions", lambda: few)
+    monkeypatch.setattr("kvfusion_rag.evaluation.modes.MAX_ANSWER_TOKENS", 4)
     folder = tiny.save(tmp_path / "model", max_position_embeddings=4096)
     assert main(["doctor", str(folder), "--measure"]) == 0
     out = capsys.readouterr().out

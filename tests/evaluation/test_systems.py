@@ -200,7 +200,8 @@ def test_plain_systems_ignore_the_models_focus():
     own = tiny.generator(focus=1, passage_length=60)
     made = rows(1, 5)[0]
     documents = [[passage.document(str(n)) for n, passage in enumerate(made.passages)]]
-    systems = make_systems(["fusion", "fusion-base", "pcw", "global", "concat", "focus"], Models(lambda _: own, {}))
+    names = ["fusion", "fusion-base", "pcw", "global", "concat", "focus"]
+    systems = make_systems(names, Models(lambda _: own, {}, max_new_tokens=2))
     used = {s.name: sum(x.used for x in s.answer_batch([made.question], documents)[0].sources) for s in systems}
     assert used.pop("focus") == 1
     assert set(used.values()) == {5}
