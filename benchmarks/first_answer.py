@@ -36,7 +36,7 @@ TIMED = (  # phase, module, class or "", function
     ("tokenizer without control tokens", "kvfusion_rag.text.encoder", "PlainEncoder", "__init__"),
     ("weights", "transformers", "AutoModelForCausalLM", "from_pretrained"),
     ("digest of weights", "kvfusion_rag.model.backbone", "", "digest_tensors"),
-    ("gate", "kvfusion_rag.generator", "", "run_gate"),
+    ("gate", "kvfusion_rag.fusion.torch_model", "", "run_gate"),
     ("embedding model", "kvfusion_rag.retrieval", "SentenceTransformerEmbedder", "__init__"),
     ("index: open, update, search", "kvfusion_rag.retrieval", "DocumentIndex", "__init__"),
     ("index: open, update, search", "kvfusion_rag.retrieval", "DocumentIndex", "update"),

@@ -16,6 +16,7 @@ from ..data.rows import QARow
 from ..data.writing import write_atomically
 from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
+from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..model.backbone import Backbone
 from ..model.locating import locate_model
@@ -126,7 +127,7 @@ def _prepare(
     backbone = Backbone.load(location, device=source.device, dtype=source.dtype)
     require_uniform_positions(backbone)
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
-    generator = KVFusionGenerator(backbone, store=MemoryStore(), settings=settings, gather=False)
+    generator = KVFusionGenerator(TorchModel(backbone), store=MemoryStore(), settings=settings, gather=False)
     tokens = options.passage_tokens or settings.passage_length or DEFAULT_PASSAGE_TOKENS
     pool = read_passages(docs, tokens, generator.count_tokens, exclude=folder.resolve())
     config = replace(options.training, layout=settings.layout, seed=options.seed)

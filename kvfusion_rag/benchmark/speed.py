@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from ..engine.engine import EngineOptions
 from ..errors import KVFusionError, MemoryLimitError
+from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..store import DiskStore, DocumentStore, MemoryStore
 from .floors import Costs, Work, measure_peaks
@@ -132,7 +134,9 @@ class AnswerRun:
         return _compared(rows)
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
-        return KVFusionGenerator(self._backbone, store=store, max_fused_tokens=NO_LIMIT)
+        return KVFusionGenerator(
+            TorchModel(self._backbone), store=store, options=EngineOptions(max_fused_tokens=NO_LIMIT)
+        )
 
     def _texts(self, case: Case) -> _Texts:
         """Return random texts that depend only on length and number, so that cases of a sweep share documents."""

@@ -18,8 +18,11 @@ from typing import Any
 
 import torch
 
+from ..engine.engine import EngineOptions
 from ..engine.requests import Batch
+from ..engine.run import start_run
 from ..fusion.sampling import DecodingOptions
+from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..store import Codec, DiskStore, DocumentStore, MemoryStore
 from .shapes import random_backbone, random_text
@@ -98,7 +101,9 @@ class _Run:
         }
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
-        return KVFusionGenerator(self.backbone, store=store, max_fused_tokens=1 << 20)
+        return KVFusionGenerator(
+            TorchModel(self.backbone), store=store, options=EngineOptions(max_fused_tokens=1 << 20)
+        )
 
     def _first_token(self, generator: KVFusionGenerator, **options: Any) -> float:
         answer = generator.answer(self.question, self.documents, max_new_tokens=1, **options)
@@ -109,7 +114,7 @@ class _Run:
         engine = generator._engine
         request = engine.request(self.question, self.documents, None, "fusion", DecodingOptions(1))
         began = time.perf_counter()
-        engine.fill(Batch.of(request), 1)[0].release()
+        start_run(engine.model, engine.document_kvs, Batch.of(request), 1).release()
         return time.perf_counter() - began
 
     def _writes(self) -> list[float]:

@@ -57,7 +57,7 @@ def fusion_fails_untuned(monkeypatch) -> None:
     answer_rows = running.answer_rows
 
     def answers(generator, rows, mode, tokens):
-        if mode == "fusion" and not generator._backbone.has_adapter:
+        if mode == "fusion" and not generator._engine.model.backbone.has_adapter:
             return ["nobody"] * len(rows)
         return answer_rows(generator, rows, mode, tokens)
 

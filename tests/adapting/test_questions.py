@@ -13,13 +13,14 @@ from kvfusion_rag.adapting.filtering import answer_fault, question_fault, repeat
 from kvfusion_rag.adapting.questions import EXAMPLES, openings_of, question_writer, read_questions, write_questions
 from kvfusion_rag.adapting.rows import NegativeMiner, make_row, number_of_documents
 from kvfusion_rag.data.rows import Passage
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.store import MemoryStore
 
 
 @pytest.mark.parametrize("tokens", ["byte-bpe", "bpe-byte-fallback"])
 def test_question_continues_examples_text_and_opening(tokens):
     base = backbone("llama", tokens=tokens, max_position_embeddings=2048)
-    generator = KVFusionGenerator(base, store=MemoryStore(), gather=False)
+    generator = KVFusionGenerator(TorchModel(base), store=MemoryStore(), gather=False)
     start = "<s>" if tokens == "bpe-byte-fallback" else ""
     writer = question_writer(generator, start)
     passage = Passage(place(0), "Harbour")

@@ -17,6 +17,7 @@ from kvfusion_rag.benchmark.speed import AnswerBenchmark, AnswerRun
 from kvfusion_rag.benchmark.workload import SYSTEMS, Case, sweep
 from kvfusion_rag.cli import main
 from kvfusion_rag.errors import InvalidInputError, KVFusionError, MemoryLimitError
+from kvfusion_rag.fusion.torch_model import TorchModel
 
 SMALL = Case(documents=4, document_tokens=32, question_tokens=8, answer_tokens=4)
 COMMAND = ["bench", "answer", "--shape", "tiny", "--documents", "4", "--document-tokens", "32", "--question-tokens",
@@ -114,7 +115,7 @@ def test_random_models_have_the_shape_and_never_end_an_answer(monkeypatch, shape
     costs = Costs.of(shape, torch.float32)
     assert matrices == costs.body + costs.head
     assert not backbone.model.get_output_embeddings().weight[END].any() and backbone.end_ids == {END}
-    generator = KVFusionGenerator(backbone, store=None)
+    generator = KVFusionGenerator(TorchModel(backbone), store=None)
     assert generator.count_tokens(shapes.random_text(random.Random(0), 40)) == 40
     assert generator.answer("w1 w2", ["w3 w4"], max_new_tokens=20).usage.completion_tokens == 20
 
@@ -165,7 +166,7 @@ def test_generate_reads_the_joined_prompt_and_gives_the_answer_of_mode_concat(me
         measured._backbone.model, "generate", lambda *a, **k: made.append(generate(*a, **k)) or made[0]
     )
     measured._generate(SMALL, texts)
-    generator = KVFusionGenerator(measured._backbone, store=None)
+    generator = KVFusionGenerator(TorchModel(measured._backbone), store=None)
     answer = generator.answer(texts.questions[0], texts.documents[0], mode="concat", max_new_tokens=4)
     assert made[0].shape[1] == SMALL.joined_tokens + 4
     assert tuple(made[0][0, -4:].tolist()) == answer.token_ids

@@ -193,7 +193,7 @@ def test_command_writes_groups_that_training_packs(tmp_path, capsys):
     assert "12 rows in 3 groups that share 4 passages, of 12 questions read" in capsys.readouterr().out
     made = engine()
     examples = [
-        encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in read_rows(out)
+        encode_row(row, made, end_id=made.model.decoder.end_id, evidence=False, joined=False) for row in read_rows(out)
     ]
     assert [len(group) for group in group_by_documents(examples)] == [4, 4, 4]
 
@@ -202,7 +202,7 @@ def test_shared_documents_of_adjacent_rows_are_encoded_once(tmp_path, monkeypatc
     passages = [tuple(Passage(f"{letter} {n} stands here.", gold=n == 0) for n in range(3)) for letter in "ab"]
     rows = [QARow(f"{n}", f"which {n}", ("here",), passages[n // 3]) for n in range(6)]
     made = engine()
-    expected = [encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in rows]
+    expected = [encode_row(row, made, end_id=made.model.decoder.end_id, evidence=False, joined=False) for row in rows]
     read, asked = made.read, []
     monkeypatch.setattr(made, "read", lambda documents, layout: asked.append(documents) or read(documents, layout))
     run = trainer(tmp_path, made, rows)

@@ -22,6 +22,7 @@ from kvfusion_rag.evaluation import plots, report
 from kvfusion_rag.evaluation.orders import ORIGINAL
 from kvfusion_rag.evaluation.predictions import Prediction
 from kvfusion_rag.evaluation.systems import SYSTEMS, default_systems
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.text.settings import ModelSettings
 from tests.evaluation.test_orders import BARE
@@ -156,7 +157,8 @@ def old(monkeypatch):
     """A generator over GPT-J, whose attention cannot be replaced."""
     config = GPTJConfig(n_embd=48, n_layer=2, n_head=4, n_positions=512, rotary_dim=8, vocab_size=512)
     model, tokenizer = AutoModelForCausalLM.from_config(config), tiny.tokenizer("byte-bpe")
-    made = KVFusionGenerator(Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old"), store=None)
+    backbone = Backbone(model, tokenizer, ModelSettings(max_new_tokens=2), model_id="old")
+    made = KVFusionGenerator(TorchModel(backbone), store=None)
     monkeypatch.setattr(evaluate, "load_generator", lambda args, store: made)
 
 

@@ -13,7 +13,6 @@ import torch
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.answer_match import answer_in_text
-from kvfusion_rag.engine.measured import Measured
 from kvfusion_rag.evaluation.modes import (
     CHOICES,
     ModeQuestion,
@@ -26,6 +25,7 @@ from kvfusion_rag.evaluation.modes import (
 )
 from kvfusion_rag.home import home
 from kvfusion_rag.schema import Document
+from kvfusion_rag.text.measured import Measured
 from tests.retrieval.test_retrieval import WordEmbedder
 
 ANSWER = "Amara Osei"
@@ -167,14 +167,14 @@ def test_untuned_ask_answers_like_generate_on_the_shown_prompt(capsys, monkeypat
     assert main(["ask", "who built it?", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     gen = KVFusionGenerator.from_pretrained(folder, gather=False)
-    tok = gen._backbone.tokenizer
+    tok = gen._engine.model.backbone.tokenizer
     ids = tok(found["prompt"], add_special_tokens=False)["input_ids"]
     assert tok.decode(ids) == found["prompt"] and "the old mill was built in 1874" in found["prompt"]
     network = tiny.model("llama", max_position_embeddings=4096)
-    ends = sorted(gen._backbone.end_ids)
+    ends = sorted(gen._engine.model.backbone.end_ids)
     mask = torch.ones(1, len(ids), dtype=torch.long)
     out = network.generate(
         torch.tensor([ids]), attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0
     )
     assert found["mode"] == "concat"
-    assert found["text"] == gen._encoder.decode(out[0, len(ids) :].tolist()).strip()
+    assert found["text"] == gen._engine.encoder.decode(out[0, len(ids) :].tolist()).strip()

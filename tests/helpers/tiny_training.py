@@ -12,7 +12,8 @@ from tiny import WORDS, backbone
 
 from kvfusion_rag import MemoryStore
 from kvfusion_rag.data.rows import Passage, QARow
-from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.engine.engine import Engine, EngineOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.text.settings import ModelSettings
 from kvfusion_rag.training.config import TrainingConfig
@@ -59,22 +60,22 @@ def engine(
     full: bool = False,
     dtype: torch.dtype = torch.float32,
     **changes,
-) -> Engine:
+) -> Engine[TorchModel]:
     base = backbone(architecture, dtype, settings=SETTINGS, **changes)
     decoder = None
     if full:
         decoder = Backbone(copy.deepcopy(base.model), base.tokenizer, SETTINGS, model_id="decoder")
-    return Engine(
-        base, SETTINGS, store=store, namespace="", max_fused_tokens=100_000, tokens_per_pass=None, decoder=decoder
-    )
+    return Engine(TorchModel(base, decoder), SETTINGS, store=store, options=EngineOptions(max_fused_tokens=100_000))
 
 
-def batch_of(made: Engine, data: list[QARow], **options) -> Batch:
+def batch_of(made: Engine[TorchModel], data: list[QARow], **options) -> Batch:
     options = {"evidence": False, "joined": False} | options
-    return collate([encode_row(row, made, end_id=made.decoder.end_id, **options) for row in data])
+    return collate([encode_row(row, made, end_id=made.model.decoder.end_id, **options) for row in data])
 
 
-def trainer(tmp_path: Path, made: Engine, data: list[QARow], dev: list[QARow] | None = None, **config) -> Trainer:
+def trainer(
+    tmp_path: Path, made: Engine[TorchModel], data: list[QARow], dev: list[QARow] | None = None, **config
+) -> Trainer:
     settings = {"batch_size": 4, "learning_rate": 2e-3, "epochs": 50, "dropout": 0.0} | config
     return Trainer(made, data, dev or [], TrainingConfig(**settings), tmp_path / "run")
 
@@ -89,12 +90,12 @@ def _interrupt(progress: Progress) -> None:
     raise KeyboardInterrupt
 
 
-def gradients(made: Engine, batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
+def gradients(made: Engine[TorchModel], batches: list[Batch]) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the summed loss of ``batches``, and the gradients by weight."""
-    made.decoder.model.zero_grad()
+    made.model.decoder.model.zero_grad()
     loss = torch.stack([fusion_loss(made, batch) for batch in batches]).sum()
     loss.backward()
-    found = {n: p.grad.clone() for n, p in made.decoder.model.named_parameters() if p.grad is not None}
+    found = {n: p.grad.clone() for n, p in made.model.decoder.model.named_parameters() if p.grad is not None}
     return float(loss.detach()), found
 
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from test_generator import DOCUMENTS
 from transformers import AttentionInterface, GPTJConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.positions import block_mask, fused_positions
 from kvfusion_rag.text.settings import ModelSettings, load_settings
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, dtypes, logits_of, random_documents
+from tests.test_generator import DOCUMENTS
 
 REFERENCE = "tests_dense_ape"
 

@@ -122,7 +122,7 @@ def test_weights_in_8_bit(device, how, model_folder):
 def test_a_step_of_training_lowers_the_loss_of_its_rows(device, dtype):
     bone = on(device, dtype=dtype, settings=TRAINING)
     bone.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    made = Engine(bone, TRAINING, store=None, namespace="", max_fused_tokens=100_000, tokens_per_pass=None)
+    made = Engine(bone, TRAINING, store=None, namespace="", max_fused_tokens=100_000)
     batch = batch_of(made, rows(4))
     weights = [weight for name, weight in bone.model.named_parameters() if "lora_" in name]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)

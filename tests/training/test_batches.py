@@ -21,7 +21,7 @@ from kvfusion_rag.training.loss import batch_logits, fusion_loss
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_questions_have_the_gradients_of_single_ones(architecture, changes):
     made = engine(architecture, **changes)
-    made.decoder.model.requires_grad_(True)
+    made.model.decoder.model.requires_grad_(True)
     data = [*shared([3, 1, 2]), QARow("none", "who", (), ())]
     together = batch_of(made, data)
     assert [len(group) for group in together.groups] == [3, 1, 2, 1] and together.packed

@@ -45,7 +45,7 @@ def test_record_of_the_training_is_beside_the_decoder(base, tmp_path):
     assert record["settings"]["passage_length"] == SETTINGS.passage_length
     assert (
         record["base_model"]
-        and record["base_weights"] == KVFusionGenerator.from_pretrained(base)._backbone.weights_digest
+        and record["base_weights"] == KVFusionGenerator.from_pretrained(base)._engine.model.backbone.weights_digest
     )
     assert {"kvfusion-rag", "torch", "transformers", "peft", "python"} <= record["run"]["versions"].keys()
     root = Path(__file__).parent.parent.parent

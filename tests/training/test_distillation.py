@@ -12,6 +12,7 @@ from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import Passage, QARow, write_rows
 from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import default_settings
 from kvfusion_rag.training.checkpoint import load_record
 from kvfusion_rag.training.config import TrainingConfig
@@ -23,13 +24,12 @@ def prompt_engine() -> Engine:
     """Return an engine that reads questions in the model's chat template."""
     settings = default_settings(tokenizer("byte-bpe"))
     base = backbone("llama", settings=settings, max_position_embeddings=1024)
-    options = {"namespace": "", "max_fused_tokens": 100_000, "tokens_per_pass": None}
-    return Engine(base, settings, store=MemoryStore(), **options)
+    return Engine(TorchModel(base), settings, store=MemoryStore())
 
 
 def distilled(made: Engine, data: list[QARow], *, joined: bool = False):
     options = {"evidence": False, "joined": joined, "loss": "distill"}
-    return collate([encode_row(row, made, end_id=made.decoder.end_id, **options) for row in data])
+    return collate([encode_row(row, made, end_id=made.model.decoder.end_id, **options) for row in data])
 
 
 def gold_only(row: QARow) -> QARow:
@@ -49,7 +49,9 @@ def test_target_is_the_base_models_distribution_in_an_ordinary_pass(made):
         # With a passage length, the question is at later positions than in a joined prompt.
         ids = [*base.prefix, *gold, *base.read]
         positions = [*range(len(base.prefix) + len(gold)), *range(base.start, base.start + len(base.read))]
-        logits = made.backbone.model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions])).logits[0]
+        logits = made.model.backbone.model(
+            input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions])
+        ).logits[0]
         expected = log_softmax(logits[-len(base.target) :], dim=-1)
         torch.testing.assert_close(base_log_probabilities(made, [base]), expected, rtol=1e-3, atol=1e-3)
 
@@ -57,24 +59,24 @@ def test_target_is_the_base_models_distribution_in_an_ordinary_pass(made):
 def test_base_model_reads_the_prompt_of_an_ordinary_question(made):
     (row,) = rows(1)
     documents = [passage.document("1") for passage in row.gold]
-    asked = KVFusionGenerator(made.backbone, settings=made.settings, store=None).show_prompt(
+    asked = KVFusionGenerator(TorchModel(made.model.backbone), settings=made.settings, store=None).show_prompt(
         row.question, documents, mode="fusion"
     )
     ((example,),) = distilled(made, [row]).groups
     base = example.base
     ids = [*base.prefix, *(i for document in base.documents.values() for i in document), *base.question]
-    assert made.backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == asked.text
+    assert made.model.backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == asked.text
 
 
 def test_student_that_equals_its_teacher_has_neither_loss_nor_gradient(made):
     """Over the gold passage only, both are the base model."""
-    made.decoder.model.requires_grad_(True)
+    made.model.decoder.model.requires_grad_(True)
     loss = distillation_loss(made, distilled(made, [gold_only(row) for row in rows(3)]))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-4)
-    gradients = [p.grad for p in made.decoder.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in made.model.decoder.model.parameters() if p.grad is not None]
     assert gradients and max(float(gradient.abs().max()) for gradient in gradients) < 1e-3
-    made.decoder.model.zero_grad()
+    made.model.decoder.model.zero_grad()
     among_others = distillation_loss(made, distilled(made, rows(3)))
     assert float(among_others.detach()) > 0.01
 
@@ -126,11 +128,11 @@ def test_gradient_checkpointing_makes_equal_steps(tmp_path, joined):
 
 def test_full_training_distills_from_the_frozen_model(tmp_path):
     made = engine(full=True)
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
     run = trainer(tmp_path, made, rows(8), max_steps=4, loss="distill", full=True, batch_size=8)
     losses = [loss for _, loss in run.run().losses]
     assert losses[-1] < losses[0]
-    assert all(torch.equal(p, before[n]) for n, p in made.backbone.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in made.model.backbone.model.named_parameters())
 
 
 def test_adapter_is_used_in_the_layout_in_which_it_was_trained(tmp_path):

@@ -19,8 +19,8 @@ def prepared(architecture: str, *, full: bool, **changes):
     if not full:
         with torch.random.fork_rng():
             torch.manual_seed(1)
-            made.decoder.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-    made.decoder.model.train()
+            made.model.decoder.add_adapter(LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    made.model.decoder.model.train()
     return made
 
 
@@ -32,7 +32,7 @@ def test_loss_and_gradients_equal_those_without_checkpointing(architecture, full
     for checkpointed in (False, True):
         made = prepared(architecture, full=full)
         if checkpointed:
-            made.decoder.checkpoint_activations()
+            made.model.decoder.checkpoint_activations()
         batches = [batch_of(made, data), batch_of(made, rows(2), joined=True)]
         torch.manual_seed(0)  # gpt2 and bert have dropout
         found.append(gradients(made, batches))
@@ -46,7 +46,7 @@ def test_less_is_kept_for_the_backward_pass():
     for checkpointed in (False, True):
         made = prepared("llama", full=True)
         if checkpointed:
-            made.decoder.checkpoint_activations()
+            made.model.decoder.checkpoint_activations()
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):  # noqa: B023
             fusion_loss(made, batch_of(made, rows(4)))
@@ -75,7 +75,7 @@ def test_unsupported_models_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModelError, match=r"'eager'.*needs 'sdpa'"):
         trainer(tmp_path, engine(_attn_implementation="eager"), rows(2), gradient_checkpointing=True)
     made = engine()
-    monkeypatch.setattr(type(made.decoder.model), "supports_gradient_checkpointing", False)
+    monkeypatch.setattr(type(made.model.decoder.model), "supports_gradient_checkpointing", False)
     with pytest.raises(UnsupportedModelError, match="has no gradient checkpointing"):
         trainer(tmp_path, made, rows(2), gradient_checkpointing=True)
 
@@ -83,7 +83,7 @@ def test_unsupported_models_are_rejected(tmp_path, monkeypatch):
 def test_model_that_loses_the_cache_is_rejected(tmp_path):
     """Its layers do not pass unknown arguments on to attention."""
     made = engine()
-    layer = made.decoder.model.model.layers[1]
+    layer = made.model.decoder.model.model.layers[1]
     layer.self_attn.register_forward_pre_hook(
         lambda module, args, kwargs: (args, kwargs | {"context": None}), with_kwargs=True
     )

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from kvfusion_rag import InvalidInputError, MemoryStore
 from kvfusion_rag.data.rows import Passage, QARow
+from kvfusion_rag.engine.document_kvs import Scope
 from kvfusion_rag.model.positions import block_mask, fused_positions
 from kvfusion_rag.text.encoder import PromptEncoder
 from kvfusion_rag.training.loss import fusion_loss
@@ -24,7 +25,7 @@ def test_loss_equals_one_block_masked_pass(architecture):
         documents, read = list(example.documents.values()), list(example.read)
         lengths, prefix = [len(d) for d in documents], list(made.encoder.prefix_ids)
         ids = [*prefix, *(i for d in documents for i in d), *read]
-        logits = made.backbone.model(
+        logits = made.model.backbone.model(
             input_ids=torch.tensor([ids]),
             position_ids=fused_positions(len(prefix), lengths, example.start, len(read))[None],
             attention_mask=block_mask(len(prefix), lengths, len(read))[None, None],
@@ -50,7 +51,7 @@ def test_only_answer_tokens_and_end_token_are_trained():
     batch = batch_of(made, [row])
     text = made.encoder.decode([i for i in batch.labels[0].tolist() if i != -100])
     assert text.split() == list(row.answers)
-    assert batch.labels[0, -1].item() == made.decoder.end_id
+    assert batch.labels[0, -1].item() == made.model.decoder.end_id
     with_evidence = batch_of(made, [row], evidence=True)
     assert row.evidence in made.encoder.decode([i for i in with_evidence.labels[0].tolist() if i != -100])
     unanswerable = batch_of(made, [QARow("u", "who", (), row.passages)])
@@ -61,7 +62,7 @@ def test_stored_and_computed_documents_give_equal_gradients():
     found = []
     for store in (None, MemoryStore()):
         made = engine(store=store)
-        made.decoder.model.requires_grad_(True)
+        made.model.decoder.model.requires_grad_(True)
         for _ in range(2):  # the second pass reads from the store, if there is one
             pass_gradients = gradients(made, [batch_of(made, rows(4))])[1]
         found.append(pass_gradients)
@@ -71,10 +72,10 @@ def test_stored_and_computed_documents_give_equal_gradients():
 @pytest.mark.parametrize("architecture", ["gpt2", "bert"])
 def test_documents_are_prefilled_without_dropout_during_training(architecture):
     made, ids = engine(architecture), {"k": (20, 30, 40)}
-    expected = made.document_kvs.get(ids, made.encoder.prefix_ids)["k"]
-    made.decoder.model.train()
-    assert torch.equal(made.document_kvs.get(ids, made.encoder.prefix_ids)["k"].values, expected.values)
-    assert made.decoder.model.training
+    expected = made.document_kvs.get(ids, Scope(made.encoder.prefix_ids))["k"]
+    made.model.decoder.model.train()
+    assert torch.equal(made.document_kvs.get(ids, Scope(made.encoder.prefix_ids))["k"].values, expected.values)
+    assert made.model.decoder.model.training
 
 
 @pytest.mark.parametrize("kind", ["byte-bpe", "unigram", "bpe-byte-fallback", "wordpiece"])
@@ -88,7 +89,7 @@ def test_evidence_can_be_separated_from_the_answer(kind):
 def test_inseparable_evidence_is_rejected(tmp_path):
     made = engine()
     made.prompts.encoder = PromptEncoder(
-        made.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | ")
+        made.model.backbone.tokenizer, dataclasses.replace(SETTINGS, evidence_separator=" | ")
     )
     with pytest.raises(InvalidInputError, match="evidence_separator"):
         trainer(tmp_path, made, rows(2), evidence=True)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tiny_training import SETTINGS, contents, engine, rows, shared, train_interrupted, trainer
 
 from kvfusion_rag import InvalidInputError, ModelLoadError
-from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.engine.engine import Engine, EngineOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.training.checkpoint import load_record, recover
 from kvfusion_rag.training.record import require_same_run
@@ -69,11 +70,9 @@ def test_checkpoint_of_another_run_is_rejected_and_kept(tmp_path):
     before = contents(tmp_path / "run")
     other = engine(initializer_range=0.5)  # the same shapes
     with torch.no_grad():
-        other.backbone.model.get_input_embeddings().weight += 1
-    other = Engine(
-        Backbone(other.backbone.model, other.backbone.tokenizer, SETTINGS, model_id="twin"), SETTINGS, store=None,
-        namespace="", max_fused_tokens=100_000, tokens_per_pass=None,
-    )  # fmt: skip
+        other.model.backbone.model.get_input_embeddings().weight += 1
+    twin = Backbone(other.model.backbone.model, other.model.tokenizer, SETTINGS, model_id="twin")
+    other = Engine(TorchModel(twin), SETTINGS, store=None, options=EngineOptions(max_fused_tokens=100_000))
     for changed, error, message in [
         ({"made": other}, ModelLoadError, "another base model: .*'tiny-llama'.*'twin'"),
         ({"made": engine(dtype=torch.bfloat16)}, ModelLoadError, r"another base model: .*\(float32\).*\(bfloat16\)"),

@@ -10,6 +10,7 @@ from tiny_training import SETTINGS, engine, rows, trainer
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore
 from kvfusion_rag.data.rows import QARow
+from kvfusion_rag.engine.document_kvs import Scope
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.training import train
 from kvfusion_rag.training.config import TrainingConfig, preset
@@ -17,26 +18,26 @@ from kvfusion_rag.training.config import TrainingConfig, preset
 
 def test_only_the_adapter_is_trained_and_prefill_stays_frozen(tmp_path):
     made = engine()
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
-    kv = made.document_kvs.get({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"]
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
+    kv = made.document_kvs.get({"k": (20, 30, 40)}, Scope(made.encoder.prefix_ids))["k"]
     run = trainer(tmp_path, made, rows(8), max_steps=3)
     assert run.weights and all("lora" in name for name in run.weights)
     started = {n: p.clone() for n, p in run.weights.items()}
     run.run()
-    after = dict(made.backbone.model.named_parameters())
+    after = dict(made.model.backbone.model.named_parameters())
     for name, weight in before.items():
         kept = after.get(name, after.get(name.replace(".weight", ".base_layer.weight")))
         assert kept is not None and kept.equal(weight), name
     assert any(not p.equal(started[n]) for n, p in run.weights.items())
-    assert made.document_kvs.get({"k": (20, 30, 40)}, made.encoder.prefix_ids)["k"].keys.equal(kv.keys)
+    assert made.document_kvs.get({"k": (20, 30, 40)}, Scope(made.encoder.prefix_ids))["k"].keys.equal(kv.keys)
 
 
 def test_full_training_changes_only_the_decoder(tmp_path):
     made = engine(full=True)
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
     trainer(tmp_path, made, rows(8), max_steps=2, full=True).run()
-    assert all(p.equal(before[n]) for n, p in made.backbone.model.named_parameters())
-    changed = [n for n, p in made.decoder.model.named_parameters() if not p.equal(before[n])]
+    assert all(p.equal(before[n]) for n, p in made.model.backbone.model.named_parameters())
+    changed = [n for n, p in made.model.decoder.model.named_parameters() if not p.equal(before[n])]
     assert len(changed) > len(before) / 2
 
 
@@ -55,7 +56,7 @@ def test_run_learns_and_its_saved_decoder_answers_like_the_trainer(tmp_path, ful
     answers = [gen.answer(row.question, [p.text for p in row.passages]).text for row in data]
     assert answers == [row.answers[0] for row in data]
     record = json.loads((best / "training.json").read_text())
-    assert record["base_weights"] == gen._backbone.weights_digest and record["config"]["full"] is full
+    assert record["base_weights"] == gen._engine.model.backbone.weights_digest and record["config"]["full"] is full
 
 
 def test_only_a_decoder_trained_on_joined_prompts_is_used_in_concat(tmp_path):
