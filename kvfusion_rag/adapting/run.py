@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.rows import QARow
+from ..data.writing import write_atomically
 from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..fusion.torch_model import TorchModel
@@ -33,7 +34,7 @@ from .options import DEFAULT_PASSAGE_TOKENS, AdaptOptions
 from .passages import PassagePool, read_passages
 from .questions import read_questions
 from .report import FILE, AdaptReport
-from .stages import Stages, prepare_folder, write_atomically, writing_errors
+from .stages import Stages, prepare_folder, writing_errors
 
 FORMAT = 1  # increase it when questions, filters or rows change, since runs with others cannot be resumed
 

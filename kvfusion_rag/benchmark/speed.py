@@ -219,9 +219,9 @@ class AnswerRun:
         first, further = self._costs.first_token(case, name), self._costs.next_token(case, name)
         row: dict[str, Any] = {
             "hit_share": min(one.hit_share for one in times),
-            "seconds_to_first_token": _spread([one.first_token for one in times]),
-            "seconds_per_token": _spread([one.per_token for one in times]),
-            "seconds_in_all": _spread([one.total for one in times]),
+            "seconds_to_first_token": spread([one.first_token for one in times]),
+            "seconds_per_token": spread([one.per_token for one in times]),
+            "seconds_in_all": spread([one.total for one in times]),
             "tokens_per_second": _short(
                 case.batch * case.answer_tokens / statistics.median(one.total for one in times)
             ),
@@ -308,7 +308,8 @@ def _require_length(case: Case, lengths: Sequence[int]) -> None:
         )
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median, least and most of repeated times."""
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {name: _short(figure) for name, figure in figures.items()}
 

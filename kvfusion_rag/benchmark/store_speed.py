@@ -26,6 +26,7 @@ from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..store import Codec, DiskStore, DocumentStore, MemoryStore
 from .shapes import random_backbone, random_text
+from .speed import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ class _Run:
         return {
             "options": asdict(options),
             "threads": torch.get_num_threads(),
-            "seconds_to_first_token": {name: _spread(found) for name, found in times.items()},
+            "seconds_to_first_token": {name: spread(found) for name, found in times.items()},
             "times_faster_than_joined_prompt": {
                 name: round(base / statistics.median(found), 2) for name, found in times.items()
             },
@@ -96,7 +97,7 @@ class _Run:
                 "raw file read": _rate(size, raw),
                 "ratio": round(statistics.median(raw) / statistics.median(load), 2),
             },
-            "write_seconds_per_document": _spread([t / options.documents for t in self._writes()]),
+            "write_seconds_per_document": spread([t / options.documents for t in self._writes()]),
         }
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
@@ -154,11 +155,6 @@ def _drop_pages(folder: Path) -> None:
         os.fsync(place)
         os.posix_fadvise(place, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(place)
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
-    return {name: round(figure, 5) for name, figure in figures.items()}
 
 
 def _rate(size: int, seconds: Sequence[float]) -> float:
