@@ -586,7 +586,7 @@ def test_the_default_model_answers_and_cites(default_model):
 
 @pytest.mark.parametrize(("times", "warned"), [(50.0, True), (1.1, False)])
 def test_a_dtype_that_the_cpu_has_no_instructions_for_is_warned_of(times, warned, model_folder, monkeypatch, caplog):
-    monkeypatch.setattr("kvfusion_rag.model.backbone.slowness", lambda dtype: times)
+    monkeypatch.setattr("kvfusion_rag.model.loading.slowness", lambda dtype: times)
     KVFusionGenerator.from_pretrained(model_folder, dtype="bfloat16", device="cpu")
     assert ("no instructions for bfloat16" in caplog.text) == warned
 

@@ -17,9 +17,9 @@ from ..errors import InvalidInputError
 from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..generator import KVFusionGenerator
-from ..model.backbone import Backbone
-from ..model.locating import locate_model
-from ..model.versions import require_adapters
+from ..model.adapters import require_adapter_libraries
+from ..model.loading import load_backbone
+from ..model.location import locate_model
 from ..store import MemoryStore
 from ..text.settings import leading_bos
 from ..training.checkpoint import recover
@@ -94,7 +94,7 @@ def adapt(
         MissingDependencyError: an extra is not installed, or transformers and peft do not fit.
     """
     options, folder, began = options or AdaptOptions(), Path(output), time.perf_counter()
-    require_adapters()
+    require_adapter_libraries()
     prepare_folder(folder)
     with writing_errors(folder):
         named = _Model(model, gguf_file, device, dtype)
@@ -119,7 +119,7 @@ def _prepare(
     """Everything up to training; the report of a run that has ended already."""
     given = None if questions is None else list(read_questions(questions))
     where = locate_model(named.model, gguf_file=named.gguf_file)
-    backbone = Backbone.load(where, device=named.device, dtype=named.dtype)
+    backbone = load_backbone(where, device=named.device, dtype=named.dtype)
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
     if settings.positions != "uniform":
         raise InvalidInputError(

@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
     """What the command line names to be judged beside the base model."""
-    from ..model.locating import locate_model
+    from ..model.location import locate_model
 
     found = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
     if args.adapter == "shipped":

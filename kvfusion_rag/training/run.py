@@ -13,10 +13,10 @@ from ..data.rows import QARow
 from ..engine.engine import Engine
 from ..errors import InvalidInputError
 from ..generator import MAX_FUSED_TOKENS
-from ..model.backbone import Backbone
-from ..model.devices import choose_device
-from ..model.locating import locate_model
-from ..model.versions import require_adapters
+from ..model.adapters import require_adapter_libraries
+from ..model.hardware import choose_device
+from ..model.loading import load_backbone
+from ..model.location import locate_model
 from ..store import MemoryStore
 from .checkpoint import recover
 from .config import TrainingConfig
@@ -66,7 +66,7 @@ def train(
     """
     config, folder = config or TrainingConfig(), Path(output)
     if not config.full:
-        require_adapters()  # before the model is loaded and rows are encoded
+        require_adapter_libraries()  # before the model is loaded and rows are encoded
     processes = PartialState(cpu=choose_device(device).type == "cpu")
     if device is None and processes.num_processes > 1:
         device = str(processes.device)  # each process has an accelerator of its own
@@ -81,13 +81,13 @@ def train(
     _require_output(folder, resume=resume)
     _make_folder(folder)
     where = locate_model(model, gguf_file=gguf_file)
-    base = Backbone.load(where, device=device, dtype=dtype)
+    base = load_backbone(where, device=device, dtype=dtype)
     if base.settings.positions != "uniform":
         raise InvalidInputError(
             f"positions is {base.settings.positions!r} in the settings of {base.model_id!r}, but training reads "
             "documents at uniform positions."
         )
-    decoder = Backbone.load(where, device=device, dtype=dtype) if config.full else None
+    decoder = load_backbone(where, device=device, dtype=dtype) if config.full else None
     engine = Engine(
         base,
         base.settings,

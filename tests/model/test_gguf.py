@@ -29,7 +29,7 @@ from kvfusion_rag.model.gguf import convert as gguf_convert
 from kvfusion_rag.model.gguf import converted as gguf_cache
 from kvfusion_rag.model.gguf.converted import MANIFEST, converted_folder
 from kvfusion_rag.model.gguf.header import MAX_ARRAY_ITEMS, MAX_ITEM_BYTES, MAX_TENSORS, read_header
-from kvfusion_rag.model.locating import locate_model
+from kvfusion_rag.model.location import locate_model
 
 ROOT = Path(__file__).parent.parent.parent
 F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
@@ -344,7 +344,7 @@ def test_a_copied_cache_is_trusted_after_it_was_read(file, conversions, monkeypa
 KILLED = """
 import sys, time
 from pathlib import Path
-from kvfusion_rag import gguf_cache
+from kvfusion_rag.model.gguf import converted as gguf_cache
 def stop(*args):
     print("now", flush=True)
     time.sleep(600)
@@ -380,7 +380,8 @@ def test_leftovers_of_other_files_are_removed_unless_they_are_being_built(file, 
 FULL = """
 import resource, sys
 from pathlib import Path
-from kvfusion_rag import ModelLoadError, gguf_cache
+from kvfusion_rag import ModelLoadError
+from kvfusion_rag.model.gguf import converted as gguf_cache
 import kvfusion_rag.model.gguf.convert
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:

@@ -17,7 +17,7 @@ from tiny import backbone
 from kvfusion_rag import KVFusionGenerator, MissingDependencyError, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
-from kvfusion_rag.model.versions import ADAPTER_LIBRARIES, require_adapters
+from kvfusion_rag.model.adapters import ADAPTER_LIBRARIES, require_adapter_libraries
 from kvfusion_rag.training import TrainingConfig, train
 from tests.training.test_training import rows
 
@@ -110,4 +110,4 @@ def test_a_torchao_that_peft_refuses_is_named_too(monkeypatch):
 
     monkeypatch.setattr("peft.import_utils.is_torchao_available", refuse)
     with pytest.raises(MissingDependencyError, match=rf"torchao {re.escape(version('torchao'))}.*99\.0.*torchao>="):
-        require_adapters()
+        require_adapter_libraries()

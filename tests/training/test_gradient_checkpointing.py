@@ -7,8 +7,8 @@ from peft import LoraConfig
 from kvfusion_rag import UnsupportedModelError
 from kvfusion_rag.data.rows import QARow
 from kvfusion_rag.model.attention import GROUPED
-from kvfusion_rag.model.backbone import Backbone
-from kvfusion_rag.model.locating import locate_model
+from kvfusion_rag.model.loading import load_backbone
+from kvfusion_rag.model.location import locate_model
 from kvfusion_rag.training.loss import fusion_loss
 from tests.training.test_batches import gradients, shared
 from tests.training.test_training import ARCHITECTURES, batch_of, engine, rows, trainer
@@ -72,7 +72,7 @@ def test_a_run_with_checkpoints_makes_the_same_steps(tmp_path, full):
 def test_what_was_trained_with_checkpoints_is_an_ordinary_model(tmp_path):
     options = {"max_steps": 1, "full": True, "gradient_checkpointing": True}
     trainer(tmp_path, engine(full=True), rows(2), **options).run()
-    loaded = Backbone.load(locate_model(tmp_path / "run" / "best"))
+    loaded = load_backbone(locate_model(tmp_path / "run" / "best"))
     assert loaded.attention == GROUPED
 
 
