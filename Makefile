@@ -10,7 +10,7 @@ VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,fusion_laws generator d
 	gguf versions training training_command training_data gradient_checkpointing \
 	langchain_llm langchain_chat langchain_standard langchain_chains langchain_retrievers \
 	llama_index_llm llama_index_prefill llama_index_synthesizer llama_index_chat_engines llama_index_citation_engine \
-	serving serving_flights serving_openai retrieval store_disk store_prometheus))
+	serving serving_admission serving_openai retrieval store_disk store_prometheus))
 VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask

@@ -1,7 +1,6 @@
-"""The data that passes between the parts: documents in, answers out.
+"""Plain data types that users pass in and get back: documents, messages, answers and reports.
 
-Frozen dataclasses without behaviour beyond small derived properties. This module knows no model, no
-tokenizer and no store, and loads no torch; keys and values of documents are in ``kv.py``.
+All are frozen dataclasses. Nothing here imports torch, so creating a document or reading an answer is cheap.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any, Literal, get_args
 
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-ModeChoice = Literal["auto", "fusion", "concat", "ape"]  # what callers may ask for; "auto" becomes one of the modes
-FocusChoice = int | Literal["auto"] | None  # how many documents to keep; "auto" becomes a number or None (all)
+ModeChoice = Literal["auto", "fusion", "concat", "ape"]  # "auto" is the model's own mode
+FocusChoice = int | Literal["auto"] | None  # number of documents to keep; "auto" is the model's own, None keeps all
 FinishReason = Literal["stop", "length", "cancelled"]
-Attributed = Literal["attention", "effects"]  # what sources say of their part in an answer, if that is asked for
+Attributed = Literal["attention", "effects"]
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
 Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
@@ -24,11 +23,14 @@ Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One retrieved passage: the unit that is prefilled alone.
+    """One retrieved passage, which is prefilled separately from all others.
 
-    ``id`` names it in sources and citations (the caller's order number where it is missing); ``title``
-    is read by the model when its template has a place for it; ``metadata`` is carried, never read. ``score`` is the
-    retriever's, higher for a better document; focus may weigh it.
+    Attributes:
+        text: the passage.
+        id: its name in sources and citations. By default its position in the request, counted from 1.
+        title: read by the model if its template has a place for a title.
+        metadata: returned with the source and never read.
+        score: the retriever's score, higher for a better document. Focus may use it.
     """
 
     text: str
@@ -40,12 +42,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class DocumentsPlace:
-    """Where a message's text shows the documents, and how they are written there.
+    """The position of the documents in a message, and how they are written there.
 
     Attributes:
-        offset: characters of the text that stand in front of the documents.
+        offset: number of characters of the message's text before the documents.
         separator: text between two documents.
-        titles: whether a document's title is written above its text.
+        titles: whether each document's title is written above its text.
     """
 
     offset: int
@@ -55,9 +57,9 @@ class DocumentsPlace:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation; ``prompt=`` takes a list of them, the user's last.
+    """One message of a conversation. ``prompt=`` takes a list of messages that ends with the user's.
 
-    ``text`` does not contain the documents. ``documents`` says where they belong, in one message of a prompt at most.
+    ``text`` does not contain the documents. At most one message of a prompt may set ``documents``, their place.
     """
 
     role: Role
@@ -66,16 +68,16 @@ class Message:
 
     @classmethod
     def around(cls, role: Role, before: str, after: str, *, separator: str = "\n\n", titles: bool = False) -> Message:
-        """A message that shows the documents between ``before`` and ``after``."""
+        """Create a message with the documents between ``before`` and ``after``."""
         return cls(role, before + after, DocumentsPlace(len(before), separator, titles))
 
 
-Prompt = str | Sequence[Message] | None  # the caller's wording without the documents; None: the bare question
+Prompt = str | Sequence[Message] | None  # the caller's prompt without the documents; None for the bare question
 
 
 @dataclass(frozen=True, slots=True)
 class PromptPart:
-    """A part of what the model reads. ``document_id`` is None for text around the documents."""
+    """A part of a prompt. ``document_id`` is None for the text around the documents."""
 
     text: str
     document_id: str | None = None
@@ -83,9 +85,9 @@ class PromptPart:
 
 @dataclass(frozen=True, slots=True)
 class ShownPrompt:
-    """Everything that the model reads for one question, in order, control tokens included.
+    """The complete prompt of one question, including control tokens.
 
-    ``str()`` marks the borders of the documents; ``text`` is the prompt without these marks.
+    ``str()`` marks where each document begins and ends. ``text`` is the prompt without these marks.
     """
 
     mode: Mode
@@ -104,15 +106,19 @@ class ShownPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What became of one of the caller's documents.
+    """How one of the caller's documents was used in an answer.
 
-    ``origin`` says where its keys and values came from: ``memory``, ``disk`` or ``remote`` (the store's tiers),
-    ``computed`` (prefilled now), ``prompt`` (joined into the prompt, mode ``concat``) or ``blank`` (no text, skipped).
-    ``miss`` is the reason why the store had a computed one not (of its first missing piece).
-    ``attention`` and ``effect`` are those of ``Influence``, if they were asked for (``attribution=``).
-    ``pieces`` is above 1 for a document that was split; ``duplicate_of`` names the earlier document with
-    the same tokens, which was fused in its place. ``used`` is False for a blank document and for one that focus left
-    out; ``focus_score`` is what focus ranked it by (nats), None where nothing had to be chosen.
+    Attributes:
+        id: the document's id, or its position in the request, counted from 1.
+        origin: where its KV came from: ``memory``, ``disk`` or ``remote`` (tiers of the store), ``computed``
+            (prefilled now), ``prompt`` (joined into the prompt in mode ``concat``) or ``blank`` (no text, skipped).
+        tokens: number of tokens.
+        pieces: number of pieces that it was split into.
+        duplicate_of: id of an earlier document with the same tokens, which was fused in its place.
+        miss: why the store did not have the first piece that had to be computed.
+        attention, effect: as in ``Influence``; None unless ``attribution=`` requested them.
+        used: False if the document is blank or focus dropped it.
+        focus_score: score by which focus ranked it, in nats; None if focus had nothing to choose.
     """
 
     id: str
@@ -128,10 +134,14 @@ class Source:
     used: bool = True
     focus_score: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields by name. ``metadata`` is the caller's own object, not a copy."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A place where the answer stands: ``document.text[start:end] == text``, in the source's spelling."""
+    """An occurrence of the answer in a document: ``document.text[start:end] == text``, in the document's spelling."""
 
     document_id: str
     start: int
@@ -141,7 +151,7 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. ``prompt_tokens`` holds everything that the model read, documents included."""
+    """Token counts. ``prompt_tokens`` counts everything that the model read, including the documents."""
 
     prompt_tokens: int
     document_tokens: int
@@ -152,10 +162,14 @@ class Usage:
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
+    def to_dict(self) -> dict[str, int]:
+        """Return all counts by name, including ``total_tokens``."""
+        return {**asdict(self), "total_tokens": self.total_tokens}
+
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds since the call began: documents ready and fused, first token known, whole answer known."""
+    """Seconds from the start of the call until the documents were fused, the first token and the last token."""
 
     prefill: float
     first_token: float
@@ -164,7 +178,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Answer:
-    """An answer with everything needed to trust it: what was read, where it stands, what it cost."""
+    """An answer with its sources, citations, token counts and timings."""
 
     text: str
     mode: Mode
@@ -177,7 +191,7 @@ class Answer:
 
     @property
     def cited_text(self) -> str:
-        """The answer as the first cited document spells it, or ``text`` where nothing is cited."""
+        """The answer as the first cited document spells it, or ``text`` if there are no citations."""
         return self.citations[0].text if self.citations else self.text
 
     def __repr__(self) -> str:
@@ -185,45 +199,45 @@ class Answer:
         return f"Answer({self.text!r}, mode={self.mode!r}, documents={len(self.sources)}, cited={cited!r})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; metadata of documents is carried as it is."""
+        """Return plain data for JSON. The documents' metadata is included unchanged."""
         return {
             "text": self.text,
             "cited_text": self.cited_text,
             "mode": self.mode,
             "finish_reason": self.finish_reason,
-            "sources": [{f.name: getattr(source, f.name) for f in fields(source)} for source in self.sources],
+            "sources": [source.to_dict() for source in self.sources],
             "citations": [asdict(citation) for citation in self.citations],
-            "usage": asdict(self.usage),
+            "usage": self.usage.to_dict(),
             "timings": asdict(self.timings),
             "token_ids": list(self.token_ids),
         }
 
     def _repr_html_(self) -> str:
-        """Rich output in notebooks. Documents and answers are untrusted text, so all of it is escaped."""
+        """Rich output for notebooks. Documents and answers are untrusted, so their text is escaped."""
         cited = {c.document_id for c in self.citations}
-        heads = ["cited", "document", "title", "KV from", "tokens"]
-        measured = [
-            (head, name, form)
-            for head, name, form in (("attention", "attention", "{:.1%}"), ("effect, nats", "effect", "{:+.2f}"))
-            if any(getattr(source, name) is not None for source in self.sources)
-        ]
-        heads += [head for head, _, _ in measured]
-        rows = "".join(
-            f"<tr><td>{'&#10003;' if s.id in cited else ''}</td><td>{html.escape(s.id)}</td>"
-            f"<td>{html.escape(s.title or '')}</td><td>{s.origin}</td><td>{s.tokens}</td>"
-            f"{''.join(f'<td>{form.format(getattr(s, name))}</td>' for _, name, form in measured)}</tr>"
-            for s in self.sources
+        columns = {
+            "cited": lambda s: "✓" * (s.id in cited),
+            "document": lambda s: s.id,
+            "title": lambda s: s.title or "",
+        }
+        columns |= {"KV from": lambda s: s.origin, "tokens": lambda s: str(s.tokens)}
+        if any(source.attention is not None for source in self.sources):
+            columns["attention"] = lambda s: f"{s.attention:.1%}"
+        if any(source.effect is not None for source in self.sources):
+            columns["effect, nats"] = lambda s: f"{s.effect:+.2f}"
+        rows = (
+            "".join(f"<td>{html.escape(cell(source))}</td>" for cell in columns.values()) for source in self.sources
         )
         return (
-            f"<p><b>{html.escape(self.cited_text)}</b> <small>({self.mode}, "
-            f"{self.timings.total:.2f} s)</small></p><table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>"
-            f"{rows}</table>"
+            f"<p><b>{html.escape(self.cited_text)}</b> <small>({self.mode}, {self.timings.total:.2f} s)</small></p>"
+            f"<table><tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>"
+            f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class InvarianceReport:
-    """What came of answering one question with the same documents in several orders."""
+    """The result of answering one question with its documents in several orders."""
 
     mode: Mode
     permutations: int
@@ -232,13 +246,17 @@ class InvarianceReport:
 
     @property
     def identical(self) -> bool:
-        """True when every order gave the same tokens and the same logits, bit for bit."""
+        """Whether all orders gave the same text and bitwise equal logits."""
         return len(self.answers) == 1 and self.max_logit_difference == 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON, including ``identical``."""
+        return {**asdict(self), "identical": self.identical}
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the support gate: its name, whether it held, and the measured detail or the cause."""
+    """One check of the support gate, with the measured value or the reason for its failure in ``detail``."""
 
     name: str
     passed: bool
@@ -247,7 +265,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class GateReport:
-    """All checks that the support gate made on one model."""
+    """The results of all checks of the support gate for one model."""
 
     model_id: str
     checks: tuple[Check, ...]

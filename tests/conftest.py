@@ -68,6 +68,6 @@ def default_model_once(default_model: KVFusionGenerator, monkeypatch: pytest.Mon
     ) -> KVFusionGenerator:
         if model is not None or options:
             return load(model, store=store, **options)
-        return KVFusionGenerator(default_model._backbone, store=store)
+        return KVFusionGenerator(default_model._engine.model, store=store)
 
     monkeypatch.setattr(KVFusionGenerator, "from_pretrained", from_pretrained)

@@ -27,6 +27,8 @@ from kvfusion_rag import (
     ModelLoadError,
     UnsupportedModelError,
 )
+from kvfusion_rag.engine.engine import EngineOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.hardware import slowness
 from kvfusion_rag.text.encoder import PlainEncoder
@@ -59,7 +61,7 @@ def test_an_answer_says_what_was_read():
     usage = answer.usage
     assert usage.document_tokens == sum(s.tokens for s in answer.sources) and usage.cached_document_tokens == 0
     assert usage.completion_tokens == len(answer.token_ids) <= 5
-    prefix, question = len(gen._encoder.prefix_ids), len(gen._encoder.encode_question("who?"))
+    prefix, question = len(gen._engine.encoder.prefix_ids), len(gen._engine.encoder.encode_question("who?"))
     assert usage.prompt_tokens == prefix + usage.document_tokens + question
     assert 0 < answer.timings.prefill <= answer.timings.first_token <= answer.timings.total
     again = gen.answer("why?", [*DOCUMENTS[::-1], "and one more"], max_new_tokens=5)
@@ -115,8 +117,8 @@ def test_no_documents_is_plain_generation_with_one_warning(caplog):
         gen.answer("who?", [], max_new_tokens=4)
     assert sum("no documents" in r.message for r in caplog.records) == 1
     assert answer.sources == () and answer.token_ids == gen.answer("who?", [" ", "\n"], max_new_tokens=4).token_ids
-    ids = [*gen._encoder.prefix_ids, *gen._encoder.encode_question("who?")]
-    plain = gen._backbone.model.generate(
+    ids = [*gen._engine.encoder.prefix_ids, *gen._engine.encoder.encode_question("who?")]
+    plain = gen._engine.model.backbone.model.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=4, do_sample=False, pad_token_id=0
     )
     assert list(answer.token_ids) == plain[0, len(ids) :].tolist()
@@ -145,7 +147,9 @@ def test_a_thousand_documents(gen):
     answer = gen.answer("who?", documents, max_new_tokens=2)
     assert len(answer.sources) == 1000 and len({s.id for s in answer.sources}) == 1000
     with pytest.raises(ContextLimitError, match=r"1000 documents have \d+ tokens together, but at most 500"):
-        KVFusionGenerator(gen._backbone, store=None, max_fused_tokens=500).answer("who?", documents)
+        KVFusionGenerator(gen._engine.model, store=None, options=EngineOptions(max_fused_tokens=500)).answer(
+            "who?", documents
+        )
 
 
 def test_concat_over_the_window_names_the_numbers(gen):
@@ -257,12 +261,12 @@ def test_an_empty_batch_is_an_empty_list(gen):
 
 
 def test_a_batch_over_the_limit_is_decoded_in_several(gen):
-    small = KVFusionGenerator(gen._backbone, store=None, max_fused_tokens=400)
+    small = KVFusionGenerator(gen._engine.model, store=None, options=EngineOptions(max_fused_tokens=400))
     questions = [f"who has {i} sacks?" for i in range(9)]
     documents = [["the river runs past an old mill " * (1 + i % 3)] for i in range(9)]
     options = small._options({"max_new_tokens": 3})
     requests = [small._engine.request(q, d, None, None, options) for q, d in zip(questions, documents, strict=True)]
-    batches = list(small._engine.batches(requests))
+    batches = list(small._engine.runner.batches(requests))
     assert 1 < len(batches) < 9 and [r for batch in batches for r in batch.requests] == requests
     for batch in batches:
         longest = max(row.tokens + row.question_tokens for row in batch.rows)
@@ -287,7 +291,11 @@ def test_a_store_may_be_shared_by_models_and_tenants():
         generator("llama", torch.bfloat16, store=store),
         generator("qwen2", store=store),
         generator("llama", store=store, prefix="other prefix", document_template="{text}\n\n"),
-        KVFusionGenerator(generator("llama")._backbone, store=store, namespace="tenant"),
+        KVFusionGenerator(
+            TorchModel(generator("llama")._engine.model.backbone),
+            store=store,
+            options=EngineOptions(namespace="tenant"),
+        ),
     ]
     for gen in gens:
         assert gen.answer("who?", ["the mill"], max_new_tokens=1).sources[0].origin == "computed"
@@ -304,10 +312,10 @@ def test_check_invariance_tells_fusion_from_concat(gen):
 
 def test_concat_is_ordinary_generation_in_the_callers_order(gen):
     answer = gen.answer("who?", DOCUMENTS, mode="concat", max_new_tokens=6)
-    encoder = gen._encoder
+    encoder = gen._engine.encoder
     documents = [encoder.encode_document(d if isinstance(d, Document) else Document(d)) for d in DOCUMENTS]
     ids = [*encoder.prefix_ids, *(i for d in documents for i in d), *encoder.encode_question("who?")]
-    plain = gen._backbone.model.generate(
+    plain = gen._engine.model.backbone.model.generate(
         torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     assert list(answer.token_ids) == plain[0, len(ids) :].tolist()
@@ -350,7 +358,7 @@ def test_threads_get_what_one_caller_gets():
 
 @pytest.fixture(scope="module")
 def adapter_folder(tmp_path_factory, model_folder):
-    base = KVFusionGenerator.from_pretrained(model_folder)._backbone.model
+    base = KVFusionGenerator.from_pretrained(model_folder)._engine.model.backbone.model
     tuned = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     folder = tmp_path_factory.mktemp("adapter")
     tuned.save_pretrained(folder)
@@ -439,11 +447,13 @@ def test_identity_tells_apart_what_changes_answers(model_folder, adapter_folder,
 def test_one_changed_weight_is_another_model():
     """A store shared by two models never answers for the wrong one, however small their difference."""
     store = MemoryStore()
-    first = KVFusionGenerator(backbone("llama"), store=store)
+    first = KVFusionGenerator(TorchModel(backbone("llama")), store=store)
     network = model("llama")
     with torch.no_grad():
         network.get_input_embeddings().weight[17, 5] += 1
-    second = KVFusionGenerator(Backbone(network, tokenizer("byte-bpe"), first.settings, model_id="b"), store=store)
+    second = KVFusionGenerator(
+        TorchModel(Backbone(network, tokenizer("byte-bpe"), first.settings, model_id="b")), store=store
+    )
     first.prefill(["the mill"])
     assert second.prefill(["the mill"])[0].origin == "computed"
 
@@ -493,7 +503,7 @@ def test_a_tokenizer_of_another_model_is_refused():
     small = model("llama", vocab_size=300)
     bone = Backbone(small, tokenizer("byte-bpe"), ModelSettings(), model_id="small")
     with pytest.raises(UnsupportedModelError, match="300 embeddings"):
-        KVFusionGenerator(bone, store=None)
+        KVFusionGenerator(TorchModel(bone), store=None)
 
 
 def test_prefilling_more_than_the_store_holds_warns_and_keeps_memory_bounded(caplog):
@@ -514,14 +524,14 @@ def test_a_stream_is_a_context_manager(gen):
 
 
 def test_a_stream_is_closed_by_another_thread_while_a_piece_is_decoded(gen, monkeypatch):
-    forward, decoding, go_on = gen._backbone.forward, threading.Event(), threading.Event()
+    forward, decoding, go_on = gen._engine.model.backbone.forward, threading.Event(), threading.Event()
 
     def slow(*args, **options):
         decoding.set()
         assert go_on.wait(20)
         return forward(*args, **options)
 
-    monkeypatch.setattr(gen._backbone, "forward", slow)
+    monkeypatch.setattr(gen._engine.model.backbone, "forward", slow)
     stream = gen.stream("who?", DOCUMENTS, max_new_tokens=12)
     with ThreadPoolExecutor(2) as pool:
         piece = pool.submit(next, stream, None)
@@ -552,7 +562,7 @@ def test_a_model_that_is_no_name_and_no_folder_is_one_error(model):
 
 def test_a_decoder_in_another_precision_is_refused():
     with pytest.raises(InvalidInputError, match=r"is in torch.bfloat16 on cpu, but .* in torch.float32"):
-        KVFusionGenerator(backbone("llama"), store=None, decoder=backbone("llama", torch.bfloat16))
+        KVFusionGenerator(TorchModel(backbone("llama"), backbone("llama", torch.bfloat16)), store=None)
 
 
 def test_answers_are_plain_data(gen):

@@ -30,7 +30,6 @@ from .conversations import Conversation, gather, read
 from .deadlines import answer_within, answered_within, apieces_within, pieces_within
 from .documents import DocumentsArgument, to_documents
 from .errors import UnsupportedFeatureError
-from .streams import StreamReader
 
 if TYPE_CHECKING:
     from kvfusion_rag import AnswerStream, KVFusionGenerator, ShownPrompt
@@ -203,8 +202,7 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        stream = self._open(messages, stop, kwargs)
-        try:
+        with self._open(messages, stop, kwargs) as stream:
             for piece in pieces_within(self.timeout, stream):
                 chunk = piece_chunk(piece)
                 if run_manager is not None:
@@ -214,8 +212,6 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
             if run_manager is not None:
                 run_manager.on_llm_new_token("", chunk=last)
             yield last
-        finally:
-            stream.close()
 
     async def _astream(
         self,
@@ -224,10 +220,8 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        stream = await asyncio.to_thread(self._open, messages, stop, kwargs)
-        reader = StreamReader(stream)
-        try:
-            async for piece in apieces_within(self.timeout, aiter(reader)):
+        async with await asyncio.to_thread(self._open, messages, stop, kwargs) as stream:
+            async for piece in apieces_within(self.timeout, stream):
                 chunk = piece_chunk(piece)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(piece, chunk=chunk)
@@ -236,8 +230,6 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
             if run_manager is not None:
                 await run_manager.on_llm_new_token("", chunk=last)
             yield last
-        finally:
-            reader.close()
 
     def _open(self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         conversation, options = self._read(messages, stop, given)

@@ -35,7 +35,6 @@ from .conversations import fuse_messages
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
 from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, wording
 from .options import call_options, generation_info, total_usage
-from .streams import StreamReader
 
 if TYPE_CHECKING:
     from kvfusion_rag import AnswerStream, ShownPrompt
@@ -310,8 +309,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[GenerationChunk]:
-        stream = self._open(prompt, stop, kwargs)
-        try:
+        with self._open(prompt, stop, kwargs) as stream:
             for piece in stream:
                 chunk = GenerationChunk(text=piece)
                 if run_manager is not None:
@@ -321,8 +319,6 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
             if run_manager is not None:
                 run_manager.on_llm_new_token(last.text, chunk=last)
             yield last
-        finally:
-            stream.close()
 
     async def _astream(
         self,
@@ -331,10 +327,8 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[GenerationChunk]:
-        stream = await asyncio.to_thread(self._open, prompt, stop, kwargs)
-        reader = StreamReader(stream)
-        try:
-            async for piece in reader:
+        async with await asyncio.to_thread(self._open, prompt, stop, kwargs) as stream:
+            async for piece in stream:
                 chunk = GenerationChunk(text=piece)
                 if run_manager is not None:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -343,8 +337,6 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
             if run_manager is not None:
                 await run_manager.on_llm_new_token(last.text, chunk=last)
             yield last
-        finally:
-            reader.close()
 
     def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         [fused] = self._fuse([prompt])

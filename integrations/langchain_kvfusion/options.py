@@ -56,36 +56,12 @@ def generation_info(answer: Answer) -> dict[str, Any]:
 
     ``usage["prompt_tokens"]`` has the documents in it.
     """
-    usage = answer.usage
-    return {
-        "finish_reason": answer.finish_reason,
-        "mode": answer.mode,
-        "usage": {
-            "prompt_tokens": usage.prompt_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "total_tokens": usage.total_tokens,
-            "document_tokens": usage.document_tokens,
-            "cached_document_tokens": usage.cached_document_tokens,
-        },
-        "sources": [
-            {
-                "id": source.id,
-                "title": source.title,
-                "origin": source.origin,
-                "tokens": source.tokens,
-                "duplicate_of": source.duplicate_of,
-                "used": source.used,
-                "focus_score": source.focus_score,
-                "attention": source.attention,
-                "effect": source.effect,
-            }
-            for source in answer.sources
-        ],
-        "citations": [
-            {"document_id": c.document_id, "start": c.start, "end": c.end, "text": c.text} for c in answer.citations
-        ],
-        "cited_text": answer.cited_text,
-    }
+    info = answer.to_dict()
+    for name in ("text", "timings", "token_ids"):
+        del info[name]
+    for source in info["sources"]:
+        del source["metadata"]
+    return info
 
 
 def total_usage(infos: Sequence[Mapping[str, Any]]) -> dict[str, int]:

@@ -6,19 +6,13 @@ is advanced in one worker thread, so the event loop is free and the stream never
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncGenerator, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
 
-from kvfusion_rag import Answer, Source, Usage
-
-if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream
+from kvfusion_rag import Answer, AnswerStream
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
@@ -26,23 +20,17 @@ def answer_record(answer: Answer) -> dict[str, Any]:
 
     ``usage`` stands here as well because LlamaIndex's token counter reads it from the raw response.
     """
-    return {
-        "text": answer.text,
-        "cited_text": answer.cited_text,
-        "mode": answer.mode,
-        "finish_reason": answer.finish_reason,
-        "sources": [_source_record(source) for source in answer.sources],
-        "citations": [asdict(citation) for citation in answer.citations],
-        "usage": asdict(answer.usage) | _token_counts(answer.usage),
-        "timings": asdict(answer.timings),
-    }
+    record = answer.to_dict()
+    del record["token_ids"]
+    for source in record["sources"]:
+        source["metadata"] = _plain(source["metadata"])
+    return record
 
 
 def completion_response(answer: Answer, delta: str | None = None) -> CompletionResponse:
     """A whole answer: its text, the token counts in `additional_kwargs`, the rest in `raw`."""
-    return CompletionResponse(
-        text=answer.text, delta=delta, additional_kwargs=_token_counts(answer.usage), raw=answer_record(answer)
-    )
+    counts = {name: getattr(answer.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return CompletionResponse(text=answer.text, delta=delta, additional_kwargs=counts, raw=answer_record(answer))
 
 
 def chat_response(completion: CompletionResponse) -> ChatResponse:
@@ -62,27 +50,20 @@ def chat_response(completion: CompletionResponse) -> ChatResponse:
 def completion_chunks(stream: AnswerStream) -> Generator[CompletionResponse, None, None]:
     """The pieces as they come, then one chunk without new text that carries the counts and `raw`."""
     text = ""
-    try:
+    with stream:
         for piece in stream:
             text += piece
             yield CompletionResponse(text=text, delta=piece)
-    finally:
-        stream.close()
     yield _last_chunk(stream)
 
 
 async def acompletion_chunks(stream: AnswerStream) -> AsyncGenerator[CompletionResponse, None]:
     """Like `completion_chunks`; a consumer that stops early stops the generation after its current step."""
     text = ""
-    loop = asyncio.get_running_loop()
-    worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kvfusion-stream")
-    try:
-        while (piece := await loop.run_in_executor(worker, next, stream, None)) is not None:
+    async with stream:
+        async for piece in stream:
             text += piece
             yield CompletionResponse(text=text, delta=piece)
-    finally:
-        worker.submit(stream.close)
-        worker.shutdown(wait=False)
     yield _last_chunk(stream)
 
 
@@ -102,18 +83,6 @@ def _last_chunk(stream: AnswerStream) -> CompletionResponse:
     answer = stream.answer
     assert answer is not None  # a stream that ended without raising has its answer
     return completion_response(answer, delta="")
-
-
-def _token_counts(usage: Usage) -> dict[str, int]:
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.total_tokens,
-    }
-
-
-def _source_record(source: Source) -> dict[str, Any]:
-    return asdict(replace(source, metadata={})) | {"metadata": _plain(source.metadata)}
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

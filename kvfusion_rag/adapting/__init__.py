@@ -1,8 +1,9 @@
-"""Adapting a model to fused documents without labels: a folder of documents in, an adapter and its card out.
+"""Adapts a model to fused documents without labels.
 
-The model asks and answers questions about its own documents (``questions``, ``filtering``), learns to repeat over
-fused documents what it answers from the one passage (``making``), and is judged on held-out questions (``judging``).
-The adapter is kept only if it wins. ``stages`` lets an interrupted run continue. Serving is not known here.
+A model and a folder of documents enter, and an adapter with its card and report leaves. The model writes and answers
+questions about the documents (``questions``, ``filtering``), learns to give the same answers over fused documents
+(``making``, then the room ``training``), and is judged on held-out questions (``judging``). The adapter is kept only
+if it beats untuned fusion. ``stages`` makes runs resumable. The room must not know how answers are served.
 """
 
 import lazy_loader

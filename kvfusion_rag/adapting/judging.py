@@ -1,4 +1,4 @@
-"""Compares systems on held-out rows against the answers that the model gives from the gold passage only."""
+"""Compares systems on held-out rows with the model's own answers from the gold passage only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ UNTUNED, ADAPTED, CONCAT = "fusion, untuned", "fusion, adapted", "concat"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How one system did.
+    """Figures of one system.
 
     Attributes:
-        right: share (%) of its answers that say the gold-passage answer (``filtering.says``).
-        f1: mean F1 of words (%) against it.
+        right: share of answers (%) that say the gold-passage answer (``filtering.says``).
+        f1: mean word F1 (%) against it.
     """
 
     system: str
@@ -29,7 +29,7 @@ class Verdict:
 
 
 def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode, answer_tokens: int) -> list[str]:
-    """Greedy answers to ``rows`` over all their passages, in the rows' order of passages."""
+    """Return greedy answers to ``rows`` over all their passages, in the rows' order."""
     answers = generator.answer_batch(
         [row.question for row in rows],
         [[passage.document(str(number)) for number, passage in enumerate(row.passages)] for row in rows],
@@ -40,7 +40,7 @@ def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode,
 
 
 def right_answers(rows: Sequence[QARow], answers: Sequence[str]) -> list[bool]:
-    """Which of the answers of one system say the gold-passage answer."""
+    """Return for each answer of one system whether it says the gold-passage answer."""
     return [says(text, row.answers[0], row.question) for text, row in zip(answers, rows, strict=True)]
 
 
@@ -52,5 +52,5 @@ def judge(system: str, rows: Sequence[QARow], answers: Sequence[str]) -> Verdict
 
 
 def wins(adapted: Verdict, untuned: Verdict) -> bool:
-    """Whether the adapter is worth keeping: more answers right, or as many with a higher F1."""
+    """Return whether to keep the adapter: it has more right answers, or equally many with a higher F1."""
     return (adapted.right, adapted.f1) > (untuned.right, untuned.f1)

@@ -1,4 +1,4 @@
-"""From passages to rows: questions asked, answered and filtered, with negatives; each step resumable."""
+"""Builds rows from passages: questions are written, answered, filtered and given negatives, in resumable stages."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .filtering import answer_fault, question_fault, repeats, whole_sentences
 from .judging import answer_rows
 from .options import AdaptOptions
 from .passages import PassagePool
-from .questions import Asked, answer_alone, openings_of, question_writer, write_questions
+from .questions import Asked, answer_from_passage, openings_of, question_writer, write_questions
 from .rows import NegativeMiner, make_row, number_of_documents
 from .stages import Stages
 
-LEAST_TRAINED, LEAST_JUDGED = 8, 4  # questions
+LEAST_TRAINED, LEAST_JUDGED = 8, 4  # rows
 QUESTIONS_AT_ONCE, ROWS_AT_ONCE = 32, 16
 REPEAT_NEGATIVES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Rows to train on and to judge by.
+    """Rows for training and for judging.
 
     Attributes:
         asked: number of questions before any was dropped.
-        dropped: number of questions by the reason for which they were dropped.
+        dropped: number of dropped questions by reason.
     """
 
     trained: list[QARow]
@@ -41,12 +41,12 @@ class Made:
 
 
 class RowMaker:
-    """Makes the rows of one run.
+    """Builds the rows of one run.
 
     Args:
-        generator: the untuned model.
+        generator: generator of the untuned model.
         start: token that its tokenizer puts in front of a text.
-        given: the user's own questions with their passages, if these are known; None has the model ask.
+        given: the user's own questions with their passages, if known; None if the model writes the questions.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class RowMaker:
         self._generator, self._options, self._stages, self._start = generator, options, stages, start
         self._pool, self._given = pool, given
         own = [passage for _, passage in given or () if passage is not None]
-        found = {text_key(passage.text): passage for passage in [*pool.passages, *own]}
-        self._passages = list(found.values())  # the pool's own come first, under their numbers
-        self._numbers = {key: number for number, key in enumerate(found)}
+        by_key = {text_key(passage.text): passage for passage in [*pool.passages, *own]}
+        self._passages = list(by_key.values())  # the pool's passages are first and keep their numbers
+        self._numbers = {key: number for number, key in enumerate(by_key)}
         self._miner = NegativeMiner(self._passages, options.seed)
         self._dropped: Counter[str] = Counter()
 
     def make(self) -> Made:
-        """All rows.
+        """Return all rows.
 
         Raises:
             InvalidInputError: too few questions are left.
@@ -82,16 +82,16 @@ class RowMaker:
             if len(rows) < least:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in self._dropped.most_common())
                 raise InvalidInputError(
-                    f"{len(rows)} of {total} questions are left to {use}, but at least {least} are needed; raise "
+                    f"{len(rows)} of {total} questions are left to {use}, but at least {least} are needed; increase "
                     f"--passages, name more documents, or give your own --questions (dropped: {reasons or 'none'})."
                 )
         return Made(trained, judged, total, dict(self._dropped.most_common()))
 
     def _ask(self) -> tuple[list[Asked], int]:
-        """The model's own questions that are of use, and how many it wrote."""
+        """Return the model's own useful questions, and how many it wrote."""
         options = self._options
         numbers = self._pool.sample(options.passages, options.seed)
-        held = set(numbers[: max(1, round(options.held_out * len(numbers)))])
+        held_out = self._held_out(numbers)
         count = options.questions_per_passage
         tasks = [(n, opening) for n in numbers for opening in openings_of(n, count, options.seed)]
         writer: KVFusionGenerator | None = None
@@ -102,34 +102,38 @@ class RowMaker:
             return write_questions(writer, [(self._passages[number], opening) for number, opening in chunk])
 
         texts = self._stages.work("questions", tasks, QUESTIONS_AT_ONCE, write)
-        kept: list[Asked] = []
+        useful: list[Asked] = []
         seen: set[str] = set()
         for (number, _), text in zip(tasks, texts, strict=True):
             if not self._drop(question_fault(text, self._passages[number], seen)):
                 seen.add(normalize_answer(text))
-                kept.append(Asked(text, number, number in held))
-        return kept, len(tasks)
+                useful.append(Asked(text, number, number in held_out))
+        return useful, len(tasks)
 
     def _place_given(self, given: Sequence[tuple[str, Passage | None]]) -> tuple[list[Asked], int]:
-        """The user's questions with their passages; a share of the passages is held out."""
-        found: dict[str, tuple[str, int]] = {}
+        """Return the user's questions with their passages, and how many were given."""
+        placed: dict[str, tuple[str, int]] = {}
         for question, passage in given:
             number = self._miner.best(question) if passage is None else self._numbers[text_key(passage.text)]
             if number is None:
                 self._drop("no passage shares a word with the question")
-            elif not self._drop("question repeated" if normalize_answer(question) in found else None):
-                found[normalize_answer(question)] = question, number
-        numbers = sorted({number for _, number in found.values()})
+            elif not self._drop("question repeated" if normalize_answer(question) in placed else None):
+                placed[normalize_answer(question)] = question, number
+        numbers = sorted({number for _, number in placed.values()})
         random.Random(self._options.seed).shuffle(numbers)
-        held = set(numbers[: max(1, round(self._options.held_out * len(numbers)))])
-        return [Asked(question, number, number in held) for question, number in found.values()], len(given)
+        held_out = self._held_out(numbers)
+        return [Asked(question, number, number in held_out) for question, number in placed.values()], len(given)
+
+    def _held_out(self, numbers: Sequence[int]) -> set[int]:
+        """Return the passages whose questions are judged and not trained on."""
+        return set(numbers[: max(1, round(self._options.held_out * len(numbers)))])
 
     def _answer(self, asked: Sequence[Asked]) -> list[tuple[Asked, str]]:
-        """Questions with the answers from their passages, those of use."""
+        """Return the questions with useful answers from their passages, and these answers."""
 
         def answer(chunk: Sequence[Asked]) -> list[str]:
             pairs = [(one.question, self._passages[one.passage]) for one in chunk]
-            answers = answer_alone(self._generator, pairs, self._options.answer_tokens)
+            answers = answer_from_passage(self._generator, pairs, self._options.answer_tokens)
             return [whole_sentences(one.text) if one.finish_reason == "length" else one.text for one in answers]
 
         answers = self._stages.work("answers", asked, QUESTIONS_AT_ONCE, answer)
@@ -140,24 +144,20 @@ class RowMaker:
         ]
 
     def _repeated(self, pairs: Sequence[tuple[int, Asked, str]]) -> list[QARow]:
-        """Rows of the questions whose answers the model repeats in a joined prompt with a few negatives."""
+        """Return rows of the questions whose answers the model repeats in a joined prompt with a few negatives."""
         small = [self._row(*pair, documents=1 + REPEAT_NEGATIVES) for pair in pairs]
 
         def repeat(chunk: Sequence[QARow]) -> list[str]:
             return answer_rows(self._generator, chunk, "concat", self._options.answer_tokens)
 
         again = self._stages.work("repeats", small, ROWS_AT_ONCE, repeat)
-        kept: list[QARow] = []
-        for (n, asked, answer), found in zip(pairs, again, strict=True):
-            fault = (
-                None
-                if repeats(answer, found, asked.question, self._options.min_f1)
-                else "answer not repeated among negatives"
-            )
-            if not self._drop(fault):
+        rows: list[QARow] = []
+        for (n, asked, answer), second in zip(pairs, again, strict=True):
+            repeated = repeats(answer, second, asked.question, self._options.min_f1)
+            if not self._drop(None if repeated else "answer not repeated among negatives"):
                 documents = number_of_documents(asked.question, self._options.documents, self._options.seed)
-                kept.append(self._row(n, asked, answer, documents=documents))
-        return kept
+                rows.append(self._row(n, asked, answer, documents=documents))
+        return rows
 
     def _row(self, number: int, asked: Asked, answer: str, *, documents: int | None = None) -> QARow:
         count = (documents or self._options.documents) - 1
@@ -166,7 +166,7 @@ class RowMaker:
         return make_row(number, asked.question, answer, gold, negatives, self._options.seed)
 
     def _drop(self, reason: str | None) -> bool:
-        """Count a dropped question; whether there is a reason to drop it."""
+        """Count a dropped question, and return whether there is a reason to drop it."""
         if reason is not None:
             self._dropped[reason] += 1
         return reason is not None

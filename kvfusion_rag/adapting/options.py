@@ -1,4 +1,4 @@
-"""The settings of one adaptation. Plain data."""
+"""Settings of one adaptation. Plain data."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ class AdaptOptions:
     """How questions are made, filtered, trained on and judged.
 
     Attributes:
-        passages: most passages to ask about; a sample where the documents hold more.
-        questions_per_passage: questions that the model writes about each.
-        passage_tokens: most tokens of a passage; ``None`` for the model's passage length, else 160.
-        held_out: share of the passages whose questions are not trained on but judged.
-        judged: most held-out questions to judge.
-        documents: most documents of a question, the gold passage among them.
-        min_f1: least token F1 at which the model has repeated its answer.
-        answer_tokens: longest answer in tokens; of a longer one its whole sentences are kept.
-        layout: in which questions are read, while the adapter is made and later; ``None`` for the model's own. "fixed"
-            asks for few words, which suits small models.
-        seed: of the sample and of everything random.
-        training: settings of the trainer; its layout is the model's own, its loss "distill", its seed this one.
+        passages: maximum number of passages to ask about; a sample if the documents have more.
+        questions_per_passage: questions that the model writes about each passage, 1 to 3.
+        passage_tokens: maximum tokens of a passage; None for the model's passage length, else 160.
+        held_out: share of the passages (0 to 1) whose questions are judged and not trained on.
+        judged: maximum number of held-out questions to judge.
+        documents: maximum number of documents per question, including the gold passage.
+        min_f1: minimum word F1 (0 to 1) with which the model must repeat its answer.
+        answer_tokens: maximum tokens of an answer; a longer one is cut after its last complete sentence.
+        layout: layout in which questions are read, now and later; None for the model's own. "fixed" asks for few
+            words, which suits small models.
+        seed: seed of the sample and of everything random.
+        training: settings of the trainer; ``layout`` and ``seed`` are replaced by those above, and the loss is
+            "distill".
     """
 
     passages: int = 400
@@ -62,4 +63,7 @@ class AdaptOptions:
         if self.layout not in (None, *get_args(Layout)):
             raise InvalidInputError(f"layout is {self.layout!r}, but it must be 'prompt', 'fixed' or None.")
         if self.training.full or self.training.loss != "distill":
-            raise InvalidInputError("training is full or has another loss, but an adapter is distilled here.")
+            raise InvalidInputError(
+                f"training has full={self.training.full} and loss={self.training.loss!r}, but an adapter needs "
+                "full=False and loss='distill'."
+            )

@@ -1,4 +1,4 @@
-"""The user's documents as passages, cut as ``kvfusion index`` cuts them, and the sample that is asked about."""
+"""Cuts the user's documents into passages like ``kvfusion index``, and samples those to ask about."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ..errors import InvalidInputError, RetrievalError
 from ..retrieval.loaders import SkippedFile, UnreadableFileError, find_files, printable_path, read_document
 from ..retrieval.splitting import check_chunk_tokens, split_text
 
-LEAST_PASSAGES = 10  # fewer leave no negatives, or nothing to judge
-LEAST_SHARE = 0.25  # of the longest passage: a shorter one, such as a heading, gives nothing to ask about
+LEAST_PASSAGES = 10  # with fewer there are no negatives, or none to judge
+LEAST_SHARE = 0.25  # of the longest passage; shorter ones, such as headings, contain too little to ask about
 
 
 @dataclass(frozen=True, slots=True)
 class PassagePool:
-    """All passages of the documents, each once.
+    """All distinct passages of the documents.
 
     Attributes:
-        tokens: of each passage.
+        tokens: number of tokens of each passage.
         files: number of files read.
+        skipped: files that could not be read.
     """
 
     passages: tuple[Passage, ...]
@@ -40,17 +41,17 @@ class PassagePool:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     def sample(self, count: int, seed: int) -> list[int]:
-        """Numbers of at most ``count`` passages that are long enough to be asked about, in an order drawn by ``seed``.
+        """Return the numbers of up to ``count`` passages that are long enough to ask about, in random order.
 
         Raises:
-            InvalidInputError: there are too few.
+            InvalidInputError: there are fewer than ``LEAST_PASSAGES``.
         """
         least = LEAST_SHARE * max(self.tokens)
         numbers = [number for number, tokens in enumerate(self.tokens) if tokens >= least]
         if len(numbers) < LEAST_PASSAGES:
             raise InvalidInputError(
-                f"the documents have {len(numbers)} passages that can be asked about, but at least {LEAST_PASSAGES} "
-                "are needed; name more documents with --docs, or cut smaller passages with --passage-tokens."
+                f"the documents have {len(numbers)} passages to ask about, but at least {LEAST_PASSAGES} are needed; "
+                "name more documents with --docs, or cut smaller passages with --passage-tokens."
             )
         random.Random(seed).shuffle(numbers)
         return numbers[:count]
@@ -63,11 +64,11 @@ def read_passages(
     *,
     exclude: Path | None = None,
 ) -> PassagePool:
-    """Read and cut all documents under ``paths`` but those in the folder ``exclude``.
+    """Read and cut all documents under ``paths`` except those in the folder ``exclude``.
 
     Raises:
-        RetrievalError: a path does not exist, or no file under them can be read.
-        InvalidInputError: no path was named, or ``passage_tokens`` is too small.
+        RetrievalError: a path does not exist, or no file can be read.
+        InvalidInputError: there are no paths, or ``passage_tokens`` is too small.
     """
     if not paths:
         raise InvalidInputError("no documents were named; name at least one file or folder with --docs.")
@@ -86,7 +87,7 @@ def read_passages(
             passages.setdefault(text_key(chunk.text), Passage(chunk.text.strip(), loaded.title))
     if not passages:
         where = ", ".join(repr(printable_path(Path(path))) for path in paths)
-        reason = f": {skipped[0].path!r} is left out ({skipped[0].reason})" if skipped else ""
+        reason = f": {skipped[0].path!r} was skipped ({skipped[0].reason})" if skipped else ""
         raise RetrievalError(f"there is no document to read in {where}{reason}.")
-    kept = tuple(passages.values())
-    return PassagePool(kept, tuple(count_tokens(passage.text) for passage in kept), files, tuple(skipped))
+    distinct = tuple(passages.values())
+    return PassagePool(distinct, tuple(count_tokens(passage.text) for passage in distinct), files, tuple(skipped))

@@ -1,19 +1,18 @@
-"""The model asks about passages and answers: questions by examples in plain text, answers from the passage only.
+"""Lets the model write questions about passages, and answer them from their passage only.
 
-Questions need no chat template, so base models write them as well as instruction models. The answer comes in the
-layout in which the model will be used, since that is what the adapter learns.
+Questions continue examples in plain text, so that base models without a chat template can write them too. Answers use
+the layout in which the model will be used, since that is what the adapter learns.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
-from ..data.rows import Passage, open_text
-from ..errors import InvalidInputError
+from ..data.rows import Passage, checked, json_lines, open_text, reading_errors, require_object, required_text
 from ..generator import KVFusionGenerator
 from ..schema import Answer
 
@@ -31,13 +30,13 @@ EXAMPLES = (
      "sank into the wet ground, and King Osric fled to the coast with a few hundred men.",
      "Why did the northern army lose the Battle of Tarn Hill?", "its horsemen sank into the wet ground"),
 )  # fmt: skip
-OPENINGS = ("", " When", " Who", " Where", " How", " In which", " What")  # "" leaves the first word to the model
-LONGEST_QUESTION = 40  # tokens
+OPENINGS = ("", " When", " Who", " Where", " How", " In which", " What")  # with "" the model chooses the first word
+MAX_QUESTION_TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question and the number of the passage that it is about."""
+    """A question, the number of its passage, and whether it is judged and not trained on."""
 
     question: str
     passage: int
@@ -45,7 +44,7 @@ class Asked:
 
 
 def question_writer(generator: KVFusionGenerator, start: str = "") -> KVFusionGenerator:
-    """A generator over the same weights that continues the examples with a question about its one document.
+    """Return a generator over the same weights that continues the examples with a question about one document.
 
     Args:
         start: token that the tokenizer puts in front of a text.
@@ -58,32 +57,32 @@ def question_writer(generator: KVFusionGenerator, start: str = "") -> KVFusionGe
         titled_document_template="Text: {title}. {text}\n",
         question_template="{question}",
         prompt_template=None,
-        tuned=True,  # one fused document is an ordinary prompt, which every model reads
+        tuned=True,  # one fused document is an ordinary prompt, which every model can read
     )
 
 
 def openings_of(number: int, count: int, seed: int) -> tuple[str, ...]:
-    """The first words of the ``count`` questions about passage ``number``; the first one is the model's choice."""
+    """Return the first words of the ``count`` questions about passage ``number``; the model chooses the first one."""
     others = random.Random(f"{seed} {number}").sample(OPENINGS[1:], count - 1)
     return OPENINGS[0], *others
 
 
 def write_questions(writer: KVFusionGenerator, passages: Sequence[tuple[Passage, str]]) -> list[str]:
-    """One greedy question about each passage, which goes on from its opening."""
+    """Return one greedy question about each passage, which begins with its opening."""
     answers = writer.answer_batch(
         [f"Question:{opening}" for _, opening in passages],
         [[passage.document("1")] for passage, _ in passages],
         mode="fusion",
-        max_new_tokens=LONGEST_QUESTION,
+        max_new_tokens=MAX_QUESTION_TOKENS,
         stop=["\n"],
     )
     return [f"{opening} {answer.text}".strip() for (_, opening), answer in zip(passages, answers, strict=True)]
 
 
-def answer_alone(
+def answer_from_passage(
     generator: KVFusionGenerator, asked: Sequence[tuple[str, Passage]], answer_tokens: int
 ) -> list[Answer]:
-    """Greedy answers, each from its own passage only."""
+    """Return greedy answers, each from its own passage only."""
     return generator.answer_batch(
         [question for question, _ in asked],
         [[passage.document("1")] for _, passage in asked],
@@ -93,34 +92,23 @@ def answer_alone(
 
 
 def read_questions(path: str | Path) -> Iterator[tuple[str, Passage | None]]:
-    """The user's own questions: JSON lines {question, passage?, title?}, or a text with one a line.
+    """Read the user's own questions: JSON lines {question, passage?, title?}, or a text with one question per line.
 
     Raises:
-        InvalidInputError: the file cannot be read, or a line holds no question; names file and line.
+        InvalidInputError: the file cannot be read, or a line is not a question. Names file and line.
     """
     path = Path(path)
-    is_json = path.name.removesuffix(".gz").endswith(".jsonl")
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path.name}, line {number}"
-                    yield _from_json(line, where) if is_json else (line.strip(), None)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path.name} cannot be read: {error}.") from error
+    with reading_errors(path):
+        if path.name.removesuffix(".gz").endswith(".jsonl"):
+            for data, where, _ in json_lines(path):
+                yield _question_from(data, where)
+        else:
+            with open_text(path) as lines:
+                yield from ((line.strip(), None) for line in lines if line.strip())
 
 
-def _from_json(line: str, where: str) -> tuple[str, Passage | None]:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise InvalidInputError(f"{where} is not JSON: {error}.") from error
-    if not isinstance(data, dict):
-        raise InvalidInputError(f"{where} holds a {type(data).__name__}, but it must be an object with a question.")
-    question, passage, title = data.get("question"), data.get("passage"), data.get("title")
-    if not isinstance(question, str) or not question.strip():
-        raise InvalidInputError(f"{where}: question is {question!r:.100}, but it must be a text that is not blank.")
-    for name, value in (("passage", passage), ("title", title)):
-        if not isinstance(value, str | None):
-            raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but it must be a text or absent.")
-    return question.strip(), Passage(passage.strip(), title) if passage and passage.strip() else None
+def _question_from(data: object, where: str) -> tuple[str, Passage | None]:
+    row = require_object(data, where, "it must be an object with a question")
+    question = required_text(row, "question", where).strip()
+    passage, title = (checked(row, name, (str, NoneType), "a text or missing", where) for name in ("passage", "title"))
+    return question, Passage(passage.strip(), title) if passage and passage.strip() else None

@@ -1,4 +1,4 @@
-"""What an adaptation came to, as plain data: counts, figures, and whether the adapter was kept."""
+"""The result of an adaptation as plain data: counts, figures, and whether the adapter was kept."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ FILE = "report.json"
 
 @dataclass(frozen=True, slots=True)
 class AdaptReport:
-    """The outcome of one run.
+    """The result of one run.
 
     Attributes:
-        passages, files: that the documents have.
-        asked: questions before any was dropped; ``dropped`` has the reasons.
-        trained, judged: questions that the adapter was trained on, and judged by.
-        documents: most documents of a question.
-        steps: of the optimiser; ``losses`` are the means (nats a token) of its first and last tenth.
-        seconds: of the call that ended the run.
-        verdicts: of untuned fusion, adapted fusion and concat.
-        margin: share (%) of right answers of adapted fusion minus that of untuned fusion, with the borders of its 95 %
-            interval.
+        files, passages: number of files read, and of their passages.
+        asked: number of questions before any was dropped.
+        dropped: number of dropped questions by reason.
+        trained, judged: number of questions that the adapter was trained on, and judged on.
+        documents: maximum number of documents per question.
+        steps: number of optimiser steps.
+        losses: mean losses (nats per token) of the first and the last tenth of the steps.
+        seconds: duration of the call that finished the run.
+        verdicts: figures of untuned fusion, adapted fusion and concat.
+        margin: right answers of adapted minus untuned fusion (points), with the bounds of its 95 % interval.
         kept: whether the adapter was kept.
         run: date, command, versions and hardware.
     """
@@ -47,18 +48,18 @@ class AdaptReport:
     run: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Back from ``to_dict`` by way of JSON."""
+        """Return the report that was saved with ``to_dict`` as JSON."""
         verdicts = tuple(Verdict(**verdict) for verdict in data["verdicts"])
         return cls(**{**data, "verdicts": verdicts, "losses": tuple(data["losses"]), "margin": tuple(data["margin"])})
 
 
 def table(report: AdaptReport) -> str:
-    """The verdicts as lines of text."""
+    """Return the verdicts as lines of text."""
     lines = [f"{'system':16} {'right':>7} {'F1':>6}"]
-    lines += [f"{one.system:16} {one.right:5.1f} % {one.f1:6.1f}" for one in report.verdicts]
+    lines += [f"{verdict.system:16} {verdict.right:5.1f} % {verdict.f1:6.1f}" for verdict in report.verdicts]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One call from a model and documents to an adapter that is kept only if it beats untuned fusion."""
+"""Makes an adapter from a model and documents in one call, and keeps it only if it beats untuned fusion."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..data.rows import QARow
-from ..errors import InvalidInputError
 from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..generator import KVFusionGenerator
@@ -25,7 +24,7 @@ from ..text.settings import leading_bos
 from ..training.checkpoint import recover
 from ..training.config import TrainingConfig
 from ..training.progress import LOSSES, Progress
-from ..training.run import train
+from ..training.run import require_uniform_positions, train
 from .card import card
 from .judging import ADAPTED, CONCAT, UNTUNED, answer_rows, judge, right_answers, wins
 from .making import ROWS_AT_ONCE, Made, RowMaker
@@ -35,12 +34,12 @@ from .questions import read_questions
 from .report import FILE, AdaptReport
 from .stages import Stages, prepare_folder, write_atomically, writing_errors
 
-FORMAT = 1  # raise it when questions, filters or rows change, since a run cannot go on from others
+FORMAT = 1  # increase it when questions, filters or rows change, since runs with others cannot be resumed
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """What is loaded three times: to ask and answer, to be trained, to be judged."""
+    """The model, which is loaded three times: to write and answer questions, to be trained, to be judged."""
 
     model: str | Path | None
     gguf_file: str | None
@@ -50,7 +49,7 @@ class _Model:
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """All that the untuned model has done."""
+    """All results of the untuned model."""
 
     stages: Stages
     pool: PassagePool
@@ -77,38 +76,42 @@ def adapt(
 ) -> AdaptReport:
     """Make an adapter of ``model`` from documents, and keep it in ``output/adapter`` if it beats untuned fusion.
 
-    A run that was killed goes on when it is called again with the same arguments.
+    A run that was killed is resumed by calling it again with the same arguments.
 
     Args:
-        model, gguf_file, device, dtype: as ``KVFusionGenerator.from_pretrained`` takes them.
+        model, gguf_file, device, dtype: as in ``KVFusionGenerator.from_pretrained``.
         docs: files and folders.
-        output: folder of the run's state, its report and the adapter.
-        questions: file of the user's own questions, in place of the model's.
-        progress: draw bars on stderr.
-        note: called with a line of text after each stage.
+        output: folder for the run's state, its report and the adapter.
+        questions: file with the user's own questions, instead of the model's.
+        progress: whether to show progress bars on stderr.
+        note: function that is called with a line of text after each stage.
 
     Raises:
-        InvalidInputError: too few passages or questions; the output holds another run or cannot be written.
+        InvalidInputError: there are too few passages or questions, or the output contains another run or cannot be
+            written.
         RetrievalError: there are no documents.
-        ModelLoadError, UnsupportedModelError: as ``KVFusionGenerator.from_pretrained``.
-        MissingDependencyError: an extra is not installed, or transformers and peft do not fit.
+        ModelLoadError, UnsupportedModelError: as in ``KVFusionGenerator.from_pretrained``.
+        MissingDependencyError: an extra is not installed, or transformers and peft do not work together.
     """
     options, folder, began = options or AdaptOptions(), Path(output), time.perf_counter()
     require_adapter_libraries()
+    bootstrap = Bootstrap(options.seed)
     prepare_folder(folder)
     with writing_errors(folder):
-        named = _Model(model, gguf_file, device, dtype)
-        found = _prepare(named, docs, questions, folder, options, progress, note)
-        if isinstance(found, AdaptReport):
-            return found
-        gc.collect()  # the untuned model, before it is loaded again
-        trained = _train(found, named, folder, note)
-        adapted = _judge_adapted(found, named, folder, options)
-        return _finish(found, trained, adapted, folder, options, time.perf_counter() - began)
+        source = _Model(model, gguf_file, device, dtype)
+        prepared = _prepare(source, docs, questions, folder, options, progress, note)
+        if isinstance(prepared, AdaptReport):
+            return prepared
+        gc.collect()  # free the untuned model before it is loaded again
+        trained = _train(prepared, source, folder, note)
+        adapted = _judge_adapted(prepared, source, folder, options)
+        report = _report(prepared, trained, adapted, options, bootstrap, time.perf_counter() - began)
+        _finish(report, folder)
+        return report
 
 
 def _prepare(
-    named: _Model,
+    source: _Model,
     docs: Sequence[str | Path],
     questions: str | Path | None,
     folder: Path,
@@ -116,16 +119,12 @@ def _prepare(
     progress: bool,
     note: Callable[[str], None],
 ) -> _Prepared | AdaptReport:
-    """Everything up to training; the report of a run that has ended already."""
+    """Do everything before training, or return the report if the run has already finished."""
     given = None if questions is None else list(read_questions(questions))
-    where = locate_model(named.model, gguf_file=named.gguf_file)
-    backbone = load_backbone(where, device=named.device, dtype=named.dtype)
+    location = locate_model(source.model, gguf_file=source.gguf_file)
+    backbone = load_backbone(location, device=source.device, dtype=source.dtype)
+    require_uniform_positions(backbone)
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
-    if settings.positions != "uniform":
-        raise InvalidInputError(
-            f"positions is {settings.positions!r} in the settings of {backbone.model_id!r}, but training reads "
-            "documents at uniform positions."
-        )
     generator = KVFusionGenerator(backbone, store=MemoryStore(), settings=settings, gather=False)
     tokens = options.passage_tokens or settings.passage_length or DEFAULT_PASSAGE_TOKENS
     pool = read_passages(docs, tokens, generator.count_tokens, exclude=folder.resolve())
@@ -142,7 +141,7 @@ def _prepare(
     stages = Stages(folder, facts, progress=progress)
     if (folder / FILE).is_file():
         return AdaptReport.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    note(f"{len(pool.passages)} passages of up to {tokens} tokens in {pool.files} files, {len(pool.skipped)} left out")
+    note(f"{len(pool.passages)} passages of up to {tokens} tokens in {pool.files} files, {len(pool.skipped)} skipped")
     start = leading_bos(backbone.tokenizer)
     made = RowMaker(generator, pool, options, stages, start=start, given=given).make()
     note(f"{len(made.trained)} questions to train on, {len(made.judged)} to judge by, of {made.asked}")
@@ -162,47 +161,49 @@ def _answers(
     return stages.work(name, rows, ROWS_AT_ONCE, answer)
 
 
-def _train(found: _Prepared, named: _Model, folder: Path, note: Callable[[str], None]) -> Progress:
-    where = folder / "training"
-    recover(where / "checkpoint")
-    if not (where / "checkpoint").exists():
-        shutil.rmtree(where, ignore_errors=True)  # of a run that was killed before its first checkpoint
+def _train(prepared: _Prepared, source: _Model, folder: Path, note: Callable[[str], None]) -> Progress:
+    output = folder / "training"
+    recover(output / "checkpoint")
+    if not (output / "checkpoint").exists():
+        shutil.rmtree(output, ignore_errors=True)  # left by a run that was killed before its first checkpoint
 
     def report(progress: Progress) -> None:
         recent = [loss for _, loss in progress.losses[-20:]]
-        note(f"step {progress.step}: loss {sum(recent) / len(recent):.3f} nats a token")
+        note(f"step {progress.step}: loss {sum(recent) / len(recent):.3f} nats per token")
 
-    files: Mapping[str, Any] = {"documents": {"sha256": found.pool.digest, "passages": len(found.pool.passages)}}
+    pool = prepared.pool
     return train(
-        found.made.trained, output=where, config=found.config, resume=True, files=files, report=report, **asdict(named)
-    )
+        prepared.made.trained, output=output, config=prepared.config, resume=True, report=report,
+        files={"documents": {"sha256": pool.digest, "passages": len(pool.passages)}}, **asdict(source),
+    )  # fmt: skip
 
 
-def _judge_adapted(found: _Prepared, named: _Model, folder: Path, options: AdaptOptions) -> list[str]:
+def _judge_adapted(prepared: _Prepared, source: _Model, folder: Path, options: AdaptOptions) -> list[str]:
     adapter = folder / "training" / "best"
-    generator = KVFusionGenerator.from_pretrained(adapter=adapter, store=MemoryStore(), gather=False, **asdict(named))
-    return _answers(found.stages, "judged-adapted", generator, found.made.judged, "fusion", options)
+    generator = KVFusionGenerator.from_pretrained(adapter=adapter, store=MemoryStore(), gather=False, **asdict(source))
+    return _answers(prepared.stages, "judged-adapted", generator, prepared.made.judged, "fusion", options)
 
 
-def _finish(
-    found: _Prepared, trained: Progress, adapted: list[str], folder: Path, options: AdaptOptions, seconds: float
-) -> AdaptReport:
-    """Judge, keep the adapter or not, and write the report last."""
-    rows = found.made.judged
-    texts = {UNTUNED: found.untuned, ADAPTED: adapted, CONCAT: found.concat}
+def _report(
+    prepared: _Prepared, trained: Progress, adapted: list[str], options: AdaptOptions, bootstrap: Bootstrap,
+    seconds: float,
+) -> AdaptReport:  # fmt: skip
+    """Judge all systems, and decide whether to keep the adapter."""
+    rows = prepared.made.judged
+    texts = {UNTUNED: prepared.untuned, ADAPTED: adapted, CONCAT: prepared.concat}
     verdicts = {system: judge(system, rows, answers) for system, answers in texts.items()}
     right = {system: [100.0 * one for one in right_answers(rows, answers)] for system, answers in texts.items()}
-    margin = Bootstrap(options.seed).difference(right[ADAPTED], right[UNTUNED])
+    margin = bootstrap.difference(right[ADAPTED], right[UNTUNED])
     losses = [loss for _, loss in trained.losses]
     tenth = max(1, len(losses) // 10)
-    report = AdaptReport(
-        model_id=found.model_id,
-        dtype=found.dtype,
-        files=found.pool.files,
-        passages=len(found.pool.passages),
-        asked=found.made.asked,
-        dropped=found.made.dropped,
-        trained=len(found.made.trained),
+    return AdaptReport(
+        model_id=prepared.model_id,
+        dtype=prepared.dtype,
+        files=prepared.pool.files,
+        passages=len(prepared.pool.passages),
+        asked=prepared.made.asked,
+        dropped=prepared.made.dropped,
+        trained=len(prepared.made.trained),
         judged=len(rows),
         documents=options.documents,
         steps=trained.step,
@@ -213,19 +214,17 @@ def _finish(
         kept=wins(verdicts[ADAPTED], verdicts[UNTUNED]),
         run=run_facts(),
     )
+
+
+def _finish(report: AdaptReport, folder: Path) -> None:
+    """Put the adapter, if it is kept, with its card into ``folder/adapter``, and write the report last."""
     if report.kept:
-        _keep(folder, report)
+        new = folder / "adapter.new"
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(folder / "training" / "best", new)
+        (new / "README.md").write_text(card(report), encoding="utf-8")
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        new.rename(folder / "adapter")
     shutil.copyfile(folder / "training" / LOSSES, folder / LOSSES)
     write_atomically(folder / FILE, json.dumps(report.to_dict(), indent=2) + "\n")
     shutil.rmtree(folder / "training")
-    return report
-
-
-def _keep(folder: Path, report: AdaptReport) -> None:
-    """Put the adapter with its card into ``folder/adapter``, whole or not at all."""
-    fresh = folder / "adapter.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(folder / "training" / "best", fresh)
-    (fresh / "README.md").write_text(card(report), encoding="utf-8")
-    shutil.rmtree(folder / "adapter", ignore_errors=True)
-    fresh.rename(folder / "adapter")

@@ -1,7 +1,7 @@
-"""What an adaptation has done so far, in its output folder, so that a run that was killed goes on.
+"""Keeps the state of an adaptation in its output folder, so that a killed run can be resumed.
 
-``adapt.json`` names the run. Each stage has a file of JSON lines, one a chunk of its work; a torn last line is cut
-off. A chunk is computed together again or not at all, so its results do not depend on where a run was killed.
+``adapt.json`` describes the run. Each stage has a file with a JSON line per chunk of its work. An incomplete last line
+is cut off. A chunk is computed again only as a whole, so that results do not depend on when a run was killed.
 """
 
 from __future__ import annotations
@@ -27,47 +27,46 @@ class Stages:
     """The state of one run in ``folder``.
 
     Args:
-        facts: of the run, JSON-able; those of a former run in the folder have to be the same.
-        progress: whether stages draw bars on stderr.
+        facts: facts of the run as plain data, which must equal those of a previous run in the folder.
+        progress: whether to show progress bars on stderr.
 
     Raises:
-        InvalidInputError: the folder holds another run, or other files.
+        InvalidInputError: the folder contains another run.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], *, progress: bool = False) -> None:
         self.folder, self._progress = folder, progress
-        mine = json.loads(json.dumps(facts))  # as it would be read back
+        current = json.loads(json.dumps(facts))  # as it would be read back
         file = folder / NAME
         if not file.exists():
-            write_atomically(file, json.dumps(mine, indent=2) + "\n")
+            write_atomically(file, json.dumps(current, indent=2) + "\n")
             return
         try:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
+            saved = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InvalidInputError(f"{str(file)!r} is not readable ({error}); name another --output.") from error
-        for name, value in mine.items():
-            if theirs.get(name) != value:
+            raise InvalidInputError(f"{str(file)!r} cannot be read ({error}); name another --output.") from error
+        for name, value in current.items():
+            if saved.get(name) != value:
                 raise InvalidInputError(
-                    f"{str(folder)!r} holds an adaptation with another {name}: {theirs.get(name)!r:.120} there and "
+                    f"{str(folder)!r} contains an adaptation with another {name}: {saved.get(name)!r:.120} there and "
                     f"{value!r:.120} here; name another --output, or the same {name}."
                 )
 
     def work(
         self, name: str, items: Sequence[Item], size: int, do: Callable[[Sequence[Item]], Sequence[Any]]
     ) -> list[Any]:
-        """One result for each item: of a former run, or made now by ``do``, ``size`` items at a time.
+        """Return one result per item, from a previous run or computed now, ``size`` items at a time.
 
         Args:
-            do: gives one JSON-able result for each item of a chunk.
+            do: function that returns one result, as plain data, per item of a chunk.
         """
-        done = list(self._read(name))
-        results = [result for chunk in done for result in chunk]
+        results = [result for chunk in self._read(name) for result in chunk]
         with tqdm(
             total=len(items), initial=len(results), desc=name, delay=1, leave=False, disable=not self._progress
         ) as bar:
             for start in range(len(results), len(items), size):
                 chunk = list(do(items[start : start + size]))
-                assert len(chunk) == len(items[start : start + size]), "one result for each item"
+                assert len(chunk) == len(items[start : start + size]), "one result per item"
                 self._append(name, chunk)
                 results += chunk
                 bar.update(len(chunk))
@@ -77,7 +76,7 @@ class Stages:
         return self.folder / f"{name}.jsonl"
 
     def _read(self, name: str) -> Iterator[list[Any]]:
-        """The whole lines of a stage; what was torn is cut off."""
+        """Read the complete lines of a stage, and cut off an incomplete one."""
         file = self._file(name)
         if not file.exists():
             return
@@ -101,26 +100,26 @@ class Stages:
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a file under another name and rename it."""
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)
+    new = file.with_name(file.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the output folder, before a model is loaded.
+    """Create the output folder before a model is loaded.
 
     Raises:
-        InvalidInputError: it is a file, holds files of something else, or cannot be written.
+        InvalidInputError: it is a file, contains other files, or cannot be written.
     """
     if folder.is_file():
-        raise InvalidInputError(f"{str(folder)!r} is a file, but --output must name a folder.")
+        raise InvalidInputError(f"--output is {str(folder)!r}, which is a file, but it must be a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInputError(f"{str(folder)!r} cannot be made: {error.strerror or error}.") from error
+        raise InvalidInputError(f"{str(folder)!r} cannot be created: {error.strerror or error}.") from error
     if not (folder / NAME).exists() and any(entry.name != f"{NAME}.new" for entry in folder.iterdir()):
         raise InvalidInputError(
-            f"{str(folder)!r} holds files, but no {NAME} of an adaptation to go on with; name another --output."
+            f"{str(folder)!r} contains files, but no {NAME} of an adaptation to resume; name another --output."
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InvalidInputError(f"{str(folder)!r} cannot be written to; name another --output.")
@@ -128,7 +127,7 @@ def prepare_folder(folder: Path) -> None:
 
 @contextmanager
 def writing_errors(folder: Path) -> Iterator[None]:
-    """Turn a failed write into one sentence; whole lines and checkpoints stay."""
+    """Turn a failed write into an InvalidInputError. Complete lines and checkpoints are kept."""
     try:
         yield
     except BrokenPipeError:  # of the terminal
@@ -136,6 +135,6 @@ def writing_errors(folder: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         cause = getattr(error, "strerror", None) or error
         raise InvalidInputError(
-            f"{str(folder)!r} cannot be written ({cause}); what is there is kept: make room, and run the same command "
-            "again."
+            f"{str(folder)!r} cannot be written ({cause}); its state is kept, so free some space and run the same "
+            "command again."
         ) from error

@@ -1,9 +1,9 @@
-"""What a machine must do at least for an answer, in operations and bytes, and how fast it can do that at best.
+"""Computes the floor of an answer: its minimum number of operations and bytes, and the time these take on this
+machine.
 
-A floor counts the products of matrices and of attention, each weight read once a step, and each document's keys and
-values moved once, whatever the number of questions over it. Of a token whose successor is not asked for, the last
-layer computes keys and values alone. All else (norms, rotations, masks, sampling, launches) is left out, and so are
-the embeddings, of which a step reads a few rows: no program can be faster than its floor.
+A floor counts matrix products and attention, each weight read once per step, and each document's KV moved once for all
+its questions. If the token after a token is not needed, the last layer only computes its KV. Everything else (norms,
+rotations, masks, sampling, launches, embeddings) is excluded, so no program can be faster than its floor.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from .shapes import Shape
 from .workload import Case, System
 
-TRIES = 10  # of each measurement of the machine, after a first one that does not count
+TRIES = 10  # repetitions of each measurement of the machine, after one warm-up
 
 
 class Peaks(NamedTuple):
-    """What this machine was measured to do in a second, at best.
+    """Measured peak rates of this machine, per second.
 
     Attributes:
-        operations: multiplications and additions of one large matrix product.
-        memory: bytes that the device's memory gives or takes.
-        load: bytes that come from host memory to where the model computes.
+        operations: multiplications and additions in one large matrix product.
+        memory: bytes read from or written to the device's memory.
+        load: bytes copied from host memory to the device.
     """
 
     operations: float
@@ -37,30 +37,30 @@ class Peaks(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Operations, bytes moved in the device's memory, and bytes brought to it from elsewhere."""
+    """Operations, bytes moved in the device's memory, and bytes loaded into it."""
 
     operations: float
     moved: float
     loaded: float = 0
 
     def seconds(self, peaks: Peaks) -> float:
-        """At best: computing hides moving, or moving computing, but what is loaded has to be there first."""
+        """Return the minimum time. Computing and moving overlap, but loading comes first."""
         return max(self.operations / peaks.operations, self.moved / peaks.memory) + self.loaded / peaks.load
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Of one model.
+    """Costs of one model.
 
     Attributes:
-        layers: of the model.
-        body: weights of all layers' matrices.
-        kv_projections: weights of one layer that make keys and values.
-        head: weights of the output matrix.
-        attention: operations for one token that looks at one other, or at itself.
-        kv: bytes of one token's keys and values.
-        width: bytes of a weight of the output matrix.
-        body_width: bytes of a layer's weight.
+        layers: number of layers.
+        body: number of weights in the matrices of all layers.
+        kv_projections: number of weights in the key and value projections of one layer.
+        head: number of weights in the output matrix.
+        attention: operations for one token that attends to one token.
+        kv: bytes of one token's KV.
+        width: bytes per weight of the output matrix.
+        body_width: bytes per weight of the layers.
     """
 
     layers: int
@@ -90,61 +90,61 @@ class Costs:
 
     @property
     def weight_bytes(self) -> int:
-        """That every step reads."""
+        """Bytes of weights that every step reads."""
         return self.body * self.body_width + self.head * self.width
 
     def first_token(self, case: Case, system: System) -> Work:
-        """Until all questions of ``case`` have their first token."""
+        """Return the work until all questions of ``case`` have their first token."""
         head = 2 * self.head * case.batch
         if system == "generate":
             tokens = case.joined_tokens
             return Work(
-                case.batch * self._read(tokens, asked=True) + head, self.weight_bytes + case.batch * tokens * self.kv
+                case.batch * self._read(tokens, predict=True) + head, self.weight_bytes + case.batch * tokens * self.kv
             )
         stored = 0 if system == "cold" else case.hits
-        computed = case.lists * (case.documents - stored) * self._read(case.document_tokens, asked=False)
-        questions = case.batch * self._read(case.question_tokens, case.documents * case.document_tokens, asked=True)
+        computed = case.lists * (case.documents - stored) * self._read(case.document_tokens, predict=False)
+        questions = case.batch * self._read(case.question_tokens, case.documents * case.document_tokens, predict=True)
         return Work(
             computed + questions + head,
-            self.weight_bytes + self._known_tokens(case, system) * self.kv,
+            self.weight_bytes + self._cached_tokens(case, system) * self.kv,
             case.lists * stored * case.document_tokens * self.kv if system == "disk" else 0,
         )
 
     def next_token(self, case: Case, system: System) -> Work:
-        """One further token of every answer, at the mean length of context over them."""
-        grown = case.answer_tokens / 2  # 1, 2, ... up to all but the last, with the token itself
-        seen = case.joined_tokens + grown
+        """Return the work of one further token of every answer, with the mean length of context."""
+        generated = case.answer_tokens / 2  # mean of 1, 2, ... answer_tokens - 1
+        context = case.joined_tokens + generated
         return Work(
-            case.batch * (2 * (self.body + self.head) + self.attention * seen),
-            self.weight_bytes + (self._known_tokens(case, system) + case.batch * grown) * self.kv,
+            case.batch * (2 * (self.body + self.head) + self.attention * context),
+            self.weight_bytes + (self._cached_tokens(case, system) + case.batch * generated) * self.kv,
         )
 
-    def _read(self, tokens: int, before: int = 0, *, asked: bool) -> float:
-        """Operations of ``tokens`` that each look at all ``before``, those in front of them and themselves.
+    def _read(self, tokens: int, before: int = 0, *, predict: bool) -> float:
+        """Return the operations of reading ``tokens`` after ``before`` tokens with causal attention.
 
         Args:
-            asked: whether the last one's successor is asked for.
+            predict: whether the token after the last one is needed.
         """
         pairs = tokens * before + tokens * (tokens + 1) / 2
-        unasked_pairs = pairs - asked * (before + tokens)
-        spared = 2 * (self.body / self.layers - self.kv_projections) * (tokens - asked)
-        spared += self.attention / self.layers * unasked_pairs
-        return 2 * self.body * tokens + self.attention * pairs - spared
+        skipped_pairs = pairs - predict * (before + tokens)
+        skipped = 2 * (self.body / self.layers - self.kv_projections) * (tokens - predict)
+        skipped += self.attention / self.layers * skipped_pairs
+        return 2 * self.body * tokens + self.attention * pairs - skipped
 
-    def _known_tokens(self, case: Case, system: System) -> int:
-        """Tokens with keys and values of their own once all questions are read."""
+    def _cached_tokens(self, case: Case, system: System) -> int:
+        """Return the number of tokens with KV after all questions are read."""
         if system == "generate":
             return case.batch * case.joined_tokens
         return case.lists * case.documents * case.document_tokens + case.batch * case.question_tokens
 
 
 def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """What this machine does now, with the threads that it has now; takes a few seconds."""
+    """Measure this machine with the current number of threads. It takes a few seconds."""
     is_cpu = device.type == "cpu"
     side, size = (2048, 1 << 29) if is_cpu else (8192, 1 << 30)
     square = torch.rand(side, side, device=device).to(dtype)
     product = _best_seconds(lambda: torch.mm(square, square), device)
-    numbers = torch.ones(size // 4, device=device)  # larger than caches
+    numbers = torch.ones(size // 4, device=device)  # larger than the caches
     other = torch.empty_like(numbers)
     copy = _best_seconds(lambda: other.copy_(numbers), device)
     add = _best_seconds(lambda: numbers.sum(), device)
@@ -156,11 +156,11 @@ def measure_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
 
 
 def _best_seconds(do: Callable[[], object], device: torch.device) -> float:
-    found = []
+    seconds = []
     for _ in range(TRIES + 1):
         began = time.perf_counter()
         do()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])

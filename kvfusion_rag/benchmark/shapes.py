@@ -1,4 +1,4 @@
-"""Models of published shapes with random weights, and random texts for them: speed asks for no more, nor for a hub."""
+"""Models of published shapes with random weights, and random texts for them, which need no hub."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..text.settings import ModelSettings
 
 
 class Shape(NamedTuple):
-    """Of a Llama or Qwen2 model; ``tied`` where the output matrix is the embeddings'."""
+    """Shape of a Llama or Qwen2 model; ``tied`` if the output matrix is the embedding matrix."""
 
     family: type[LlamaConfig] | type[Qwen2Config]
     hidden_size: int
@@ -28,14 +28,14 @@ class Shape(NamedTuple):
     tied: bool = True
 
 
-SHAPES = {  # of the configurations that were published with these names
+SHAPES = {  # from the published configurations
     "qwen2.5-0.5b": Shape(Qwen2Config, 896, 4864, 24, 14, 2, 151_936),
     "qwen2.5-1.5b": Shape(Qwen2Config, 1536, 8960, 28, 12, 2, 151_936),
     "qwen2.5-7b": Shape(Qwen2Config, 3584, 18_944, 28, 28, 4, 152_064, tied=False),
     "llama-3.1-8b": Shape(LlamaConfig, 4096, 14_336, 32, 32, 8, 128_256, tied=False),
     "tiny": Shape(Qwen2Config, 64, 128, 2, 4, 2, 6_000),
 }
-WEIGHTS = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}  # torchao's names
+WEIGHTS = {"int8": "Int8WeightOnlyConfig", "float8": "Float8WeightOnlyConfig"}  # names in torchao
 WORDS = 5_000
 END = WORDS + 1  # id of the end token
 
@@ -47,9 +47,10 @@ def shape_named(name: str) -> Shape:
 
 
 def random_backbone(name: str, dtype: str, device: str, seed: int, weights: str | None = None) -> Backbone:
-    """A model of the shape ``name``, every word of :func:`random_text` one token, whose answers never end early.
+    """Return a model of the shape ``name`` with one token per word of :func:`random_text`. Its answers never end
+    early.
 
-    With ``weights``, "int8" or "float8", torchao keeps the layers' weights in 8 bit; the output matrix stays as it is.
+    With ``weights`` "int8" or "float8", torchao stores the layers' weights in 8 bits, but not the output matrix.
     """
     words = {f"w{n}": n for n in range(WORDS)} | {"<unk>": WORDS, "<end>": END}
     tokens = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -57,19 +58,12 @@ def random_backbone(name: str, dtype: str, device: str, seed: int, weights: str 
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, eos_token="<end>", unk_token="<unk>")
     shape = shape_named(name)
     config = shape.family(
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        vocab_size=shape.vocabulary,
-        max_position_embeddings=1 << 20,
-        tie_word_embeddings=shape.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+        hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
+        max_position_embeddings=1 << 20, tie_word_embeddings=shape.tied, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     torch.manual_seed(seed)
-    with choose_device(device):  # made where it is used: eight billion weights are drawn slowly on a CPU
+    with choose_device(device):  # a CPU draws billions of weights slowly
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
         model.get_output_embeddings().weight[END] = 0  # a logit of 0 is never the largest of thousands
@@ -86,7 +80,7 @@ def _quantize(model: PreTrainedModel, weights: str) -> None:
     try:
         from torchao import quantization
     except ImportError as error:
-        raise MissingDependencyError('weights in 8 bit need torchao: pip install "kvfusion-rag[quantize]".') from error
+        raise MissingDependencyError('8-bit weights need torchao: pip install "kvfusion-rag[quantize]".') from error
     head = model.get_output_embeddings()
     quantization.quantize_(
         model,

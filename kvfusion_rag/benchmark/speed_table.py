@@ -1,4 +1,4 @@
-"""A speed run's figures as Markdown: a line for each system and case, with ratios to the floor beside the times."""
+"""Shows the figures of a speed run as Markdown: a line per system and case, with times and ratios to the floor."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 from ..evaluation.tables import run_notes, titled
 
 HEADS = (
-    "system", "documents", "questions", "hits", "first token, ms", "x floor", "ms a token", "x floor", "in all, ms",
-    "tokens/s", "peak, MB", "first token, x faster", "in all, x faster",
+    "system", "documents", "questions", "hits", "first token, ms", "x floor", "ms per token", "x floor", "total, ms",
+    "tokens/s", "peak, MB", "first token, x faster", "total, x faster",
 )  # fmt: skip
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table of ``AnswerRun.facts`` with its ``rows`` and ``run``."""
-    options, peaks = found["options"], found["peaks"]
+def markdown(figures: dict[str, Any]) -> str:
+    """Return the table of ``AnswerRun.facts`` with its ``rows`` and ``run``."""
+    options, peaks = figures["options"], figures["peaks"]
     weights = f" and {options['weights']}" if options.get("weights") else ""
     about = (
         f"**{options['shape']} in {options['dtype']}{weights}, random weights, {options['device']}.** Medians of "
-        f"{options['repeats']} (least to most). x floor: times what the machine's best in this run allows, "
+        f"{options['repeats']} (least to most). x floor: ratio to the machine's limit, measured in this run as "
         f"{peaks['gflops']:,} GFLOP/s, {peaks['memory_gb_per_second']:,} GB/s of memory and "
-        f"{peaks['load_gb_per_second']:,} GB/s into it. Peak: memory above what was in use before (weights, stores). "
+        f"{peaks['load_gb_per_second']:,} GB/s into it. Peak: memory in addition to weights and stores. "
         "Faster: than generate."
     )
-    table = titled("Answers", HEADS, [_cells(row) for row in found["rows"]])
-    return "\n\n".join([about, table, "\n".join(run_notes(found["run"]))]) + "\n"
+    table = titled("Answers", HEADS, [_cells(row) for row in figures["rows"]])
+    return "\n\n".join([about, table, "\n".join(run_notes(figures["run"]))]) + "\n"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

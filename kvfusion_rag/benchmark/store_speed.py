@@ -1,7 +1,7 @@
-"""What the document store is worth: time to the first token with it, and how near its reads come to the disk's own.
+"""Measures the document store: time to the first token with it, and its read speed compared with plain file reads.
 
-All ratios come from one run of one process over the same weights, documents and questions. Weights are random: only
-their shape counts here.
+All ratios come from one process with the same weights, documents and questions. Weights are random, since only their
+shape matters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .shapes import random_backbone, random_text
 
 @dataclass(frozen=True, slots=True)
 class StoreBenchmark:
-    """What is measured: ``documents`` of ``document_tokens`` each, and a question over all of them."""
+    """Settings: ``documents`` of ``document_tokens`` each, and a question over all of them."""
 
     shape: str = "qwen2.5-0.5b"
     documents: int = 20
@@ -41,10 +41,10 @@ class StoreBenchmark:
 
 
 def measure_store(options: StoreBenchmark, folder: Path | None = None) -> dict[str, Any]:
-    """Medians, spreads and ratios; ``folder`` is where the store is put (by default a temporary one).
+    """Return medians, spreads and ratios. The store is created in ``folder``, by default a temporary one.
 
-    Times are those to the first token, in seconds. "disk" reads files that the system has in its page cache, as
-    those of documents in use are; ``cold_disk`` asks the system to drop them first.
+    Times are seconds to the first token. "disk" reads files from the system's page cache, as for documents in use.
+    "cold disk" drops them from the cache first.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         return _Run(options, Path(place)).measure()
@@ -104,7 +104,7 @@ class _Run:
         return answer.timings.first_token
 
     def _load(self, generator: KVFusionGenerator) -> float:
-        """Time until the fused buffer is filled from files, with everything that is checked on the way."""
+        """Return the seconds to fill the fused cache from files, including all checks."""
         engine = generator._engine
         request = engine.request(self.question, self.documents, None, "fusion", DecodingOptions(1))
         began = time.perf_counter()
@@ -112,27 +112,27 @@ class _Run:
         return time.perf_counter() - began
 
     def _writes(self) -> list[float]:
-        """Time to write all documents into an empty store, apart from computing them."""
-        found = []
+        """Return the seconds of each repeat to write all documents into an empty store, without computing them."""
+        seconds = []
         for number in range(self.options.repeats):
             disk = DiskStore(self.folder / f"written{number}", codec=self.options.codec)
             store = DocumentStore(None, disk)
             self._generator(store).prefill(self.documents)
-            found.append(store.metrics.store_seconds["disk"])
-        return found
+            seconds.append(store.metrics.store_seconds["disk"])
+        return seconds
 
     def _times(self, measure: Callable[[], float], before: Callable[[], None] = lambda: None) -> list[float]:
         before()
         measure()  # warm-up
-        found = []
+        seconds = []
         for _ in range(self.options.repeats):
             before()
-            found.append(measure())
-        return found
+            seconds.append(measure())
+        return seconds
 
 
 def _read_raw(files: Sequence[Path]) -> float:
-    """Time to read all files into memory that is there already, as the system does it."""
+    """Return the seconds of plain reads of all files into allocated memory."""
     buffers = [bytearray(file.stat().st_size) for file in files]
     began = time.perf_counter()
     for file, buffer in zip(files, buffers, strict=True):
@@ -143,7 +143,7 @@ def _read_raw(files: Sequence[Path]) -> float:
 
 
 def _drop_pages(folder: Path) -> None:
-    """Ask the system to forget the files of a folder, so that they are read from the disk."""
+    """Drop the files of a folder from the page cache, so that they are read from the disk."""
     for file in folder.glob("v*/*/*/*.safetensors"):
         place = os.open(file, os.O_RDONLY)
         os.fsync(place)
@@ -151,9 +151,11 @@ def _drop_pages(folder: Path) -> None:
         os.close(place)
 
 
-def _spread(found: Sequence[float]) -> dict[str, float]:
-    return {"median": round(statistics.median(found), 5), "least": round(min(found), 5), "most": round(max(found), 5)}
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
+    return {name: round(figure, 5) for name, figure in figures.items()}
 
 
-def _rate(size: int, found: Sequence[float]) -> float:
-    return round(size / statistics.median(found) / 1e9, 2)
+def _rate(size: int, seconds: Sequence[float]) -> float:
+    """Return GB per second."""
+    return round(size / statistics.median(seconds) / 1e9, 2)

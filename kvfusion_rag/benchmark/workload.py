@@ -1,4 +1,4 @@
-"""What a speed benchmark asks: how many questions over which documents, one case or a sweep of them."""
+"""The cases of a speed benchmark: numbers of questions, documents and tokens, one case or a sweep of them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class Case:
     """Questions that are asked together.
 
     Attributes:
-        documents: of each question.
-        answer_tokens: of each answer; the time between two tokens needs two.
-        batch: questions.
-        over: whether all of them are asked over the same documents.
-        hit_rate: share of each question's documents that a store has beforehand (systems "memory" and "disk").
+        documents: documents per question.
+        document_tokens, question_tokens: tokens of each document and of each question.
+        answer_tokens: tokens of each answer, at least 2 for a time between tokens.
+        batch: number of questions.
+        over: "shared" if all questions have the same documents, else "different".
+        hit_rate: share (0 to 1) of each question's documents that are stored beforehand (systems "memory" and "disk").
     """
 
     documents: int = 20
@@ -45,25 +46,25 @@ class Case:
 
     @property
     def joined_tokens(self) -> int:
-        """Of the prompt that has all documents of a question in it."""
+        """Tokens of the joined prompt with all documents of a question."""
         return self.documents * self.document_tokens + self.question_tokens
 
     @property
     def lists(self) -> int:
-        """Of documents, no two of which have one in common."""
+        """Number of lists of documents without common documents."""
         return self.batch if self.over == "different" else 1
 
     @property
     def hits(self) -> int:
-        """Documents of each list that a store has."""
+        """Documents of each list that are stored."""
         return round(self.hit_rate * self.documents)
 
 
 def sweep(base: Case, texts: Iterable[str]) -> list[Case]:
-    """The cases of all ``texts``, each once; ``base`` alone where there is none.
+    """Return the distinct cases of all ``texts``, or only ``base`` if there are none.
 
-    Each text names fields of ``base`` and what they are to be, in all combinations: ``batch=4,16
-    over=shared,different`` makes four cases.
+    Each text gives values for fields of ``base``, which are combined: ``batch=4,16 over=shared,different`` makes four
+    cases.
     """
     cases = [case for text in texts for case in _combinations(base, text)] or [base]
     return list(dict.fromkeys(replace(case, over="shared") if case.batch == 1 else case for case in cases))
@@ -75,7 +76,9 @@ def _combinations(base: Case, text: str) -> list[Case]:
         name, equals, listed = part.partition("=")
         name = name.replace("-", "_")
         if not equals or name not in _FIELDS:
-            raise InvalidInputError(f"sweep {part!r} is not NAME=VALUE,VALUE,... with a NAME of {', '.join(_FIELDS)}.")
+            raise InvalidInputError(
+                f"sweep is {part!r}, but it must be NAME=VALUE,... with NAME of {', '.join(_FIELDS)}."
+            )
         values[name] = [_value(name, one) for one in listed.split(",")]
     return [replace(base, **dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
 
@@ -85,7 +88,7 @@ def _value(name: str, text: str) -> int | float | str:
     try:
         return kind(text)
     except ValueError as error:
-        raise InvalidInputError(f"sweep has {text!r} as {name}, but it must be {_KINDS[kind]}.") from error
+        raise InvalidInputError(f"{name} of the sweep is {text!r}, but it must be {_KINDS[kind]}.") from error
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -1,8 +1,8 @@
 """Make an adapter of a model from your own documents, without labels.
 
-The model asks and answers questions about the documents, learns to give the same answers over fused documents, and is
-judged on held-out questions. The adapter is kept if it beats untuned fusion. A run that was stopped goes on when the
-same command is given again.
+The model writes and answers questions about the documents, learns to give the same answers over fused documents, and
+is judged on held-out questions. The adapter is kept if it beats untuned fusion. Run the same command again to resume a
+run.
 """
 
 from __future__ import annotations
@@ -24,37 +24,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=names)
     add_gguf_file(parser)
-    parser.add_argument(
-        "--docs", nargs="+", required=True, metavar="PATH", help="files and folders (txt, md, html, pdf)"
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="DIR", help="gets adapter/, report.json and the run's state"
-    )
-    parser.add_argument(
-        "--questions", metavar="FILE", help="your own questions: one a line, or .jsonl {question, passage}"
-    )
-    parser.add_argument("--passages", type=positive, metavar="N", help="most passages to ask about (default: 400)")
-    parser.add_argument(
-        "--questions-per-passage", type=int, choices=[1, 2, 3], metavar="N", help="1 to 3 (default: 2)"
-    )
-    parser.add_argument("--passage-tokens", type=positive, metavar="N", help="most tokens of a passage (default: 160)")
-    parser.add_argument("--documents", type=positive, metavar="N", help="most documents of a question (default: 5)")
-    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the passages, to judge by (default: 0.15)")
-    parser.add_argument("--judged", type=positive, metavar="N", help="most questions to judge by (default: 100)")
-    parser.add_argument("--min-f1", type=float, metavar="F1", help="at which an answer was repeated (default: 0.6)")
-    parser.add_argument("--answer-tokens", type=positive, metavar="N", help="longest answer (default: 64)")
-    parser.add_argument(
-        "--layout",
-        choices=["prompt", "fixed"],
-        help="how questions are read (default: as the model reads them; fixed asks for few words)",
-    )
-    parser.add_argument("--seed", type=int, metavar="N", help="of everything random (default: 0)")
+    add = parser.add_argument
+    add("--docs", nargs="+", required=True, metavar="PATH", help="files and folders (txt, md, html, pdf)")
+    add("--output", required=True, metavar="DIR", help="for adapter/, report.json and the run's state")
+    add("--questions", metavar="FILE", help="your own questions: one per line, or .jsonl {question, passage}")
+    add("--passages", type=positive, metavar="N", help="maximum passages to ask about (default: 400)")
+    add("--questions-per-passage", type=int, choices=[1, 2, 3], metavar="N", help="1 to 3 (default: 2)")
+    add("--passage-tokens", type=positive, metavar="N", help="maximum tokens per passage (default: 160)")
+    add("--documents", type=positive, metavar="N", help="maximum documents per question (default: 5)")
+    add("--held-out", type=float, metavar="SHARE", help="share of passages for judging, 0 to 1 (default: 0.15)")
+    add("--judged", type=positive, metavar="N", help="maximum questions to judge (default: 100)")
+    add("--min-f1", type=float, metavar="F1", help="word F1 with which answers are repeated, 0 to 1 (default: 0.6)")
+    add("--answer-tokens", type=positive, metavar="N", help="maximum tokens per answer (default: 64)")
+    layouts = "layout of questions; fixed asks for few words (default: the model's own)"
+    add("--layout", choices=["prompt", "fixed"], help=layouts)
+    add("--seed", type=int, metavar="N", help="seed of everything random (default: 0)")
     for name in TRAINING:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=positive, metavar="N", help="see TrainingConfig")
-    parser.add_argument("--learning-rate", type=float, metavar="N", help="see TrainingConfig")
-    parser.add_argument("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="precision of the model")
+        add(f"--{name.replace('_', '-')}", type=positive, metavar="N", help="see TrainingConfig")
+    add("--learning-rate", type=float, metavar="N", help="see TrainingConfig")
+    add("--gradient-checkpointing", action="store_true", default=None, help="less memory, more time")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
+    add("--dtype", choices=["float32", "bfloat16"], help="precision of the model (default: float32 on a CPU)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,10 +87,8 @@ def _say_end(report: AdaptReport, output: Path, model: str | None) -> None:
     mean, low, high = report.margin
     say()
     say(table(report))
-    say(f"{report.judged} held-out questions over up to {report.documents} documents, against the answers from the")
-    say(
-        f"right passage only; adapted minus untuned {mean:+.1f} points right (95 % interval {low:+.1f} to {high:+.1f})"
-    )
+    say(f"{report.judged} held-out questions over up to {report.documents} documents, compared with the answers from")
+    say(f"the gold passage only; adapted minus untuned {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
     say()
     if not report.kept:
         say(f"The adapter does not beat untuned fusion and was not kept; see {shown_path(output)}/report.json.")

@@ -23,33 +23,23 @@ def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
     return (max(before[-1] if before else 0, start - half), min(after.start() if after else len(text), end + half))
 
 
-def answer_to_json(answer: Answer, documents: Sequence[Document], shuffled: InvarianceReport | None) -> dict[str, Any]:
-    """The answer as plain data. ``answer`` is spelled as in the source, ``text`` as the model wrote it."""
+def answer_to_json(
+    answer: Answer, documents: Sequence[Document], shuffle_check: InvarianceReport | None
+) -> dict[str, Any]:
+    """Return the answer as plain data: ``answer`` in the source's spelling, ``text`` in the model's words."""
     cited = {citation.document_id for citation in answer.citations}
     texts = {document.id: document.text for document in documents}
     data = answer.to_dict()
-    citations = []
-    for citation in answer.citations:
-        start, end = sentence_around(texts[citation.document_id], citation.start, citation.end)
-        citations.append(
-            {
-                "document_id": citation.document_id,
-                "start": citation.start,
-                "end": citation.end,
-                "text": citation.text,
-                "sentence": texts[citation.document_id][start:end],
-            }
-        )
+    for source in data["sources"]:
+        source["cited"] = source["id"] in cited
+    for citation in data["citations"]:
+        text = texts[citation["document_id"]]
+        start, end = sentence_around(text, citation["start"], citation["end"])
+        citation["sentence"] = text[start:end]
     return {
         "answer": answer.cited_text,
-        "text": answer.text,
-        "mode": answer.mode,
-        "finish_reason": answer.finish_reason,
-        "sources": [source | {"cited": source["id"] in cited} for source in data["sources"]],
-        "citations": citations,
-        "usage": data["usage"],
-        "timings": data["timings"],
-        "shuffle_check": None if shuffled is None else _shuffle_check_to_json(shuffled),
+        **data,
+        "shuffle_check": None if shuffle_check is None else shuffle_check.to_dict(),
     }
 
 
@@ -141,13 +131,3 @@ def say_shuffle_check(report: InvarianceReport) -> None:
     )
     for text in report.answers:
         say(f"  - {text}")
-
-
-def _shuffle_check_to_json(report: InvarianceReport) -> dict[str, Any]:
-    return {
-        "mode": report.mode,
-        "permutations": report.permutations,
-        "identical": report.identical,
-        "answers": list(report.answers),
-        "max_logit_difference": report.max_logit_difference,
-    }

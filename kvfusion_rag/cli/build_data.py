@@ -1,7 +1,7 @@
-"""Build training data: each question with its gold passage among passages that hold no answer.
+"""Build training data: each question with its gold passage among passages that do not contain an answer.
 
 Questions come from this project's rows, one-context JSON lines, SQuAD, NQ-open, TriviaQA, PopQA, lost-in-the-middle
-files or a Hugging Face dataset. Whatever is left out is counted with its reason, and nothing is overwritten unasked.
+files or a Hugging Face dataset. Dropped questions are counted by reason. Files are only overwritten with ``--force``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from .console import patient_bars, say, say_json, say_list, shown_path
 from .options import add_model_name, load_token_counter, positive
 
 if TYPE_CHECKING:
-    from ..data.formats import Example
-    from ..data.rows import QARow
+    from ..data import DataOptions, DataReport, Example, QARow
     from ..retrieval import Embedder
-    from ..training import DataOptions, DataReport
 
 NEGATIVES = ("bm25", "dense", "random")
 
@@ -28,34 +26,34 @@ NEGATIVES = ("bm25", "dense", "random")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("questions", nargs="*", metavar="FILE", help="questions: .jsonl, .json or .tsv, also with .gz")
     parser.add_argument("--dataset", metavar="NAME", help="questions of a Hugging Face dataset (needs datasets)")
-    parser.add_argument("--dataset-config", metavar="NAME", help="its configuration, where it has several")
+    parser.add_argument("--dataset-config", metavar="NAME", help="its configuration, if it has several")
     parser.add_argument("--dataset-split", metavar="NAME", default="train", help="its split (default: train)")
     parser.add_argument("--out", required=True, metavar="FILE", help="rows to write: .jsonl or .jsonl.gz")
     parser.add_argument("--force", action="store_true", help="replace the output if it exists")
     parser.add_argument(
         "--corpus", nargs="+", default=[], metavar="PATH",
-        help="passages to mine: rows {text, title}, questions with contexts, or a folder of documents "
+        help="passages to mine: rows {text, title}, questions with contexts, or folders of documents "
         "(default: the contexts of the questions)",
     )  # fmt: skip
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="FILE",
-        help="evaluation files whose questions and contexts, cut or whole, must not be in the output",
+        help="evaluation files whose questions and contexts, whole or truncated, must not be in the output",
     )  # fmt: skip
     parser.add_argument(
         "--passages", type=_passage_range, metavar="N",
-        help="passages of a row, gold one included: 20, or 5-20 to draw it for each row (default: 20)",
+        help="passages per row, including the gold one: 20, or 5-20 to draw it for each row (default: 20)",
     )  # fmt: skip
     parser.add_argument(
         "--group", type=positive, metavar="N",
-        help="in place of --passages: rows in groups that share one set of N passages, which training reads once",
+        help="instead of --passages: rows in groups that share one set of N passages, which training reads once",
     )  # fmt: skip
     parser.add_argument(
         "--group-questions", type=positive, default=1, metavar="N",
-        help="leave out groups of fewer questions, which cost training as much as large ones (default: 1)",
+        help="drop groups with fewer questions, which cost training as much as large ones (default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--negatives", type=_negative_sources, default=("bm25",), metavar="NAMES",
-        help=f"where negatives come from, in turn, of {', '.join(NEGATIVES)}: bm25,random (default: bm25)",
+        help=f"sources of negatives, used in turn, out of {', '.join(NEGATIVES)} (default: bm25)",
     )  # fmt: skip
     parser.add_argument("--no-gold", type=_share, default=0.0, metavar="SHARE",
                         help="share of rows without gold passage and answers, 0 to 1 (default: 0)")  # fmt: skip
@@ -65,14 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--embedding-model", metavar="NAME", help="sentence-transformers model for dense (default: offline MiniLM)"
     )
     parser.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
-    parser.add_argument("--strict", action="store_true", help="fail at the first row that cannot be used")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
+    parser.add_argument("--strict", action="store_true", help="fail at the first unusable question")
 
 
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..training import DataBuilder, check_output, read_corpus, read_examples, write_training_rows
+    from ..data import DataBuilder, check_output, read_corpus, read_examples, write_training_rows
 
     out = Path(args.out).expanduser()
     _check_paths(args, out)
@@ -97,35 +95,35 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _some(rows: Iterable[QARow], report: DataReport) -> Iterator[QARow]:
-    """``rows``; if there is none, an error that says why."""
+    """Yield ``rows``; raise InvalidInputError with the reasons if there are none."""
     yield from rows
     if not report.kept and report.dropped:
-        raise InvalidInputError(f"no row is left of {report.read} questions: {'; '.join(_reasons(report))}.")
+        raise InvalidInputError(f"no rows are left of {report.read} questions: {'; '.join(_reasons(report))}.")
 
 
 def _reasons(report: DataReport) -> list[str]:
-    """Why questions were left out, the most frequent reason first."""
+    """Return why questions were dropped, the most frequent reason first."""
     return [f"{count}: {why} (first: {report.first_dropped[why]})" for why, count in report.dropped.most_common()]
 
 
 def _check_paths(args: argparse.Namespace, out: Path) -> None:
-    """Mistakes in the arguments that need no file to be read."""
+    """Check the arguments before a file is read."""
     if bool(args.questions) == bool(args.dataset):
-        raise InvalidInputError("questions come either from files or from --dataset; name one of the two.")
+        raise InvalidInputError("questions must come either from files or from --dataset; name one of the two.")
     if out.name.removesuffix(".gz").rpartition(".")[2] != "jsonl":
-        raise InvalidInputError(f"--out is {args.out!r}, but rows are written to a .jsonl or .jsonl.gz file.")
+        raise InvalidInputError(f"--out is {args.out!r}, but it must be a .jsonl or .jsonl.gz file.")
     for path in (*args.questions, *args.corpus, *args.exclude):
         if not Path(path).exists():
             raise InvalidInputError(f"{path!r} does not exist.")
 
 
 def _options(args: argparse.Namespace) -> DataOptions:
-    from ..training import DataOptions
+    from ..data import DataOptions
 
     if args.group is not None and (args.passages is not None or args.no_gold):
         raise InvalidInputError(
-            "--group is given with --passages or --no-gold, but the rows of a group share one set of passages, each "
-            "with its gold one; --group says how many passages."
+            "--group is given with --passages or --no-gold, but the rows of a group share one set of passages with "
+            "their gold passages; give only --group."
         )
     passages = (args.group, args.group) if args.group else args.passages or (20, 20)
     return DataOptions(
@@ -135,7 +133,7 @@ def _options(args: argparse.Namespace) -> DataOptions:
 
 
 def _read_questions(args: argparse.Namespace) -> Iterator[Example]:
-    from ..training import read_dataset, read_examples
+    from ..data import read_dataset, read_examples
 
     if args.dataset:
         return read_dataset(args.dataset, args.dataset_config, args.dataset_split)
@@ -161,14 +159,14 @@ def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
     shape = f"in {report.groups} groups that share {size} passages" if options.grouped else f"of {size} passages"
     say(f"{shown_path(out.resolve())}: {report.kept} rows {shape}, of {report.read} questions read")
     if report.passed_over:
-        say(f"{report.passed_over} times a question waited for another group: the set held its answer twice")
-    say(f"{report.pool} distinct passages mined, {report.pool_excluded} more left out as excluded")
+        say(f"{report.passed_over} times a question waited for another group, since the set had its answer twice")
+    say(f"{report.pool} distinct passages in the pool, {report.pool_excluded} others excluded")
     say(
         f"{report.evidence} rows with evidence, {report.no_gold} without their gold passage, "
-        f"{report.unanswerable} that were never answerable, {report.gold_found} whose gold passage was searched for"
+        f"{report.unanswerable} unanswerable, {report.gold_found} whose gold passage was searched for"
     )
     say("negatives: " + (", ".join(f"{count} {name}" for name, count in sorted(report.negatives.items())) or "none"))
-    say(f"{report.dropped.total()} questions left out")
+    say(f"{report.dropped.total()} questions dropped")
     say_list("!", _reasons(report))
 
 
@@ -176,14 +174,14 @@ def _passage_range(text: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
     numbers = least, most or least
     if not all(number.isdecimal() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number from 1 nor a range such as 5-20")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 or a range such as 5-20")
     return int(numbers[0]), int(numbers[1])
 
 
 def _negative_sources(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if set(names) - set(NEGATIVES) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} does not name some of {', '.join(NEGATIVES)}, each once")
+        raise argparse.ArgumentTypeError(f"{text!r} is not some of {', '.join(NEGATIVES)}, each once")
     return names
 
 

@@ -1,6 +1,6 @@
 """Check whether a model can read fused documents exactly, and measure in which mode it answers best.
 
-Exit code 0 if all checks passed, 1 if the model is refused.
+The exit code is 0 if all checks passed, and 1 if the model is not supported.
 """
 
 from __future__ import annotations
@@ -41,21 +41,15 @@ def run(args: argparse.Namespace) -> int:
     results = _measure(generator, progress=not args.json) if args.measure else None
     gate = generator.gate
     mode, reason = generator.default_mode()
+    focus = generator.default_focus()
     if args.json:
-        checks = [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in gate.checks]
-        measured = None if results is None else [result.to_dict() for result in results]
-        say_json(
-            {
-                "model": gate.model_id,
-                "passed": gate.passed,
-                "checks": checks,
-                "error": None,
-                "mode": mode,
-                "mode_reason": reason,
-                "focus": generator.default_focus(),
-                "measured": measured,
-            }
-        )
+        say_json({
+            "model": gate.model_id,
+            "passed": gate.passed,
+            "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in gate.checks],
+            "error": None, "mode": mode, "mode_reason": reason, "focus": focus,
+            "measured": None if results is None else [result.to_dict() for result in results],
+        })  # fmt: skip
         return 0
     say(gate.model_id)
     for check in gate.checks:
@@ -63,10 +57,9 @@ def run(args: argparse.Namespace) -> int:
     say("passed: documents can be fused exactly")
     if results is not None:
         _say_table(results)
-    focus = generator.default_focus()
     say(f"default mode: {mode} ({reason}){'' if focus is None else f', focus {focus}'}")
     if results is None:
-        say("These checks say nothing about the quality of answers. --measure answers 40 questions in each mode.")
+        say("These checks do not measure the quality of answers; --measure answers 40 questions in each mode.")
     return 0
 
 
@@ -75,7 +68,7 @@ def _measure(generator: KVFusionGenerator, *, progress: bool) -> list[ModeResult
     from ..retrieval import SentenceTransformerEmbedder
 
     questions = shipped_questions()
-    with suppress(MissingDependencyError):  # without an embedding model, documents have no scores to weigh
+    with suppress(MissingDependencyError):  # without an embedding model, documents have no scores
         questions = with_scores(questions, SentenceTransformerEmbedder())
     results, weight = measure_modes(generator, questions, progress=progress)
     generator.keep_measurement(best_measured(results, weight), [result.to_dict() for result in results])
@@ -92,5 +85,5 @@ def _say_table(results: list[ModeResult]) -> None:
         else:
             columns: list[Any] = [focus, result.right, result.f1, result.first_token, result.total]
             say("{:8} {:>5} {:5.1f} % {:6.1f} {:10.2f} s {:6.2f} s".format(result.mode, *columns))
-    say("40 questions over five documents each; right: the answer contains an accepted one; focus: documents kept")
+    say("40 questions over five documents each; right: the answer contains an accepted answer; focus: documents kept")
     say()

@@ -1,7 +1,7 @@
-"""Measure how well questions are answered wherever the gold document stands, for several systems side by side.
+"""Measure how well questions are answered with the gold document at every slot, for several systems side by side.
 
-Rows are questions with answers and passages, the gold ones marked: this project's or lost-in-the-middle's. All
-systems answer the same rows, so that their differences come with paired intervals.
+Rows are questions with answers and passages, the gold ones marked, as made by build-data or in lost-in-the-middle. All
+systems answer the same rows, so that their differences have paired intervals.
 """
 
 from __future__ import annotations
@@ -35,84 +35,81 @@ if TYPE_CHECKING:
     from ..evaluation.ape import ApeSearch
     from ..evaluation.journal import Journal
     from ..evaluation.orders import Plan
-    from ..evaluation.runner import Predictions
+    from ..evaluation.predictions import Predictions
     from ..evaluation.summary import Summary
     from ..store import DocumentStore
 
 logger = logging.getLogger(__name__)
 
-SEARCH = ".search"  # ending of the file beside that of --resume, for the answers that --ape-search asks for
+SEARCH = ".search"  # suffix of the file beside that of --resume, for the answers of --ape-search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", metavar="ROWS", help="rows of build-data, or of lost-in-the-middle (.jsonl, .gz too)")
+    parser.add_argument("rows", metavar="ROWS", help="rows of build-data or lost-in-the-middle (.jsonl, .json, .gz)")
     add_model_name(parser)
     add_model_arguments(parser)
-    parser.add_argument(
-        "--systems",
-        type=names,
-        metavar="A,B",
-        help=f"out of {', '.join(SYSTEMS)}; others are compared with the first (default: those whose inputs are "
-        "given, and those with focus if --focus is; --adapter and --decoder may both be)",
-    )
-    parser.add_argument(
-        "--focus",
-        type=positive,
-        metavar="N",
-        help="documents that focus, focus-base and concat-focus keep (default: the model's own number, else 1)",
-    )
-    parser.add_argument(
-        "--score-passages",
-        action="store_true",
-        help="score passages with the offline embedding model, as a retriever does, for focus to weigh",
-    )
-    parser.add_argument(
-        "--focus-weight", type=weight, metavar="W", help="of these scores (default: the model's own, else 0)"
-    )
-    parser.add_argument(
-        "--sft", metavar="DIR", help="adapter folder or whole model that was trained on joined prompts"
-    )
-    parser.add_argument("--concat-model", metavar="NAME", help="another base model for concat and sft")
-    parser.add_argument(
-        "--ape-search",
-        metavar="ROWS",
-        help="choose APE's temperature and scale on these rows (a sample of --limit), which are not evaluated",
-    )
-    parser.add_argument(
-        "--conditions",
-        type=names,
-        metavar="A,B",
-        help=f"out of {', '.join(GROUPS)}, slot:N and top:K (default: all that the rows allow)",
-    )
-    parser.add_argument(
-        "--documents", type=positive, metavar="N", help="documents of a question (default: as many as every row has)"
-    )
-    parser.add_argument(
-        "--skip-rows", action="store_true", help="leave out rows that lack passages for the conditions, and say so"
-    )
-    parser.add_argument("--limit", type=positive, metavar="N", help="evaluate a random sample of N rows")
-    parser.add_argument("--seed", type=count, default=0, help="of sample, shuffled order and intervals (default: 0)")
-    parser.add_argument(
-        "--memory", type=positive, default=1, metavar="GIB",
-        help="memory for the keys and values of passages, which rows may share (default: 1)",
+    _add_systems(parser)
+    _add_questions(parser)
+    _add_files(parser)
+
+
+def _add_systems(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--systems", type=names, metavar="A,B",
+        help=f"some of {', '.join(SYSTEMS)}; the others are compared with the first (default: all whose inputs are "
+        "given, those with focus only with --focus; --adapter and --decoder can both be given)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="questions at once (default: 8)")
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write all figures as JSON")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables that are printed")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw exact match by gold slot (png, svg, pdf)")
-    parser.add_argument("--predictions", type=Path, metavar="FILE", help="write every answer as JSON lines")
-    parser.add_argument(
-        "--resume",
-        type=Path,
-        metavar="FILE",
-        help="keep answers in this file as they come, and go on from those in it (those of --ape-search: FILE.search)",
-    )
-    parser.add_argument("--force", action="store_true", help="overwrite files that exist")
+    add(
+        "--focus", type=positive, metavar="N",
+        help="documents that focus, focus-base and concat-focus keep (default: the model's own number, else 1)",
+    )  # fmt: skip
+    add(
+        "--score-passages", action="store_true",
+        help="score passages with the offline embedding model, like a retriever, for the systems with focus",
+    )  # fmt: skip
+    add("--focus-weight", type=weight, metavar="W", help="weight of these scores (default: the model's own, else 0)")
+    add("--sft", metavar="DIR", help="adapter folder or whole model that was trained on joined prompts")
+    add("--concat-model", metavar="NAME", help="another base model for concat and sft")
+    add(
+        "--ape-search", metavar="ROWS",
+        help="choose APE's temperature and scale on these rows (a sample of --limit), which are not evaluated",
+    )  # fmt: skip
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--conditions", type=names, metavar="A,B",
+        help=f"some of {', '.join(GROUPS)}, slot:N and top:K (default: all that the rows allow)",
+    )  # fmt: skip
+    add("--documents", type=positive, metavar="N", help="documents per question (default: as many as every row has)")
+    add("--skip-rows", action="store_true", help="leave out rows with too few passages for the conditions")
+    add("--limit", type=positive, metavar="N", help="evaluate a random sample of N rows (default: all)")
+    add("--seed", type=count, default=0, help="seed of sample, shuffled order and intervals (default: 0)")
+    add(
+        "--memory", type=positive, default=1, metavar="GIB",
+        help="memory for document KVs, in GiB, which rows can share (default: 1)",
+    )  # fmt: skip
+    add("--batch-size", type=positive, default=8, metavar="N", help="questions answered together (default: 8)")
+    add("--max-new-tokens", type=positive, metavar="N", help="maximum tokens of an answer (default: the model's own)")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--output", type=Path, metavar="FILE", help="write all figures as JSON")
+    add("--markdown", type=Path, metavar="FILE", help="write the tables that are printed")
+    add("--plot", type=Path, metavar="FILE", help="draw exact match by gold slot (png, svg, pdf)")
+    add("--predictions", type=Path, metavar="FILE", help="write every answer as JSON lines")
+    add(
+        "--resume", type=Path, metavar="FILE",
+        help="record answers in this file, and resume from those in it (those of --ape-search: FILE.search)",
+    )  # fmt: skip
+    add("--force", action="store_true", help="overwrite files that exist")
 
 
 def names(text: str) -> list[str]:
-    """Argument type: names with commas between them."""
+    """Argument type: names separated by commas."""
     found = [name.strip() for name in text.split(",") if name.strip()]
     if not found:
         raise argparse.ArgumentTypeError("no name is given")
@@ -138,14 +135,15 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.tables import markdown
     from ..store import DocumentStore, MemoryStore
 
+    bootstrap = Bootstrap(args.seed)
     inputs = _inputs(args)
     chosen = args.systems or default_systems(inputs, focus=args.focus is not None)
     require_systems(chosen)
     require_inputs(chosen, inputs)
     _require_outputs(args)
-    settings, searched = _settings(args), _file_facts(args.ape_search)  # of the files as they are read now
+    settings, search_facts = _settings(args), _file_facts(args.ape_search)  # before a file can change
     rows, plan = _rows_and_plan(args)
-    store = DocumentStore(MemoryStore(args.memory << 30))  # systems over the same base share its documents
+    store = DocumentStore(MemoryStore(args.memory << 30))  # shared by systems with the same base model
     models = Models(
         lambda options: _load(args, options, store), inputs, args.max_new_tokens, args.focus, args.focus_weight
     )
@@ -163,10 +161,10 @@ def run(args: argparse.Namespace) -> int:
     predictions = predict(
         rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
     )
-    summary = summarize(rows, predictions, Bootstrap(args.seed))
+    summary = summarize(rows, predictions, bootstrap)
     report = make_report(summary, plan, systems, rows, settings)
     if search is not None:
-        report["ape_search"] = searched | search.to_dict()
+        report["ape_search"] = search_facts | search.to_dict()
     tables = markdown(summary, report)
     _write(args, rows, predictions, summary, report, tables)
     if args.json:
@@ -177,66 +175,63 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
-    """What the command line names to be judged beside the base model."""
+    """Return what the command line names besides the base model."""
     from ..model.location import locate_model
 
-    found = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
+    inputs = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
     if args.adapter == "shipped":
         shipped = locate_model(args.model, gguf_file=args.gguf_file).adapter
-        found["adapter"] = None if shipped is None else str(shipped)
-    return found
+        inputs["adapter"] = None if shipped is None else str(shipped)
+    return inputs
 
 
 def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
-    """The rows to ask, in the file's order, and the conditions to ask them under."""
+    """Return the rows in the file's order, and the conditions."""
     from ..evaluation.orders import plan_conditions, usable_rows
+    from ..evaluation.scores import with_scores
+    from ..retrieval import SentenceTransformerEmbedder
 
     rows, notes = _read(Path(args.rows)), ()
     if args.skip_rows and rows:
         rows, notes = usable_rows(rows, args.conditions, args.documents)
     rows = _sample(rows, args)
     if args.score_passages:
-        rows = _scored(rows, args)
+        rows = list(with_scores(rows, SentenceTransformerEmbedder(device=args.device)))
     plan = plan_conditions(rows, args.conditions, args.documents)
     plan = replace(plan, notes=(*notes, *plan.notes))
     for note in plan.notes:
         logger.warning("%s", note)
     if args.plot and not any(condition.kind == "slot" for condition in plan.conditions):
-        raise InvalidInputError("--plot draws exact match by gold slot, but no slot is among the conditions.")
+        raise InvalidInputError(
+            "--plot draws exact match by gold slot, but the conditions have no slot; add slots to --conditions."
+        )
     return rows, plan
 
 
 def _sample(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
-    """A random sample of ``--limit`` rows in the file's order, or all."""
+    """Return a random sample of ``--limit`` rows in the file's order, or all rows."""
     if args.limit is None or args.limit >= len(rows):
         return rows
     return [rows[index] for index in sorted(random.Random(args.seed).sample(range(len(rows)), args.limit))]
 
 
-def _scored(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
-    from ..evaluation.scores import with_scores
-    from ..retrieval import SentenceTransformerEmbedder
-
-    return list(with_scores(rows, SentenceTransformerEmbedder(device=args.device)))
-
-
 def _ape_search(
     args: argparse.Namespace, chosen: list[str], rows: list[QARow], plan: Plan, models: Models
 ) -> ApeSearch | None:
-    """The search that ``--ape-search`` asks for, on as many documents a question as are evaluated."""
+    """Do the search of ``--ape-search``, with as many documents per question as are evaluated."""
     from ..evaluation.ape import require_search_rows, search_ape
     from ..evaluation.orders import ORIGINAL, usable_rows
 
     if args.ape_search is None:
         return None
     if "ape" not in chosen:
-        raise InvalidInputError("--ape-search is given, but 'ape' is not among the systems.")
+        raise InvalidInputError("--ape-search is given, but 'ape' is not one of the systems; add it to --systems.")
     others = _read(Path(args.ape_search))
     if args.skip_rows and others:
         others, _ = usable_rows(others, [ORIGINAL.name], plan.documents)
     others = _sample(others, args)
     require_search_rows(others, rows, plan.documents)
-    kept = None if args.resume is None else args.resume.with_name(args.resume.name + SEARCH)
+    file = None if args.resume is None else args.resume.with_name(args.resume.name + SEARCH)
     return search_ape(
         others,
         models.generator("base"),
@@ -244,12 +239,12 @@ def _ape_search(
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         progress=True,
-        journal=_journal(kept, args, others, plan),
+        journal=_journal(file, args, others, plan),
     )
 
 
 def _journal(path: Path | None, args: argparse.Namespace, rows: list[QARow], plan: Plan) -> Journal | None:
-    """The answers that ``--resume`` goes on from; what decides them has to be the same."""
+    """Return the journal of ``--resume``, which must have the same facts."""
     from ..data.rows import rows_digest
     from ..evaluation.journal import Journal
 
@@ -260,39 +255,34 @@ def _journal(path: Path | None, args: argparse.Namespace, rows: list[QARow], pla
 
 
 def _read(path: Path) -> list[QARow]:
-    from ..training import read_ready_rows
+    from ..data import read_ready_rows
 
     return list(read_ready_rows(path))
 
 
 def _load(args: argparse.Namespace, options: Mapping[str, str | None], store: DocumentStore) -> KVFusionGenerator:
-    """The generator of the command line with ``options`` in place of its own."""
-    own = {"gguf_file": None} if "model" in options else {}  # it is a file of the command line's model
+    """Return the generator of the command line with ``options`` in place of its own."""
+    own = {"gguf_file": None} if "model" in options else {}  # it belongs to the command line's model
     return load_generator(argparse.Namespace(**{**vars(args), **own, **options}), store)
 
 
-def _outputs(args: argparse.Namespace) -> list[Path]:
-    return [path for path in (args.output, args.markdown, args.plot, args.predictions) if path is not None]
-
-
 def _require_outputs(args: argparse.Namespace) -> None:
-    """Fail on what could not be written before the hours that it takes to have something to write."""
+    """Check, before a long run, that its output files can be written."""
     from ..evaluation.plots import require_plotting
 
-    kept = [] if args.resume is None else [args.resume.resolve()]
-    places = [*(path.resolve() for path in _outputs(args)), *kept]
-    read = [Path(path).resolve() for path in (args.rows, args.ape_search) if path is not None]
-    if len(read) != len(set(read)):
-        raise InvalidInputError(
-            f"--ape-search has to name other rows than those evaluated, but both are {read[0].name}."
-        )
-    for number, path in enumerate(places):
-        if path in [*places[:number], *read]:
-            raise InvalidInputError(f"{path.name} is named twice, but every file has to be another one.")
-        if path.is_dir() or (path.exists() and not args.force and path not in kept):
+    resumed = [] if args.resume is None else [args.resume.resolve()]
+    named = (args.output, args.markdown, args.plot, args.predictions)
+    outputs = [*(path.resolve() for path in named if path is not None), *resumed]
+    inputs = [Path(path).resolve() for path in (args.rows, args.ape_search) if path is not None]
+    if len(inputs) != len(set(inputs)):
+        raise InvalidInputError(f"--ape-search is {inputs[0].name}, but it must name rows that are not evaluated.")
+    for number, path in enumerate(outputs):
+        if path in [*outputs[:number], *inputs]:
+            raise InvalidInputError(f"{path.name} is named twice, but all files must differ.")
+        if path.is_dir() or (path.exists() and not args.force and path not in resumed):
             raise InvalidInputError(f"{str(path)!r} exists; name another file or overwrite it with --force.")
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise InvalidInputError(f"{str(path.parent)!r} is no folder that can be written to.")
+            raise InvalidInputError(f"{str(path.parent)!r} is not a folder that can be written to.")
     if args.plot is not None:
         require_plotting(args.plot)
 
@@ -309,18 +299,14 @@ def _file_facts(name: str | None) -> dict[str, Any]:
     if name is None:
         return {}
     if not Path(name).is_file():
-        raise InvalidInputError(f"there is no file {name!r} to read rows from.")
+        raise InvalidInputError(f"there is no file {name!r} with rows.")
     return {"file": Path(name).name, "file_sha256": file_digest(Path(name))}
 
 
 def _write(
-    args: argparse.Namespace,
-    rows: list[QARow],
-    predictions: Predictions,
-    summary: Summary,
-    report: dict[str, Any],
+    args: argparse.Namespace, rows: list[QARow], predictions: Predictions, summary: Summary, report: dict[str, Any],
     tables: str,
-) -> None:
+) -> None:  # fmt: skip
     import json
 
     from ..evaluation.plots import plot_slots

@@ -1,8 +1,8 @@
 """Train the answering decoder on rows of documents, question and answer.
 
-Rows come from ``kvfusion build-data``. The result is a LoRA adapter (``--adapter OUT/best`` elsewhere), or with
-``--preset paper`` a decoder with weights of its own. A run that was stopped goes on with ``--resume``, with the same
-rows and settings; ``--epochs`` and ``--max-steps`` may then be higher.
+Rows come from ``kvfusion build-data``. The result is a LoRA adapter (``--adapter OUT/best`` in other commands), or
+with ``--preset paper`` a decoder with its own weights. ``--resume`` resumes a run with the same rows and settings,
+except that ``--epochs`` and ``--max-steps`` can be higher.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..training import Progress, TrainingConfig
     from ..training.config import Loss
 
-# Settings of TrainingConfig that are flags or lists get arguments of their own.
+# Numbers of TrainingConfig; flags, choices and lists have their own arguments.
 NUMBERS = (
     "rank", "alpha", "dropout", "epochs", "max_steps", "batch_size", "accumulation", "learning_rate", "warmup",
     "weight_decay", "max_grad_norm", "joined_share", "eval_every", "seed",
@@ -31,15 +31,15 @@ SHARES_AND_RATES = ("dropout", "learning_rate", "warmup", "weight_decay", "max_g
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSON lines made by build-data (.gz too)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="gets best/, checkpoint/, losses.json")
-    parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows to choose the best checkpoint by")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for best/, checkpoint/ and losses.json")
+    parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows for choosing the best checkpoint")
     parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file")
     add_model_name(parser, "base model")
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
     parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
     parser.add_argument(
         "--loss", choices=["answer", "distill"],
-        help="answer (default): the row's answer; distill: what the base model says over the gold passages only",
+        help="answer (default): the row's answer; distill: the base model's answer from the gold passages only",
     )  # fmt: skip
     parser.add_argument(
         "--layout", choices=["fixed", "prompt"], help="templates of the settings (default), or the chat template"
@@ -47,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evidence", action="store_true", default=None, help="train on the evidence sentence too")
     parser.add_argument(
         "--gradient-checkpointing", action="store_true", default=None,
-        help="compute layers again in the backward pass: the same steps, with less memory and more time",
+        help="compute layers again in the backward pass, which needs less memory and more time",
     )  # fmt: skip
-    parser.add_argument("--targets", nargs="+", metavar="MODULE", help="modules that get an adapter")
+    parser.add_argument("--targets", nargs="+", metavar="MODULE", help="modules with an adapter (default: all linear)")
     for name in NUMBERS:
         kind = float if name in SHARES_AND_RATES else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="see TrainingConfig")
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"],
                         help="precision of the model; updates are made in float32")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the loss curve (png, svg, pdf)")
-    parser.add_argument("--resume", action="store_true", help="go on from DIR/checkpoint if it is there")
+    parser.add_argument("--resume", action="store_true", help="resume from DIR/checkpoint if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     processes = PartialState()
     if processes.is_main_process:
         _say_end(args, config, progress)
-    if processes.num_processes > 1:  # or those that end last abort, because their peers are gone
+    if processes.num_processes > 1:  # otherwise the last ones abort, since their peers are gone
         processes.wait_for_everyone()
         processes.destroy_process_group()
     return 0
@@ -101,20 +101,20 @@ def _say_end(args: argparse.Namespace, config: TrainingConfig, progress: Progres
 
 
 def _require_plot(path: Path | None, *, resume: bool) -> None:
-    """Fail on what could not be drawn before the hours that it takes to have something to draw."""
+    """Check, before a long run, that the plot can be drawn."""
     if path is None:
         return
     from ..evaluation.plots import require_plotting
 
     require_plotting(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise InvalidInputError(f"--plot is {str(path)!r}, but it must be a file in a folder that exists.")
+        raise InvalidInputError(f"--plot is {str(path)!r}, but it must be a file in an existing folder.")
     if path.exists() and not resume:
         raise InvalidInputError(f"--plot is {str(path)!r}, which exists; name another file, or remove it.")
 
 
 def _read(paths: list[str], loss: Loss | None) -> list[QARow]:
-    """All rows of the files, those to train on by ``loss`` checked."""
+    """Read all rows of the files, and check that they can be trained on with ``loss`` unless it is None."""
     from ..data.rows import read_placed_rows
     from ..training.examples import require_trainable
 
@@ -128,7 +128,7 @@ def _read(paths: list[str], loss: Loss | None) -> list[QARow]:
 
 
 def _files(args: argparse.Namespace) -> dict[str, Any]:
-    """Names and digests of all files of rows."""
+    """Return names and digests of all files with rows."""
     from ..evaluation.report import file_digest
 
     def facts(paths: list[str]) -> list[dict[str, str]]:
@@ -153,4 +153,4 @@ def _say_progress(progress: Progress) -> None:
     if progress.scores:
         score = f", exact match on dev {progress.scores[-1][1]:.1f} %"
         score += f" (best {progress.best:.1f} % at step {progress.best_step})"
-    say(f"step {progress.step}: loss {sum(recent) / len(recent):.3f} nats a token{score}")
+    say(f"step {progress.step}: loss {sum(recent) / len(recent):.3f} nats per token{score}")

@@ -1,9 +1,10 @@
-"""Question-answer files in, training and evaluation rows out.
+"""Turns question-answer files into rows for training and evaluation.
 
-``formats`` reads questions and passages, ``golds`` finds the gold passage of a question, ``mining`` finds negatives,
-``exclusion`` keeps evaluation data out of training, ``windows`` cuts passages and finds evidence. ``build`` makes
-rows as ``recipe`` says, ``groups`` makes rows that share their passages, ``writing`` writes them. No model is needed,
-only its tokenizer to count tokens.
+Files of questions and passages in common formats enter, and rows of one question, its answers and its passages leave,
+the gold passage among negatives that do not contain an answer. ``formats`` and ``rows`` read files, ``golds`` and
+``mining`` choose passages, ``windows`` cuts them, ``exclusion`` keeps evaluation data out of training, ``build`` and
+``groups`` make the rows, and ``writing`` writes them. The room must not know models, generators or training: token
+counts and vectors come from the caller.
 """
 
 import lazy_loader

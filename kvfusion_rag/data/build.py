@@ -1,8 +1,7 @@
-"""Builds training rows: one gold passage among negatives that hold no answer, the paper's recipe without its judges.
+"""Builds training rows: one gold passage among negatives without an answer, the paper's recipe without its judges.
 
-Takes questions as ``formats.py`` reads them and passages to mine, and yields rows of ``qa.py`` with a report of what
-became of every question: in their order, or in groups that share their passages (``groups.py``). The same input,
-options and seed give the same bytes. Nothing here knows a model: token counts and vectors come from the caller.
+Rows come in the order of their questions, or in groups that share their passages (``groups``). The same input, options
+and seed give the same bytes.
 """
 
 from __future__ import annotations
@@ -46,22 +45,23 @@ from .windows import Fits, evidence_of, split_passage
 
 Made = TypeVar("Made")
 
-PREPARED = 256  # questions that rankings may get ready for at once
+PREPARED = 256  # questions that a ranking can prepare for together
 
 
 class DataBuilder:
     """Turns questions into training rows.
 
     Args:
-        examples: called twice, each time for all questions in the same order, so that they need not fit into memory.
-        corpus: passages to take negatives, and golds of questions without context, from; ``None`` for the questions'
-            own passages.
-        exclude: questions and contexts that no row may hold, those of evaluation files; cut ones are found as well.
-        count_tokens: needed for ``max_tokens``.
-        embedder: needed for negatives ``"dense"``.
+        examples: function that returns all questions in the same order. It is called twice, so that they need not fit
+            into memory.
+        corpus: source of negatives, and of gold passages for questions without context; None for the questions' own
+            passages.
+        exclude: evaluation questions and contexts that must not be in a row. Truncated contexts are found too.
+        count_tokens: required for ``max_tokens``.
+        embedder: required for negatives "dense".
 
     Raises:
-        InvalidInputError: rows of the wanted size cannot be made of so few passages, or something above is missing.
+        InvalidInputError: there are too few passages for rows of the given size, or a required argument is missing.
     """
 
     def __init__(
@@ -75,9 +75,11 @@ class DataBuilder:
         embedder: Embedder | None = None,
     ) -> None:
         if options.max_tokens is not None and count_tokens is None:
-            raise InvalidInputError("max_tokens is set without count_tokens, which must say what a token is.")
+            raise InvalidInputError(
+                "max_tokens is set, but count_tokens is missing, which counts the tokens of a text."
+            )
         if "dense" in options.negatives and embedder is None:
-            raise InvalidInputError("negatives is 'dense' without an embedder, which must make the vectors.")
+            raise InvalidInputError("negatives is 'dense', but embedder is missing, which computes the vectors.")
         self.report = DataReport()
         self._examples, self._options, self._count_tokens = examples, options, count_tokens
         self._exclusion = Exclusion(exclude)
@@ -89,10 +91,10 @@ class DataBuilder:
         self._golds = GoldFinder(self._pool, self._rankings, self._fits)
 
     def rows(self) -> Iterator[QARow]:
-        """One row for each question that can be used, in their order, or group by group.
+        """Yield one row for each usable question, in order or group by group.
 
         Raises:
-            InvalidInputError: with ``strict``, at the first one that cannot; names its place and the cause.
+            InvalidInputError: a question is not usable and ``strict`` is set. Names its place and the cause.
         """
         if self._options.grouped:
             questions = self._each(self._group_question)
@@ -103,7 +105,7 @@ class DataBuilder:
                 yield row
 
     def _each(self, make: Callable[[Example, random.Random, set[tuple[bytes, bytes]]], Made]) -> Iterator[Made]:
-        """What ``make`` makes of every question that can be used; the others are counted."""
+        """Yield what ``make`` returns for each usable question, and count the others."""
         seen: set[tuple[bytes, bytes]] = set()
         numbered = enumerate(self._examples())
         while chunk := list(itertools.islice(numbered, PREPARED)):
@@ -116,15 +118,15 @@ class DataBuilder:
                     self.report.drop(example, str(dropped), strict=self._options.strict)
 
     def _prepare(self, examples: list[Example]) -> None:
-        """Let the rankings get ready for the questions that will be ranked for."""
-        asked = [e.question for e in examples if e.answers and not (self._options.grouped and e.golds)]
+        """Announce to the rankings the questions that will be ranked for."""
+        ranked = [e.question for e in examples if e.answers and not (self._options.grouped and e.golds)]
         for ranking in self._rankings.values():
-            ranking.prepare(list(dict.fromkeys(asked)))
+            ranking.prepare(list(dict.fromkeys(ranked)))
 
     # The pool
 
     def _make_pool(self, corpus: Iterable[Passage] | None) -> Pool:
-        """Distinct passages that are not excluded, cut to size."""
+        """Collect distinct passages that are not excluded, cut to size."""
         pool = Pool()
         excluded: set[bytes] = set()
         for passage in itertools.chain(self._own_passages(needed=corpus is None), corpus or ()):
@@ -137,26 +139,22 @@ class DataBuilder:
         return pool
 
     def _own_passages(self, *, needed: bool) -> Iterator[Passage]:
-        """The questions' own passages if they are ``needed``; notes on the way which contexts share a question.
+        """Yield the questions' own passages if they are ``needed``, and record the gold contexts of each question.
 
-        Groups are made around gold passages, so these are always in the pool then.
+        Groups are built around gold passages, which are therefore always in the pool.
         """
         for example in self._examples():
             if needed and not example.passages:
                 raise InvalidInputError(
-                    f"{example.where} has no context, and without a corpus there is nothing to find its passage in."
+                    f"{example.where} has no context, and there is no corpus to find its passage in; add a corpus."
                 )
-            self._note(example)
+            # A passage that answers a question in one place must not be a negative for it in another.
+            if keys := {text_key(passage.text) for passage in example.golds}:
+                self._contexts_of.setdefault(text_key(example.question), set()).update(keys)
             if needed:
                 yield from example.passages
             elif self._options.grouped:
                 yield from example.golds
-
-    def _note(self, example: Example) -> None:
-        """A passage that answers a question somewhere must not be a wrong one for it elsewhere."""
-        keys = {text_key(passage.text) for passage in example.golds}
-        if keys:
-            self._contexts_of.setdefault(text_key(example.question), set()).update(keys)
 
     def _pieces(self, passage: Passage) -> list[Passage]:
         if self._options.max_tokens is None:
@@ -173,8 +171,8 @@ class DataBuilder:
         if not size or most > size + outside:
             excluded = self.report.pool_excluded
             raise InvalidInputError(
-                f"passages is {most}, but the corpus holds {size} distinct passages"
-                f"{f' beside {excluded} that are excluded' if excluded else ''}; ask for fewer or add a corpus."
+                f"passages is {most}, but the corpus has {size} distinct passages"
+                f"{f' besides {excluded} that are excluded' if excluded else ''}; ask for fewer or add a corpus."
             )
 
     def _make_rankings(self, embedder: Embedder | None) -> dict[str, Ranking]:
@@ -191,8 +189,8 @@ class DataBuilder:
     # One row
 
     def _row(self, example: Example, rng: random.Random, seen: set[tuple[bytes, bytes]]) -> QARow:
-        wanted = rng.randint(*self._options.passages)
-        blanked = rng.random() < self._options.no_gold
+        count = rng.randint(*self._options.passages)
+        without_gold = rng.random() < self._options.no_gold
         question = text_key(example.question)
         self._refuse_excluded(example, question)
         answers = [MatchText.of(answer) for answer in example.answers]
@@ -201,10 +199,10 @@ class DataBuilder:
         if (question, context) in seen:
             raise DroppedError(REPEATED)
         seen.add((question, context))
-        passages = [gold.passage] if gold and not blanked else []
-        passages += self._negatives(example, gold, answers, wanted - len(passages), rng)
+        passages = [gold.passage] if gold and not without_gold else []
+        passages += self._negatives(example, gold, answers, count - len(passages), rng)
         rng.shuffle(passages)
-        if gold is None or blanked:
+        if gold is None or without_gold:
             self.report.unanswerable += gold is None
             self.report.no_gold += gold is not None
             return QARow(example.id, example.question, (), tuple(passages))
@@ -214,7 +212,7 @@ class DataBuilder:
         return QARow(example.id, example.question, gold.answers, tuple(passages), evidence)
 
     def _group_question(self, example: Example, rng: random.Random, seen: set[tuple[bytes, bytes]]) -> GroupQuestion:
-        """A question with its gold passage in the pool, to be put into a group."""
+        """Return a question with its gold passage in the pool, ready to be put into a group."""
         question = text_key(example.question)
         self._refuse_excluded(example, question)
         if not example.answers:
@@ -225,7 +223,7 @@ class DataBuilder:
             raise DroppedError(REPEATED)
         seen.add((question, gold.key))
         number = gold.number
-        assert number is not None, "a gold passage that is not cut is one of the pool"
+        assert number is not None, "a gold passage that is not cut comes from the pool"
         barred = {n for key in self._contexts_of.get(question, ()) for n in self._pool.numbers(key)} | {*gold.numbers}
         return GroupQuestion(example, gold, number, frozenset(barred - {number}), tuple(answers))
 
@@ -239,11 +237,11 @@ class DataBuilder:
     def _negatives(
         self, example: Example, gold: Gold | None, answers: list[MatchText], count: int, rng: random.Random
     ) -> list[Passage]:
-        """``count`` passages without the answer: those that came with the question first, then mined ones."""
+        """Return ``count`` passages without the answer: those that came with the question, then mined ones."""
         keys = set(self._contexts_of.get(text_key(example.question), ())) | ({gold.key} if gold else set())
         given = self._given_negatives(example, answers, count, keys)
         taken = {number for key in keys for number in self._pool.numbers(key)} | set(gold.numbers if gold else ())
-        # Without an answer to look for, a likely passage may well answer the question; a random one hardly will.
+        # Without answers to search for, a similar passage may answer the question, but a random one hardly will.
         names = self._rankings if answers else {"random": self._rankings[FILLED]}
         missing = count - len(given)
         rankings = {name: one.rank(example.question, rng) for name, one in names.items()} if missing else {}
@@ -256,7 +254,7 @@ class DataBuilder:
     def _given_negatives(
         self, example: Example, answers: list[MatchText], count: int, keys: set[bytes]
     ) -> list[Passage]:
-        """Up to ``count`` of the passages that came with the question; their keys join ``keys``."""
+        """Return up to ``count`` of the passages that came with the question, and add their keys to ``keys``."""
         given: list[Passage] = []
         for passage in example.others:
             key = text_key(passage.text)

@@ -1,7 +1,7 @@
-"""What training rows may not hold: questions and contexts of evaluation files, cut or whole.
+"""Keeps questions and contexts of evaluation files out of training rows.
 
-Evaluation rows often hold passages that were cut, and training contexts are cut later, so a context is compared by
-what it contains. Knows texts only.
+Passages of evaluation rows are often truncated, and training contexts are cut later, so contexts are compared by
+containment.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from .answer_match import normalize_answer
 from .formats import Example
 from .mining import text_key
 
-RUN, STEP = 5, 4  # words of a run, and from one run that is kept of an excluded context to the next
-SHORTEST = RUN + STEP - 1  # words; any text of so many that stands in an excluded context has a kept run in it
+RUN, STEP = 5, 4  # words of a run, and from one indexed run of an excluded context to the next
+SHORTEST = RUN + STEP - 1  # words; any part of an excluded context with this many contains an indexed run
 
 
 class Exclusion:
-    """Questions and contexts of evaluation files, made ready to be found."""
+    """Index of the questions and contexts of evaluation files."""
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._questions: set[bytes] = set()
@@ -41,13 +41,13 @@ class Exclusion:
         self._hashes, self._owners = np.asarray(hashes)[order], np.asarray(owners)[order]
 
     def has_question(self, key: bytes) -> bool:
-        """Whether the question of this ``text_key`` is excluded."""
+        """Return whether the question with this ``text_key`` is excluded."""
         return key in self._questions
 
     def has_context(self, key: bytes, text: str) -> bool:
-        """Whether ``text``, of this ``text_key``, is an excluded context, contains one or is contained in one.
+        """Return whether ``text``, with this ``text_key``, is an excluded context, contains one or is part of one.
 
-        Texts of fewer than ``SHORTEST`` words, such as a name, are found only where they are the whole context.
+        Texts of fewer than ``SHORTEST`` words, such as a name, only match whole contexts.
         """
         if key not in self._judged:  # one context comes with many questions
             normal = normalize_answer(text)
@@ -57,7 +57,7 @@ class Exclusion:
         return self._judged[key]
 
     def _near(self, normal: str) -> list[str]:
-        """Excluded contexts that share a run of words with a text."""
+        """Return the excluded contexts that share a run of words with a text."""
         runs = _runs(normal, 1)
         first, last = (np.searchsorted(self._hashes, runs, side) for side in ("left", "right"))
         found = {n for start, end in zip(first, last, strict=True) for n in self._owners[start:end].tolist()}
@@ -65,7 +65,7 @@ class Exclusion:
 
 
 def _runs(normal: str, step: int) -> list[int]:
-    """Hashes of the runs of words that start at every ``step``-th word; none of a text that is too short."""
+    """Return the hashes of the runs that start at every ``step``-th word, or none if the text is too short."""
     words = normal.split()
     if len(words) < SHORTEST:
         return []

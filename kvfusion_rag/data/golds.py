@@ -1,6 +1,6 @@
-"""The gold passage of a question: the one that came with it, or the likeliest of the corpus, with the answer in it.
+"""Finds the gold passage of a question: the one that came with it, or the best one of the corpus with the answer.
 
-Either cut to size around the answer, for a row of its own, or as the pool has it, for rows that share their passages.
+It is cut to size around the answer, or taken from the pool unchanged for rows that share their passages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .recipe import BETWEEN_PIECES, NO_GOLD, NOT_FOUND, NOT_IN_CONTEXT, SEVERAL_
 from .rows import Passage
 from .windows import Fits, Span, cut_around, find_answer, split_passage
 
-SEARCHED_FOR_GOLD = 100  # passages looked at for a question that came without a context
+SEARCHED_FOR_GOLD = 100  # passages searched for a question that came without a context
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +25,13 @@ class Gold:
     """The passage that a question is answered from.
 
     Attributes:
-        passage: cut to size around the answer, or a piece of the pool.
-        key: that of its uncut text; ``numbers`` are the passages of the pool that are made of it.
-        answers: all accepted answers, those that stand in the passage first.
-        span: where the first of them stands in it, if that is known.
-        number: of the passage in the pool, if it is one of those.
-        found: it did not come with the question.
+        passage: passage cut to size around the answer, or a piece from the pool.
+        key: key of its uncut text.
+        numbers: numbers of the pool's passages that were cut from the same text.
+        answers: all accepted answers, those in the passage first.
+        span: span of the first answer in the passage, if known.
+        number: number of the passage in the pool, if it is from there.
+        found: whether it was searched for, since it did not come with the question.
     """
 
     passage: Passage
@@ -43,25 +44,27 @@ class Gold:
 
 
 class GoldFinder:
-    """Finds the gold passage of one question after the other.
+    """Finds the gold passages of questions.
 
     Args:
-        rankings: by the name of their source; the first that reads questions finds what came without a context.
-        fits: whether a text fits into a passage with this title.
+        rankings: rankings by the name of their source. The first of "bm25" and "dense" searches for questions without
+            a context.
+        fits: function that takes a title and returns whether a text fits into a passage with it.
     """
 
     def __init__(self, pool: Pool, rankings: Mapping[str, Ranking], fits: Callable[[str | None], Fits]) -> None:
         self._pool, self._rankings, self._fits = pool, rankings, fits
 
     def find(self, example: Example, answers: list[MatchText], rng: random.Random, *, cut: bool) -> Gold:
-        """The gold passage of ``example``, whose ``answers`` are given ready to look for.
+        """Return the gold passage of ``example``.
 
         Args:
-            cut: cut it around the answer; otherwise it is a piece of the pool as it stands there.
+            answers: the answers of ``example``, prepared for matching.
+            cut: cut the passage around the answer; otherwise it is a piece from the pool, unchanged.
 
         Raises:
-            DroppedError: there is none, or no single one, or the answer is not in it.
-            InvalidInputError: it came without a context, and no ranking can find it one.
+            DroppedError: there is not exactly one gold passage, or the answer is not in it.
+            InvalidInputError: the question has no context, and no ranking can search for one.
         """
         if len(example.golds) > 1:
             raise DroppedError(SEVERAL_GOLDS)
@@ -76,7 +79,7 @@ class GoldFinder:
         return self._piece(example.golds[0], ordered, start, answers[held[0]])
 
     def _held(self, example: Example, answers: list[MatchText]) -> tuple[list[int], int | None]:
-        """Which answers stand in the passage that the file calls gold, and where the first one does if it says so."""
+        """Return which answers are in the file's gold passage, and the start of the first one if the file gives it."""
         text, start = example.golds[0].text, example.answer_start
         literal = start is not None and start >= 0 and text.startswith(example.answers[0], start)
         literal = literal and not answers[0].blank
@@ -89,10 +92,10 @@ class GoldFinder:
     def _cut(
         self, whole: Passage, answers: tuple[str, ...], start: int | None, match: MatchText, rng: random.Random
     ) -> Gold:
-        """As much of the passage around the answer as fits."""
+        """Return as much of the passage around the answer as fits."""
         fits = self._fits(whole.title)
         span = find_answer(whole.text, [answers[0]], start)
-        if span is None:  # it is there, but only in the words of the metric
+        if span is None:  # only the normalised answer is there
             pieces = split_passage(whole.text, fits)
             text = next((piece for piece in pieces if MatchText.of(piece).holds([match])), None)
         else:
@@ -105,11 +108,11 @@ class GoldFinder:
         return Gold(Passage(text, whole.title, True), key, self._pool.numbers(key), answers, span)
 
     def _piece(self, whole: Passage, answers: tuple[str, ...], start: int | None, match: MatchText) -> Gold:
-        """The piece of the passage, as the pool has it, that holds the answer."""
+        """Return the pool's piece of the passage that contains the answer."""
         key = text_key(whole.text)
         numbers = self._pool.numbers(key)
         places = [_place_in(self._pool.passages[n].text, whole.text, start, len(answers[0])) for n in numbers]
-        # A start is believed, even within a word; without one, or where it lies in no piece, whole words decide.
+        # A given start is trusted, even within a word. Without one, or if it is in no piece, whole words are compared.
         for number, place in sorted(zip(numbers, places, strict=True), key=lambda one: one[1] is None):
             piece = self._pool.passages[number]
             if place is not None or self._pool.matches[number].holds([match]):
@@ -118,11 +121,11 @@ class GoldFinder:
         raise DroppedError(BETWEEN_PIECES)
 
     def _searched(self, example: Example, answers: list[MatchText], rng: random.Random) -> Gold:
-        """The passage of the corpus that is likeliest to answer, by the first ranking that reads the question."""
+        """Return the best passage of the corpus that contains an answer, by the first ranking that reads questions."""
         ranking = next((one for name, one in self._rankings.items() if name in ("bm25", "dense")), None)
         if ranking is None:
             raise InvalidInputError(
-                f"{example.where} has no context, and random negatives cannot find it one; add bm25 or dense."
+                f"{example.where} has no context, and random negatives cannot find one for it; add bm25 or dense."
             )
         for number in itertools.islice(ranking.rank(example.question, rng), SEARCHED_FOR_GOLD):
             match = self._pool.matches[number]
@@ -136,7 +139,7 @@ class GoldFinder:
 
 
 def _place_in(piece: str, whole: str, start: int | None, length: int) -> int | None:
-    """Where in ``piece`` the ``length`` characters from ``start`` of ``whole`` on lie, if they do."""
+    """Return the offset in ``piece`` of the ``length`` characters at ``start`` in ``whole``, or None."""
     if start is None:
         return None
     begin = whole.find(piece, max(0, start + length - len(piece)), start + len(piece))
@@ -144,5 +147,5 @@ def _place_in(piece: str, whole: str, start: int | None, length: int) -> int | N
 
 
 def _first_come(answers: tuple[str, ...], held: list[int]) -> tuple[str, ...]:
-    """``answers`` with those numbered in ``held`` in front, otherwise in their order."""
+    """Return ``answers`` with those numbered in ``held`` first, otherwise in order."""
     return tuple(answers[n] for n in sorted(range(len(answers)), key=lambda n: (n not in held, n)))

@@ -1,8 +1,8 @@
-"""Rows in groups that share one set of passages, so that training prefills and fuses it once for all their questions.
+"""Builds groups of rows that share one set of passages, so that training prefills and fuses it once for all of them.
 
-A set is the gold passage of a question and passages near to it. Every question whose gold passage is in the set joins
-it, unless another passage there holds an answer of it: such a question waits for a set of its own. Knows texts and
-answers, neither files nor models.
+A set is the gold passage of a question and passages similar to it. Every question whose gold passage is in the set
+joins the group, unless another passage of the set contains one of its answers. Such a question waits for another
+group.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from .recipe import SMALL_GROUP, TOO_FEW, DataOptions, DataReport
 from .rows import QARow
 from .windows import evidence_of
 
-NEIGHBOURHOOD = 5  # times the size of a set: how many of the nearest passages it is chosen from
+NEIGHBOURHOOD = 5  # a set is chosen from this many times its size of nearest passages
 
 
 @dataclass(frozen=True, slots=True)
 class GroupQuestion:
-    """A question that can be asked over any set of passages with its gold one in it.
+    """A question that can be asked over any set of passages with its gold passage.
 
     Attributes:
-        number: of its gold passage in the pool.
-        barred: numbers of passages that answer it too, or belong to the same text as its gold one.
-        matches: its answers, ready to look for.
+        number: number of its gold passage in the pool.
+        barred: numbers of passages that answer it too, or were cut from the same text as its gold passage.
+        matches: its answers, prepared for matching.
     """
 
     example: Example
@@ -40,11 +40,11 @@ class GroupQuestion:
 
 
 class Grouping:
-    """Makes groups out of all questions together.
+    """Builds groups from all questions.
 
     Args:
-        rankings: of the pool, by the name of their source, with the one of chance that fills up.
-        report: is told of rows, groups and what was left out.
+        rankings: rankings of the pool by the name of their source, including the random one that fills up.
+        report: counts rows, groups and dropped questions.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class Grouping:
             self._waiting[question.number].append(question)
 
     def rows(self) -> Iterator[QARow]:
-        """Rows of one group after the other; each question in one of them at most."""
+        """Yield the rows group by group. A question is in one group at most."""
         for number in list(self._waiting):
-            if number in self._waiting:  # and its questions have not all joined another group
+            if number in self._waiting:  # unless its questions have all joined another group
                 yield from self._group(number)
 
     def _group(self, number: int) -> list[QARow]:
-        """The set around passage ``number``, which suits all questions that still wait for it, and who joins it."""
+        """Return the rows of the group around passage ``number``, for its waiting questions and those that join."""
         seeds = self._waiting.pop(number)
         rng = random.Random(f"{self._options.seed}/group {number}")
         chosen = self._nearest(number, seeds, rng)
@@ -94,12 +94,12 @@ class Grouping:
         return [self._row(question, slots) for question in joined]
 
     def _nearest(self, number: int, seeds: list[GroupQuestion], rng: random.Random) -> dict[int, str] | None:
-        """Passages near to ``number`` that answer none of ``seeds``, each with its source; None if there are too few.
+        """Return passages near ``number`` that answer none of ``seeds``, with their sources; None if too few.
 
-        Of a wider neighbourhood those come first that questions wait for. Otherwise the nearest of all would be taken
-        again and again, when their own questions have long been asked, and most groups would be of one question.
+        From a wider neighbourhood, passages with waiting questions are preferred. Otherwise the same nearest passages
+        would be used repeatedly after their own questions are done, and most groups would have one question.
         """
-        wanted = self._options.passages[0] - 1
+        size = self._options.passages[0] - 1
         taken = {number}.union(*(question.barred for question in seeds))
         answers = list(dict.fromkeys(match for question in seeds for match in question.matches))
 
@@ -107,15 +107,13 @@ class Grouping:
             rankings = {name: self._rankings[name].near(number, rng) for name in names}
             return take_turns(count, rankings, taken, lambda n: self._pool.shows(n, answers))
 
-        near = take(NEIGHBOURHOOD * wanted, [name for name in self._rankings if name != FILLED])
-        chosen = dict(sorted(near.items(), key=lambda item: item[0] not in self._waiting)[:wanted])
-        chosen |= take(wanted - len(chosen), [FILLED])
-        if len(chosen) < wanted:
-            return None
-        return chosen
+        near = take(NEIGHBOURHOOD * size, [name for name in self._rankings if name != FILLED])
+        chosen = dict(sorted(near.items(), key=lambda item: item[0] not in self._waiting)[:size])
+        chosen |= take(size - len(chosen), [FILLED])
+        return chosen if len(chosen) == size else None
 
     def _suits(self, question: GroupQuestion, slots: list[int]) -> bool:
-        """Whether its gold passage is the only one of the set that answers it."""
+        """Return whether its gold passage is the only passage of the set that answers it."""
         others = [n for n in slots if n != question.number]
         return not (question.barred.intersection(others) or any(self._pool.shows(n, question.matches) for n in others))
 

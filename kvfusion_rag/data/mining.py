@@ -1,7 +1,7 @@
-"""Finds negatives: passages that look like the right one and hold no answer.
+"""Finds negatives: passages that are similar to the gold passage and do not contain an answer.
 
-A pool of distinct passages, rankings of it for a question (BM25, sentence vectors, chance), and the draw that takes
-turns among them. Knows texts and answers only, neither files nor rows.
+Contains a pool of distinct passages, rankings of it for a question (BM25, sentence vectors, random order), and the
+draw that takes passages from the rankings in turn.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import xxhash
@@ -22,24 +21,24 @@ from ..retrieval.embedding import Embedder
 from .answer_match import normalize_answer
 from .rows import Passage
 
-FIRST_LOOK = 128  # passages sorted at once; the rest only if all of these are refused
+SORTED_FIRST = 128  # best passages; the rest are sorted only if all of these are rejected
 EMBEDDED_AT_ONCE = 16_384
-FILLED = "fill"  # the ranking of chance, where the chosen ones ran out
+FILLED = "fill"  # name of the random ranking that is used when the chosen ones are exhausted
 
 _WORD = re.compile(r"\w+")
 
 
 def text_key(text: str) -> bytes:
-    """Equal for texts that are equal once normalised as answers are."""
+    """Return a key that is equal for texts that are equal after answers' normalisation."""
     return xxhash.xxh3_128_digest(normalize_answer(text).encode())
 
 
 @dataclass(frozen=True, slots=True)
 class MatchText:
-    """A text made ready to look for answers: normalised as the metrics do, and as bare words.
+    """A text prepared for matching answers: normalised as in the metrics, and as plain words.
 
-    The second form finds what the first joins with its neighbour ("Nixon" in "Nixon's", "67" in "67-member"), is blind
-    to accents, and has each sign of a script without spaces as a word.
+    The second form finds words that the first joins with their neighbour ("Nixon" in "Nixon's", "67" in "67-member"),
+    ignores accents, and treats each character of a script without spaces as a word.
     """
 
     normal: str
@@ -51,11 +50,11 @@ class MatchText:
 
     @property
     def blank(self) -> bool:
-        """Whether the metrics see no word in it, as in "the"; such an answer is found nowhere."""
+        """Whether normalisation leaves no word, as for "the". Such an answer never matches."""
         return not self.normal.strip()
 
     def holds(self, answers: Iterable[MatchText]) -> bool:
-        """Whether one of ``answers`` stands here on whole words, in either form."""
+        """Return whether one of ``answers`` is here as whole words, in either form."""
         return any(
             answer.normal in self.normal or (bool(answer.words.strip()) and answer.words in self.words)
             for answer in answers
@@ -64,7 +63,7 @@ class MatchText:
 
 
 def _plain(text: str) -> str:
-    """``text`` without accents, with spaces around every letter that has no case, as of Chinese and Thai."""
+    """Return ``text`` without accents, with spaces around letters without case, such as Chinese and Thai ones."""
     if text.isascii():
         return text
     bare = "".join(char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
@@ -73,20 +72,20 @@ def _plain(text: str) -> str:
 
 
 def shows_answer(passage: Passage, answers: Sequence[MatchText]) -> bool:
-    """Whether an answer stands in the text or in the title, for a model reads both."""
+    """Return whether an answer is in the text or in the title, since the model reads both."""
     return any(MatchText.of(part).holds(answers) for part in (passage.text, passage.title or ""))
 
 
 @dataclass
 class Pool:
-    """Distinct passages that negatives, and missing golds, are taken from.
+    """Distinct passages that negatives and missing gold passages are taken from.
 
-    ``matches`` are their texts, by which a gold passage is judged; of a negative, the title counts too (``shows``).
+    ``matches`` contains their texts. A gold passage is judged by its text, a negative also by its title (``shows``).
     """
 
     passages: list[Passage] = field(default_factory=list)
     matches: list[MatchText] = field(default_factory=list)
-    _titles: dict[str, MatchText] = field(default_factory=dict)  # each once, for many passages share one
+    _titles: dict[str, MatchText] = field(default_factory=dict)  # each once, since many passages share a title
     _sources: dict[bytes, tuple[int, ...]] = field(default_factory=dict)
     _texts: dict[bytes, int] = field(default_factory=dict)
 
@@ -97,15 +96,15 @@ class Pool:
         return key in self._sources
 
     def add(self, key: bytes, pieces: Iterable[Passage]) -> None:
-        """Take the pieces of one text in, whose key must be new; a piece that is here already is not taken twice."""
+        """Add the pieces of a text with a new key. A piece that is already here is not added again."""
         self._sources[key] = tuple(dict.fromkeys(self._add_piece(piece) for piece in pieces))
 
     def numbers(self, key: bytes) -> tuple[int, ...]:
-        """Numbers of the passages made of the text of ``key``; none where it is not here."""
+        """Return the numbers of the passages that were cut from the text with ``key``; empty if it is not here."""
         return self._sources.get(key, ())
 
     def shows(self, number: int, answers: Sequence[MatchText]) -> bool:
-        """What ``shows_answer`` says of passage ``number``."""
+        """Return ``shows_answer`` of passage ``number``."""
         title = self.passages[number].title
         return self.matches[number].holds(answers) or (title is not None and self._titles[title].holds(answers))
 
@@ -119,24 +118,23 @@ class Pool:
         return number
 
 
-class Ranking(Protocol):
-    """An order of the pool for a question, or for one of its own passages."""
+class Ranking:
+    """Orders the pool for a question, or for one of its own passages."""
 
     def prepare(self, questions: Sequence[str]) -> None:
-        """These questions will be ranked for next; what is cheaper for all of them together may be done now."""
-        ...
+        """Do what is cheaper for several questions together; these are ranked for next."""
 
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
-        """Numbers of passages, the likeliest first, each at most once; only such as have to do with the question."""
-        ...
+        """Yield numbers of passages that are related to the question, the best first, each at most once."""
+        raise NotImplementedError
 
     def near(self, number: int, rng: random.Random) -> Iterator[int]:
-        """Numbers of passages, the nearest to passage ``number`` first; that one itself may be among them."""
-        ...
+        """Yield numbers of passages, the nearest to passage ``number`` first. It may include ``number`` itself."""
+        raise NotImplementedError
 
 
-class BM25Ranking:
-    """Passages that share words with the question, by the library bm25s (Lucene's variant, English stop words)."""
+class BM25Ranking(Ranking):
+    """Ranks passages that share words with the question, by bm25s (Lucene's variant, English stop words)."""
 
     def __init__(self, passages: Sequence[Passage]) -> None:
         try:
@@ -149,9 +147,6 @@ class BM25Ranking:
         self._texts = [f"{p.title or ''} {p.text}" for p in passages]
         self._index.index(self._words(self._texts), show_progress=False)
 
-    def prepare(self, questions: Sequence[str]) -> None:
-        """Nothing is cheaper for several questions together."""
-
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
         ids = self._index.get_tokens_ids(self._words([question])[0])
         return _best_first(self._index.get_scores_from_ids(ids), above=0.0) if ids else iter(())
@@ -163,40 +158,38 @@ class BM25Ranking:
         return self._tokenize(texts, stopwords="en", return_ids=False, show_progress=False)
 
 
-class DenseRanking:
-    """All passages by the likeness of their vectors to the question's."""
+class DenseRanking(Ranking):
+    """Ranks all passages by the similarity of their vectors to the question's."""
 
     def __init__(self, passages: Sequence[Passage], embedder: Embedder) -> None:
         self._embedder = embedder
         texts = [f"{p.title}\n{p.text}" if p.title else p.text for p in passages]
         parts = range(0, len(texts), EMBEDDED_AT_ONCE)
         self._vectors = np.concatenate([embedder.embed_documents(texts[n : n + EMBEDDED_AT_ONCE]) for n in parts])
-        self._asked: dict[str, np.ndarray] = {}
+        self._questions: dict[str, np.ndarray] = {}
 
     def prepare(self, questions: Sequence[str]) -> None:
-        """Embed them in one call; the vectors are kept until the next ones come."""
-        self._asked = dict(zip(questions, self._embedder.embed_questions(questions), strict=True)) if questions else {}
+        """Embed the questions in one call. The vectors are kept until the next call."""
+        vectors = self._embedder.embed_questions(questions) if questions else []
+        self._questions = dict(zip(questions, vectors, strict=True))
 
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
-        if question not in self._asked:
+        if question not in self._questions:
             self.prepare([question])
-        return _best_first(self._vectors @ self._asked[question], above=-np.inf)
+        return _best_first(self._vectors @ self._questions[question], above=-np.inf)
 
     def near(self, number: int, rng: random.Random) -> Iterator[int]:
         return _best_first(self._vectors @ self._vectors[number], above=-np.inf)
 
 
-class RandomRanking:
-    """All passages in an order drawn from the row's own random numbers."""
+class RandomRanking(Ranking):
+    """Yields all passages in an order drawn by the row's own random numbers."""
 
     def __init__(self, size: int) -> None:
         self._size = size
 
-    def prepare(self, questions: Sequence[str]) -> None:
-        """Chance asks for nothing."""
-
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
-        moved: dict[int, int] = {}  # a shuffle that costs only as much as is read of it
+        moved: dict[int, int] = {}  # a lazy shuffle, since few numbers are read
         for n in range(self._size):
             drawn = rng.randrange(n, self._size)
             yield moved.get(drawn, drawn)
@@ -209,10 +202,10 @@ class RandomRanking:
 def take_turns(
     count: int, rankings: Mapping[str, Iterator[int]], taken: set[int], refuse: Callable[[int], bool]
 ) -> dict[int, str]:
-    """Up to ``count`` passages, one from each ranking in turn, with the name of the ranking that gave each.
+    """Return up to ``count`` passages, one from each ranking in turn, with the name of the ranking of each.
 
-    ``taken`` passages and those that ``refuse`` says no to are passed over; what is chosen joins ``taken``. The
-    ranking named ``FILLED`` is asked only when the others have nothing left.
+    Passages in ``taken`` and those that ``refuse`` rejects are skipped. Chosen ones are added to ``taken``. The
+    ranking named ``FILLED`` is used only when the others are exhausted.
     """
     chosen: dict[int, str] = {}
     waiting = [name for name in rankings if name != FILLED] or [FILLED]
@@ -229,12 +222,12 @@ def take_turns(
 
 
 def _best_first(scores: np.ndarray, *, above: float) -> Iterator[int]:
-    """Numbers of the scores greater than ``above``, best first, equal ones in the order of the pool."""
+    """Yield the indices of scores greater than ``above``, best first, equal ones in order."""
     numbers = np.flatnonzero(scores > above)
-    given = 0
-    for look in sorted({min(FIRST_LOOK, len(numbers)), len(numbers)} - {0}):
+    done = 0
+    for count in sorted({min(SORTED_FIRST, len(numbers)), len(numbers)} - {0}):
         values = scores[numbers]
-        near = numbers[values >= np.partition(values, len(values) - look)[len(values) - look]]
+        near = numbers[values >= np.partition(values, len(values) - count)[len(values) - count]]
         order = near[np.argsort(-scores[near], kind="stable")].tolist()
-        yield from order[given:]
-        given = len(order)
+        yield from order[done:]
+        done = len(order)

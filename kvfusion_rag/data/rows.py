@@ -1,29 +1,38 @@
-"""Question-answer rows: one question, its answers, and the passages it is to be answered from.
+"""Question-answer rows, the format that training and evaluation share: one question, its answers, its passages.
 
-The one format that training and evaluation share. A row without answers is one that its passages do not answer;
-a row without a gold passage was asked over distractors alone. Knows files of this format only; other formats are
-read by ``training/formats.py`` and turned into rows by ``training/data.py``.
+A row without answers cannot be answered from its passages. A row without a gold passage is asked over distractors
+only. Other formats are read by ``formats``.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, TypeGuard, cast
+from types import NoneType
+from typing import IO, Any, TypeVar, cast
 
 from ..errors import InvalidInputError
 from ..schema import Document
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One document of a row; ``gold`` if it holds the answer; ``score`` is a retriever's, higher for a better one."""
+    """One document of a row.
+
+    Attributes:
+        gold: whether it contains the answer.
+        score: score of a retriever, higher for a better passage.
+    """
 
     text: str
     title: str | None = None
@@ -34,13 +43,13 @@ class Passage:
         return Document(self.text, id=document_id, title=self.title, score=self.score)
 
     def to_dict(self) -> dict[str, Any]:
-        found = {"title": self.title, "text": self.text, "gold": self.gold}
-        return found if self.score is None else found | {"score": self.score}
+        data = {"title": self.title, "text": self.text, "gold": self.gold}
+        return data if self.score is None else data | {"score": self.score}
 
 
 @dataclass(frozen=True, slots=True)
 class QARow:
-    """A question with its accepted answers, its passages and, where known, the sentence that holds the answer."""
+    """A question with its accepted answers, its passages and, if known, the sentence that contains the answer."""
 
     id: str
     question: str
@@ -54,29 +63,24 @@ class QARow:
 
 
 def read_rows(path: str | Path) -> Iterator[QARow]:
-    """Rows of a JSON-lines file (``.gz`` too): id, question, answers, passages [{title, text, gold}], evidence.
+    """Read rows from a JSON-lines file (``.gz`` too): id, question, answers, passages [{title, text, gold}], evidence.
 
     Raises:
-        InvalidInputError: the file cannot be read, or a line is not such a row; names file, line and field.
+        InvalidInputError: the file cannot be read, or a line is not such a row. Names file, line and field.
     """
     return (row for _, row in read_placed_rows(path))
 
 
 def read_placed_rows(path: str | Path) -> Iterator[tuple[str, QARow]]:
-    """Rows as :func:`read_rows` gives them, each with its place (file and line) for messages."""
+    """Read rows like :func:`read_rows`, each with its place (file and line) for messages."""
     path = Path(path)
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"{path.name}, line {number}"
-                    yield where, parse_row(line, where, number)
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise InvalidInputError(f"{path.name} cannot be read: {error}.") from error
+    with reading_errors(path):
+        for data, where, number in json_lines(path):
+            yield where, row_from(data, where, number)
 
 
 def write_rows(path: str | Path, rows: Iterable[QARow]) -> int:
-    """Write rows as JSON lines (gzip where the name ends in ``.gz``); returns how many."""
+    """Write rows as JSON lines, compressed if the name ends in ``.gz``, and return how many."""
     count = 0
     with open_text(Path(path), "wt") as out:
         for row in rows:
@@ -89,7 +93,7 @@ def write_rows(path: str | Path, rows: Iterable[QARow]) -> int:
 
 
 def rows_digest(rows: Iterable[QARow]) -> str:
-    """SHA-256 of all rows in their order, in hex."""
+    """Return the SHA-256 of all rows in order, in hex."""
     digest = hashlib.sha256()
     for row in rows:
         passages = [passage.to_dict() for passage in row.passages]
@@ -97,72 +101,109 @@ def rows_digest(rows: Iterable[QARow]) -> str:
     return digest.hexdigest()
 
 
-def parse_row(line: str, where: str, number: int = 0) -> QARow:
-    """One JSON line as a row; ``where`` is named in errors."""
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{where} is not JSON: {error}.") from error
-    return row_from(data, where, number)
-
-
 def row_from(data: object, where: str, number: int = 0) -> QARow:
-    """A row out of plain data.
+    """Return a row from plain data.
 
     Raises:
-        InvalidInputError: a field is absent or wrong; ``where`` and the field are named.
+        InvalidInputError: a field is missing or wrong. Names ``where`` and the field.
     """
-    if not isinstance(data, Mapping):
-        raise InvalidInputError(f"{where} holds a {type(data).__name__}, but a row must be an object.")
-    question, answers = data.get("question"), data.get("answers")
-    if not isinstance(question, str) or not question.strip():
-        raise InvalidInputError(f"{where}: question is {question!r:.100}, but it must be a text that is not blank.")
-    passages = data.get("passages")
-    if not isinstance(passages, list):
-        raise InvalidInputError(f"{where}: passages is {passages!r:.100}, but it must be a list of objects.")
+    row = require_object(data, where, "a row must be an object")
+    question, answers = required_text(row, "question", where), row.get("answers")
+    passages = checked(row, "passages", (list,), "a list of objects", where)
     if answers is None:
-        raise InvalidInputError(f"{where}: answers is absent; a question that its passages do not answer has [].")
-    if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise InvalidInputError(f"{where}: answers is {answers!r:.100}, but it must be a list of texts.")
-    if not all(answer.strip() for answer in answers):
-        raise InvalidInputError(f"{where}: answers is {answers!r:.100}, but an answer must not be blank.")
-    evidence = data.get("evidence")
-    if not isinstance(evidence, str | None):
-        raise InvalidInputError(f"{where}: evidence is {evidence!r:.100}, but it must be a text.")
-    row = QARow(
-        id=str(data.get("id", number)),
+        raise InvalidInputError(f"{where}: answers is missing; write [] if the passages do not answer the question.")
+    require_answers(answers, "answers", where)
+    made = QARow(
+        id=str(row.get("id", number)),
         question=question,
         answers=tuple(answers),
-        passages=tuple(_passage(p, f"{where}: passage {n}") for n, p in enumerate(passages, start=1)),
-        evidence=evidence,
+        passages=tuple(_passage(one, f"{where}: passage {n}") for n, one in enumerate(passages, start=1)),
+        evidence=checked(row, "evidence", (str, NoneType), "a text", where),
     )
+    require_marked(made, where)
+    return made
+
+
+def require_marked(row: QARow, where: str) -> None:
+    """Raise InvalidInputError if a passage is gold but there is no answer."""
     if row.gold and not row.answers:
         raise InvalidInputError(f"{where}: answers is empty, but a passage is gold; give the answer, or unmark it.")
-    return row
+
+
+def _passage(data: object, where: str) -> Passage:
+    passage = require_object(data, where, "it must be an object with a text")
+    score = checked(passage, "score", (int, float, NoneType), "a finite number or missing", where)
+    if isinstance(score, bool) or not math.isfinite(score or 0):
+        raise InvalidInputError(f"{where}: score is {score!r:.100}, but it must be a finite number or missing.")
+    return Passage(
+        checked(passage, "text", (str,), "a text", where),
+        checked(passage, "title", (str, NoneType), "a text or missing", where),
+        checked({"gold": False, **passage}, "gold", (bool,), "true or false", where),
+        score,
+    )
+
+
+# Files and fields of all formats
 
 
 def open_text(path: Path, mode: str = "rt") -> IO[str]:
-    """A UTF-8 text file, unpacked where its name ends in ``.gz``; a mark at its beginning (BOM) is passed over."""
+    """Open a UTF-8 text file, decompressed if its name ends in ``.gz``. A byte order mark is skipped."""
     encoding = "utf-8-sig" if "r" in mode else "utf-8"
     if path.suffix == ".gz":
         return cast(IO[str], gzip.open(path, mode, encoding=encoding))
     return path.open(mode.replace("t", ""), encoding=encoding)
 
 
-def _passage(data: object, where: str) -> Passage:
-    if not isinstance(data, dict):
-        raise InvalidInputError(f"{where} is a {type(data).__name__}, but it must be an object with a text.")
-    text, title, gold, score = data.get("text"), data.get("title"), data.get("gold", False), data.get("score")
-    if not isinstance(text, str):
-        raise InvalidInputError(f"{where}: text is {text!r:.100}, but it must be a text.")
-    if not isinstance(title, str | None):
-        raise InvalidInputError(f"{where}: title is {title!r:.100}, but it must be a text or absent.")
-    if not isinstance(gold, bool):
-        raise InvalidInputError(f"{where}: gold is {gold!r:.100}, but it must be true or false.")
-    if not (score is None or (_is_number(score) and math.isfinite(score))):
-        raise InvalidInputError(f"{where}: score is {score!r:.100}, but it must be a finite number or absent.")
-    return Passage(text, title, gold, score)
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn every way in which reading a file can fail into an InvalidInputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InvalidInputError(f"{str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except (EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        raise InvalidInputError(f"{str(path)!r} is damaged or not UTF-8 text: {error}.") from error
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
+    """Read the object of each line that is not blank, with its place and line number."""
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"{path.name}, line {number}"
+                try:
+                    data = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise InvalidInputError(f"{where} is not JSON: {error}.") from error
+                yield data, where, number
+
+
+def checked(data: Mapping[str, Any], name: str, kinds: tuple[type[T], ...], allowed: str, where: str) -> T:
+    """Return the field ``name``; raise InvalidInputError if it is not of one of ``kinds``."""
+    value = data.get(name)
+    if not isinstance(value, kinds):
+        raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but it must be {allowed}.")
+    return value
+
+
+def required_text(data: Mapping[str, Any], name: str, where: str) -> str:
+    """Return the field ``name``; raise InvalidInputError if it is not a text or is blank."""
+    text = checked(data, name, (str,), "a text that is not blank", where)
+    if not text.strip():
+        raise InvalidInputError(f"{where}: {name} is {text!r:.100}, but it must be a text that is not blank.")
+    return text
+
+
+def require_object(data: object, where: str, must: str) -> Mapping[str, Any]:
+    """Return ``data``; raise InvalidInputError, which says what it ``must`` be, if it is not an object."""
+    if not isinstance(data, Mapping):
+        raise InvalidInputError(f"{where} is a {type(data).__name__}, but {must}.")
+    return data
+
+
+def require_answers(value: object, name: str, where: str) -> None:
+    """Raise InvalidInputError unless ``value`` is a list of texts that are not blank."""
+    if not isinstance(value, list) or not all(isinstance(answer, str) for answer in value):
+        raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but it must be a list of texts.")
+    if not all(answer.strip() for answer in value):
+        raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but an answer must not be blank.")

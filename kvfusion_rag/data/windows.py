@@ -1,6 +1,6 @@
-"""Sentences: which one holds the answer, and how a passage is cut to a budget around it.
+"""Cuts passages to a budget, and finds the sentence that contains the answer.
 
-Pure functions on text; the caller says what fits, so no model and no tokenizer is known here.
+Pure functions on text. The caller decides what fits, so models and tokenizers are not needed here.
 """
 
 from __future__ import annotations
@@ -8,27 +8,19 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 from ..schema import Document
 from ..text.citations import find_citations
+from ..text.sentences import sentence_spans
 
 Span = tuple[int, int]
 Fits = Callable[[str], bool]
 
-_BORDER = re.compile(r"""(?<![.!?…])[.!?…]++["'”’»)\]]*+(?:\[\d+\])*+\s+|[。！？]++\s*|\n+\s*""")
 _WORD = re.compile(r"\S+\s*")
-_ABBREVIATIONS = frozenset(
-    (
-        *("approx", "ca", "capt", "cf", "co", "col", "corp", "dept", "dr", "e.g", "etc", "fig", "gen", "gov", "i.e"),
-        *("inc", "jr", "lt", "ltd", "mr", "mrs", "ms", "mt", "no", "prof", "rev", "sen", "sgt", "sr", "st", "vol"),
-        "vs",
-    )
-)
 
 
 def find_answer(text: str, answers: Sequence[str], start: int | None = None) -> Span | None:
-    """Where the first answer that can be found stands; ``start`` is believed if ``answers[0]`` stands there."""
+    """Return the span of the first answer that is found, or None. ``start`` is trusted if ``answers[0]`` is there."""
     if start is not None and answers and start >= 0 and text.startswith(answers[0], start):
         return start, start + len(answers[0])
     document = Document(text)
@@ -36,23 +28,17 @@ def find_answer(text: str, answers: Sequence[str], start: int | None = None) -> 
     return next(((citation.start, citation.end) for citation in found), None)
 
 
-def sentence_spans(text: str) -> list[Span]:
-    """(start, end) of every sentence with the white space behind it; together they are the whole text."""
-    borders = [0, *(m.end() for m in _BORDER.finditer(text) if _ends_sentence(text, m)), len(text)]
-    return [(start, end) for start, end in pairwise(borders) if start < end]
-
-
 def evidence_of(text: str, span: Span) -> str:
-    """The sentence around ``span``, or the sentences that it runs over."""
+    """Return the sentence that contains ``span``, or all sentences that it touches."""
     spans = sentence_spans(text)
     first, last = _covering(spans, span)
     return text[spans[first][0] : spans[last][1]].strip()
 
 
 def split_passage(text: str, fits: Fits) -> list[str]:
-    """Pieces that fit, in order: runs of sentences, of words where one sentence is too long.
+    """Return pieces that fit, in order: runs of sentences, or of words if a sentence is too long.
 
-    A word that does not fit by itself is left out.
+    A word that does not fit by itself is dropped.
     """
     if fits(text):
         return [text]
@@ -67,10 +53,10 @@ def split_passage(text: str, fits: Fits) -> list[str]:
 
 
 def cut_around(text: str, span: Span, fits: Fits, rng: random.Random) -> Span | None:
-    """(start, end) of the widest run of sentences around ``span`` that fits, of words where one sentence is too long.
+    """Return the longest run of sentences around ``span`` that fits, or of words if one sentence is too long.
 
-    The side that grows next is drawn from ``rng``, so the answer does not always come to stand in the middle.
-    ``None`` where not even the words of the span fit.
+    The side to extend is drawn from ``rng``, so that the answer is not always in the middle. Returns None if not even
+    the words of the span fit.
     """
     if fits(text):
         return 0, len(text)
@@ -82,7 +68,7 @@ def cut_around(text: str, span: Span, fits: Fits, rng: random.Random) -> Span | 
 
 
 def _grow(text: str, units: list[Span], first: int, last: int, fits: Fits, rng: random.Random) -> Span:
-    """Add units on either side of ``first`` to ``last`` until none fits any more."""
+    """Extend the run from ``first`` to ``last`` on either side until nothing more fits."""
     sides = ["left", "right"]
     while sides:
         side = rng.choice(sides)
@@ -107,17 +93,6 @@ def _fitting_units(text: str, sentence: Span, fits: Fits) -> list[Span]:
 
 
 def _covering(units: list[Span], span: Span) -> tuple[int, int]:
-    """Numbers of the first and the last unit that ``span`` touches."""
+    """Return the indices of the first and the last unit that ``span`` touches."""
     touched = [n for n, (start, end) in enumerate(units) if start < span[1] and span[0] < end]
     return touched[0], touched[-1]
-
-
-def _ends_sentence(text: str, border: re.Match[str]) -> bool:
-    """Not after an initial or an abbreviation, nor where the next word goes on in lower case."""
-    mark = border.group()
-    if "\n" in mark or mark[0] in "。！？":
-        return True
-    if text[border.end() : border.end() + 1].islower():
-        return False
-    word = re.split(r"[\s(\[\"“]", text[max(0, border.start() - 12) : border.start()])[-1]
-    return not (mark[0] == "." and ((len(word) == 1 and word.isalpha()) or word.lower() in _ABBREVIATIONS))

@@ -1,4 +1,4 @@
-"""Writes training rows: the whole file or nothing, and never over something that is to be kept."""
+"""Writes training rows atomically, and does not overwrite files without permission."""
 
 from __future__ import annotations
 
@@ -13,35 +13,32 @@ from .rows import QARow, write_rows
 
 
 def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Raises InvalidInputError where writing ``path`` would lose something or cannot succeed."""
+    """Raise InvalidInputError if ``path`` cannot be written, or if writing it would destroy a file."""
     if not path.parent.is_dir():
         raise InvalidInputError(f"the folder of {str(path)!r} does not exist.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise InvalidInputError(f"the folder of {str(path)!r} cannot be written to.")
     if path.is_dir():
-        raise InvalidInputError(f"{str(path)!r} is a folder, but the rows go into a file.")
+        raise InvalidInputError(f"{str(path)!r} is a folder, but it must be a file.")
     if path.resolve() in {one.resolve() for one in inputs}:
-        raise InvalidInputError(f"{str(path)!r} is also read from, so it cannot be the output.")
+        raise InvalidInputError(f"{str(path)!r} is also an input, so it cannot be the output.")
     if path.exists() and not force:
-        raise InvalidInputError(
-            f"{str(path)!r} exists already; name another file or allow it to be replaced (--force)."
-        )
+        raise InvalidInputError(f"{str(path)!r} already exists; name another file or replace it with --force.")
 
 
 def write_training_rows(path: Path, rows: Iterable[QARow]) -> int:
-    """Write rows as ``qa.write_rows`` does, but the whole file or nothing; returns how many.
+    """Write rows through a temporary file that is renamed at the end, and return how many.
 
-    The rows go to a temporary file beside ``path``, which takes its name at the end. Equal rows give equal bytes,
-    also in a ``.gz``, which bears no time and no name.
+    Equal rows give equal bytes, also compressed, since no time and name are recorded.
 
     Raises:
-        InvalidInputError: there is no row at all, or the file cannot be written.
+        InvalidInputError: there are no rows, or the file cannot be written.
     """
     part, packed = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "packed"))
     try:
         count = write_rows(part, rows)
         if not count:
-            raise InvalidInputError(f"no row is left of the questions, so {path.name} was not written.")
+            raise InvalidInputError(f"no rows are left, so {path.name} was not written.")
         if path.suffix == ".gz":
             _pack(part, packed)
             packed.replace(part)

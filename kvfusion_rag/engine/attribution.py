@@ -1,35 +1,31 @@
-"""Which documents an answer came from: the attention that each got, and what the answer is worth without it.
+"""Measures which documents an answer came from: the attention each received, and the answer's probability without it.
 
-Both are measured after the answer is known, over the caches that it was decoded from: one pass that adds attention up,
-and one in which the answer's probability is asked for with every document, and with each in turn left out.
+Both are measured after the answer is known, over the same fused caches: one pass adds up attention, and one computes
+the answer's probability with all documents and with each one left out.
 """
 
 from __future__ import annotations
 
 import html
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..errors import MissingDependencyError
-from ..fusion.decode import log_probabilities
+from ..errors import InvalidInputError, MissingDependencyError
 from ..fusion.sampling import DecodingOptions
-from ..fusion.slot_table import StepInputs
-from ..model.attention_weights import AttentionSum
-from ..schema import Answer, Attributed, Mode
-from .engine import Engine, Run
+from ..schema import Answer, Attributed, Document, Mode
+from .calls import read_call
+from .engine import Engine
 from .requests import Batch, Request
+from .run import Run
+from .runner import Runner
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LOGITS_AT_ONCE = 1 << 27  # numbers
-WEIGHTS_AT_ONCE = 1 << 26  # numbers of one layer's attention weights
+LOGITS_AT_ONCE = 1 << 27
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +33,10 @@ class Influence:
     """What one document did for an answer.
 
     Attributes:
-        attention: its share of the attention of all layers and heads while the answer's tokens were chosen. What is
-            left to 1 went to prefix, question and answer. Twins that are fused once have the same one.
-        log_probability: of the answer without this document.
-        effect: how much the document raises the answer's log-probability, in nats. 0 for one whose twin stays.
+        attention: mean share of attention, over layers and heads, while the answer's tokens were chosen. The rest up
+            to 1 went to prefix, question and answer. Duplicates share one value.
+        log_probability: log-probability of the answer without this document.
+        effect: how much the document raises the answer's log-probability, in nats. 0 if a duplicate of it stays.
     """
 
     id: str
@@ -52,10 +48,9 @@ class Influence:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Attribution:
-    """An answer, its natural log-probability with all documents, and what each of them did for it.
+    """An answer, its natural log-probability with all documents, and what each document did for it.
 
-    ``documents`` are in the caller's order. Effects need not add up: documents that say the same stand in for each
-    other.
+    ``documents`` are in the caller's order. Effects do not add up if several documents say the same.
     """
 
     answer: str
@@ -69,11 +64,11 @@ class Attribution:
         return f"Attribution({self.answer!r}, documents={len(self.documents)}{most})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Two bars a document: its effect (nats) and its share of attention (%), on axes of their own scale.
+        """Draw two bars per document: its effect (nats) and its share of attention (%), each on its own scale.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
@@ -103,7 +98,7 @@ class Attribution:
         return axes
 
     def _repr_html_(self) -> str:
-        """Rich output in notebooks. Documents and answers are untrusted text, so all of it is escaped."""
+        """Return HTML for notebooks. Documents and answers are untrusted text, so everything is escaped."""
         rows = "".join(
             f"<tr><td>{html.escape(d.id)}</td><td>{html.escape(d.title or '')}</td><td>{d.effect:+.2f}</td>"
             f"<td>{100 * d.attention:.1f} %</td></tr>"
@@ -116,129 +111,148 @@ class Attribution:
         )
 
 
-def with_attribution(engine: Engine, request: Request, answer: Answer, wanted: Attributed) -> Answer:
-    """``answer`` with the attention that its sources got, and with "effects" what it is worth without each."""
-    request = engine.prepare(request, DecodingOptions(max_new_tokens=len(answer.token_ids)))
-    if wanted == "attention":
-        shares = attention_shares(engine, request, answer.token_ids)
+def with_attribution(engine: Engine, request: Request, answer: Answer, kind: Attributed) -> Answer:
+    """Return ``answer`` whose sources have attention shares and, for "effects", effects.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
+    """
+    runner = engine.runner
+    request = runner.prepare(request, DecodingOptions(max_new_tokens=len(answer.token_ids)))
+    if kind == "attention":
+        shares = attention_shares(runner, request, answer.token_ids)
         measured = [{"attention": share} for share in shares]
     else:
         found = attribute(engine, request, answer.token_ids, answer.text).documents
         measured = [{"attention": influence.attention, "effect": influence.effect} for influence in found]
-    sources = [replace(s, attention=0.0, effect=None if wanted == "attention" else 0.0) for s in answer.sources]
-    for number, facts in zip(_read(request), measured, strict=True):
+    sources = [replace(s, attention=0.0, effect=None if kind == "attention" else 0.0) for s in answer.sources]
+    numbers = range(len(request.reading.documents)) if request.choice is None else request.choice.kept
+    for number, facts in zip(numbers, measured, strict=True):
         sources[number] = replace(sources[number], **facts)
     return replace(answer, sources=tuple(sources))
 
 
-def _read(request: Request) -> Sequence[int]:
-    """Places of the documents that the model reads among the caller's documents."""
-    return range(len(request.reading.documents)) if request.choice is None else request.choice.kept
+def attribute_call(
+    engine: Engine,
+    question: str,
+    documents: Sequence[Document | str],
+    answer: Answer | str,
+    options: Mapping[str, Any],
+) -> Attribution:
+    """Attribute an answer of the generator or a text (``KVFusionGenerator.attribute``).
+
+    Raises:
+        InvalidInputError: ``answer`` is of the wrong type or has no tokens.
+        UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
+    """
+    if isinstance(answer, Answer):
+        ids, text = answer.token_ids, answer.text
+        options = {**options, "mode": options.get("mode") or answer.mode}
+    elif isinstance(answer, str):
+        end = engine.model.end_id
+        ids, text = (*engine.encoder.encode_answer(answer), *([] if end is None else [end])), answer
+    else:
+        raise InvalidInputError(f"the answer is {answer!r}, but it must be an Answer, a text or None.")
+    if not ids:
+        raise InvalidInputError("the answer has no tokens, so no document can have caused it.")
+    call = read_call(engine, question, documents, {**options, "max_new_tokens": len(ids)})
+    return attribute(engine, call.requests[0], ids, text)
 
 
 def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str) -> Attribution:
-    """What each document of ``request`` did for ``answer`` (ids), which reads as ``text``.
+    """Measure what each document of ``request`` did for ``answer`` (ids), which reads as ``text``.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be exchanged for one that adds it up.
+        UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
     """
     engine.require_explicit_attention()
+    runner = engine.runner
     options, began = DecodingOptions(max_new_tokens=len(answer)), time.perf_counter()
-    request = engine.prepare(request, options)  # as the model is now, since variants have its keys
+    request = runner.prepare(request, options)  # variants have its keys, so it must be current
     documents = request.reading.documents
-    # In an order of theirs, not the caller's: where a variant stands among the others rounds its numbers.
+    # In canonical order: the place of a variant in its batch rounds its numbers.
     full = sorted((number for number, read in enumerate(documents) if read.pieces), key=lambda n: documents[n].pieces)
-    fewer = {number: request.reading.without(number) for number in full}
-    left = {n: engine.request_for(rest, request.layout, request.mode, options, began) for n, rest in fewer.items()}
-    if request.fused is not None:  # nothing leaves with a document whose twin stays fused
+    left = {
+        number: runner.request_for(
+            request.reading.without(number), request.layout, request.mode, request.namespace, options, began
+        )
+        for number in full
+    }
+    if request.fused is not None:  # without a document whose duplicate stays, nothing changes
         left = {number: variant for number, variant in left.items() if variant.fused != request.fused}
-    whole, *without = _log_probabilities(engine, [request, *left.values()], answer)
+    whole, *without = _log_probabilities(runner, [request, *left.values()], answer)
     found = dict(zip(left, without, strict=True))
-    shares = attention_shares(engine, request, answer)
+    shares = attention_shares(runner, request, answer)
     influences = (
         Influence(read.id, read.document.title, share, found.get(n, whole), whole - found.get(n, whole))
         for n, (read, share) in enumerate(zip(documents, shares, strict=True))
     )
-    return Attribution(text, whole, request.mode, tuple(influences))
+    return Attribution(text, whole, request.mode.name, tuple(influences))
 
 
-@torch.inference_mode()
-def attention_shares(engine: Engine, request: Request, answer: Sequence[int]) -> list[float]:
-    """Each document's mean share, over layers and heads, of the attention that chose the tokens of ``answer``."""
-    request = engine.prepare(request, DecodingOptions(max_new_tokens=len(answer)))
-    spans = _spans(request)
-    run = engine.start(Batch.of(request), DecodingOptions(max_new_tokens=len(answer)))
+def attention_shares(runner: Runner, request: Request, answer: Sequence[int]) -> list[float]:
+    """Return each document's mean share, over layers and heads, of the attention that chose the answer's tokens."""
+    options = DecodingOptions(max_new_tokens=len(answer))
+    request = runner.prepare(request, options)
+    run = runner.start(Batch.of(request), options)
     try:
-        plan = engine.plan(run)
-        decoder = plan.decoder
-        attention = AttentionSum(max((end for own in spans for _, end in own), default=0), decoder.device)
-        ids, first = [*request.question.ids, *answer[:-1]], len(request.question.ids) - 1
-        slots = run.context.mask.shape[1] + len(ids)
-        step = max(1, WEIGHTS_AT_ONCE // (slots * decoder.config.num_attention_heads))
-        cuts = [0, *([first] if first else []), *range(first + step, len(ids), step), len(ids)]
-        mask = torch.cat([run.context.mask, run.context.mask.new_ones(1, len(ids))], dim=1)
-        at = request.question.start
-        for start, end in pairwise(cuts):
-            _require_wanted(request)
-            with engine.memory_errors(run.batch):
-                inputs = StepInputs(
-                    torch.tensor([ids[start:end]], device=decoder.device),
-                    torch.arange(at + start, at + end, device=decoder.device)[None],
-                    mask[:, : run.context.mask.shape[1] + end],
-                    torch.tensor([0], device=decoder.device),
-                    torch.tensor([end - start - 1], device=decoder.device),
-                )
-                plan.logits(run.context, inputs, attention if start >= first else None)
+        with runner.memory_errors(run.batch):
+            return runner.model.attention_shares(
+                run.plan,
+                run.context,
+                request.question,
+                answer,
+                _spans(request),
+                before_pass=lambda: _raise_if_cancelled(request),
+            )
     finally:
         run.release()
-    return attention.shares(spans)
 
 
-def _log_probabilities(engine: Engine, requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
-    """Of ``answer`` in each request; those over nearly the same documents read one fused row."""
-    at_once = max(1, LOGITS_AT_ONCE // (len(answer) * engine.backbone.config.vocab_size))
+def _log_probabilities(runner: Runner, requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
+    """Log-probability of ``answer`` in each request. Requests over nearly the same documents share a row."""
+    at_once = max(1, LOGITS_AT_ONCE // (len(answer) * runner.model.vocabulary_size))
     options = DecodingOptions(max_new_tokens=len(answer))
     found: dict[int, float] = {}
     for start in range(0, len(requests), at_once):
         first = start
-        for batch in engine.batches([engine.current(request) for request in requests[start : start + at_once]]):
-            for row in batch.rows:  # one at a time, since every row would compute the logits that others ask for
-                _require_wanted(requests[0])
+        for batch in runner.batches([runner.current(request) for request in requests[start : start + at_once]]):
+            for row in batch.rows:  # one row at a time: every row computes logits at the columns of all rows
+                _raise_if_cancelled(requests[0])
                 alone = replace(row, members=tuple(range(len(row.members))))
-                run = engine.start(Batch(tuple(batch.requests[n] for n in row.members), (alone,)), options)
+                run = runner.start(Batch(tuple(batch.requests[n] for n in row.members), (alone,)), options)
                 numbers = (first + n for n in row.members)
-                found |= zip(numbers, _row_log_probabilities(engine, run, answer), strict=True)
+                found |= zip(numbers, _row_log_probabilities(runner, run, answer), strict=True)
             first += len(batch.requests)
     return [found[number] for number in range(len(requests))]
 
 
-def _row_log_probabilities(engine: Engine, run: Run, answer: Sequence[int]) -> list[float]:
+def _row_log_probabilities(runner: Runner, run: Run, answer: Sequence[int]) -> list[float]:
     try:
         questions = [request.question for request in run.batch.requests]
-        with engine.memory_errors(run.batch):
-            return log_probabilities(engine.plan(run), run.context, questions, answer, visible=engine.visible(run))
+        with runner.memory_errors(run.batch):
+            return runner.model.answer_likelihoods(run.plan, run.context, questions, answer, visible=run.visible())
     finally:
         run.release()
 
 
-def _require_wanted(request: Request) -> None:
-    """Stop where the task that asked was cancelled; it is told nothing."""
+def _raise_if_cancelled(request: Request) -> None:
     if request.cancelled.is_set():
         raise CancelledError
 
 
 def _spans(request: Request) -> list[list[tuple[int, int]]]:
     """Slots (start, end) of the pieces of each of the caller's documents."""
-    documents, at = request.reading.documents, len(request.prefix)
+    documents, at = request.reading.documents, len(request.scope.prefix)
     if request.fused is None:
         return [[span] for span in request.spans]
-    place = {}
-    for piece in request.fused or ():
-        place[piece.ids] = (at, at + len(piece.ids))
+    slots = {}
+    for piece in request.fused:
+        slots[piece.ids] = (at, at + len(piece.ids))
         at += len(piece.ids)
-    return [[place[ids] for ids in dict.fromkeys(document.pieces)] for document in documents]
+    return [[slots[ids] for ids in dict.fromkeys(document.pieces)] for document in documents]
 
 
 def _plain(name: str) -> str:
-    """A name short enough for an axis, with nothing that matplotlib reads as mathematics."""
+    """Return a name that is short enough for an axis and contains no mathematics for matplotlib."""
     return (name if len(name) <= 40 else f"{name[:39]}…").replace("$", r"\$")

@@ -1,74 +1,73 @@
-"""Focus: choose the documents that make the question likely, then fuse only those.
+"""Focus: choose the documents that make the question likely, and fuse only those.
 
-The question is read over each document's own cache; log p(question | document) (UPR, arXiv 2204.07496; as path pruning
-in Superposition Prompting, arXiv 2404.06910) plus the retriever's score, if all documents have one, ranks them.
+The question is read over each document's own cache. Documents are ranked by log p(question | document) (UPR, arXiv
+2204.07496; path pruning in Superposition Prompting, arXiv 2404.06910) plus the retriever's score, if all have one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ..fusion.likelihood import text_log_probabilities
 from ..model.kv import DocumentKV
 from ..schema import Origin, Source
 from ..store import KVRequest
 from ..text.documents import ReadDocument, Reading
 from ..text.encoder import PlainEncoder
-from .document_kvs import DocumentKVs
+from .document_kvs import DocumentKVs, Scope
 
 Ids = tuple[int, ...]
-LEAD = "Question:"  # in front of the question that is scored; read, not scored
+LEAD = "Question:"  # in front of the question that is scored; it is read but not scored
 
 
 @dataclass(frozen=True, slots=True)
 class Focus:
-    """What choosing needs, before anything is computed.
+    """What choosing documents needs, before anything is computed.
 
     Attributes:
-        most: documents to keep.
+        most: number of documents to keep.
         reading: all documents as the answer reads them.
-        scored: all documents, in the same places, with the keys of the KVs over which the question is read.
-        prefix: ids in front of each of those.
-        ids: the question behind ``LEAD``.
-        given: ids of ``LEAD``.
-        weight: of the retriever's scores.
+        scored: the same documents with the keys of the KVs over which the question is scored.
+        scope: of ``scored``.
+        ids: ids of ``LEAD`` and the question.
+        given: number of ids that belong to ``LEAD``.
+        weight: weight of the retriever's scores.
     """
 
     most: int
     reading: Reading
     scored: Reading
-    prefix: Ids
+    scope: Scope
     ids: Ids
     given: int
     weight: float
 
     @property
     def longest(self) -> Reading:
-        """The ``most`` longest documents: whatever is kept needs no more room."""
+        """The ``most`` longest documents. No choice of that many needs more room."""
         documents = self.reading.documents
         numbers = sorted(range(len(documents)), key=lambda number: (-documents[number].tokens, number))
         return self.reading.only(sorted(numbers[: self.most]))
 
-    def with_keys(self, key_of: Callable[[Ids, Ids], str], prefix: Ids) -> Focus:
-        """The same documents under other keys, made of ids and prefix; ``prefix`` is the one of the answer."""
-        reading = self.reading.with_keys(lambda ids: key_of(ids, prefix))
-        scored = self.scored.with_keys(lambda ids: key_of(ids, self.prefix))
+    def with_keys(self, document_kvs: DocumentKVs, scope: Scope) -> Focus:
+        """Return the same documents under the model's current keys; ``scope`` is the one of the answer."""
+        reading = self.reading.with_keys(lambda ids: document_kvs.key(ids, scope))
+        scored = self.scored.with_keys(lambda ids: document_kvs.key(ids, self.scope))
         return replace(self, reading=reading, scored=scored)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which documents were kept, and why.
+    """Which documents were kept, with the scores of all.
 
     Attributes:
         scored: all of the caller's documents, with the keys of ``origins`` and ``kvs``.
-        kept: places of the kept ones.
-        scores: of every document in its place; None for a blank one.
-        origins: where each key's KV came from.
-        misses: why the store did not have it.
-        kvs: of the kept documents, by key.
+        kept: indices of the kept ones.
+        scores: score of every document; None for a blank one.
+        origins: where each document's KV came from, by key.
+        misses: why the store did not have it, by key.
+        kvs: KVs of the kept documents, by key.
     """
 
     scored: Reading
@@ -79,7 +78,7 @@ class Choice:
     kvs: Mapping[str, DocumentKV] = field(repr=False)
 
     def sources(self, kept: Sequence[Source]) -> tuple[Source, ...]:
-        """Sources of all of the caller's documents; ``kept`` are those of the kept ones."""
+        """Return the sources of all of the caller's documents, given those of the kept ones."""
         sources = [replace(source, used=False) for source in self.scored.sources(self.origins, self.misses)]
         for number, source in zip(self.kept, kept, strict=True):
             sources[number] = source if source.origin == "prompt" else replace(source, miss=sources[number].miss)
@@ -87,34 +86,28 @@ class Choice:
 
 
 def needs_choice(reading: Reading, most: int) -> bool:
-    """Whether there are more than ``most`` distinct documents."""
+    """Return whether there are more than ``most`` distinct documents."""
     return len(_distinct(reading)) > most
 
 
 def scored_question(encoder: PlainEncoder, question: str) -> tuple[Ids, int]:
-    """Ids of ``LEAD`` and the question, and how many of them belong to ``LEAD``."""
+    """Return the ids of ``LEAD`` and the question, and how many of them belong to ``LEAD``."""
     lead, ids = encoder.encode(LEAD, continues=True), encoder.encode(f"{LEAD} {question.strip()}", continues=True)
     given = next((n for n, (a, b) in enumerate(zip(lead, ids, strict=False)) if a != b), min(len(lead), len(ids) - 1))
     return tuple(ids), max(given, 1)
 
 
-def choose(supply: DocumentKVs, focus: Focus) -> Choice:
+def choose(document_kvs: DocumentKVs, focus: Focus) -> Choice:
     """Score every document by the model without its adapter, and keep the best.
 
-    An adapter that was trained on answers only is worse at judging questions (docs/focus.md).
-
-    Documents are computed in canonical order and equal scores are broken by content, so the caller's order changes
-    nothing.
+    An adapter that was trained on answers is worse at judging questions (docs/focus.md). Documents are computed in
+    canonical order and ties are broken by content, so the caller's order changes nothing.
     """
-    reading = focus.scored
-    wanted = {key: KVRequest(ids) for key, ids in reading.keys.items()}
-    fetched = supply.fetch(wanted, None, supply.model, prefix=focus.prefix)
-    likelihoods = text_log_probabilities(
-        supply.backbone,
-        supply.prefix_kv(focus.prefix),
-        [fetched.kvs[key] for key in reading.keys],
-        focus.ids,
-        given=focus.given,
+    reading, scope = focus.scored, focus.scope
+    requests = {key: KVRequest(ids) for key, ids in reading.keys.items()}
+    fetched = document_kvs.fetch(requests, None, document_kvs.version, scope)
+    likelihoods = document_kvs.model.question_likelihoods(
+        document_kvs.prefix_kv(scope), [fetched.kvs[key] for key in reading.keys], focus.ids, given=focus.given
     )
     of_piece = dict(zip(reading.keys.values(), likelihoods, strict=True))
     scores = document_scores(reading.documents, of_piece, focus.weight)
@@ -127,10 +120,10 @@ def choose(supply: DocumentKVs, focus: Focus) -> Choice:
 def document_scores(
     documents: Sequence[ReadDocument], of_piece: Mapping[Ids, float], weight: float
 ) -> tuple[float | None, ...]:
-    """Each document's score: that of its best piece plus ``weight`` times the retriever's standardized score.
+    """Return each document's score: that of its best piece plus ``weight`` times the retriever's standardized score.
 
-    Standardized over the question's documents, since retrievers have scales of their own. Left out unless all
-    documents with text have one.
+    Retrievers use different scales, so their scores are standardized over the question's documents. They count only
+    if all documents with text have one.
     """
     found = [max((of_piece[ids] for ids in read.pieces), default=None) for read in documents]
     given = [read.document.score for read in documents if read.pieces]
@@ -142,14 +135,14 @@ def document_scores(
 
 
 def standardized(values: Sequence[float]) -> list[float]:
-    """``values`` with mean 0 and standard deviation 1; all 0 if they are equal."""
-    mean = math.fsum(values) / len(values)  # exact sums, which do not depend on the order
+    """Return ``values`` scaled to mean 0 and standard deviation 1, or zeros if they are equal."""
+    mean = math.fsum(values) / len(values)  # exact sums do not depend on the order
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)) or 1.0
     return [(value - mean) / deviation for value in values]
 
 
 def best_documents(reading: Reading, scores: Sequence[float | None], most: int) -> tuple[int, ...]:
-    """Places of the ``most`` best distinct documents, and of their duplicates, in the caller's order."""
+    """Return the indices of the ``most`` best distinct documents and their duplicates, in the caller's order."""
     key_of = {ids: key for key, ids in reading.keys.items()}
     best: dict[tuple[Ids, ...], float] = {}
     for read, score in zip(reading.documents, scores, strict=True):

@@ -1,4 +1,4 @@
-"""Whether answers are the same in any order of the documents: asked in many, texts and bits of all logits compared."""
+"""Checks that the order of documents does not change an answer, by comparing texts and the bits of all logits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InvalidInputError
-from ..fusion.sampling import DecodingOptions
 from ..schema import Document, FocusChoice, InvarianceReport, ModeChoice
 from ..text.documents import require_sequence
 from ..text.settings import is_count
+from .calls import read_call
 from .engine import Engine
 from .requests import Batch
 
@@ -20,14 +20,13 @@ def check_invariance(
     engine: Engine,
     question: str,
     documents: Sequence[Document | str],
-    options: DecodingOptions,
     *,
     permutations: int,
     mode: ModeChoice | None,
     focus: FocusChoice,
     seed: int,
 ) -> InvarianceReport:
-    """See ``KVFusionGenerator.check_invariance``."""
+    """Answer in shuffled orders and compare (``KVFusionGenerator.check_invariance``)."""
     require_sequence(documents)
     if not is_count(permutations):
         raise InvalidInputError(f"permutations is {permutations!r}, but it must be a whole number from 1.")
@@ -37,20 +36,21 @@ def check_invariance(
     difference = 0.0
     for _ in range(permutations + 1):
         logits: list[torch.Tensor] = []
-        request = engine.prepare(engine.request(question, shuffled, None, mode, options, focus=focus), options)
-        run = engine.start(Batch.of(request), options)
-        for _ in engine.decode(run, options, on_logits=logits.append):
+        call = read_call(engine, question, shuffled, {"mode": mode, "focus": focus})
+        request = engine.runner.prepare(call.requests[0], call.decoding)
+        run = engine.runner.start(Batch.of(request), call.decoding)
+        for _ in engine.runner.decode(run, call.decoding, on_logits=logits.append):
             pass
         expected = expected or logits
         difference = max(difference, _logit_difference(expected, logits))
-        if run.rows[0].text not in answers:
-            answers.append(run.rows[0].text)
+        if run.answers[0].text not in answers:
+            answers.append(run.answers[0].text)
         rng.shuffle(shuffled)
-    return InvarianceReport(engine.prompts.mode_of(mode)[0], permutations, tuple(answers), difference)
+    return InvarianceReport(engine.prompts.mode(mode)[0].name, permutations, tuple(answers), difference)
 
 
 def _logit_difference(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
-    """Largest difference over all steps; infinite where one answer has more steps than the other."""
+    """Return the largest difference over all steps, or infinity if the numbers of steps differ."""
     if len(expected) != len(found):
         return float("inf")
     differing = [(a, b) for a, b in zip(expected, found, strict=True) if not torch.equal(a, b)]

@@ -1,7 +1,6 @@
-"""Callers that come while others are being answered wait, and are then answered together.
+"""Batches callers that wait at the same time.
 
-Whoever waits and finds nobody at work answers for all; tasks have one thread that does it for them. Knows neither
-models nor tensors.
+The first waiting thread that finds the queue idle answers for itself and others. Tasks share one worker thread.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from ..fusion.sampling import DecodingOptions
 from ..schema import Answer
 from .requests import MAX_BATCH, Request
 
-MOST_WAITING = 256  # questions
+MAX_WAITING = 256  # questions
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """Questions of one caller, which are answered with one set of options, and the answers so far."""
+    """The questions of one caller, answered with one set of options, and their answers so far."""
 
     requests: Sequence[Request]
     options: DecodingOptions
@@ -34,13 +33,13 @@ class _Job:
 
     @property
     def next_part(self) -> Sequence[Request]:
-        """As many of its questions as a batch takes, so that others have their turn between two parts."""
+        """The next questions, at most one batch, so that other callers are served between two parts."""
         return self.requests[len(self.answers) :][:MAX_BATCH]
 
-    def goes_with(self, other: _Job) -> bool:
+    def can_join(self, other: _Job) -> bool:
         return (self.options, self.requests[0].mode) == (other.options, other.requests[0].mode)
 
-    def take(self, answers: Sequence[Answer]) -> None:
+    def add(self, answers: Sequence[Answer]) -> None:
         self.answers += answers
         if len(self.answers) == len(self.requests):
             with suppress(InvalidStateError):  # cancelled meanwhile
@@ -51,59 +50,59 @@ class _Job:
             self.future.set_exception(error)
 
     def cancel(self) -> None:
-        """Never begin it, or end its answers at their next token."""
+        """Drop the job if it has not started, or end its answers at their next token."""
         for request in self.requests:
             request.cancelled.set()
         self.future.cancel()
 
 
 class RequestQueue:
-    """Answers for any number of threads and tasks, in batches of those that wait and ask with the same options.
+    """Answers questions of any number of threads and tasks, batching those with the same mode and options.
 
     Args:
-        answer: answers requests of one mode, in order.
-        most_waiting: questions that may wait; one caller may ask more than that at once.
+        answer: function that answers requests of one mode, in order.
+        max_waiting: questions that may wait. One caller may ask more than that at once.
     """
 
     def __init__(
-        self, answer: Callable[[Sequence[Request], DecodingOptions], list[Answer]], most_waiting: int = MOST_WAITING
+        self, answer: Callable[[Sequence[Request], DecodingOptions], list[Answer]], max_waiting: int = MAX_WAITING
     ) -> None:
         self._answer_all = answer
-        self._most_waiting = most_waiting
-        self._begin()
-        in_child = weakref.WeakMethod(self._begin)
-        os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
+        self._max_waiting = max_waiting
+        self._reset()
+        reset = weakref.WeakMethod(self._reset)
+        os.register_at_fork(after_in_child=lambda: (in_child := reset()) and in_child())
 
-    def _begin(self) -> None:
-        """Nobody waits: so at first, and in a forked process, which has none of its parent's threads."""
-        self._lock = threading.Lock()  # of what waits
-        self._turn = threading.RLock()  # of who answers; a callback of the store's may ask in the midst of it
+    def _reset(self) -> None:
+        """Start with an empty queue, also in a forked process, which has none of its parent's threads."""
+        self._lock = threading.Lock()  # guards the waiting jobs
+        self._turn = threading.RLock()  # held by the answering thread; a store callback may ask again inside it
         self._waiting: list[_Job] = []
-        self._worker: ThreadPoolExecutor | None = None  # of tasks, which share one thread however many they are
+        self._worker: ThreadPoolExecutor | None = None  # one thread for all tasks
 
     def ask(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
-        """Answers in order; an interrupted caller's are given up.
+        """Return answers in order. An interrupt cancels the caller's questions.
 
         Raises:
-            OverloadError: too many questions wait.
+            OverloadError: too many questions are waiting.
         """
         if not requests:
             return []
         job = self._submit(requests, options)
         try:
-            self._see_to(job)
+            self._finish(job)
             return job.future.result()
         except BaseException:
             job.cancel()
             raise
 
     async def aask(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
-        """As :meth:`ask`, while the event loop stays free; answers of a task that is cancelled are given up."""
+        """Like :meth:`ask`, without blocking the event loop. Cancelling the task cancels its questions."""
         if not requests:
             return []
         job = self._submit(requests, options)
         try:
-            self._tasks_worker().submit(self._see_to, job)
+            self._tasks_worker().submit(self._finish, job)
             return await asyncio.wrap_future(job.future)
         except BaseException:
             job.cancel()
@@ -120,43 +119,43 @@ class RequestQueue:
         with self._lock:
             self._waiting = [other for other in self._waiting if not other.future.done()]
             waiting = sum(len(other.requests) for other in self._waiting)
-            if waiting and waiting + len(requests) > self._most_waiting:
+            if waiting and waiting + len(requests) > self._max_waiting:
                 raise OverloadError(
-                    f"{waiting} questions wait already, and {len(requests)} more would pass the most, "
-                    f"{self._most_waiting}; ask again later."
+                    f"the queue is full: {waiting} waiting plus {len(requests)} new questions exceed the limit of "
+                    f"{self._max_waiting}; retry later."
                 )
             self._waiting.append(job)
         return job
 
-    def _see_to(self, job: _Job) -> None:
-        """Return once ``job`` is done, by whoever's work."""
+    def _finish(self, job: _Job) -> None:
+        """Return once ``job`` is done, whichever thread answered it."""
         while not job.future.done():
             with self._turn:
                 if not job.future.done():
-                    self._lead(job)
+                    self._answer_next(job)
 
-    def _lead(self, own: _Job) -> None:
-        """Answer who has waited longest, and those that go with it."""
+    def _answer_next(self, own: _Job) -> None:
+        """Answer the job that has waited longest, and those that can join it."""
         taken: list[_Job] = []
         try:
             with self._lock:
-                if own not in self._waiting:  # the one who had taken it was interrupted
+                if own not in self._waiting:  # the thread that had taken it was interrupted
                     self._waiting.append(own)
                 self._waiting = [job for job in self._waiting if not job.future.done()]
                 questions = 0
                 for job in self._waiting:
-                    if not taken or (job.goes_with(taken[0]) and questions + len(job.next_part) <= MAX_BATCH):
+                    if not taken or (job.can_join(taken[0]) and questions + len(job.next_part) <= MAX_BATCH):
                         taken.append(job)
                         questions += len(job.next_part)
                 self._waiting = [job for job in self._waiting if job not in taken]
             self._answer(taken)
-        finally:  # parts are left to do, or this one is interrupted and another one goes on
-            left = [job for job in taken if not job.future.done()]
+        finally:  # some have parts left, or this thread was interrupted and another one resumes
+            unfinished = [job for job in taken if not job.future.done()]
             with self._lock:
-                self._waiting += left
+                self._waiting += unfinished
 
     def _answer(self, jobs: Sequence[_Job]) -> None:
-        """Answer jobs together; where that fails, each alone, so that every caller gets an error of its own alone."""
+        """Answer jobs together. If that fails, answer each one alone, so that a caller only gets its own error."""
         parts = [job.next_part for job in jobs]
         requests = [request for part in parts for request in part]
         try:
@@ -167,8 +166,8 @@ class RequestQueue:
                 return
         else:
             for job, part in zip(jobs, parts, strict=True):
-                job.take([next(found) for _ in part])
+                job.add([next(found) for _ in part])
             return
-        for job in jobs:  # here the error is gone, and with it the memory that its frames held
+        for job in jobs:  # outside the except block, which kept the failed batch's memory
             if not job.future.done():
                 self._answer([job])

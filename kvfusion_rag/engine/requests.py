@@ -1,7 +1,7 @@
-"""Requests that are decoded together: whose documents share a row of the fused cache, and how many fit.
+"""Requests and the batches in which they are decoded: which questions share a row of documents, and how many fit.
 
-Questions over the same documents, or nearly the same, read one row of slots: the documents then lie in memory once,
-and are read once a step for all of them. Knows token counts and keys, but neither weights nor tensors.
+Questions over the same documents, or nearly the same, read one row of slots. The documents are then in memory once and
+are read once per step for all of them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..fusion.decode import Question
-from ..schema import Mode
+from ..fusion.interface import Question
 from ..text.documents import Reading
 from ..text.layouts import Layout
+from .document_kvs import Scope
 from .focus import Choice, Focus
-from .placing import Placed
+from .modes import AnswerMode, PlacedDocument
 
 MAX_BATCH = 32  # questions; the first step computes logits for every row at every distinct question length
-MAX_ROW_TOKENS = 2048  # of all questions of one row, since each is compared with all
-MOST_FOREIGN = 0.25  # of a row: document tokens that one of its questions does not see
+MAX_ROW_TOKENS = 2048  # tokens of all questions of one row, since each is compared with all of them
+MAX_FOREIGN = 0.25  # share of a row's document tokens that one of its questions may not attend to
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +27,27 @@ class Request:
     """One question with its documents, encoded and checked against the limits.
 
     Attributes:
-        fused: pieces that are prefilled, in the order in which they are fused; ``None`` if all documents stand in the
-            question's own prompt.
-        layout: the prompt; its prefix stands in front of what is fused.
-        model: what the keys were made with.
-        most_tokens: limit of this answer, if the window has less room than the caller's default.
-        spans: tokens of each of the caller's documents in a joined prompt.
-        focus: how to choose among more documents; ``reading`` then holds the longest ones until that is done.
-        choice: what was chosen; ``reading`` holds it.
-        began: time at which the caller asked.
+        fused: documents that are prefilled apart, in the order in which they are fused; None if all documents are in
+            the question's own prompt.
+        layout: the prompt. Its prefix is in front of the fused documents.
+        namespace: tenant whose documents these are.
+        version: ``DocumentKVs.version`` that the keys were made with.
+        max_tokens: limit of this answer, if the window has less room than the caller's default.
+        spans: token spans of each of the caller's documents in a joined prompt.
+        focus: how to choose among more documents; until then ``reading`` holds the longest ones.
+        choice: the result of focus; ``reading`` then holds the chosen documents.
+        began: ``time.perf_counter()`` at the caller's call.
         cancelled: once set, the answer ends at its next token.
     """
 
     reading: Reading
     question: Question
-    mode: Mode
-    fused: tuple[Placed, ...] | None
+    mode: AnswerMode
+    fused: tuple[PlacedDocument, ...] | None
     layout: Layout
-    model: str
-    most_tokens: int | None = None
+    namespace: str
+    version: str
+    max_tokens: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
     focus: Focus | None = None
     choice: Choice | None = None
@@ -54,13 +56,13 @@ class Request:
 
     @property
     def fused_tokens(self) -> int:
-        """Tokens of the fused pieces, without the prefix."""
+        """Tokens of the fused documents, without the prefix."""
         return sum(len(piece.ids) for piece in self.fused or ())
 
     @property
-    def prefix(self) -> tuple[int, ...]:
-        """Ids in front of the fused documents; none for a joined prompt, which holds them itself."""
-        return () if self.fused is None else self.layout.prefix
+    def scope(self) -> Scope:
+        """Scope of the fused documents; a joined prompt holds its prefix itself."""
+        return Scope(() if self.fused is None else self.layout.prefix, self.namespace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +70,16 @@ class SharedRow:
     """Documents of one row of the fused cache, and the questions that read it.
 
     Attributes:
-        pieces: by key, in the order in which they are fused.
-        prefix: ids in front of them, the same for all members.
-        members: places of the questions in their batch.
+        pieces: documents by key, in the order in which they are fused.
+        scope: the prefix in front of them, and their namespace.
+        members: indices of the questions in their batch.
         tokens: of all documents together.
-        fewest: document tokens of the member that has fewest.
+        fewest: document tokens of the question that has fewest.
         question_tokens: of all questions together.
     """
 
-    pieces: Mapping[str, Placed]
-    prefix: tuple[int, ...]
+    pieces: Mapping[str, PlacedDocument]
+    scope: Scope
     members: tuple[int, ...]
     tokens: int
     fewest: int
@@ -85,22 +87,22 @@ class SharedRow:
 
     @classmethod
     def of(cls, number: int, request: Request) -> SharedRow:
-        """A row for one question."""
+        """Return a row for one question."""
         pieces, tokens = {piece.key: piece for piece in request.fused or ()}, request.fused_tokens
-        return cls(pieces, request.prefix, (number,), tokens, tokens, len(request.question.ids))
+        return cls(pieces, request.scope, (number,), tokens, tokens, len(request.question.ids))
 
     def joined_by(self, number: int, request: Request) -> SharedRow | None:
-        """This row once ``request`` reads it too; ``None`` where that had better have a row of its own."""
+        """Return this row with ``request`` added, or None if the request needs a row of its own."""
         question_tokens = self.question_tokens + len(request.question.ids)
         own = {piece.key: piece for piece in request.fused or ()}
-        if not own or self.prefix != request.prefix or question_tokens > MAX_ROW_TOKENS:
+        if not own or self.scope != request.scope or question_tokens > MAX_ROW_TOKENS:
             return None
         added = sum(len(piece.ids) for key, piece in own.items() if key not in self.pieces)
         tokens, fewest = self.tokens + added, min(self.fewest, request.fused_tokens)
-        if tokens - fewest > MOST_FOREIGN * tokens:
+        if tokens - fewest > MAX_FOREIGN * tokens:
             return None
         pieces = dict(sorted({**self.pieces, **own}.items())) if added else self.pieces
-        return SharedRow(pieces, self.prefix, (*self.members, number), tokens, fewest, question_tokens)
+        return SharedRow(pieces, self.scope, (*self.members, number), tokens, fewest, question_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +124,17 @@ class Batch:
 
     @property
     def has_foreign(self) -> bool:
-        """Whether some question's row holds documents that are not its own."""
+        """Whether some question's row holds documents of other questions."""
         return any(row.fewest < row.tokens for row in self.rows)
 
     @property
     def slots(self) -> int:
         """Slots of all rows together, padded to the longest documents and the longest questions."""
-        longest = max(row.tokens + len(row.prefix) for row in self.rows)
+        longest = max(row.tokens + len(row.scope.prefix) for row in self.rows)
         return len(self.rows) * (longest + max(row.question_tokens for row in self.rows))
 
     def joined_by(self, request: Request, *, share: bool) -> Batch:
-        """This batch and ``request``, in a row that suits it (if rows may be shared) or a new one."""
+        """Return this batch with ``request`` added, in an existing row (if ``share``) or a new one."""
         number, rows = len(self.requests), list(self.rows)
         for index, row in enumerate(rows if share else ()):
             if (joined := row.joined_by(number, request)) is not None:
@@ -144,7 +146,7 @@ class Batch:
 
 
 def batches(requests: Sequence[Request], *, max_slots: int, share: bool) -> Iterator[Batch]:
-    """Requests in order, cut into batches whose padded slots stay within ``max_slots``.
+    """Yield requests in order, cut into batches whose padded slots stay within ``max_slots``.
 
     Args:
         share: whether questions may share rows.

@@ -1,23 +1,25 @@
-"""An answer as a stream of pieces, that may be read and closed in different threads."""
+"""One answer as a stream of pieces, for threads and for event loops."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Self
 
 from ..schema import Answer
 
 
-class AnswerStream(Iterator[str]):
-    """Pieces of one answer as they become certain; joined they are ``answer.text``.
+class AnswerStream(Iterator[str], AsyncIterator[str]):
+    """Iterate over the pieces of one answer with ``for`` or ``async for``. Joined, they are ``answer.text``.
 
-    ``answer`` is ``None`` until the stream is exhausted. Closing it early stops decoding, also from another thread.
+    ``answer`` is ``None`` until the stream is exhausted. Different threads may read and close a stream. Use it as a
+    context manager, or close it, to stop decoding early.
     """
 
     def __init__(self, pieces: Generator[str | Answer, None, None], cancelled: threading.Event) -> None:
         self._pieces, self._cancelled = pieces, cancelled
-        self._lock = threading.RLock()  # of the generator, which one thread alone may run
+        self._lock = threading.RLock()  # only one thread at a time may run the generator
         self.answer: Answer | None = None
 
     def __next__(self) -> str:
@@ -28,14 +30,47 @@ class AnswerStream(Iterator[str]):
                 self.answer = piece
         raise StopIteration
 
+    async def __anext__(self) -> str:
+        """Compute the next piece in a worker thread. Cancelling the task that waits for it closes the stream."""
+        try:
+            piece = await asyncio.to_thread(self._next_unless_closed)
+        except asyncio.CancelledError:
+            await self.aclose()  # the piece is lost, so the rest must not be read as if it were there
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
     def close(self) -> None:
-        """Stop decoding and let its memory go; waits for the token that another thread may be decoding."""
+        """Stop decoding and release its memory. Waits for the token that another thread may be decoding."""
         self._cancelled.set()
         with self._lock:
             self._pieces.close()
+
+    async def aclose(self) -> None:
+        """Stop decoding without waiting: if a thread is computing a piece, it releases the memory afterwards."""
+        self._cancelled.set()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._pieces.close()
+            finally:
+                self._lock.release()
+
+    def _next_unless_closed(self) -> str | None:
+        try:
+            return next(self, None)
+        finally:
+            if self._cancelled.is_set():  # aclose was called while this thread held the lock
+                self.close()

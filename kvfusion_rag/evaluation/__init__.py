@@ -1,8 +1,9 @@
-"""Judging answers: the metrics of open-domain question answering, and the harness of ``kvfusion evaluate``.
+"""Measures how well systems answer questions: metrics, and the harness of ``kvfusion evaluate``.
 
-The metrics are imported from here. The harness is imported by module: ``orders`` (which documents in which order),
-``systems`` (what is judged), ``ape`` (the search for its factors), ``runner`` (asking), ``summary`` and ``bootstrap``
-(figures and intervals), ``report``, ``tables`` and ``plots`` (showing them), ``speed`` and ``store_speed`` (times).
+Rows and systems enter, and figures with intervals leave, as a report, tables and plots. ``orders`` decides which
+documents are given in which order, ``systems`` what is compared, and ``ape`` searches APE's factors. ``runner`` asks,
+``journal`` records ``predictions``, ``summary`` and ``bootstrap`` compute figures, and ``report``, ``tables`` and
+``plots`` show them. ``modes`` finds a model's best mode. The room must not know how models are loaded or trained.
 """
 
 from ..data.answer_match import answer_in_text, exact_match, normalize_answer, token_f1

@@ -1,7 +1,6 @@
-"""The search for APE's temperature and scale: a small grid on rows that are not evaluated.
+"""Searches APE's temperature and scale in a small grid on rows that are not evaluated.
 
-The paper (arXiv 2502.05431) sets both for each task; a report that compares APE has to choose them on other questions
-than it judges. Knows generators, not how they are loaded.
+The paper (arXiv 2502.05431) sets both for each task, so a fair comparison must choose them on other questions.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ SCALES = (1.0, 0.9, 0.8, 0.6)
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """Exact match (per cent) with one temperature and one scale."""
+    """Exact match (%) with one temperature and one scale."""
 
     temperature: float
     scale: float
@@ -35,25 +34,25 @@ class Trial:
 
     @property
     def change(self) -> float:
-        """How far both are from 1, where APE is plain fusion."""
+        """Distance of both from 1, at which APE is plain fusion."""
         return abs(self.temperature - 1) + abs(self.scale - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class ApeSearch:
-    """All trials on ``rows`` questions, and the one that is used."""
+    """All trials on ``rows`` questions, and the chosen one."""
 
     rows: int
     trials: tuple[Trial, ...]
 
     @property
     def chosen(self) -> Trial:
-        """The best by exact match; of several, the one nearest to plain fusion."""
+        """Trial with the best exact match; of equal ones, the nearest to plain fusion."""
         return max(self.trials, key=lambda trial: (trial.exact_match, -trial.change))
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The choice as fields of ``ModelSettings``."""
+        """The chosen trial as fields of ``ModelSettings``."""
         return {"ape_temperature": self.chosen.temperature, "ape_scale": self.chosen.scale}
 
     @property
@@ -67,7 +66,7 @@ class ApeSearch:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the search as plain data for JSON."""
         return {
             "rows": self.rows,
             "trials": [asdict(trial) for trial in self.trials],
@@ -77,17 +76,18 @@ class ApeSearch:
 
 
 def require_search_rows(rows: Sequence[QARow], evaluated: Sequence[QARow], documents: int) -> None:
-    """Fail before a model is loaded on what no search can be made on.
+    """Check, before a model is loaded, that ``rows`` can be searched on.
 
     Raises:
-        InvalidInputError: a question is evaluated, too; no rows; or a row has fewer passages than ``documents``.
+        InvalidInputError: there are no rows, a question is also evaluated, or a row has fewer passages than
+            ``documents``.
     """
     plan_conditions(rows, [ORIGINAL.name], documents)
     questions = {row.question for row in evaluated}
     if shared := sum(row.question in questions for row in rows):
         raise InvalidInputError(
-            f"{shared} of the {len(rows)} questions to search temperature and scale on are among those that are "
-            "evaluated, but a choice has to be made on others."
+            f"{shared} of the {len(rows)} questions to search temperature and scale on are also evaluated, but they "
+            "must be others."
         )
 
 
@@ -101,20 +101,19 @@ def search_ape(
     progress: bool = False,
     journal: Journal | None = None,
 ) -> ApeSearch:
-    """Try all pairs of ``TEMPERATURES`` and ``SCALES`` on ``rows``, each question over its documents once.
+    """Try all pairs of ``TEMPERATURES`` and ``SCALES`` on ``rows``, each question in one order of its documents.
 
-    The order of documents does not matter in mode "ape". A question that does not fit counts as wrong, for all pairs
-    alike.
+    The order does not matter in mode "ape". A question that does not fit counts as wrong for all pairs.
 
     Args:
-        documents: documents of each question; by default as many as every row has.
-        batch_size: questions that are answered together.
-        max_new_tokens: longest answer; ``None`` for the model's own.
-        progress: show a bar on stderr where that is a terminal.
-        journal: of these rows; see ``predict``.
+        documents: documents per question; by default as many as every row has.
+        batch_size: questions answered together.
+        max_new_tokens: maximum tokens of an answer; None for the model's own limit.
+        progress: whether to show a progress bar if stderr is a terminal.
+        journal: journal of these rows; see ``predict``.
 
     Raises:
-        InvalidInputError: no rows, or a row with fewer passages than ``documents``.
+        InvalidInputError: there are no rows, or a row has fewer passages than ``documents``.
     """
     plan = plan_conditions(rows, [ORIGINAL.name], documents)
     systems = [

@@ -1,7 +1,7 @@
-"""Which documents a question is asked over, and in what order: the conditions of an evaluation.
+"""The conditions of an evaluation: which documents a question is asked over, and in what order.
 
-Pure functions on rows and numbers. ``plan_conditions`` checks what rows allow before a model is loaded; ``arrange``
-gives the places of one row's passages for one condition. Knows no model and no system.
+``plan_conditions`` checks, before a model is loaded, which conditions the rows allow. ``arrange`` orders the passages
+of one row for one condition.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 SLOTS = (1, 5, 10, 15, 20)
 TOPS = (5, 10, 20, 40)
-GROUPS = ("slots", "original", "shuffled", "top", "no-gold")  # what can be asked for besides slot:N and top:K
+GROUPS = ("slots", "original", "shuffled", "top", "no-gold")  # names of conditions besides slot:N and top:K
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One way to lay out a row's passages; ``number`` is the slot of ``slot`` and the count of ``top``."""
+    """One arrangement of a row's passages; ``number`` is the slot of ``slot`` and the count of ``top``."""
 
     kind: Kind
     number: int = 0
@@ -45,7 +45,7 @@ ORIGINAL, SHUFFLED, NO_GOLD = Condition("original"), Condition("shuffled"), Cond
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Conditions that every row allows, the number of documents, and what was left out for which reason."""
+    """Conditions that every row allows, the number of documents per question, and notes on what was left out."""
 
     conditions: tuple[Condition, ...]
     documents: int
@@ -53,22 +53,22 @@ class Plan:
 
 
 def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, documents: int | None = None) -> Plan:
-    """Conditions to run on ``rows``.
+    """Return the conditions to run on ``rows``.
 
     Args:
         names: ``slots`` (1, 5, 10, 15, 20 and the last), ``slot:N``, ``original``, ``shuffled``, ``top`` (5, 10, 20,
-            40), ``top:K``, ``no-gold``; ``None`` for all that the rows allow, the rest becoming notes.
-        documents: documents of each question (gold ones and the first others); by default as many as every row has.
+            40), ``top:K``, ``no-gold``; None for all that the rows allow, with notes on the others.
+        documents: documents per question (gold ones and the first others); by default as many as every row has.
 
     Raises:
-        InvalidInputError: an unknown name, or a condition that a row cannot give; the message names the row.
+        InvalidInputError: a name is unknown, or a row does not allow a condition. Names the row.
     """
     if not rows:
         raise InvalidInputError("there are no rows to evaluate; the file is empty.")
-    wanted, documents = documents, _checked_documents(rows, documents)
+    given, documents = documents, _checked_documents(rows, documents)
     conditions: list[Condition] = []
     notes: list[str] = []
-    if wanted is None and (most := max(len(row.passages) for row in rows)) > documents:
+    if given is None and (most := max(len(row.passages) for row in rows)) > documents:
         notes.append(f"rows have {documents} to {most} passages, and every question gets {documents} documents.")
     for name in GROUPS if names is None else names:
         try:
@@ -84,8 +84,8 @@ def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, d
     several = sum(len(row.gold) > 1 for row in rows)
     if several and any(condition.kind == "slot" for condition in conditions):
         notes.append(
-            f"{several} of {len(rows)} rows have several gold passages: at a slot they stand together from it on, or "
-            "end at the last place."
+            f"{several} of {len(rows)} rows have several gold passages, which are placed together from the slot on, "
+            "or so that they end at the last slot."
         )
     return Plan(tuple(conditions), documents, tuple(notes))
 
@@ -93,10 +93,10 @@ def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, d
 def usable_rows(
     rows: Sequence[QARow], names: Sequence[str] | None = None, documents: int | None = None
 ) -> tuple[list[QARow], tuple[str, ...]]:
-    """Rows that allow all conditions in ``names`` (``None`` for all groups), and a note on how many do not.
+    """Return the rows that allow all conditions in ``names`` (None for all groups), and a note on the others.
 
     Raises:
-        InvalidInputError: an unknown name, or no row is left.
+        InvalidInputError: a name is unknown, or no row is left.
     """
     kept: list[QARow] = []
     reasons: list[str] = []
@@ -116,11 +116,11 @@ def usable_rows(
 
 
 def arrange(row: QARow, condition: Condition, documents: int, seed: int) -> list[int]:
-    """Indices into ``row.passages`` in the order in which a system gets them.
+    """Return the indices of ``row.passages`` in the order in which a system gets them.
 
-    All conditions but ``top`` start from the same set: the gold passages and the first others, ``documents`` in all,
-    in the file's order. Several gold passages stay together from the slot on, or end at the last one. The shuffled
-    order depends on the seed and the row alone.
+    All conditions except ``top`` use the same documents: the gold passages and the first others, ``documents`` in
+    total, in the file's order. Several gold passages are placed together from the slot on, or so that they end at the
+    last slot. The shuffled order depends only on the seed and the row.
     """
     if condition.kind == "top":
         return list(range(len(row.passages)))[: condition.number]
@@ -138,13 +138,13 @@ def arrange(row: QARow, condition: Condition, documents: int, seed: int) -> list
 
 
 def long_context_order(items: Sequence[T]) -> list[T]:
-    """Best items at both ends and the worst in the middle, given best first: LangChain's ``LongContextReorder``."""
+    """Return items, given best first, with the best at both ends: LangChain's ``LongContextReorder``."""
     worst_first = list(items)[::-1]
     return worst_first[::2][::-1] + worst_first[1::2]
 
 
 def _split(row: QARow) -> tuple[list[int], list[int]]:
-    """Indices of the gold passages and of the others."""
+    """Return the indices of the gold passages and of the others."""
     gold = [index for index, passage in enumerate(row.passages) if passage.gold]
     return gold, [index for index, passage in enumerate(row.passages) if not passage.gold]
 
@@ -157,13 +157,11 @@ def _checked_documents(rows: Sequence[QARow], documents: int | None) -> int:
     documents = fewest if documents is None else documents
     if not 1 <= documents <= fewest:
         raise InvalidInputError(
-            f"{documents} documents a question are wanted, but row {smallest.id!r} has {fewest} passages."
+            f"documents is {documents}, but row {smallest.id!r} has {fewest} passages; ask for 1 to {fewest}."
         )
     for row in rows:
         if len(row.gold) > documents:
-            raise InvalidInputError(
-                f"row {row.id!r} has {len(row.gold)} gold passages, but a question gets {documents} documents."
-            )
+            raise InvalidInputError(f"documents is {documents}, but row {row.id!r} has {len(row.gold)} gold passages.")
     return documents
 
 
@@ -178,10 +176,12 @@ def _expand(name: str, documents: int, fewest: int) -> list[Condition]:
         return found
     kind, _, number = name.partition(":")
     if kind not in ("slot", "top") or not number.isdecimal():
-        raise InvalidInputError(f"{name!r} is no condition; they are {', '.join(GROUPS)}, slot:N and top:K.")
+        raise InvalidInputError(f"condition is {name!r}, but it must be one of {', '.join(GROUPS)}, slot:N and top:K.")
     most = documents if kind == "slot" else fewest
     if not 1 <= int(number) <= most:
-        raise InvalidInputError(f"{name} is outside 1 to {most}, the number of documents that every row has.")
+        raise InvalidInputError(
+            f"condition is {name}, but its number must be from 1 to {most}, as rows have documents."
+        )
     return [Condition(kind, int(number))]
 
 
@@ -189,8 +189,6 @@ def _require_possible(rows: Sequence[QARow], condition: Condition, documents: in
     for row in rows:
         gold, others = _split(row)
         if condition.kind == "slot" and not gold:
-            raise InvalidInputError(
-                f"row {row.id!r} has no passage that is marked as gold, so none can be put at a slot."
-            )
+            raise InvalidInputError(f"row {row.id!r} has no gold passage to put at a slot.")
         if condition.kind == "no-gold" and not others[: documents - len(gold)]:
-            raise InvalidInputError(f"row {row.id!r} has only gold passages, so nothing is left without them.")
+            raise InvalidInputError(f"row {row.id!r} has only gold passages, so no-gold would leave none.")

@@ -1,6 +1,6 @@
-"""Exact match by gold slot as a picture: one line a system, 95 % intervals as bars.
+"""Plots exact match by gold slot: one line per system, with 95 % intervals as bars.
 
-matplotlib is an extra (``evaluation``) and is imported when a picture is drawn; no window is opened.
+matplotlib comes with the extra ``evaluation`` and is imported when a plot is drawn. No window is opened.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from .summary import Summary
 
 SUFFIXES = (".png", ".svg", ".pdf")
-TITLE_CHARACTERS = 70  # of a line
-# Okabe and Ito's colours, told apart by colour-blind readers; shapes differ as well, for print in grey.
+TITLE_CHARACTERS = 70  # per line
+# Okabe and Ito's colours, which colour-blind readers can distinguish. Markers differ too, for grey print.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
 def require_plotting(path: Path) -> None:
-    """Fail before a long run on what would fail after it.
+    """Check, before a long run, that a plot can be drawn after it.
 
     Raises:
-        InvalidInputError: the name does not end as a picture's.
+        InvalidInputError: the suffix is not one of ``SUFFIXES``.
         MissingDependencyError: matplotlib is not installed.
     """
     if path.suffix not in SUFFIXES:
-        raise InvalidInputError(f"the plot {path.name!r} must end in one of {', '.join(SUFFIXES)}.")
+        raise InvalidInputError(f"the plot is {path.name!r}, but it must end in one of {', '.join(SUFFIXES)}.")
     if find_spec("matplotlib") is None:
         raise MissingDependencyError(
             'a plot needs matplotlib, which is not installed: pip install "kvfusion-rag[evaluation]".'
@@ -42,10 +42,10 @@ def require_plotting(path: Path) -> None:
 
 
 def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
-    """Draw EM by gold slot (and shuffled, where it was run) into ``path``; its ending names the format.
+    """Draw exact match by gold slot, and shuffled if it was run, into ``path``. Its suffix decides the format.
 
     Raises:
-        InvalidInputError: the run has no slot, or the ending is unknown.
+        InvalidInputError: the run has no slots, or the suffix is unknown.
         MissingDependencyError: matplotlib is not installed.
     """
     require_plotting(path)
@@ -54,13 +54,13 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
     columns = [*summary.slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
     figure, (axes,) = new_figure(title, size=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4))
     for number, system in enumerate(summary.systems):
-        shift = 0.07 * (number - (len(summary.systems) - 1) / 2)  # intervals side by side, not on top of each other
+        shift = 0.07 * (number - (len(summary.systems) - 1) / 2)  # intervals side by side
         _draw(axes, summary, system, columns, number, shift)
     labels = [str(column.number) if column.kind == "slot" else column.label for column in columns]
     axes.set_xticks(range(len(columns)), labels)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     top = _top(summary, columns)
-    axes.set_ylim(-0.02 * top, top)  # a little below 0, so that points at 0 are seen whole
+    axes.set_ylim(-0.02 * top, top)  # slightly below 0, so that points at 0 are not cut
     axes.set_xlabel("slot of the gold document")
     axes.set_ylabel("exact match, % (95 % interval)")
     figure.legend(loc="outside lower center", ncols=min(4, len(summary.systems)), frameon=False, fontsize=9)
@@ -68,7 +68,7 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
 
 
 def new_figure(title: str, *, size: tuple[float, float], panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of ``size`` (inches) with ``panels`` one above the other that share their horizontal axis."""
+    """Return a figure of ``size`` (inches) with ``panels`` stacked panels that share their horizontal axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,16 +84,16 @@ def new_figure(title: str, *, size: tuple[float, float], panels: int = 1) -> tup
 
 
 def _top(summary: Summary, columns: list[Condition]) -> float:
-    """Upper end of the axis: the next ten above all intervals."""
+    """Return the upper end of the axis: the next multiple of ten above all intervals."""
     figures = [summary.cell(system, column).figures for system in summary.systems for column in columns]
     highest = max((found["em"].high for found in figures if found), default=0.0)
     return min(10 * (highest // 10 + 1), 100.0) * 1.01
 
 
 def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], number: int, shift: float) -> None:
-    """One system: a line over the slots, and a point apart from it for the shuffled order."""
+    """Draw one system: a line over the slots, and a separate point for the shuffled order."""
     color = COLORS[number % len(COLORS)]
-    marker = _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]  # a colour comes back with another shape
+    marker = _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]  # a repeated colour has another marker
     cells = [summary.cell(system, column) for column in columns]
     left_out = max(cell.not_fitting for cell in cells)
     label = system if not left_out else f"{system} ({left_out} of {cells[0].rows} do not fit)"
@@ -105,13 +105,7 @@ def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], n
     line = [(x, em.mean) for x, em, is_slot in points if is_slot]
     axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.8)
     axes.errorbar(
-        [x for x, _, _ in points],
-        [em.mean for _, em, _ in points],
+        [x for x, _, _ in points], [em.mean for _, em, _ in points],
         yerr=[[em.mean - em.low for _, em, _ in points], [em.high - em.mean for _, em, _ in points]],
-        fmt=marker,
-        color=color,
-        markersize=5,
-        capsize=2.5,
-        elinewidth=1,
-        label=label,
-    )
+        fmt=marker, color=color, markersize=5, capsize=2.5, elinewidth=1, label=label,
+    )  # fmt: skip

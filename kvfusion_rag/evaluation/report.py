@@ -1,6 +1,6 @@
-"""The report of a run as plain data: what was judged, on which rows, with what, and all figures.
+"""The report of a run as plain data: systems, rows, settings and all figures.
 
-``run_facts`` names hardware, versions, commit, command line and date, so that a figure can be traced and repeated.
+``run_facts`` records hardware, versions, commit, command line and date, so that a figure can be traced and repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from .. import __version__
 from ..data.rows import QARow
 from .orders import Plan
-from .runner import Predictions
+from .predictions import Predictions
 from .summary import Summary, score
 from .systems import System
 
@@ -35,7 +35,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 def make_report(
     summary: Summary, plan: Plan, systems: Sequence[System], rows: Sequence[QARow], settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """Everything about a run but the single answers. ``settings`` are the caller's (seed, batch size, file, ...)."""
+    """Return all data of a run except the answers. ``settings`` are the caller's (seed, batch size, file, ...)."""
     return {
         "rows": len(rows),
         "documents": plan.documents,
@@ -49,7 +49,7 @@ def make_report(
 
 
 def prediction_lines(rows: Sequence[QARow], predictions: Predictions) -> Iterator[str]:
-    """JSON lines, one an answer: row, system, condition, documents in order, texts, token ids and metrics."""
+    """Yield a JSON line per answer: row, system, condition, documents in order, texts, token ids and metrics."""
     for (system, condition), found in predictions.items():
         for row, prediction in zip(rows, found, strict=True):
             line: dict[str, Any] = {"id": row.id, "system": system, "condition": condition.name}
@@ -62,11 +62,11 @@ def prediction_lines(rows: Sequence[QARow], predictions: Predictions) -> Iterato
                     "token_ids": list(prediction.token_ids),
                     **score(prediction, row, condition),
                 }
-            yield json.dumps(line) + "\n"  # ASCII: rows may hold what UTF-8 cannot
+            yield json.dumps(line) + "\n"  # ASCII, since rows may contain lone surrogates
 
 
 def run_facts() -> dict[str, Any]:
-    """Date, command line (absolute paths by their names alone), commit of a checkout, versions and hardware."""
+    """Return date, command line (only the names of absolute paths), commit of a checkout, versions and hardware."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])]),
@@ -84,13 +84,13 @@ def run_facts() -> dict[str, Any]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _without_folders(argument: str) -> str:
-    """Where somebody keeps files is nobody's business who reads a report."""
+    """Return an argument with an absolute path reduced to its name, since folders are private."""
     option, equals, value = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
     return f"{option}{equals}{Path(value).name}" if os.path.isabs(value) else argument
 
@@ -113,7 +113,7 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout that the package runs from, ``-dirty`` where files differ; ``None`` if installed."""
+    """Return the commit of the checkout, with ``-dirty`` if files differ, or None if the package is installed."""
     git = shutil.which("git")
     if git is None or not (_ROOT / ".git").exists():
         return None

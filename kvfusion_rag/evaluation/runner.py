@@ -1,39 +1,21 @@
-"""Asking every system every question under every condition.
+"""Asks every system every question under every condition.
 
-Rows go through in batches, and a batch meets all systems and conditions before the next one comes: its documents
-are then still in the store. Knows neither metrics nor files.
+A batch of rows goes through all systems and conditions before the next one, while its documents are in the store.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from ..data.rows import QARow
 from ..errors import ContextLimitError, InvalidInputError
 from ..schema import Document
+from .journal import Journal
 from .orders import Condition, Plan, arrange
+from .predictions import Prediction, Predictions
 from .systems import System
-
-if TYPE_CHECKING:
-    from .journal import Journal
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What one system answered, and the documents it was given (numbers in the row, from 1, in order)."""
-
-    text: str
-    cited_text: str
-    token_ids: tuple[int, ...]
-    documents: tuple[int, ...]
-
-
-# One list over all rows for each system and condition; ``None`` where the question does not fit into the model.
-Predictions = Mapping[tuple[str, Condition], Sequence[Prediction | None]]
 
 
 def predict(
@@ -46,17 +28,17 @@ def predict(
     progress: bool = False,
     journal: Journal | None = None,
 ) -> Predictions:
-    """Answers of all systems to all rows under all conditions of ``plan``.
+    """Return the answers of all systems to all rows under all conditions of ``plan``.
 
     Args:
-        batch_size: questions that are answered together.
-        seed: of the shuffled order.
-        progress: show a bar on stderr where that is a terminal.
-        journal: answers that it holds are not asked for again; others are noted in it, batch by batch.
+        batch_size: questions answered together.
+        seed: seed of the shuffled order.
+        progress: whether to show a progress bar if stderr is a terminal.
+        journal: source of answers that are not asked for again; new ones are recorded there, batch by batch.
 
     Raises:
         InvalidInputError: two systems have the same name.
-        KVFusionError: what a system raises, but for ContextLimitError, which leaves that one row without a prediction.
+        KVFusionError: a system failed. A ContextLimitError only leaves its row without a prediction.
     """
     if len({system.name for system in systems}) < len(systems):
         raise InvalidInputError(f"systems share a name: {', '.join(system.name for system in systems)}.")
@@ -73,10 +55,10 @@ def predict(
                     orders = tuple(tuple(arrange(row, condition, plan.documents, seed)) for row in batch)
                     answers = None if journal is None else journal.recall(system.name, condition, start, len(batch))
                     if answers is None:
-                        # Rows with the gold passage first have it at slot 1 already.
+                        # If the gold passage is first in the row, slot 1 equals the original order.
                         answers = answered[orders] if orders in answered else _answer(system, batch, orders)
                         if journal is not None:
-                            journal.note(system.name, condition, start, answers)
+                            journal.record(system.name, condition, start, answers)
                     answered[orders] = answers
                     found[system.name, condition] += answers
                     bar.update(len(batch))
@@ -84,7 +66,7 @@ def predict(
 
 
 def _answer(system: System, rows: Sequence[QARow], orders: Sequence[Sequence[int]]) -> list[Prediction | None]:
-    """Predictions of one batch; if it does not fit, of each row alone."""
+    """Return the predictions of one batch, asked row by row if the batch does not fit."""
     documents = [_documents(row, order) for row, order in zip(rows, orders, strict=True)]
     try:
         answers = system.answer_batch([row.question for row in rows], documents)

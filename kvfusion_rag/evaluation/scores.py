@@ -1,4 +1,4 @@
-"""Scores of passages as a retriever would give them, for systems that weigh them (focus)."""
+"""Scores of passages as a retriever gives them, for systems that use them (focus)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def with_scores(rows: Sequence[QARow], embedder: Embedder) -> Iterator[QARow]:
-    """The rows with the cosine similarity of question and passage (title and text) as each passage's score."""
+    """Yield the rows with each passage's cosine similarity to the question as its score (title and text)."""
     found = similarities([row.question for row in rows], [row.passages for row in rows], embedder)
     for row, scores in zip(rows, found, strict=True):
         scored = zip(row.passages, scores, strict=True)
@@ -24,7 +24,7 @@ def with_scores(rows: Sequence[QARow], embedder: Embedder) -> Iterator[QARow]:
 def similarities(
     questions: Sequence[str], texts: Sequence[Sequence[Passage | Document]], embedder: Embedder
 ) -> Iterator[list[float]]:
-    """The cosine similarity of each question to each of its own texts; equal texts are embedded once."""
+    """Yield the cosine similarities of each question to its own texts. Equal texts are embedded once."""
     distinct = sorted({_text(one) for row in texts for one in row})
     place = {text: number for number, text in enumerate(distinct)}
     vectors = embedder.embed_documents(distinct)

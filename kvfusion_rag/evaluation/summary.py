@@ -1,7 +1,7 @@
-"""From predictions to figures: shares in per cent with 95 % intervals, and differences on the same rows.
+"""Computes figures from predictions: shares in per cent with 95 % intervals, and differences on the same rows.
 
-Rows whose documents do not fit into a system's window are counted and left out of its figures; two systems are
-compared on the rows that both could answer. Knows no model and no file.
+Rows whose documents do not fit into a system's window are counted and excluded from its figures. Two systems are
+compared on the rows that both could answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..data.answer_match import abstains, answer_in_text, exact_match, token_f1
 from ..data.rows import QARow
 from .bootstrap import Bootstrap, Interval
 from .orders import NO_GOLD, ORIGINAL, SHUFFLED, Condition
-from .runner import Prediction, Predictions
+from .predictions import Prediction, Predictions
 
 METRICS = ("em", "em_cited", "answer_in_text", "f1", "abstained")
 Scores = Mapping[str, float]
@@ -25,7 +25,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One system under one condition; ``figures`` (per cent, by metric) is empty where no row fits."""
+    """One system under one condition; ``figures`` (per cent, by metric) is empty if no row fits."""
 
     system: str
     condition: Condition
@@ -45,7 +45,7 @@ class TokenMatch:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpread:
-    """Best minus worst exact match over the gold slots, in points; ``None`` where a slot has no figure."""
+    """Best minus worst exact match over the gold slots, in points; None if a slot has no figure."""
 
     system: str
     points: float | None
@@ -53,7 +53,7 @@ class SlotSpread:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """EM of ``system`` minus that of ``reference`` (points; abstentions for ``no-gold``) on the rows of both."""
+    """Exact match of ``system`` minus ``reference`` (points; abstentions for ``no-gold``) on the rows of both."""
 
     system: str
     reference: str
@@ -81,7 +81,7 @@ class Summary:
         return tuple(condition for condition in self.conditions if condition.kind == "slot")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; conditions by name."""
+        """Return plain data for JSON, with conditions by name."""
         lists = {
             "cells": self.cells,
             "token_match": self.token_match,
@@ -92,12 +92,12 @@ class Summary:
 
 
 def main_metric(condition: Condition) -> str:
-    """What a condition is judged by: abstentions without a gold document, else exact match."""
+    """Return the metric of a condition: abstentions without a gold document, else exact match."""
     return "abstained" if condition == NO_GOLD else "em"
 
 
 def score(prediction: Prediction, row: QARow, condition: Condition) -> Scores:
-    """Each metric of one answer, 0 to 1. Where nothing can be answered, abstaining alone is right."""
+    """Return each metric of one answer, 0 to 1. If there is no answer, only abstaining is right."""
     answers = () if condition == NO_GOLD else row.answers
     abstained = float(abstains(prediction.text))
     if not answers:
@@ -112,7 +112,7 @@ def score(prediction: Prediction, row: QARow, condition: Condition) -> Scores:
 
 
 def summarize(rows: Sequence[QARow], predictions: Predictions, bootstrap: Bootstrap) -> Summary:
-    """Figures of all systems and conditions; the first system is the one that others are compared with."""
+    """Return the figures of all systems and conditions. The others are compared with the first system."""
     systems = tuple(dict.fromkeys(system for system, _ in predictions))
     conditions = tuple(dict.fromkeys(condition for _, condition in predictions))
     scores = {
@@ -129,7 +129,7 @@ def summarize(rows: Sequence[QARow], predictions: Predictions, bootstrap: Bootst
     return Summary(systems, conditions, cells, matches, _slot_spreads(systems, cells), differences)
 
 
-Array = npt.NDArray[np.float64]  # (rows, metrics), NaN in rows that do not fit
+Array = npt.NDArray[np.float64]  # (rows, metrics); NaN in rows that do not fit
 
 
 def _scores(rows: Sequence[QARow], found: Sequence[Prediction | None], condition: Condition) -> Array:
@@ -159,7 +159,7 @@ def _token_match(
     same = [
         100.0 * (a.token_ids == b.token_ids)
         for a, b in zip(first, second, strict=True)
-        if a is not None and b is not None and a.documents != b.documents  # few documents may be shuffled to no change
+        if a is not None and b is not None and a.documents != b.documents  # shuffling may not change the order
     ]
     return TokenMatch(system, len(same), bootstrap.interval(same) if same else None)
 

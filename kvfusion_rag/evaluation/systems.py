@@ -1,7 +1,7 @@
-"""The systems that an evaluation sets side by side, and how each is made.
+"""The systems that an evaluation compares.
 
-A system answers questions from documents in a given order. ``SYSTEMS`` is the one list of those that the command
-knows: a further one is a line there. Loading models is the caller's; this module imports none.
+A system answers questions from documents in a given order. ``SYSTEMS`` lists those of the command; add a line there
+for another one. The caller loads models.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Reorder = Callable[[Sequence["Document"]], "list[Document]"]
 
 
 class AnswerLike(Protocol):
-    """What is read of an answer: the model's text, the source's spelling of it, and the generated ids."""
+    """The fields of an answer that are used: the model's text, the source's spelling, and the generated ids."""
 
     @property
     def text(self) -> str: ...
@@ -35,25 +35,28 @@ class AnswerLike(Protocol):
 
 
 class System(Protocol):
-    """Something that answers questions, the same way each time; ``name`` heads its line in the report."""
+    """A deterministic way to answer questions. ``name`` is its name in the report."""
 
     @property
     def name(self) -> str: ...
 
     def answer_batch(self, questions: Sequence[str], documents: Sequence[Sequence[Document]]) -> Sequence[AnswerLike]:
-        """One answer a question. Raises ContextLimitError where one of them is too long for the model."""
+        """Return one answer per question. Raises ContextLimitError if one is too long for the model."""
         ...
 
     def identity(self) -> Mapping[str, Any]:
-        """JSON-able: what the answers depend on, for the report."""
+        """Return what the answers depend on, as plain data for the report."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class GeneratorSystem:
-    """A generator in one mode, documents reordered first where ``reorder`` is given; greedy decoding.
+    """A generator in one mode with greedy decoding.
 
-    ``focus`` is the number of documents that are kept; None keeps all, whatever the model's own number is.
+    Attributes:
+        reorder: function applied to the documents first.
+        max_new_tokens: maximum tokens of an answer; None for the model's own limit.
+        focus: documents kept; None keeps all, even if the model has its own number.
     """
 
     name: str
@@ -70,12 +73,12 @@ class GeneratorSystem:
         )
 
     def require_mode(self) -> None:
-        """Raise UnsupportedModelError if the model refuses the mode; decodes nothing."""
-        if self.mode == "ape":  # the others were measured when the model was loaded
-            self.generator.stream("?", ["."], mode="ape", max_new_tokens=1).close()  # the call itself checks
+        """Raise UnsupportedModelError if the model does not support the mode. Nothing is decoded."""
+        if self.mode == "ape":  # the others were checked when the model was loaded
+            self.generator.stream("?", ["."], mode="ape", max_new_tokens=1).close()
 
     def identity(self) -> Mapping[str, Any]:
-        """The generator's identity with what this system changes of it."""
+        """Return the generator's identity with the changes of this system."""
         found, settings = self.generator.identity(), self.generator.settings
         tuned = self.mode == "fusion" or (self.mode == "concat" and settings.tuned_concat)
         changed: dict[str, Any] = {} if tuned else {"adapter": None, "decoder": None}
@@ -83,7 +86,7 @@ class GeneratorSystem:
             changed["positions"] = settings.positions
         if self.mode == "ape":
             changed |= {"temperature": settings.ape_temperature, "scale": settings.ape_scale}
-        if self.focus is not None:  # absent for all documents, so that earlier journals stay valid
+        if self.focus is not None:  # omitted without focus, so that earlier journals stay valid
             changed |= {"focus": self.focus, "focus_weight": settings.focus_weight}
         return found | {
             **changed,
@@ -97,16 +100,16 @@ Weights = Literal["tuned", "full", "base", "concat", "sft"]
 
 
 class Models:
-    """Generators over the weights that a run names, each loaded once and on first use.
+    """Generators over the weights of a run, each loaded once and on first use.
 
     Args:
-        load: makes a generator from options: ``model`` (another base model), ``adapter``, ``decoder``.
-        inputs: what there is to judge beside the base model, each a name or ``None``: ``adapter`` and ``decoder``
-            (trained on fused documents), ``sft`` (an adapter folder or a whole model, trained on joined prompts),
+        load: function that returns a generator for ``model`` (another base model), ``adapter`` and ``decoder``.
+        inputs: names of what is compared besides the base model, or None: ``adapter`` and ``decoder`` (trained on
+            fused documents), ``sft`` (an adapter folder or a whole model, trained on joined prompts), and
             ``concat_model`` (another base model for joined prompts).
-        max_new_tokens: longest answer; ``None`` for the model's own.
-        focus: documents that the systems with focus keep; ``None`` for the model's own number, else 1.
-        focus_weight: of the passages' scores; ``None`` for the model's own, else 0.
+        max_new_tokens: maximum tokens of an answer; None for the model's own limit.
+        focus: documents kept by the systems with focus; None for the model's own number, else 1.
+        focus_weight: weight of the passages' scores; None for the model's own, else 0.
     """
 
     def __init__(
@@ -125,12 +128,12 @@ class Models:
 
     @property
     def focus(self) -> int:
-        """Documents that the systems with focus keep; the tuned weights' own number, so that all keep as many."""
+        """Documents kept by all systems with focus; by default the number of the tuned weights."""
         return self._focus or self.generator("tuned").settings.focus or 1
 
     @property
     def focus_weight(self) -> float:
-        """Weight of the passages' scores; the tuned weights' own, so that all systems with focus weigh alike."""
+        """Weight of the passages' scores in all systems with focus; by default that of the tuned weights."""
         if self._focus_weight is not None:
             return self._focus_weight
         return self.generator("tuned").settings.focus_weight or 0.0
@@ -145,13 +148,13 @@ class Models:
         focus: FocusChoice = None,
         **settings: Any,
     ) -> System:
-        """A generator system over ``weights``, with ``settings`` in place of the model's own."""
+        """Return a generator system over ``weights``, with ``settings`` in place of the model's own."""
         if focus is not None and self.generator(weights).settings.focus_weight != self.focus_weight:
             settings["focus_weight"] = self.focus_weight
         return GeneratorSystem(name, self.generator(weights, **settings), mode, reorder, self.max_new_tokens, focus)
 
     def generator(self, weights: Weights, **settings: Any) -> KVFusionGenerator:
-        """The generator over ``weights``; those that differ in settings alone share them and their store."""
+        """Return the generator over ``weights``. Generators with other settings share the weights and the store."""
         options = self._options(weights)
         key = frozenset(options.items())
         if key not in self._loaded:
@@ -164,7 +167,7 @@ class Models:
         return self._loaded[changed]
 
     def _options(self, weights: Weights) -> dict[str, str | None]:
-        """What to load: "tuned" is the adapter, else the decoder, else the base model; "full" is the decoder."""
+        """Return what to load: for "tuned" the adapter, else the decoder, else the base model."""
         adapter, decoder, sft, other = (self._inputs.get(n) for n in ("adapter", "decoder", "sft", "concat_model"))
         joined = {} if other is None else {"model": other}
         tuned = {"decoder": decoder} if adapter is None else {"adapter": adapter}
@@ -173,14 +176,14 @@ class Models:
             "tuned": tuned,
             "full": {"decoder": decoder},
             "concat": joined or tuned,
-            "sft": {**joined, "adapter": sft} if _holds(sft, ADAPTER_FILE) else _whole(sft, joined),
+            "sft": {**joined, "adapter": sft} if _contains(sft, ADAPTER_FILE) else _whole(sft, joined),
         }
         return {"adapter": None, "decoder": None} | changes[weights]
 
 
 SystemFactory = Callable[[Models], System]
 
-# Without --concat-model, mode "concat" takes the generator that "fusion" has loaded.
+# Without --concat-model, mode "concat" uses the generator that "fusion" has loaded.
 SYSTEMS: Mapping[str, SystemFactory] = MappingProxyType(
     {
         "fusion": lambda models: models.system("fusion", "fusion", "tuned"),
@@ -194,7 +197,7 @@ SYSTEMS: Mapping[str, SystemFactory] = MappingProxyType(
         "sft-reorder": lambda models: models.system(
             "sft-reorder", "concat", "sft", reorder=long_context_order, tuned_concat=True
         ),
-        # Parallel Context Windows (arXiv 2212.10947) with one document a window
+        # Parallel Context Windows (arXiv 2212.10947) with one document per window
         "pcw": lambda models: models.system("pcw", "fusion", "base", passage_length=None),
         "global": lambda models: models.system("global", "fusion", "tuned", positions="global"),
         "ape": lambda models: models.system("ape", "ape", "base"),
@@ -204,13 +207,13 @@ SYSTEMS: Mapping[str, SystemFactory] = MappingProxyType(
     }
 )
 FOCUS_SYSTEMS = ("focus", "focus-base", "concat-focus")
-NEEDED = MappingProxyType({"fusion-full": "decoder", "sft": "sft", "sft-reorder": "sft"})  # by system, an input
+NEEDED = MappingProxyType({"fusion-full": "decoder", "sft": "sft", "sft-reorder": "sft"})  # input by system
 
 
 def default_systems(inputs: Mapping[str, str | None], *, focus: bool = False) -> list[str]:
-    """The systems whose inputs are there; those with focus only if ``focus``.
+    """Return the systems whose inputs are given, and those with focus if ``focus`` is set.
 
-    ``fusion-base`` and ``focus-base`` are left out if they are the same as ``fusion`` and ``focus``.
+    ``fusion-base`` and ``focus-base`` are left out if they equal ``fusion`` and ``focus``.
     """
     tuned = inputs.get("adapter") or inputs.get("decoder")
     left_out = {*(() if tuned else ("fusion-base", "focus-base")), *(() if focus else FOCUS_SYSTEMS)}
@@ -218,50 +221,50 @@ def default_systems(inputs: Mapping[str, str | None], *, focus: bool = False) ->
 
 
 def require_inputs(names: Sequence[str], inputs: Mapping[str, str | None]) -> None:
-    """Raise InvalidInputError if one of the named systems lacks what it judges."""
+    """Raise InvalidInputError if an input of one of the named systems is missing."""
     for name in names:
         if (missing := _missing(name, inputs)) is not None:
-            hint = "; the decoder is judged as 'fusion-full'" if name == "fusion" else ""
+            hint = "; with a decoder only, use 'fusion-full'" if name == "fusion" else ""
             raise InvalidInputError(f"the system {name!r} needs --{missing}, which is not given{hint}.")
 
 
 def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
-    """The input that a system lacks, or ``None``."""
+    """Return the input that a system lacks, or None."""
     needed = NEEDED.get(name)
     if name == "fusion" and inputs.get("decoder") is not None:
-        needed = "adapter"  # a run with a decoder alone has it as fusion-full
+        needed = "adapter"  # a decoder only is fusion-full
     return needed if needed is not None and inputs.get(needed) is None else None
 
 
 def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
-    """A whole model trained on joined prompts; one of ours reads what its base has prefilled, as in training."""
-    from ..text.settings import RECORD_NAME  # brings transformers
+    """Return how to load a whole model trained on joined prompts; one of ours reads its base's KV, as in training."""
+    from ..text.settings import RECORD_NAME  # imports transformers
 
-    return {**joined, "decoder": sft} if _holds(sft, RECORD_NAME) else {"model": sft}
+    return {**joined, "decoder": sft} if _contains(sft, RECORD_NAME) else {"model": sft}
 
 
-def _holds(name: str | None, file: str) -> bool:
-    """Whether ``name`` is a folder with this file in it."""
+def _contains(name: str | None, file: str) -> bool:
+    """Return whether ``name`` is a folder that contains this file."""
     return name is not None and (Path(name).expanduser() / file).is_file()
 
 
 def make_systems(
     names: Sequence[str], models: Models, factories: Mapping[str, SystemFactory] = SYSTEMS
 ) -> list[System]:
-    """The named systems in order; the first is the one that others are compared with.
+    """Return the named systems in order. The others are compared with the first one.
 
     Raises:
-        InvalidInputError: no name, one that is not in ``factories``, or one given twice.
+        InvalidInputError: there is no name, a name is not in ``factories``, or it is given twice.
     """
     require_systems(names, factories)
     return [factories[name](models) for name in names]
 
 
 def possible_systems(systems: Sequence[System], *, named: bool) -> tuple[list[System], tuple[str, ...]]:
-    """Those whose mode their model can answer in, and a note on each other one, before hours of answers are lost.
+    """Return the systems whose model supports their mode, and a note on each of the others.
 
     Raises:
-        UnsupportedModelError: one cannot, and the systems were ``named``.
+        UnsupportedModelError: a model does not support a mode, and the systems were ``named``.
     """
     possible: list[System] = []
     notes: list[str] = []
@@ -281,9 +284,9 @@ def possible_systems(systems: Sequence[System], *, named: bool) -> tuple[list[Sy
 def require_systems(names: Sequence[str], factories: Mapping[str, SystemFactory] = SYSTEMS) -> None:
     """Raise InvalidInputError as ``make_systems`` does, before anything is loaded."""
     if not names:
-        raise InvalidInputError(f"no system is named; they are {', '.join(factories)}.")
+        raise InvalidInputError(f"no system is named; name some of {', '.join(factories)}.")
     for number, name in enumerate(names):
         if name not in factories:
-            raise InvalidInputError(f"{name!r} is no system; they are {', '.join(factories)}.")
+            raise InvalidInputError(f"system is {name!r}, but it must be one of {', '.join(factories)}.")
         if name in names[:number]:
             raise InvalidInputError(f"the system {name!r} is named twice.")

@@ -1,4 +1,4 @@
-"""A run's figures as Markdown: exact match by place of the gold document, by number of documents, and the rest."""
+"""Shows the figures of a run as Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_FIT = "does not fit"
 
 
 def markdown(summary: Summary, report: dict[str, Any]) -> str:
-    """All tables with a line on what was judged; ``report`` is that of ``make_report``."""
+    """Return all tables under a headline. ``report`` comes from ``make_report``."""
     head = f"**{headline(report)}** Per cent with 95 % bootstrap intervals over questions."
     parts = [head, _gold_table(summary), _top_table(summary), _no_gold_table(summary)]
     parts += [_metrics_table(summary), _difference_table(summary), _foot(summary, report)]
@@ -21,7 +21,7 @@ def markdown(summary: Summary, report: dict[str, Any]) -> str:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """One sentence: which models, on which questions, from how many documents."""
+    """Return one sentence with models, questions and documents."""
     models = dict.fromkeys(system["model_id"] for system in report["systems"] if "model_id" in system)
     documents = f"{report['documents']} document{'s' * (report['documents'] != 1)}"
     rows = f"{report['rows']} question{'s' * (report['rows'] != 1)}"
@@ -45,7 +45,7 @@ def _gold_table(summary: Summary) -> str:
         if matches:
             cells.append(_shown(matches[name]))
         lines.append([name, *cells])
-    return titled("Exact match by place of the gold document", ["system", *heads], lines)
+    return titled("Exact match by slot of the gold document", ["system", *heads], lines)
 
 
 def _top_table(summary: Summary) -> str:
@@ -64,18 +64,13 @@ def _no_gold_table(summary: Summary) -> str:
 
 
 def _metrics_table(summary: Summary) -> str:
-    """The other metrics under one condition: shuffled, or else the first that has a gold document."""
+    """Return all metrics under one condition: shuffled, else the first one with a gold document."""
     answerable = [condition for condition in summary.conditions if condition != NO_GOLD]
     if not answerable:
         return ""
     condition = SHUFFLED if SHUFFLED in answerable else answerable[0]
-    metrics = {
-        "em": "EM",
-        "em_cited": "EM, source's spelling",
-        "answer_in_text": "answer in text",
-        "f1": "F1",
-        "abstained": "abstained",
-    }
+    metrics = {"em": "EM", "em_cited": "EM, source's spelling", "answer_in_text": "answer in text", "f1": "F1",
+               "abstained": "abstained"}  # fmt: skip
     lines = [[name, *(_cell(summary, name, condition, metric) for metric in metrics)] for name in summary.systems]
     return titled(f"All metrics, {condition.label}", ["system", *metrics.values()], lines)
 
@@ -94,20 +89,18 @@ def _foot(summary: Summary, report: dict[str, Any]) -> str:
     notes = [f"- {note}" for note in report["notes"]]
     if any(cell.not_fitting for cell in summary.cells):
         notes.append(
-            f"- {NO_FIT}: documents, question and answer together pass the model's window; such questions are left "
-            "out of a system's figures, and a difference is taken over those that both systems could answer"
+            f"- {NO_FIT}: documents, question and answer together exceed the model's window; such questions are "
+            "excluded from a system's figures, and differences use the questions that both systems could answer"
         )
     shown = [*(found for cell in summary.cells for found in cell.figures.values())]
     shown += [one.figure for one in (*summary.token_match, *summary.differences) if one.figure is not None]
     if any(figure.low == figure.high for figure in shown):
-        notes.append(
-            "- no interval: all questions gave the same value, so resampling them cannot tell how far others do"
-        )
+        notes.append("- no interval: all questions have the same value, so resampling shows no spread")
     return "\n".join([*notes, *run_notes(report["run"])])
 
 
 def run_notes(run: dict[str, Any]) -> list[str]:
-    """The facts of ``run_facts`` as list items."""
+    """Return the facts of ``run_facts`` as list items."""
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     hardware = run["hardware"]
     threads = f"{hardware['threads']} thread{'s' * (hardware['threads'] != 1)}"
@@ -133,7 +126,7 @@ def _shown(figure: Interval | None, sign: str = "") -> str:
 
 
 def titled(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up in a terminal, too."""
+    """Return a titled table whose columns are also aligned in a terminal."""
     widths = [max(len(row[column]) for row in [heads, *lines]) for column in range(len(heads))]
     rows = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *lines]]
     rule = " | ".join("-" * max(width, 3) for width in widths)

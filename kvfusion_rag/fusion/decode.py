@@ -17,20 +17,9 @@ from ..model.attention_weights import AttentionSum
 from ..model.backbone import Backbone
 from .fused_cache import FusedContext
 from .growing_answer import GrowingAnswer
+from .interface import Question
 from .sampling import NO_TOKEN, DecodingOptions, sampler
 from .slot_table import SlotTable, StepInputs
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """One encoded question.
-
-    Attributes:
-        start: position of the first token (``positions.question_start``).
-    """
-
-    ids: tuple[int, ...]
-    start: int
 
 
 @dataclass(frozen=True, slots=True)

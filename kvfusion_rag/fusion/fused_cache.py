@@ -1,8 +1,7 @@
-"""RES: the documents' keys and values joined along the token axis (paper section 3.2, appendix code).
+"""RES: joins the documents' keys and values along the token axis (paper section 3.2, appendix code).
 
-Rows of slots, allocated once, that documents are put into (or loaded straight into, from a file), with room behind
-them for what is read and written next; and one transformers ``Cache`` over them with its mask. Knows nothing of text,
-models or stores. Document KVs are copied, never kept or changed, so a store may hand out its own.
+A buffer of slots is allocated once. Documents are copied into it, or loaded from a file directly into it. Free slots
+behind them take the question and the answer. A transformers ``Cache`` reads it in place.
 """
 
 from __future__ import annotations
@@ -19,74 +18,66 @@ from transformers.cache_utils import DynamicLayer
 
 from ..model.kv import DocumentKV, KVShape
 
-MOST_SPARE = 8  # times the memory that is needed, up to which a kept piece serves
+MAX_OVERSIZE = 8  # reuse pooled memory up to this multiple of the needed size
 
 
 class FusedLayer(DynamicLayer):
-    """One layer's slots (B, H_kv, S, d), of which the first are used; new ones go into the room behind, in place.
+    """One layer's slots (B, H_kv, S, d), the first of which are used. New ones are written behind them in place.
 
-    Where the room is used up, everything moves to a larger place; so it does where a gradient has to flow, which
-    nothing that is written over can carry.
+    If the free slots are used up, everything is copied into larger memory. With gradients on, every update copies,
+    because autograd does not allow writing in place.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self._place = keys, values
-        self.show(used)
+        self._memory = keys, values
+        self._show(used)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled():
-            self._place = super().update(key_states, value_states)
-            return self.show(self._place[0].shape[2])
+            self._memory = super().update(key_states, value_states)
+            return self._show(self._memory[0].shape[2])
         used, end = self._used, self._used + key_states.shape[2]
-        if end > self._place[0].shape[2]:
-            keys, values = self._place
-            self._place = _larger(keys[:, :, :used], end), _larger(values[:, :, :used], end)
-        for place, states in zip(self._place, (key_states, value_states), strict=True):
-            place[:, :, used:end] = states
-        return self.show(end)
+        if end > self._memory[0].shape[2]:
+            keys, values = self._memory
+            self._memory = _larger(keys[:, :, :used], end), _larger(values[:, :, :used], end)
+        for memory, states in zip(self._memory, (key_states, value_states), strict=True):
+            memory[:, :, used:end] = states
+        return self._show(end)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these; none may stand further behind than it stood (``FusedContext.keep``)."""
+        """Keep only these rows. The i-th must be i or above (:meth:`FusedContext.keep`)."""
         for to, row in enumerate(rows):
             if to != row:
-                for place in self._place:
-                    place[to, :, : self._used] = place[row, :, : self._used]
-        keys, values = self._place
-        self._place = keys[: len(rows)], values[: len(rows)]
-        self.show(self._used)
+                for memory in self._memory:
+                    memory[to, :, : self._used] = memory[row, :, : self._used]
+        keys, values = self._memory
+        self._memory = keys[: len(rows)], values[: len(rows)]
+        self._show(self._used)
 
-    @property
-    def used(self) -> int:
-        return self._used
-
-    @property
-    def slots(self) -> int:
-        return self._place[0].shape[2]
-
-    def show(self, used: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Count the first ``used`` slots as used."""
+    def _show(self, used: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mark the first ``used`` slots as used and return views of them."""
         self._used = used
-        self.keys, self.values = (place[:, :, :used] for place in self._place)
+        self.keys, self.values = (memory[:, :, :used] for memory in self._memory)
         return self.keys, self.values
 
 
 def _larger(used: torch.Tensor, slots: int) -> torch.Tensor:
-    """A place for ``slots`` and half as many more, that begins with what is used already."""
+    """Return memory for 1.5 times ``slots`` that begins with a copy of the used slots."""
     rows, heads, length, width = used.shape
-    place = used.new_empty(rows, heads, slots + slots // 2, width)
-    place[:, :, :length] = used
-    return place
+    memory = used.new_empty(rows, heads, slots + slots // 2, width)
+    memory[:, :, :length] = used
+    return memory
 
 
 @dataclass(slots=True)
 class FusedContext:
-    """What a decoder reads before the question: cache of K slots per row, and mask (B, K) of the used ones.
+    """What a decoder reads before the question: a cache of K slots per row, and the mask (B, K) of the used ones.
 
-    Decoding appends to the cache, so one context serves one decoding.
+    Decoding appends to the cache, so a context serves one decoding.
     """
 
     layers: list[FusedLayer]
@@ -97,26 +88,11 @@ class FusedContext:
         self.cache = DynamicCache()
         self.cache.layers.extend(self.layers)
 
-    @property
-    def used(self) -> int:
-        """Slots of a row that have been written, pads among them."""
-        return self.layers[0].used
-
-    @property
-    def slots(self) -> int:
-        """Slots that a row has memory for."""
-        return self.layers[0].slots
-
-    @property
-    def room(self) -> int:
-        """Slots that can be written before everything has to move."""
-        return self.slots - self.used
-
     def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these, in this order, by moving as few as possible.
+        """Keep only these rows, in this order, moving as few as possible.
 
         Args:
-            rows: distinct; the i-th is i or above, so that no row is written over before it has moved.
+            rows: distinct rows. The i-th must be i or above, so that no row is overwritten before it has moved.
         """
         for layer in self.layers:
             layer.keep(rows)
@@ -124,15 +100,15 @@ class FusedContext:
 
 
 class FusedBuffer:
-    """Slots for the documents of B rows, (L, B, H_kv, K, d) for keys and for values, and room behind them.
+    """Slots for the documents of B rows, (L, B, H_kv, K, d) for keys and for values, and free slots behind them.
 
-    Rows are as long as the longest; what is left on the right is zero and masked. A row without documents is all pad.
+    All rows are as long as the longest. Slots on the right that a row does not need are zero and masked.
 
     Args:
-        lengths: slots of each row.
-        shape: of the model's KVs.
-        room: slots behind the documents, for questions and answers.
-        pool: where memory is taken from, and given back to by :meth:`release`.
+        lengths: document slots of each row.
+        shape: shape of the model's KVs.
+        room: free slots behind the documents, for questions and answers.
+        pool: memory is taken from it, and returned to it by :meth:`release`.
     """
 
     def __init__(
@@ -156,58 +132,57 @@ class FusedBuffer:
                 part[:, row, :, length : self._slots] = 0
 
     def slots(self, row: int, start: int, token_ids: tuple[int, ...]) -> DocumentKV:
-        """The slots of a document from ``start`` on, to be filled; views of this buffer."""
+        """Return the slots of a document from ``start`` on, as views to be filled."""
         end = start + len(token_ids)
         return DocumentKV(self._keys[:, row, :, start:end], self._values[:, row, :, start:end], token_ids)
 
     def context(self) -> FusedContext:
-        """The filled slots as a cache; views of this buffer."""
+        """Return the filled slots as a cache over views of this buffer."""
         layers = zip(self._keys, self._values, strict=True)
         return FusedContext([FusedLayer(keys, values, self._slots) for keys, values in layers], self._mask)
 
     def release(self) -> None:
-        """Give the memory back for the next buffer; nothing made of this one may be used any more."""
-        self._pool.give(self._memory)
+        """Return the memory to the pool; views of this buffer must not be used afterwards."""
+        self._pool.put(self._memory)
 
 
 class BufferPool:
-    """Memory of the last fused context, kept for the next one: the system takes long to hand out fresh pages.
+    """Memory of the last fused context, reused for the next one because fresh pages are slow to allocate.
 
-    One piece at most, and none that is much larger than was needed last. On accelerators nothing is kept, since torch
-    keeps there what it frees itself. A deque takes and gives in one step, so there is no lock that a fork or the
-    garbage collector could meet.
+    Keeps one block, on CPUs only: torch pools accelerator memory itself. A deque needs no lock, which a fork or the
+    garbage collector could run into.
     """
 
     def __init__(self) -> None:
         self._kept: deque[torch.Tensor] = deque(maxlen=1)
 
     def take(self, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Memory for ``numbers`` numbers or more, (N,), with anything in it."""
+        """Return uninitialised memory (N,) for ``numbers`` numbers or more."""
         with suppress(IndexError):
             memory = self._kept.pop()
-            if numbers <= len(memory) <= MOST_SPARE * numbers and memory.dtype == dtype:
+            if numbers <= len(memory) <= MAX_OVERSIZE * numbers and memory.dtype == dtype:
                 return memory
-        with torch.inference_mode(False):  # what is made under a caller's inference mode could never leave it
+        with torch.inference_mode(False):  # inference tensors could not be used outside a caller's inference mode
             return torch.empty(numbers, dtype=dtype, device=device)
 
-    def give(self, memory: torch.Tensor) -> None:
-        """Take memory back that nothing uses any more."""
+    def put(self, memory: torch.Tensor) -> None:
+        """Keep memory that is no longer in use."""
         if memory.device.type == "cpu":
             self._kept.append(memory)
 
     def clear(self) -> int:
-        """Let go of what is kept; how many bytes that were."""
+        """Free the kept memory and return the number of bytes freed."""
         with suppress(IndexError):
             return self._kept.pop().nbytes
         return 0
 
 
 def fuse(rows: Sequence[Sequence[DocumentKV]], device: torch.device) -> FusedContext:
-    """Join the document KVs of each row (one row a question), in the order given.
+    """Join the document KVs of each row in the given order.
 
     Args:
-        rows: B sequences of document KVs, each (L, H_kv, T_i, d); a shared prefix goes first, like a document.
-        device: where the document KVs are.
+        rows: B sequences of document KVs, each (L, H_kv, T_i, d). A shared prefix comes first, like a document.
+        device: device of the document KVs.
     """
     first = next((kv for row in rows for kv in row), None)
     shape = KVShape(0, 0, 0, torch.float32) if first is None else KVShape.of(first)

@@ -1,7 +1,7 @@
-"""The numeric half of the support gate: a model is used only if fusion is exact on it, measured at load.
+"""The numeric half of the support gate: measures at load that fusion is exact on a model.
 
-Five laws on a few random ordinary tokens. A model that ignores explicit positions, biases attention by cache
-slots, or rotates keys late fails one of them, whatever its configuration says.
+Five laws are checked on a few random tokens. A model that ignores explicit positions, biases attention by cache slots
+or rotates keys late fails one of them, whatever its configuration says.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
 from ..model.positions import additive, block_mask, fused_positions, question_start
 from ..model.support import configuration_checks
+from ..model.tolerance import tolerance_of
 from ..schema import Check, GateReport
 from .fused_cache import fuse
 from .prefill import prefill
 
 DOCUMENT_LENGTHS = (11, 7)
 QUESTION_LENGTH = 5
-# Relative error of logits: rounding alone, at the precision of each dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def run_gate(
@@ -34,12 +33,12 @@ def run_gate(
     """Measure the five laws.
 
     Args:
-        prefix: the model's shared prefix.
-        ordinary_ids: token ids without control tokens to draw from.
-        tokens_per_pass: as documents will be prefilled.
+        prefix: KV of the model's shared prefix.
+        ordinary_ids: token ids to draw from, without control tokens.
+        tokens_per_pass: padded tokens of a prefill pass, as documents will be prefilled.
 
     Raises:
-        UnsupportedModelError: a law does not hold; the message names it with the numbers.
+        UnsupportedModelError: a law does not hold. The message contains it with the measured numbers.
     """
     checks = (*configuration_checks(backbone.model.config), *_measure(backbone, prefix, ordinary_ids, tokens_per_pass))
     failed = [check for check in checks if not check.passed]
@@ -51,13 +50,15 @@ def run_gate(
     return GateReport(backbone.model_id, checks)
 
 
-def require_ape(
+def require_explicit_attention(
     backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], *, tokens_per_pass: int
 ) -> None:
-    """Measure whether mode "ape" is exact on a model that has passed the gate; arguments as there.
+    """Measure whether explicit attention, which mode "ape" and attribution need, is exact on this model.
+
+    The model must have passed the gate. Arguments are those of :func:`run_gate`.
 
     Raises:
-        UnsupportedModelError: the model's attention does more than APE's, or cannot be exchanged.
+        UnsupportedModelError: the model's attention does more than softmax attention, or cannot be replaced.
     """
     checks = _probed(lambda: _Probe(backbone, prefix, ordinary_ids, tokens_per_pass).ape_checks())
     if failed := [check for check in checks if not check.passed]:
@@ -84,19 +85,17 @@ def _measure(
 
 
 def _probed(measure: Callable[[], tuple[Check, ...]]) -> tuple[Check, ...]:
-    """What ``measure`` found, or one failed check where the model itself fails."""
+    """Return the checks of ``measure``, or one failed check if the model raises."""
     try:
         return measure()
     except torch.OutOfMemoryError:
-        raise  # says nothing about the architecture
+        raise  # this is not about the architecture
     except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        return (
-            Check("forward passes over a fused cache", False, f"the model fails in them: {str(error).rstrip('.')}"),
-        )
+        return (Check("forward passes over a fused cache", False, f"the model raises {str(error).rstrip('.')!r}"),)
 
 
 class _Probe:
-    """Two random documents and a question, fused and unfused."""
+    """Two random documents and a question, answered fused and in one pass."""
 
     def __init__(
         self, backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], tokens_per_pass: int
@@ -112,17 +111,17 @@ class _Probe:
         self.prefix_ids = list(prefix.token_ids) if prefix else []
         self.tokens_per_pass = tokens_per_pass
         self.kvs = self._prefill(self.documents)
-        self.tolerance = TOLERANCE.get(backbone.dtype, TOLERANCE[torch.float16])
+        self.tolerance = tolerance_of(backbone.dtype)
 
     @cached_property
     def fused(self) -> torch.Tensor:
-        """Logits (1, V) of the question over both documents, which several laws compare with."""
+        """Logits (1, V) of the question over both fused documents."""
         return self._fused(self.kvs)
 
     def a_documents_kv_is_its_own(self) -> Check:
         alone = self._prefill(self.documents[1:])[0]
         same = torch.equal(alone.keys, self.kvs[1].keys) and torch.equal(alone.values, self.kvs[1].values)
-        detail = "the same bits" if same else "other bits than when it is prefilled alone; try tokens_per_pass=1"
+        detail = "the same bits" if same else "its bits differ when it is prefilled alone; try tokens_per_pass=1"
         return Check("a document's KV does not depend on its neighbours", same, detail)
 
     def one_document_is_an_ordinary_pass(self) -> Check:
@@ -143,11 +142,11 @@ class _Probe:
         return self._compare("two fused documents = one block-masked pass", self.fused, single)
 
     def order_does_not_matter(self) -> Check:
-        return self._compare("an order changes logits by rounding alone", self.fused, self._fused(self.kvs[::-1]))
+        return self._compare("the order only changes logits by rounding", self.fused, self._fused(self.kvs[::-1]))
 
     def positions_are_honoured(self) -> Check:
         moved = not torch.equal(self.fused, self._fused(self.kvs, shift=3))
-        detail = "the question's position changes the logits" if moved else "it ignores explicit position ids"
+        detail = "the question's position changes the logits" if moved else "the model ignores explicit position ids"
         return Check("explicit positions are honoured", moved, detail)
 
     def _block_mask(self, document_lengths: Sequence[int]) -> torch.Tensor:
@@ -155,10 +154,10 @@ class _Probe:
         return additive(mask, self.backbone.dtype)[None, None]
 
     def ape_checks(self) -> tuple[Check, ...]:
-        """Whether APE's attention is the model's own where T = S = 1, and is used where they are not."""
+        """Check that APE with T = S = 1 equals the model's own attention, and that other factors have an effect."""
         neutral = self._fused(self.kvs, ape=(1.0, 1.0))
         used = not torch.equal(neutral, self._fused(self.kvs, ape=(0.5, 0.5)))
-        detail = "temperature and scale change the logits" if used else "its attention cannot be exchanged"
+        detail = "temperature and scale change the logits" if used else "its attention cannot be replaced"
         return (
             self._compare("APE with temperature and scale 1 = fusion", neutral, self.fused),
             Check("APE's attention is used", used, detail),
@@ -188,11 +187,11 @@ class _Probe:
             mask,
             cache,
             torch.tensor([len(ids) - 1], device=place),
-            adapter=False,  # the base model's laws; an adapter changes the decoder alone
+            adapter=False,  # the laws are about the base model; an adapter only changes the decoder
             ape=ape,
         )
 
     def _compare(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> Check:
         error = float((found - expected).norm() / expected.norm())
-        passed = error <= self.tolerance  # NaN fails
+        passed = error <= self.tolerance  # False for NaN
         return Check(name, passed, f"relative error {error:.1e}, allowed {self.tolerance:.0e}")

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 from ..schema import FinishReason
 
-_INCOMPLETE = "\ufffd"  # what a tokenizer shows for a character whose bytes have not all come
+_INCOMPLETE = "\ufffd"  # decoded instead of a character whose bytes are incomplete
 
 
 class GrowingAnswer:
-    """One answer as it grows: its tokens, its text, and why it ended.
+    """Tokens and text of one answer so far, and why it ended.
 
-    White space around an answer is dropped, in front of it before stop strings are looked for.
+    White space around an answer is dropped; leading white space is dropped before stop strings are searched.
     """
 
     def __init__(
@@ -22,13 +22,13 @@ class GrowingAnswer:
         self._stop = stop
         self._unsettling_ids = unsettling_ids
         self._emitted = 0  # characters
-        self._length = self._settled = 0  # tokens that are text, and that are certain text
-        self._spelt = 0, ""  # so many of the first tokens, and what they spell
+        self._length = self._settled = 0  # number of text tokens, and of those whose text is final
+        self._spelt = 0, ""  # number of tokens, and their text
         self.ids: list[int] = []
         self.finish_reason: FinishReason | None = None
 
     def push(self, token: int, *, is_end: bool, is_last: bool) -> None:
-        """Take the next token; ``is_end`` for an end token, ``is_last`` when no more may come."""
+        """Add a token; ``is_end`` marks an end token, ``is_last`` the last one within the limit."""
         self.ids.append(token)
         if is_end:
             self.finish_reason = "stop"
@@ -43,13 +43,13 @@ class GrowingAnswer:
 
     @property
     def text(self) -> str:
-        """The answer so far; decoded when it is asked for, since that takes as long as the answer is."""
+        """The answer so far. It is decoded on access, because decoding takes time in step with the length."""
         return self._text(self._length)
 
     def take(self) -> str:
-        """Text that is certain by now and was not taken before.
+        """Return final text that was not returned before.
 
-        Held back: a character still incomplete, a run of byte tokens, and an ending that may become a stop string.
+        Incomplete characters, runs of byte tokens and endings that may become a stop string are held back.
         """
         text = self.text
         ready = len(text) if self.finish_reason else len(text) - self._uncertain()
@@ -58,14 +58,14 @@ class GrowingAnswer:
         return piece
 
     def _uncertain(self) -> int:
-        """Length of the ending that may still change."""
+        """Return the length of the ending that may still change."""
         text = self.text
         settled = text[: len(self._text(self._settled))].rstrip(_INCOMPLETE)
         open_stop = max((_overlap(settled, stop) for stop in self._stop), default=0)
         return len(text) - len(settled) + open_stop
 
     def _text(self, length: int) -> str:
-        """What the first ``length`` tokens spell, up to a stop string."""
+        """Return the text of the first ``length`` tokens, up to a stop string."""
         spelt = self._spell(length)
         return spelt[: self._stopped_at(spelt)].rstrip()
 
@@ -75,10 +75,10 @@ class GrowingAnswer:
         return self._spelt[1]
 
     def _stopped_at(self, text: str) -> int | None:
-        """Where the first stop string begins."""
+        """Return the start of the first stop string, or None."""
         return min((end for stop in self._stop if (end := text.find(stop)) >= 0), default=None)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest ending of ``text`` that begins ``stop``."""
+    """Return the length of the longest suffix of ``text`` that is a prefix of ``stop``."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

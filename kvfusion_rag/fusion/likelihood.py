@@ -1,4 +1,4 @@
-"""How likely each document makes a text: log p(text | document), every document read apart, all in few passes."""
+"""Scores documents by log p(text | document), each read apart, several per forward pass."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ..model.backbone import Backbone
 from ..model.kv import DocumentKV, KVShape
 from .fused_cache import FusedBuffer
 
-LOGITS_AT_ONCE = 1 << 26  # numbers, 256 MB
+LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32
 
 
 @torch.inference_mode()
 def text_log_probabilities(
     backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
 ) -> list[float]:
-    """Natural logarithm of p(``ids[given:]`` | prefix, document, ``ids[:given]``) for each of D documents, no adapter.
+    """Return log p(``ids[given:]`` | prefix, document, ``ids[:given]``) in nats for each of D documents, adapter off.
 
-    The text stands right behind its own document, so a score does not depend on the other documents.
+    The text is right behind its own document, so a score does not depend on the other documents.
 
     Args:
-        prefix: read in front of each document.
+        prefix: KV in front of each document, or None.
         documents: KVs (L, H_kv, T_i, d) with at least one token each.
-        ids: the text, with at least one id behind ``given``.
-        given: ids of the text that are read and not scored, at least one.
+        ids: ids of the text, with at least one behind ``given``.
+        given: number of leading ids that are read but not scored, at least one.
     """
     scored = len(ids) - given
     rows = max(1, LOGITS_AT_ONCE // (scored * backbone.config.vocab_size))

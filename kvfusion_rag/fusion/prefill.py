@@ -1,9 +1,8 @@
-"""Dp: token ids -> document KVs, by the frozen base model (adapter off), without the LM head.
+"""Dp: computes document KVs from token ids with the frozen base model (adapter off), without the LM head.
 
-Matrix kernels round differently for different shapes, so a document's bits would depend on how many others
-were prefilled beside it. Here every forward pass over a length bucket has one fixed shape: a document's
-keys and values are then a function of its own ids alone, whatever stood in the store before. Padding is on
-the right, where causal attention cannot see it, and is cut off again.
+Matrix kernels round differently for different shapes, so a document's bits would depend on the number of documents
+beside it. Here every forward pass over a length bucket has one fixed shape, so a document's KV only depends on its own
+ids. Padding is on the right, where causal attention ignores it, and is cut off again.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..model.kv import DocumentKV, KVShape
 from ..model.support import routes_tokens
 
 LENGTH_BUCKET = 32  # tokens; padded lengths are multiples of it
-TOKENS_PER_PASS = {"cpu": 128, "accelerator": 4096}  # from here on, wider passes gain little on a CPU
+TOKENS_PER_PASS = {"cpu": 128, "accelerator": 4096}  # wider passes gain little on a CPU
 
 
 def prefill(
@@ -29,19 +28,19 @@ def prefill(
     tokens_per_pass: int,
     starts: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, DocumentKV]]:
-    """Prefill each document alone, at the positions after the prefix (paper section 3.2) or from its own start on.
+    """Prefill each document apart, at the positions behind the prefix (paper section 3.2) or at its own start.
 
     Args:
-        token_ids: ids (T_i,) of each document, none empty, each within the model's window.
-        prefix: KV that every document sees, or ``None``.
-        tokens_per_pass: padded tokens that one forward pass aims at.
-        starts: position of each document's first token; by default right after the prefix.
+        token_ids: ids (T_i,) of each document, not empty and within the context window.
+        prefix: KV that every document attends to, or None.
+        tokens_per_pass: target for the padded tokens of one forward pass.
+        starts: position of each document's first token. Default: right behind the prefix.
 
     Yields:
-        (index in ``token_ids``, DocumentKV) pass by pass, shortest documents first, with tensors of their own.
+        (index in ``token_ids``, DocumentKV) pass by pass, shortest documents first. The tensors are copies.
     """
     if routes_tokens(backbone.config):
-        tokens_per_pass = 1  # experts are given tokens of all rows, so a document has to be a pass of its own
+        tokens_per_pass = 1  # experts receive tokens of all rows, so each document needs its own pass
     buckets: defaultdict[int, list[int]] = defaultdict(list)
     for index, ids in enumerate(token_ids):
         buckets[padded_length(len(ids), backbone, prefix)].append(index)
@@ -55,19 +54,19 @@ def prefill(
 
 
 def prefill_prefix(backbone: Backbone, prefix_ids: tuple[int, ...]) -> DocumentKV | None:
-    """KV of a prefix at positions 0..p-1, or ``None`` for an empty one; outside the store, for measurements."""
+    """Return the KV of a prefix at positions 0..p-1 without using the store, or None if the prefix is empty."""
     if not prefix_ids:
         return None
     return _prefill_pass(backbone, [prefix_ids], None, 1, len(prefix_ids))[0]
 
 
 def kv_shape(backbone: Backbone) -> KVShape:
-    """Shape of the KVs that this model makes, read off those of one token."""
+    """Return the shape of this model's KVs, measured on one token."""
     return KVShape.of(_prefill_pass(backbone, [(0,)], None, 1, 1)[0])
 
 
 def padded_length(num_tokens: int, backbone: Backbone, prefix: DocumentKV | None) -> int:
-    """Length of the bucket (tokens) for a document: a multiple of 32, cut at the model's last position."""
+    """Return the padded length of a document in tokens: a multiple of 32 within the context window."""
     length = -(-num_tokens // LENGTH_BUCKET) * LENGTH_BUCKET
     if backbone.context_window is None:
         return length
@@ -82,7 +81,7 @@ def _prefill_pass(
     length: int,
     starts: list[int] | None = None,
 ) -> list[DocumentKV]:
-    """One forward pass of exactly (rows, length) tokens; rows beyond the documents are filler."""
+    """Run one forward pass of exactly (rows, length) tokens. Rows beyond the documents are filler."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document)

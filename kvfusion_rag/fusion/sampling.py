@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from transformers.generation.logits_process import (
@@ -26,12 +26,12 @@ class DecodingOptions:
     """How tokens are chosen and when an answer ends.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
-        temperature: 0 for greedy; above it, sampling.
-        top_p: keep the likeliest tokens that hold this share of the probability.
-        top_k: keep this many likeliest tokens; ``None`` for all.
-        stop: strings that end an answer wherever their letters fall on tokens; not part of it.
-        seed: of the random generator of each answer, below 2**63; ``None`` for a fresh one.
+        max_new_tokens: limit of an answer, in tokens.
+        temperature: 0 for greedy decoding, above 0 for sampling.
+        top_p: keep the likeliest tokens whose probabilities add up to this share.
+        top_k: keep this many of the likeliest tokens; None keeps all.
+        stop: strings that end an answer, even inside a token. They are not part of it.
+        seed: seed of each answer's random generator, below 2**63; None for a random one.
         may_shorten: the limit is a default, so an answer with less room in the window gets a lower one.
     """
 
@@ -53,13 +53,13 @@ class DecodingOptions:
         is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         _require(is_list, "stop", self.stop, "a list of strings; put a single one into a list")
         _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
-        object.__setattr__(self, "stop", tuple(self.stop))  # the caller's list may change while answers are decoded
+        object.__setattr__(self, "stop", tuple(self.stop))  # the caller may change its list while answers are decoded
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 63
         _require(self.seed is None or is_seed, "seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
 
 
 class DecodingKwargs(TypedDict, total=False):
-    """Options of one call, as :class:`DecodingOptions` describes them."""
+    """Options of one call; :class:`DecodingOptions` describes them."""
 
     max_new_tokens: int | None
     temperature: float
@@ -69,24 +69,21 @@ class DecodingKwargs(TypedDict, total=False):
     seed: int | None
 
 
-def decoding_options(given: DecodingKwargs, *, max_new_tokens: int) -> DecodingOptions:
-    """What a caller gave, with defaults for what was not.
+def decoding_options(given: Mapping[str, Any], *, max_new_tokens: int) -> DecodingOptions:
+    """Return the caller's options (``DecodingKwargs``) with defaults for the others.
 
     Raises:
-        InvalidInputError: an unknown option, or a value that is not allowed.
+        InvalidInputError: a value is not allowed.
     """
-    allowed = DecodingKwargs.__annotations__
-    if unknown := sorted(given.keys() - allowed.keys()):
-        raise InvalidInputError(f"{unknown[0]!r} is no option; the options are {', '.join(allowed)}.")
-    wanted = given.get("max_new_tokens")
-    limit = {"max_new_tokens": max_new_tokens, "may_shorten": True} if wanted is None else {"max_new_tokens": wanted}
-    return DecodingOptions(**{**given, **limit, "stop": given.get("stop") or ()})
+    limit = given.get("max_new_tokens")
+    limits = {"max_new_tokens": max_new_tokens, "may_shorten": True} if limit is None else {"max_new_tokens": limit}
+    return DecodingOptions(**{**given, **limits, "stop": given.get("stop") or ()})
 
 
 def sampler(
     options: DecodingOptions, answers: int, device: torch.device
 ) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
-    """Function from logits (n, V), and which answers they are for, to the next token of each, or ``NO_TOKEN``."""
+    """Return a function from logits (n, V) and the n answers they belong to, to the next tokens (or ``NO_TOKEN``)."""
     if options.temperature < GREEDY_BELOW:
         return lambda logits, open_ones: _likeliest(logits)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
@@ -94,17 +91,18 @@ def sampler(
         warpers.append(TopKLogitsWarper(options.top_k))
     if options.top_p < 1:
         warpers.append(TopPLogitsWarper(options.top_p))
-    # A generator each: an answer does not depend on what is sampled beside it, nor on torch's global state.
+    # One generator per answer: it does not depend on the other answers or on torch's global state.
     generators = [torch.Generator(device) for _ in range(answers)]
     for generator in generators:
         generator.seed() if options.seed is None else generator.manual_seed(options.seed)
 
-    no_ids = cast(torch.LongTensor, torch.empty(0, dtype=torch.long))  # these warpers do not look at ids
+    no_ids = cast(torch.LongTensor, torch.empty(0, dtype=torch.long))  # these warpers ignore ids
 
     def sample(logits: torch.Tensor, open_ones: Sequence[int]) -> list[int]:
         for warper in warpers:
             logits = warper(no_ids, cast(torch.FloatTensor, logits))
-        # The largest p / q, q from an exponential distribution, is each with probability p, as in torch.multinomial.
+        # With q from an exponential distribution, each token has the largest p / q with probability p, as in
+        # torch.multinomial.
         draws = torch.empty_like(logits)
         for draw, i in zip(draws, open_ones, strict=True):
             draw.exponential_(generator=generators[i])
@@ -114,7 +112,7 @@ def sampler(
 
 
 def _likeliest(scores: torch.Tensor) -> list[int]:
-    """The place of the largest score of each row (n, V), or ``NO_TOKEN`` where they are no numbers."""
+    """Return the index of the largest score of each row (n, V), or ``NO_TOKEN`` if scores are NaN or infinite."""
     largest, places = scores.max(dim=-1)
     return places.where(largest.isfinite(), NO_TOKEN).tolist()
 

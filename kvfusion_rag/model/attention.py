@@ -132,7 +132,7 @@ def explicit_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return the output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d).
 
-    The support gate (``gate.require_ape``) measures whether the model passes on everything that its attention needs.
+    The support gate measures whether the model passes on everything that its attention needs.
 
     Args:
         attention_mask: (B, 1, Q, S) bool.

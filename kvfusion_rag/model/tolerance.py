@@ -1,6 +1,4 @@
-"""Relative error of logits that rounding alone explains, per dtype."""
-
-from __future__ import annotations
+"""Relative error of logits that rounding alone may cause, by dtype."""
 
 import torch
 
@@ -8,5 +6,5 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the allowed relative error of logits; a dtype that is not listed gets that of float16."""
+    """Return the allowed relative error in ``dtype``. An unknown dtype gets that of float16."""
     return TOLERANCE.get(dtype, TOLERANCE[torch.float16])

@@ -1,6 +1,8 @@
-"""An OpenAI-compatible HTTP service around one generator; needs the extra ``serve``.
+"""An OpenAI-compatible HTTP server for one generator. Needs the extra ``serve``.
 
-``create_app`` makes the ASGI app, ``serve`` runs it until it is told to stop, ``running`` in a thread of its own.
+HTTP requests come in: chat completions with documents, and documents to prefill or remove. JSON replies and streams of
+server-sent events go out. This room checks keys, limits and request bodies and formats replies. It must not know how
+answers are computed: it calls only public methods of ``KVFusionGenerator``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ try:
     import fastapi as _fastapi  # noqa: F401
     import uvicorn as _uvicorn  # noqa: F401
 except ImportError as error:
-    raise MissingDependencyError('a server needs fastapi and uvicorn: pip install "kvfusion-rag[serve]".') from error
+    raise MissingDependencyError('the server needs fastapi and uvicorn: pip install "kvfusion-rag[serve]".') from error
 
 from .access import Access, read_keys
 from .app import create_app

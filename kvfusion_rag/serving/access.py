@@ -1,6 +1,6 @@
-"""Who may ask: API keys and their namespaces, and what keeps web pages from driving a server through a browser.
+"""Access control: API keys with their namespaces, and protection against requests from web pages.
 
-ASGI middleware that decides from the headers alone, before a body is read.
+The ASGI middleware looks only at headers, so it rejects a request before reading its body.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from ..store import require_namespace
 from .errors import ApiError
 from .incoming import Incoming
 
-SHORTEST_KEY = 16  # characters
-OPEN_PATHS = ("/health",)  # asked without a key
+MIN_KEY_CHARACTERS = 16
+PATHS_WITHOUT_KEY = ("/health",)
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Which clients may send requests.
 
     Attributes:
-        keys: API key -> namespace of its documents (``None``: the generator's own). Without any key everyone may ask.
-        hosts: names in the ``Host`` header besides addresses and ``localhost``. Without any, a server with keys takes
-            every name: a page that reaches it by DNS rebinding has no key.
-        origins: of web pages that may ask (CORS), such as ``https://app.example``; by default none.
+        keys: maps each API key to the namespace of its documents (``None`` is the generator's own namespace). If there
+            are no keys, every client is allowed.
+        hosts: names allowed in the ``Host`` header besides IP addresses and ``localhost``. If there are none, a server
+            with keys accepts every name, because a page that reaches it by DNS rebinding does not have a key.
+        origins: origins of web pages that may send requests (CORS), such as ``https://app.example``. Default: none.
 
     Raises:
-        InvalidInputError: a key is short or has blanks, a namespace is no name, or hosts or origins are one string.
+        InvalidInputError: a key is too short or contains spaces, a namespace is invalid, or hosts or origins is a
+            string instead of a list.
     """
 
     keys: Mapping[str, str | None] = field(default_factory=dict, repr=False)
@@ -49,41 +51,42 @@ class Access:
             if isinstance(getattr(self, name), str):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a list of names.")
         for key, namespace in self.keys.items():
-            if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+            if len(key) < MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidInputError(
-                    f"an API key has {len(key)} characters, but it must have at least {SHORTEST_KEY}, all of them "
-                    "letters, digits or signs of ASCII without blanks; make one with: openssl rand -hex 32"
+                    f"an API key has {len(key)} characters, but it must have at least {MIN_KEY_CHARACTERS} printable "
+                    "ASCII characters without spaces; create one with: openssl rand -hex 32"
                 )
             if namespace is not None:
                 require_namespace(namespace)
 
     @property
     def namespaces(self) -> set[str]:
-        """Those of other tenants than the generator's own."""
+        """All namespaces of keys except the generator's own."""
         return {namespace for namespace in self.keys.values() if namespace is not None}
 
 
 def read_keys(path: str | Path) -> dict[str, str | None]:
-    """Keys and namespaces of a JSON file: ``{"key": "namespace", ...}``, null for the server's own namespace.
+    """Read API keys from a JSON file: ``{"key": "namespace", ...}``, with null for the server's own namespace.
 
     Raises:
-        InvalidInputError: it cannot be read, or holds something else; the message repeats nothing of it.
+        InvalidInputError: the file cannot be read or has another form. The message does not quote the file, because
+            it may contain keys.
     """
     try:
-        found = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        keys = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
-        raise InvalidInputError(f"the file of API keys {str(path)!r} cannot be read: {reason}.") from None
-    if not isinstance(found, dict) or not found or not all(isinstance(v, str | None) for v in found.values()):
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
+        raise InvalidInputError(f"the API key file {str(path)!r} cannot be read: {reason}.") from None
+    if not isinstance(keys, dict) or not keys or not all(isinstance(v, str | None) for v in keys.values()):
         raise InvalidInputError(
-            f"the file of API keys {str(path)!r} must hold a JSON object with at least one key: "
+            f"the API key file {str(path)!r} must contain a JSON object with at least one key: "
             '{"key": "namespace", ...}.'
         )
-    return found
+    return keys
 
 
 class Guard:
-    """Refuses what :class:`Access` does not allow, and notes the namespace of what it does."""
+    """ASGI middleware that rejects requests without :class:`Access` and sets ``request.state.namespace``."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
@@ -95,37 +98,40 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                namespace = self._admit(scope["path"], Headers(scope=scope))
+                namespace = self._namespace(scope["path"], Headers(scope=scope))
             except ApiError as error:
-                return await Incoming(scope, receive).refuse(error, scope, send)
+                return await Incoming(scope, receive).reject(error, scope, send)
             scope.setdefault("state", {})["namespace"] = namespace
         await self._app(scope, receive, send)
 
-    def _admit(self, path: str, headers: Headers) -> str | None:
-        """The namespace that a request is answered in."""
-        if not self._any_host and not self._is_known(_host_of(headers.get("host", ""))):
+    def _namespace(self, path: str, headers: Headers) -> str | None:
+        """Return the namespace for a request, or raise ApiError if the request is not allowed."""
+        if not self._any_host and not self._is_own_host(_host_of(headers.get("host", ""))):
             raise ApiError(
                 403,
-                "the Host header names another server than this; if it is one of its names, the server has to be "
-                "started with --allowed-host.",
+                "the Host header does not name this server; if the name is correct, start the server with "
+                "--allowed-host.",
                 "host_not_allowed",
             )
         if (origin := headers.get("origin")) is not None and origin not in self._access.origins:
-            raise ApiError(403, "requests of web pages are not answered.", "origin_not_allowed")
-        if not self._namespaces or path in OPEN_PATHS:
+            raise ApiError(
+                403,
+                "requests from this web page's origin are not allowed; start the server with --allowed-origin.",
+                "origin_not_allowed",
+            )
+        if not self._namespaces or path in PATHS_WITHOUT_KEY:
             return None
-        return self._namespace_of(headers.get("authorization", ""))
+        return self._namespace_of_key(headers.get("authorization", ""))
 
-    def _is_known(self, host: str) -> bool:
-        """An address is no name that somebody else's DNS could have led here."""
+    def _is_own_host(self, host: str) -> bool:
+        """Whether the name is this server's. IP addresses are safe, because DNS rebinding needs a name."""
         return host in self._hosts or _is_address(host)
 
-    def _namespace_of(self, authorization: str) -> str | None:
+    def _namespace_of_key(self, authorization: str) -> str | None:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip())
-        found = [
-            namespace for digest, namespace in self._namespaces.items() if hmac.compare_digest(digest, given)
-        ]  # all are compared, so that the time taken tells of none
+        # Compare every key, so that the time taken does not reveal which one matched.
+        found = [namespace for digest, namespace in self._namespaces.items() if hmac.compare_digest(digest, given)]
         if scheme.lower() != "bearer" or not found:
             raise ApiError(
                 401,

@@ -1,4 +1,4 @@
-"""The app: which path is answered by what. ``bodies.py`` checks requests, ``replies.py`` writes answers."""
+"""The FastAPI app and its routes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from ..errors import KVFusionError
 from ..generator import KVFusionGenerator
 from ..schema import Document, Source
 from .access import Access, Guard
+from .admission import AdmissionControl
 from .bodies import ChatRequest, DocumentsRequest, PrefillRequest
-from .errors import ApiError, Reply, error_reply, is_own_fault, of_validation
-from .flights import Flights
+from .errors import ApiError, Reply, error_reply, is_server_error, of_validation
 from .options import ServingOptions
-from .replies import Completion, sources
+from .replies import Completion, source_list
 from .streams import answer_events, in_thread
 
 logger = logging.getLogger(__name__)
 
-PREFILLED_AT_ONCE = 16  # documents; between two such parts a request can be given up
+PREFILL_BATCH = 16  # documents; a prefill request can be cancelled between two batches
 
 
 def create_app(
     generator: KVFusionGenerator, *, access: Access | None = None, options: ServingOptions | None = None
 ) -> FastAPI:
-    """An ASGI app that answers as OpenAI's chat completions do, from the documents of each request.
+    """Create an ASGI app with OpenAI's chat completions API that answers from the documents in each request.
 
     Args:
-        generator: its weights and store serve all namespaces; it is not closed in the end.
-        access: who may ask; by default everyone who reaches the server, but no web page.
-        options: limits; by default those of ``ServingOptions``.
+        generator: answers for all namespaces with the same weights and store. The app does not close it.
+        access: which clients may send requests. By default all clients that reach the server, but no web pages.
+        options: limits, by default those of ``ServingOptions``.
 
     Raises:
-        MissingDependencyError: metrics are wanted, and prometheus-client is not there.
+        MissingDependencyError: metrics are enabled, but prometheus-client is not installed.
     """
     access, options = access or Access(), options or ServingOptions()
     app = FastAPI(title="kvfusion-rag", docs_url=None, redoc_url=None)
@@ -50,7 +50,7 @@ def create_app(
     app.add_exception_handler(Exception, _on_error)
     _add_models(app, generator, options)
     _add_answers(app, _Tenants(generator, access), options)
-    app.add_middleware(Flights, options=options)
+    app.add_middleware(AdmissionControl, options=options)
     app.add_middleware(Guard, access=access)
     if options.metrics:
         from .metrics import add_metrics
@@ -67,14 +67,14 @@ def create_app(
 
 
 class _Tenants:
-    """One generator a namespace, all of them over the same weights and the same store."""
+    """One generator per namespace, all with the same weights and store."""
 
     def __init__(self, generator: KVFusionGenerator, access: Access) -> None:
         self._own = generator
         self._others = {name: generator.with_namespace(name) for name in sorted(access.namespaces)}
 
     def of(self, request: Request) -> KVFusionGenerator:
-        """The generator that may answer ``request``."""
+        """Return the generator for the request's namespace."""
         namespace = request.state.namespace
         return self._own if namespace is None else self._others[namespace]
 
@@ -109,11 +109,11 @@ def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOpti
 
 
 def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> None:
-    def require_few(documents: list[Any]) -> None:
+    def check_count(documents: list[Any]) -> None:
         if len(documents) > options.max_documents:
             raise ApiError(
                 400,
-                f"there are {len(documents)} documents, but a request may have {options.max_documents} at most.",
+                f"the request has {len(documents)} documents, but at most {options.max_documents} are allowed.",
                 "too_many_documents",
                 "documents",
             )
@@ -122,7 +122,7 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         generator = tenants.of(request)
         _require_model(body.model, generator.model_id)
-        require_few(body.documents)
+        check_count(body.documents)
         focus = body.focus if "focus" in body.model_fields_set else options.focus
         arguments = {**body.to_arguments(), "mode": body.mode or options.mode, "focus": focus}
         if body.stream:
@@ -132,40 +132,40 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
 
     @app.post("/v1/documents")
     async def prefill(body: PrefillRequest, request: Request) -> Response:
-        require_few(body.documents)
-        found = await _prefill(tenants.of(request), _numbered(body.to_documents()), body.to_wording())
-        return Reply({"object": "list", "data": sources(found)})
+        check_count(body.documents)
+        sources = await _prefill(tenants.of(request), _numbered(body.to_documents()), body.prefill_arguments())
+        return Reply({"object": "list", "data": source_list(sources)})
 
     @app.post("/v1/documents/forget")
     async def forget(body: DocumentsRequest, request: Request) -> Response:
-        require_few(body.documents)
+        check_count(body.documents)
         removed = await in_thread(tenants.of(request).forget, body.to_documents())
         return Reply({"object": "documents.forgotten", "removed": removed})
 
 
-async def _prefill(generator: KVFusionGenerator, documents: list[Document], wording: dict[str, Any]) -> list[Source]:
-    prefill = partial(generator.prefill, **wording)
-    found: list[Source] = []
-    for start in range(0, len(documents), PREFILLED_AT_ONCE):
-        found += await in_thread(prefill, documents[start : start + PREFILLED_AT_ONCE])
-    return found
+async def _prefill(generator: KVFusionGenerator, documents: list[Document], arguments: dict[str, Any]) -> list[Source]:
+    prefill = partial(generator.prefill, **arguments)
+    sources: list[Source] = []
+    for start in range(0, len(documents), PREFILL_BATCH):
+        sources += await in_thread(prefill, documents[start : start + PREFILL_BATCH])
+    return sources
 
 
 def _numbered(documents: list[Document]) -> list[Document]:
-    """Documents without an id have their order number, as in one call of ``prefill``."""
+    """Give documents without an id their position in the request, as a single call of ``prefill`` would."""
     return [replace(d, id=str(n)) if d.id is None else d for n, d in enumerate(documents, start=1)]
 
 
 def _require_model(name: str, served: str) -> None:
     if name != served:
         raise ApiError(
-            404, f"the model {name[:100]!r} is not served here, but {served!r} is.", "model_not_found", "model"
+            404, f"model is {name[:100]!r}, but this server has only {served!r}.", "model_not_found", "model"
         )
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         return error_reply(of_validation(error.errors()))
-    if isinstance(error, KVFusionError) and is_own_fault(error):  # others are logged where they are caught last
+    if isinstance(error, KVFusionError) and is_server_error(error):  # AdmissionControl logs all other exceptions
         logger.error("a request failed", exc_info=error)
     return error_reply(error)

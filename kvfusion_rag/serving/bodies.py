@@ -1,6 +1,6 @@
-"""Bodies of requests: which fields are read, which are taken and change nothing, and which are refused.
+"""Request bodies: which fields are read, which are accepted but ignored, and which are rejected.
 
-All of it is untrusted. Lone surrogates become U+FFFD here, so that ids and titles can be sent back.
+Everything in a body is untrusted. Lone surrogates become U+FFFD, so that ids and titles can be sent back.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
 from ..text.settings import require_focus
 
-MOST_MESSAGES = 1000
-MOST_STOPS = 16
-LONGEST_STOP = 500  # characters
-MOST_VARIABLES = 16
-LONGEST_VARIABLE_NAME = 64  # characters
-LONGEST_VARIABLE = 500  # characters
+MAX_MESSAGES = 1000
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 500
+MAX_VARIABLES = 16
+MAX_NAME_CHARACTERS = 64
+MAX_VALUE_CHARACTERS = 500
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -33,7 +33,7 @@ Text = Annotated[str, BeforeValidator(_well_formed)]
 
 
 class _Body(BaseModel):
-    """Null means absent, as OpenAI's clients have it, except in the fields named in ``NULLABLE``."""
+    """A JSON object. As in OpenAI's API, null means that a field is absent, except for fields in ``NULLABLE``."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -48,25 +48,21 @@ class _Body(BaseModel):
 
 
 def _joined_parts(content: object) -> object:
-    """The text of content that is given in parts.
-
-    Raises:
-        ValueError: a part is no text.
-    """
+    """Join content that consists of several parts. Raises ValueError for a part that is not text."""
     if not isinstance(content, list):
         return content
     for number, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else None
             raise ValueError(
-                f"part {number} is of type {str(kind)[:50]!r}, but this model reads text alone: "
+                f"part {number} has the type {str(kind)[:50]!r}, but this model reads only text: "
                 '{"type": "text", "text": "..."}'
             )
     return "".join(part["text"] for part in content)
 
 
 class ChatMessage(_Body):
-    """One message; what an assistant's message carries besides its text is empty or not read."""
+    """One message. Fields besides role and content are accepted, so that answers can be sent back, but ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_joined_parts)] = ""
@@ -79,13 +75,13 @@ class ChatMessage(_Body):
 
 
 class DocumentBody(_Body):
-    """One document, as ``kvfusion_rag.Document``."""
+    """One document, with the fields of ``kvfusion_rag.Document``."""
 
     text: Text
     id: Text | None = None
     title: Text | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
-    score: float | None = Field(None, description="The retriever's score, higher for a better document.")
+    score: float | None = Field(None, description="Score of the retriever, higher for a better document.")
 
     @model_validator(mode="before")
     @classmethod
@@ -98,7 +94,7 @@ class DocumentBody(_Body):
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    include_obfuscation: bool = False  # padding against guesses from lengths: none is sent
+    include_obfuscation: bool = False  # accepted, but no padding is sent
 
 
 class _WithDocuments(_Body):
@@ -109,11 +105,11 @@ class _WithDocuments(_Body):
 
 
 def _only(*allowed: Any) -> AfterValidator:
-    """Of a field that is not supported: the values that ask for nothing."""
+    """Validate an unsupported field, which may only have values that have no effect."""
 
     def check(value: Any) -> Any:
         if value not in allowed:
-            raise ValueError(f"this is not supported; leave it out, or set it to {' or '.join(map(repr, allowed))}")
+            raise ValueError(f"this is not supported; omit it or set it to {' or '.join(map(repr, allowed))}")
         return value
 
     return AfterValidator(check)
@@ -125,25 +121,21 @@ def _one_or_many(value: object) -> object:
 
 def _ends_with_user(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     if messages[-1].role != "user" or not messages[-1].content.strip():
-        raise ValueError("the last message must be the user's and not blank, because that is what is answered")
+        raise ValueError("the last message must come from the user and must not be blank, because it is answered")
     return messages
 
 
 def _scalars(variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables of a chat template.
-
-    Raises:
-        ValueError: a name or a text is too long, or a value is not a JSON scalar.
-    """
+    """Check chat template variables. Raises ValueError for a long name or text, or a value that is not a scalar."""
     for name, value in variables.items():
-        if not 0 < len(name) <= LONGEST_VARIABLE_NAME:
-            raise ValueError(f"a name has {len(name)} characters, but it must have 1 to {LONGEST_VARIABLE_NAME}")
+        if not 0 < len(name) <= MAX_NAME_CHARACTERS:
+            raise ValueError(f"a name has {len(name)} characters, but it must have 1 to {MAX_NAME_CHARACTERS}")
         if not isinstance(value, str | bool | int | float | None) or (
             isinstance(value, float) and not isfinite(value)
         ):
             raise ValueError(f"{name!r} is not a text, a finite number, true, false or null")
-        if isinstance(value, str) and len(value) > LONGEST_VARIABLE:
-            raise ValueError(f"{name!r} has {len(value)} characters, but it may have {LONGEST_VARIABLE} at most")
+        if isinstance(value, str) and len(value) > MAX_VALUE_CHARACTERS:
+            raise ValueError(f"{name!r} has {len(value)} characters, but at most {MAX_VALUE_CHARACTERS} are allowed")
     return {name: _well_formed(value) for name, value in variables.items()}
 
 
@@ -152,24 +144,24 @@ def _focus(value: object) -> object:
     return value
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES), AfterValidator(_ends_with_user)]
-Variables = Annotated[dict[Text, Any], Field(max_length=MOST_VARIABLES), AfterValidator(_scalars)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_ends_with_user)]
+Variables = Annotated[dict[Text, Any], Field(max_length=MAX_VARIABLES), AfterValidator(_scalars)]
 
 
 class DocumentsRequest(_WithDocuments):
-    """Documents to forget."""
+    """A request to remove documents from the store."""
 
     documents: list[DocumentBody] = Field(min_length=1)
 
 
 class PrefillRequest(DocumentsRequest):
-    """Documents to prefill, and the wording that questions about them will come in."""
+    """A request to prefill documents. ``messages`` are an example of the conversations that will follow."""
 
     messages: Messages | None = None
     chat_template_kwargs: Variables | None = None
 
-    def to_wording(self) -> dict[str, Any]:
-        """Arguments of ``KVFusionGenerator.prefill`` besides the documents."""
+    def prefill_arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``KVFusionGenerator.prefill`` except the documents."""
         if self.messages is None:
             return {"chat_template_kwargs": self.chat_template_kwargs}
         return {
@@ -180,10 +172,7 @@ class PrefillRequest(DocumentsRequest):
 
 
 class ChatRequest(_WithDocuments):
-    """A request for a chat completion.
-
-    It has OpenAI's fields, and documents, mode, focus, attribution, top_k and variables.
-    """
+    """A request for a chat completion: OpenAI's fields, and documents, mode, focus, attribution and top_k."""
 
     NULLABLE: ClassVar[frozenset[str]] = frozenset({"focus"})
 
@@ -192,8 +181,8 @@ class ChatRequest(_WithDocuments):
     mode: ModeChoice | None = None
     focus: Annotated[FocusChoice, BeforeValidator(_focus)] = Field(
         "auto",
-        description="Keep this many documents, those that make the question likeliest; null keeps all, 'auto' is the "
-        "model's own number. If it is absent, the server's own setting counts.",
+        description="Keep the n documents that make the question most likely. null keeps all documents, 'auto' uses "
+        "the model's own number. Default: the server's setting.",
     )
     chat_template_kwargs: Variables | None = None
     attribution: Attributed | None = None
@@ -205,13 +194,13 @@ class ChatRequest(_WithDocuments):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     stop: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=LONGEST_STOP)]],
-        Field(max_length=MOST_STOPS),
+        list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        Field(max_length=MAX_STOPS),
         BeforeValidator(_one_or_many),
     ] = Field(default_factory=list)
     seed: int | None = None
 
-    # What asks for nothing that could be missing from an answer is taken, and not read.
+    # Ignored: the answer is the same without them.
     user: Any = None
     metadata: Any = None
     store: Any = None
@@ -219,7 +208,7 @@ class ChatRequest(_WithDocuments):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
-    # What asks for something that is not there is refused.
+    # Rejected unless the value has no effect.
     n: Annotated[Any, _only(1)] = 1
     logprobs: Annotated[Any, _only(False)] = False
     top_logprobs: Annotated[Any, _only(0)] = 0
@@ -235,13 +224,16 @@ class ChatRequest(_WithDocuments):
     parallel_tool_calls: Annotated[Any, _only(True, False)] = None
 
     def to_arguments(self) -> dict[str, Any]:
-        """Arguments of ``KVFusionGenerator.answer`` except mode and focus. The question is the last message's text."""
-        longest = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        """Return the arguments of ``KVFusionGenerator.answer`` except mode and focus.
+
+        The question is the last message.
+        """
+        max_new_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return {
             "question": self.messages[-1].content,
             "documents": self.to_documents(),
             "prompt": [message.to_message() for message in self.messages],
-            "max_new_tokens": longest,
+            "max_new_tokens": max_new_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,

@@ -1,4 +1,4 @@
-"""The body of a request while it comes: measured, read whole, or let go by when the request is refused."""
+"""Reads the body of a request up to a limit, or discards it when the request is rejected."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from starlette.types import Message, Receive, Scope, Send
 
 from .errors import ApiError, error_reply
 
-DRAIN_SECONDS = 1.0  # that a refused client has to send the rest, since most read no answer before
+DRAIN_SECONDS = 1.0  # most clients read a reply only after they have sent their whole body
 
 
 class Incoming:
-    """One request's body, read from ``receive``, which nobody else calls before it has ended."""
+    """The body of one request. Nothing else may call ``receive`` before the body has ended."""
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         self._headers = Headers(scope=scope)
         self._receive = receive
         self._has_ended = False
 
-    async def read(self, most: int) -> bytes | None:
-        """The whole body; ``None`` where the client went away.
+    async def read(self, max_bytes: int) -> bytes | None:
+        """Return the whole body, or ``None`` if the client has disconnected.
 
         Raises:
-            ApiError: it is longer than ``most`` bytes, by its header or by what came; the rest is not read.
+            ApiError: the body, or its content-length header, is longer than ``max_bytes``. The rest is not read.
         """
-        announced = self._headers.get("content-length", "")
-        if announced.isdecimal() and (len(announced) > 20 or int(announced) > most):
-            raise _too_large(most)
+        length = self._headers.get("content-length", "")
+        if length.isdecimal() and (len(length) > 20 or int(length) > max_bytes):
+            raise _too_large(max_bytes)
         parts, size = [], 0
         while not self._has_ended:
             part = await self._next()
@@ -37,12 +37,12 @@ class Incoming:
                 return None
             parts.append(part)
             size += len(part)
-            if size > most:
-                raise _too_large(most)
+            if size > max_bytes:
+                raise _too_large(max_bytes)
         return b"".join(parts)
 
-    async def refuse(self, error: ApiError, scope: Scope, send: Send) -> None:
-        """Tell the client of ``error``, and end the connection where it does not end its body soon."""
+    async def reject(self, error: ApiError, scope: Scope, send: Send) -> None:
+        """Send ``error`` to the client. Closes the connection if its body does not end soon."""
         with suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while not self._has_ended and await self._next() is not None:
@@ -52,8 +52,8 @@ class Incoming:
             reply.headers["connection"] = "close"
         await reply(scope, self._receive, send)
 
-    async def until_gone(self) -> None:
-        """Return once the client has left."""
+    async def wait_for_disconnect(self) -> None:
+        """Return when the client has disconnected or the response has been sent."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
@@ -66,7 +66,7 @@ class Incoming:
 
 
 class Replay:
-    """``receive`` of a body that was read already; after it, nothing ever comes."""
+    """An ASGI ``receive`` that returns a body read earlier, and then waits forever."""
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
@@ -78,5 +78,5 @@ class Replay:
         return {"type": "http.request", "body": body, "more_body": False}
 
 
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {most} bytes, which is the most.", "body_too_large")
+def _too_large(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {max_bytes} bytes, the limit of this server.", "body_too_large")

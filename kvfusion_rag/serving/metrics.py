@@ -1,4 +1,4 @@
-"""Counts of requests and of the document store for Prometheus, at ``GET /metrics``."""
+"""Prometheus metrics of requests and of the document store at ``GET /metrics``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ except ImportError as error:
 
 from ..store.prometheus import register
 
-OTHER = "other"  # paths that are none of the app's: a client must not fill the registry with names
+OTHER = "other"  # label of unknown paths, so that clients cannot create any number of labels
 
 
 def add_metrics(app: FastAPI, store: DocumentStore | None) -> None:
-    """Count requests of ``app`` in a registry of its own, and show it together with the store's counts."""
+    """Add ``GET /metrics`` with the requests of ``app`` and the counters of ``store``, in a separate registry."""
     registry = CollectorRegistry()
     if store is not None:
         register(store, registry)
@@ -31,11 +31,11 @@ def add_metrics(app: FastAPI, store: DocumentStore | None) -> None:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
-    app.add_middleware(_Counting, registry=registry, paths=paths)
+    app.add_middleware(_RequestCounter, registry=registry, paths=paths)
 
 
-class _Counting:
-    """ASGI middleware that counts each request once its response has ended."""
+class _RequestCounter:
+    """ASGI middleware that counts each request when its response has ended."""
 
     def __init__(self, app: ASGIApp, registry: CollectorRegistry, paths: frozenset[str]) -> None:
         self._app = app
@@ -43,24 +43,24 @@ class _Counting:
         self._requests = Counter(
             "kvfusion_server_requests", "Requests, by path and status.", ["path", "status"], registry=registry
         )
-        self._seconds = Summary("kvfusion_server_request_seconds", "Time taken, by path.", ["path"], registry=registry)
-        self._under_way = Gauge("kvfusion_server_requests_under_way", "Requests under way.", registry=registry)
+        self._seconds = Summary("kvfusion_server_request_seconds", "Seconds, by path.", ["path"], registry=registry)
+        self._running = Gauge("kvfusion_server_requests_under_way", "Requests in progress.", registry=registry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         path = scope["path"] if scope["path"] in self._paths else OTHER
-        began, status = time.perf_counter(), "none"  # a client that left before the response began
+        began, status = time.perf_counter(), "none"  # remains if the client disconnects before the response begins
 
-        async def noted(message: Message) -> None:
+        async def send_and_note_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
             await send(message)
 
-        with self._under_way.track_inprogress():
+        with self._running.track_inprogress():
             try:
-                await self._app(scope, receive, noted)
+                await self._app(scope, receive, send_and_note_status)
             except Exception:
                 status = "500"
                 raise

@@ -1,4 +1,4 @@
-"""What a server allows, checked once when it is made. Knows neither HTTP nor models."""
+"""The limits and defaults of a server."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from ..text.settings import is_count, require_focus, require_mode
 
 @dataclass(frozen=True, slots=True)
 class ServingOptions:
-    """Limits of a server.
+    """Limits and defaults of a server.
 
     Attributes:
-        mode: of requests that name none; ``None`` for the model's own.
-        focus: of requests that name none: a number of documents to keep, ``None`` for all, "auto" for the model's own.
-        max_concurrency: requests that are read and answered at once; further ones are refused with 429.
-        max_body_bytes: longest body of a request.
-        max_documents: most documents of one request.
-        timeout: seconds until a request is given up, the reading of its body included.
-        metrics: whether ``GET /metrics`` shows counts to Prometheus; to all who may ask, whatever their namespace.
+        mode: mode of requests that do not set one. ``None`` uses the model's own.
+        focus: focus of requests that do not set one: a number of documents to keep, ``None`` for all documents, or
+            "auto" for the model's own number.
+        max_concurrency: number of requests in progress at once. Further ones are rejected with status 429.
+        max_body_bytes: maximum size of a request's body.
+        max_documents: maximum number of documents in a request.
+        timeout: seconds after which a request is cancelled, including the time to read its body.
+        metrics: whether ``GET /metrics`` serves Prometheus metrics, to all clients with access in any namespace.
     """
 
     mode: ModeChoice | None = None
@@ -33,7 +34,7 @@ class ServingOptions:
     metrics: bool = False
 
     def __post_init__(self) -> None:
-        """Raise InvalidInputError for a value that is not allowed."""
+        """Raise InvalidInputError if a value is not allowed."""
         if self.mode is not None:
             require_mode(self.mode)
         require_focus(self.focus)

@@ -1,4 +1,4 @@
-"""Answers as OpenAI's clients read them, whole or in pieces, with a ``kvfusion`` object besides. Plain data alone."""
+"""Answers in OpenAI's format, complete or streamed, with an additional ``kvfusion`` object."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from ..schema import Answer, Source
@@ -15,60 +14,57 @@ LAST_EVENT = b"data: [DONE]\n\n"
 
 
 def event(data: object) -> bytes:
-    """One server-sent event; in ASCII, so no text can end it or fail to be sent."""
+    """Return one server-sent event. In ASCII, no text can end the event or fail to be encoded."""
     return f"data: {json.dumps(data, allow_nan=False)}\n\n".encode("ascii")
 
 
-def sources(found: Sequence[Source]) -> list[dict[str, Any]]:
-    """Where each document's keys and values came from, whether it was read, and its part in the answer if asked for.
+def source_list(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    """Return the sources as JSON data, without metadata and without attribution unless it was requested."""
+    return [_source(source.to_dict()) for source in sources]
 
-    Its metadata is not sent back.
-    """
-    return [
-        {
-            **{"id": s.id, "title": s.title, "origin": s.origin, "tokens": s.tokens, "duplicate_of": s.duplicate_of},
-            **{"used": s.used, "focus_score": s.focus_score},
-            **{name: value for name in ("attention", "effect") if (value := getattr(s, name)) is not None},
-        }
-        for s in found
-    ]
+
+def _source(data: dict[str, Any]) -> dict[str, Any]:
+    unset = {name for name in ("attention", "effect") if data[name] is None}
+    return {name: value for name, value in data.items() if name not in {"metadata", *unset}}
 
 
 class Completion:
-    """One completion under its id: the objects that tell of it."""
+    """The JSON objects of one completion, which all have its id."""
 
     def __init__(self, model: str) -> None:
-        self._facts = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
+        """Return the complete answer as one object."""
         message = {"role": "assistant", "content": answer.text}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
         return {
-            **self._facts,
+            **self._common,
             "object": "chat.completion",
             "choices": [choice],
             "usage": _usage(answer),
-            "kvfusion": _facts(answer),
+            "kvfusion": _extension(answer),
         }
 
     def first(self) -> dict[str, Any]:
-        """The chunk that begins a stream."""
+        """Return the first chunk of a stream, which has the role but no text."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def piece(self, text: str) -> dict[str, Any]:
+        """Return a chunk with one piece of the answer."""
         return self._chunk({"content": text})
 
     def last(self, answer: Answer) -> dict[str, Any]:
-        """The last chunk with a choice: why the answer ended, and what it was made of."""
-        return {**self._chunk({}, answer.finish_reason), "kvfusion": _facts(answer)}
+        """Return the chunk behind the last piece, with the finish reason and the ``kvfusion`` object."""
+        return {**self._chunk({}, answer.finish_reason), "kvfusion": _extension(answer)}
 
     def usage(self, answer: Answer) -> dict[str, Any]:
-        """The chunk of token counts, without a choice, that a client may ask for."""
-        return {**self._facts, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
+        """Return the final chunk with token counts, which is sent if the client requested it."""
+        return {**self._common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
 
     def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._facts, "object": "chat.completion.chunk", "choices": [choice]}
+        return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
 
 
 def _usage(answer: Answer) -> dict[str, Any]:
@@ -81,11 +77,9 @@ def _usage(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _facts(answer: Answer) -> dict[str, Any]:
+def _extension(answer: Answer) -> dict[str, Any]:
+    data = answer.to_dict()
     return {
-        "mode": answer.mode,
-        "cited_text": answer.cited_text,
-        "sources": sources(answer.sources),
-        "citations": [asdict(citation) for citation in answer.citations],
-        "timings": asdict(answer.timings),
+        **{name: data[name] for name in ("mode", "cited_text", "citations", "timings")},
+        "sources": source_list(answer.sources),
     }

@@ -1,7 +1,4 @@
-"""Running an app: the socket it listens on, who may be let near it, and its end on a signal.
-
-Everything here is uvicorn's but for what it leaves to its user. Knows no requests.
-"""
+"""Runs an app in uvicorn: opens its socket, checks that it is protected, and stops on a signal."""
 
 from __future__ import annotations
 
@@ -18,23 +15,23 @@ from fastapi import FastAPI
 from ..errors import InvalidInputError, KVFusionError
 from .access import Access
 
-SHUTDOWN_SECONDS = 30  # that requests under way have to end on their own
+SHUTDOWN_SECONDS = 30  # time for requests in progress to finish
 
 
 def require_guarded(host: str, access: Access) -> None:
-    """Raise InvalidInputError where other machines could ask without an API key."""
+    """Raise InvalidInputError if other machines could send requests without an API key."""
     if not access.keys and not _is_loopback(host):
         raise InvalidInputError(
-            f"the host is {host!r}, which lets other machines in, but there is no API key; name one with "
-            "--api-key-env or --api-keys-file, stay on 127.0.0.1, or allow it with --allow-unauthenticated."
+            f"host is {host!r}, which other machines can reach, but there is no API key; set one with --api-key-env "
+            "or --api-keys-file, use 127.0.0.1, or pass --allow-unauthenticated."
         )
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with an address, which refuses connections until it is served; port 0 for any that is free.
+    """Return a bound socket that does not accept connections yet. Port 0 selects a free port.
 
     Raises:
-        InvalidInputError: the address is taken, or none of this machine's.
+        InvalidInputError: the address is in use, or does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family)
@@ -44,27 +41,27 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(f"the server cannot listen on {host!r}, port {port}: {reason}.") from error
+        raise InvalidInputError(f"the server cannot listen on host {host!r}, port {port}: {reason}.") from error
     return listener
 
 
 def url_of(listener: socket.socket) -> str:
-    """The address to ask at."""
+    """Return the base URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def serve(app: FastAPI, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; those under way may end, within 30 seconds.
+    """Serve requests until SIGTERM or Ctrl-C, and then give those in progress 30 seconds to finish.
 
     Args:
-        on_ready: called with the address once the first request can be answered.
+        on_ready: called with the base URL when the server accepts requests.
 
     Raises:
-        KeyboardInterrupt: it ended by Ctrl-C.
+        KeyboardInterrupt: the server was stopped with Ctrl-C.
     """
     server = _Server(app, lambda: on_ready(url_of(listener)))
-    former = signal.signal(signal.SIGTERM, server.handle_exit)  # uvicorn raises it once more in the end
+    former = signal.signal(signal.SIGTERM, server.handle_exit)  # uvicorn raises the signal again when it has stopped
     try:
         server.run(sockets=[listener])
     finally:
@@ -73,11 +70,11 @@ def serve(app: FastAPI, listener: socket.socket, on_ready: Callable[[str], None]
 
 @contextmanager
 def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """The app at an address, served from another thread until the block ends: for notebooks and tests.
+    """Serve the app from another thread until the block ends, for notebooks and tests. Yields the base URL.
 
     Raises:
-        InvalidInputError: as :func:`bind`.
-        KVFusionError: the app failed as it started.
+        InvalidInputError: see :func:`bind`.
+        KVFusionError: the app could not start.
     """
     with bind(host, port) as listener:
         ready = threading.Event()
@@ -85,7 +82,7 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Iterator
 
         def run() -> None:
             try:
-                with suppress(SystemExit):  # uvicorn's way to say that the app failed as it started
+                with suppress(SystemExit):  # raised by uvicorn if the app could not start
                     server.run([listener])
             finally:
                 ready.set()
@@ -96,7 +93,7 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Iterator
         try:
             ready.wait()
             if not server.started:
-                raise KVFusionError("the server did not start; its log says why.")
+                raise KVFusionError("the server did not start; its log contains the cause.")
             yield address
         finally:
             server.should_exit = True
@@ -104,7 +101,7 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Iterator
 
 
 class _Server(uvicorn.Server):
-    """Says when it is ready, and nothing else unless something is wrong."""
+    """A uvicorn server that logs only warnings and reports when it is ready."""
 
     def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
         super().__init__(

@@ -1,7 +1,4 @@
-"""Streams of answers over HTTP: each piece is computed in a worker thread, and sent as a server-sent event.
-
-A stream must not be closed while it computes, so whoever is cancelled waits for the piece that is being computed.
-"""
+"""Streamed answers: each piece of an answer becomes one server-sent event."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine.streaming import AnswerStream
 from ..generator import KVFusionGenerator
-from .errors import as_api_error, is_own_fault
+from .errors import as_api_error, is_server_error
 from .replies import LAST_EVENT, Completion, event
 
 logger = logging.getLogger(__name__)
@@ -25,24 +22,27 @@ T = TypeVar("T")
 
 
 async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """As ``asyncio.to_thread``, but when it is cancelled it ends no earlier than the thread's work."""
+    """Like ``asyncio.to_thread``, but a cancelled call still waits for the thread to finish.
+
+    A request must occupy its slot until its work has ended.
+    """
     work = asyncio.ensure_future(asyncio.to_thread(function, *args))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        while not work.done():  # a second cancellation changes nothing: the thread's work cannot be stopped
+        while not work.done():  # the thread cannot be stopped, so further cancellations must wait too
             with suppress(asyncio.CancelledError):
                 await asyncio.wait({work})
         if not work.cancelled():
-            work.exception()  # seen: nobody is left to tell
+            work.exception()  # mark it as retrieved, so that asyncio does not log it
         raise
 
 
 class EventStream(StreamingResponse):
-    """Sends ``events`` as they come and closes their ``stream`` with the response, however that ends."""
+    """A response that sends ``events`` and closes ``stream`` when it ends or fails."""
 
     def __init__(self, events: AsyncGenerator[bytes, None], stream: AnswerStream) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies pass each event on at once
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}  # proxies must not buffer events
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._events, self._stream = events, stream
 
@@ -50,31 +50,27 @@ class EventStream(StreamingResponse):
         try:
             async with aclosing(self._events):
                 await self.stream_response(send)
-        finally:  # events that were never begun end nothing
-            self._stream.close()
+        finally:
+            await in_thread(self._stream.close)
 
 
 async def answer_events(
     generator: KVFusionGenerator, arguments: dict[str, Any], *, include_usage: bool
 ) -> EventStream:
-    """The response that streams one answer.
+    """Return the response that streams one answer.
 
-    Its first piece is known before the response begins, so that what is wrong until then has a status of its own.
+    The first piece is computed before the response begins, so that an error until then gets its own HTTP status.
 
     Raises:
-        KVFusionError: as ``KVFusionGenerator.stream`` and its first step.
+        KVFusionError: see ``KVFusionGenerator.stream``.
     """
     stream = await in_thread(partial(generator.stream, **arguments))
     try:
-        first = await in_thread(_next_piece, stream)
-    except BaseException:  # it was cancelled, too
-        stream.close()
+        first = await anext(stream, None)
+    except BaseException:  # including cancellation
+        await in_thread(stream.close)
         raise
     return EventStream(_events(stream, first, Completion(generator.model_id), include_usage), stream)
-
-
-def _next_piece(stream: AnswerStream) -> str | None:
-    return next(stream, None)
 
 
 async def _events(
@@ -84,13 +80,13 @@ async def _events(
         yield event(completion.first())
         while piece is not None:
             yield event(completion.piece(piece))
-            piece = await in_thread(_next_piece, stream)
-        assert stream.answer is not None  # it is exhausted
+            piece = await anext(stream, None)
+        assert stream.answer is not None  # the stream is exhausted
         yield event(completion.last(stream.answer))
         if include_usage:
             yield event(completion.usage(stream.answer))
         yield LAST_EVENT
     except Exception as error:
-        if is_own_fault(error):
-            logger.exception("a stream ended early")
+        if is_server_error(error):
+            logger.exception("a stream failed")
         yield event(as_api_error(error).to_dict())

@@ -1,8 +1,9 @@
-"""Training: rows in, a tuned decoder out.
+"""Trains the answering decoder Dt on rows.
 
-Rows of questions and passages enter and a LoRA adapter (or full weights) leaves. ``examples`` encodes and packs rows,
-``loss`` is the paper's loss and distillation, ``trainer`` is the loop, ``run`` is one call for all of it. Training
-does not know where rows come from (``data``) or how answers are served.
+Rows of questions and passages enter, and a LoRA adapter or full weights leave, with the record of their training.
+``examples`` encodes rows, ``batches`` orders them, ``loss`` contains the paper's loss and distillation, ``trainer`` is
+the training loop, ``checkpoint`` saves and resumes it, and ``run`` does all in one call. The room must not know how
+rows are built or how answers are served.
 """
 
 import lazy_loader

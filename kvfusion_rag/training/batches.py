@@ -1,8 +1,7 @@
-"""Which rows a step reads together: an epoch's order, with rows on the same documents kept side by side.
+"""Orders the rows of an epoch into steps and batches, and keeps rows with the same documents together.
 
-A fused context is paid for once by all questions in a batch that share it, so groups are shuffled as wholes and cut
-only where they are larger than a batch. Pure functions on numbers of rows; knows neither texts nor tensors but
-torch's random numbers. Where no rows share documents, an epoch is a plain shuffle in slices.
+Questions in a batch that share documents share one fused cache, so groups are shuffled as wholes and split only if
+they are larger than a batch. If no rows share documents, an epoch is a plain shuffle in slices.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ Step = list[list[int]]  # batches, each of row numbers
 
 
 def epoch_steps(documents: Sequence[Hashable], *, batch_size: int, batches_per_step: int, seed: int) -> list[Step]:
-    """All steps of one epoch, over all processes; the same arguments give the same steps.
+    """Return all steps of one epoch over all processes. Equal arguments give equal steps.
 
     Args:
-        documents: for each row something that is equal where the documents are.
-        batch_size: most rows of a batch.
-        batches_per_step: full batches that a step has room for. Groups that leave room in their batches can make a
-            step of more batches, never of more rows.
-        seed: of groups' order and of the rows' order in them.
+        documents: key of each row's documents, equal for rows with the same documents.
+        batch_size: maximum rows per batch.
+        batches_per_step: full batches per step. If batches are not full, a step can have more batches, but not more
+            rows.
+        seed: seed of the order of groups and of the rows in them.
     """
     rng = torch.Generator().manual_seed(seed)
     groups: defaultdict[Hashable, list[int]] = defaultdict(list)
@@ -41,14 +40,14 @@ def epoch_steps(documents: Sequence[Hashable], *, batch_size: int, batches_per_s
 
 
 def pack(pieces: Sequence[list[int]], room: int) -> list[list[list[int]]]:
-    """Pieces, none longer than ``room``, put into bins of that room: each into the fullest one that still takes it.
+    """Pack pieces, none longer than ``room``, into bins of that size: each into the fullest bin with enough room.
 
     Bins are in the order of their first pieces.
     """
     bins: list[list[list[int]]] = []
-    with_room: defaultdict[int, list[int]] = defaultdict(list)  # numbers of the bins that have so much left
+    with_room: defaultdict[int, list[int]] = defaultdict(list)  # numbers of the bins by their free room
     for piece in pieces:
-        left = min((left for left, found in with_room.items() if found and left >= len(piece)), default=None)
+        left = min((left for left, open_bins in with_room.items() if open_bins and left >= len(piece)), default=None)
         if left is None:
             left = room
             with_room[left].append(len(bins))

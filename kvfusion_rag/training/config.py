@@ -1,4 +1,4 @@
-"""The settings of one training run, with the paper's as a named preset. Plain data."""
+"""Settings of a training run, with the paper's as a named preset. Plain data."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ class TrainingConfig:
     """How the answering decoder Dt is trained.
 
     Attributes:
-        full: train all weights of a second copy (the paper), in place of a LoRA adapter.
-        rank, alpha, dropout, targets: LoRA; ``targets`` are module names, or "all-linear".
-        loss: "answer": cross entropy on the row's answer (the paper). "distill": KL divergence on the answer's tokens,
-            from what the base model says over the gold passages only to what Dt says over all fused passages.
-        layout: "fixed": the templates of the settings. "prompt": a bare question in the model's own chat template.
-        epochs: passes over the rows; ``max_steps`` ends a run earlier.
-        batch_size: rows of one forward pass on one process.
-        accumulation: forward passes of one optimiser step.
-        learning_rate: at its highest, after ``warmup`` (share of all steps); a cosine leads it to 0.
-        evidence: train on the sentence that holds the answer too.
-        joined_share: share of rows read as one joined prompt; above 0, what is trained answers mode ``concat`` too.
-            1 is fine-tuning on joined prompts alone, the control that the paper lacks: dev rows are then answered in
-            mode ``concat``.
-        gradient_checkpointing: compute layers again in the backward pass instead of keeping their activations; the
-            steps are the same, need less memory and take longer.
-        eval_every: steps between two evaluations on the dev rows (exact match decides which checkpoint is kept).
-        seed: of the order of rows and of everything random.
+        full: whether to train all weights of a second copy (the paper) instead of a LoRA adapter.
+        rank, alpha, dropout, targets: settings of LoRA; ``targets`` are module names, or "all-linear".
+        loss: "answer" is the cross entropy of the row's answer (the paper). "distill" is the KL divergence of Dt over
+            all fused passages from the base model over the gold passages only, on the answer's tokens.
+        layout: "fixed" uses the templates of the settings, "prompt" the question in the model's own chat template.
+        epochs: passes over the rows.
+        max_steps: maximum number of steps, even if epochs are left.
+        batch_size: rows per forward pass and process.
+        accumulation: forward passes per optimiser step.
+        learning_rate: highest learning rate, reached after ``warmup`` and followed by a cosine decay to 0.
+        warmup: share of all steps.
+        evidence: whether to train on the sentence that contains the answer too.
+        joined_share: share of rows read as one joined prompt. Above 0, the trained decoder is also used in mode
+            ``concat``. With 1, it is fine-tuned on joined prompts only, the control that the paper lacks, and dev rows
+            are answered in mode ``concat``.
+        gradient_checkpointing: whether to compute layers again in the backward pass instead of keeping their
+            activations. The steps are the same, but need less memory and more time.
+        eval_every: steps between two evaluations on the dev rows; the checkpoint with the best exact match is kept.
+        seed: seed of the order of rows and of everything random.
     """
 
     full: bool = False
@@ -75,7 +77,7 @@ class TrainingConfig:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be {allowed}.")
         if self.loss == "distill" and self.evidence:
             raise InvalidInputError(
-                "evidence is true and loss is 'distill', but the base model's answers hold no evidence; set only one."
+                "evidence is true and loss is 'distill', but the base model's answers have no evidence; set only one."
             )
         if not self.weight_decay >= 0:
             raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be 0 or above.")
@@ -91,14 +93,14 @@ PRESETS: dict[str, TrainingConfig] = {
 
 
 def preset(name: str, **changes: Any) -> TrainingConfig:
-    """A named preset with changes; ``None`` values change nothing.
+    """Return a named preset with changes. None values change nothing.
 
     Raises:
-        InvalidInputError: an unknown preset or setting, or a value that is not allowed.
+        InvalidInputError: the preset or a setting is unknown, or a value is not allowed.
     """
     if name not in PRESETS:
         raise InvalidInputError(f"preset is {name!r}, but it must be one of {sorted(PRESETS)}.")
     allowed = {f.name for f in fields(TrainingConfig)}
     if unknown := sorted(changes.keys() - allowed):
-        raise InvalidInputError(f"{unknown[0]!r} is no training setting; allowed: {sorted(allowed)}.")
+        raise InvalidInputError(f"the training setting is {unknown[0]!r}, but it must be one of {sorted(allowed)}.")
     return replace(PRESETS[name], **{key: value for key, value in changes.items() if value is not None})

@@ -1,6 +1,6 @@
-"""The loss curve of a run as a picture: loss a step, and under it the exact match on the dev rows.
+"""Plots the loss of each step, and below it the exact match on the dev rows.
 
-matplotlib is the extra ``evaluation``; it is imported when a picture is drawn.
+matplotlib comes with the extra ``evaluation`` and is imported when a plot is drawn.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ SMOOTHED_OVER = 20  # steps, as an exponential moving average
 
 
 def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
-    """Draw the curve into ``path``, whose ending names the format.
+    """Draw the curve into ``path``, whose suffix decides the format.
 
     Raises:
-        InvalidInputError: the ending is unknown.
+        InvalidInputError: the suffix is unknown.
         MissingDependencyError: matplotlib is not installed.
     """
     require_plotting(path)
@@ -27,7 +27,7 @@ def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
     steps, losses = [step for step, _ in progress.losses], [loss for _, loss in progress.losses]
     axes[0].plot(steps, losses, color=COLORS[0], linewidth=0.8, alpha=0.4, label="each step")
     axes[0].plot(steps, smoothed(losses), color=COLORS[0], linewidth=1.8, label=f"mean of about {SMOOTHED_OVER} steps")
-    axes[0].set_ylabel("loss, nats a token")
+    axes[0].set_ylabel("loss, nats per token")
     axes[0].legend(frameon=False, fontsize=9)
     if progress.scores:
         axes[1].plot(*zip(*progress.scores, strict=True), color=COLORS[1], marker="o", markersize=4)
@@ -38,6 +38,6 @@ def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Exponential moving average that starts at the first value."""
+    """Return the exponential moving average, starting at the first value."""
     share = 2 / (SMOOTHED_OVER + 1)
     return list(accumulate(values, lambda mean, value: mean + share * (value - mean)))

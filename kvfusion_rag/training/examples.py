@@ -1,7 +1,6 @@
-"""From question-answer rows to token ids: what one training step reads and what it must answer.
+"""Encodes question-answer rows as token ids and packs them into batches.
 
-Positions come from ``placing.py`` and ``positions.py``, with the encoder and settings of inference, so training and
-answering cannot disagree. Knows no weights and no optimiser.
+Encoder, settings and positions are those of inference, so that training and answering agree.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..data.mining import MatchText
-from ..data.rows import QARow
+from ..data.rows import QARow, require_marked
 from ..engine.engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
 from ..model.positions import question_start
@@ -21,16 +20,21 @@ from ..text.documents import Reading
 from ..text.layouts import Layout
 from .config import Loss
 
-UNANSWERABLE = "Unanswerable"  # the paper's word for questions that no document answers
+UNANSWERABLE = "Unanswerable"  # the paper's answer to questions that the documents do not answer
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row, encoded: ``documents`` maps store keys to ids, in canonical order.
+    """An encoded row.
 
-    The model reads ``question`` from position ``start`` on and is trained on ``target``, which ends with the end
-    token. In a joined row prefix and documents stand in ``question`` and nothing is fused. ``prefix`` stands in front
-    of every document. ``base`` is what the base model reads when Dt is to learn its distribution.
+    Attributes:
+        joined: whether prefix and documents are part of ``question`` instead of being fused.
+        documents: ids of the documents by store key, in canonical order.
+        question: ids that are read before the answer.
+        target: ids that are trained, the end token last.
+        start: position of the first id of ``question``.
+        prefix: ids in front of every document.
+        base: the example that the base model reads if Dt learns its distribution.
     """
 
     joined: bool
@@ -43,7 +47,7 @@ class Example:
 
     @property
     def read(self) -> tuple[int, ...]:
-        """Ids that go into the decoder: the last target token is only predicted."""
+        """Ids that the decoder reads: the last target token is only predicted."""
         return self.question + self.target[:-1]
 
 
@@ -60,12 +64,12 @@ def encode_row(
     """Encode one row.
 
     Args:
-        engine: whose templates, limits and store keys are used.
-        end_id: the token that ends an answer.
-        evidence: append the sentence that holds the answer, as the paper does.
-        joined: one prompt with all documents (full attention) in place of fused ones.
+        engine: engine whose templates, limits and store keys are used.
+        end_id: id of the token that ends an answer.
+        evidence: whether to append the sentence that contains the answer, as in the paper.
+        joined: whether to use one prompt with all documents (full attention) instead of fused ones.
         loss: with "distill", the row's gold passages are encoded for the base model too.
-        read: the engine's own ``read``, or one that remembers what it has read.
+        read: replacement for the engine's ``read``, such as one with a cache.
 
     Raises:
         ContextLimitError: the row does not fit into the model's window.
@@ -74,7 +78,7 @@ def encode_row(
     documents = tuple(passage.document(str(n)) for n, passage in enumerate(row.passages, start=1))
     layout = engine.prompts.layout(row.question, None, "fusion", has_documents=bool(documents))
     reading = (read or engine.read)(documents, layout)
-    answer = (row.answers[0] if loss == "distill" else standing_answer(row)) or UNANSWERABLE
+    answer = (row.answers[0] if loss == "distill" else answer_in_gold(row)) or UNANSWERABLE
     if evidence and row.evidence:
         answer += settings.evidence_separator + row.evidence
     target = (*encoder.encode_answer(answer), end_id)
@@ -97,35 +101,31 @@ def encode_row(
 
 
 def require_answerable(row: QARow, where: str) -> None:
-    """Refuse a row that would teach the decoder to answer from nothing.
+    """Reject a row that would teach the decoder to answer without a source.
 
     Raises:
-        InvalidInputError: it has answers and no gold passage that holds one of them, or the reverse; ``where`` is
-            named.
+        InvalidInputError: the row has answers but no gold passage that contains one, or the reverse. Names ``where``.
     """
+    require_marked(row, where)
     if not row.answers:
-        if row.gold:
-            raise InvalidInputError(
-                f"{where}: answers is empty, but a passage is gold; give the answer, or unmark it."
-            )
         return
     if not row.gold:
         raise InvalidInputError(
-            f"{where}: no passage is gold, but answers is {list(row.answers)!r}; mark the passage that holds the "
-            "answer, or leave the answers out."
+            f"{where}: no passage is gold, but answers is {list(row.answers)!r}; mark the passage that contains the "
+            "answer, or remove the answers."
         )
-    if standing_answer(row) is None:
+    if answer_in_gold(row) is None:
         raise InvalidInputError(
-            f"{where}: none of the answers {list(row.answers)!r} stands in its gold passage; kvfusion build-data "
-            "leaves such rows out."
+            f"{where}: none of the answers {list(row.answers)!r} is in its gold passage; kvfusion build-data drops "
+            "such rows."
         )
 
 
 def require_trainable(row: QARow, where: str, loss: Loss) -> None:
-    """Refuse a row that nothing can be learned from by ``loss``; ``where`` is named.
+    """Reject a row that cannot be trained on with ``loss``.
 
-    Raises:
-        InvalidInputError: see ``require_answerable``; to distill, a gold passage and an answer of any wording will do.
+    Raises: InvalidInputError: see ``require_answerable``; "distill" only needs a gold passage and an answer in any
+        wording.
     """
     if loss == "answer":
         require_answerable(row, where)
@@ -136,8 +136,8 @@ def require_trainable(row: QARow, where: str, loss: Loss) -> None:
         )
 
 
-def standing_answer(row: QARow) -> str | None:
-    """The first answer that stands in a gold passage, as it is spelt or in the words of the metric."""
+def answer_in_gold(row: QARow) -> str | None:
+    """Return the first answer that is in a gold passage, in its spelling or normalised, or None."""
     texts = [(passage.text, MatchText.of(passage.text)) for passage in row.gold]
     for answer in row.answers:
         match = MatchText.of(answer)
@@ -148,12 +148,12 @@ def standing_answer(row: QARow) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples of one forward pass; those with the same documents stand in one row, one question after the other.
+    """Examples of one forward pass. Examples with the same documents share a batch row, one question after the other.
 
     Attributes:
-        groups: the examples of each of the R rows.
-        ids, positions, labels: right-padded, each (R, Q); labels are -100 where nothing is trained.
-        question_of: (R, Q), the place in its group of the example that a token belongs to, -1 for pads.
+        groups: examples of each of the B batch rows.
+        ids, positions, labels: (B, Q) each, padded on the right; labels are -100 for tokens that are not trained.
+        question_of: (B, Q), index in its group of the example that a token belongs to, -1 for padding.
     """
 
     groups: Sequence[Sequence[Example]]
@@ -164,17 +164,17 @@ class Batch:
 
     @property
     def used(self) -> torch.Tensor:
-        """(R, Q), 1 where a token is real."""
+        """(B, Q), 1 for tokens and 0 for padding."""
         return (self.question_of >= 0).long()
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds more than one question, so that a plain causal mask will not do."""
+        """Whether a batch row has more than one question, which a plain causal mask does not separate."""
         return any(len(group) > 1 for group in self.groups)
 
 
 def group_by_documents(examples: Sequence[Example]) -> list[list[Example]]:
-    """Fused examples with the same documents together, in order of first appearance; all others alone."""
+    """Group fused examples with the same documents, in order of first appearance; others stay single."""
     groups: dict[object, list[Example]] = {}
     for number, example in enumerate(examples):
         groups.setdefault(tuple(example.documents) or number, []).append(example)
@@ -182,7 +182,7 @@ def group_by_documents(examples: Sequence[Example]) -> list[list[Example]]:
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Pack and pad examples; label i is the token that follows ids i, for target tokens alone."""
+    """Pack and pad examples. Label i is the token after ids i, only for target tokens."""
     groups = group_by_documents(examples)
     longest = max(sum(len(example.read) for example in group) for group in groups)
     ids, positions = (torch.zeros(len(groups), longest, dtype=torch.long) for _ in range(2))
@@ -196,14 +196,14 @@ def collate(examples: Sequence[Example]) -> Batch:
             question_of[row, start:end] = number
             labels[row, start + len(example.question) - 1 : end] = torch.tensor(example.target)
             start = end
-        positions[row, start:] = positions[row, start - 1]  # pads stand at a position that the model knows
+        positions[row, start:] = positions[row, start - 1]  # a valid position for padding
     return Batch(groups, ids, positions, question_of, labels)
 
 
 def encode_rows(
     rows: Sequence[QARow], encode: Callable[[QARow], Example]
 ) -> tuple[list[Example], list[tuple[QARow, str]]]:
-    """All rows that fit, and those that do not with the reason."""
+    """Return all rows that fit, encoded, and the others with the reason."""
     examples: list[Example] = []
     left_out: list[tuple[QARow, str]] = []
     for row in rows:

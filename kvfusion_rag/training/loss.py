@@ -1,8 +1,9 @@
-"""The losses of KV-Fusion: next-token loss on the answer, given the question and the fused cache (paper section 3.2),
-or the divergence from what the base model says over the gold passages only.
+"""The losses of KV-Fusion: cross entropy of the answer, given question and fused cache (paper section 3.2), or the
+divergence from the base model over the gold passages only.
 
-The documents' keys and values come from the frozen prefill decoder Dp and carry no gradient; the gradient
-reaches the answering decoder Dt alone.
+The documents' KV comes from the frozen prefill decoder Dp and has no gradient. Only the answering decoder Dt is
+trained. Shapes: B batch rows, K fused slots, Q question tokens, N kept columns of Q, A target tokens of the batch, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from ..engine.engine import Engine
 from ..errors import UnsupportedModelError
 from ..fusion.fused_cache import fuse
-from ..fusion.gate import TOLERANCE
 from ..model.kv import DocumentKV
 from ..model.positions import packed_mask
+from ..model.tolerance import TOLERANCE
 from .examples import Batch, Example, collate
 
 
 def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
-    """Sum over the batch's target tokens of the negative log-likelihood, a float32 scalar with gradients.
+    """Return the negative log-likelihood summed over the batch's target tokens, a float32 scalar with gradients.
 
-    The caller divides by the number of target tokens, so that accumulated batches weigh tokens alike. Questions on
-    the same documents read one fused context; loss and gradients are those of a row for each.
+    The caller divides by the number of target tokens, so that tokens of all accumulated batches have equal weight.
+    Questions with the same documents read one fused cache; loss and gradients are those of separate rows.
 
     Args:
-        engine: its backbone prefills (and its store keeps) the documents, its decoder is trained.
+        engine: engine whose backbone prefills the documents and whose decoder is trained.
         batch: examples, fused or joined.
     """
     logits = _target_logits(engine, batch, _prefilled(engine, _members(batch)))
@@ -37,10 +38,10 @@ def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
 
 
 def distillation_loss(engine: Engine, batch: Batch) -> torch.Tensor:
-    """Sum over the batch's target tokens of KL(base || Dt) in nats, a float32 scalar with gradients.
+    """Return KL(base || Dt) in nats summed over the batch's target tokens, a float32 scalar with gradients.
 
-    The base model reads the gold passages only, Dt all passages of its row. At each token both have read the same
-    beginning of the answer.
+    The base model reads the gold passages only, Dt all passages. At each token both have read the same beginning of
+    the answer.
 
     Args:
         engine: as in :func:`fusion_loss`; the adapter is off while the base model reads.
@@ -49,7 +50,7 @@ def distillation_loss(engine: Engine, batch: Batch) -> torch.Tensor:
     members = _members(batch)
     bases = [example.base for example in members if example.base is not None]
     kvs = _prefilled(engine, [*members, *bases])
-    # The base's pass comes first: under gradient checkpointing nothing may come between Dt's two passes.
+    # The base model comes first, since gradient checkpointing allows nothing between Dt's two passes.
     expected = base_log_probabilities(engine, bases, kvs)
     found = log_softmax(_target_logits(engine, batch, kvs).float(), dim=-1)
     return kl_div(found, expected, log_target=True, reduction="sum")
@@ -59,26 +60,26 @@ def distillation_loss(engine: Engine, batch: Batch) -> torch.Tensor:
 def base_log_probabilities(
     engine: Engine, examples: Sequence[Example], kvs: Mapping[str, DocumentKV] | None = None
 ) -> torch.Tensor:
-    """Log probabilities (A, V) of the base model for the A target tokens of ``examples``, one after the other.
+    """Return the log probabilities (A, V) of the base model for the target tokens of ``examples``, in order.
 
     Args:
-        kvs: the documents' keys and values, where they are known already.
+        kvs: document KVs by key, if they are already computed.
     """
     batch = collate(examples)
     logits = _target_logits(engine, batch, kvs or _prefilled(engine, examples), tuned=False)
-    members = _members(batch)  # rows with the same documents stand side by side here
+    members = _members(batch)  # in another order, since examples with the same documents are grouped
     pieces = logits.split([len(example.target) for example in members])
     piece_of = {id(example): piece for example, piece in zip(members, pieces, strict=True)}
     return log_softmax(torch.cat([piece_of[id(example)] for example in examples]).float(), dim=-1)
 
 
 def _members(batch: Batch) -> list[Example]:
-    """The examples of ``batch`` in the order in which its target tokens stand."""
+    """Return the examples of ``batch`` in the order of their target tokens."""
     return [example for group in batch.groups for example in group]
 
 
 def _prefilled(engine: Engine, examples: Sequence[Example]) -> dict[str, DocumentKV]:
-    """Keys and values of all documents of ``examples``, by key."""
+    """Return the KVs of all documents of ``examples`` by store key."""
     kvs: dict[str, DocumentKV] = {}
     for prefix in dict.fromkeys(example.prefix for example in examples):
         documents = [example.documents for example in examples if example.prefix == prefix]
@@ -87,11 +88,11 @@ def _prefilled(engine: Engine, examples: Sequence[Example]) -> dict[str, Documen
 
 
 def _target_logits(engine: Engine, batch: Batch, kvs: Mapping[str, DocumentKV], *, tuned: bool = True) -> torch.Tensor:
-    """Logits (A, V) for all target tokens of ``batch``."""
-    trained = batch.labels != -100  # (R, Q)
-    kept = trained.any(dim=0).nonzero()[:, 0]  # a vocabulary of logits for each question token would fill the memory
+    """Return the logits (A, V) of all target tokens of ``batch``."""
+    trained = batch.labels != -100  # (B, Q)
+    kept = trained.any(dim=0).nonzero()[:, 0]  # logits of all question tokens would need too much memory
     logits = batch_logits(engine, batch, kept, kvs, tuned=tuned)
-    return logits[trained[:, kept].to(logits.device)]  # (R, N, V) -> (A, V)
+    return logits[trained[:, kept].to(logits.device)]  # (B, N, V) -> (A, V)
 
 
 def batch_logits(
@@ -102,14 +103,14 @@ def batch_logits(
     *,
     tuned: bool = True,
 ) -> torch.Tensor:
-    """Logits (R, N, V) of Dt at the columns ``kept`` (N,), over keys and values that Dp made without a gradient.
+    """Return the logits (B, N, V) of Dt at the columns ``kept`` (N,), over document KVs of Dp without gradients.
 
     Args:
-        kvs: those keys and values, where they are known already.
-        tuned: False for the base model's logits in place of Dt's.
+        kvs: document KVs by key, if they are already computed.
+        tuned: whether to use Dt; False for the base model.
     """
     kvs = _prefilled(engine, _members(batch)) if kvs is None else kvs
-    firsts = [group[0] for group in batch.groups]  # speaks for its group's documents
+    firsts = [group[0] for group in batch.groups]  # all examples of a group have its documents
     rows: list[list[DocumentKV]] = []
     for example in firsts:
         head = None if example.joined else engine.document_kvs.prefix_kv(example.prefix)
@@ -118,31 +119,31 @@ def batch_logits(
     with torch.no_grad():
         context = fuse(rows, decoder.device)
     if batch.packed or decoder.checkpoints_activations:
-        mask = packed_mask(context.mask, batch.question_of.to(decoder.device))  # (R, 1, Q, K + Q)
+        mask = packed_mask(context.mask, batch.question_of.to(decoder.device))  # (B, 1, Q, K + Q)
     else:
-        mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (R, K + Q)
+        mask = torch.cat([context.mask, batch.used.to(decoder.device)], dim=1)  # (B, K + Q)
     ids, positions, kept = (part.to(decoder.device) for part in (batch.ids, batch.positions, kept))
     return decoder.training_logits(ids, positions, mask, context.cache, kept, tuned=tuned)
 
 
 @torch.inference_mode()
 def checkpoint_exactly(engine: Engine, example: Example) -> None:
-    """Turn gradient checkpointing of Dt on, and measure on ``example`` that it still reads the fused cache.
+    """Turn on gradient checkpointing of Dt, and check on ``example`` that it still reads the fused cache.
 
     Raises:
-        UnsupportedModelError: it does not, so layers of this architecture do not hand the cache on.
+        UnsupportedModelError: layers of this architecture do not pass on the cache.
     """
     decoder, batch = engine.decoder, collate([example])
-    everywhere = torch.arange(batch.ids.shape[1])
+    columns = torch.arange(batch.ids.shape[1])
     allowed = TOLERANCE[decoder.dtype]
-    expected = batch_logits(engine, batch, everywhere).float()
+    expected = batch_logits(engine, batch, columns).float()
     decoder.checkpoint_activations()
     try:
-        found = batch_logits(engine, batch, everywhere).float()
+        found = batch_logits(engine, batch, columns).float()
         error = float((found - expected).norm() / expected.norm())
         cause = f"logits have a relative error of {error:.1e}, allowed {allowed:.0e}"
     except torch.OutOfMemoryError:
-        raise  # says nothing about the architecture
+        raise  # not a property of the architecture
     except (ValueError, TypeError, RuntimeError, AttributeError) as failure:
         error, cause = float("nan"), f"its layers fail ({failure})"
     if not error <= allowed:  # NaN fails

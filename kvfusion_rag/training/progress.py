@@ -1,4 +1,4 @@
-"""What a run has done so far, and its loss curve as a file. Plain data."""
+"""The progress of a run, and its loss curve as a file. Plain data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ Series = list[tuple[int, float]]  # step, value
 
 @dataclass(slots=True)
 class Progress:
-    """Steps made, and by step: losses (nats a token), learning rates, seconds since the start, dev exact match (%).
+    """Number of steps, and values by step.
 
-    A run that is taken up again goes on counting seconds where it had stopped.
+    Attributes:
+        losses: nats per token.
+        seconds: seconds since the start; a resumed run continues the count.
+        scores: exact match (%) on the dev rows.
     """
 
     step: int = 0
@@ -29,27 +32,26 @@ class Progress:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Back from ``asdict`` by way of JSON."""
+        """Return the progress that was saved with ``asdict`` as JSON."""
         names = ("losses", "learning_rates", "seconds", "scores")
         return cls(data["step"], *([(step, value) for step, value in data[name]] for name in names))
 
     @property
     def best(self) -> float | None:
-        """The highest dev exact match so far, in %."""
+        """Highest exact match (%) on the dev rows so far."""
         return max((score for _, score in self.scores), default=None)
 
     @property
     def best_step(self) -> int | None:
-        """The first step that had it: the decoder in ``best/`` is that step's."""
+        """First step with the best exact match, whose decoder is in ``best/``."""
         return next((step for step, score in self.scores if score == self.best), None)
 
     @property
     def elapsed(self) -> float:
-        """Seconds up to the last step."""
+        """Seconds until the last step."""
         return self.seconds[-1][1] if self.seconds else 0.0
 
-    def note(self, loss: float, learning_rate: float, seconds: float) -> None:
-        """One step more."""
+    def add_step(self, loss: float, learning_rate: float, seconds: float) -> None:
         self.step += 1
         self.losses.append((self.step, loss))
         self.learning_rates.append((self.step, learning_rate))
@@ -57,7 +59,7 @@ class Progress:
 
 
 def write_losses(folder: Path, progress: Progress) -> None:
-    """The curve as ``losses.json``: lists of equal length, and the dev scores."""
+    """Write the curve as ``losses.json``: lists of equal length, and the dev scores."""
     curve = {
         "steps": [step for step, _ in progress.losses],
         "losses_nats_per_token": [loss for _, loss in progress.losses],
@@ -66,6 +68,6 @@ def write_losses(folder: Path, progress: Progress) -> None:
         "dev_exact_match_percent": [{"step": step, "value": score} for step, score in progress.scores],
         "best": {"step": progress.best_step, "value": progress.best},
     }
-    fresh = folder / f"{LOSSES}.new"
-    fresh.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-    os.replace(fresh, folder / LOSSES)
+    new = folder / f"{LOSSES}.new"
+    new.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, folder / LOSSES)

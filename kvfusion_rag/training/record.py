@@ -1,7 +1,7 @@
-"""Everything that made a decoder, as plain data beside its weights, and whether a checkpoint is of the same making.
+"""The record of how a decoder was trained, saved beside its weights, and the check that a checkpoint can be resumed.
 
-What is compared on resuming: base weights, templates, settings, rows and processes. How long a run goes on, how
-often it is evaluated and what it keeps in memory may change.
+Base weights, templates, settings, rows and processes must be the same on resuming. The length of the run, the
+frequency of evaluations and gradient checkpointing may change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import InvalidInputError, ModelLoadError
 from ..evaluation.report import run_facts
 from .config import TrainingConfig
 
-DEFAULTS = asdict(TrainingConfig())  # of settings that a record of an earlier version does not have
+DEFAULTS = asdict(TrainingConfig())  # values of settings that are missing in a record of an earlier version
 
 MAY_CHANGE = ("epochs", "max_steps", "eval_every", "gradient_checkpointing")
 
@@ -31,7 +31,7 @@ def make_record(
     processes: int,
     files: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The facts of a run that are known before its first step; ``files`` says where the rows come from."""
+    """Return the facts of a run that are known before its first step. ``files`` names the source of the rows."""
     base = engine.backbone
     return {
         "base_model": base.model_id,
@@ -49,37 +49,36 @@ def make_record(
     }
 
 
-def require_same_run(saved: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of another run.
+def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Reject the checkpoint of another run.
 
     Args:
-        saved: the checkpoint's record.
-        mine: the record of the run that is to go on from it.
+        saved: record of the checkpoint.
+        current: record of the run that would resume from it.
 
     Raises:
-        ModelLoadError: it belongs to another base model, or to the same one in another precision.
-        InvalidInputError: its rows or settings were others.
+        ModelLoadError: the checkpoint belongs to another base model, or to the same one in another precision.
+        InvalidInputError: the checkpoint has other rows or settings.
     """
-    mine = json.loads(json.dumps(mine, default=str))  # as it would be read back
-    if saved.get("base_weights") != mine["base_weights"]:
+    current = json.loads(json.dumps(current, default=str))  # as it would be read back
+    if saved.get("base_weights") != current["base_weights"]:
         raise ModelLoadError(
             f"the checkpoint belongs to another base model: it was trained on {saved.get('base_model')!r} "
-            f"({saved.get('dtype')}), and the weights of {mine['base_model']!r} ({mine['dtype']}) are others; name "
+            f"({saved.get('dtype')}), but the weights of {current['base_model']!r} ({current['dtype']}) differ; name "
             "another output folder, or the model it was trained on."
         )
     for name, shown in (("rows", "training"), ("dev", "dev")):
-        former = saved.get(name)
-        if former != mine[name]:
-            number = former.get("number") if isinstance(former, Mapping) else former
+        if saved.get(name) != current[name]:
             raise InvalidInputError(
-                f"the checkpoint was made with {number} {shown} rows, and the {mine[name]['number']} of this run are "
-                "others; name another output folder, or the same rows in the same order."
+                f"the checkpoint was made with {saved.get(name, {}).get('number')} {shown} rows, but the "
+                f"{current[name]['number']} of this run differ; name another output folder, or the same rows in the "
+                "same order."
             )
     for group in ("config", "settings", None):
-        former, present = (saved.get(group, {}), mine[group]) if group else (saved, {"processes": mine["processes"]})
+        before, now = (saved.get(group, {}), current[group]) if group else (saved, {"processes": current["processes"]})
         defaults = json.loads(json.dumps(DEFAULTS)) if group == "config" else {}
-        for name, value in present.items():
-            saved_value = former.get(name, defaults.get(name))
+        for name, value in now.items():
+            saved_value = before.get(name, defaults.get(name))
             if name not in MAY_CHANGE and saved_value != value:
                 raise InvalidInputError(
                     f"the checkpoint was made with {name} {saved_value!r}, but this run has {value!r}; only "

@@ -1,4 +1,4 @@
-"""One call from names and rows to a trained decoder: loads the models, makes the engine, runs the trainer."""
+"""Trains a decoder in one call: loads the models, builds the engine, runs the trainer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..engine.engine import Engine
 from ..errors import InvalidInputError
 from ..generator import MAX_FUSED_TOKENS
 from ..model.adapters import require_adapter_libraries
+from ..model.backbone import Backbone
 from ..model.hardware import choose_device
 from ..model.loading import load_backbone
-from ..model.location import locate_model
+from ..model.location import ModelLocation, locate_model
 from ..store import MemoryStore
 from .checkpoint import recover
 from .config import TrainingConfig
@@ -45,31 +46,32 @@ def train(
     """Train the answering decoder Dt of ``model`` on rows of documents, question and answer.
 
     Args:
-        rows: to train on; ``kvfusion build-data`` makes them.
+        rows: rows to train on, as ``kvfusion build-data`` makes them.
         output: folder for ``best/`` (an adapter, or with ``config.full`` a model), ``checkpoint/`` and
             ``losses.json``.
-        model, gguf_file: as ``KVFusionGenerator.from_pretrained`` takes them.
-        dev: rows to choose the best checkpoint by (exact match).
-        config: settings; the defaults are those of the preset "lora".
-        store_bytes: memory for document KVs, kept across epochs as far as they fit.
+        model, gguf_file: as in ``KVFusionGenerator.from_pretrained``.
+        dev: rows for choosing the best checkpoint by exact match.
+        config: settings; by default those of the preset "lora".
+        store_bytes: bytes of memory for document KVs, which are kept across epochs if they fit.
         dtype: "float32" or "bfloat16", whose weights are updated through float32 copies; by default float32 on CPU,
             else the checkpoint's own.
-        resume: go on from ``output/checkpoint`` if it is there; ``epochs`` and ``max_steps`` may then be higher.
-        files: where the rows come from, for the record in ``best/training.json``.
-        report: called after each evaluation.
+        resume: whether to resume from ``output/checkpoint`` if it exists. ``epochs`` and ``max_steps`` can then be
+            higher.
+        files: sources of the rows, for the record in ``best/training.json``.
+        report: function that is called after each evaluation.
 
     Raises:
-        InvalidInputError: no rows, or one that nothing can be learned from; the output holds a run and ``resume`` is
-            not set, or it holds one of other rows or settings.
-        ModelLoadError, UnsupportedModelError: as ``KVFusionGenerator.from_pretrained``.
-        MissingDependencyError: an adapter is to be trained, and the installed transformers and peft do not fit.
+        InvalidInputError: there are no rows or a row cannot be trained on, or the output contains a run that is not
+            to be resumed or has other rows or settings.
+        ModelLoadError, UnsupportedModelError: as in ``KVFusionGenerator.from_pretrained``.
+        MissingDependencyError: the installed transformers and peft cannot train an adapter together.
     """
     config, folder = config or TrainingConfig(), Path(output)
     if not config.full:
         require_adapter_libraries()  # before the model is loaded and rows are encoded
     processes = PartialState(cpu=choose_device(device).type == "cpu")
     if device is None and processes.num_processes > 1:
-        device = str(processes.device)  # each process has an accelerator of its own
+        device = str(processes.device)  # each process has its own accelerator
     if not rows:
         raise InvalidInputError("there are no rows to train on.")
     for row in rows:
@@ -78,51 +80,49 @@ def train(
         recover(folder / "checkpoint")
         recover(folder / "best")
     processes.wait_for_everyone()
-    _require_output(folder, resume=resume)
-    _make_folder(folder)
-    where = locate_model(model, gguf_file=gguf_file)
-    base = load_backbone(where, device=device, dtype=dtype)
-    if base.settings.positions != "uniform":
-        raise InvalidInputError(
-            f"positions is {base.settings.positions!r} in the settings of {base.model_id!r}, but training reads "
-            "documents at uniform positions."
-        )
-    decoder = load_backbone(where, device=device, dtype=dtype) if config.full else None
-    engine = Engine(
-        base,
-        base.settings,
-        store=MemoryStore(store_bytes),
-        namespace="",
-        max_fused_tokens=MAX_FUSED_TOKENS,
-        tokens_per_pass=None,
-        decoder=decoder,
-    )
+    _prepare_folder(folder, resume=resume)
+    engine = _load_engine(locate_model(model, gguf_file=gguf_file), config, device, dtype, store_bytes)
     return Trainer(engine, rows, dev, config, folder, files=files).run(resume=resume, report=report)
 
 
-def _require_output(folder: Path, *, resume: bool) -> None:
-    """Nothing of a former run may be written over."""
-    if resume and (folder / "checkpoint").exists():
-        return
+def require_uniform_positions(base: Backbone) -> None:
+    """Raise InvalidInputError if the model's settings place documents in a way that cannot be trained."""
+    if base.settings.positions != "uniform":
+        raise InvalidInputError(
+            f"positions is {base.settings.positions!r} in the settings of {base.model_id!r}, but it must be 'uniform' "
+            "for training."
+        )
+
+
+def _load_engine(
+    location: ModelLocation, config: TrainingConfig, device: str | None, dtype: str | None, store_bytes: int
+) -> Engine:
+    base = load_backbone(location, device=device, dtype=dtype)
+    require_uniform_positions(base)
+    decoder = load_backbone(location, device=device, dtype=dtype) if config.full else None
+    return Engine(
+        base, base.settings, store=MemoryStore(store_bytes), namespace="", max_fused_tokens=MAX_FUSED_TOKENS,
+        tokens_per_pass=None, decoder=decoder,
+    )  # fmt: skip
+
+
+def _prepare_folder(folder: Path, *, resume: bool) -> None:
+    """Create the output folder before training, and check that no previous run would be overwritten."""
+    name = str(folder)
     if folder.is_file():
-        raise InvalidInputError(f"{str(folder)!r} is a file, but a run is written into a folder.")
+        raise InvalidInputError(f"{name!r} is a file, but it must be a folder.")
     if (folder / "checkpoint").exists():
-        raise InvalidInputError(f"{str(folder)!r} holds a training run already; name another folder, or resume it.")
-    if (folder / "best").exists():
-        raise InvalidInputError(
-            f"{str(folder)!r} holds a trained decoder, but no checkpoint to go on from; name another folder."
-        )
-    if (folder / LOSSES).exists():
-        raise InvalidInputError(
-            f"{str(folder)!r} holds the {LOSSES} of a run, but no checkpoint to go on from; name another folder."
-        )
-
-
-def _make_folder(folder: Path) -> None:
-    """Now, so that a folder that cannot be written to costs no training."""
+        if not resume:
+            raise InvalidInputError(f"{name!r} already contains a training run; name another folder, or resume it.")
+    else:
+        for leftover in ("best", LOSSES):
+            if (folder / leftover).exists():
+                raise InvalidInputError(
+                    f"{name!r} contains {leftover} of a run, but no checkpoint to resume from; name another folder."
+                )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InvalidInputError(f"{str(folder)!r} cannot be made: {error.strerror or error}.") from error
+        raise InvalidInputError(f"{name!r} cannot be created: {error.strerror or error}.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInputError(f"{str(folder)!r} cannot be written to; name another folder.")
+        raise InvalidInputError(f"{name!r} cannot be written to; name another folder.")

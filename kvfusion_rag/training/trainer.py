@@ -1,8 +1,7 @@
-"""The training loop of the answering decoder Dt, as the paper trains it, with a LoRA adapter or in full.
+"""The training loop of the answering decoder Dt, as in the paper, with a LoRA adapter or in full.
 
-For each step: the documents' keys and values from the frozen Dp (kept in the store across epochs where they
-fit), RES, loss on the answer, update of Dt alone. Several processes share the rows of a step and sum their
-gradients. Knows rows and engines; examples, loss and checkpoints are in their own modules.
+Each step takes the documents' KV from the frozen Dp (kept in the store across epochs if they fit), computes the loss
+on the answers, and updates only Dt. Several processes share the rows of a step and sum their gradients.
 """
 
 from __future__ import annotations
@@ -44,22 +43,21 @@ EVAL_BATCH = 16
 
 
 class Trainer:
-    """One training run.
+    """One training run. It changes the engine's settings to those of the trained model.
 
     Args:
-        engine: its backbone is Dp; its decoder is Dt: the same backbone for LoRA, a second one for full training.
-        rows: to train on.
-        dev: to choose the checkpoint by; without any, the last one is kept.
+        engine: engine with Dp as its backbone and Dt as its decoder: the same backbone for LoRA, a second one for full
+            training.
+        rows: rows to train on.
+        dev: rows for choosing the checkpoint; if empty, the last one is kept.
         config: all settings.
-        output: folder that gets ``best/`` (what ``from_pretrained`` loads), ``checkpoint/`` (to go on from) and
+        output: folder for ``best/`` (which ``from_pretrained`` loads), ``checkpoint/`` (to resume) and
             ``losses.json``.
-        files: where the rows come from, for the record.
+        files: sources of the rows, for the record.
 
     Raises:
-        InvalidInputError: not one row fits into the model's window, or its precision cannot be trained in.
-        UnsupportedModelError: gradient checkpointing is asked of an architecture that would lose the fused cache.
-
-    The engine's settings become those of what is trained: its mode, and that it was trained so.
+        InvalidInputError: no row fits into the model's window, or the model cannot be trained in its precision.
+        UnsupportedModelError: the architecture loses the fused cache under gradient checkpointing.
     """
 
     def __init__(
@@ -84,10 +82,7 @@ class Trainer:
         self.weights = {n: p for n, p in engine.decoder.model.named_parameters() if p.requires_grad}
         self._masters = MasterWeights(self.weights)
         self._optimizer = torch.optim.AdamW(
-            self._masters.copies.values(),
-            lr=config.learning_rate,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
+            self._masters.copies.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay
         )
         self._plan = self._plan_steps()
         self.total_steps = len(self._plan)
@@ -100,14 +95,14 @@ class Trainer:
         self.progress = Progress()
 
     def run(self, *, resume: bool = False, report: Callable[[Progress], None] | None = None) -> Progress:
-        """Train to the end; ``report`` is called after each evaluation, on the main process.
+        """Train to the end, and call ``report`` after each evaluation on the main process.
 
-        With ``resume``, go on from ``checkpoint/`` if there is one. ``epochs`` and ``max_steps`` may then be higher
-        than before: the learning rate goes on along the longer schedule.
+        With ``resume``, continue from ``checkpoint/`` if it exists. If ``epochs`` or ``max_steps`` is higher than
+        before, the learning rate follows the longer schedule.
 
         Raises:
             ModelLoadError: the checkpoint is damaged, or belongs to another base model.
-            InvalidInputError: it belongs to other rows or settings, or is further than this run is to go.
+            InvalidInputError: the checkpoint has other rows or settings, or more steps than this run.
         """
         if resume and (self.output / "checkpoint").is_dir():
             self._load_state()
@@ -118,7 +113,7 @@ class Trainer:
             for batches, tokens in self._steps():
                 rate = float(self._schedule.get_last_lr()[0])
                 loss = self._step(batches, tokens)
-                self.progress.note(loss, rate, time.perf_counter() - began)
+                self.progress.add_step(loss, rate, time.perf_counter() - began)
                 bar.set_postfix(loss=f"{loss:.3f}")
                 bar.update()
                 if self.progress.step % self.config.eval_every == 0 or self.progress.step == self.total_steps:
@@ -130,9 +125,7 @@ class Trainer:
     def _encode(self, rows: Sequence[QARow]) -> list[Example]:
         end_id = self._engine.decoder.end_id
         if end_id is None:
-            raise InvalidInputError(
-                "the model has no end token, so its answers would never end; set the tokenizer's eos_token."
-            )
+            raise InvalidInputError("the model has no end token to end answers with; set the tokenizer's eos_token.")
         joined = torch.Generator().manual_seed(self.config.seed)
         read = _reading_once(self._engine)
 
@@ -143,31 +136,28 @@ class Trainer:
 
         examples, left_out = encode_rows(rows, encode)
         if left_out:
-            logger.warning("%d of %d rows do not fit and were left out: %s", len(left_out), len(rows), left_out[0][1])
+            logger.warning("%d of %d rows do not fit and were dropped: %s", len(left_out), len(rows), left_out[0][1])
         if not examples:
-            raise InvalidInputError(
-                f"not one of the {len(rows)} rows can be trained on; the model's window is too small."
-            )
+            raise InvalidInputError(f"none of the {len(rows)} rows fits into the model's window.")
         return examples
 
     def _prepare_decoder(self) -> None:
-        """Mark the weights to train: those of a fresh adapter, or all of a second model."""
+        """Mark the weights to train: those of a new adapter, or all of a second model."""
         decoder, config = self._engine.decoder, self.config
         if config.full == (decoder is self._engine.backbone):
             raise InvalidInputError(
-                "full training needs a decoder of its own beside the frozen prefill decoder, and LoRA needs one model "
-                "for both."
+                "full training needs a second model beside the frozen prefill decoder, and LoRA needs one model for "
+                "both."
             )
         if decoder.dtype == torch.float16:
             raise InvalidInputError(
-                "the model is in float16, whose gradients vanish without loss scaling; train in bfloat16 or float32 "
-                "(dtype)."
+                "dtype is float16, whose gradients vanish without loss scaling, but it must be bfloat16 or float32."
             )
         if config.evidence and self._engine.encoder.evidence_mark is None:
             raise InvalidInputError(
                 f"evidence_separator is {self._engine.settings.evidence_separator!r}, but the tokenizer of "
-                f"{self._engine.backbone.model_id!r} loses it, so answers could not be told from their evidence; set "
-                f"another one in {FILE_NAME}, or train without evidence."
+                f"{self._engine.backbone.model_id!r} loses it, so that answers cannot be separated from their "
+                f"evidence; set another one in {FILE_NAME}, or train without evidence."
             )
         if not config.full:
             targets = config.targets[0] if config.targets == ("all-linear",) else list(config.targets)
@@ -178,14 +168,14 @@ class Trainer:
                 decoder.add_adapter(settings)
             except ValueError as error:
                 raise InvalidInputError(
-                    f"targets is {config.targets!r}, but no adapter fits there: {' '.join(str(error).split())[:300]}"
+                    f"targets is {config.targets!r}, but peft rejects it: {' '.join(str(error).split())[:300]}"
                 ) from error
         if config.gradient_checkpointing:
             checkpoint_exactly(self._engine, self.examples[0])
         decoder.model.train()
 
     def _plan_steps(self) -> list[Step]:
-        """The rows of every step of the run, over all processes."""
+        """Return the rows of every step of the run, over all processes."""
         config = self.config
         documents = [tuple(example.documents) or number for number, example in enumerate(self.examples)]
         steps: list[Step] = []
@@ -201,15 +191,15 @@ class Trainer:
         return steps
 
     def _steps(self) -> Iterator[tuple[list[Batch], int]]:
-        """This process's batches of each step still to do, and the target tokens of all processes together."""
+        """Yield this process's batches of each remaining step, and the number of target tokens of all processes."""
         for step in self._plan[self.progress.step :]:
             mine = step[self._processes.process_index :: self._processes.num_processes]
             batches = [collate([self.examples[row] for row in rows]) for rows in mine]
             yield batches, sum(len(self.examples[row].target) for rows in step for row in rows)
 
     def _step(self, batches: list[Batch], tokens: int) -> float:
-        """One optimiser step; returns the loss in nats a token, over all processes."""
-        # Dropout draws by step and process, so that a run that was taken up again draws the same.
+        """Make one optimiser step, and return the loss in nats per token over all processes."""
+        # Dropout is seeded by step and process, so that a resumed run draws the same.
         torch.manual_seed((self.config.seed << 32) + (self.progress.step << 12) + self._processes.process_index)
         self._optimizer.zero_grad()
         total = torch.zeros((), device=self._engine.decoder.device)
@@ -221,7 +211,7 @@ class Trainer:
             total += loss.detach()
         self._sum_over_processes([total, *self._masters.gradients()])
         norm = torch.nn.utils.clip_grad_norm_(self._masters.copies.values(), self.config.max_grad_norm)
-        if not torch.isfinite(total + norm):  # nothing is updated: what was saved stays good
+        if not torch.isfinite(total + norm):
             step = self.progress.step + 1
             raise self._diverged(f"step {step} has a loss of {float(total)} and a gradient of {float(norm)}")
         self._optimizer.step()
@@ -231,8 +221,8 @@ class Trainer:
 
     def _diverged(self, what: str) -> TrainingError:
         return TrainingError(
-            f"{what}, so nothing more can be learned; go on from the last checkpoint, or start again with a "
-            f"learning_rate below {self.config.learning_rate}."
+            f"{what}, so training diverged; resume from the last checkpoint, or start again with a learning_rate "
+            f"below {self.config.learning_rate}."
         )
 
     def _sum_over_processes(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -241,19 +231,17 @@ class Trainer:
                 torch.distributed.all_reduce(tensor)
 
     def evaluate(self) -> float:
-        """Right answers (%) on the dev rows, greedy, in the mode that is trained."""
+        """Return the share of right answers (%) on the dev rows, with greedy decoding in the trained mode."""
         decoder, engine = self._engine.decoder, self._engine
         decoder.model.eval()
         right = 0
-        asked = [(row, request) for row, request in self._dev if request is not None]
-        for start in range(0, len(asked), EVAL_BATCH):
-            rows, requests = zip(*asked[start : start + EVAL_BATCH], strict=True)
+        fitting = [(row, request) for row, request in self._dev if request is not None]
+        for start in range(0, len(fitting), EVAL_BATCH):
+            rows, requests = zip(*fitting[start : start + EVAL_BATCH], strict=True)
             try:
                 answers = engine.answer_all(requests, self._dev_options)
             except UnsupportedModelError as error:
-                raise self._diverged(
-                    f"step {self.progress.step} has left weights whose logits are no numbers"
-                ) from error
+                raise self._diverged(f"after step {self.progress.step} the logits are NaN or infinite") from error
             right += sum(is_right(a.text, r.answers) for a, r in zip(answers, rows, strict=True))
         decoder.model.train()
         return 100 * right / len(self._dev)
@@ -263,7 +251,7 @@ class Trainer:
         return DecodingOptions(self._engine.max_new_tokens)
 
     def _read_dev(self, rows: Sequence[QARow]) -> list[tuple[QARow, Request | None]]:
-        """Dev rows with their requests, now, so that a row which does not fit costs nothing but its own point."""
+        """Return the dev rows with their requests, or with None for a row that does not fit."""
         found: list[tuple[QARow, Request | None]] = []
         causes: list[str] = []
         for row in rows:
@@ -279,7 +267,7 @@ class Trainer:
         return found
 
     def _checkpoint(self) -> None:
-        """Evaluate, keep the best decoder, and write the state to go on from."""
+        """Evaluate, keep the best decoder, and write the state to resume from."""
         if self._dev:
             self.progress.scores.append((self.progress.step, self.evaluate()))
         if not self._processes.is_main_process:
@@ -297,7 +285,7 @@ class Trainer:
         progress = Progress.from_dict(record["progress"])
         if progress.step > self.total_steps:
             raise InvalidInputError(
-                f"the checkpoint has made {progress.step} steps already, but this run ends after {self.total_steps}; "
+                f"the checkpoint is at step {progress.step}, but this run ends after {self.total_steps} steps; "
                 "raise epochs or max_steps."
             )
         load_state(folder, self._masters.copies, self._optimizer)
@@ -308,7 +296,7 @@ class Trainer:
 
 
 def _reading_once(engine: Engine) -> Callable[[tuple[Document, ...], Layout], Reading]:
-    """The engine's ``read`` with its last result kept, since rows that share their documents follow one another."""
+    """Return the engine's ``read`` with a cache of one result, since rows with the same documents are adjacent."""
     last: tuple[Any, Reading] | None = None
 
     def read(documents: tuple[Document, ...], layout: Layout) -> Reading:
@@ -321,8 +309,8 @@ def _reading_once(engine: Engine) -> Callable[[tuple[Document, ...], Layout], Re
 
 
 def _trained(settings: ModelSettings, config: TrainingConfig) -> ModelSettings:
-    """How a model with ``settings`` is to be used once it is trained by ``config``."""
-    limit = TUNED_MAX_NEW_TOKENS if config.layout == "fixed" else None  # in its own layout it answers as the base does
+    """Return the settings of a model with ``settings`` after training with ``config``."""
+    limit = TUNED_MAX_NEW_TOKENS if config.layout == "fixed" else None  # in the chat template, the base model's limit
     return replace(
         settings,
         layout=config.layout,

@@ -1,8 +1,8 @@
-"""The weights under training, updated in float32 whatever precision the model computes in.
+"""Float32 copies of the trained weights, for any precision of the model.
 
-An update that is small beside its weight is rounded away in bfloat16 (8 bits of mantissa), and so is a gradient that
-is added up there. So the optimiser works on float32 copies with float32 gradients, and the model gets their rounded
-values after each step. Weights that are float32 themselves are their own copies.
+In bfloat16 (8 bits of mantissa), small updates and accumulated gradients are rounded away. So the optimiser works on
+float32 copies with float32 gradients, and the model gets their rounded values after each step. Float32 weights are
+their own copies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class MasterWeights:
         }
 
     def take_gradients(self) -> None:
-        """Add the weights' gradients to those of their copies, and clear them; after each backward pass."""
+        """Move the weights' gradients to their copies. Call it after each backward pass."""
         for name, weight in self._weights.items():
             copy = self.copies[name]
             if copy is weight or weight.grad is None:
@@ -38,7 +38,7 @@ class MasterWeights:
             weight.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """Those of all copies, in one order; zeros where no backward pass was made, as in a process without rows."""
+        """Return the gradients of all copies in a fixed order; zeros if there was no backward pass."""
         for copy in self.copies.values():
             if copy.grad is None:
                 copy.grad = torch.zeros_like(copy)
@@ -46,7 +46,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Give the model the copies' values in its own precision; after each step."""
+        """Copy the values back into the model in its own precision. Call it after each step."""
         for name, weight in self._weights.items():
             if self.copies[name] is not weight:
                 weight.copy_(self.copies[name])

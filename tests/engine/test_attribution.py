@@ -11,12 +11,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.test_generator import DOCUMENTS
 
 from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, MemoryLimitError
 from kvfusion_rag.engine import attribution
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.positions import additive, block_mask, fused_positions
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, logits_of, random_documents
+from tests.test_generator import DOCUMENTS
 
 modes = pytest.mark.parametrize("mode", ["fusion", "concat", "ape"])
 
@@ -25,7 +26,7 @@ def dense(architecture, gen, pieces, question, answer):
     """One block-masked pass of transformers' own eager model: logits that chose the answer, and their attention."""
     network = tiny.model(architecture).requires_grad_(False)
     network.set_attn_implementation("eager")
-    prefix, lengths = list(gen._encoder.prefix_ids), [len(ids) for ids in pieces]
+    prefix, lengths = list(gen._engine.encoder.prefix_ids), [len(ids) for ids in pieces]
     asked = [*question, *answer[:-1]]
     ids = [*prefix, *(i for piece in pieces for i in piece), *asked]
     start = len(prefix) + max([gen.settings.passage_length or 0, *lengths]) if lengths else len(prefix)
@@ -52,7 +53,7 @@ def test_effects_and_attention_equal_dense_passes(architecture, seed, passage_le
     documents = [*random_documents(rng, most=4), Document("  ", id="blank")]
     question = " ".join(rng.choices(VOCABULARY, k=4))
     answer = gen.answer(question, documents, max_new_tokens=5)
-    asked = gen._encoder.encode_question(question)
+    asked = gen._engine.encoder.encode_question(question)
     found = gen.attribute(question, documents, answer=answer)
 
     def pieces(number=None):
@@ -62,12 +63,12 @@ def test_effects_and_attention_equal_dense_passes(architecture, seed, passage_le
     logits, weights = dense(architecture, gen, pieces(), asked, answer.token_ids)
     assert found.answer == answer.text and found.mode == "fusion"
     assert found.log_probability == pytest.approx(log_probability(logits, answer.token_ids), rel=1e-3, abs=1e-4)
-    places, at = {}, len(gen._encoder.prefix_ids)
+    places, at = {}, len(gen._engine.encoder.prefix_ids)
     for ids in pieces():
         places[ids] = float(weights[at : at + len(ids)].sum())
         at += len(ids)
     for number, (document, influence) in enumerate(zip(documents, found.documents, strict=True)):
-        own = gen._encoder.encode_document(document)
+        own = gen._engine.encoder.encode_document(document)
         assert influence.attention == pytest.approx(places.get(own, 0.0), abs=1e-4)
         without, _ = dense(architecture, gen, pieces(number), asked, answer.token_ids)
         expected = log_probability(without, answer.token_ids)
@@ -96,7 +97,7 @@ def test_any_order_and_any_store_give_the_same_numbers():
     expected = None
     for seed, store in ((0, "memory"), (1, None), (2, "memory")):
         documents = random.Random(seed).sample([*DOCUMENTS, "one more document"], len(DOCUMENTS) + 1)
-        made = KVFusionGenerator(bone, store=store).attribute("who?", documents, max_new_tokens=5)
+        made = KVFusionGenerator(TorchModel(bone), store=store).attribute("who?", documents, max_new_tokens=5)
         texts = [d if isinstance(d, str) else d.text for d in documents]
         by_text = {t: (d.attention, d.effect) for t, d in zip(texts, made.documents, strict=True)}
         expected = expected or by_text
@@ -156,9 +157,9 @@ def test_a_text_can_be_judged():
     gen = tiny.generator("llama")
     for text in ("the miller", "nobody knows"):
         found = gen.attribute("who?", DOCUMENTS, answer=text)
-        ids = [*gen._encoder.encode_answer(text), gen._backbone.end_id]
+        ids = [*gen._engine.encoder.encode_answer(text), gen._engine.model.backbone.end_id]
         pieces = list(gen._engine.read(DOCUMENTS).keys.values())
-        whole, _ = dense("llama", gen, pieces, gen._encoder.encode_question("who?"), ids)
+        whole, _ = dense("llama", gen, pieces, gen._engine.encoder.encode_question("who?"), ids)
         assert found.log_probability == pytest.approx(log_probability(whole, ids), rel=1e-3)
     nothing = replace(gen.answer("who?", DOCUMENTS, max_new_tokens=1), token_ids=())
     with pytest.raises(InvalidInputError, match="no tokens"):
@@ -194,7 +195,7 @@ def test_the_document_with_the_answer_matters_most(mode, default_model):
 def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(monkeypatch):
     gen = tiny.generator("llama")
     gen.prefill(DOCUMENTS)
-    values = gen._backbone.model.model.layers[0].self_attn.v_proj.weight
+    values = gen._engine.model.backbone.model.model.layers[0].self_attn.v_proj.weight
     answer_all = gen._engine.answer_all
 
     def changed_meanwhile(requests, options):
@@ -202,14 +203,14 @@ def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(
             values.mul_(-1)
         return answer_all(requests, options)
 
-    gen._gatherer._answer_all = changed_meanwhile
+    gen._queue._answer_all = changed_meanwhile
     late = gen.answer("who?", DOCUMENTS, attribution="effects", max_new_tokens=3)
     text = late.text
-    after = KVFusionGenerator(gen._backbone, store=None).attribute("who?", DOCUMENTS, answer=late)
+    after = KVFusionGenerator(gen._engine.model, store=None).attribute("who?", DOCUMENTS, answer=late)
     assert [s.effect for s in late.sources] == [d.effect for d in after.documents]
     with torch.no_grad():
         values.mul_(-1)
-    fresh = KVFusionGenerator(gen._backbone, store=None).attribute("who?", DOCUMENTS, answer=text or "the mill")
+    fresh = KVFusionGenerator(gen._engine.model, store=None).attribute("who?", DOCUMENTS, answer=text or "the mill")
     assert gen.attribute("who?", DOCUMENTS, answer=text or "the mill").documents == fresh.documents
 
 

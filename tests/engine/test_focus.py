@@ -34,13 +34,13 @@ def scores(answer) -> dict[str, float | None]:
 def test_the_score_is_the_log_probability_in_one_ordinary_pass(architecture):
     gen, documents = generator(architecture), made_documents(4)
     found = scores(gen.answer(QUESTION, documents, focus=1, max_new_tokens=1))
-    encoder = gen._encoder
+    encoder = gen._engine.encoder
     ids, lead = scored_question(encoder.plain, QUESTION)
     assert encoder.plain.encode(LEAD, continues=True) == list(ids[:lead])
     for document in documents:
         before = [*encoder.prefix_ids, *encoder.encode_document(document)]
         with torch.inference_mode():
-            logits = gen._backbone.model(torch.tensor([[*before, *ids]])).logits[0].log_softmax(-1)
+            logits = gen._engine.model.backbone.model(torch.tensor([[*before, *ids]])).logits[0].log_softmax(-1)
         at = range(len(before) + lead - 1, len(before) + len(ids) - 1)
         expected = sum(float(logits[i, token]) for i, token in zip(at, ids[lead:], strict=True))
         assert found[document.id] == pytest.approx(expected, rel=1e-4)

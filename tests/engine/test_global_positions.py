@@ -8,15 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
-from tests.test_generator import DOCUMENTS
 
 from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator
 from kvfusion_rag.data.rows import Passage, QARow
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.positions import block_mask, global_starts
 from kvfusion_rag.store import MemoryStore
 from kvfusion_rag.text.settings import ModelSettings
 from kvfusion_rag.training import train
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, logits_of, random_documents
+from tests.test_generator import DOCUMENTS
 
 
 def test_documents_stand_one_after_another_and_the_question_behind_them():
@@ -32,7 +33,7 @@ def test_answers_equal_one_block_masked_pass_at_these_positions(architecture, se
     gen = tiny.generator(architecture, prefix=prefix, positions="global", passage_length=100)
     documents, question = random_documents(rng, most=4), " ".join(rng.choices(VOCABULARY, k=4))
     steps, ids = logits_of(gen, question, documents)
-    encoder = gen._encoder
+    encoder = gen._engine.encoder
     pieces = list(dict.fromkeys(p for d in gen._engine.read(documents).documents for p in d.pieces))
     asked = [*encoder.encode_question(question), *ids[:-1]]
     row = [*encoder.prefix_ids, *(i for piece in pieces for i in piece), *asked]
@@ -84,7 +85,7 @@ def test_only_the_document_right_after_the_prefix_is_looked_for_in_the_store():
         s.origin for s in first.sources
     ] and again.token_ids == first.token_ids
     assert len(store) == len(DOCUMENTS) + 1  # the prefix too
-    alone = KVFusionGenerator(tiny.backbone("llama"), store=None).with_settings(positions="global")
+    alone = KVFusionGenerator(TorchModel(tiny.backbone("llama")), store=None).with_settings(positions="global")
     assert alone.answer("who?", DOCUMENTS, max_new_tokens=6).token_ids == first.token_ids
 
 

@@ -26,11 +26,13 @@ from kvfusion_rag import (
     MemoryStore,
     OverloadError,
 )
-from kvfusion_rag.engine.limits import is_out_of_memory
-from kvfusion_rag.engine.requests import MAX_BATCH, MAX_ROW_TOKENS, MOST_FOREIGN, Batch, Placed, Request, batches
-from kvfusion_rag.fusion.decode import Question
+from kvfusion_rag.engine.modes import AnswerMode, PlacedDocument
+from kvfusion_rag.engine.requests import MAX_BATCH, MAX_FOREIGN, MAX_ROW_TOKENS, Batch, Request, batches
 from kvfusion_rag.fusion.fused_cache import BufferPool, FusedBuffer, FusedLayer
+from kvfusion_rag.fusion.interface import Question
+from kvfusion_rag.fusion.memory import is_out_of_memory
 from kvfusion_rag.fusion.sampling import DecodingOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.model.kv import DocumentKV, KVShape
 from kvfusion_rag.text.documents import Reading
@@ -49,7 +51,7 @@ def documents(rng: random.Random, count: int) -> list[Document]:
 def batch_sizes(gen: KVFusionGenerator, monkeypatch) -> list[tuple[int, int]]:
     """(questions, rows) of every batch from now on."""
     seen = []
-    start = gen._engine.start
+    start = gen._engine.runner.start
 
     def noted(batch, *args):
         seen.append((len(batch.requests), len(batch.rows)))
@@ -87,13 +89,13 @@ def test_a_batch_over_shuffled_documents_has_the_same_bits(dtype):
     rows = [documents(rng, 6)] * 3 + [documents(rng, 3)]
     found = []
     for _ in range(4):
-        gen = KVFusionGenerator(bone, store=MemoryStore())
+        gen = KVFusionGenerator(TorchModel(bone), store=MemoryStore())
         options, logits = DecodingOptions(4), []
         rows = [rng.sample(row, len(row)) for row in rows]
         requests = [gen._engine.request(f"who has {n} sacks?", row, None, None, options) for n, row in enumerate(rows)]
-        (batch,) = gen._engine.batches(requests)
-        run = gen._engine.start(batch, options)
-        for _ in gen._engine.decode(run, options, on_logits=logits.append):
+        (batch,) = gen._engine.runner.batches(requests)
+        run = gen._engine.runner.start(batch, options)
+        for _ in gen._engine.runner.decode(run, options, on_logits=logits.append):
             pass
         found.append(logits)
     assert all(torch.equal(a, b) for logits in found[1:] for a, b in zip(found[0], logits, strict=True))
@@ -112,7 +114,7 @@ def test_joined_prompts_and_attentions_that_know_padding_alone_get_rows_of_their
     gen, rows = generator("llama"), documents(random.Random(6), 3)
     sizes = batch_sizes(gen, monkeypatch)
     gen.answer_batch(["who?", "where?"], [rows, rows], mode="concat", max_new_tokens=1)
-    gen._backbone.attention = "flash_attention_2"
+    gen._engine.model.backbone.attention = "flash_attention_2"
     gen.answer_batch(["who?", "where?"], [rows, rows], max_new_tokens=1)
     assert sizes == [(2, 2), (2, 2)]
 
@@ -122,9 +124,10 @@ def test_joined_prompts_and_attentions_that_know_padding_alone_get_rows_of_their
 
 def request(keys: str, question_tokens: int = 4, size: int = 10) -> Request:
     """Over one document of ``size`` tokens for each letter."""
-    pieces = tuple(Placed(key, tuple(range(size)), 0) for key in sorted(keys))
+    pieces = tuple(PlacedDocument(key, tuple(range(size)), 0) for key in sorted(keys))
     layout = FixedLayout((1, 2), tuple(range(question_tokens)), None)
-    return Request(Reading((), {}), Question(layout.question, size), "fusion", pieces, layout, "")
+    mode = AnswerMode("fusion", tuned=True)
+    return Request(Reading((), {}), Question(layout.question, size), mode, pieces, layout, "", "")
 
 
 wanted = st.lists(
@@ -145,7 +148,7 @@ def test_batches_hold_every_question_once_with_its_documents_and_stay_in_bounds(
             own = [{piece.key for piece in batch.requests[n].fused} for n in row.members]
             assert row.pieces.keys() == set().union(*own)
             assert row.tokens == 10 * len(row.pieces)
-            assert all(row.tokens - 10 * len(keys) <= MOST_FOREIGN * row.tokens for keys in own)
+            assert all(row.tokens - 10 * len(keys) <= MAX_FOREIGN * row.tokens for keys in own)
             assert list(row.pieces) == sorted(row.pieces)
         assert batch.has_foreign == any(
             {p.key for p in batch.requests[n].fused} != row.pieces.keys() for row in batch.rows for n in row.members
@@ -216,7 +219,7 @@ def test_memory_goes_from_one_fused_context_to_the_next():
 def test_memory_made_in_inference_mode_serves_outside_of_it():
     gen = generator("llama")
     expected = gen.answer("who?", ["the old mill"], max_new_tokens=3).token_ids
-    gen._engine._pool.clear()
+    gen._engine.model._pool.clear()
     with torch.inference_mode():
         gen.answer("who?", ["the old mill"], max_new_tokens=3)
     assert gen.answer("who?", ["the old mill"], max_new_tokens=3).token_ids == expected
@@ -224,7 +227,7 @@ def test_memory_made_in_inference_mode_serves_outside_of_it():
 
 def test_an_answer_longer_than_its_room_is_the_same(monkeypatch):
     expected = generator("llama").answer("who?", ["the old mill"], max_new_tokens=40).token_ids
-    monkeypatch.setattr("kvfusion_rag.engine.engine.ROOM", 3)
+    monkeypatch.setattr("kvfusion_rag.engine.run.SPARE_SLOTS", 3)
     assert generator("llama").answer("who?", ["the old mill"], max_new_tokens=40).token_ids == expected
 
 
@@ -309,13 +312,13 @@ def test_the_shape_of_a_request_counts_its_own_tokens_alone():
 def gathered(gen: KVFusionGenerator) -> list[int]:
     """Questions of every batch from now on."""
     seen = []
-    answer = gen._gatherer._answer_all
+    answer = gen._queue._answer_all
 
     def noted(requests, options):
         seen.append(len(requests))
         return answer(requests, options)
 
-    gen._gatherer._answer_all = noted
+    gen._queue._answer_all = noted
     return seen
 
 
@@ -346,26 +349,26 @@ def test_other_options_and_modes_are_other_batches():
 def held(gen: KVFusionGenerator):
     """Hold the gatherer's work up: an event that it has begun, and one that lets it go on."""
     begun, go_on = threading.Event(), threading.Event()
-    answer = gen._gatherer._answer_all
+    answer = gen._queue._answer_all
 
     def waiting(requests, options):
         begun.set()
         assert go_on.wait(20)
         return answer(requests, options)
 
-    gen._gatherer._answer_all = waiting
+    gen._queue._answer_all = waiting
     return begun, go_on
 
 
 def test_too_many_that_wait_are_told_so():
     gen = generator("llama")
-    gen._gatherer._most_waiting = 3
+    gen._queue._max_waiting = 3
     begun, go_on = held(gen)
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         others = [pool.submit(gen.answer, "where?", max_new_tokens=1) for _ in range(3)]
-        until(lambda: len(gen._gatherer._waiting) == 3)
+        until(lambda: len(gen._queue._waiting) == 3)
         with pytest.raises(OverloadError, match="3 questions wait already") as caught:
             gen.answer("why?", max_new_tokens=1)
         assert "\n" not in str(caught.value)
@@ -387,8 +390,8 @@ def test_a_caller_with_an_error_does_not_take_the_others_with_it():
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         good = pool.submit(gen.answer, "where?", max_new_tokens=2)
-        bad = pool.submit(gen._gatherer.ask, [replace(request("ab"), mode="fusion", reading=None)], DecodingOptions(2))
-        until(lambda: len(gen._gatherer._waiting) == 2)
+        bad = pool.submit(gen._queue.ask, [replace(request("ab"), reading=None)], DecodingOptions(2))
+        until(lambda: len(gen._queue._waiting) == 2)
         go_on.set()
         assert first.result().finish_reason == "length"
         assert len(good.result().token_ids) == 2
@@ -400,7 +403,7 @@ def test_a_cancelled_task_ends_at_a_token_and_the_rest_go_on():
     gen, rows = generator("llama"), documents(random.Random(11), 3)
     expected = gen.answer("where?", rows, max_new_tokens=30).token_ids
     steps = []
-    forward = gen._backbone.forward
+    forward = gen._engine.model.backbone.forward
 
     async def cancel_one():
         loop = asyncio.get_running_loop()
@@ -412,7 +415,7 @@ def test_a_cancelled_task_ends_at_a_token_and_the_rest_go_on():
                 until(lambda: any(r.cancelled.is_set() for r in running))
             return forward(ids, *args, **kwargs)
 
-        gen._backbone.forward = counted
+        gen._engine.model.backbone.forward = counted
         requests = gen._engine.request
         running = []
         gen._engine.request = lambda *args, **named: (made := requests(*args, **named), running.append(made))[0]
@@ -427,7 +430,7 @@ def test_a_cancelled_task_ends_at_a_token_and_the_rest_go_on():
 def test_an_interrupted_caller_leaves_the_others_to_be_answered():
     gen = generator("llama")
     begun, go_on = held(gen)
-    answer = gen._gatherer._answer_all
+    answer = gen._queue._answer_all
     interrupted = []
 
     def interrupt_once(requests, options):
@@ -438,26 +441,26 @@ def test_an_interrupted_caller_leaves_the_others_to_be_answered():
             raise KeyboardInterrupt
         return answer(requests, options)
 
-    gen._gatherer._answer_all = interrupt_once
+    gen._queue._answer_all = interrupt_once
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         second = pool.submit(gen.answer, "where?", max_new_tokens=2)
-        until(lambda: len(gen._gatherer._waiting) == 1)
+        until(lambda: len(gen._queue._waiting) == 1)
         go_on.set()
         with pytest.raises(KeyboardInterrupt):
             first.result()
         assert len(second.result().token_ids) == 2
-    assert not gen._gatherer._waiting
+    assert not gen._queue._waiting
 
 
 def test_without_gathering_everyone_is_answered_alone():
-    gen = KVFusionGenerator(backbone("llama"), store=None, gather=False)
-    with_it = KVFusionGenerator(backbone("llama"), store=None)
+    gen = KVFusionGenerator(TorchModel(backbone("llama")), store=None, gather=False)
+    with_it = KVFusionGenerator(TorchModel(backbone("llama")), store=None)
     expected = with_it.answer("who?", ["the old mill"], max_new_tokens=3).token_ids
     assert gen.answer("who?", ["the old mill"], max_new_tokens=3).token_ids == expected
     assert asyncio.run(gen.aanswer("who?", ["the old mill"], max_new_tokens=3)).token_ids == expected
-    assert gen.with_settings(max_new_tokens=3)._gatherer is None
+    assert gen.with_settings(max_new_tokens=3)._queue is None
 
 
 def test_a_question_without_documents_does_not_spoil_others_in_mode_ape():
@@ -484,7 +487,7 @@ def test_threads_that_differ_in_torchs_threads_answer_for_each_other():
         with ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask_elsewhere).result()
         assert made.model != gen._engine.document_kvs.model
-        assert gen._gatherer.ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
+        assert gen._queue.ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
     finally:
         torch.set_num_threads(usual)
 
@@ -494,7 +497,7 @@ def test_a_request_that_waited_while_weights_changed_is_answered_with_the_new_on
     options = DecodingOptions(3)
     waiting = gen._engine.request("who?", rows, None, None, options)
     with torch.no_grad():
-        gen._backbone.model.get_input_embeddings().weight.mul_(1.5)
+        gen._engine.model.backbone.model.get_input_embeddings().weight.mul_(1.5)
     (found,) = gen._engine.answer_all([waiting], options)
     assert found.token_ids == gen.answer("who?", rows, max_new_tokens=3).token_ids
     assert {s.origin for s in found.sources} == {"computed"}
@@ -503,7 +506,7 @@ def test_a_request_that_waited_while_weights_changed_is_answered_with_the_new_on
 def test_an_interrupt_among_retries_loses_nobody():
     gen = generator("llama")
     begun, go_on = held(gen)
-    answer, calls = gen._gatherer._answer_all, []
+    answer, calls = gen._queue._answer_all, []
 
     def failing(requests, options):
         calls.append(len(requests))
@@ -513,12 +516,12 @@ def test_an_interrupt_among_retries_loses_nobody():
             raise KeyboardInterrupt
         return answer(requests, options)
 
-    gen._gatherer._answer_all = failing
+    gen._queue._answer_all = failing
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         others = [pool.submit(gen.answer, "where?", max_new_tokens=2) for _ in range(3)]
-        until(lambda: len(gen._gatherer._waiting) == 3)
+        until(lambda: len(gen._queue._waiting) == 3)
         go_on.set()
         assert first.result().token_ids
         ends = [other.exception(20) for other in others]
@@ -537,7 +540,7 @@ def test_a_callback_of_the_store_may_ask_over_the_same_documents(tmp_path, kind)
 
     mills = ["the old mill", "the river", "white doves"]
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"), on_event=on_event, load="always")
-    gen = KVFusionGenerator(backbone("llama"), store=store)
+    gen = KVFusionGenerator(TorchModel(backbone("llama")), store=store)
     if kind == "hit":
         gen.prefill(mills)
         gen.store.memory.clear()
@@ -554,7 +557,7 @@ def buffers() -> int:
 def test_a_failed_batch_is_gone_when_its_callers_are_tried_alone(monkeypatch):
     gen = generator("llama")
     answer_all, alive = gen._engine.answer_all, []
-    forward, begun, go_on = gen._backbone.forward, threading.Event(), threading.Event()
+    forward, begun, go_on = gen._engine.model.backbone.forward, threading.Event(), threading.Event()
 
     def failing(ids, *args, **options):
         begun.set()
@@ -567,15 +570,15 @@ def test_a_failed_batch_is_gone_when_its_callers_are_tried_alone(monkeypatch):
         alive.append(buffers() - before)
         return answer_all(requests, options)
 
-    monkeypatch.setattr(gen._backbone, "forward", failing)
-    gen._gatherer._answer_all = noted
+    monkeypatch.setattr(gen._engine.model.backbone, "forward", failing)
+    gen._queue._answer_all = noted
     before = buffers()
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(gen.answer, "who?", ["the old mill"], max_new_tokens=1)]
         assert begun.wait(20)
         for mill in ("the mill", "a river"):
             asked.append(pool.submit(gen.answer, "who?", [mill], max_new_tokens=1))
-        until(lambda: len(gen._gatherer._waiting) == 2)
+        until(lambda: len(gen._queue._waiting) == 2)
         go_on.set()
         assert all(one.result(20).token_ids for one in asked)
     assert alive == [0] * 4  # the first, the two together, and each of them
@@ -587,7 +590,7 @@ def test_whoever_keeps_an_error_of_memory_keeps_no_cache(monkeypatch):
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gen._backbone, "forward", full)
+    monkeypatch.setattr(gen._engine.model.backbone, "forward", full)
     before = buffers()
     try:
         gen.answer("who?", ["the old mill"], max_new_tokens=1)
@@ -616,7 +619,7 @@ def test_shortage_of_memory_is_known_by_its_kind_or_its_words(error, is_one):
 def test_answers_of_a_large_batch_have_their_room_from_the_start(monkeypatch):
     gen = generator("llama")
     monkeypatch.setattr(
-        "kvfusion_rag.engine.engine.ROOM", 32
+        "kvfusion_rag.engine.run.SPARE_SLOTS", 32
     )  # as little for each of its rows as 4096 are for many more
     monkeypatch.setattr("kvfusion_rag.fusion.fused_cache._larger", lambda *args: pytest.fail("everything moved"))
     rows = [[" ".join(VOCABULARY[n : n + 4] * 25)] for n in range(8)]
@@ -626,17 +629,17 @@ def test_answers_of_a_large_batch_have_their_room_from_the_start(monkeypatch):
 
 def test_callers_who_gave_up_do_not_count_as_waiting():
     gen = generator("llama")
-    gen._gatherer._most_waiting = 2
+    gen._queue._max_waiting = 2
     begun, go_on = held(gen)
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
-        given_up = gen._gatherer._submit([request("")] * 2, DecodingOptions(1))
+        given_up = gen._queue._submit([request("")] * 2, DecodingOptions(1))
         with pytest.raises(OverloadError):
             gen.answer("where?", max_new_tokens=1)
         given_up.cancel()
         second = pool.submit(gen.answer, "where?", max_new_tokens=1)
-        until(lambda: len(gen._gatherer._waiting) == 1)
+        until(lambda: len(gen._queue._waiting) == 1)
         go_on.set()
         assert first.result().token_ids and second.result().token_ids
 
@@ -662,7 +665,7 @@ def test_a_forked_process_answers_though_its_parent_was_answering():
             signal.alarm(20)
             go_on.set()
             torch.set_num_threads(1)  # the parent's threads are gone
-            os._exit(0 if gen._gatherer._turn.acquire(blocking=False) and not gen._gatherer._waiting else 1)
+            os._exit(0 if gen._queue._turn.acquire(blocking=False) and not gen._queue._waiting else 1)
         assert os.waitpid(child, 0)[1] == 0
         go_on.set()
         first.result()

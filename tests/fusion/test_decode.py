@@ -71,7 +71,7 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_answer(temperature):
     gen = generator("llama")
     assert gen.answer("who?", ["the river"], max_new_tokens=3, temperature=temperature)
     with torch.no_grad():
-        gen._backbone.model.lm_head.weight.fill_(float("nan"))
+        gen._engine.model.backbone.model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(UnsupportedModelError, match=r"'tiny-llama' produced NaN or infinite logits in"):
         gen.answer("who?", ["the river"], max_new_tokens=3, temperature=temperature)
 

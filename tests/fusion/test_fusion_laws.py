@@ -15,6 +15,7 @@ from kvfusion_rag.fusion.fused_cache import fuse
 from kvfusion_rag.fusion.gate import run_gate
 from kvfusion_rag.fusion.prefill import prefill, prefill_prefix
 from kvfusion_rag.fusion.sampling import DecodingOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.positions import block_mask, fused_positions, question_start
 from kvfusion_rag.store import MemoryStore
 
@@ -105,10 +106,10 @@ def logits_of(gen, question, documents, max_new_tokens=5):
     kept: list[torch.Tensor] = []
     options = DecodingOptions(max_new_tokens)
     request = gen._engine.request(question, documents, None, None, options)
-    run = gen._engine.start(Batch.of(request), options)
-    for _ in gen._engine.decode(run, options, on_logits=kept.append):
+    run = gen._engine.runner.start(Batch.of(request), options)
+    for _ in gen._engine.runner.decode(run, options, on_logits=kept.append):
         pass
-    return torch.cat(kept), run.rows[0].ids
+    return torch.cat(kept), run.answers[0].ids
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,7 @@ def logits_of(gen, question, documents, max_new_tokens=5):
 def test_any_order_gives_the_same_bits_with_any_store(architecture, dtype):
     """At least 200 cases of numbers, lengths and duplicates; the store holds nothing, some or all of the documents."""
     bone = backbone(architecture, dtype)
-    storing, storeless = (KVFusionGenerator(bone, store=store) for store in (MemoryStore(), None))
+    storing, storeless = (KVFusionGenerator(TorchModel(bone), store=store) for store in (MemoryStore(), None))
     rng = random.Random(7)
     for case in range(70):
         documents = random_documents(rng)
@@ -140,17 +141,17 @@ def test_one_document_greedy_equals_plain_generate_on_the_joined_prompt(architec
         document, question = random_documents(rng, most=1)[0], " ".join(rng.choices(VOCABULARY, k=6))
         answer = gen.answer(question, [document], max_new_tokens=8)
         ids = [
-            *gen._encoder.prefix_ids,
-            *gen._encoder.encode_document(document),
-            *gen._encoder.encode_question(question),
+            *gen._engine.encoder.prefix_ids,
+            *gen._engine.encoder.encode_document(document),
+            *gen._engine.encoder.encode_question(question),
         ]
         tok = tokenizer("byte-bpe")
-        plain = gen._backbone.model.generate(
+        plain = gen._engine.model.backbone.model.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             max_new_tokens=8,
             do_sample=False,
-            eos_token_id=sorted(gen._backbone.end_ids),
+            eos_token_id=sorted(gen._engine.model.backbone.end_ids),
             pad_token_id=tok.pad_token_id,
         )
         assert list(answer.token_ids) == plain[0, len(ids) :].tolist()

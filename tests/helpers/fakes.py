@@ -7,13 +7,15 @@ arguments as early as the real one does. It can be held at any step, or made to 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvfusion_rag import (
     Answer,
+    AnswerStream,
     Attribution,
     Citation,
     Document,
@@ -210,34 +212,26 @@ class RecordingGenerator:
         return tuple(sources)
 
 
-class RecordingStream:
-    """The pieces of one answer; `answer` is known once they are exhausted."""
+class RecordingStream(AnswerStream):
+    """A real stream over the pieces of a fake generator."""
 
     def __init__(self, generator: RecordingGenerator, call: Call) -> None:
-        self.answer: Answer | None = None
-        self.closed = False
-        self._generator = generator
-        self._call = call
-        self._given = 0
+        super().__init__(_pieces(generator, call), threading.Event())
 
-    def __iter__(self) -> Iterator[str]:
-        return self
+    @property
+    def closed(self) -> bool:
+        """Whether the work has ended, which is later than the request to end it while a piece is computed."""
+        return inspect.getgeneratorstate(self._pieces) == inspect.GEN_CLOSED
 
-    def __next__(self) -> str:
-        self._generator.step()
-        error, pieces = self._generator.error, self._generator.pieces
-        if error is not None and self._given == self._generator.fail_after:
-            raise error
-        if self.closed:
-            raise StopIteration
-        if self._given == len(pieces):
-            self.answer = self._generator.answer_to(self._call)
-            raise StopIteration
-        self._given += 1
-        return pieces[self._given - 1]
 
-    def close(self) -> None:
-        self.closed = True
+def _pieces(generator: RecordingGenerator, call: Call) -> Generator[str | Answer, None, None]:
+    for number, piece in enumerate([*generator.pieces, None]):
+        generator.step()
+        if generator.error is not None and number == generator.fail_after:
+            raise generator.error
+        if piece is not None:
+            yield piece
+    yield generator.answer_to(call)
 
 
 def _citations(text: str, sources: Sequence[Source], call: Call) -> Iterator[Citation]:

@@ -43,6 +43,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.generator import KVFusionGenerator
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.schema import ModeChoice
@@ -205,13 +206,13 @@ def generator(
 ) -> KVFusionGenerator:
     made = ModelSettings(**{"mode": "fusion", **settings}) if settings else None
     kept = MemoryStore() if store == "memory" else store
-    return KVFusionGenerator(backbone(architecture, dtype, tokens=tokens, settings=made), store=kept)
+    return KVFusionGenerator(TorchModel(backbone(architecture, dtype, tokens=tokens, settings=made)), store=kept)
 
 
 def untuned(mode: ModeChoice = "auto", **changes) -> KVFusionGenerator:
     """A random model that reads the caller's prompt in its chat template; ``changes`` are those of ``model``."""
     settings = replace(default_settings(tokenizer("byte-bpe")), mode=mode)
-    return KVFusionGenerator(backbone("llama", settings=settings, **changes), store=MemoryStore())
+    return KVFusionGenerator(TorchModel(backbone("llama", settings=settings, **changes)), store=MemoryStore())
 
 
 def save(
@@ -231,7 +232,7 @@ def speaker(answer: str, **settings) -> KVFusionGenerator:
     tok = tokenizer("byte-bpe")
     made = replace(default_settings(tok), **settings)
     return KVFusionGenerator(
-        Backbone(_speaking_model(answer), tok, made, model_id="tiny-speaker"), store=MemoryStore()
+        TorchModel(Backbone(_speaking_model(answer), tok, made, model_id="tiny-speaker")), store=MemoryStore()
     )
 
 

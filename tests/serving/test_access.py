@@ -1,4 +1,4 @@
-"""Who may ask: keys, tenants, names of the server, and web pages."""
+"""Access control: keys, namespaces, host names and web pages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ from contextlib import asynccontextmanager
 import pytest
 import tiny
 from fakes import RecordingGenerator
+from serving_client import CHAT, client_of, request
 
-from kvfusion_rag import InvalidInputError, KVFusionError
+from kvfusion_rag import InvalidInputError, KVFusionError, KVFusionGenerator
 from kvfusion_rag.serving import Access, bind, create_app, read_keys, require_guarded, running
-from tests.serving.test_serving import CHAT, client_of, request
 
 KEY, OTHER = "key-of-the-first-tenant", "key-of-the-other-tenant"
+
+
+@pytest.fixture(scope="module")
+def tenants() -> KVFusionGenerator:
+    return tiny.generator()
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -36,7 +41,7 @@ def bearer(key: str) -> dict[str, str]:
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, "/v1/documents", "/v1/models", "/openapi.json", "/no/such/path"])
-def test_without_a_right_key_nothing_is_answered(headers, path):
+def test_requests_without_a_valid_key_are_rejected(headers, path):
     generator = RecordingGenerator()
     client = client_of(generator, Access({KEY: None}))
     method = client.post if path in (CHAT, "/v1/documents") else client.get
@@ -45,22 +50,21 @@ def test_without_a_right_key_nothing_is_answered(headers, path):
     assert found.json()["error"]["code"] == "invalid_api_key" and found.headers["www-authenticate"] == "Bearer"
 
 
-def test_each_of_several_keys_is_right_and_health_needs_none():
-    client = client_of(tiny.generator(), Access({KEY: None, OTHER: "b"}))
+def test_every_key_is_valid_and_health_needs_none(tenants):
+    client = client_of(tenants, Access({KEY: None, OTHER: "b"}))
     assert [client.get("/v1/models", headers=bearer(key)).status_code for key in (KEY, OTHER)] == [200, 200]
     assert client.get("/v1/models", headers={"authorization": f"bearer  {KEY}"}).status_code == 200
     assert client.get("/health").status_code == 200
 
 
-def test_tenants_have_documents_of_their_own():
-    generator = tiny.generator()
-    client = client_of(generator, Access({KEY: "a", OTHER: "b"}))
+def test_each_namespace_has_its_own_documents(tenants):
+    client = client_of(tenants, Access({KEY: "a", OTHER: "b"}))
     documents = {"documents": ["the river runs past an old mill"]}
     assert client.post("/v1/documents", json=documents, headers=bearer(KEY)).json()["data"][0]["origin"] == "computed"
-    asked = {**request(**documents, max_tokens=1), "model": generator.model_id}
+    body = request(**documents, max_tokens=1, model=tenants.model_id)
 
     def origin(key: str) -> str:
-        return client.post(CHAT, json=asked, headers=bearer(key)).json()["kvfusion"]["sources"][0]["origin"]
+        return client.post(CHAT, json=body, headers=bearer(key)).json()["kvfusion"]["sources"][0]["origin"]
 
     assert origin(OTHER) == "computed" and origin(KEY) == "memory"
     assert client.post("/v1/documents/forget", json=documents, headers=bearer(OTHER)).json()["removed"] == 1
@@ -73,7 +77,7 @@ def test_tenants_have_documents_of_their_own():
         ("localhost:8000", 200),
         ("127.0.0.1", 200),
         ("[::1]:8000", 200),
-        ("192.168.0.7:8000", 200),  # an address is no name that a page's DNS leads here
+        ("192.168.0.7:8000", 200),  # DNS rebinding needs a name
         ("rebound.example:8000", 403),
         ("localhost.rebound.example", 403),
         ("127.0.0.1.rebound.example", 403),
@@ -83,16 +87,15 @@ def test_tenants_have_documents_of_their_own():
         ("rag.internal", 403),
     ],
 )
-def test_a_server_without_keys_answers_to_its_own_names_alone(host, status):
+def test_server_without_keys_accepts_only_its_own_host_names(host, status):
     generator = RecordingGenerator()
     found = client_of(generator).post(CHAT, json=request(), headers={"host": host})
     assert found.status_code == status and len(generator.calls) == (status == 200)
 
 
-def test_further_names_are_allowed_by_name_and_keys_make_them_needless():
-    assert client_of(RecordingGenerator(), Access(hosts=["Rag.internal"])).get(
-        "/health", headers={"host": "rag.internal"}
-    )
+def test_host_names_can_be_allowed_and_keys_make_this_unnecessary():
+    keyless = client_of(RecordingGenerator(), Access(hosts=["Rag.internal"]))
+    assert keyless.get("/health", headers={"host": "rag.internal"}).status_code == 200
     named = client_of(RecordingGenerator(), Access({KEY: None}, hosts=["rag.internal"]))
     keyed = client_of(RecordingGenerator(), Access({KEY: None}))
     for client, host, status in [(named, "rag.internal", 200), (named, "x.example", 403), (keyed, "x.example", 200)]:
@@ -100,9 +103,9 @@ def test_further_names_are_allowed_by_name_and_keys_make_them_needless():
 
 
 @pytest.mark.parametrize("origin", ["https://page.example", "http://localhost:3000", "null"])
-def test_web_pages_are_not_answered_unless_their_origin_is_named(origin):
+def test_web_pages_are_rejected_unless_their_origin_is_allowed(origin):
     generator = RecordingGenerator()
-    # What a form or a script can send without asking first:
+    # A form or a script can send this request without a preflight request:
     simple = {"origin": origin, "content-type": "text/plain"}
     found = client_of(generator).post(CHAT, content=json.dumps(request()), headers=simple)
     assert found.status_code == 403 and generator.calls == []
@@ -116,7 +119,7 @@ def test_web_pages_are_not_answered_unless_their_origin_is_named(origin):
     assert named.post(CHAT, json=request(), headers={"origin": "https://other.example"}).status_code == 403
 
 
-def test_a_body_that_is_not_sent_as_json_is_not_read():
+def test_body_with_another_content_type_is_rejected():
     generator = RecordingGenerator()
     for headers in ({"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
         found = client_of(generator).post(CHAT, content=json.dumps(request()), headers=headers)
@@ -127,13 +130,13 @@ def test_a_body_that_is_not_sent_as_json_is_not_read():
 @pytest.mark.parametrize(
     "key", ["short", "x" * 15, "with blanks in the midst", "ключ-из-других-букв", "line\nbreak-in-a-key"]
 )
-def test_weak_and_unsendable_keys_are_refused_without_being_repeated(key):
-    with pytest.raises(InvalidInputError, match="openssl rand") as refused:
+def test_weak_and_invalid_keys_are_rejected_without_quoting_them(key):
+    with pytest.raises(InvalidInputError, match="openssl rand") as rejected:
         Access({key: None})
-    assert key not in str(refused.value)
+    assert key not in str(rejected.value)
 
 
-def test_keys_are_in_no_representation():
+def test_repr_does_not_contain_keys():
     assert KEY not in repr(Access({KEY: "a"}))
 
 
@@ -146,31 +149,29 @@ def test_keys_are_read_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", f'["{KEY}"]', f'{{"{KEY}": 7}}', "[" * 100_000, "{", f'"{KEY}"'])
-def test_a_file_without_keys_is_refused_without_being_repeated(tmp_path, text):
+def test_file_without_keys_is_rejected_without_quoting_it(tmp_path, text):
     path = tmp_path / "keys.json"
     path.write_text(text)
-    with pytest.raises(InvalidInputError, match=r"keys\.json") as refused:
+    with pytest.raises(InvalidInputError, match=r"keys\.json") as rejected:
         read_keys(path)
-    assert KEY not in str(refused.value)
+    assert KEY not in str(rejected.value)
     with pytest.raises(InvalidInputError, match="No such file"):
         read_keys(tmp_path / "absent.json")
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "rag.internal", ""])
-def test_other_machines_are_let_in_with_a_key_alone(host):
+def test_public_host_needs_a_key(host):
     with pytest.raises(InvalidInputError, match="no API key"):
         require_guarded(host, Access())
     require_guarded(host, Access({KEY: None}))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
-def test_this_machine_needs_no_key(host):
+def test_loopback_host_needs_no_key(host):
     require_guarded(host, Access())
 
 
-def test_an_address_that_is_taken_is_said():
-    from kvfusion_rag.serving import create_app
-
+def test_address_in_use_raises_an_error():
     with running(create_app(RecordingGenerator())) as url:  # type: ignore[arg-type]
         port = int(url.rpartition(":")[2])
         with pytest.raises(InvalidInputError, match=f"port {port}: Address already in use"):
@@ -181,12 +182,12 @@ def test_an_address_that_is_taken_is_said():
 
 
 @pytest.mark.parametrize("name", ["hosts", "origins"])
-def test_one_string_is_no_list_of_names(name):
+def test_string_instead_of_a_list_is_rejected(name):
     with pytest.raises(InvalidInputError, match=f"{name} is 'https://app.example'"):
         Access(**{name: "https://app.example"})
 
 
-def test_an_app_that_fails_as_it_starts_does_not_hang():
+def test_app_that_fails_to_start_does_not_hang():
     app = create_app(RecordingGenerator())  # type: ignore[arg-type]
 
     @asynccontextmanager

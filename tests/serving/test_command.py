@@ -1,4 +1,4 @@
-"""``kvfusion serve``: what it refuses before a model is loaded, and a whole life of it as a process."""
+"""``kvfusion serve``: errors before a model is loaded, and a complete run as a process."""
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--namespace", "../up", "--port", "0"], "namespace is"),
     ],
 )
-def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, argv, message):
+def test_invalid_options_are_reported_in_one_line_before_loading(capsys, argv, message):
     assert main(["serve", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err and err.count("\n") == 1
 
 
-def test_a_short_key_is_refused_and_not_printed(capsys, monkeypatch):
+def test_short_key_is_rejected_and_not_printed(capsys, monkeypatch):
     monkeypatch.setenv("RAG_KEY", "hunter2")
     assert main(["serve", "--api-key-env", "RAG_KEY"]) == 2
     err = capsys.readouterr().err
     assert "at least 16" in err and "hunter2" not in err
 
 
-def test_a_missing_extra_names_its_command():
-    hidden = "import sys; sys.modules['uvicorn'] = None; from kvfusion_rag.cli import main; sys.exit(main(['serve']))"
-    done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 2 and 'pip install "kvfusion-rag[serve]"' in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_missing_package_is_reported_with_the_command_to_install_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "kvfusion_rag.serving")
+    assert main(["serve"]) == 2
+    err = capsys.readouterr().err
+    assert 'pip install "kvfusion-rag[serve]"' in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -68,13 +69,15 @@ def test_a_missing_extra_names_its_command():
         {"timeout": float("inf")},
     ],
 )
-def test_limits_are_checked(changes):
+def test_options_are_checked(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         ServingOptions(**changes)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, number, code):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
+def test_server_process_runs_until_a_signal(tmp_path, capsys, speaker_folder, number, code):
     keys = tmp_path / "keys.json"
     keys.write_text(json.dumps({KEY: "tenant-a"}))
     command = ["serve", "--port", "0", "--api-keys-file", str(keys), "--api-key-env", "RAG_KEY", "--metrics"]
@@ -105,11 +108,9 @@ def test_it_serves_until_it_is_told_to_stop(tmp_path, capsys, speaker_folder, nu
             assert answer["choices"][0]["message"]["content"] == "thomas grant"
             assert answer["kvfusion"]["cited_text"] == "Thomas Grant"
             other = {"authorization": "Bearer key-of-the-environment"}
-            origin = client.post("/chat/completions", json=body, headers=other).json()["kvfusion"]["sources"][0][
-                "origin"
-            ]
-            assert origin == "computed"  # its namespace is another one
-            # One more is under way when the signal comes:
+            (source,) = client.post("/chat/completions", json=body, headers=other).json()["kvfusion"]["sources"]
+            assert source["origin"] == "computed"  # this key has another namespace
+            # This request is in progress when the signal arrives:
             with client.stream(
                 "POST", "/chat/completions", json={**body, "stream": True}, headers=headers
             ) as response:

@@ -1,4 +1,4 @@
-"""One model and one store for several tenants: no tenant finds what another one has stored."""
+"""Namespaces: generators share one model and one store, but none finds documents of another namespace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kvfusion_rag import InvalidInputError
 DOCUMENTS = ["the river runs past an old mill", "two grey doves sleep"]
 
 
-def test_generators_of_two_namespaces_share_weights_and_store_but_no_documents():
+def test_namespaces_share_weights_and_store_but_not_documents():
     generator = tiny.generator()
     other = generator.with_namespace("other")
     assert other.store is generator.store
@@ -24,6 +24,6 @@ def test_generators_of_two_namespaces_share_weights_and_store_but_no_documents()
     assert {s.origin for s in generator.answer(question, DOCUMENTS, max_new_tokens=1).sources} == {"memory"}
 
 
-def test_a_namespace_that_is_no_text_is_refused():
+def test_namespace_must_be_a_string():
     with pytest.raises(InvalidInputError, match="namespace"):
         tiny.generator().with_namespace(7)  # type: ignore[arg-type]

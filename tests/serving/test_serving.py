@@ -1,39 +1,30 @@
-"""The service on a generator without a model: what a request becomes, and what its answer looks like."""
+"""The server with a fake generator: how a request reaches the generator, and what the reply contains."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import tiny
 from fakes import RecordingGenerator
+from serving_client import CHAT, client_of, events, extension, request
 from starlette.testclient import TestClient
 
-from kvfusion_rag import ContextLimitError, Document, InvalidInputError, MemoryLimitError, Message, OverloadError
-from kvfusion_rag.serving import Access, ServingOptions, create_app
-
-CHAT = "/v1/chat/completions"
-
-
-def client_of(generator: Any, access: Access | None = None, **options: Any) -> TestClient:
-    """A client on this machine, as far as the app can tell."""
-    app = create_app(generator, access=access, options=ServingOptions(**options))
-    return TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
-
-
-def request(*messages: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    return {"model": "fake/model", "messages": messages or [{"role": "user", "content": "Where?"}], **fields}
+from kvfusion_rag import (
+    ContextLimitError,
+    Document,
+    InvalidInputError,
+    KVFusionGenerator,
+    MemoryLimitError,
+    Message,
+    OverloadError,
+)
 
 
-def events(text: str) -> Iterator[dict[str, Any]]:
-    """The data of server-sent events, which have to end as OpenAI's do."""
-    *found, last, rest = text.split("\n\n")
-    assert last == "data: [DONE]" and rest == ""
-    for line in found:
-        assert line.startswith("data: ") and "\n" not in line
-        yield json.loads(line.removeprefix("data: "))
+@pytest.fixture(scope="module")
+def model() -> KVFusionGenerator:
+    """A small real model."""
+    return tiny.generator()
 
 
 @pytest.fixture
@@ -46,10 +37,10 @@ def client(generator) -> TestClient:
     return client_of(generator)
 
 
-# What is asked
+# Requests
 
 
-def test_messages_become_a_prompt_and_the_last_one_the_question(client, generator):
+def test_messages_become_the_prompt_and_the_last_message_the_question(client, generator):
     turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Yes?"), ("user", "Where is the office?")]
     found = client.post(CHAT, json=request(*({"role": role, "content": text} for role, text in turns)))
     assert found.status_code == 200
@@ -58,13 +49,13 @@ def test_messages_become_a_prompt_and_the_last_one_the_question(client, generato
     assert call.prompt == [Message(role, text) for role, text in turns]
 
 
-def test_developers_are_systems_and_text_parts_are_joined(client, generator):
+def test_developer_role_becomes_system_and_text_parts_are_joined(client, generator):
     parts = [{"type": "text", "text": "Where is "}, {"type": "text", "text": "it?"}]
     client.post(CHAT, json=request({"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts}))
     assert generator.calls[0].prompt == [Message("system", "Be brief."), Message("user", "Where is it?")]
 
 
-def test_documents_are_strings_or_objects(client, generator):
+def test_documents_may_be_strings_or_objects(client, generator):
     given = [
         "The office is in Lima.",
         {"text": "Rice.", "id": "../../etc/passwd", "title": "<b>T</b>", "metadata": {}, "score": 2},
@@ -80,7 +71,7 @@ def test_documents_are_strings_or_objects(client, generator):
     ]
 
 
-def test_options_of_decoding_are_passed_on(client, generator):
+def test_decoding_options_reach_the_generator(client, generator):
     fields = {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -107,12 +98,12 @@ def test_options_of_decoding_are_passed_on(client, generator):
         ({"max_tokens": None}, None),
     ],
 )
-def test_the_longest_answer_has_two_names(client, generator, fields, expected):
+def test_max_tokens_has_two_names(client, generator, fields, expected):
     client.post(CHAT, json=request(**fields))
     assert generator.calls[0].options["max_new_tokens"] == expected
 
 
-def test_a_mode_of_the_server_is_that_of_requests_that_name_none(generator):
+def test_server_mode_applies_to_requests_without_a_mode(generator):
     client = client_of(generator, mode="concat")
     modes = [client.post(CHAT, json=request(**fields)).json()["kvfusion"]["mode"] for fields in ({}, {"mode": "ape"})]
     assert modes == ["concat", "ape"]
@@ -120,30 +111,36 @@ def test_a_mode_of_the_server_is_that_of_requests_that_name_none(generator):
     assert generator.calls[-1].options["mode"] == "auto"
 
 
-@pytest.mark.parametrize("own", ["auto", None, 3])
-def test_a_focus_of_the_server_is_that_of_requests_that_name_none(generator, own):
-    client = client_of(generator, focus=own)
+@pytest.mark.parametrize("focus", ["auto", None, 3])
+def test_server_focus_applies_to_requests_without_a_focus(generator, focus):
+    client = client_of(generator, focus=focus)
     for fields in ({}, {"focus": None}, {"focus": "auto"}, {"focus": 2}):
         assert client.post(CHAT, json=request(**fields)).status_code == 200
-    assert [call.options["focus"] for call in generator.calls] == [own, None, "auto", 2]
+    assert [call.options["focus"] for call in generator.calls] == [focus, None, "auto", 2]
     fields = client.get("/openapi.json").json()["components"]["schemas"]["ChatRequest"]["properties"]
     assert "null keeps all" in fields["focus"]["description"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_sources_say_what_focus_left_out(stream):
-    generator = tiny.generator()
+@pytest.mark.parametrize(
+    ("option", "fields", "unset"),
+    [
+        ({"focus": 1}, ("used", "focus_score"), (True, None)),
+        ({"attribution": "effects"}, ("attention", "effect"), (None, None)),
+    ],
+    ids=["focus", "attribution"],
+)
+def test_sources_contain_focus_scores_and_attribution_if_requested(model, stream, option, fields, unset):
     documents = ["the river runs past an old mill", "two grey doves sleep", "the lamp is lit"]
-    expected = generator.answer("who?", documents, prompt=[Message("user", "who?")], focus=1, max_new_tokens=2)
-    asked = {"model": generator.model_id, "messages": [{"role": "user", "content": "who?"}], "documents": documents}
-    found = client_of(generator).post(CHAT, json={**asked, "max_tokens": 2, "focus": 1, "stream": stream})
-    facts = json.loads(found.text.split("data: ")[-2])["kvfusion"] if stream else found.json()["kvfusion"]
-    assert [(s["used"], s["focus_score"]) for s in facts["sources"]] == [
-        (source.used, source.focus_score) for source in expected.sources
+    expected = model.answer("who?", documents, prompt=[Message("user", "who?")], max_new_tokens=2, **option)
+    body = request({"role": "user", "content": "who?"}, documents=documents, max_tokens=2, model=model.model_id)
+    client = client_of(model)
+    sources = extension(client.post(CHAT, json={**body, **option, "stream": stream}).text, stream=stream)["sources"]
+    assert [tuple(s[name] for name in fields) for s in sources] == [
+        tuple(getattr(source, name) for name in fields) for source in expected.sources
     ]
-    assert [s["used"] for s in facts["sources"]].count(True) == 1
-    plain = client_of(generator).post(CHAT, json={**asked, "max_tokens": 2}).json()
-    assert {(s["used"], s["focus_score"]) for s in plain["kvfusion"]["sources"]} == {(True, None)}
+    without = client.post(CHAT, json=body).json()["kvfusion"]["sources"]
+    assert {tuple(s.get(name) for name in fields) for s in without} == {unset}
 
 
 @pytest.mark.parametrize(
@@ -156,7 +153,7 @@ def test_sources_say_what_focus_left_out(stream):
         ({"focus": 2}, {"focus": None}, None),
     ],
 )
-def test_the_model_shows_the_focus_of_requests_that_name_none(settings, options, shown):
+def test_model_object_contains_the_default_focus(settings, options, shown):
     generator = tiny.generator(**settings)
     found = client_of(generator, **options).get(f"/v1/models/{generator.model_id}").json()
     assert found["kvfusion"]["focus"] == shown
@@ -172,7 +169,7 @@ def test_the_model_shows_the_focus_of_requests_that_name_none(settings, options,
         {"stream_options": None, "stream": False, "modalities": ["text"]},
     ],
 )
-def test_fields_that_ask_for_nothing_change_nothing(client, generator, fields):
+def test_fields_without_effect_are_accepted(client, generator, fields):
     client.post(CHAT, json=request())
     assert client.post(CHAT, json=request(**fields)).status_code == 200
     assert generator.calls[1] == generator.calls[0]
@@ -187,10 +184,10 @@ def test_an_answer_can_be_sent_back_as_a_message(client, generator):
     assert generator.calls[1].prompt[1] == Message("assistant", "in lima")
 
 
-# What is answered
+# Replies
 
 
-def test_a_whole_answer(client):
+def test_complete_reply(client):
     found = client.post(CHAT, json=request(documents=[{"text": "The office is In Lima.", "id": "a"}])).json()
     assert found["object"] == "chat.completion" and found["id"].startswith("chatcmpl-")
     assert found["model"] == "fake/model"
@@ -206,15 +203,15 @@ def test_a_whole_answer(client):
     assert facts["mode"] == "fusion" and facts["cited_text"] == "In Lima"
     (source,) = facts["sources"]
     assert source == {
-        **{"id": "a", "title": None, "origin": "computed", "tokens": 5, "duplicate_of": None},
-        **{"used": True, "focus_score": None},
+        **{"id": "a", "title": None, "origin": "computed", "tokens": 5, "pieces": 1, "duplicate_of": None},
+        **{"miss": None, "used": True, "focus_score": None},
     }
     assert facts["citations"] == [{"document_id": "a", "start": 14, "end": 21, "text": "In Lima"}]
     assert facts["timings"] == {"prefill": 0.1, "first_token": 0.2, "total": 0.3}
 
 
 @pytest.mark.parametrize("include_usage", [True, False])
-def test_a_stream_tells_the_same_in_pieces(client, include_usage):
+def test_streamed_reply_contains_the_same_as_the_complete_one(client, include_usage):
     asked = request(documents=["The office is In Lima."])
     whole = client.post(CHAT, json=asked).json()
     streamed = client.post(CHAT, json={**asked, "stream": True, "stream_options": {"include_usage": include_usage}})
@@ -232,7 +229,7 @@ def test_a_stream_tells_the_same_in_pieces(client, include_usage):
     assert chunks[-1]["kvfusion"] == whole["kvfusion"] and "kvfusion" not in chunks[1]
 
 
-def test_models(client):
+def test_models_are_listed(client):
     (model,) = client.get("/v1/models").json()["data"]
     assert model["id"] == "fake/model" and model["kvfusion"]["mode"] == "fusion"
     assert client.get("/v1/models/fake/model").json() == model
@@ -240,7 +237,7 @@ def test_models(client):
 
 
 @pytest.mark.parametrize(("mode", "shown"), [(None, "fusion"), ("auto", "fusion"), ("concat", "concat")])
-def test_the_model_shows_the_mode_of_requests_that_name_none(generator, mode, shown):
+def test_model_object_contains_the_default_mode(generator, mode, shown):
     found = client_of(generator, mode=mode).get("/v1/models/fake/model").json()
     assert found["kvfusion"]["mode"] == shown
 
@@ -263,35 +260,35 @@ def test_health(client):
         (RuntimeError("in /home/me/model.py"), 500, "server_error", "internal_error"),
     ],
 )
-def test_errors_have_a_status_and_openais_form(stream, error, status, kind, code):
+def test_errors_have_a_status_and_openais_format(stream, error, status, kind, code):
     found = client_of(RecordingGenerator(error=error)).post(CHAT, json=request(stream=stream))
     assert found.status_code == status
-    told = found.json()["error"]
-    assert (told["type"], told["code"], told["param"]) == (kind, code, None)
-    assert (str(error) in told["message"]) == (code != "internal_error")
+    data = found.json()["error"]
+    assert (data["type"], data["code"], data["param"]) == (kind, code, None)
+    assert (str(error) in data["message"]) == (code != "internal_error")
     assert "/home" not in found.text and "Traceback" not in found.text
     assert ("retry-after" in found.headers) == (status == 429)
 
 
-def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
+def test_error_within_a_stream_is_its_last_event(caplog):
     generator = RecordingGenerator(error=RuntimeError("in /home/me/model.py"), fail_after=1)
     found = client_of(generator).post(CHAT, json=request(stream=True))
     *_, last, rest = found.text.split("\n\n")
     assert found.status_code == 200 and rest == ""
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
-    assert "/home" not in found.text and "/home" in caplog.text  # the log has what the client must not
+    assert "/home" not in found.text and "/home" in caplog.text  # only the log may contain the cause
     assert generator.streams[0].closed
 
 
 @pytest.mark.parametrize(
-    ("changes", "param", "said"),
+    ("changes", "param", "message"),
     [
         ({"n": 2}, "n", "not supported"),
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        ({"reasoning_effort": "low"}, "reasoning_effort", "no field"),
+        ({"reasoning_effort": "low"}, "reasoning_effort", "unknown field"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'system'"),
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages", "last"),
@@ -301,7 +298,11 @@ def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
             "messages[0].content",
             "'image_url'",
         ),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls", "no field"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            "messages[0].tool_calls",
+            "unknown field",
+        ),
         ({"documents": "one string"}, "documents", "valid list"),
         ({"documents": [7]}, "documents[0]", ""),
         ({"documents": [{"title": "no text"}]}, "documents[0].text", "missing"),
@@ -319,7 +320,7 @@ def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
         ({"chat_template_kwargs": {str(n): n for n in range(17)}}, "chat_template_kwargs", "at most 16"),
         ({"chat_template_kwargs": {"": 1}}, "chat_template_kwargs", "1 to 64"),
         ({"chat_template_kwargs": {"x" * 65: 1}}, "chat_template_kwargs", "1 to 64"),
-        ({"chat_template_kwargs": {"a": "x" * 501}}, "chat_template_kwargs", "500 at most"),
+        ({"chat_template_kwargs": {"a": "x" * 501}}, "chat_template_kwargs", "at most 500"),
         ({"chat_template_kwargs": {"a": ["nested"]}}, "chat_template_kwargs", "'a' is not a text"),
         ({"temperature": "0.5"}, "temperature", "number"),
         ({"stream": "yes"}, "stream", "boolean"),
@@ -329,113 +330,17 @@ def test_an_error_in_the_midst_of_a_stream_is_its_last_event(caplog):
         ({"model": None}, "model", "missing"),
     ],
 )
-def test_what_cannot_be_done_is_refused_with_its_place(generator, changes, param, said):
+def test_invalid_fields_are_rejected_with_their_name(generator, changes, param, message):
     found = client_of(generator, max_documents=3).post(CHAT, json={**request(), **changes})
     assert found.status_code == 400, found.text
-    told = found.json()["error"]
-    assert told["type"] == "invalid_request_error" and told["param"] == param and said in told["message"]
+    data = found.json()["error"]
+    assert data["type"] == "invalid_request_error" and data["param"] == param and message in data["message"]
     assert generator.calls == []
 
 
-def test_another_model_and_another_path_are_not_found(client):
+def test_unknown_models_and_paths_are_not_found(client):
     other = client.post(CHAT, json={**request(), "model": "gpt-4o"})
     assert (other.status_code, other.json()["error"]["code"]) == (404, "model_not_found")
     assert "'fake/model'" in other.json()["error"]["message"]
     assert client.post("/v1/embeddings", json={}).json()["error"]["type"] == "invalid_request_error"
     assert client.get(CHAT).status_code == 405
-
-
-# Attribution
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_sources_say_what_they_did_for_the_answer_when_asked(stream):
-    generator = tiny.generator()
-    documents = ["the river runs past an old mill", "two grey doves sleep"]
-    expected = generator.answer(
-        "who?", documents, prompt=[Message("user", "who?")], attribution="effects", max_new_tokens=2
-    )
-    asked = {"model": generator.model_id, "messages": [{"role": "user", "content": "who?"}], "documents": documents}
-    found = client_of(generator).post(
-        CHAT, json={**asked, "max_tokens": 2, "attribution": "effects", "stream": stream}
-    )
-    facts = json.loads(found.text.split("data: ")[-2])["kvfusion"] if stream else found.json()["kvfusion"]
-    assert [(s["attention"], s["effect"]) for s in facts["sources"]] == [
-        (source.attention, source.effect) for source in expected.sources
-    ]
-    plain = client_of(generator).post(CHAT, json={**asked, "max_tokens": 2}).json()
-    assert not {"attention", "effect"} & plain["kvfusion"]["sources"][0].keys()
-
-
-# The store
-
-
-def test_documents_are_prefilled_found_and_forgotten():
-    generator = tiny.generator()
-    client = client_of(generator)
-    documents = [{"text": f"the river number {n} runs past an old mill"} for n in range(20)]
-    found = client.post("/v1/documents", json={"documents": documents}).json()
-    assert [(s["id"], s["origin"]) for s in found["data"]] == [(str(n), "computed") for n in range(1, 21)]
-    asked = {**request(documents=documents[:3], max_tokens=2), "model": generator.model_id}
-    answer = client.post(CHAT, json=asked).json()
-    assert {s["origin"] for s in answer["kvfusion"]["sources"]} == {"memory"}
-    cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached == sum(s["tokens"] for s in answer["kvfusion"]["sources"]) > 0
-    assert client.post("/v1/documents/forget", json={"documents": documents[:2]}).json()["removed"] == 2
-    origins = [s["origin"] for s in client.post(CHAT, json=asked).json()["kvfusion"]["sources"]]
-    assert origins == ["computed", "computed", "memory"]
-
-
-def test_documents_are_prefilled_for_a_wording():
-    generator = tiny.untuned("fusion")
-    client = client_of(generator)
-    documents = [{"text": "the river runs past an old mill"}, {"text": "two grey doves sleep"}]
-    system = {"role": "system", "content": "Is it true? Be brief."}
-
-    def origins(question: str, *before: dict[str, Any]) -> set[str]:
-        asked = request(*before, {"role": "user", "content": question}, documents=documents, max_tokens=1)
-        answer = client.post(CHAT, json={**asked, "model": generator.model_id}).json()
-        return {s["origin"] for s in answer["kvfusion"]["sources"]}
-
-    wording = {"messages": [system, {"role": "user", "content": "anything"}]}
-    assert client.post("/v1/documents", json={"documents": documents, **wording}).status_code == 200
-    assert origins("who sleeps?") == {"computed"}  # without the system message
-    assert origins("who sleeps?", system) == {"memory"}
-    turns = [system, {"role": "user", "content": "who?"}, {"role": "assistant", "content": "she"}]
-    assert origins("who sleeps?", *turns) == {"memory"}
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": []}, "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "x"}] * 1001}, "messages"),
-        ({"chat_template_kwargs": {"a": {}}}, "chat_template_kwargs"),
-        ({"mode": "fusion"}, "mode"),
-    ],
-    ids=["none", "no user", "many", "nested", "unknown"],
-)
-def test_wordings_of_prefill_have_the_bounds_of_chats(client, fields, param):
-    found = client.post("/v1/documents", json={"documents": ["x"], **fields})
-    assert (found.status_code, found.json()["error"]["param"]) == (400, param)
-    assert client.post("/v1/documents/forget", json={"documents": ["x"], "messages": []}).status_code == 400
-
-
-def test_prefill_without_a_store_is_the_callers_error():
-    found = client_of(tiny.generator(store=None)).post("/v1/documents", json={"documents": ["x"]})
-    assert found.status_code == 400 and "store" in found.json()["error"]["message"]
-
-
-def test_metrics_count_requests_and_documents():
-    generator = tiny.generator()
-    client = client_of(generator, metrics=True)
-    client.post("/v1/documents", json={"documents": ["the river"]})
-    client.post("/v1/documents", json={})
-    client.get("/no/such/path")
-    lines = client.get("/metrics").text.splitlines()
-    assert 'kvfusion_server_requests_total{path="/v1/documents",status="200"} 1.0' in lines
-    assert 'kvfusion_server_requests_total{path="/v1/documents",status="400"} 1.0' in lines
-    assert 'kvfusion_server_requests_total{path="other",status="404"} 1.0' in lines
-    assert "kvfusion_store_computed_total 2.0" in lines  # the document, and the prefix in front of it
-    assert client_of(generator).get("/metrics").status_code == 404

@@ -1,6 +1,6 @@
-"""An untuned model behind the service reads a client's messages as ``apply_chat_template`` renders them.
+"""The prompt of an untuned model behind the server equals the output of ``apply_chat_template``.
 
-Answers are those of transformers' ``generate`` on the same token ids.
+Its answers equal those of transformers' ``generate`` for the same token ids.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import tiny
 from parity import NEW_TOKENS, Reader, generated, ids_of, untuned_reader
+from serving_client import CHAT, client_of, events
 
 from kvfusion_rag import Document, Message
-from tests.serving.test_serving import CHAT, client_of, events
 
 QUESTION = "who built the lighthouse?"
 TURNS = [("system", " Be kind. "), ("user", "who sleeps?"), ("assistant", "two doves"), ("user", QUESTION)]
@@ -28,7 +28,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 
 def ask(model: Reader, turns: list[tuple[str, str]], *, stream: bool = False, **fields: Any) -> dict[str, Any]:
-    """Facts of the answer, whole or streamed: mode, sources, text and the reason why it ended."""
+    """Return mode, sources, text and finish reason of a complete or streamed answer."""
     body = {
         "model": model.generator.model_id,
         "messages": [{"role": role, "content": text} for role, text in turns],
@@ -48,7 +48,7 @@ def ask(model: Reader, turns: list[tuple[str, str]], *, stream: bool = False, **
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 @pytest.mark.parametrize("turns", [TURNS, TURNS[3:], [TURNS[0], TURNS[3]]], ids=["history", "one", "system"])
-def test_messages_are_read_unchanged(model: Reader, turns: list[tuple[str, str]], stream: bool) -> None:
+def test_messages_reach_the_model_unchanged(model: Reader, turns: list[tuple[str, str]], stream: bool) -> None:
     found = ask(model, turns, stream=stream)
     ids = ids_of(turns)
     assert list(model.read[-1]) == ids
@@ -58,7 +58,7 @@ def test_messages_are_read_unchanged(model: Reader, turns: list[tuple[str, str]]
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_documents_end_the_system_message(model: Reader, stream: bool) -> None:
+def test_documents_are_appended_to_the_system_message(model: Reader, stream: bool) -> None:
     found = ask(model, TURNS, stream=stream, documents=DOCUMENTS, mode="auto")
     ids = ids_of([("system", f"{TURNS[0][1]}\n\n{SHOWN}"), *TURNS[1:]])
     assert list(model.read[-1]) == ids
@@ -70,21 +70,21 @@ def test_documents_end_the_system_message(model: Reader, stream: bool) -> None:
     assert shown.text == tiny.tokenizer("byte-bpe").decode(ids)
 
 
-def test_fused_documents_have_the_same_answer_in_any_order(model: Reader) -> None:
+def test_order_of_fused_documents_does_not_change_the_answer(model: Reader) -> None:
     first = ask(model, TURNS, documents=DOCUMENTS, mode="fusion")
     again = ask(model, TURNS, documents=DOCUMENTS[::-1], mode="fusion")
     assert (first["mode"], first["text"]) == ("fusion", again["text"])
     assert {source["origin"] for source in again["sources"]} == {"memory"}
 
 
-def test_the_model_shows_what_auto_stands_for(model: Reader) -> None:
+def test_model_object_contains_the_mode_behind_auto(model: Reader) -> None:
     (found,) = client_of(model.generator, mode="auto").get("/v1/models").json()["data"]
     assert found["kvfusion"]["mode"] == "concat"
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/documents"])
 @pytest.mark.parametrize("name", ["tokenize", "messages", "chat_template"])
-def test_variables_that_the_template_cannot_take_are_the_clients_error(model: Reader, path: str, name: str) -> None:
+def test_reserved_template_variables_are_rejected(model: Reader, path: str, name: str) -> None:
     messages = [{"role": "user", "content": QUESTION}]
     body: dict[str, Any] = {"documents": ["x"], "messages": messages, "chat_template_kwargs": {name: "x"}}
     if path == CHAT:

@@ -1,4 +1,4 @@
-"""The mode and focus that ``kvfusion doctor --measure`` found best for a model, kept between processes."""
+"""The mode and focus that ``kvfusion doctor --measure`` found best for a model, saved for later processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ..home import home
-from ..model.backbone import Backbone
 from ..schema import MODES, Mode
 
 logger = logging.getLogger(__name__)
+
+Identity = tuple[str, str, str | None]  # digest of the weights, dtype, digest of the adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,8 @@ class Measured:
     """The mode and focus in which a model answered best.
 
     Attributes:
-        focus: documents that mode "fusion" keeps; None for all.
-        focus_weight: of the retriever's standardized score, see ``ModelSettings``.
+        focus: number of documents that mode "fusion" keeps; None for all.
+        focus_weight: weight of the retriever's standardized score (``ModelSettings``).
     """
 
     mode: Mode
@@ -33,9 +34,9 @@ class Measured:
     focus_weight: float = 0.0
 
 
-def measured(backbone: Backbone, adapter: str | None) -> Measured | None:
-    """What was measured best for these weights and this adapter (its digest), or None if nothing was."""
-    file = _file(backbone, adapter)
+def measured(identity: Identity) -> Measured | None:
+    """Return what was measured best for a model, or None if nothing was measured."""
+    file = _file(identity)
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         best = Measured(found["mode"], found["focus"], float(found["focus_weight"]))
@@ -50,15 +51,15 @@ def measured(backbone: Backbone, adapter: str | None) -> Measured | None:
     return best
 
 
-def keep_measurement(backbone: Backbone, adapter: str | None, best: Measured, table: list[dict[str, Any]]) -> Path:
-    """Write what was measured best, and the measured table, atomically.
+def keep_measurement(identity: Identity, model_id: str, best: Measured, table: list[dict[str, Any]]) -> Path:
+    """Write the best mode and the measured table atomically, and return the file.
 
     Raises:
         OSError: the file cannot be written.
     """
-    file = _file(backbone, adapter)
+    file = _file(identity)
     file.parent.mkdir(parents=True, exist_ok=True)
-    record = {"model": backbone.model_id, **asdict(best), "table": table}
+    record = {"model": model_id, **asdict(best), "table": table}
     handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
@@ -70,6 +71,6 @@ def keep_measurement(backbone: Backbone, adapter: str | None, best: Measured, ta
     return file
 
 
-def _file(backbone: Backbone, adapter: str | None) -> Path:
-    facts = json.dumps([backbone.weights_digest, str(backbone.dtype), adapter])
+def _file(identity: Identity) -> Path:
+    facts = json.dumps(identity)
     return home() / "measured" / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.json"

@@ -1,4 +1,4 @@
-"""Requests under way, against a real server: how many, how large, how long, and clients that leave."""
+"""Limits on concurrency, size and time against a real server, and clients that disconnect."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import httpx
 import pytest
 import tiny
 from fakes import RecordingGenerator
+from serving_client import CHAT, request
 
 from kvfusion_rag import Answer, KVFusionGenerator, MemoryStore
 from kvfusion_rag.serving import ServingOptions, create_app, running
-from tests.serving.test_serving import CHAT, request
 
 
 class NeverAnswers(RecordingGenerator):
-    """Knows when an answer was begun, and when it was given up."""
+    """A generator whose answers begin and never end, until they are cancelled."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begun, self.given_up = threading.Event(), threading.Event()
+        self.started, self.cancelled = threading.Event(), threading.Event()
 
     async def aanswer(self, *args: Any, **kwargs: Any) -> Answer:
-        self.begun.set()
+        self.started.set()
         try:
             return await asyncio.Event().wait()  # type: ignore[return-value]
         except asyncio.CancelledError:
-            self.given_up.set()
+            self.cancelled.set()
             raise
 
 
@@ -55,15 +55,15 @@ def served(generator: Any, **options: Any) -> Iterator[httpx.Client]:
 
 
 def soon(condition: Callable[[], bool]) -> bool:
-    """Whether it comes true within a few seconds."""
+    """Whether the condition becomes true within a few seconds."""
     limit = time.monotonic() + 10
     while not (found := condition()) and time.monotonic() < limit:
         time.sleep(0.01)
     return found
 
 
-def leave_early(client: httpx.Client, body: dict[str, Any], ready: Callable[[], object]) -> None:
-    """Ask, and hang up once ``ready`` returns."""
+def disconnect_early(client: httpx.Client, body: dict[str, Any], ready: Callable[[], object]) -> None:
+    """Send a request and disconnect once ``ready`` returns."""
     data = json.dumps(body).encode()
     with connection(client) as sock:
         sock.sendall(head(len(data)) + data)
@@ -80,45 +80,45 @@ def head(length: object) -> bytes:
 
 
 def is_idle(client: httpx.Client) -> bool:
-    """Whether a request finds room; it is refused for its emptiness before a generator sees it."""
+    """Whether a slot is free. The request is invalid, so it never reaches the generator."""
     return client.post(CHAT, json={}).status_code == 400
 
 
-# How many
+# Concurrency
 
 
-def test_more_at_once_than_allowed_are_told_to_come_back():
+def test_requests_above_the_limit_are_rejected():
     generator = NeverAnswers()
     with served(generator, max_concurrency=1) as client:
         with connection(client) as sock:
             data = json.dumps(request()).encode()
             sock.sendall(head(len(data)) + data)
-            assert generator.begun.wait(10)
-            refused = client.post(CHAT, json=request())
-            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
-            assert refused.json()["error"]["type"] == "rate_limit_error"
+            assert generator.started.wait(10)
+            rejected = client.post(CHAT, json=request())
+            assert rejected.status_code == 429 and rejected.headers["retry-after"] == "1"
+            assert rejected.json()["error"]["type"] == "rate_limit_error"
             assert client.get("/health").status_code == client.get("/v1/models").status_code == 200
         assert soon(lambda: is_idle(client))
 
 
-# Who leaves
+# Disconnects
 
 
-def test_a_client_that_leaves_ends_the_work():
+def test_disconnect_cancels_the_answer():
     generator = NeverAnswers()
     with served(generator) as client:
-        leave_early(client, request(), generator.begun.wait)
-        assert generator.given_up.wait(10)
+        disconnect_early(client, request(), generator.started.wait)
+        assert generator.cancelled.wait(10)
 
 
-def test_the_model_stops_at_a_token_once_the_client_has_left():
+def test_decoding_stops_after_a_disconnect():
     backbone = tiny.backbone("llama", max_position_embeddings=100_000)
     generator = KVFusionGenerator(backbone, store=MemoryStore())
     steps: list[None] = []
     with served(generator, max_concurrency=1) as client:
         asked = {**request(max_tokens=90_000), "model": generator.model_id}
         counting = backbone.model.register_forward_hook(lambda *_: steps.append(None))
-        leave_early(client, asked, lambda: soon(lambda: len(steps) > 3))
+        disconnect_early(client, asked, lambda: soon(lambda: len(steps) > 3))
         assert soon(lambda: is_idle(client))
         short = client.post(CHAT, json={**asked, "max_tokens": 2})  # one thread answers all, so the first has ended
         counting.remove()
@@ -126,7 +126,7 @@ def test_the_model_stops_at_a_token_once_the_client_has_left():
     assert 3 < len(steps) < 20_000
 
 
-def test_a_stream_ends_when_its_reader_leaves():
+def test_stream_is_closed_after_a_disconnect():
     generator = RecordingGenerator(pieces=["word "] * 500_000)
     with served(generator) as client:
         with client.stream("POST", CHAT, json=request(stream=True)) as response:
@@ -135,28 +135,28 @@ def test_a_stream_ends_when_its_reader_leaves():
         assert len(generator.threads) < 500_000
 
 
-def test_a_place_is_free_only_once_the_piece_being_computed_is_done():
+def test_slot_is_released_only_when_the_current_piece_is_done():
     generator = RecordingGenerator(hold=threading.Event())
     with served(generator, max_concurrency=1) as client:
-        leave_early(client, request(stream=True), lambda: soon(lambda: bool(generator.threads)))
-        time.sleep(0.3)
+        disconnect_early(client, request(stream=True), lambda: soon(lambda: bool(generator.threads)))
+        time.sleep(0.1)
         assert not is_idle(client) and not generator.streams[0].closed
         generator.hold.set()
         assert soon(lambda: is_idle(client)) and generator.streams[0].closed
 
 
-# How long
+# Time
 
 
-def test_an_answer_that_takes_too_long_is_given_up():
+def test_answer_is_cancelled_after_the_timeout():
     generator = NeverAnswers()
     with served(generator, timeout=0.3, max_concurrency=1) as client:
         late = client.post(CHAT, json=request())
         assert late.status_code == 504 and late.json()["error"]["type"] == "timeout_error"
-        assert generator.given_up.wait(10) and soon(lambda: is_idle(client))
+        assert generator.cancelled.wait(10) and soon(lambda: is_idle(client))
 
 
-def test_a_stream_that_takes_too_long_ends_with_the_error():
+def test_stream_ends_with_an_error_after_the_timeout():
     generator = StallsAfterOnePiece(hold=threading.Event())
     with served(generator, timeout=0.5, max_concurrency=1) as client:
         late = client.post(CHAT, json=request(stream=True))
@@ -168,7 +168,7 @@ def test_a_stream_that_takes_too_long_ends_with_the_error():
         assert soon(lambda: is_idle(client)) and generator.streams[0].closed
 
 
-def test_a_body_that_does_not_come_is_not_waited_for():
+def test_incomplete_body_is_rejected_after_the_timeout():
     with served(RecordingGenerator(), timeout=0.3, max_concurrency=1) as client:
         with connection(client) as sock:
             sock.sendall(head(100) + b"{")
@@ -176,10 +176,10 @@ def test_a_body_that_does_not_come_is_not_waited_for():
         assert soon(lambda: is_idle(client))
 
 
-# How large
+# Size
 
 
-def test_a_body_is_measured_while_it_is_read():
+def test_body_size_is_checked_while_the_body_is_read():
     generator = RecordingGenerator()
     body = json.dumps(request(documents=["x" * 3000])).encode()
     with served(generator, max_body_bytes=len(body), max_concurrency=1) as client:
@@ -193,13 +193,13 @@ def test_a_body_is_measured_while_it_is_read():
 
 
 @pytest.mark.parametrize("length", [1 << 40, 10**30, "9" * 5000])
-def test_an_announced_body_is_refused_before_it_comes(length):
+def test_body_with_a_large_content_length_is_rejected_unread(length):
     with served(RecordingGenerator()) as client, connection(client) as sock:
         sock.sendall(head(length))
-        assert sock.recv(4096).split(b" ")[1] in (b"413", b"400")  # some numbers uvicorn itself refuses
+        assert sock.recv(4096).split(b" ")[1] in (b"413", b"400")  # uvicorn itself rejects some numbers
 
 
-def test_a_client_that_sends_more_than_allowed_reads_why():
+def test_client_with_a_large_body_receives_the_error():
     with served(RecordingGenerator(), max_body_bytes=1000, max_concurrency=1) as client:
         for content in (b" " * (20 << 20), iter([b" " * (1 << 20)] * 20)):
             found = client.post(CHAT, content=content, headers={"content-type": "application/json"})
@@ -207,7 +207,7 @@ def test_a_client_that_sends_more_than_allowed_reads_why():
 
 
 @pytest.mark.parametrize("headers", [{}, {"host": "page.example"}], ids=["too long", "not allowed"])
-def test_the_connection_of_an_endless_body_is_closed(headers):
+def test_connection_with_an_endless_body_is_closed(headers):
     def endless() -> Iterator[bytes]:
         while True:
             yield b" " * 65536

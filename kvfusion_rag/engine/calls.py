@@ -1,0 +1,125 @@
+"""Reads the arguments of a generator's calls: questions, documents and options become requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypedDict, get_args
+
+from ..errors import InvalidInputError
+from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
+from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt
+from .engine import Engine
+from .requests import Request
+
+
+class WordingKwargs(TypedDict, total=False):
+    """How a question is read.
+
+    Attributes:
+        prompt: the caller's complete wording without the documents, which models that follow instructions read instead
+            of the question: a text, or the messages of a conversation that ends with the user. ``Message.documents``
+            marks the place of the documents; by default they open the first user message.
+        mode: "fusion"; "concat" (the ordinary joined prompt in the caller's order, where the adapter only takes part
+            if it was trained on joined prompts); "ape" (training-free fusion without adapter, arXiv 2502.05431);
+            "auto" (``ModelSettings``).
+        focus: keep this many documents, those that make the question likeliest (and that the retriever scores highest,
+            if the model's ``focus_weight`` is above 0). None keeps all, as in the paper. "auto" is the model's own.
+        chat_template_kwargs: variables of the model's chat template for this call.
+    """
+
+    prompt: Prompt
+    mode: ModeChoice | None
+    focus: FocusChoice
+    chat_template_kwargs: Mapping[str, Any] | None
+
+
+class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
+    """How a question is read and answered.
+
+    Attributes:
+        attribution: measure what each document did for the answer (``Answer.sources``). "attention" takes one more
+            pass over question and answer. "effects" also measures the answer's probability without each document.
+    """
+
+    attribution: Attributed | None
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The requests of one call, with its options."""
+
+    requests: Sequence[Request]
+    decoding: DecodingOptions
+    attribution: Attributed | None
+
+    def cancel(self) -> None:
+        """End all answers at their next token."""
+        for request in self.requests:
+            request.cancelled.set()
+
+    @contextmanager
+    def cancelled_with_task(self) -> Iterator[None]:
+        """Return a context that cancels the call if its asyncio task is cancelled inside."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+
+
+def read_call(engine: Engine, question: str, documents: Sequence[Document | str], options: Mapping[str, Any]) -> Call:
+    """Encode and check one question; see :func:`read_calls`."""
+    rest = {name: value for name, value in options.items() if name != "prompt"}
+    return read_calls(engine, [question], [documents], [options.get("prompt")], rest)
+
+
+def read_calls(
+    engine: Engine,
+    questions: Sequence[str],
+    documents: Sequence[Sequence[Document | str]],
+    prompts: Sequence[Prompt] | None,
+    options: Mapping[str, Any],
+) -> Call:
+    """Encode and check questions that are answered together.
+
+    Args:
+        options: as :class:`AnswerKwargs`, without ``prompt``.
+
+    Raises:
+        InvalidInputError: a bad argument.
+        ContextLimitError: documents, question and answer are too long.
+        ControlTokenError: untrusted text would have become a control token.
+    """
+    prompts = [None for _ in questions] if prompts is None else prompts
+    if not all(isinstance(rows, Sequence) and not isinstance(rows, str) for rows in (questions, documents, prompts)):
+        raise InvalidInputError("questions, documents and prompts must be lists with one item per question.")
+    if not len(questions) == len(documents) == len(prompts):
+        raise InvalidInputError(
+            f"there are {len(questions)} questions, {len(documents)} document lists and {len(prompts)} prompts, but "
+            "their numbers must be equal."
+        )
+    wording = dict(options)
+    attribution = wording.pop("attribution", None)
+    mode, focus = wording.pop("mode", None), wording.pop("focus", "auto")
+    template_kwargs = wording.pop("chat_template_kwargs", None)
+    if unknown := sorted(wording.keys() - DecodingKwargs.__annotations__.keys()):
+        allowed = sorted(AnswerKwargs.__annotations__.keys() - {"prompt"})
+        raise InvalidInputError(f"{unknown[0]!r} is not an option; the options are {', '.join(allowed)}.")
+    decoding = decoding_options(wording, max_new_tokens=engine.max_new_tokens)
+    requests = [
+        engine.request(question, found, prompt, mode, decoding, template_kwargs, focus=focus)
+        for question, found, prompt in zip(questions, documents, prompts, strict=True)
+    ]
+    return Call(requests, decoding, attribution)
+
+
+def require_attributable(engine: Engine, attribution: object) -> None:
+    """Reject a wrong ``attribution=``, or a model that cannot measure it."""
+    if attribution is None:
+        return
+    if attribution not in get_args(Attributed):
+        raise InvalidInputError(f"attribution is {attribution!r}, but it must be 'attention', 'effects' or None.")
+    engine.require_explicit_attention()

@@ -1,0 +1,122 @@
+"""What a mode means for one model: where documents are positioned, which weights answer, with which attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..errors import ContextLimitError
+from ..fusion.interface import ApeFactors, FusionModel
+from ..model.positions import global_starts, question_start
+from ..schema import Mode
+from ..text.documents import Reading
+from ..text.settings import ModelSettings, Positions
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedDocument:
+    """Ids that are prefilled apart, at positions from ``start`` on.
+
+    Attributes:
+        key: store key of the KV.
+        stored: whether the KV goes into the store. False if its position depends on the question's other documents.
+    """
+
+    key: str
+    ids: Ids
+    start: int
+    stored: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMode:
+    """A mode with the settings that act in it. Requests of equal modes can be decoded together.
+
+    Attributes:
+        tuned: whether the adapter or the fully tuned decoder answers, if there is one.
+        positions: of fused documents.
+        passage_length: positions reserved for each document, or None for the longest document's length.
+        ape: factors of APE, or None for the model's own attention.
+        stop: strings that end an answer besides the caller's.
+    """
+
+    name: Mode
+    tuned: bool
+    positions: Positions = "uniform"
+    passage_length: int | None = None
+    ape: ApeFactors | None = None
+    stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: Mode, settings: ModelSettings, evidence_mark: str | None) -> AnswerMode:
+        """Return mode ``name`` of a model with these settings.
+
+        Args:
+            evidence_mark: text in front of the evidence, if the tuned decoder was trained to give evidence.
+        """
+        tuned = answers_tuned(name, settings)
+        return cls(
+            name,
+            tuned,
+            positions=settings.positions if name == "fusion" else "uniform",
+            passage_length=None if name == "ape" else settings.passage_length,
+            ape=ApeFactors(settings.ape_temperature, settings.ape_scale) if name == "ape" else None,
+            stop=(evidence_mark,) if tuned and evidence_mark is not None else (),
+        )
+
+    @property
+    def fuses(self) -> bool:
+        """Whether documents are prefilled apart and fused; otherwise they are part of the question's prompt."""
+        return self.name != "concat"
+
+    @property
+    def window_hint(self) -> str:
+        """Return advice for a prompt that does not fit into the context window."""
+        if not self.fuses:
+            return "; modes 'fusion' and 'ape' let documents share positions"
+        return "; with positions='uniform' documents share positions" if self.positions == "global" else ""
+
+    def place(self, reading: Reading, *, prefix_tokens: int) -> tuple[tuple[PlacedDocument, ...] | None, int]:
+        """Return the documents to prefill, in the order in which they are fused, and the question's first position.
+
+        The documents are None if the mode does not fuse.
+        """
+        if not self.fuses:
+            return None, 0
+        if self.positions == "global":
+            pieces = reading.distinct
+            *starts, end = global_starts(prefix_tokens, [len(ids) for ids in pieces.values()])
+            return tuple(_one_after_another(pieces, starts, prefix_tokens)), end
+        placed = tuple(PlacedDocument(key, ids, prefix_tokens) for key, ids in reading.keys.items())
+        return placed, question_start(prefix_tokens, self.passage_length, reading.longest)
+
+
+def room_left(
+    model: FusionModel, mode: AnswerMode, *, before: int, question_tokens: int, new_tokens: int
+) -> int | None:
+    """Return the tokens that an answer may have behind ``before`` positions and a question; None if unlimited.
+
+    Raises:
+        ContextLimitError: the answer may have fewer than ``new_tokens``.
+    """
+    window = model.context_window
+    if window is None or before + question_tokens + new_tokens <= window:
+        return None if window is None else window - before - question_tokens
+    raise ContextLimitError(
+        f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
+        f"{new_tokens}, but {model.model_id} has {window}; shorten one of them{mode.window_hint}."
+    )
+
+
+def answers_tuned(name: Mode, settings: ModelSettings) -> bool:
+    """Return whether the adapter or the tuned decoder, if there is one, answers in mode ``name``."""
+    return name == "fusion" or (name == "concat" and settings.tuned_concat)
+
+
+def _one_after_another(pieces: dict[str, Ids], starts: list[int], prefix_tokens: int) -> Iterator[PlacedDocument]:
+    """Yield documents in the caller's order, each behind the one before it (``positions="global"``)."""
+    for (key, ids), start in zip(pieces.items(), starts, strict=True):
+        is_usual = start == prefix_tokens  # the first document is where uniform positions put it
+        yield PlacedDocument(key if is_usual else f"{key}@{start}", ids, start, stored=is_usual)

@@ -1,0 +1,230 @@
+"""Answers requests: documents, fusion and decoding in their order, in batches that fit into memory.
+
+One runner serves all threads, settings and namespaces of a model. Requests carry everything that differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+
+from ..errors import MemoryLimitError
+from ..fusion.interface import FusionModel, Question
+from ..fusion.memory import is_out_of_memory, memory_errors
+from ..fusion.sampling import DecodingOptions
+from ..schema import Answer
+from ..store import Place
+from ..text.documents import Reading
+from ..text.encoder import PlainEncoder
+from ..text.layouts import Layout
+from .document_kvs import DocumentKVs, Scope
+from .focus import choose
+from .modes import AnswerMode, room_left
+from .requests import Batch, Request, batches
+from .run import Run, start_run
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Runner:
+    """The answering half of an engine, shared by generators over the same weights and store.
+
+    Args:
+        store: where document KVs are kept, as ``as_store`` takes it; None keeps nothing.
+        max_fused_tokens: limit of document tokens of one question, and of padded slots of one batch.
+    """
+
+    def __init__(self, model: FusionModel, *, store: Place, max_fused_tokens: int) -> None:
+        self.model = model
+        self.plain = PlainEncoder(model.tokenizer)
+        self.document_kvs = DocumentKVs(model, store=store)
+        self.max_fused_tokens = max_fused_tokens
+
+    # Requests
+
+    def request_for(
+        self,
+        reading: Reading,
+        layout: Layout,
+        mode: AnswerMode,
+        namespace: str,
+        options: DecodingOptions,
+        began: float,
+    ) -> Request:
+        """Return a request over encoded documents.
+
+        Raises:
+            ContextLimitError: documents, question and answer do not fit into the context window.
+        """
+        fused, start = mode.place(reading, prefix_tokens=len(layout.prefix))
+        ids, spans = layout.question, ()
+        if fused is None:
+            joined = layout.joined(reading)
+            ids, spans = joined.ids, joined.spans
+        room = room_left(
+            self.model,
+            mode,
+            before=start,
+            question_tokens=len(ids),
+            new_tokens=1 if options.may_shorten else options.max_new_tokens,
+        )
+        return Request(
+            reading,
+            Question(ids, start),
+            mode,
+            fused,
+            layout,
+            namespace,
+            self.document_kvs.version,
+            max_tokens=room if room is not None and room < options.max_new_tokens else None,
+            spans=spans,
+            began=began,
+        )
+
+    def current(self, request: Request) -> Request:
+        """Return ``request`` with keys of the model as it is now, in the thread that answers.
+
+        While a request waited, weights may have changed, and torch's number of threads differs between threads.
+        """
+        self.document_kvs.refresh()
+        if request.version == self.document_kvs.version:
+            return request
+        prefix = request.layout.prefix
+        scope = Scope(prefix, request.namespace)
+        reading = request.reading.with_keys(lambda ids: self.document_kvs.key(ids, scope))
+        fused, _ = request.mode.place(reading, prefix_tokens=len(prefix))
+        focus = request.focus and request.focus.with_keys(self.document_kvs, scope)
+        return replace(request, reading=reading, fused=fused, focus=focus, version=self.document_kvs.version)
+
+    def prepare(self, request: Request, options: DecodingOptions) -> Request:
+        """Return ``request`` as it is answered: with current keys, and only the documents that focus keeps.
+
+        Raises:
+            MemoryLimitError: there is not enough memory to read the question over all documents.
+        """
+        request = self.current(request)
+        focus = request.focus
+        if focus is None or request.choice is not None:
+            return request
+        errors = partial(
+            memory_errors, self.model.device, questions=len(focus.scored.keys), tokens=focus.scored.longest
+        )
+        choice = self._retry(lambda: choose(self.document_kvs, focus), errors)
+        chosen = focus.reading.only(choice.kept)
+        made = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
+        return replace(made, focus=focus, choice=choice, cancelled=request.cancelled)
+
+    def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
+        """Yield requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
+        return batches(requests, max_slots=self.max_fused_tokens, share=self.model.capabilities.shared_rows)
+
+    # Answering
+
+    def answer_all(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
+        """Answer requests of one mode, in as few batches as the limit on fused tokens allows."""
+        requests = [self.prepare(request, options) for request in requests]
+        return [answer for batch in self.batches(requests) for answer in self._answer_batch(batch, options)]
+
+    def start(self, batch: Batch, options: DecodingOptions) -> Run:
+        """Prefill what is missing and fuse each row's documents, in canonical order if positions are uniform.
+
+        If memory runs out, pooled memory is freed and the pass is repeated once.
+
+        Raises:
+            MemoryLimitError: memory ran out again.
+        """
+        run = partial(start_run, self.model, self.document_kvs, batch, options.max_new_tokens)
+        return self._retry(run, lambda: self.memory_errors(batch))
+
+    def decode(
+        self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
+    ) -> Generator[None, None, None]:
+        """Decode ``run`` step by step and release its memory at the end.
+
+        Raises:
+            MemoryLimitError: memory ran out.
+        """
+        requests = run.batch.requests
+        options = replace(options, stop=(*options.stop, *requests[0].mode.stop))
+        steps = self.model.decode(
+            run.plan,
+            run.context,
+            [request.question for request in requests],
+            options,
+            self._decode_ids,
+            row_of=run.batch.row_of,
+            visible=run.visible(),
+            unsettling_ids=self.plain.unsettling_ids,
+            on_logits=on_logits,
+            is_cancelled=lambda number: requests[number].cancelled.is_set(),
+            limits=[request.max_tokens or options.max_new_tokens for request in requests],
+        )
+        try:
+            with self.memory_errors(run.batch):
+                for answers in steps:
+                    run.first_token_at = run.first_token_at or time.perf_counter()
+                    run.answers = answers
+                    yield
+        finally:
+            steps.close()
+            run.release()
+
+    def _decode_ids(self, token_ids: list[int]) -> str:
+        tokenizer = self.model.tokenizer
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _answer_batch(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
+        """Answer one batch, in two halves if it needs more memory than there is."""
+        requests = batch.requests
+        try:
+            return self._answers(batch, options)
+        except MemoryLimitError:
+            if len(requests) == 1:
+                raise
+        self.model.release_memory()  # after the except block, which kept the failed run alive
+        half = len(requests) // 2
+        logger.warning("a batch of %d questions needs too much memory and is answered in halves", len(requests))
+        return [
+            answer
+            for part in (requests[:half], requests[half:])
+            for smaller in self.batches(part)
+            for answer in self._answer_batch(smaller, options)
+        ]
+
+    def _answers(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
+        run = self.start(batch, options)
+        for _ in self.decode(run, options):
+            pass
+        for answer in run.answers:
+            if answer.finish_reason in (None, "length"):
+                logger.info("an answer was cut at its limit of %d tokens; see max_new_tokens", len(answer.ids))
+        return [run.answer(number) for number in range(len(batch.requests))]
+
+    # Memory
+
+    def memory_errors(self, batch: Batch) -> AbstractContextManager[None]:
+        """Return a context that raises MemoryLimitError if memory runs out."""
+        tokens = max(row.tokens for row in batch.rows)
+        return memory_errors(self.model.device, questions=len(batch.requests), tokens=tokens)
+
+    def _retry(self, run: Callable[[], T], errors: Callable[[], AbstractContextManager[None]]) -> T:
+        """Return the result of ``run``, repeated once inside ``errors()`` if memory runs out."""
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Outside the except block, which kept the failed pass's tensors alive.
+        released = self.document_kvs.store.release_memory(self.model.device) + self.model.release_memory()
+        logger.warning("memory ran out; %d bytes were freed, and the pass is repeated", released)
+        with errors():
+            return run()

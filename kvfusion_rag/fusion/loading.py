@@ -1,0 +1,101 @@
+"""Loads a model with its adapter or tuned decoder, and applies the caller's changes of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from ..errors import InvalidInputError
+from ..model.loading import load_decoders
+from ..schema import ModeChoice
+from ..text.settings import LongDocuments, ModelSettings, Positions, is_count
+from .torch_model import TorchModel
+
+
+class ModelKwargs(TypedDict, total=False):
+    """What is loaded, and how.
+
+    Attributes:
+        gguf_file: name of a GGUF file in the folder or hub repository of the model.
+        revision: branch, tag or commit of a hub model.
+        adapter: LoRA adapter (peft) of the answering decoder. Documents are prefilled without it. "shipped" (the
+            default) is the one that comes with the model.
+        decoder: folder or hub name of an answering decoder with its own weights (full fine-tuning, as in the paper),
+            instead of an adapter.
+        device: "cpu", "cuda", ... Default: an accelerator if there is one.
+        dtype: "float32", "bfloat16" or "float16". Default: float32 on a CPU, else the checkpoint's.
+        tokens_per_pass: padded tokens of one prefill pass. Default: a value for the device.
+        model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
+    """
+
+    gguf_file: str | None
+    revision: str | None
+    adapter: str | Path | Literal["shipped"] | None
+    decoder: str | Path | None
+    device: str | None
+    dtype: str | None
+    tokens_per_pass: int | None
+    model_kwargs: Mapping[str, Any] | None
+
+
+class SettingsKwargs(TypedDict, total=False):
+    """Changes of the model's own settings; ``ModelSettings`` describes each. None keeps the model's value.
+
+    Attributes:
+        mode: "auto", "fusion", "concat" or "ape".
+        prefix: text in front of the documents. It implies the fixed layout.
+        chat_template_kwargs: variables of the model's chat template, such as ``enable_thinking``.
+        max_new_tokens: default limit of an answer.
+    """
+
+    mode: ModeChoice | None
+    prefix: str | None
+    passage_length: int | None
+    long_documents: LongDocuments | None
+    positions: Positions | None
+    ape_temperature: float | None
+    ape_scale: float | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    max_new_tokens: int | None
+
+
+class LoadKwargs(ModelKwargs, SettingsKwargs, total=False):
+    """Options of ``KVFusionGenerator.from_pretrained``."""
+
+
+def load_torch_model(model: str | Path | None, options: LoadKwargs) -> tuple[TorchModel, ModelSettings]:
+    """Load a model and return it with its settings, changed as ``options`` say.
+
+    Raises:
+        ModelLoadError: something cannot be read.
+        UnsupportedModelError: fusion is not exact on this architecture.
+        InvalidInputError: an option is unknown, or its value is not allowed.
+    """
+    given: dict[str, Any] = dict(options)
+    _require_known(given)
+    tokens_per_pass = given.get("tokens_per_pass")
+    if tokens_per_pass is not None and not is_count(tokens_per_pass):
+        raise InvalidInputError(
+            f"tokens_per_pass is {tokens_per_pass!r}, but it must be a whole number of tokens above 0."
+        )
+    names = ("gguf_file", "revision", "decoder", "device", "dtype", "model_kwargs")
+    backbone, decoder = load_decoders(
+        model, adapter=given.get("adapter", "shipped"), **{name: given.get(name) for name in names}
+    )
+    loaded = TorchModel(backbone, decoder, tokens_per_pass=tokens_per_pass)
+    changes = {name: given[name] for name in SettingsKwargs.__annotations__ if given.get(name) is not None}
+    if "prefix" in changes:
+        changes["layout"] = "fixed"
+    return loaded, replace(loaded.settings, **changes)
+
+
+def _require_known(given: Mapping[str, Any]) -> None:
+    allowed = LoadKwargs.__annotations__
+    for name in given:
+        if name not in allowed:
+            near = get_close_matches(name, allowed, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(allowed))}."
+            raise InvalidInputError(f"{name!r} is not an option of from_pretrained; {hint}")
