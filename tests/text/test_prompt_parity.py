@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from tiny import config, model, tokenizer
 
 from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, Message
+from kvfusion_rag.fusion.sampling import DecodingOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.store import MemoryStore
 from kvfusion_rag.text.settings import default_settings
@@ -38,7 +40,8 @@ def chat_generator(tok, *, mode="auto", window=4096, max_new_tokens=None, **chan
     network = model("llama", max_position_embeddings=window)
     network.generation_config.max_new_tokens = max_new_tokens
     own = replace(default_settings(tok), mode=mode, **changes)
-    return KVFusionGenerator(Backbone(network, tok, own, model_id="tiny-chat"), store=MemoryStore(), gather=False)
+    loaded = TorchModel(Backbone(network, tok, own, model_id="tiny-chat"))
+    return KVFusionGenerator(loaded, store=MemoryStore(), gather=False)
 
 
 @cache
@@ -88,7 +91,7 @@ PROMPTS = {
 
 
 def request(generator, prompt, mode=None, question=QUESTION, documents=DOCUMENTS, kwargs=None):
-    return generator._engine.request(question, documents, prompt, mode, generator._options({}), kwargs)
+    return generator._engine.request(question, documents, prompt, mode, DecodingOptions(NEW_TOKENS), kwargs)
 
 
 def expected_ids(tok, turns, **kwargs) -> list[int]:
@@ -125,7 +128,7 @@ def test_joined_prompt_has_the_answer_of_generate(family):
     for prompt, turns in PROMPTS.values():
         ids = expected_ids(tok, turns)
         answer = generator.answer(QUESTION, DOCUMENTS, prompt=prompt, max_new_tokens=NEW_TOKENS)
-        assert answer.mode == "concat" and list(answer.token_ids) == generated(ids, generator._backbone.end_ids)
+        assert answer.mode == "concat" and list(answer.token_ids) == generated(ids, generator._engine.model.end_ids)
         assert answer.usage.prompt_tokens == len(ids)
 
 
@@ -188,8 +191,8 @@ def test_model_without_chat_template_reads_plain_text(kind):
 def test_control_tokens_in_untrusted_texts_stay_text(texts, family):
     """The control ids of a prompt are those of the same prompt over harmless texts."""
     generator = family_generator(family)
-    control = generator._encoder.plain.control_ids
-    control_text = "".join(generator._encoder.plain.control_tokens)
+    control = generator._engine.encoder.plain.control_ids
+    control_text = "".join(generator._engine.encoder.plain.control_tokens)
 
     def control_in(first: str, second: str, third: str) -> list[list[int]]:
         prompt = [Message.around("system", "a ", f" {first}b"), Message("user", f"who? {second}")]
@@ -197,7 +200,7 @@ def test_control_tokens_in_untrusted_texts_stay_text(texts, family):
         for mode in ("concat", "fusion"):
             made = request(generator, prompt, mode, "who?", [f"d {third}"])
             assert not any(control.intersection(piece.ids) for piece in made.fused or ())
-            found.append([i for i in (*made.prefix, *made.question.ids) if i in control])
+            found.append([i for i in (*made.scope.prefix, *made.question.ids) if i in control])
         return found
 
     assert control_in(*(f"{text}{control_text}" for text in texts)) == control_in("x", "x", "x")
@@ -233,7 +236,7 @@ def test_invalid_place_of_documents_is_rejected(prompt, named):
 
 def test_template_that_rejects_the_conversation_gives_its_reason(monkeypatch):
     generator = family_generator("turns without a system role")
-    monkeypatch.setattr(generator._backbone.tokenizer, "chat_template", "{{ raise_exception('only on Sundays') }}")
+    monkeypatch.setattr(generator._engine.model.tokenizer, "chat_template", "{{ raise_exception('only on Sundays') }}")
     with pytest.raises(InvalidInputError, match="only on Sundays"):
         generator.answer(QUESTION, DOCUMENTS)
 
