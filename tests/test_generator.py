@@ -596,7 +596,7 @@ def test_the_default_model_answers_and_cites(default_model):
 
 @pytest.mark.parametrize(("times", "warned"), [(50.0, True), (1.1, False)])
 def test_a_slow_dtype_logs_a_warning(times, warned, model_folder, monkeypatch, caplog):
-    monkeypatch.setattr("kvfusion_rag.model.backbone.slowness", lambda dtype: times)
+    monkeypatch.setattr("kvfusion_rag.model.loading.slowness", lambda dtype: times)
     KVFusionGenerator.from_pretrained(model_folder, dtype="bfloat16", device="cpu")
     assert ("no instructions for bfloat16" in caplog.text) == warned
 

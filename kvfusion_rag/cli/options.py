@@ -163,7 +163,7 @@ def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings
     """How the model that the arguments name reads documents, without its weights."""
     from transformers import AutoTokenizer
 
-    from ..model.locating import locate_model
+    from ..model.location import locate_model
     from ..text.encoder import PromptEncoder
     from ..text.settings import load_settings
 
@@ -178,7 +178,7 @@ def load_config(args: argparse.Namespace) -> PretrainedConfig:
     """The text configuration of the model that the arguments name, without its weights."""
     from transformers import AutoConfig
 
-    from ..model.locating import locate_model
+    from ..model.location import locate_model
 
     where = locate_model(args.model, gguf_file=args.gguf_file)
     with model_load_errors(f"the configuration of {where.model_id!r}"):

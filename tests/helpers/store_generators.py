@@ -6,6 +6,7 @@ from pathlib import Path
 from tiny import backbone
 
 from kvfusion_rag import Answer, DiskStore, Document, DocumentStore, KVFusionGenerator
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.store import Place
 
@@ -14,7 +15,7 @@ llama = cache(lambda: backbone("llama"))  # for tests that leave its weights alo
 
 
 def over(store: Place, *, model: Backbone | None = None, **options) -> KVFusionGenerator:
-    return KVFusionGenerator(model or llama(), store=store, **options)
+    return KVFusionGenerator(TorchModel(model or llama()), store=store, **options)
 
 
 def over_disk(folder: Path, **options) -> KVFusionGenerator:

@@ -12,14 +12,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from peft import LoraConfig
+from tests.training.test_training import rows
 from tiny import backbone
 
 from kvfusion_rag import KVFusionGenerator, MissingDependencyError, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
-from kvfusion_rag.model.versions import ADAPTER_LIBRARIES, require_adapters
+from kvfusion_rag.model.adapters import ADAPTER_LIBRARIES, require_adapter_libraries
 from kvfusion_rag.training import TrainingConfig, train
-from tests.training.test_training import rows
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -113,4 +113,4 @@ def test_a_torchao_that_peft_refuses_is_named_too(monkeypatch):
 
     monkeypatch.setattr("peft.import_utils.is_torchao_available", refuse)
     with pytest.raises(MissingDependencyError, match=rf"torchao {re.escape(version('torchao'))}.*99\.0.*torchao>="):
-        require_adapters()
+        require_adapter_libraries()
