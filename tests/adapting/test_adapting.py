@@ -244,7 +244,7 @@ def test_unsupported_model_is_rejected(docs, tmp_path):
 
 def test_useless_answers_end_the_run_with_reasons(docs, tmp_path):
     """A random model answers gibberish up to its limit."""
-    with pytest.raises(InvalidInputError, match=r"0 of 32 questions are left to train on.*(answer|question)"):
+    with pytest.raises(InvalidInputError, match=r"0 of 32 questions are left for training.*(answer|question)"):
         adapted(save(tmp_path / "random", max_position_embeddings=1024), docs)
 
 
