@@ -25,7 +25,8 @@ from kvfusion_rag.fusion.fused_cache import FusedBuffer
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.kv import DocumentKV, KVShape
-from kvfusion_rag.model.locating import locate_model
+from kvfusion_rag.model.loading import load_backbone
+from kvfusion_rag.model.location import locate_model
 
 QUESTION_TOKENS = 16
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="runs of each after a warm-up (default: 7)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    backbone = Backbone.load(locate_model(args.model), device="cpu", dtype="float32")
+    backbone = load_backbone(locate_model(args.model), device="cpu", dtype="float32")
     backbone.end_ids = frozenset()  # so that all answers have the same length
     theirs: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     torch.manual_seed(0)

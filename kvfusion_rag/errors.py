@@ -1,7 +1,7 @@
 """The exceptions that kvfusion-rag raises on purpose.
 
-Every message names the wrong value, the allowed one and the likely cause in one sentence, because the
-command line prints it as its only line. Imports only the standard library.
+The command line prints a message as its only line, so every message names the wrong value, the allowed value and the
+likely cause in one sentence. Imports only the standard library.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class KVFusionError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class InvalidInputError(KVFusionError, ValueError):
@@ -23,31 +23,31 @@ class ModelLoadError(KVFusionError):
 
 
 class UnsupportedModelError(KVFusionError):
-    """The architecture cannot be fused exactly; the message names the cause."""
+    """The architecture cannot be fused exactly. The message names the cause."""
 
 
 class ContextLimitError(InvalidInputError):
-    """A document, a question or all of them together pass a limit of the model."""
+    """A document, a question or all of them together exceed a limit of the model."""
 
 
 class ControlTokenError(KVFusionError):
-    """Untrusted text was about to become a control token; nothing was sent to the model."""
+    """Untrusted text was about to become a control token. Nothing was sent to the model."""
 
 
 class StoreError(KVFusionError):
-    """A document KV store cannot be opened; once it is open, its faults are counted misses and never errors."""
+    """A document KV store cannot be opened. Faults of an open store count as misses and raise nothing."""
 
 
 class TrainingError(KVFusionError):
-    """A training run cannot go on: its loss or gradient is no number any more. What it has saved stays good."""
+    """A training run cannot continue, because its loss or gradient is NaN or infinite. Its checkpoints stay valid."""
 
 
 class MemoryLimitError(KVFusionError):
-    """The device has not enough memory, even after the store gave its own back and batches were made smaller."""
+    """The device has too little memory, even after the store released its own and batches were made smaller."""
 
 
 class OverloadError(KVFusionError):
-    """More work is waiting already than may wait; ask again later."""
+    """The queue is full; try again later."""
 
 
 class RetrievalError(KVFusionError):
@@ -55,16 +55,16 @@ class RetrievalError(KVFusionError):
 
 
 class MissingDependencyError(KVFusionError, ImportError):
-    """A package is not installed, or its version does not fit the others; the message names what to install."""
+    """A package is not installed, or is not compatible with the others. The message names what to install."""
 
 
 @contextmanager
-def model_load_errors(what: str) -> Iterator[None]:
-    """Turn any error of a third-party loader into ModelLoadError, since loaders of untrusted files raise anything."""
+def model_load_errors(subject: str) -> Iterator[None]:
+    """Turn any error of a third-party loader into ModelLoadError, because untrusted files can raise anything."""
     try:
         yield
     except KVFusionError:
         raise
     except Exception as error:
         cause = " ".join(str(error).split())[:300] or "no reason was given"
-        raise ModelLoadError(f"cannot load {what}: {type(error).__name__}: {cause}") from error
+        raise ModelLoadError(f"cannot load {subject}: {type(error).__name__}: {cause}") from error

@@ -1,4 +1,4 @@
-"""The folder in which kvfusion keeps what it made itself: converted models, measurements."""
+"""The folder for files that kvfusion makes itself: converted models and measurements."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ HOME_VARIABLE = "KVFUSION_HOME"
 
 
 def home() -> Path:
-    """The folder that ``KVFUSION_HOME`` names, else the platform's own for caches. It may not exist yet."""
-    named = os.environ.get(HOME_VARIABLE)
-    return Path(named).expanduser() if named else user_cache_path("kvfusion-rag", appauthor=False)
+    """Return the folder in ``KVFUSION_HOME``, or the platform's cache folder. It may not exist yet."""
+    configured = os.environ.get(HOME_VARIABLE)
+    return Path(configured).expanduser() if configured else user_cache_path("kvfusion-rag", appauthor=False)

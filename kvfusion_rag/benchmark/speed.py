@@ -83,7 +83,7 @@ class AnswerRun:
         memory = MemoryStore(NO_LIMIT) if "memory" in options.systems else None
         disk = DiskStore(folder / "store", NO_LIMIT) if "disk" in options.systems else None
         stores = {"cold": DocumentStore(), "memory": DocumentStore(memory),
-                  "disk": DocumentStore(None, disk, load="always")}  # fmt: skip
+                  "disk": DocumentStore(None, disk)}  # fmt: skip
         self._generators = {name: self._generator(stores[name]) for name in stores if name in options.systems}
         both = DocumentStore(memory, disk)  # the same tiers, so that a document is computed once for both
         self._filler = None if both.is_empty else self._generator(both)

@@ -66,7 +66,7 @@ class _Run:
         options = self.options
         disk = DiskStore(self.folder / "store", codec=options.codec)
         memory = self._generator(DocumentStore(MemoryStore(8 << 30)))
-        stored = self._generator(DocumentStore(None, disk, load="always"))
+        stored = self._generator(DocumentStore(None, disk))
         nothing = self._generator(DocumentStore())
         joined = self._times(lambda: self._first_token(nothing, mode="concat"))
         cold = self._times(lambda: self._first_token(nothing))

@@ -64,8 +64,7 @@ def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.
 
 def run(args: argparse.Namespace) -> int:
     from ..benchmark.shapes import shape_named
-    from ..model.devices import choose_device
-    from ..model.hardware import fast_dtype
+    from ..model.hardware import choose_device, fast_dtype
 
     shape_named(args.shape)  # checks the name before anything is measured
     args.dtype = args.dtype or str(fast_dtype(choose_device(args.device))).removeprefix("torch.")

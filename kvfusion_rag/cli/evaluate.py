@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
     """Return what the command line names besides the base model."""
-    from ..model.locating import locate_model
+    from ..model.location import locate_model
 
     inputs = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
     if args.adapter == "shipped":

@@ -140,7 +140,7 @@ def _files(args: argparse.Namespace) -> dict[str, Any]:
 def _plot(args: argparse.Namespace, progress: Progress) -> None:
     if args.plot is None:
         return
-    from ..model.locating import DEFAULT_MODEL
+    from ..model.location import DEFAULT_MODEL
     from ..training.curve import plot_losses
 
     names = ", ".join(Path(path).name for path in args.rows)

@@ -1,16 +1,15 @@
-"""Attention functions of ours beside transformers' own.
+"""Attention functions of this package beside those of transformers.
 
-*Grouped*: query heads that share keys and values become further queries of one head, so a fused cache is read as it
-lies; transformers' "sdpa" copies it once for each query head wherever there is a mask and more than one query.
+*Grouped*: query heads that share a key/value head become further queries of that head, so the fused cache is not
+copied. transformers' "sdpa" copies it for each query head whenever there is a mask and more than one query.
 
-*Context*, for training with gradient checkpointing: a checkpointed layer of transformers drops its cache, since
-recomputing the layer would append to it a second time. Keys and values of the context that are handed over as a
-keyword argument are only read, so a layer can be computed twice.
+*Context*, for training with gradient checkpointing: a checkpointed layer of transformers drops its cache, because
+computing the layer again would append to it twice. Here the fused cache comes as a read-only keyword argument instead.
 
-*Explicit* has all weights in hand: for what changes them (``ape.py``) or adds them up (``watch.py``).
+*Explicit*: computes all weights, for APE, which changes them, and for attribution, which sums them.
 
-They are registered under names of ours, by the library's public interfaces, and used by a model only after
-``set_attn_implementation``. Knows neither weights nor text.
+They are registered under their own names through transformers' public interfaces, and only a model that selected one
+with ``set_attn_implementation`` uses it. Knows neither weights nor text.
 """
 
 from __future__ import annotations
@@ -29,19 +28,24 @@ from ..errors import UnsupportedModelError
 GROUPED = "kvfusion_grouped"
 CONTEXT = "kvfusion_context"
 EXPLICIT = "kvfusion_explicit"
-FOLDED_ON_CPU = 64  # most queries of a head whose mask is worth copying for each head of its group (measured)
+FOLDED_ON_CPU = 64  # most queries per head for which copying the mask to every head of a group pays off (measured)
 
-Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values (R, H_kv, K, d) of each layer
+Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values (B, H_kv, K, d) of each layer
+
+
+def _register(name: str, attention: Callable[..., Any], mask: Callable[..., Any] = sdpa_mask) -> str:
+    """Register an attention function. transformers would ignore padding if no mask function were registered."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
 
 
 def share_heads(model: PreTrainedModel) -> str:
-    """Have a model with grouped-query "sdpa" attention use ours; the name of what it uses now."""
+    """Use grouped attention in a grouped-query "sdpa" model, and return the name of the model's attention."""
     config = model.config
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if config._attn_implementation == "sdpa" and shared is not None and shared < heads:
-        AttentionInterface.register(GROUPED, grouped_attention)
-        AttentionMaskInterface.register(GROUPED, sdpa_mask)  # without a mask function, padding would be ignored
-        model.set_attn_implementation(GROUPED)
+        model.set_attn_implementation(_register(GROUPED, grouped_attention))
     return str(config._attn_implementation)
 
 
@@ -55,13 +59,13 @@ def grouped_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention over keys and values (B, H_kv, S, d) that are not repeated for each query head.
+    """Compute scaled dot-product attention over keys and values (B, H_kv, S, d) without repeating them per query head.
+
+    Other cases (dropout, biases, masks per head, several queries without a mask) use transformers' own function.
 
     Args:
         query: (B, H, Q, d), already rotated.
-        attention_mask: (B, 1, Q, S), or ``None``: then one query sees everything, and several are causal.
-
-    Whatever asks for more (dropout, biases, masks by head, causality without a mask) goes the library's own way.
+        attention_mask: (B, 1, Q, S). None means that one query sees everything and several queries are causal.
     """
     batch, heads, length, width = query.shape
     plain = not any(kwargs.get(name) for name in ("dropout", "output_attentions")) and all(
@@ -86,32 +90,32 @@ def grouped_attention(
 def one_query_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, scaling: float | None
 ) -> torch.Tensor:
-    """Attention of one token by matrix products, up to twice as fast on a CPU in float32 as torch's fused kernel.
+    """Compute the attention of one token by matrix products.
 
-    The fused kernel cuts keys into blocks that serve many queries. Here there are only those of one group.
+    On a CPU in float32 this is up to twice as fast as torch's fused kernel, which cuts keys into blocks for many
+    queries.
 
     Args:
         query: (B, H_kv, G, d), the G query heads that share a key head.
-        key, value: (B, H_kv, S, d).
-        mask: (B, 1, 1, S), bool or additive, or ``None``.
+        key: (B, H_kv, S, d).
+        value: (B, H_kv, S, d).
+        mask: (B, 1, 1, S), bool or additive, or None.
 
     Returns:
         (B, 1, H, d).
     """
     batch, shared, groups, width = query.shape
     scaled = query * (width**-0.5 if scaling is None else scaling)
-    # Keys go first: with few queries as columns, the product reads keys at the speed of memory.
+    # Keys come first: with few queries as columns, the product reads keys at the speed of memory.
     scores = (key @ scaled.transpose(2, 3)).transpose(2, 3).contiguous()  # (B, H_kv, G, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return (scores.softmax(dim=-1) @ value).reshape(batch, 1, shared * groups, -1)
 
 
-def explicit() -> str:
-    """Make explicit attention known to transformers, as often as it is called; returns its name."""
-    AttentionInterface.register(EXPLICIT, explicit_attention)
-    AttentionMaskInterface.register(EXPLICIT, explicit_mask)
-    return EXPLICIT
+def register_explicit() -> str:
+    """Register explicit attention with transformers and return its name. May be called repeatedly."""
+    return _register(EXPLICIT, explicit_attention, explicit_mask)
 
 
 def explicit_attention(
@@ -126,17 +130,17 @@ def explicit_attention(
     note: Callable[[torch.Tensor], None] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d).
+    """Return the output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d).
 
-    That the model passes on all that its attention needs is measured by the gate (``gate.require_ape``).
+    The support gate measures whether the model passes on everything that its attention needs.
 
     Args:
         attention_mask: (B, 1, Q, S) bool.
-        adapt: changes the float32 logits (B, H, Q, S) before the softmax; those that may not be seen are at -inf.
-        note: is shown the weights (B, H, Q, S).
+        adapt: changes the float32 logits (B, H, Q, S) before the softmax. Hidden slots are at -inf.
+        note: receives the weights (B, H, Q, S).
     """
     batch, heads, length, width = query.shape
-    grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H / H_kv * Q, d): heads share keys
+    grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H / H_kv * Q, d)
     logits = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, -1).float() * scaling
     logits = logits.masked_fill(~attention_mask, float("-inf"))
     weights = (logits if adapt is None else adapt(logits)).softmax(dim=-1)
@@ -147,33 +151,31 @@ def explicit_attention(
 
 
 def explicit_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """transformers' boolean mask, always made, since explicit attention has no causal flag to rely on."""
+    """Return transformers' boolean mask in all cases, because explicit attention has no causal flag."""
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
 
 
-def read_context_twice(model: PreTrainedModel, model_id: str) -> None:
-    """Turn gradient checkpointing on, with layers that take the fused context as the argument ``context``.
+def checkpoint_with_context(model: PreTrainedModel, model_id: str) -> None:
+    """Enable gradient checkpointing, with layers that take the fused cache as the argument ``context``.
 
     Args:
-        model_id: how the model is named in errors.
+        model_id: name of the model in errors.
 
     Raises:
-        UnsupportedModelError: the architecture has no checkpoints, or its attention function cannot be named.
+        UnsupportedModelError: the architecture has no gradient checkpointing, or its attention cannot be replaced.
     """
     if model.config._attn_implementation not in ("sdpa", GROUPED):
         raise UnsupportedModelError(
             f"{model_id!r} computes attention as {model.config._attn_implementation!r}, but gradient checkpointing "
             "over a fused cache needs 'sdpa'; train without gradient_checkpointing."
         )
-    AttentionInterface.register(CONTEXT, context_attention)
-    AttentionMaskInterface.register(CONTEXT, sdpa_mask)  # without a mask function, padding would be ignored in silence
-    model.set_attn_implementation(CONTEXT)
+    model.set_attn_implementation(_register(CONTEXT, context_attention))
     if model.config._attn_implementation != CONTEXT:
         raise UnsupportedModelError(
-            f"{model_id!r} does not let its attention function be named, so gradient checkpointing would lose the "
+            f"the attention function of {model_id!r} cannot be replaced, so gradient checkpointing would lose the "
             "fused cache; train without gradient_checkpointing."
         )
-    # Older versions of transformers 5 know the method by its former name alone.
+    # Older versions of transformers 5 have the method only under its former name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
@@ -182,7 +184,7 @@ def read_context_twice(model: PreTrainedModel, model_id: str) -> None:
             f"{model_id!r} ({model.config.model_type}) has no gradient checkpointing in transformers; train without "
             "gradient_checkpointing."
         ) from error
-    model.disable_input_require_grads()  # needed by reentrant checkpoints alone
+    model.disable_input_require_grads()  # only reentrant checkpoints need them
 
 
 def context_attention(
@@ -195,13 +197,15 @@ def context_attention(
     context: Context | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention over the module's layer of ``context``, if there is one, and ``key``.
+    """Compute scaled dot-product attention over the module's layer of ``context``, if there is one, and ``key``.
 
     Args:
-        query, key, value: (R, H, Q, d) and twice (R, H_kv, Q, d), already rotated.
-        attention_mask: (R, 1, Q, K + Q) bool with a context.
+        query: (B, H, Q, d), already rotated.
+        key: (B, H_kv, Q, d), already rotated.
+        value: (B, H_kv, Q, d).
+        attention_mask: (B, 1, Q, K + Q) bool with a context.
     """
     if context is not None:
         keys, values = context[module.layer_idx]  # type: ignore[index]  # every attention module has its number
-        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)  # (R, H_kv, K + Q, d)
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)  # (B, H_kv, K + Q, d)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

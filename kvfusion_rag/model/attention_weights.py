@@ -1,8 +1,4 @@
-"""Adds up the attention that each slot receives in a forward pass, over all layers and heads.
-
-Attention implementations that do not return weights (such as "sdpa") are replaced by an explicit one for that pass
-(``attention.py``).
-"""
+"""Sums the attention that each slot receives in a forward pass, over all layers and heads."""
 
 from __future__ import annotations
 
@@ -24,6 +20,6 @@ class AttentionSum:
         self._softmaxes += weights.shape[1] * weights.shape[2]
 
     def shares(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[float]:
-        """Return the mean weight, over layers, heads and queries, on each list of (start, end) spans of slots."""
+        """Return the mean weight, over layers, heads and queries, of each list of (start, end) spans of slots."""
         mass = self._mass.double() / self._softmaxes
         return [float(sum(mass[start:end].sum() for start, end in own)) for own in spans]

@@ -1,4 +1,4 @@
-"""Weights as one number: what two sets of tensors have in common, or not."""
+"""A digest of tensors, to tell apart two sets of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], facts: str = "") -> str:
-    """xxh3-128 in hex over ``facts`` and the names, shapes, dtypes and bytes of all tensors, in the order of names."""
+    """Return the xxh3-128 in hex of ``facts`` and of all tensors, sorted by name: names, shapes, dtypes and bytes."""
     digest = xxhash.xxh3_128(facts.encode())
     for name, tensor in (part for named in sorted(tensors, key=lambda one: one[0]) for part in _plain_parts(*named)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
@@ -20,7 +20,7 @@ def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], facts: str = "")
 
 
 def _plain_parts(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a quantised weight is made of, by name; a plain tensor is its own only part."""
+    """Yield the named plain tensors that a quantized weight consists of, or the tensor itself if it is plain."""
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return

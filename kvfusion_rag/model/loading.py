@@ -1,14 +1,31 @@
-"""Dp and Dt by name: one set of weights with or without an adapter, or two sets."""
+"""Load models: the backbone that prefills documents, and the decoder that answers if it has weights of its own.
+
+Uses transformers' own loaders. Remote code stays off.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from ..errors import InvalidInputError
-from .backbone import Backbone, require_trained_on
-from .locating import HUB_OPTIONS, locate_model
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from ..errors import InvalidInputError, ModelLoadError, model_load_errors
+from ..text.settings import FILE_NAME, load_settings
+from .adapters import require_adapter_libraries
+from .backbone import Backbone
+from .hardware import SLOW, choose_device, choose_dtype, slowness
+from .location import HUB_OPTIONS, ModelLocation, locate_model
+from .support import require_supported
+
+logger = logging.getLogger(__name__)
+
+# Arguments of from_pretrained with another name here, or that transformers would ignore.
+RESERVED_OPTIONS = ("config", "dtype", "torch_dtype", "revision", "gguf_file")
 
 
 def load_decoders(
@@ -22,25 +39,106 @@ def load_decoders(
     dtype: str | None,
     model_kwargs: Mapping[str, Any] | None,
 ) -> tuple[Backbone, Backbone | None]:
-    """The backbone that prefills documents, and the decoder that answers where its weights are its own.
+    """Return the backbone that prefills documents, and the answering decoder or None if the backbone answers.
 
     Arguments are those of ``KVFusionGenerator.from_pretrained``.
 
     Raises:
-        ModelLoadError: something cannot be read, or adapter or decoder belong to another base model.
+        ModelLoadError: a file cannot be read, or the adapter or decoder belongs to another base model.
         UnsupportedModelError: the architecture cannot be fused exactly.
         InvalidInputError: an argument is outside what is allowed.
     """
     hub = {name: value for name, value in (model_kwargs or {}).items() if name in HUB_OPTIONS}
-    where = locate_model(model, gguf_file=gguf_file, revision=revision, **hub)
+    location = locate_model(model, gguf_file=gguf_file, revision=revision, **hub)
     if adapter == "shipped":
-        adapter = where.adapter if decoder is None else None
+        adapter = location.adapter if decoder is None else None
     if adapter is not None and decoder is not None:
-        raise InvalidInputError("adapter and decoder are both given, but an answering decoder has one or the other.")
-    backbone = Backbone.load(where, adapter=adapter, device=device, dtype=dtype, model_kwargs=model_kwargs)
+        raise InvalidInputError("adapter and decoder are both given, but an answering decoder has only one of them.")
+    backbone = load_backbone(location, adapter=adapter, device=device, dtype=dtype, model_kwargs=model_kwargs)
     if decoder is None:
         return backbone, None
-    found = locate_model(decoder, **hub)
-    require_trained_on(Path(found.home), backbone)
-    alike = str(backbone.dtype).removeprefix("torch.")  # it reads the base's keys
-    return backbone, Backbone.load(found, device=device, dtype=alike, model_kwargs=model_kwargs)
+    decoder_location = locate_model(decoder, **hub)
+    backbone.require_base_of(Path(decoder_location.home))
+    same_dtype = str(backbone.dtype).removeprefix("torch.")  # the decoder reads the keys of the base model
+    return backbone, load_backbone(decoder_location, device=device, dtype=same_dtype, model_kwargs=model_kwargs)
+
+
+def load_backbone(
+    location: ModelLocation,
+    *,
+    adapter: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Load one model with its tokenizer, settings and optional adapter.
+
+    Args:
+        location: result of ``locate_model``.
+        adapter: folder of a LoRA adapter.
+        device: "cpu", "cuda", "cuda:1" or "mps". The default is an accelerator if there is one.
+        dtype: "float32", "bfloat16" or "float16". The default is float32 on a CPU, else the checkpoint's own.
+        model_kwargs: options of ``AutoModelForCausalLM.from_pretrained``. Those in ``HUB_OPTIONS`` are ignored here,
+            since ``location`` has them.
+
+    Raises:
+        ModelLoadError: the model, tokenizer or adapter cannot be read.
+        UnsupportedModelError: the architecture cannot be fused exactly.
+        MissingDependencyError: there is an adapter, and the installed transformers and peft are not compatible.
+    """
+    if adapter is not None:
+        require_adapter_libraries()
+    torch_device = choose_device(device)
+    torch_dtype = choose_dtype(dtype, torch_device)
+    if torch_device.type == "cpu" and isinstance(torch_dtype, torch.dtype) and slowness(torch_dtype) > SLOW:
+        logger.warning("this processor has no instructions for %s: float32 is many times faster here", dtype)
+    kwargs = {name: value for name, value in (model_kwargs or {}).items() if name not in HUB_OPTIONS}
+    if reserved := sorted(kwargs.keys() & set(RESERVED_OPTIONS)):
+        raise InvalidInputError(
+            f"model_kwargs contains {reserved[0]!r}, but it must not; see KVFusionGenerator.from_pretrained."
+        )
+    model_id, hub = location.model_id, {"revision": location.revision, **location.hub}
+    with model_load_errors(f"the configuration of {model_id!r}"):
+        config = AutoConfig.from_pretrained(location.path, **hub)
+        for name in kwargs.keys() & config.to_dict().keys():
+            setattr(config, name, kwargs.pop(name))
+    require_supported(config, model_id)  # before gigabytes are read
+    with model_load_errors(f"the tokenizer of {model_id!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(location.path, **hub)
+    with model_load_errors(f"the settings of {model_id!r}"):
+        settings = base_settings = load_settings(location.home, tokenizer, model_id=model_id, **hub)
+        if adapter is not None and (Path(adapter) / FILE_NAME).is_file():
+            settings = load_settings(str(adapter), tokenizer, model_id=Path(adapter).resolve().name)
+        elif adapter is not None:  # made by other software, so trained on ordinary prompts
+            settings = replace(settings, tuned_concat=True)
+    return Backbone(
+        _load_weights(location, config, torch_device, torch_dtype, {**hub, **kwargs}),
+        tokenizer,
+        settings,
+        model_id=model_id,
+        revision=getattr(config, "_commit_hash", None) or location.revision,
+        adapter=adapter,
+        base_settings=base_settings,
+    )
+
+
+def _load_weights(
+    location: ModelLocation,
+    config: PretrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype | str,
+    options: Mapping[str, Any],
+) -> PreTrainedModel:
+    with model_load_errors(f"the weights of {location.model_id!r}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location.path, config=config, dtype=dtype, output_loading_info=True, **options
+        )
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        if "device_map" not in options:
+            model.to(device=device)  # type: ignore[call-arg]  # in place
+    if missing := sorted(info["missing_keys"]):
+        raise ModelLoadError(
+            f"cannot load the weights of {location.model_id!r}: {len(missing)} are missing in the checkpoint, the "
+            f"first is {missing[0]!r}; it is incomplete or belongs to another architecture."
+        )
+    return model

@@ -1,7 +1,7 @@
-"""Which architectures can be fused exactly, told from the configuration before any weight is read.
+"""Decides from the configuration alone, before any weight is read, which architectures can be fused exactly.
 
-Fusion needs full attention in every layer over keys whose rotation depends on their own position alone.
-What cannot be told from the configuration is measured by the numeric gate (``gate.py``).
+Fusion needs full attention in every layer, over keys whose rotation depends only on their own position. The numeric
+gate (``fusion/gate.py``) measures what the configuration does not show.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ LENGTH_DEPENDENT_ROPE = {
 
 
 def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
-    """The checks that a configuration alone can fail, each with its cause; the first failed one is the last."""
+    """Return the checks of a configuration, up to the first that fails."""
     checks: list[Check] = []
     for check in (_decoder_check, _attention_check, _rope_check):
         checks.append(check(config))
-        if not checks[-1].passed:  # later checks read fields that this configuration need not have
+        if not checks[-1].passed:  # later checks read fields that this configuration may lack
             break
     return tuple(checks)
 
 
 def routes_tokens(config: PretrainedConfig) -> bool:
-    """Whether the model has experts: the shapes of its matrix products then depend on all tokens of a pass."""
+    """Whether the model has experts, so that the shapes of its matrix products depend on all tokens of a pass."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
 def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
-    """Shape of the document KVs of a model, from its text configuration alone."""
+    """Return the shape of a model's document KVs, from its text configuration alone."""
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return KVShape(config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width, dtype)
 
 
 def require_supported(config: PretrainedConfig, model_id: str) -> None:
-    """Raise UnsupportedModelError with the first cause, if there is one."""
-    for check in configuration_checks(config):
-        if not check.passed:
-            raise UnsupportedModelError(f"{model_id!r} ({config.model_type}) cannot be fused exactly: {check.detail}.")
+    """Raise UnsupportedModelError with the cause if a check fails."""
+    check = configuration_checks(config)[-1]
+    if not check.passed:
+        raise UnsupportedModelError(f"{model_id!r} ({config.model_type}) cannot be fused exactly: {check.detail}.")
 
 
 def _decoder_check(config: PretrainedConfig) -> Check:
     name = "text decoder"
     if config.is_encoder_decoder:
-        return Check(name, False, "it is an encoder-decoder model, and fusion needs a decoder-only one")
+        return Check(name, False, "it is an encoder-decoder model, but fusion needs a decoder-only one")
     if config.get_text_config() is not config:
         return Check(name, False, "it is multimodal, and its positions have several axes; load its text model instead")
     if config.model_type == "bert" and not config.is_decoder:
-        return Check(name, False, "it is an encoder (is_decoder is false), which attends to tokens that come later")
+        return Check(name, False, "it is an encoder (is_decoder is false), which attends to later tokens")
     return Check(name, True, f"{config.model_type}, decoder only")
 
 
@@ -78,9 +78,7 @@ def _attention_check(config: PretrainedConfig) -> Check:
             "fused stays within the window, pass model_kwargs={'sliding_window': None}",
         )
     if kinds - {"full_attention"} or any(type(layer) is not DynamicLayer for layer in layers):
-        return Check(
-            name, False, f"it mixes in layers without keys and values ({sorted(kinds)}), which cannot be joined"
-        )
+        return Check(name, False, f"it has layers without keys and values ({sorted(kinds)}), which cannot be fused")
     return Check(name, True, f"{config.num_hidden_layers} layers")
 
 
@@ -97,7 +95,7 @@ def _rope_check(config: PretrainedConfig) -> Check:
 
 
 def _rope_settings(config: PretrainedConfig) -> list[Mapping[str, Any]]:
-    """RoPE parameters: one mapping, or one for each kind of layer."""
+    """Return the RoPE parameters: one mapping, or one per kind of layer."""
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return []

@@ -6,5 +6,5 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the allowed relative error in ``dtype``; unknown dtypes get float16's."""
+    """Return the allowed relative error in ``dtype``. An unknown dtype gets that of float16."""
     return TOLERANCE.get(dtype, TOLERANCE[torch.float16])

@@ -1,8 +1,8 @@
-"""The model's chat template around the messages of a prompt, with the documents in their place.
+"""Renders the model's chat template around the messages of a prompt, with the documents in their place.
 
-The template is rendered over the messages' own texts, so that whatever it does with them (trimming, splitting) happens
-as in ``apply_chat_template``. Control tokens that an untrusted text spells out are broken up before, and mended
-afterwards by ``layouts.py``, which encodes the result. This module encodes nothing.
+The template is rendered over the messages' own texts, so it trims and splits them exactly as in
+``apply_chat_template``. Control tokens in untrusted text are broken up before rendering. ``layouts.py`` repairs them
+afterwards and encodes the result. This module encodes nothing.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError
 from ..schema import ROLES, DocumentsPlace, Message, Prompt
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 TEXT_SEPARATOR = "\n\n"
-DEFAULT_LEAD = (
-    "Answer the question from these documents.\n\n"  # before documents whose place the caller did not choose
-)
-# Some templates print today's date, which would change the prefix, and so every key, at midnight: they take one as
-# an argument (Llama 3), or call a function for it (SmolLM 3), which is shadowed.
+DEFAULT_LEAD = "Answer the question from these documents.\n\n"  # before documents that the caller did not place
+# Some templates print today's date, which would change the prefix, and so every key, at midnight. They take a date as
+# an argument (Llama 3), or call a function (SmolLM 3), which is shadowed.
 FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
-REASONING_TAGS = ("<think>", "</think>")  # templates look for them in earlier answers, to leave the reasoning out
-# A variable of a wrong type fails inside the template with one of Python's own errors.
+REASONING_TAGS = ("<think>", "</think>")  # templates cut the reasoning between them out of earlier answers
+# A variable of the wrong type fails inside the template with one of Python's own errors.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
 class Marks:
-    """Texts that no caller can guess, to find places in a rendered template.
+    """Texts that nobody can guess, to find places in a rendered template.
 
     Args:
         control_tokens: texts that the tokenizer would read as control tokens.
@@ -53,7 +53,7 @@ class Marks:
         self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def disarm(self, text: str, *, spare: Sequence[str] = ()) -> str:
-        """``text`` with every control token in it, except those to ``spare``, broken up by ``break_mark``."""
+        """Return ``text`` with a ``break_mark`` inside every control token except those in ``spare``."""
         if self._control is None:
             return text
 
@@ -66,41 +66,42 @@ class Marks:
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
-    turns: Sequence[tuple[str, str]],
+    messages: Sequence[tuple[str, str]],
     kwargs: Mapping[str, Any] | None = None,
     *,
     fixed_date: bool,
 ) -> str:
-    """The model's chat template around ``turns`` (role, text), up to where its answer begins.
+    """Return the model's chat template around ``messages`` (role, text), up to the start of the answer.
 
     Args:
         kwargs: further variables of the template, as ``apply_chat_template`` takes them.
         fixed_date: put a constant in place of today's date.
 
     Raises:
-        jinja2.TemplateError: the template does not accept such turns.
+        jinja2.TemplateError: the template does not accept these messages.
     """
     template = tokenizer.get_chat_template()
-    given = dict(kwargs or {})
+    variables = dict(kwargs or {})
     if fixed_date:
         template = _FIXED_CLOCK + template
-        given.setdefault("date_string", FIXED_DATE)
+        variables.setdefault("date_string", FIXED_DATE)
     text = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in turns],
+        [{"role": role, "content": content} for role, content in messages],
         chat_template=template,
         tokenize=False,
         add_generation_prompt=True,
-        **given,
+        **variables,
     )
     assert isinstance(text, str)
     return text
 
 
 def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
-    """The messages that ``prompt`` stands for; ``bare_prompt`` is the user's text if there is no prompt.
+    """Return the messages of ``prompt``, which may be a text; None is one user message with ``bare_prompt``.
 
     Raises:
-        InvalidInputError: an item is not a message, the last one is not the user's, or the documents have two places.
+        InvalidInputError: an item is not a message, the last message is not the user's, or several messages show the
+            documents.
     """
     if prompt is None or isinstance(prompt, str):
         return [Message("user", bare_prompt if prompt is None else prompt)]
@@ -116,21 +117,21 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
                 f"message {number} puts the documents at character {place.offset}, but its text has "
                 f"{len(message.text)}."
             )
-    said = list(prompt)
-    while said and not said[-1].text.strip() and said[-1].documents is None:
-        said.pop()
-    if not said or said[-1].role != "user":
+    messages = list(prompt)
+    while messages and not messages[-1].text.strip() and messages[-1].documents is None:
+        messages.pop()
+    if not messages or messages[-1].role != "user":
         raise InvalidInputError(
-            f"the conversation ends with {said[-1].role if said else 'no text'!r}, but its last message must be "
-            "the user's, because that is what is answered."
+            f"the conversation ends with {messages[-1].role if messages else 'no text'!r}, but its last message must "
+            "be the user's, because the model answers it."
         )
-    if sum(message.documents is not None for message in said) > 1:
-        raise InvalidInputError("the prompt shows the documents in several messages, but they have one place only.")
-    return said
+    if sum(message.documents is not None for message in messages) > 1:
+        raise InvalidInputError("the prompt shows the documents in several messages, but it may show them only once.")
+    return messages
 
 
 def with_place(messages: Sequence[Message], *, lead: str) -> list[Message]:
-    """``messages`` with the documents at the end of the system message, unless they have a place already.
+    """Return ``messages`` with the documents at the end of the system message, unless they already have a place.
 
     Args:
         lead: text in front of the documents.
@@ -139,26 +140,26 @@ def with_place(messages: Sequence[Message], *, lead: str) -> list[Message]:
         return list(messages)
     if messages[0].role != "system":
         return [Message.around("system", lead, "", titles=True), *messages]
-    said = messages[0].text + TEXT_SEPARATOR
-    return [Message.around("system", said + lead, "", titles=True), *messages[1:]]
+    text = messages[0].text + TEXT_SEPARATOR + lead
+    return [Message.around("system", text, "", titles=True), *messages[1:]]
 
 
 def documents_first(messages: Sequence[Message], question: str) -> list[Message]:
-    """``messages`` with nothing in front of the documents that changes from question to question.
+    """Return ``messages`` with nothing in front of the documents that differs between questions.
 
     Fixed text before the documents stays there. Lines that contain the question move behind the documents, and so do
-    earlier turns of user and assistant, since documents that follow them would have to be read again at each turn.
+    earlier turns of user and assistant: otherwise every turn would have to read the documents again.
     """
     number = next(n for n, message in enumerate(messages) if message.documents is not None)
     message, place = messages[number], messages[number].documents
     assert place is not None
-    fixed, moved = _without_question(message.text[: place.offset], question)
+    fixed, moved = _split_off_question(message.text[: place.offset], question)
     rest = moved + message.text[place.offset :]
     systems: list[Message] = []
     for earlier in (m for m in messages[:number] if m.role == "system"):
-        kept, asks = _without_question(earlier.text, question)
-        systems += [replace(earlier, text=kept)] if kept.strip() else []
-        rest = asks + rest
+        system_text, question_lines = _split_off_question(earlier.text, question)
+        systems += [replace(earlier, text=system_text)] if system_text.strip() else []
+        rest = question_lines + rest
     history = [m for m in messages[:number] if m.role != "system"]
     if not history:
         return [*systems, _around(message, fixed, rest, place), *messages[number + 1 :]]
@@ -169,7 +170,7 @@ def documents_first(messages: Sequence[Message], question: str) -> list[Message]
 
 
 def without_place(message: Message) -> Message:
-    """``message`` without the documents' place, the gap that it leaves closed."""
+    """Return ``message`` without the place of the documents, and close the gap in its text."""
     if message.documents is None:
         return message
     before, after = message.text[: message.documents.offset], message.text[message.documents.offset :]
@@ -177,7 +178,7 @@ def without_place(message: Message) -> Message:
 
 
 def close_gap(before: str, after: str) -> str:
-    """``before`` and ``after`` joined where the documents were, with the longer of the two white spaces."""
+    """Join the texts before and after the documents with the longer of the two white spaces."""
     left, right = before.rstrip(), after.lstrip()
     if not left or not right:
         return left + right
@@ -185,21 +186,19 @@ def close_gap(before: str, after: str) -> str:
 
 
 def alternating(messages: Sequence[Message]) -> list[Message]:
-    """``messages`` as turns of user and assistant that alternate, from user to user.
+    """Return ``messages`` as alternating turns of user and assistant, beginning and ending with the user.
 
     System texts open the first user turn. Neighbouring messages of one role become one turn.
     """
-    said = [replace(message, role="user") for message in messages if message.role == "system"]
+    opening = [replace(message, role="user") for message in messages if message.role == "system"]
     others = [message for message in messages if message.role != "system"]
-    opening = said if said or others[0].role == "user" else [Message("user", "")]
-    turns: list[Message] = []
-    for _, group in groupby([*opening, *others], key=attrgetter("role")):
-        turns.append(_joined(list(group)))
-    return turns
+    if not opening and others[0].role != "user":
+        opening = [Message("user", "")]
+    return [_joined(list(group)) for _, group in groupby([*opening, *others], key=attrgetter("role"))]
 
 
 def as_text(messages: Sequence[Message], text_of: Callable[[Message], str] = attrgetter("text")) -> str:
-    """Messages as one text, for models without a chat template; several turns are labelled by their speaker."""
+    """Return messages as one text, for models without a chat template. Several turns are labelled by their speaker."""
     if sum(message.role != "system" for message in messages) == 1:
         return TEXT_SEPARATOR.join(text_of(message) for message in messages if text_of(message))
     return TEXT_SEPARATOR.join(f"{_LABELS[m.role]}: {text_of(m)}" for m in messages if text_of(m))
@@ -213,15 +212,15 @@ def rendered(
     *,
     fixed_date: bool,
 ) -> str:
-    """What a model reads of ``messages``: its chat template around them, or their plain text if it has none.
+    """Return the model's chat template around ``messages``, or their plain text if the model has no template.
 
-    A template that rejects the roles as they are gets alternating turns of user and assistant.
+    A template that rejects the roles gets alternating turns of user and assistant.
 
     Args:
-        text_of: text of a message, with the documents or a mark in their place.
+        text_of: returns the text of a message, with the documents or a mark in their place.
 
     Raises:
-        InvalidInputError: the template rejects both forms, or its variables; the message has its reason.
+        InvalidInputError: the template rejects both forms, or its variables. The message contains its reason.
     """
     if tokenizer.chat_template is None:
         return as_text(messages, text_of)
@@ -234,19 +233,19 @@ def rendered(
     raise InvalidInputError(f"the model's chat template rejects this conversation: {reason}.") from reason
 
 
-def _without_question(text: str, question: str) -> tuple[str, str]:
-    """The lines of ``text`` that do not contain the question, and those that do."""
-    asked = question.strip()
-    if not asked or asked not in text:
+def _split_off_question(text: str, question: str) -> tuple[str, str]:
+    """Return the lines of ``text`` that do not contain the question, and those that do."""
+    question = question.strip()
+    if not question or question not in text:
         return text, ""
-    start = text.index(asked)
+    start = text.index(question)
     first = text.rfind("\n", 0, start) + 1
-    end = text.find("\n", start + len(asked))
+    end = text.find("\n", start + len(question))
     last = len(text) if end < 0 else end + 1
     while last < len(text) and text[last] == "\n":
         last += 1
-    more_kept, more_moved = _without_question(text[last:], question)
-    return text[:first] + more_kept, text[first:last] + more_moved
+    other_lines, question_lines = _split_off_question(text[last:], question)
+    return text[:first] + other_lines, text[first:last] + question_lines
 
 
 def _around(message: Message, before: str, after: str, place: DocumentsPlace) -> Message:
@@ -254,7 +253,7 @@ def _around(message: Message, before: str, after: str, place: DocumentsPlace) ->
 
 
 def _joined(messages: Sequence[Message]) -> Message:
-    """Neighbours of one role as one message, the documents' place kept."""
+    """Join neighbouring messages of one role into one, and keep the place of the documents."""
     whole = messages[0]
     for message in messages[1:]:
         start = len(whole.text) + len(TEXT_SEPARATOR)

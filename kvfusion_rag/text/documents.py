@@ -1,6 +1,6 @@
-"""The caller's documents made ready: checked, encoded, split, deduplicated, in canonical order.
+"""Prepares the documents of one question: checks, encodes and splits them, and removes duplicates.
 
-Sits between the facade and the engine. Knows templates and limits, but neither weights nor tensors.
+Knows templates and limits, but neither weights nor tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ReadDocument:
-    """One of the caller's documents with its encoded pieces (none if it is blank)."""
+    """One of the caller's documents with its encoded pieces. A blank document has no pieces."""
 
     document: Document
     id: str
@@ -37,82 +37,84 @@ class ReadDocument:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """All documents of one question, in the caller's order, and their distinct pieces in canonical order.
+    """All documents of one question in the caller's order, and their distinct pieces in canonical order.
 
-    Canonical order is that of the content keys. It makes every permutation the same computation, bit for
-    bit; that no place is favoured comes from the uniform positions.
+    The canonical order sorts by content key, so every permutation is the same computation, bit for bit.
+
+    Attributes:
+        keys: ids of each distinct piece by content key.
     """
 
     documents: tuple[ReadDocument, ...]
     keys: dict[str, tuple[int, ...]] = field(repr=False)
 
     def with_keys(self, key_of: Callable[[tuple[int, ...]], str]) -> Reading:
-        """The same documents under other keys."""
+        """Return the same documents with other keys."""
         return Reading(self.documents, dict(sorted((key_of(ids), ids) for ids in self.keys.values())))
 
     def without(self, number: int) -> Reading:
-        """All documents but the one at this place; what it shares with another one stays."""
+        """Return all documents except the one with this number. Pieces that another document shares stay."""
         return self.only([n for n in range(len(self.documents)) if n != number])
 
     def only(self, numbers: Iterable[int]) -> Reading:
-        """The documents at these places."""
+        """Return only the documents with these numbers."""
         documents = tuple(self.documents[number] for number in numbers)
-        left = {ids for document in documents for ids in document.pieces}
-        return Reading(documents, {key: ids for key, ids in self.keys.items() if ids in left})
+        remaining = {ids for document in documents for ids in document.pieces}
+        return Reading(documents, {key: ids for key, ids in self.keys.items() if ids in remaining})
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest piece, 0 without documents."""
+        """Tokens of the longest piece, or 0 if there are no documents."""
         return max(map(len, self.keys.values()), default=0)
 
     @property
     def tokens(self) -> int:
-        """Tokens of the distinct pieces together."""
+        """Tokens of all distinct pieces together."""
         return sum(map(len, self.keys.values()))
 
     @property
     def joined(self) -> tuple[int, ...]:
-        """Ids of all pieces one after the other, in the caller's order: the documents of one joined prompt."""
+        """Ids of all pieces in the caller's order, as in one joined prompt."""
         return tuple(i for document in self.documents for piece in document.pieces for i in piece)
 
     @property
     def distinct(self) -> dict[str, tuple[int, ...]]:
-        """The distinct pieces by key, in the caller's order of their first appearance."""
+        """Ids of the distinct pieces by key, in the caller's order."""
         key_of = self._key_of
         return {key_of[ids]: ids for document in self.documents for ids in document.pieces}
 
     @property
     def cited_order(self) -> list[tuple[str, Document]]:
-        """(id, document) pairs with text, in an order that does not depend on the caller's."""
-        key_of, full = self._key_of, [d for d in self.documents if d.pieces]
-        full.sort(key=lambda d: (key_of[d.pieces[0]], d.document.text, d.id))
-        return [(d.id, d.document) for d in full]
+        """(id, document) pairs that are not blank, in an order that does not depend on the caller's."""
+        key_of, filled = self._key_of, [d for d in self.documents if d.pieces]
+        filled.sort(key=lambda d: (key_of[d.pieces[0]], d.document.text, d.id))
+        return [(d.id, d.document) for d in filled]
 
     def sources(self, origins: Mapping[str, Origin], misses: Mapping[str, str]) -> tuple[Source, ...]:
-        """What became of each of the caller's documents, in the caller's order.
+        """Return the source of each document, in the caller's order.
 
         Args:
-            origins: where each key came from.
-            misses: why the store had it not, of those that were computed for want of it.
+            origins: origin of each key.
+            misses: miss reason of each key that had to be computed.
         """
         key_of = self._key_of
         first_with: dict[tuple[tuple[int, ...], ...], str] = {}
         sources = []
-        for read in self.documents:
-            origin = _slowest({origins[key_of[piece]] for piece in read.pieces})
-            twin = first_with.get(read.pieces) if read.pieces else None
-            first_with.setdefault(read.pieces, read.id)
+        for encoded in self.documents:
+            keys = [key_of[piece] for piece in encoded.pieces]
+            duplicate_of = first_with.get(encoded.pieces) if encoded.pieces else None
+            first_with.setdefault(encoded.pieces, encoded.id)
             sources.append(
                 Source(
-                    id=read.id,
-                    origin=origin,
-                    tokens=read.tokens,
-                    title=read.document.title,
-                    pieces=len(read.pieces),
-                    duplicate_of=twin,
-                    miss=next((str(misses[key_of[piece]]) for piece in read.pieces if key_of[piece] in misses), None),
-                    metadata=dict(read.document.metadata),
-                    used=bool(read.pieces),
+                    id=encoded.id,
+                    origin=_slowest({origins[key] for key in keys}),
+                    tokens=encoded.tokens,
+                    title=encoded.document.title,
+                    pieces=len(keys),
+                    duplicate_of=duplicate_of,
+                    miss=next((str(misses[key]) for key in keys if key in misses), None),
+                    metadata=dict(encoded.document.metadata),
+                    used=bool(keys),
                 )
             )
         return tuple(sources)
@@ -123,15 +125,12 @@ class Reading:
 
 
 def _slowest(origins: Collection[Origin]) -> Origin:
-    for origin in SLOWEST_FIRST:
-        if origin in origins:
-            return origin
-    return "blank"
+    return next((origin for origin in SLOWEST_FIRST if origin in origins), "blank")
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Token limits of one model: ``document`` for one piece, ``total`` for all that are fused together."""
+    """Token limits of one model: ``document`` for one piece, ``total`` for all fused documents."""
 
     document: int
     total: int
@@ -139,8 +138,8 @@ class Limits:
 
 
 def limit_of(settings: ModelSettings, window: int | None, prefix_tokens: int) -> int:
-    """Most tokens of one document for a model with ``window`` positions."""
-    # One position is kept for the question and one for the answer.
+    """Return the most tokens of one document, for a model with ``window`` positions."""
+    # One position is reserved for the question and one for the answer.
     room = UNLIMITED if window is None else window - prefix_tokens - 2
     longest = settings.max_document_tokens
     return room if longest is None else min(room, longest)
@@ -155,34 +154,33 @@ def read_documents(
     """Encode the documents of one question.
 
     Raises:
-        InvalidInputError: ``documents`` is one string, or holds something that is no document.
-        ContextLimitError: a document is longer than the model reads, or all together than may be fused.
+        InvalidInputError: ``documents`` is one string, or contains something that is not a document.
+        ContextLimitError: a document is longer than the model reads, or all documents are more than can be fused.
     """
     require_sequence(documents)
-    read = tuple(_read(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
-    if blank := [r.id for r in read if not r.pieces]:
+    encoded = tuple(_encode(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
+    if blank := [one.id for one in encoded if not one.pieces]:
         logger.warning("skipped %d blank document(s): %s", len(blank), ", ".join(map(repr, blank[:5])))
-    keys = dict(sorted((key_of(piece), piece) for r in read for piece in r.pieces))
-    reading = Reading(read, keys)
-    if reading.tokens > limits.total:
+    result = Reading(encoded, dict(sorted((key_of(piece), piece) for one in encoded for piece in one.pieces)))
+    if result.tokens > limits.total:
         raise ContextLimitError(
-            f"the {len(read)} documents have {reading.tokens} tokens together, but at most {limits.total} may be "
-            "fused; pass fewer documents, or raise max_fused_tokens if the memory is there."
+            f"the {len(encoded)} documents have {result.tokens} tokens together, but at most {limits.total} can be "
+            "fused; pass fewer documents, or raise max_fused_tokens if there is enough memory."
         )
-    return reading
+    return result
 
 
 def require_sequence(documents: object) -> None:
     """Raise InvalidInputError unless ``documents`` is a sequence that is not itself one document."""
     if isinstance(documents, str | bytes | Document) or not isinstance(documents, Sequence):
         raise InvalidInputError(
-            f"documents is one {type(documents).__name__}, but it must be a sequence of documents: pass a list, "
-            "with a joined context cut back into its documents."
+            f"documents is one {type(documents).__name__}, but it must be a sequence of documents: pass a "
+            "list, and split a joined context into its documents."
         )
 
 
 def is_filled(document: object) -> bool:
-    """Whether ``document`` has a text; wrong ones count, so that reading them says what is wrong."""
+    """Whether ``document`` has a text. Invalid documents count, so that encoding them reports the error."""
     text = document.text if isinstance(document, Document) else document
     return not isinstance(text, str) or bool(text.strip())
 
@@ -192,31 +190,33 @@ def is_score(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
-def _read(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> ReadDocument:
+def _encode(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> ReadDocument:
     if isinstance(document, str):
         document = Document(document)
     if not isinstance(document, Document):
         found = f"{type(document).__module__}.{type(document).__name__}"
         raise InvalidInputError(
-            f"document {number} is a {found}, but it must be a string or a kvfusion_rag.Document; make one of its "
-            "text, id and metadata."
+            f"document {number} is a {found}, but it must be a string or a kvfusion_rag.Document; make one from "
+            "its text, id and metadata."
         )
     for name, value in (("text", document.text), ("id", document.id), ("title", document.title)):
         if not isinstance(value, str) and (value is not None or name == "text"):
             raise InvalidInputError(f"the {name} of document {number} is {value!r}, but it must be a string.")
     if not is_score(document.score):
-        raise InvalidInputError(f"the score of document {number} is {document.score!r}, but must be a finite number.")
+        raise InvalidInputError(
+            f"the score of document {number} is {document.score!r}, but it must be a finite number."
+        )
     if not isinstance(document.metadata, Mapping):
         raise InvalidInputError(
-            f"the metadata of document {number} is {document.metadata!r:.100}, but must be a dict."
+            f"the metadata of document {number} is {document.metadata!r:.100}, but it must be a dict."
         )
     document_id = document.id if document.id is not None else str(number)
     if not document.text.strip():
         return ReadDocument(document, document_id, ())
     if len(document.text) > 64 * limits.total:  # before a tokenizer spends minutes on it
         raise ContextLimitError(
-            f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens may be "
-            "fused; cut it."
+            f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens can be "
+            "fused; shorten it."
         )
     ids = encode_up_to(encoder, document, limits.document)
     if ids is not None:
@@ -226,8 +226,8 @@ def _read(document: Document | str, number: int, encoder: DocumentEncoder, limit
             pieces = split_document(encoder, document, limits.document, limits.total)
             return ReadDocument(document, document_id, tuple(pieces))
         except ContextLimitError as error:
-            raise ContextLimitError(f"of document {document_id!r}, {error}") from error
+            raise ContextLimitError(f"in document {document_id!r}, {error}") from error
     raise ContextLimitError(
         f"document {document_id!r} has {len(document.text)} characters, but the model reads at most {limits.document} "
-        "tokens in one document, and that are more; split it, or pass long_documents='split'."
+        "tokens in one document; split it, or pass long_documents='split'."
     )

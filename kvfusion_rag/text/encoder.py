@@ -1,8 +1,8 @@
-"""The only place where text becomes token ids, and ids become text again.
+"""Encodes text to token ids, and decodes ids to text. No other module does.
 
-Documents, titles, questions and prompts are untrusted: they are encoded by a second tokenizer that has no
-control tokens at all, and the result is checked once more before it is handed on. Control tokens come from
-the model's own templates alone, as constant ids. This module knows no model weights and no positions.
+Documents, titles, questions and prompts are untrusted. A second tokenizer without control tokens encodes them, and the
+result is checked before it is returned. Control tokens come only from the model's own templates, as constant ids.
+Knows neither weights nor positions.
 """
 
 from __future__ import annotations
@@ -30,61 +30,69 @@ _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class PlainEncoder:
-    """Encodes untrusted text; cannot emit a control token.
+    """Encodes untrusted text without control tokens.
 
-    Control tokens are all added tokens (``<tool_call>`` is one, though it is not marked special) but white space,
-    ordinary single characters, and the one that the tokenization model puts in for what it cannot spell.
+    All added tokens are control tokens, even those not marked as special such as ``<tool_call>``. The exceptions are
+    white space, single ordinary characters, and the token for text that the tokenization model cannot spell.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise UnsupportedModelError(
-                f"the tokenizer is a {type(tokenizer).__name__}, but only those backed by the tokenizers library "
-                "can be made safe against control tokens in documents; convert it to a tokenizer.json."
+                f"the tokenizer is a {type(tokenizer).__name__}, but only one backed by the tokenizers library can "
+                "be made safe against control tokens in documents; convert it to a tokenizer.json."
             )
-        whole = tokenizer.backend_tokenizer.to_str()
-        self.digest = hashlib.sha256(whole.encode()).hexdigest()
-        spec = json.loads(whole)
+        serialized = tokenizer.backend_tokenizer.to_str()
+        self.digest = hashlib.sha256(serialized.encode()).hexdigest()
+        spec = json.loads(serialized)
         control = {t["id"]: t["content"] for t in spec["added_tokens"] if not _is_ordinary(t)}
-        self._metaspace = _prepends_at_start(spec["pre_tokenizer"])
-        spec["added_tokens"] = _kept(spec["added_tokens"], spec["model"])
+        spec["added_tokens"] = _ordinary_tokens(spec["added_tokens"], spec["model"])
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         unknown_id = _unknown_id(spec["model"])
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.cls_token_id)
-        harmless = {unknown_id} - set(ends)  # an unknown token that also ends texts stays forbidden
+        harmless = {unknown_id} - set(ends)  # an unknown token that also ends a text stays forbidden
         self.control_ids = frozenset(control.keys() | set(tokenizer.all_special_ids)) - harmless
         _remove_pieces(spec["model"], {control[i] for i in control if i != unknown_id})
-        bytes_alone = {i for piece, i in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(piece)}
-        # Decoding reads a run of byte pieces as one whole and skips special tokens, so neither settles the text.
-        self.unsettling_ids = frozenset(bytes_alone.union(tokenizer.all_special_ids))
+        byte_ids = {i for piece, i in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(piece)}
+        # Decoding joins a run of byte pieces and skips special tokens, so the text before them may still change.
+        self.unsettling_ids = frozenset(byte_ids.union(tokenizer.all_special_ids))
         self.control_tokens = tuple(str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids)
         self.largest_id = max(tokenizer.get_vocab().values())
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
         self._continuing = self._tokenizer
-        if self._metaspace:
-            _never_prepend(spec["pre_tokenizer"])
+        # Some tokenizers put a space in front of a prompt, but not behind a control token inside it.
+        metaspaces = _metaspaces(spec["pre_tokenizer"])
+        if any(part.get("prepend_scheme") == "first" for part in metaspaces):
+            for part in metaspaces:
+                part["prepend_scheme"] = "never"
             self._continuing = Tokenizer.from_str(json.dumps(spec))
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Token ids of ``text``; lone surrogates read as U+FFFD.
+        """Return the token ids of ``text``. Lone surrogates become U+FFFD.
 
         Args:
-            continues: other tokens stand in front of the text, so a tokenizer that marks the start of a prompt with a
-                space does not mark this one.
+            continues: other tokens precede the text, so a tokenizer that puts a space in front of a prompt does not
+                put one here.
 
         Raises:
-            ControlTokenError: a control id came out all the same, so nothing may be sent to the model.
+            ControlTokenError: the result contains a control id, so it must not be sent to the model.
         """
-        return self._checked(self._encoding(text, continues=continues).ids, text)
+        ids = self._encoding(text, continues=continues).ids
+        if leaked := self.control_ids.intersection(ids):
+            raise ControlTokenError(
+                f"a text of {len(text)} characters became the control token id {min(leaked)}; nothing was sent to "
+                "the model, because its tokenizer cannot be made safe for this text."
+            )
+        return ids
 
     def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
-        """Characters (start, end) of ``text`` that each of its ids spells."""
+        """Return the characters (start, end) of ``text`` that each of its ids spells."""
         return self._encoding(text, continues=continues).offsets
 
     def cut(self, text: str, max_tokens: int) -> int:
-        """Character offset at which to cut ``text`` so that the first part has at most ``max_tokens`` ids.
+        """Return the character offset to cut ``text`` at, so that the first part has at most ``max_tokens`` ids.
 
-        The cut falls at a sentence's end in the second half of the part if there is one, else at a space.
+        The cut is at the last sentence end in the second half of that part, else at a space.
         """
         encoding = self._encoding(text)
         if len(encoding.ids) <= max_tokens:
@@ -100,35 +108,17 @@ class PlainEncoder:
         tokenizer = self._continuing if continues else self._tokenizer
         return tokenizer.encode(_LONE_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
 
-    def _checked(self, ids: list[int], text: str) -> list[int]:
-        if leaked := self.control_ids.intersection(ids):
-            raise ControlTokenError(
-                f"a text of {len(text)} characters became the control token id {min(leaked)}; nothing was sent to "
-                "the model, because its tokenizer cannot be made safe for this text."
-            )
-        return ids
-
 
 def _metaspaces(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The parts of a pre-tokenizer that write spaces as SentencePiece does."""
+    """Return the parts of a pre-tokenizer that write spaces as SentencePiece does."""
     if pre_tokenizer is None:
         return []
     parts = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     return [part for part in parts if part["type"] == "Metaspace"]
 
 
-def _prepends_at_start(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether the tokenizer puts a space in front of a prompt, but not behind a control token inside it."""
-    return any(part.get("prepend_scheme") == "first" for part in _metaspaces(pre_tokenizer))
-
-
-def _never_prepend(pre_tokenizer: dict[str, Any]) -> None:
-    for part in _metaspaces(pre_tokenizer):
-        part["prepend_scheme"] = "never"
-
-
 def _unknown_id(model: Mapping[str, Any]) -> int | None:
-    """Id that the tokenization model emits for what it cannot spell, if it has one."""
+    """Return the id that the tokenization model emits for text that it cannot spell, if it has one."""
     if model["type"] == "Unigram":
         return model["unk_id"]
     unknown = model.get("unk_token")
@@ -136,25 +126,25 @@ def _unknown_id(model: Mapping[str, Any]) -> int | None:
 
 
 def _is_ordinary(token: Mapping[str, Any]) -> bool:
-    """Whether an added token is text like any other: white space (``▁`` is a space), or one unmarked character."""
+    """Whether an added token is ordinary text: white space (``▁`` is a space), or one character not marked special."""
     content = token["content"].replace("▁", " ")
     return content.isspace() or (len(content) == 1 and not token["special"])
 
 
-def _kept(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ordinary added tokens, put into the vocabulary, since others would be given new ids."""
-    kept = [token for token in added if _is_ordinary(token)]
+def _ordinary_tokens(added: list[dict[str, Any]], model: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the ordinary added tokens, and add them to the vocabulary: tokens outside it would get new ids."""
+    ordinary = [token for token in added if _is_ordinary(token)]
     if model["type"] == "Unigram":
         pieces = {piece for piece, _ in model["vocab"]}
-        return [token for token in kept if token["content"] in pieces]
-    for token in kept:
+        return [token for token in ordinary if token["content"] in pieces]
+    for token in ordinary:
         model["vocab"].setdefault(token["content"], token["id"])
-    return kept
+    return ordinary
 
 
 def _remove_pieces(model: dict[str, Any], pieces: set[str]) -> None:
-    """Make it impossible for the tokenization model to produce ``pieces`` (SentencePiece lists them as pieces)."""
-    if model["type"] == "Unigram":  # ids are list places, so the piece is renamed to what no text can guess
+    """Remove control tokens from the vocabulary, where SentencePiece lists them as pieces."""
+    if model["type"] == "Unigram":  # ids are list indices, so a piece is renamed to a text that nobody can guess
         nonce = secrets.token_hex(16)
         model["vocab"] = [
             [f"\ufdd0{nonce}{i}" if piece in pieces else piece, score]
@@ -173,13 +163,13 @@ def _merge_parts(merge: str | list[str]) -> tuple[str, str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """A control token of a template, by its constant id."""
+    """A control token of a template."""
 
     token_id: int
 
 
 class Template:
-    """A template of the model's owner, cut into control tokens and plain text with fields."""
+    """A template of the model's owner, split into control tokens and plain text with fields."""
 
     def __init__(
         self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder, field: re.Pattern[str] = FIELD
@@ -188,7 +178,7 @@ class Template:
         self._parts = split_at_control_tokens(text, tokenizer, encoder.control_ids)
 
     def encode(self, **values: str) -> list[int]:
-        """Token ids with the fields filled in. A value that looks like a field or a control token stays plain text."""
+        """Return the token ids with the fields filled in. Fields and control tokens in a value stay plain text."""
         ids: list[int] = []
         for part in self._parts:
             if isinstance(part, Control):
@@ -201,6 +191,7 @@ class Template:
 def split_at_control_tokens(
     text: str, tokenizer: PreTrainedTokenizerBase, control_ids: frozenset[int]
 ) -> list[Control | str]:
+    """Split trusted text into control tokens and the plain text between them."""
     tokens = {str(t): (i, t) for i, t in tokenizer.added_tokens_decoder.items() if i in control_ids}
     if not tokens:
         return [text] if text else []
@@ -221,23 +212,23 @@ def split_at_control_tokens(
 
 
 class DocumentEncoder(Protocol):
-    """Encodes a document as one model reads it under one prompt."""
+    """Encodes a document as one model reads it in one prompt."""
 
     @property
     def plain(self) -> PlainEncoder: ...
 
     def encode_document(self, document: Document) -> tuple[int, ...]:
-        """Ids (T,) of one document; ``()`` for a blank one."""
+        """Return the ids (T,) of one document, or ``()`` if it is blank."""
         ...
 
 
 class TextDocuments:
-    """Documents as plain text, each with the separator behind it.
+    """Encodes documents as plain text, each followed by a separator.
 
     Args:
         separator: text between two documents.
         titles: write a document's title above its text.
-        continues: a prefix stands in front of every document.
+        continues: a prefix precedes every document.
     """
 
     def __init__(self, plain: PlainEncoder, *, separator: str, titles: bool, continues: bool) -> None:
@@ -252,12 +243,12 @@ class TextDocuments:
 
 
 def document_text(document: Document, *, titles: bool) -> str:
-    """A document as a prompt shows it."""
+    """Return the text of a document in a prompt."""
     return f"Title: {document.title}\n{document.text}" if titles and document.title else document.text
 
 
 class PromptEncoder:
-    """Encodes the prefix, documents and questions of one model in fixed templates, and decodes its answers."""
+    """Encodes prefix, documents and questions in the fixed templates of one model, and decodes its answers."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder | None = None
@@ -268,18 +259,18 @@ class PromptEncoder:
         self._document = Template(settings.document_template, tokenizer, self.plain)
         self._titled = Template(settings.titled_document_template, tokenizer, self.plain)
         self._question = Template(settings.question_template, tokenizer, self.plain)
-        prompt = settings.prompt_template
         self._answer = Template(settings.answer_template, tokenizer, self.plain)
+        prompt = settings.prompt_template
         self._prompt = None if prompt is None else Template(prompt, tokenizer, self.plain)
         self.prefix_ids = tuple(Template(settings.prefix, tokenizer, self.plain).encode())
 
     @property
     def follows_instructions(self) -> bool:
-        """Whether the model reads a caller's own wording; otherwise it reads the bare question."""
+        """Whether the model reads the caller's own wording. Otherwise it reads the bare question."""
         return self._prompt is not None
 
     def encode_document(self, document: Document) -> tuple[int, ...]:
-        """Ids (T,) of one document in its template; ``()`` for a blank one."""
+        """Return the ids (T,) of one document in its template, or ``()`` if it is blank."""
         if not document.text.strip():
             return ()
         if document.title:
@@ -287,9 +278,9 @@ class PromptEncoder:
         return tuple(self._document.encode(text=document.text))
 
     def encode_question(self, question: str, prompt: Prompt = None) -> tuple[int, ...]:
-        """Ids (Q,) of the question, or of the caller's ``prompt`` if the model follows instructions.
+        """Return the ids (Q,) of the question, or of the caller's ``prompt`` if the model follows instructions.
 
-        System texts stand behind the documents too, at the beginning of the first user turn.
+        System texts open the first user turn, so they follow the documents too.
 
         Raises:
             InvalidInputError: the prompt is a conversation that cannot be answered.
@@ -300,7 +291,7 @@ class PromptEncoder:
             return tuple(self._prompt.encode(prompt=prompt))
         messages = [without_place(message) for message in messages_of(prompt, question)]
         turns = alternating([Message(m.role, m.text.strip()) for m in messages if m.text.strip()])
-        if [turn.text for turn in turns] == [question.strip()]:  # a wording that adds nothing
+        if [turn.text for turn in turns] == [question.strip()]:  # the prompt adds nothing
             return tuple(self._question.encode(question=question))
         template = self._chat_template([turn.role for turn in turns])
         if template is None:
@@ -308,9 +299,9 @@ class PromptEncoder:
         return tuple(template.encode(**{f"message{n}": turn.text for n, turn in enumerate(turns)}))
 
     def _chat_template(self, roles: Sequence[str]) -> Template | None:
-        """The chat template behind the documents of a conversation.
+        """Return the part of the chat template that follows the documents of a conversation.
 
-        Returns None if prefix and prompt template are not the chat template's, or if it changes such turns.
+        It is None if prefix and prompt template are not those of the chat template, or if it changes such turns.
         """
         if self._tokenizer.chat_template is None:
             return None
@@ -327,16 +318,16 @@ class PromptEncoder:
         return Template(rest, self._tokenizer, self.plain, MARK) if is_own and MARK.findall(rest) == marks else None
 
     def encode_answer(self, answer: str) -> tuple[int, ...]:
-        """Ids (A,) of an answer as the model is trained to write it, without the end token."""
+        """Return the ids of an answer as the model is trained to write it, without the end token."""
         return tuple(self._answer.encode(answer=answer))
 
     @property
     def evidence_mark(self) -> str | None:
-        """Text that shows in a decoded answer that its evidence begins; None if the tokenizer loses it."""
-        spelt = self.decode(list(self.encode_answer(f"1{self._settings.evidence_separator}1"))).strip()
-        mark = spelt[1:-1].rstrip(" ")
-        return mark if spelt[:1] == spelt[-1:] == "1" and any(map(str.isalnum, mark)) else None
+        """The text that separates the evidence in a decoded answer, or None if the tokenizer loses it."""
+        decoded = self.decode(list(self.encode_answer(f"1{self._settings.evidence_separator}1"))).strip()
+        separator = decoded[1:-1].rstrip(" ")
+        return separator if decoded[:1] == decoded[-1:] == "1" and any(map(str.isalnum, separator)) else None
 
     def decode(self, token_ids: list[int]) -> str:
-        """Text of generated ids, special tokens left out."""
+        """Return the text of generated ids without special tokens."""
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -1,8 +1,8 @@
-"""What the model reads for one question: a prefix, the documents, and the rest of the prompt, as token ids.
+"""Lays out the prompt of one question as token ids: a prefix, the documents, and the rest.
 
-Two layouts. An untuned model reads the prompt in its own chat template: joined into one prompt it has the ids of
-``apply_chat_template`` over the same messages, and fused the same text with the documents in the same place. A tuned
-decoder reads the fixed templates that it was trained with. Knows text and ids, but no weights and no positions.
+An untuned model reads the prompt in its own chat template. A joined prompt has the ids of ``apply_chat_template`` over
+the same messages. A fused prompt has the same text with the documents in the same place. A tuned decoder reads the
+fixed templates that it was trained with. Knows text and ids, but neither weights nor positions.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class JoinedPrompt:
     """All documents in one prompt.
 
     Attributes:
-        ids: of the whole prompt.
-        spans: tokens that spell each of the caller's documents; ``(0, 0)`` for one that is not in the prompt.
+        ids: token ids of the whole prompt.
+        spans: tokens of each of the caller's documents, or ``(0, 0)`` if the prompt does not contain it.
     """
 
     ids: Ids
@@ -47,9 +47,9 @@ class JoinedPrompt:
 
 
 class Layout(Protocol):
-    """How one question's prompt is read.
+    """The layout of one question's prompt.
 
-    ``prefix`` stands in front of the documents and ``question`` behind them when they are fused.
+    In a fused prompt, ``prefix`` precedes the documents and ``question`` follows them.
     """
 
     @property
@@ -85,10 +85,10 @@ class FixedLayout:
 
 
 class ChatLayouts:
-    """Layouts of prompts in the model's own chat template.
+    """Makes layouts of prompts in the model's own chat template.
 
     Args:
-        settings: the chat template's variables, and the default wording of a bare question.
+        settings: contain the variables of the chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder) -> None:
@@ -101,12 +101,12 @@ class ChatLayouts:
     def of(
         self, question: str, prompt: Prompt, *, has_documents: bool, kwargs: Mapping[str, Any] | None = None
     ) -> ChatLayout:
-        """The layout of one prompt.
+        """Return the layout of one prompt.
 
         Args:
             question: the bare question.
             prompt: the caller's messages; None puts the question into the default wording.
-            has_documents: whether there are documents; without, the prompt is read as it is.
+            has_documents: there are documents, so the prompt needs a place for them.
             kwargs: variables of the chat template for this prompt. Control tokens in them stay plain text.
 
         Raises:
@@ -121,7 +121,7 @@ class ChatLayouts:
         return question if self._has_template else f"Question: {question}\nAnswer:"
 
     def text_documents(self, separator: str, titles: bool, continues: bool) -> TextDocuments:
-        """The encoder of documents with these options; one for all prompts."""
+        """Return the document encoder with these options, which all prompts share."""
         key = separator, titles, continues
         if key not in self._documents:
             options: dict[str, Any] = {"separator": separator, "titles": titles, "continues": continues}
@@ -131,7 +131,7 @@ class ChatLayouts:
     def render(
         self, marks: Marks, messages: Sequence[Message], shown: str, kwargs: Mapping[str, Any], fixed: bool
     ) -> str:
-        """The chat template around ``messages``, with the text ``shown`` in the documents' place."""
+        """Return the chat template around ``messages``, with the text ``shown`` in the place of the documents."""
 
         def text_of(message: Message) -> str:
             if message.documents is None:
@@ -139,29 +139,29 @@ class ChatLayouts:
             at = message.documents.offset
             return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
 
-        given = {name: marks.disarm(value) if isinstance(value, str) else value for name, value in kwargs.items()}
-        return self._start + rendered(self.tokenizer, messages, text_of, given, fixed_date=fixed)
+        variables = {name: marks.disarm(v) if isinstance(v, str) else v for name, v in kwargs.items()}
+        return self._start + rendered(self.tokenizer, messages, text_of, variables, fixed_date=fixed)
 
     def encode(self, text: str, marks: Marks, *, continues: bool = False) -> tuple[Ids, list[Span]]:
-        """Ids of a rendered prompt, and the tokens between each start mark and its end mark."""
+        """Return the ids of a rendered prompt, and the tokens between each start mark and its end mark."""
         ids: list[int] = []
         spans: list[Span] = []
         for part in split_at_control_tokens(text, self.tokenizer, self.plain.control_ids):
             if isinstance(part, Control):
                 ids.append(part.token_id)
                 continue
-            clean, found = _without_marks(part, marks)
-            behind = continues or bool(ids)
-            encoded = self.plain.encode(clean, continues=behind)
-            if found:
-                offsets = self.plain.offsets(clean, continues=behind)
-                spans += [_token_span(offsets, start, end, len(ids)) for start, end in found]
+            clean, characters = _without_marks(part, marks)
+            follows = continues or bool(ids)
+            encoded = self.plain.encode(clean, continues=follows)
+            if characters:
+                offsets = self.plain.offsets(clean, continues=follows)
+                spans += [_token_span(offsets, start, end, len(ids)) for start, end in characters]
             ids += encoded
         return tuple(ids), spans
 
 
 class ChatLayout:
-    """One prompt in the model's chat template; see :class:`Layout`."""
+    """The layout of one prompt in the model's chat template."""
 
     def __init__(
         self, layouts: ChatLayouts, messages: Sequence[Message], question: str, kwargs: Mapping[str, Any]
@@ -176,32 +176,34 @@ class ChatLayout:
             self.documents: DocumentEncoder = layouts.text_documents("\n\n", False, False)
             return
         text = layouts.render(marks, documents_first(messages, question), marks.documents, kwargs, True)
-        before, found, after = text.partition(marks.documents)
-        if not found or marks.documents in after:
+        before, mark, after = text.partition(marks.documents)
+        if not mark or marks.documents in after:
             raise InvalidInputError(
                 "the model's chat template does not show the message with the documents exactly once, so they have "
                 "no place in it."
             )
         self.prefix = layouts.encode(before, marks)[0]
-        # Every document ends with the separator, the last one too.
+        # Every document ends with the separator, including the last.
         self.question = layouts.encode(after.removeprefix(place.separator), marks, continues=True)[0]
         self.documents = layouts.text_documents(place.separator, place.titles, bool(self.prefix))
 
     def joined(self, reading: Reading) -> JoinedPrompt:
-        """The caller's own prompt, token for token as ``apply_chat_template`` gives it."""
+        """Return the caller's own prompt with exactly the tokens of ``apply_chat_template``."""
         if self._place is None:
             return JoinedPrompt(self.question, tuple((0, 0) for _ in reading.documents))
         marks, layouts = Marks(self._layouts.plain.control_tokens), self._layouts
         shown = [document.document for document in reading.documents if document.pieces]
         ids, _ = layouts.encode(self._rendered(marks, shown, marked=False), marks)
         marked, spans = layouts.encode(self._rendered(marks, shown, marked=True), marks)
-        if marked != ids:  # the template trims what a mark hid from it, a few characters at the edge of a document
+        if marked != ids:  # without marks, the template trims a few characters at the edge of a document
             shift = len(marked) - len(ids)
             spans = [
                 (max(0, start - (shift if n else 0)), max(0, end - shift)) for n, (start, end) in enumerate(spans)
             ]
-        left = iter(spans)
-        return JoinedPrompt(ids, tuple(next(left) if document.pieces else (0, 0) for document in reading.documents))
+        remaining = iter(spans)
+        return JoinedPrompt(
+            ids, tuple(next(remaining) if document.pieces else (0, 0) for document in reading.documents)
+        )
 
     def _rendered(self, marks: Marks, documents: Sequence[Document], *, marked: bool) -> str:
         place = self._place
@@ -214,7 +216,7 @@ class ChatLayout:
 
 
 def _without_marks(text: str, marks: Marks) -> tuple[str, list[Span]]:
-    """``text`` without marks, and the characters between each start mark and its end mark."""
+    """Return ``text`` without marks, and the characters between each start mark and its end mark."""
     pieces: list[str] = []
     spans: list[Span] = []
     length = start = 0
@@ -229,7 +231,9 @@ def _without_marks(text: str, marks: Marks) -> tuple[str, list[Span]]:
     return "".join(pieces), spans
 
 
-def _token_span(offsets: Sequence[Span], start: int, end: int, at: int) -> Span:
-    """Tokens that spell the characters from ``start`` to ``end``, counted from ``at``."""
+def _token_span(offsets: Sequence[Span], start: int, end: int, first_token: int) -> Span:
+    """Return the tokens that spell the characters from ``start`` to ``end``, numbered from ``first_token``."""
     touched = [n for n, (first, last) in enumerate(offsets) if first < end and last > start]
-    return (at + touched[0], at + touched[-1] + 1) if touched else (at, at)
+    if not touched:
+        return first_token, first_token
+    return first_token + touched[0], first_token + touched[-1] + 1

@@ -1,4 +1,4 @@
-"""Documents within a limit of tokens: encoded whole if they fit, or cut into pieces at sentences and spaces."""
+"""Documents within a token limit: encoded whole if they fit, else cut into pieces at sentences and spaces."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from ..errors import ContextLimitError
 from ..schema import Document
 from .encoder import DocumentEncoder
 
-_USUAL_TOKEN = 8  # characters; more than a token of ordinary text has on average
-_PAST_ANY_TOKEN = 64  # characters; more than the longest vocabulary entry that matters for finding a cut
+_USUAL_TOKEN = 8  # characters; above the average token of ordinary text
+_LONGEST_TOKEN = 64  # characters; above the longest vocabulary entry that matters for a cut
 
 
 def encode_up_to(encoder: DocumentEncoder, document: Document, max_tokens: int) -> tuple[int, ...] | None:
-    """Ids of a document, or None if it has more than ``max_tokens``, which is noticed before a long text is read."""
-    beginning = replace(document, text=document.text[: (max_tokens + 1) * _PAST_ANY_TOKEN])
+    """Return the ids of a document, or None if it has more than ``max_tokens``.
+
+    Of a long text, only the beginning is encoded.
+    """
+    beginning = replace(document, text=document.text[: (max_tokens + 1) * _LONGEST_TOKEN])
     ids = encoder.encode_document(beginning)
     if len(ids) <= max_tokens and len(beginning.text) < len(document.text):
         ids = encoder.encode_document(document)
@@ -22,11 +25,11 @@ def encode_up_to(encoder: DocumentEncoder, document: Document, max_tokens: int) 
 
 
 def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int, most: int) -> list[tuple[int, ...]]:
-    """Ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template.
+    """Return the ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template.
 
     Raises:
-        ContextLimitError: template and title take more than half of ``max_tokens``, or the distinct pieces
-            have more than ``most`` ids together; the rest is then not encoded.
+        ContextLimitError: template and title take more than half of ``max_tokens``, or the distinct pieces have more
+            than ``most`` ids in total. The rest is not encoded then.
     """
     frame = len(encoder.encode_document(Document("x", title=document.title)))  # upper bound of the template's share
     room = max_tokens - frame
@@ -36,32 +39,31 @@ def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int
             "one document, so it cannot be split; shorten the title."
         )
     pieces: list[tuple[int, ...]] = []
-    text, at = document.text, 0
     distinct: set[tuple[int, ...]] = set()
-    tokens = 0
-    while at < len(text):
-        cut = _cut(encoder, text, at, room)
-        piece = encoder.encode_document(replace(document, text=text[at : at + cut].strip()))
-        while len(piece) > max_tokens and cut > 1:  # a cut inside a word can spell it with more tokens
+    text, start, tokens = document.text, 0, 0
+    while start < len(text):
+        cut = _cut(encoder, text, start, room)
+        piece = encoder.encode_document(replace(document, text=text[start : start + cut].strip()))
+        while len(piece) > max_tokens and cut > 1:  # a cut inside a word can need more tokens to spell it
             cut = cut * 3 // 4
-            piece = encoder.encode_document(replace(document, text=text[at : at + cut].strip()))
-        at += cut
+            piece = encoder.encode_document(replace(document, text=text[start : start + cut].strip()))
+        start += cut
         if piece:
             pieces.append(piece)
         tokens += 0 if piece in distinct else len(piece)
         distinct.add(piece)
         if tokens > most:
             raise ContextLimitError(
-                f"the first {at} of {len(text)} characters have {tokens} tokens, but at most {most} may be fused; "
-                "cut it."
+                f"the first {start} of {len(text)} characters have {tokens} tokens, but at most {most} can be fused; "
+                "shorten it."
             )
     return pieces
 
 
-def _cut(encoder: DocumentEncoder, text: str, at: int, max_tokens: int) -> int:
-    """Number of characters from ``at`` on that make a piece of at most ``max_tokens`` ids."""
-    for characters in (_USUAL_TOKEN, _PAST_ANY_TOKEN):
-        window = text[at : at + max_tokens * characters]
+def _cut(encoder: DocumentEncoder, text: str, start: int, max_tokens: int) -> int:
+    """Return the number of characters from ``start`` that make a piece of at most ``max_tokens`` ids."""
+    for characters in (_USUAL_TOKEN, _LONGEST_TOKEN):
+        window = text[start : start + max_tokens * characters]
         cut = encoder.plain.cut(window, max_tokens)
         if cut < len(window):
             break

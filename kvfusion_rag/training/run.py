@@ -13,10 +13,11 @@ from ..data.rows import QARow
 from ..engine.engine import Engine
 from ..errors import InvalidInputError
 from ..fusion.torch_model import TorchModel
+from ..model.adapters import require_adapter_libraries
 from ..model.backbone import Backbone
-from ..model.devices import choose_device
-from ..model.locating import ModelLocation, locate_model
-from ..model.versions import require_adapters
+from ..model.hardware import choose_device
+from ..model.loading import load_backbone
+from ..model.location import ModelLocation, locate_model
 from ..store import MemoryStore
 from .checkpoint import recover
 from .config import TrainingConfig
@@ -67,7 +68,7 @@ def train(
     """
     config, folder = config or TrainingConfig(), Path(output)
     if not config.full:
-        require_adapters()  # before the model is loaded and rows are encoded
+        require_adapter_libraries()  # before the model is loaded and rows are encoded
     processes = PartialState(cpu=choose_device(device).type == "cpu")
     if device is None and processes.num_processes > 1:
         device = str(processes.device)  # each process has its own accelerator
@@ -96,9 +97,9 @@ def require_uniform_positions(base: Backbone) -> None:
 def _load_engine(
     location: ModelLocation, config: TrainingConfig, device: str | None, dtype: str | None, store_bytes: int
 ) -> Engine[TorchModel]:
-    base = Backbone.load(location, device=device, dtype=dtype)
+    base = load_backbone(location, device=device, dtype=dtype)
     require_uniform_positions(base)
-    decoder = Backbone.load(location, device=device, dtype=dtype) if config.full else None
+    decoder = load_backbone(location, device=device, dtype=dtype) if config.full else None
     return Engine(TorchModel(base, decoder), base.settings, store=MemoryStore(store_bytes))
 
 

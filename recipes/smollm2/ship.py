@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kvfusion_rag import KVFusionGenerator
-from kvfusion_rag.model.locating import DEFAULT_MODEL, locate_model
+from kvfusion_rag.model.location import DEFAULT_MODEL, locate_model
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -80,8 +80,7 @@ def test_stored_documents_come_from_memory_afterwards(tmp_path):
     before = KVFusionGenerator(TorchModel(tiny.backbone("llama")), store=DocumentStore(disk=DiskStore(tmp_path)))
     before.prefill([document.page_content for document in FOUND])
     gen = KVFusionGenerator(
-        TorchModel(tiny.backbone("llama")),
-        store=DocumentStore(memory=MemoryStore(), disk=DiskStore(tmp_path), load="always"),
+        TorchModel(tiny.backbone("llama")), store=DocumentStore(memory=MemoryStore(), disk=DiskStore(tmp_path))
     )
     futures = []
 

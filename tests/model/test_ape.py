@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator, ModelLoadError, UnsupportedModelError
 from kvfusion_rag.fusion.sampling import DecodingOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.positions import block_mask, fused_positions
 from kvfusion_rag.text.settings import ModelSettings, load_settings
@@ -72,15 +73,15 @@ def test_answers_equal_a_dense_computation_from_the_definition(architecture, see
     rng = random.Random(seed)
     made = tiny.backbone(architecture)
     factors = {"ape_temperature": temperature, "ape_scale": scale, "passage_length": 90, "mode": "ape"}
-    gen = KVFusionGenerator(made, store=None).with_settings(**factors)
+    gen = KVFusionGenerator(TorchModel(made), store=None).with_settings(**factors)
     documents, question = random_documents(rng, most=4), " ".join(rng.choices(VOCABULARY, k=4))
     steps, ids = logits_of(gen, question, documents)
-    asked = gen._encoder.encode_question(question)
+    asked = gen._engine.encoder.encode_question(question)
     pieces = list(gen._engine.read(documents).keys.values())
     reference = tiny.model(architecture)
-    expected = dense_logits(reference, gen._encoder.prefix_ids, pieces, [*asked, *ids[:-1]], (temperature, scale))[
-        -len(ids) :
-    ]
+    expected = dense_logits(
+        reference, gen._engine.encoder.prefix_ids, pieces, [*asked, *ids[:-1]], (temperature, scale)
+    )[-len(ids) :]
     difference = (steps - expected).abs().max().item()
     assert difference < 1e-4 * expected.abs().max().item(), f"largest difference {difference}"
 
@@ -88,7 +89,7 @@ def test_answers_equal_a_dense_computation_from_the_definition(architecture, see
 @architectures
 @dtypes
 def test_without_factors_it_is_fusion(architecture, dtype):
-    gen = KVFusionGenerator(tiny.backbone(architecture, dtype), store=None)
+    gen = KVFusionGenerator(TorchModel(tiny.backbone(architecture, dtype)), store=None)
     neutral = gen.with_settings(mode="ape", ape_temperature=1.0, ape_scale=1)
     rng = random.Random(1)
     for _ in range(4):
@@ -110,7 +111,7 @@ def test_the_factors_matter(architecture):
     ("architecture", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16), ("bert", torch.float32)]
 )
 def test_any_order_gives_the_same_bits(architecture, dtype):
-    gen = KVFusionGenerator(tiny.backbone(architecture, dtype), store=None)
+    gen = KVFusionGenerator(TorchModel(tiny.backbone(architecture, dtype)), store=None)
     rng = random.Random(2)
     for _ in range(5):
         report = gen.check_invariance("who?", random_documents(rng), permutations=4, mode="ape")
@@ -194,7 +195,7 @@ def test_every_other_pass_has_the_models_own_attention(folders):
         thread.join()
     assert found == expected
     assert not any(others)
-    assert gen._backbone.model.config._attn_implementation == gen._backbone.attention
+    assert gen._engine.model.backbone.model.config._attn_implementation == gen._engine.model.backbone.attention
 
 
 def test_a_pass_that_fails_gives_the_attention_back():
@@ -206,7 +207,7 @@ def test_a_pass_that_fails_gives_the_attention_back():
         raise stop
 
     gen.answer("who?", DOCUMENTS, mode="ape", max_new_tokens=1)
-    hook = gen._backbone.model.get_output_embeddings().register_forward_pre_hook(fail)
+    hook = gen._engine.model.backbone.model.get_output_embeddings().register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="stop"):
         gen.answer("who?", DOCUMENTS, mode="ape", max_new_tokens=4)
     hook.remove()
@@ -218,7 +219,7 @@ def test_an_attention_that_cannot_be_exchanged_is_refused():
     made = Backbone(
         AutoModelForCausalLM.from_config(small), tiny.tokenizer("byte-bpe"), ModelSettings(), model_id="old"
     )
-    gen = KVFusionGenerator(made, store=None)
+    gen = KVFusionGenerator(TorchModel(made), store=None)
     assert gen.answer("who?", DOCUMENTS, max_new_tokens=2).token_ids
     with pytest.raises(
         UnsupportedModelError, match=r"'old' \(gptj\) cannot answer in mode 'ape' or measure attention: .* exchanged"

@@ -12,16 +12,17 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests.training.test_training import SETTINGS as TRAINING
+from tests.training.test_training import batch_of, rows
 from tiny import WORDS, backbone, model
 
 from kvfusion_rag import DiskStore, Document, DocumentStore, KVFusionGenerator, MemoryLimitError, MemoryStore
 from kvfusion_rag.cli import main
-from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.engine.engine import Engine, EngineOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.training.loss import fusion_loss
 from tests.fusion.test_fusion_laws import logits_of, random_documents
-from tests.training.test_training import SETTINGS as TRAINING
-from tests.training.test_training import batch_of, rows
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -49,10 +50,10 @@ def test_any_order_gives_the_same_bits_and_stored_is_computed(device, dtype, att
         None,
         MemoryStore(),
         MemoryStore(host=True),
-        DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28), load="always"),
-        DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28), load="always"),
+        DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28)),
+        DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28)),
     ]
-    generators = [KVFusionGenerator(bone, store=store) for store in stores]  # each has passed the gate
+    generators = [KVFusionGenerator(TorchModel(bone), store=store) for store in stores]  # each has passed the gate
     rng = random.Random(11)
     for _ in range(8):
         documents = random_documents(rng)
@@ -67,7 +68,7 @@ def test_any_order_gives_the_same_bits_and_stored_is_computed(device, dtype, att
 @devices
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_equals_singles_over_shared_and_different_documents(device, architecture):
-    made = KVFusionGenerator(on(device, architecture), store=MemoryStore())
+    made = KVFusionGenerator(TorchModel(on(device, architecture)), store=MemoryStore())
     rng = random.Random(5)
     for documents in ([DOCUMENTS] * 3, [random_documents(rng) for _ in QUESTIONS]):
         batch = made.answer_batch(QUESTIONS, documents, max_new_tokens=8)
@@ -79,7 +80,9 @@ def test_batch_equals_singles_over_shared_and_different_documents(device, archit
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_gpu_answers_as_a_cpu_does(architecture):
-    by_cpu, by_gpu = (KVFusionGenerator(on(device, architecture), store=None) for device in ("cpu", "cuda"))
+    by_cpu, by_gpu = (
+        KVFusionGenerator(TorchModel(on(device, architecture)), store=None) for device in ("cpu", "cuda")
+    )
     for mode in ("fusion", "concat", "ape"):
         assert tokens(by_gpu, mode=mode) == tokens(by_cpu, mode=mode)
     apart = [made.with_settings(positions="global") for made in (by_cpu, by_gpu)]
@@ -100,7 +103,7 @@ def test_an_adapter_answers_and_documents_are_the_base_models(device, model_fold
         KVFusionGenerator.from_pretrained(model_folder, adapter=adapter, device=device, store=store, mode="fusion")
         for adapter in (None, tmp_path / "adapter")
     )
-    assert base._backbone.device.type == tuned._backbone.device.type == device
+    assert base._engine.model.backbone.device.type == tuned._engine.model.backbone.device.type == device
     plain, adapted = tokens(base), tokens(tuned)
     assert plain != adapted
     assert {source.origin for source in tuned.answer("who?", DOCUMENTS).sources} == {"memory"}
@@ -122,7 +125,7 @@ def test_weights_in_8_bit(device, how, model_folder):
 def test_a_step_of_training_lowers_the_loss_of_its_rows(device, dtype):
     bone = on(device, dtype=dtype, settings=TRAINING)
     bone.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    made = Engine(bone, TRAINING, store=None, namespace="", max_fused_tokens=100_000)
+    made = Engine(TorchModel(bone), TRAINING, store=None, options=EngineOptions(max_fused_tokens=100_000))
     batch = batch_of(made, rows(4))
     weights = [weight for name, weight in bone.model.named_parameters() if "lora_" in name]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
@@ -143,11 +146,11 @@ def test_other_kernels_of_attention_pass_the_gate_and_keep_the_laws(attention, d
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash_attn is not installed")
     bone = on("cuda", dtype=dtype, head_dim=WIDTH, _attn_implementation=attention)
-    made = KVFusionGenerator(bone, store=MemoryStore())
+    made = KVFusionGenerator(TorchModel(bone), store=MemoryStore())
     expected, answer = logits_of(made, QUESTIONS[0], DOCUMENTS)
     found, found_answer = logits_of(made, QUESTIONS[0], DOCUMENTS[::-1])
     assert found_answer == answer and found.equal(expected)
-    ordinary = KVFusionGenerator(on("cuda", dtype=dtype, head_dim=WIDTH), store=None)
+    ordinary = KVFusionGenerator(TorchModel(on("cuda", dtype=dtype, head_dim=WIDTH)), store=None)
     first, _ = logits_of(ordinary, QUESTIONS[0], DOCUMENTS, max_new_tokens=1)
     assert (first - expected[:1]).abs().max() < 5e-2 * first.abs().max()
     batch = made.answer_batch(QUESTIONS, [DOCUMENTS] * 3, max_new_tokens=4)
@@ -156,7 +159,7 @@ def test_other_kernels_of_attention_pass_the_gate_and_keep_the_laws(attention, d
 
 @pytest.mark.gpu
 def test_memory_that_runs_out_is_one_clear_error_and_the_next_question_is_answered():
-    made = KVFusionGenerator(on("cuda"), store=None, max_fused_tokens=1 << 24)
+    made = KVFusionGenerator(TorchModel(on("cuda")), store=None, options=EngineOptions(max_fused_tokens=1 << 24))
     expected = tokens(made)
     rng = random.Random(3)
     many = [Document(" ".join(rng.choices(WORDS.split(), k=40)), id=str(n)) for n in range(3000)]
@@ -173,7 +176,7 @@ def test_memory_that_runs_out_is_one_clear_error_and_the_next_question_is_answer
 
 @pytest.mark.gpu
 def test_answers_leave_no_memory_behind():
-    made = KVFusionGenerator(on("cuda"), store=MemoryStore())
+    made = KVFusionGenerator(TorchModel(on("cuda")), store=MemoryStore())
     for number in range(40):
         made.answer_batch(QUESTIONS, [DOCUMENTS] * 3, max_new_tokens=4)
         if number == 4:

@@ -29,7 +29,7 @@ from kvfusion_rag.model.gguf import convert as gguf_convert
 from kvfusion_rag.model.gguf import converted as gguf_cache
 from kvfusion_rag.model.gguf.converted import MANIFEST, converted_folder
 from kvfusion_rag.model.gguf.header import MAX_ARRAY_ITEMS, MAX_ITEM_BYTES, MAX_TENSORS, read_header
-from kvfusion_rag.model.locating import locate_model
+from kvfusion_rag.model.location import locate_model
 
 ROOT = Path(__file__).parent.parent.parent
 F32, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
@@ -145,7 +145,7 @@ def test_the_end_of_a_turn_ends_an_answer(tmp_path):
     end, turn = tokens.index("<|endoftext|>"), tokens.index("<|im_end|>")
     fields = {"tokenizer.ggml.eos_token_id": end, "tokenizer.ggml.eot_token_id": turn}
     path = write_gguf(tmp_path / "m.gguf", metadata=fields)
-    assert KVFusionGenerator.from_pretrained(path)._backbone.end_ids == {end, turn}
+    assert KVFusionGenerator.from_pretrained(path)._engine.model.backbone.end_ids == {end, turn}
 
 
 def test_what_lies_beside_the_file_does_not_change_it(file, converted, tmp_path):
@@ -171,7 +171,7 @@ def test_a_file_a_folder_and_a_name_in_it_load_the_same_model(file):
         ),
     ):
         assert other.model_id == by_path.model_id == "tiny.Q8_0"
-        assert other._backbone.weights_digest == by_path._backbone.weights_digest
+        assert other._engine.model.backbone.weights_digest == by_path._engine.model.backbone.weights_digest
         documents = ["the mill", "two doves"]
         assert other.answer("who?", documents, max_new_tokens=4).token_ids == (
             by_path.answer("who?", documents, max_new_tokens=4).token_ids
@@ -188,7 +188,7 @@ def test_settings_beside_the_file_are_honoured(file, tmp_path):
 def test_a_decoder_may_be_a_gguf_file(file, tmp_path):
     other = write_gguf(tmp_path / "tuned.gguf", tiny_gguf.model(seed=1))
     tuned = KVFusionGenerator.from_pretrained(file, decoder=other)
-    assert tuned._engine.decoder.model_id == "tuned" and tuned.model_id == "tiny.Q8_0"
+    assert tuned._engine.model.decoder.model_id == "tuned" and tuned.model_id == "tiny.Q8_0"
 
 
 def test_a_hub_repository_with_a_gguf_file(file, tmp_path):
@@ -202,7 +202,7 @@ def test_a_hub_repository_with_a_gguf_file(file, tmp_path):
     options = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
     found = KVFusionGenerator.from_pretrained("org/repo", gguf_file="m.Q8_0.gguf", model_kwargs=options)
     assert found.model_id == "m.Q8_0" and found.settings.passage_length == 78
-    assert found._backbone.revision == commit
+    assert found._engine.model.backbone.revision == commit
     with pytest.raises(ModelLoadError, match=r"cannot load 'other.gguf' of 'org/repo'"):
         KVFusionGenerator.from_pretrained("org/repo", gguf_file="other.gguf", model_kwargs=options)
 
@@ -344,7 +344,7 @@ def test_a_copied_cache_is_trusted_after_it_was_read(file, conversions, monkeypa
 KILLED = """
 import sys, time
 from pathlib import Path
-from kvfusion_rag import gguf_cache
+from kvfusion_rag.model.gguf import converted as gguf_cache
 def stop(*args):
     print("now", flush=True)
     time.sleep(600)
@@ -380,7 +380,8 @@ def test_leftovers_of_other_files_are_removed_unless_they_are_being_built(file, 
 FULL = """
 import resource, sys
 from pathlib import Path
-from kvfusion_rag import ModelLoadError, gguf_cache
+from kvfusion_rag import ModelLoadError
+from kvfusion_rag.model.gguf import converted as gguf_cache
 import kvfusion_rag.model.gguf.convert
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 try:

@@ -50,7 +50,7 @@ def test_formats_share_no_documents_in_a_store(folder):
 def test_a_changed_weight_of_a_quantized_model_is_noticed(folder):
     made = load(folder, FORMATS["int8"], store=MemoryStore())
     tokens(made)
-    weights = made._backbone.model.state_dict(keep_vars=True)
+    weights = made._engine.model.backbone.model.state_dict(keep_vars=True)
     weight = next(w for w in weights.values() if type(w).__name__ == "Int8Tensor")
     with torch.no_grad():
         weight.qdata.add_(1)

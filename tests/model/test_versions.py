@@ -12,27 +12,30 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from peft import LoraConfig
+from tests.training.test_training import rows
 from tiny import backbone
 
 from kvfusion_rag import KVFusionGenerator, MissingDependencyError, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
-from kvfusion_rag.model.versions import ADAPTER_LIBRARIES, require_adapters
+from kvfusion_rag.model.adapters import ADAPTER_LIBRARIES, require_adapter_libraries
 from kvfusion_rag.training import TrainingConfig, train
-from tests.training.test_training import rows
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_RUN = {"torch"}  # one version of torch is tested
 SHOWN_IN = {"ipykernel", "ipywidgets"}  # notebooks, which are no part of the versions that are tested
 UNCAPPED = {"fsspec", *SHOWN_IN}  # versions of fsspec are dates
-TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "nbmake", "packaging"}
+TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis", "nbmake", "packaging"}
 
 
 def requirements() -> dict[str, Requirement]:
     """Every library that the package or a test of a framework needs, without tools."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
+    lines = [
+        *PROJECT["dependencies"],
+        *(line for name in extras if name not in ("dev", "docs") for line in extras[name]),
+    ]
     made = [Requirement(line) for line in lines]
     return {r.name: r for r in made if r.name not in TEST_TOOLS | {"kvfusion-rag"}}
 
@@ -110,4 +113,4 @@ def test_a_torchao_that_peft_refuses_is_named_too(monkeypatch):
 
     monkeypatch.setattr("peft.import_utils.is_torchao_available", refuse)
     with pytest.raises(MissingDependencyError, match=rf"torchao {re.escape(version('torchao'))}.*99\.0.*torchao>="):
-        require_adapters()
+        require_adapter_libraries()

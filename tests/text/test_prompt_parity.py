@@ -1,21 +1,24 @@
-"""In mode ``concat`` the model reads exactly what transformers' ``generate`` reads, and fused it reads the same text.
+"""In mode ``concat`` the model reads exactly what transformers' ``generate`` reads, and in fusion the same text.
 
-Expected ids come from ``apply_chat_template`` over the caller's own messages with the documents' texts in them.
+Expected ids come from ``apply_chat_template`` over the caller's own messages, with the documents' texts in them.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from chat_families import FAMILIES, family_tokenizer
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import config, model, tokenizer
 
 from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, Message
+from kvfusion_rag.fusion.sampling import DecodingOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.store import MemoryStore
 from kvfusion_rag.text.settings import default_settings
@@ -27,20 +30,37 @@ DOCUMENTS = [
 ]
 TEXTS = [document.text for document in DOCUMENTS]
 QUESTION = "who built the mill?"
-NEW = 6  # tokens
+NEW_TOKENS = 6
+DATE = {"date_string": "1 Jan 2026"}
+
+families = pytest.mark.parametrize("family", FAMILIES)
 
 
-def chat_generator(tok, *, mode="auto", window=4096, **settings) -> KVFusionGenerator:
+def chat_generator(tok, *, mode="auto", window=4096, max_new_tokens=None, **changes) -> KVFusionGenerator:
     network = model("llama", max_position_embeddings=window)
-    own = replace(default_settings(tok), mode=mode, **settings)
-    return KVFusionGenerator(Backbone(network, tok, own, model_id="tiny-chat"), store=MemoryStore(), gather=False)
+    network.generation_config.max_new_tokens = max_new_tokens
+    own = replace(default_settings(tok), mode=mode, **changes)
+    loaded = TorchModel(Backbone(network, tok, own, model_id="tiny-chat"))
+    return KVFusionGenerator(loaded, store=MemoryStore(), gather=False)
+
+
+@cache
+def family_generator(family: str) -> KVFusionGenerator:
+    return chat_generator(family_tokenizer(family))
+
+
+@cache
+def transformers_model():
+    return model("llama", max_position_embeddings=4096)
 
 
 def joined(separator: str = "\n\n") -> str:
     return separator.join(TEXTS)
 
 
-SHAPES = {
+REASONED = "<think>\nhm\n</think>\n\n hello! "
+# Messages, and the turns that the chat template gets for them.
+PROMPTS = {
     "documents in the system message": (
         [Message.around("system", "Answer from this:\n", "\nBe brief."), Message("user", QUESTION)],
         [("system", f"Answer from this:\n{joined()}\nBe brief."), ("user", QUESTION)],
@@ -55,184 +75,150 @@ SHAPES = {
     ),
     "question before documents": (
         [Message.around("user", f"Question: {QUESTION}\nContext:\n", "", separator="\n---\n")],
-        [("user", f"Question: {QUESTION}\nContext:\n{joined(chr(10) + '---' + chr(10))}")],
+        [("user", f"Question: {QUESTION}\nContext:\n" + joined("\n---\n"))],
     ),
     "several turns": (
         [
-            Message("system", "Be brief."),
-            Message("user", "hello there"),
-            Message("assistant", "<think>\nhm\n</think>\n\n hello! "),
+            Message("system", "Be brief."), Message("user", "hello there"), Message("assistant", REASONED),
             Message.around("user", "Context:\n", f"\n{QUESTION}"),
         ],
         [
-            ("system", "Be brief."),
-            ("user", "hello there"),
-            ("assistant", "<think>\nhm\n</think>\n\n hello! "),
+            ("system", "Be brief."), ("user", "hello there"), ("assistant", REASONED),
             ("user", f"Context:\n{joined()}\n{QUESTION}"),
         ],
     ),
-}
+}  # fmt: skip
 
 
-def merged(turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """System text in front of the first user turn, for templates that reject the role."""
-    (_, told), (_, first), *rest = turns
-    return [("user", f"{told}\n\n{first}"), *rest]
+def request(generator, prompt, mode=None, question=QUESTION, documents=DOCUMENTS, kwargs=None):
+    return generator._engine.request(question, documents, prompt, mode, DecodingOptions(NEW_TOKENS), kwargs)
 
 
 def expected_ids(tok, turns, **kwargs) -> list[int]:
-    def ids(given):
-        messages = [{"role": role, "content": text} for role, text in given]
-        return tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
+    if turns[0][0] == "system" and "no system role" in tok.chat_template:  # the text opens the first user turn
+        (_, system), (_, first), *rest = turns
+        turns = [("user", f"{system}\n\n{first}"), *rest]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    return tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **kwargs)["input_ids"]
 
-    has_system = turns[0][0] == "system"
-    return ids(merged(turns) if has_system and "no system role" in tok.chat_template else turns)
 
-
-def generated(gen: KVFusionGenerator, ids: list[int]) -> list[int]:
+def generated(ids: list[int], end_ids: frozenset[int]) -> list[int]:
     """Greedy tokens of transformers' own ``generate``, up to the end token."""
-    network, ends = model("llama", max_position_embeddings=4096), gen._backbone.end_ids
-    mask = torch.ones(1, len(ids), dtype=torch.long)  # generate would take an id 0 in the prompt for a pad
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": 0}
-    out = network.generate(torch.tensor([ids]), attention_mask=mask, **options)
-    return out[0, len(ids) :].tolist()
+    mask = torch.ones(1, len(ids), dtype=torch.long)  # generate would take an id 0 in the prompt for padding
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": sorted(end_ids), "pad_token_id": 0}
+    return transformers_model().generate(torch.tensor([ids]), attention_mask=mask, **options)[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_joined_prompt_is_the_callers_own(family, shape):
-    tok = family_tokenizer(family)
-    gen = chat_generator(tok)
-    prompt, turns = SHAPES[shape]
+@pytest.mark.parametrize("name", PROMPTS)
+@families
+def test_joined_prompt_has_the_ids_of_apply_chat_template(family, name):
+    tok, generator = family_tokenizer(family), family_generator(family)
+    prompt, turns = PROMPTS[name]
     ids = expected_ids(tok, turns)
-    request = gen._engine.request(QUESTION, DOCUMENTS, prompt, None, gen._options({}))
-    assert list(request.question.ids) == ids
-    answer = gen.answer(QUESTION, DOCUMENTS, prompt=prompt, max_new_tokens=NEW)
-    assert answer.mode == "concat" and list(answer.token_ids) == generated(gen, ids)
-    assert answer.usage.prompt_tokens == len(ids)
-    assert gen.show_prompt(QUESTION, DOCUMENTS, prompt=prompt).text == tok.decode(ids)
+    made = request(generator, prompt)
+    assert list(made.question.ids) == ids
+    assert generator.show_prompt(QUESTION, DOCUMENTS, prompt=prompt).text == tok.decode(ids)
+    for (start, end), text in zip(made.spans, TEXTS, strict=True):
+        assert text.strip() in tok.decode(made.question.ids[start:end])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_spans_of_a_joined_prompt_spell_its_documents(family):
-    tok = family_tokenizer(family)
-    gen = chat_generator(tok)
-    for prompt, _ in SHAPES.values():
-        request = gen._engine.request(QUESTION, DOCUMENTS, prompt, "concat", gen._options({}))
-        for (start, end), text in zip(request.spans, TEXTS, strict=True):
-            assert text.strip() in tok.decode(request.question.ids[start:end])
+@families
+def test_joined_prompt_has_the_answer_of_generate(family):
+    tok, generator = family_tokenizer(family), family_generator(family)
+    for prompt, turns in PROMPTS.values():
+        ids = expected_ids(tok, turns)
+        answer = generator.answer(QUESTION, DOCUMENTS, prompt=prompt, max_new_tokens=NEW_TOKENS)
+        assert answer.mode == "concat" and list(answer.token_ids) == generated(ids, generator._engine.model.end_ids)
+        assert answer.usage.prompt_tokens == len(ids)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@families
 def test_one_fused_document_is_the_ordinary_prompt(family):
     """With documents first in the prompt, fusion of one document reads the caller's text in the caller's order."""
-    tok = family_tokenizer(family)
-    gen = chat_generator(tok)
-    prompt = [Message.around("user", "Use the context.\n\n", f"\n\nQuestion: {QUESTION}\nAnswer:")]
-    document = Document("the old mill was built in 1874.")
-    fused = gen.show_prompt(QUESTION, [document], prompt=prompt, mode="fusion", chat_template_kwargs=DATE)
-    plain = gen.show_prompt(QUESTION, [document], prompt=prompt, mode="concat", chat_template_kwargs=DATE)
-    assert fused.text == plain.text
+    generator, prompt = family_generator(family), PROMPTS["one user message"][0]
+    fused, plain = (
+        generator.show_prompt(QUESTION, DOCUMENTS[:1], prompt=prompt, mode=mode, chat_template_kwargs=DATE).text
+        for mode in ("fusion", "concat")
+    )
+    assert fused == plain
 
 
-DATE = {"date_string": "1 Jan 2026"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
+@families
 @pytest.mark.parametrize("mode", ["fusion", "ape"])
 def test_any_order_has_the_same_bits_and_questions_share_documents(family, mode):
-    gen = chat_generator(family_tokenizer(family), mode=mode)
-    for prompt, _ in SHAPES.values():
-        report = gen.check_invariance(QUESTION, DOCUMENTS, permutations=3)
-        assert report.identical
-        first = gen.answer(QUESTION, DOCUMENTS, prompt=prompt, max_new_tokens=NEW)
-        asked = [replace(m, text=m.text.replace(QUESTION, "where is it?")) for m in prompt]
-        moved = [_moved(old, new) for old, new in zip(prompt, asked, strict=True)]
-        second = gen.answer("where is it?", random.Random(1).sample(DOCUMENTS, 3), prompt=moved, max_new_tokens=NEW)
+    generator = chat_generator(family_tokenizer(family), mode=mode, max_new_tokens=NEW_TOKENS)
+    assert generator.check_invariance(QUESTION, DOCUMENTS, permutations=3).identical
+    shuffled = random.Random(1).sample(DOCUMENTS, 3)
+    for prompt, _ in PROMPTS.values():
+        first = generator.answer(QUESTION, DOCUMENTS, prompt=prompt, max_new_tokens=1)
+        other = [with_question(message, "where is it?") for message in prompt]
+        second = generator.answer("where is it?", shuffled, prompt=other, max_new_tokens=1)
         assert {s.origin for s in second.sources} == {"memory"} and first.mode == mode
 
 
-def _moved(old: Message, new: Message) -> Message:
-    """``new`` with the documents' place moved by what its question is shorter."""
-    if old.documents is None or QUESTION not in old.text[: old.documents.offset]:
-        return new
-    shorter = len(old.text) - len(new.text)
-    return replace(new, documents=replace(old.documents, offset=old.documents.offset - shorter))
+def with_question(message: Message, question: str) -> Message:
+    """Put another question into a message, and move the documents' place accordingly."""
+    changed = replace(message, text=message.text.replace(QUESTION, question))
+    place = message.documents
+    if place is None or QUESTION not in message.text[: place.offset]:
+        return changed
+    return replace(changed, documents=replace(place, offset=place.offset + len(question) - len(QUESTION)))
 
 
 def test_template_options_reach_the_template():
-    tok = family_tokenizer("chatml with reasoning")
-    prompt, turns = SHAPES["one user message"]
-    for gen, kwargs in (
-        (chat_generator(tok), {"enable_thinking": False}),
-        (chat_generator(tok, chat_template_kwargs={"enable_thinking": False}), {}),
-    ):
-        request = gen._engine.request(QUESTION, DOCUMENTS, prompt, None, gen._options({}), kwargs)
-        assert list(request.question.ids) == expected_ids(tok, turns, enable_thinking=False)
+    tok, options = family_tokenizer("chatml with reasoning"), {"enable_thinking": False}
+    prompt, turns = PROMPTS["one user message"]
+    own = chat_generator(tok, chat_template_kwargs=options)
+    for made in (request(own, prompt), request(family_generator("chatml with reasoning"), prompt, kwargs=options)):
+        assert list(made.question.ids) == expected_ids(tok, turns, **options)
 
 
-def test_fused_prefixes_do_not_change_at_midnight():
-    gen = chat_generator(family_tokenizer("header tokens and a date"))
-    shown = gen.show_prompt(QUESTION, DOCUMENTS, mode="fusion").text
-    assert "Today: 26 Jul 2024" in shown
-    assert "Today: 26 Jul 2024" not in gen.show_prompt(QUESTION, DOCUMENTS, mode="concat").text
+def test_date_is_fixed_in_fused_prompts_only():
+    generator = family_generator("header tokens and a date")
+    shown = {m: generator.show_prompt(QUESTION, DOCUMENTS, mode=m).text for m in ("fusion", "concat")}
+    assert "Today: 26 Jul 2024" in shown["fusion"] and "Today: 26 Jul 2024" not in shown["concat"]
 
 
 @pytest.mark.parametrize("kind", ["bpe-byte-fallback", "unigram"])
-def test_a_model_without_a_chat_template_reads_plain_text(kind):
+def test_model_without_chat_template_reads_plain_text(kind):
     tok = tokenizer(kind)
-    gen = chat_generator(tok)
-    prompt = [Message.around("user", "Use the context.\n\n", f"\n\nQuestion: {QUESTION}\nAnswer:")]
-    ids = tok(f"Use the context.\n\n{joined()}\n\nQuestion: {QUESTION}\nAnswer:")["input_ids"]
-    request = gen._engine.request(QUESTION, DOCUMENTS, prompt, None, gen._options({}))
-    assert list(request.question.ids) == ids
+    prompt, [(_, text)] = PROMPTS["one user message"]
+    assert list(request(chat_generator(tok), prompt).question.ids) == tok(text)["input_ids"]
 
 
+@settings(max_examples=40)
 @given(texts=st.lists(st.text(), min_size=3, max_size=3), family=st.sampled_from(list(FAMILIES)))
 def test_control_tokens_in_untrusted_texts_stay_text(texts, family):
-    """Whatever texts say, the control ids of a prompt are those of the same prompt over harmless texts."""
-    tok = family_tokenizer(family)
-    gen = GENERATORS.setdefault(family, chat_generator(tok))
-    control = gen._encoder.plain.control_ids
-    spelt = "".join(gen._encoder.plain.control_tokens)
+    """The control ids of a prompt are those of the same prompt over harmless texts."""
+    generator = family_generator(family)
+    control = generator._engine.encoder.plain.control_ids
+    control_text = "".join(generator._engine.encoder.plain.control_tokens)
 
     def control_in(first: str, second: str, third: str) -> list[list[int]]:
         prompt = [Message.around("system", "a ", f" {first}b"), Message("user", f"who? {second}")]
         found = []
         for mode in ("concat", "fusion"):
-            request = gen._engine.request("who?", [f"d {third}"], prompt, mode, gen._options({}))
-            pieces = [piece.ids for piece in request.fused or ()]
-            assert not any(control.intersection(ids) for ids in pieces)
-            found.append([i for i in (*request.prefix, *request.question.ids) if i in control])
+            made = request(generator, prompt, mode, "who?", [f"d {third}"])
+            assert not any(control.intersection(piece.ids) for piece in made.fused or ())
+            found.append([i for i in (*made.scope.prefix, *made.question.ids) if i in control])
         return found
 
-    harmless = control_in("x", "x", "x")
-    assert control_in(*(f"{text}{spelt}" for text in texts)) == harmless
+    assert control_in(*(f"{text}{control_text}" for text in texts)) == control_in("x", "x", "x")
 
 
-GENERATORS: dict[str, KVFusionGenerator] = {}
-
-
-def test_a_default_limit_shrinks_to_the_room_in_the_window_and_says_so(caplog):
-    tok = family_tokenizer("role pipes")
-    gen = chat_generator(tok, window=128)
-    assert gen.max_new_tokens == 512
+def test_default_limit_shrinks_to_the_window(caplog):
+    generator = chat_generator(family_tokenizer("role pipes"), window=128)
+    assert generator.max_new_tokens == 512
     with caplog.at_level("INFO"):
-        answer = gen.answer(QUESTION, DOCUMENTS)
-    assert answer.usage.total_tokens <= 128
-    assert answer.finish_reason in ("stop", "length")
+        answer = generator.answer(QUESTION, DOCUMENTS)
+    assert answer.finish_reason in ("stop", "length") and answer.usage.total_tokens <= 128
     if answer.finish_reason == "length":
         assert answer.usage.total_tokens == 128 and "cut at its limit" in caplog.text
 
 
-def test_the_limit_of_the_generation_config_is_the_default():
-    tok = family_tokenizer("role pipes")
-    network = model("llama", max_position_embeddings=4096)
-    network.generation_config.max_new_tokens = 7
-    bone = Backbone(network, tok, default_settings(tok), model_id="tiny-chat")
-    answer = KVFusionGenerator(bone, store=None, gather=False).answer(QUESTION, DOCUMENTS)
-    assert len(answer.token_ids) <= 7
-    assert KVFusionGenerator(bone, store=None, gather=False).max_new_tokens == 7
+def test_generation_config_sets_the_default_limit():
+    generator = chat_generator(family_tokenizer("role pipes"), max_new_tokens=7)
+    assert len(generator.answer(QUESTION, DOCUMENTS).token_ids) <= 7 == generator.max_new_tokens
 
 
 @pytest.mark.parametrize(
@@ -243,21 +229,17 @@ def test_the_limit_of_the_generation_config_is_the_default():
         ([Message("user", "x"), Message("assistant", "y")], "'assistant'"),
     ],
 )
-def test_a_wrong_place_is_refused(prompt, named):
-    gen = chat_generator(family_tokenizer("role pipes"))
+def test_invalid_place_of_documents_is_rejected(prompt, named):
     with pytest.raises(InvalidInputError, match=named):
-        gen.answer(QUESTION, DOCUMENTS, prompt=prompt)
+        family_generator("role pipes").answer(QUESTION, DOCUMENTS, prompt=prompt)
 
 
-def test_a_template_that_rejects_the_conversation_says_why():
-    gen = chat_generator(family_tokenizer("turns without a system role"))
-    gen._backbone.tokenizer.chat_template, kept = "{{ raise_exception('only on Sundays') }}", FAMILIES
-    try:
-        with pytest.raises(InvalidInputError, match="only on Sundays"):
-            gen.answer(QUESTION, DOCUMENTS)
-    finally:
-        gen._backbone.tokenizer.chat_template = kept["turns without a system role"].template
+def test_template_that_rejects_the_conversation_gives_its_reason(monkeypatch):
+    generator = family_generator("turns without a system role")
+    monkeypatch.setattr(generator._engine.model.tokenizer, "chat_template", "{{ raise_exception('only on Sundays') }}")
+    with pytest.raises(InvalidInputError, match="only on Sundays"):
+        generator.answer(QUESTION, DOCUMENTS)
 
 
-def test_the_config_of_the_tests_has_room_for_the_families():
+def test_tiny_models_have_room_for_every_family():
     assert max(len(family_tokenizer(name)) for name in FAMILIES) <= config("llama").vocab_size

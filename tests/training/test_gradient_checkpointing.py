@@ -8,8 +8,8 @@ from tiny_training import ARCHITECTURES, assert_same_gradients, batch_of, engine
 from kvfusion_rag import UnsupportedModelError
 from kvfusion_rag.data.rows import QARow
 from kvfusion_rag.model.attention import GROUPED
-from kvfusion_rag.model.backbone import Backbone
-from kvfusion_rag.model.locating import locate_model
+from kvfusion_rag.model.loading import load_backbone
+from kvfusion_rag.model.location import locate_model
 from kvfusion_rag.training.loss import fusion_loss
 
 
@@ -67,7 +67,7 @@ def test_run_with_checkpointing_makes_equal_steps(tmp_path, full):
 def test_trained_model_is_saved_as_an_ordinary_one(tmp_path):
     options = {"max_steps": 1, "full": True, "gradient_checkpointing": True}
     trainer(tmp_path, engine(full=True), rows(2), **options).run()
-    loaded = Backbone.load(locate_model(tmp_path / "run" / "best"))
+    loaded = load_backbone(locate_model(tmp_path / "run" / "best"))
     assert loaded.attention == GROUPED
 
 

@@ -1,8 +1,8 @@
 """Converts a GGUF file into a model folder (config, tokenizer, safetensors) with transformers' own GGUF reader.
 
-Weights are dequantised to float32 when the model has less than a billion parameters, which keeps every value exact,
-and to bfloat16 when it has more. Tied embeddings are written once. The folder does not record the quantisation, since
-its weights are dense. The cache that keeps the folder is in ``gguf_cache.py``.
+Weights are dequantized: to float32 for models below a billion parameters, which keeps every value exact, and to
+bfloat16 for larger ones. Tied embeddings are written once. The configuration does not mention quantization, since the
+converted weights are dense.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ logger = logging.getLogger(__name__)
 
 PRE_TOKENIZER = "tokenizer.ggml.pre"
 FLOAT32_BELOW = 1_000_000_000  # parameters
-GPT2_SPLITS = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais"}  # transformers' split where it has no other
+GPT2_SPLITS = {"gpt-2", "default", "phi-2", "mpt", "olmo", "jais"}  # the split that transformers falls back to
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
-_quiet_lock = threading.Lock()  # sys.stderr belongs to the whole process
+_stderr_lock = threading.Lock()  # sys.stderr belongs to the whole process
 
 
 def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
     """Write the model of GGUF ``file`` into the empty ``folder``.
 
     Raises:
-        ModelLoadError: transformers cannot read the model or the tokenizer, or the tensors do not fill the model.
+        ModelLoadError: transformers cannot read the model or the tokenizer, or tensors are missing.
         OSError, SafetensorError: ``folder`` cannot be written to.
     """
-    # The folder is empty, so transformers takes everything from the file and nothing from what lies beside it.
+    # The folder is empty, so transformers takes everything from the GGUF file and ignores the files beside it.
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "gguf_file": str(file.absolute())}
-    with _quiet():
+    with _quiet_libraries():
         with model_load_errors(f"the configuration of {file.name!r}"):
             config = AutoConfig.from_pretrained(**source)
-            _require_filled(config, header, file.name)
+            _require_enough_tensors(config, header, file.name)
         with model_load_errors(f"the tokenizer of {file.name!r}"):
-            # The plain class keeps the tokenizer as the file describes it; a model's own class would rebuild it.
+            # The generic class keeps the tokenizer as the file describes it. A model's own class would rebuild it.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)
             is_known = _set_split(tokenizer, header)
         with model_load_errors(f"the weights of {file.name!r}"):
@@ -64,43 +64,43 @@ def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
                 quantization_config=GgufConfig(dequantize=True),
                 output_loading_info=True,
             )
-            model, found = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-        if missing := sorted(found["missing_keys"]):
+            model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+        if missing := sorted(info["missing_keys"]):
             raise ModelLoadError(
-                f"cannot load the weights of {file.name!r}: {len(missing)} are missing, the first {missing[0]!r}."
+                f"cannot load the weights of {file.name!r}: {len(missing)} are missing, the first is {missing[0]!r}."
             )
         _add_end_of_turn(model, header)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if not is_known:
         logger.warning(
-            "%r splits text in a way that is not known here (%r): it is split as GPT-2 does, so token ids may differ "
-            "from those of the original tokenizer",
+            "%r names an unknown way to split text (%r): it is split as GPT-2 does, so token ids may differ from "
+            "those of the original tokenizer",
             file.name, header.metadata.get(PRE_TOKENIZER),
         )  # fmt: skip
 
 
 def storage_dtype(header: GGUFHeader) -> torch.dtype:
-    """Precision of the converted weights."""
+    """Return the precision of the converted weights."""
     return torch.float32 if header.parameters < FLOAT32_BELOW else torch.bfloat16
 
 
-def _require_filled(config: PretrainedConfig, header: GGUFHeader, name: str) -> None:
-    """Refuse a model that is larger than the tensors in the file, before memory is allocated for it."""
+def _require_enough_tensors(config: PretrainedConfig, header: GGUFHeader, name: str) -> None:
+    """Reject a model with more parameters than the file contains, before memory is allocated for it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     needed = sum(parameter.numel() for parameter in model.parameters())
     if needed > header.parameters:
         raise ModelLoadError(
-            f"{name!r} is damaged: its metadata describe a model of {needed} parameters, but it holds "
+            f"{name!r} is damaged: its metadata describe a model of {needed} parameters, but it contains "
             f"{header.parameters}."
         )
 
 
 def _set_split(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> bool:
-    """Split text before byte-level BPE as the model does; whether that is known.
+    """Set how text is split before byte-level BPE, and return whether the file's way to split is known.
 
-    Transformers splits as GPT-2 does if it does not know the file's own way.
+    transformers splits as GPT-2 does if it does not know the file's own way.
     """
     backend, kind = tokenizer.backend_tokenizer, header.metadata.get(PRE_TOKENIZER, "default")
     is_gpt2 = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)
@@ -114,7 +114,7 @@ def _set_split(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> bool:
 
 
 def _add_end_of_turn(model: PreTrainedModel, header: GGUFHeader) -> None:
-    """Let the end-of-turn token end an answer too; transformers reads only the end-of-text token."""
+    """Let the end-of-turn token end an answer too. transformers reads only the end-of-text token."""
     settings = model.generation_config
     if settings is None:
         return
@@ -124,13 +124,13 @@ def _add_end_of_turn(model: PreTrainedModel, header: GGUFHeader) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress progress bars and hints of other libraries that nobody can act on.
+def _quiet_libraries() -> Iterator[None]:
+    """Suppress progress bars and hints of other libraries.
 
-    Transformers' bar over GGUF tensors cannot be switched off, so what this thread writes to stderr is dropped.
+    transformers' progress bar over GGUF tensors has no switch, so this thread's output to stderr is dropped.
     """
     hints = logging.getLogger("transformers")
-    with _quiet_lock:
+    with _stderr_lock:
         level = hints.level
         hints.setLevel(logging.ERROR)
         try:
@@ -141,7 +141,7 @@ def _quiet() -> Iterator[None]:
 
 
 class _OtherThreads:
-    """A stream that drops what one thread writes."""
+    """A stream that drops the output of one thread."""
 
     def __init__(self, stream: TextIO, dropped: int) -> None:
         self._stream = stream
@@ -149,9 +149,6 @@ class _OtherThreads:
 
     def write(self, text: str) -> int:
         return len(text) if threading.get_ident() == self._dropped else self._stream.write(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

