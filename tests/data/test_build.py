@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from indexes import WordEmbedder, count_words
 
 from kvfusion_rag import InvalidInputError, MissingDependencyError
 from kvfusion_rag.cli import build_data, main
@@ -41,7 +42,6 @@ from kvfusion_rag.data.mining import (
 from kvfusion_rag.data.rows import Passage, QARow, read_rows
 from kvfusion_rag.data.windows import cut_around, evidence_of, find_answer, sentence_spans, split_passage
 from kvfusion_rag.evaluation import answer_in_text, normalize_answer
-from tests.retrieval.test_retrieval import WordEmbedder, count_words
 
 # Worlds of towns: few words, so that answers stand in many contexts
 

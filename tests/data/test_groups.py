@@ -9,6 +9,7 @@ from itertools import groupby
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from indexes import count_words
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.cli import main
@@ -18,7 +19,6 @@ from kvfusion_rag.data.rows import Passage, QARow, read_rows
 from kvfusion_rag.evaluation import answer_in_text
 from kvfusion_rag.training.examples import encode_row, group_by_documents, require_answerable
 from tests.data.test_build import TOWNS, corpora, make_builder, worlds, write
-from tests.retrieval.test_retrieval import count_words
 from tests.training.test_training import engine, trainer
 
 grouped = st.builds(
