@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
 from .console import say, say_json
@@ -50,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-unauthenticated", action="store_true", help="let other machines send requests without an API key"
     )
-    names: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME"}
-    parser.add_argument("--allowed-host", **names, help="host name of this server; may be repeated (default: none)")
-    parser.add_argument(
-        "--allowed-origin",
-        **names | {"metavar": "URL"},
-        help="origin of web pages that may send requests (CORS); may be repeated (default: none)",
-    )
+    for option, metavar, text in (
+        ("--allowed-host", "NAME", "host name of this server"),
+        ("--allowed-origin", "URL", "origin of web pages that may send requests (CORS)"),
+    ):
+        parser.add_argument(
+            option, action="append", default=[], metavar=metavar, help=f"{text}; may be repeated (default: none)"
+        )
     for option, default, metavar, text in (
         ("--max-concurrency", 64, "N", "maximum number of requests in progress"),
         ("--max-body-mib", 4, "N", "maximum size of a request body in MiB"),
