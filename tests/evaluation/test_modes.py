@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from indexes import WordEmbedder
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import main
@@ -26,7 +27,6 @@ from kvfusion_rag.evaluation.modes import (
 from kvfusion_rag.home import home
 from kvfusion_rag.schema import Document
 from kvfusion_rag.text.measured import Measured
-from tests.retrieval.test_retrieval import WordEmbedder
 
 ANSWER = "Amara Osei"
 
