@@ -22,10 +22,6 @@ _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
-class _LockedByThread(sqlite3.OperationalError):
-    sqlite_errorcode = sqlite3.SQLITE_BUSY
-
-
 class Database:
     """A SQLite file.
 
@@ -46,7 +42,7 @@ class Database:
             sqlite3.Error, OSError: the file is locked for longer than ``wait`` seconds, or is unusable.
         """
         if not _lock.acquire(timeout=wait):
-            raise _LockedByThread("database is locked by another thread")
+            raise TimeoutError("the index is locked by another thread")
         try:
             try:
                 return self._transact(work, wait)
@@ -86,7 +82,7 @@ class Database:
 
 def is_locked(error: Exception) -> bool:
     """Return whether another process or thread held the file for too long."""
-    return _code(error) == sqlite3.SQLITE_BUSY
+    return isinstance(error, TimeoutError) or _code(error) == sqlite3.SQLITE_BUSY
 
 
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
@@ -94,7 +90,6 @@ def _is_damage(error: sqlite3.DatabaseError) -> bool:
     return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or type(error) is sqlite3.DatabaseError
 
 
-def _code(error: Exception) -> int | None:
+def _code(error: Exception) -> int:
     """Return SQLite's primary error code, without the extended code in its higher bits."""
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else code & 0xFF
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

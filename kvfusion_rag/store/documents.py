@@ -94,7 +94,7 @@ class DocumentStore:
     ) -> FetchedKVs:  # fmt: skip
         """Return all requested documents, from the fastest tier that has them, or computed and then stored.
 
-        Documents that another thread is fetching already are waited for.
+        Wait for documents that another thread is fetching already.
 
         Args:
             requests: documents by store key.
@@ -103,7 +103,7 @@ class DocumentStore:
             compute: prefills the documents of some keys, and yields each as soon as it is ready.
             keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps.
         """
-        fetch = self._tiers.begin(requests, shape, device, keep=keep)
+        fetch = Fetch(requests, shape, device, self._tiers.removals, keep)
         unstored = [key for key, request in requests.items() if not request.stored]
         for key, document in compute(unstored) if unstored else ():
             fetch.take(key, document, "computed")
@@ -126,7 +126,7 @@ class DocumentStore:
         return FetchedKVs(fetch.kvs, fetch.origins, computed)
 
     def prefetch(self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device) -> Future[int]:
-        """Begin to load documents from slower tiers into memory. The future has the number that are in memory then.
+        """Begin to load documents from slower tiers into memory. The future returns how many are there in the end.
 
         Args:
             documents: token ids by store key.
@@ -137,9 +137,7 @@ class DocumentStore:
             OverloadError: too many calls are unfinished.
         """
         if not self._prefetches.acquire(blocking=False):
-            raise OverloadError(
-                f"{MAX_PREFETCHES} calls of prefetch are unfinished, but more are not allowed; retry later."
-            )
+            raise OverloadError(f"{MAX_PREFETCHES} calls of prefetch are unfinished, which is the limit; retry later.")
         loading = self._pool("prefetch").submit(self._prefetch, documents, shape, device)
         loading.add_done_callback(lambda _: self._prefetches.release())
         return loading
@@ -170,7 +168,7 @@ class DocumentStore:
         """
         if self.memory is None or (self.memory.host and device.type != "cpu"):
             return 0
-        held = self.memory.stats.bytes
+        held = self.memory.used_bytes
         self.memory.clear()
         return held
 
@@ -215,7 +213,7 @@ class DocumentStore:
             for key, ids in documents.items()
             if key not in memory and (self.remote is not None or key in disk)
         }
-        fetch = self._tiers.begin(requests, shape, device, keep=False)
+        fetch = Fetch(requests, shape, device, self._tiers.removals, keep=False)
         claimed, pending = self._single_flight.claim(requests)
         try:
             self._from_files(claimed, fetch)

@@ -72,9 +72,7 @@ def paths_of_documents(keys: Iterable[str]) -> set[str]:
 
 def require_namespace(namespace: object) -> None:
     """Raise InvalidInputError if ``namespace`` is not a plain name."""
-    if not isinstance(namespace, str):
-        raise InvalidInputError(f"namespace is {namespace!r}, but it must be a string.")
-    if not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
         raise InvalidInputError(
             f"namespace is {namespace!r}, but it must be up to 128 letters, digits, blanks and _.:@+=- (not a path)."
         )

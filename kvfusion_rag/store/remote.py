@@ -18,7 +18,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
@@ -26,7 +25,7 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
-from .background import StalledError, Upload, UploadQueue, call_unless_stalled, start_daemon
+from .background import Upload, UploadQueue, call
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
 from .index import add_up, require_bytes
 from .keys import path_of, paths_of_documents, require_key, require_namespace_key
@@ -40,7 +39,8 @@ PAUSE_SECONDS = 60.0  # without requests, after an error
 FLUSH_SECONDS = 60.0  # for unfinished uploads, when a store is closed
 EXIT_SECONDS = 5.0  # the same, when a process exits without closing its store
 JOIN_SECONDS = 1.0  # for a thread that has finished its uploads
-STALLED_SECONDS = 30.0  # without progress, after which a removal or listing is given up
+STALLED_SECONDS = 30.0  # for one step of a removal or check
+ALL_FILES = f"*/*/*/*{SUFFIX}"
 _MAX_DOWNLOADS = 16
 _UPLOADS_PER_CHECK = 64  # of the cap
 _ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
@@ -116,16 +116,15 @@ class RemoteStore:
         require_key(key)
         if self._is_paused("read") or not self._downloads.acquire(blocking=False):
             return Miss.PAUSED
-        downloading: Future[bytes | Miss] = Future()
 
-        def work() -> None:
-            file = self._download(key)
-            self._downloads.release()
-            downloading.set_result(file)
+        def work() -> bytes | Miss:
+            try:
+                return self._download(key)
+            finally:
+                self._downloads.release()
 
-        start_daemon(work)
         try:
-            return downloading.result(self._wait)
+            return call(work, self._wait)
         except TimeoutError:
             self._pause("read", f"takes more than {self._wait:g} s per document")
             return Miss.LATE
@@ -179,7 +178,14 @@ class RemoteStore:
         Raises:
             StoreError: the store fails or does not answer.
         """
-        return self._maintain(self._verify)
+        counts = [0, 0]
+        for path in self._maintain(self._list, ALL_FILES):
+            is_damaged = self._maintain(self._is_damaged, path)
+            if is_damaged is not None:
+                counts[is_damaged] += 1
+            if is_damaged and not self._read_only:
+                self._maintain(self._remove_file, path)
+        return counts[0], counts[1]
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return bytes and number of documents by namespace key.
@@ -187,7 +193,7 @@ class RemoteStore:
         Raises:
             StoreError: the store fails or does not answer.
         """
-        files = self._maintain(lambda _: self._list(SUFFIX))
+        files = self._maintain(self._list, ALL_FILES)
         return add_up((path.split("/")[-3], facts["size"]) for path, facts in files.items())
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
@@ -281,11 +287,11 @@ class RemoteStore:
     def _tidy(self, uploaded: int) -> None:
         """After some uploads, remove temporary files of killed processes and evict files above the cap."""
         if uploaded == 0 and self._is_folder:
-            for path, facts in self._list(f"{SUFFIX}.*.tmp").items():
+            for path, facts in self._list(f"{ALL_FILES}.*.tmp").items():
                 if facts["mtime"] < time.time() - _ORPHANED_SECONDS:
                     self._remove_file(path)
         if uploaded % _UPLOADS_PER_CHECK == 0 and self._max_bytes is not None:
-            files = sorted(self._list(f"{SUFFIX}*").items(), key=lambda item: _time_of(item[1]))
+            files = sorted(self._list(f"{ALL_FILES}*").items(), key=lambda item: _time_of(item[1]))
             used = sum(facts["size"] for _, facts in files)
             for path, facts in files:
                 if used <= self._max_bytes * 0.9:
@@ -294,55 +300,41 @@ class RemoteStore:
                 used -= facts["size"]
                 self.evictions += 1
 
-    def _pattern(self, ending: str) -> str:
-        return f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}"
-
     def _list(self, ending: str) -> dict[str, dict[str, Any]]:
+        """Return facts about the files whose paths end with a pattern, by path."""
         self._system.invalidate_cache()
-        return self._system.glob(self._pattern(f"*/*/*/*{ending}"), detail=True)
+        return self._system.glob(f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}", detail=True)
 
-    def _verify(self, note_progress: Callable[[], None]) -> tuple[int, int]:
-        counts = [0, 0]
-        for path in self._list(SUFFIX):
-            try:
-                stream = io.BytesIO(self._system.cat_file(path))
-            except FileNotFoundError:  # removed by another machine
-                continue
-            is_damaged = check(stream, PurePosixPath(path)) is not None
-            if is_damaged and not self._read_only:
-                self._remove_file(path)
-            counts[is_damaged] += 1
-            note_progress()
-        return counts[0], counts[1]
-
-    def _remove(self, ending: str) -> int:
-        """Remove the files of a pattern, including temporary ones. Return the number of documents."""
-        if self._read_only:
-            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
-
-        def work(note_progress: Callable[[], None]) -> int:
-            self._system.invalidate_cache()
-            paths = self._system.glob(self._pattern(ending))
-            for path in paths:
-                self._remove_file(path)
-                note_progress()
-            return sum(path.endswith(SUFFIX) for path in paths)
-
-        return self._maintain(work)
+    def _is_damaged(self, path: str) -> bool | None:
+        """Return whether a file is damaged, or None if another machine has removed it."""
+        try:
+            stream = io.BytesIO(self._system.cat_file(path))
+        except FileNotFoundError:
+            return None
+        return check(stream, PurePosixPath(path)) is not None
 
     def _remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):  # removed by another machine
             self._system.rm_file(path)
 
-    def _maintain(self, work: Callable[[Callable[[], None]], R]) -> R:
-        """Return the result of ``work``, which is called with a function that notes progress.
+    def _remove(self, ending: str) -> int:
+        """Remove files, including temporary ones. Return the number of documents."""
+        if self._read_only:
+            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
+        paths = self._maintain(self._list, ending)
+        for path in paths:
+            self._maintain(self._remove_file, path)
+        return sum(path.endswith(SUFFIX) for path in paths)
+
+    def _maintain(self, step: Callable[[str], R], argument: str) -> R:
+        """Return the result of one step of maintenance.
 
         Raises:
-            StoreError: ``work`` fails, or makes no progress for some time.
+            StoreError: the step fails or takes too long.
         """
         try:
-            return call_unless_stalled(work, STALLED_SECONDS)
-        except StalledError as error:
+            return call(lambda: step(argument), STALLED_SECONDS)
+        except TimeoutError as error:
             raise StoreError(
                 f"the remote store {self.url!r} has not answered for {STALLED_SECONDS:g} s; check whether it can be "
                 "reached, and try again."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ import torch
 
 from kvfusion_rag import DiskStore, DocumentStore, MemoryStore, RemoteStore
 from kvfusion_rag.model.kv import DocumentKV, KVShape
-from kvfusion_rag.store import KVRequest, document_key
+from kvfusion_rag.store import FetchedKVs, KVRequest, document_key
+from kvfusion_rag.store.documents import Compute
 from kvfusion_rag.store.format import layout
 
 SHAPE = KVShape(2, 3, 8, torch.float32)
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -77,14 +81,21 @@ class Computer:
             yield key, kv_of(*self._documents[key])
 
 
-def fetch(store: DocumentStore, numbers: Iterable[int], compute: Computer | None = None, namespace: str = ""):
+def fetch_kvs(store: DocumentStore, requests: Mapping[str, KVRequest], compute: Compute) -> FetchedKVs:
+    return store.fetch(requests, SHAPE, CPU, compute)
+
+
+def fetch(store: DocumentStore, numbers: Iterable[int], compute: Compute | None = None, namespace: str = ""):
     """Fetch documents, check their KVs and return their origins."""
     numbers = list(numbers)
-    compute = compute or Computer(numbers, namespace=namespace)
-    fetched = store.fetch(requests_of(numbers, namespace=namespace), SHAPE, CPU, compute)
-    keys = {number: key_of(number, namespace=namespace) for number in numbers}
-    assert all(same(fetched.kvs[key], kv_of(number)) for number, key in keys.items())
-    return [fetched.origins[key] for key in keys.values()]
+    requests = requests_of(numbers, namespace=namespace)
+    fetched = fetch_kvs(store, requests, compute or Computer(numbers, namespace=namespace))
+    assert all(same(fetched.kvs[key], kv_of(number)) for number, key in zip(numbers, requests, strict=True))
+    return [fetched.origins[key] for key in requests]
+
+
+def prefetch(store: DocumentStore, *numbers: int) -> Future[int]:
+    return store.prefetch({key_of(n): ids_of(n) for n in numbers}, SHAPE, CPU)
 
 
 def layered(folder: Path, **options: Any) -> DocumentStore:
@@ -99,6 +110,16 @@ def failing(error: Exception) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+def run_forked(work: Callable[[], object]) -> int | None:
+    """Run ``work`` in a forked process and return its exit code, or None if it hangs."""
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    return code
 
 
 def put_all(remote: RemoteStore, *numbers: int) -> None:
