@@ -21,12 +21,12 @@ class Upload(NamedTuple):
     """A file to upload.
 
     Attributes:
-        key: store key of the document.
+        path: path of the file.
         data: contents of the file.
         on_stored: called with the size in bytes once the file is stored.
     """
 
-    key: str
+    path: str
     data: bytes
     on_stored: Callable[[int], None]
 

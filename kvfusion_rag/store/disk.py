@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
-from .database import is_locked
+from .caps import Caps, add_up
 from .folder import Folder
 from .format import (
     CODECS,
@@ -39,7 +39,7 @@ from .format import (
     read_file,
     require_codec,
 )
-from .index import SHORT_WAIT, Caps, Entry, Index, add_up
+from .index import SHORT_WAIT, Entry, Index, is_locked
 from .keys import document_key, path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
 

@@ -10,10 +10,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,8 +31,6 @@ from .tiers import Fetch, FetchedKVs, KVRequest, Tiers
 READERS = min(4, os.cpu_count() or 1)  # threads, each of which keeps a processor busy with reading and checking
 MAX_PREFETCHES = 256  # unfinished calls
 
-T = TypeVar("T")
-R = TypeVar("R")
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]
 
 
@@ -228,7 +226,7 @@ class DocumentStore:
         """Take the documents that are in memory. Return the keys of the others."""
         left: list[str] = []
         for key in keys:
-            document = self._tiers.get_from_memory(key, fetch.requests[key].token_ids, fetch)
+            document = self._tiers.get_from_memory(key, fetch)
             if document is None:
                 left.append(key)
             else:
@@ -245,7 +243,8 @@ class DocumentStore:
             return document, self._tiers.get_from_files(key, document, fetch)
 
         misses: dict[str, Miss] = {}
-        for key, (document, result) in zip(keys, self._map(read, keys), strict=True):
+        results = map(read, keys) if len(keys) < 2 else self._pool("read").map(read, keys)
+        for key, (document, result) in zip(keys, results, strict=True):
             if isinstance(result, Miss):
                 misses[key] = result
                 continue
@@ -287,10 +286,6 @@ class DocumentStore:
             self._single_flight.resolve(key, document)
             began = time.perf_counter()
         fetch.events.append(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=seconds))
-
-    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        """Apply ``function`` to each item, in several threads if there are several items."""
-        return map(function, items) if len(items) < 2 else self._pool("read").map(function, items)
 
     def _pool(self, use: str) -> ThreadPoolExecutor:
         """Return the threads for one use. Prefetches wait for reads, so they must not share threads."""

@@ -26,9 +26,9 @@ from typing import Any, Literal, TypeVar
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
 from .background import Upload, UploadQueue, call
+from .caps import add_up, require_bytes
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
-from .index import add_up, require_bytes
-from .keys import path_of, paths_of_documents, require_key, require_namespace_key
+from .keys import path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,9 @@ class RemoteStore:
 
     Uploads run in the background. A process that exits without :meth:`close` gives them five more seconds. A file
     system that starts threads for new connections may fail in that time, so close a store that was written to.
+
+    :meth:`forget`, :meth:`clear`, :meth:`verify` and :meth:`totals` raise StoreError if the store fails, does not
+    answer, or is read-only and would have to be changed.
 
     Args:
         url: a folder that only this store uses.
@@ -96,7 +99,7 @@ class RemoteStore:
         self.codec: Codec = codec
         self._max_bytes, self._wait, self._read_only = max_bytes, wait, read_only
         self._uploaded = itertools.count()
-        self._damaged: set[str] = set()  # keys whose files the next upload replaces
+        self._damaged: set[str] = set()  # paths of files that the next upload replaces
         self._paused_until = {"read": 0.0, "write": 0.0}  # a store that cannot be written may still be readable
         self._warned: set[str] = set()
         self.evictions = self.dropped = self.failed_writes = 0
@@ -113,13 +116,13 @@ class RemoteStore:
         Raises:
             InvalidInputError: ``key`` is not a document key.
         """
-        require_key(key)
+        path = self._path(key)
         if self._is_paused("read") or not self._downloads.acquire(blocking=False):
             return Miss.PAUSED
 
         def work() -> bytes | Miss:
             try:
-                return self._download(key)
+                return self._download(path)
             finally:
                 self._downloads.release()
 
@@ -140,24 +143,23 @@ class RemoteStore:
         Raises:
             InvalidInputError: ``key`` is not a document key.
         """
-        require_key(key)
+        path = self._path(key)
         if self._read_only or not is_finite(document.keys, document.values):
             return
         if self._is_paused("write"):
             self.dropped += 1
             return
-        self.dropped += not self._queue.add(Upload(key, b"".join(encode(key, document, self.codec)), on_stored))
+        self.dropped += not self._queue.add(Upload(path, b"".join(encode(key, document, self.codec)), on_stored))
 
     def note_damaged(self, key: str) -> None:
         """Let the next upload of ``key`` replace its file, which was damaged."""
-        self._damaged.add(key)
+        self._damaged.add(self._path(key))
 
     def forget(self, *keys: str) -> int:
         """Remove the documents of ``keys`` under every model. Return the number of removed files.
 
         Raises:
             InvalidInputError: ``keys`` contains an invalid document key.
-            StoreError: the store is read-only, fails or does not answer.
         """
         return sum(self._remove(f"{codec}/{path}*") for path in paths_of_documents(keys) for codec in CODECS)
 
@@ -166,18 +168,13 @@ class RemoteStore:
 
         Raises:
             InvalidInputError: ``namespace`` is not a namespace key.
-            StoreError: the store is read-only, fails or does not answer.
         """
         if namespace is not None:
             require_namespace_key(namespace)
         return self._remove(f"*/{namespace or '*'}/*/*{SUFFIX}*")
 
     def verify(self) -> tuple[int, int]:
-        """Download and check every file, and remove the damaged ones. Return the numbers of intact and damaged files.
-
-        Raises:
-            StoreError: the store fails or does not answer.
-        """
+        """Download and check every file, and remove damaged ones. Return the numbers of intact and damaged files."""
         counts = [0, 0]
         for path in self._maintain(self._list, ALL_FILES):
             is_damaged = self._maintain(self._is_damaged, path)
@@ -188,11 +185,7 @@ class RemoteStore:
         return counts[0], counts[1]
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """Return bytes and number of documents by namespace key.
-
-        Raises:
-            StoreError: the store fails or does not answer.
-        """
+        """Return bytes and number of documents by namespace key."""
         files = self._maintain(self._list, ALL_FILES)
         return add_up((path.split("/")[-3], facts["size"]) for path, facts in files.items())
 
@@ -235,9 +228,9 @@ class RemoteStore:
     def _path(self, key: str) -> str:
         return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{path_of(key)}{SUFFIX}"
 
-    def _download(self, key: str) -> bytes | Miss:
+    def _download(self, path: str) -> bytes | Miss:
         try:
-            return self._system.cat_file(self._path(key))
+            return self._system.cat_file(path)
         except FileNotFoundError:
             return Miss.ABSENT
         except Exception as error:  # every file system has its own errors
@@ -248,14 +241,14 @@ class RemoteStore:
         if self._is_paused("write"):
             self.dropped += 1
             return
-        path = self._path(upload.key)
+        path = upload.path
         try:
             self._system.invalidate_cache()  # of listings, because other machines write and remove too
-            if upload.key not in self._damaged and self._system.exists(path):
+            if path not in self._damaged and self._system.exists(path):
                 return
             self._system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             self._write(path, upload.data)
-            self._damaged.discard(upload.key)
+            self._damaged.discard(path)
             upload.on_stored(len(upload.data))  # first, because it removes a document that was forgotten meanwhile
         except Exception as error:
             self.failed_writes += 1

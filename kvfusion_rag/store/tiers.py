@@ -101,9 +101,9 @@ class Tiers:
         self._counters = counters
         self.removals = 0  # so far
 
-    def get_from_memory(self, key: str, token_ids: tuple[int, ...], fetch: Fetch) -> DocumentKV | None:
+    def get_from_memory(self, key: str, fetch: Fetch) -> DocumentKV | None:
         """Return the document from memory, or None if it is not there."""
-        document = None if self.memory is None else self.memory.get(key, token_ids)
+        document = None if self.memory is None else self.memory.get(key, fetch.requests[key].token_ids)
         if document is not None:
             fetch.events.append(StoreEvent("hit", "memory", tokens=document.num_tokens, bytes=document.nbytes))
         return document

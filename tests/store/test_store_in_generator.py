@@ -172,12 +172,6 @@ def test_tenants_share_no_document_and_one_can_be_cleared(tmp_path):
     assert origins(ask(one)) == {"computed"} and origins(ask(other)) == {"memory"}
 
 
-@pytest.mark.parametrize("name", ["../other", "a/b", "..", 3])
-def test_namespace_with_path_characters_is_rejected(name):
-    with pytest.raises(InvalidInputError, match="namespace is"):
-        over(None, namespace=name)
-
-
 def test_forget_removes_documents_of_every_model_with_the_same_tokenizer(tmp_path):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"))
     generators = [over(store), over(store, model=backbone("llama", torch.bfloat16))]

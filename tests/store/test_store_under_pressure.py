@@ -57,7 +57,7 @@ def test_too_little_memory_is_an_error_that_leaves_nothing_pending(monkeypatch, 
         for call in (gen.answer, lambda *a, **k: list(gen.stream(*a, **k))):
             with pytest.raises(MemoryLimitError, match="not enough memory for 1 question"):
                 call("who?", DOCUMENTS, max_new_tokens=4)
-    assert gen.store._single_flight.is_idle()
+    assert not gen.store._single_flight._pending
     assert ask(gen, 4).text is not None
 
 
@@ -76,7 +76,7 @@ def test_stream_closed_at_any_token_leaves_nothing_pending(tmp_path, token):
     with gen.stream("who?", DOCUMENTS, max_new_tokens=8) as stream:
         for _ in range(token):
             next(stream, None)
-    assert gen.store._single_flight.is_idle()
+    assert not gen.store._single_flight._pending
     assert ask(gen, 8).token_ids == expected
 
 
