@@ -46,7 +46,7 @@ from .metrics import Miss
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 20 << 30
-PAUSE_SECONDS = 60.0  # without writes, after a write that failed
+PAUSE_SECONDS = 60.0  # to stop writing after a failed write
 REMOVED_AT_ONCE = 256  # files per transaction, so that other processes do not wait long for the index
 
 

@@ -34,15 +34,15 @@ from .metrics import Miss
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
-WAIT_SECONDS = 2.0  # for one document, which is computed if it has not arrived
-PAUSE_SECONDS = 60.0  # without requests, after an error
-FLUSH_SECONDS = 60.0  # for unfinished uploads, when a store is closed
-EXIT_SECONDS = 5.0  # the same, when a process exits without closing its store
-JOIN_SECONDS = 1.0  # for a thread that has finished its uploads
-STALLED_SECONDS = 30.0  # for one step of a removal or check
+WAIT_SECONDS = 2.0  # to wait for one document before it is computed
+PAUSE_SECONDS = 60.0  # to stop using a store after an error
+FLUSH_SECONDS = 60.0  # to wait for unfinished uploads when a store is closed
+EXIT_SECONDS = 5.0  # to wait for them when a process exits without closing its store
+JOIN_SECONDS = 1.0  # to wait for a thread that has finished its uploads
+STALLED_SECONDS = 30.0  # to wait for one step of maintenance
 ALL_FILES = f"*/*/*/*{SUFFIX}"
 _MAX_DOWNLOADS = 16
-_UPLOADS_PER_CHECK = 64  # of the cap
+_UPLOADS_PER_CHECK = 64  # uploads between two checks of the cap
 _ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
 _TIMES = ("mtime", "LastModified", "last_modified", "created")  # names that file systems give to a file's time
 

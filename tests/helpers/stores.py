@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from kvfusion_rag import DiskStore, DocumentStore, MemoryStore, RemoteStore
 from kvfusion_rag.model.kv import DocumentKV, KVShape
-from kvfusion_rag.store import FetchedKVs, KVRequest, document_key
+from kvfusion_rag.store import KVRequest, document_key
 from kvfusion_rag.store.documents import Compute
 from kvfusion_rag.store.format import layout
 
@@ -60,10 +60,6 @@ def files_of(store: DiskStore) -> list[Path]:
     return sorted(store.path.glob("v*/*/*/*.safetensors"))
 
 
-def requests_of(numbers: Iterable[int], tokens: int = 5, namespace: str = "") -> dict[str, KVRequest]:
-    return {key_of(n, tokens, namespace): KVRequest(ids_of(n, tokens)) for n in numbers}
-
-
 class Computer:
     """Computes the correct KVs and records the requested keys."""
 
@@ -81,17 +77,20 @@ class Computer:
             yield key, kv_of(*self._documents[key])
 
 
-def fetch_kvs(store: DocumentStore, requests: Mapping[str, KVRequest], compute: Compute) -> FetchedKVs:
+def fetch_kvs(store: DocumentStore, numbers: Iterable[int], compute: Compute, namespace: str = "", into=None):
+    """Fetch documents, into the slots of ``into`` by number if given."""
+    requests = {
+        key_of(number, namespace=namespace): KVRequest(ids_of(number), (into or {}).get(number)) for number in numbers
+    }
     return store.fetch(requests, SHAPE, CPU, compute)
 
 
 def fetch(store: DocumentStore, numbers: Iterable[int], compute: Compute | None = None, namespace: str = ""):
     """Fetch documents, check their KVs and return their origins."""
-    numbers = list(numbers)
-    requests = requests_of(numbers, namespace=namespace)
-    fetched = fetch_kvs(store, requests, compute or Computer(numbers, namespace=namespace))
-    assert all(same(fetched.kvs[key], kv_of(number)) for number, key in zip(numbers, requests, strict=True))
-    return [fetched.origins[key] for key in requests]
+    keys = {number: key_of(number, namespace=namespace) for number in numbers}
+    fetched = fetch_kvs(store, keys, compute or Computer(keys, namespace=namespace), namespace)
+    assert all(same(fetched.kvs[key], kv_of(number)) for number, key in keys.items())
+    return [fetched.origins[key] for key in keys.values()]
 
 
 def prefetch(store: DocumentStore, *numbers: int) -> Future[int]:

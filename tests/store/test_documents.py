@@ -23,21 +23,12 @@ from stores import (
     kv_of,
     layered,
     prefetch,
-    requests_of,
     run_forked,
     same,
 )
 
-from kvfusion_rag import (
-    DiskStore,
-    DocumentStore,
-    InvalidInputError,
-    MemoryStore,
-    OverloadError,
-    StoreError,
-    StoreEvent,
-)
-from kvfusion_rag.store import KVRequest, as_store, namespace_key
+from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStore, OverloadError, StoreError
+from kvfusion_rag.store import StoreEvent, as_store, namespace_key
 
 
 def test_computed_documents_and_those_from_memory_and_disk_are_the_same(tmp_path):
@@ -70,8 +61,7 @@ def test_documents_are_written_to_the_requested_slots(tmp_path):
     store = layered(tmp_path)
     for origin in ("computed", "memory", "disk"):
         slots = {n: SHAPE.empty(ids_of(n)) for n in range(3)}
-        requests = {key_of(n): KVRequest(ids_of(n), slots[n]) for n in range(3)}
-        kvs, origins, _ = fetch_kvs(store, requests, Computer(range(3)))
+        kvs, origins, _ = fetch_kvs(store, slots, Computer(slots), into=slots)
         assert set(origins.values()) == {origin} and all(kvs[key_of(n)] is slots[n] for n in range(3))
         assert all(same(slots[n], kv_of(n)) for n in range(3))
         if origin == "memory":
@@ -89,7 +79,7 @@ def test_v8_gives_the_same_document_computed_or_stored(tmp_path):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d", codec="v8"))
     documents = []
     for origin in ("computed", "memory", "disk"):
-        kvs, origins, _ = fetch_kvs(store, requests_of([1]), Computer([1]))
+        kvs, origins, _ = fetch_kvs(store, [1], Computer([1]))
         assert set(origins.values()) == {origin}
         documents.append(kvs[key_of(1)])
         if origin == "memory":
@@ -162,7 +152,7 @@ def test_interrupted_computation_leaves_nothing_pending():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fetch_kvs(store, requests_of([1, 2]), interrupted)
+        fetch_kvs(store, [1, 2], interrupted)
     assert not store._single_flight._pending
     assert fetch(store, [1, 2]) == ["memory", "computed"]
 

@@ -11,19 +11,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.asyn import AsyncFileSystem
-from stores import (
-    SIZE,
-    failing,
-    fetch,
-    fetch_kvs,
-    files_of,
-    key_of,
-    kv_of,
-    put_all,
-    remote_entries,
-    requests_of,
-    run_forked,
-)
+from stores import SIZE, failing, fetch, fetch_kvs, files_of, key_of, kv_of, put_all, remote_entries, run_forked
 
 from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStore, RemoteStore, StoreError
 from kvfusion_rag.store import Miss, open_store
@@ -108,7 +96,7 @@ def test_documents_with_nan_are_not_uploaded(tmp_path, shared):
             document.keys[0, 0, 0, 0] = torch.nan
             yield key, document
 
-    fetch_kvs(store, requests_of([1]), compute)
+    fetch_kvs(store, [1], compute)
     store.close()
     assert not shared.totals() and not files_of(store.disk)
 

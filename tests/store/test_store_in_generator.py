@@ -244,8 +244,7 @@ def test_cap_smaller_than_one_document_is_rejected(tmp_path, tier):
 
 def test_v8_answers_do_not_depend_on_what_is_stored(tmp_path):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s", codec="v8"))
-    gen = over(store)
-    gen._engine.max_new_tokens = 24  # of the answers of check_invariance
+    gen = over(store).with_settings(max_new_tokens=24)
     answers = []
     for tier in ("computed", "memory", "disk"):
         answer = ask(gen, 8)
