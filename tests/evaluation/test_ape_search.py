@@ -104,7 +104,7 @@ def test_command_reports_grid_and_choice(capsys, command, tmp_path):
         (["--ape-search", "none.jsonl"], "there is no file 'none.jsonl'"),
         (["--ape-search", "copy.jsonl", "--systems", "fusion"], "'ape' is not one of the systems"),
         (["--ape-search", "short.jsonl"], "documents is 5, but row 'short' has 2 passages"),
-        (["--ape-search", "short.jsonl", "--output", "short.jsonl", "--force"], "short.jsonl is named twice"),
+        (["--ape-search", "short.jsonl", "--output", "short.jsonl", "--force"], "short.jsonl' is also an input"),
         (["--ape-search", "short.jsonl", "--skip-rows"], "1 of 1 rows left out"),
     ],
 )
