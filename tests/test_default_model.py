@@ -11,8 +11,8 @@ import pytest
 import tiny_gguf
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.training.test_training import rows
 from tiny import tokenizer
+from tiny_training import rows
 from transformers import AutoModelForCausalLM
 
 from kvfusion_rag import Document, KVFusionGenerator, Message, ModelLoadError

@@ -74,3 +74,8 @@ def test_api_page_has_every_public_name():
     documented = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     names = [name for name in kvfusion_rag.__all__ if not name.endswith(("Error", "__version__"))]
     assert not [name for name in names if f"::: kvfusion_rag.{name}\n" not in documented]
+
+
+def test_citation_has_the_version_of_the_package():
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {kvfusion_rag.__version__}\n" in citation

@@ -1,7 +1,7 @@
-"""KV-Fusion for LangChain: an LLM, a chat model, prompts and a documents chain that keep retrieved documents apart.
+"""KV-Fusion for LangChain: an LLM, a chat model, prompts and a documents chain that keep documents separate.
 
-Stock chains join all documents into one prompt; these hand them over one by one. This package uses only the
-public names of `kvfusion_rag` and needs the extra `langchain`.
+Standard chains join all documents into one prompt. These classes pass them on one by one. The package uses only public
+names of `kvfusion_rag` and needs the extra `langchain`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from kvfusion_rag import MissingDependencyError
 
 try:
-    import langchain_core  # noqa: F401 - the one place that says which extra is missing
+    import langchain_core  # noqa: F401 - here, so that the error names the missing extra
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
-        f'langchain_kvfusion cannot import {error.name}; LangChain comes with pip install "kvfusion-rag[langchain]".'
+        f'langchain_kvfusion needs {error.name}, which is not installed: pip install "kvfusion-rag[langchain]".'
     ) from error
 
 from .capture import DocumentCapture, enable_document_capture

@@ -1,7 +1,4 @@
-"""GeneratorBacked: what KVFusionLLM and ChatKVFusion share, a generator and the options of its answers.
-
-Loads, copies and identifies; knows neither prompts nor messages, and answers nothing.
-"""
+"""GeneratorBacked: the generator and the options that KVFusionLLM and ChatKVFusion have in common."""
 
 from __future__ import annotations
 
@@ -25,52 +22,55 @@ logger = logging.getLogger(__name__)
 
 FocusChoice = Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None
 
-# Subclasses set it themselves: of several bases pydantic takes the last one's, which is LangChain's.
+# Each subclass must set it, because with several base classes pydantic uses that of the last one, LangChain's.
 STRICT_FIELDS = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class GeneratorBacked(BaseLanguageModel[Any]):
-    """A LangChain model over a KVFusionGenerator. Its subclasses are a BaseLLM or a BaseChatModel too."""
+    """Base class of LangChain models over a KVFusionGenerator. Subclasses also inherit BaseLLM or BaseChatModel."""
 
     generator: Any = Field(default=None, exclude=True, repr=False, description="The KVFusionGenerator.")
-    model_id: str = Field(default="", description="The generator's name for its model.")
-    temperature: float = Field(default=0.0, description="0 is greedy decoding.")
+    model_id: str = Field(default="", description="The model id of the generator.")
+    temperature: float = Field(default=0.0, description="Sampling temperature; 0 is greedy decoding.")
     max_tokens: int | None = Field(
         default=None,
         validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
-        description="Longest answer in tokens; None: the generator's default.",
+        description="Maximum tokens of an answer. None: the generator's default.",
     )
-    top_p: float = Field(default=1.0, description="Nucleus sampling, used above temperature 0.")
-    top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
-    stop: list[str] | None = Field(default=None, description="Strings that end the answer, left out of it.")
+    top_p: float = Field(default=1.0, description="Nucleus sampling for temperatures above 0.")
+    top_k: int | None = Field(default=None, description="Sample from the k most likely tokens.")
+    stop: list[str] | None = Field(default=None, description="Strings that end the answer and are removed from it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     mode: str | None = Field(
-        default=None, description="'auto', 'fusion', 'concat' or 'ape'; None: the generator's mode."
+        default=None, description="'auto', 'fusion', 'concat' or 'ape'. None: the generator's mode."
     )
     focus: FocusChoice = Field(
         default="auto",
-        description="Keep this many documents, those that make the question likeliest; None: all of them, also as a "
-        "call's option; 'auto': the model's own number.",
+        description="Number of documents to keep, those that make the question most likely. None, also in a call, "
+        "keeps all documents. 'auto': the model's own number.",
     )
     attribution: str | None = Field(
-        default=None, description="'attention' or 'effects': what sources say of their part in an answer."
+        default=None, description="'attention' or 'effects': adds each document's contribution to the sources."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
-        default=None, description="Further variables of the model's chat template; a call's own are added to them."
+        default=None, description="Variables of the model's chat template, merged with those of a call."
     )
-    streaming: bool = Field(default=False, description="Report tokens to callbacks on a single prompt's invoke too.")
-    strict: bool = Field(default=False, description="Refuse prompts that come without documents.")
+    streaming: bool = Field(default=False, description="Report tokens to callbacks in invoke with one prompt, too.")
+    strict: bool = Field(default=False, description="Reject prompts without documents.")
 
     def __init__(self, *, generator: KVFusionGenerator, **fields: Any) -> None:
-        """A ready ``generator``, and any field of this class or of LangChain's (cache, callbacks, tags, ...).
+        """Wrap a loaded ``generator``.
+
+        Args:
+            fields: fields of this class or of LangChain's base class (cache, callbacks, tags, ...).
 
         Raises:
-            InvalidInputError: ``model_id`` names another model than the generator's.
+            InvalidInputError: ``model_id`` differs from the generator's.
         """
         if fields.setdefault("model_id", generator.model_id) != generator.model_id:
             raise InvalidInputError(
-                f"model_id is {fields['model_id']!r}, but the generator's is {generator.model_id!r}; leave it out, or "
-                f"load another model with {type(self).__name__}.from_model_id."
+                f"model_id is {fields['model_id']!r}, but the generator's model is {generator.model_id!r}; omit it, "
+                f"or load another model with {type(self).__name__}.from_model_id."
             )
         everything: dict[str, Any] = {**fields, "generator": generator}
         super().__init__(**everything)
@@ -80,16 +80,16 @@ class GeneratorBacked(BaseLanguageModel[Any]):
 
     @classmethod
     def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> Self:
-        """Load a model: the default one, or a hub name or folder.
+        """Load a model and wrap it.
 
         Args:
-            model_id: as ``KVFusionGenerator.from_pretrained`` takes it.
+            model_id: hub name or folder, see ``KVFusionGenerator.from_pretrained``; ``None`` for the default model.
             options: fields of this class, and options of ``from_pretrained`` (revision, adapter, device, ...).
 
         Raises:
-            TypeError: an option that neither knows; otherwise what ``from_pretrained`` raises.
+            TypeError: an option is unknown to both. Other errors are those of ``from_pretrained``.
         """
-        from kvfusion_rag import KVFusionGenerator  # the model's libraries take seconds to import
+        from kvfusion_rag import KVFusionGenerator  # importing torch takes seconds
 
         names = {*cls.model_fields, "max_new_tokens"} - {"generator", "model_id"}
         fields = {name: value for name, value in options.items() if name in names}
@@ -97,36 +97,36 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         return cls(generator=KVFusionGenerator.from_pretrained(model_id, **loading), **fields)
 
     def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()  # a pickled model keeps its settings, never the weights
+        state = super().__getstate__()  # pickling keeps the settings and drops the weights
         return {**state, "__dict__": {**state["__dict__"], "generator": None}}
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        return self.model_copy()  # its settings are never changed in place, and the model is shared
+        return self.model_copy()  # settings are never changed in place, and the model is shared
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in (*OPTION_NAMES, "stop", "strict")}
         identity = None if self.generator is None else self.generator.identity()
-        # Once more under a name of their own: in a cache's key a call's None would hide what is set here.
+        # Repeated under a separate key, because in a cache key an option None of a call would hide the value set here.
         return {"generator": identity, "model_id": self.model_id, **own, "set_here": own}
 
-    def _name_model(self, params: LangSmithParams, given: Mapping[str, Any]) -> LangSmithParams:
-        """LangSmith's parameters with our provider, model and length."""
-        model = given.get("model") or self.model_id
-        longest = given.get("max_tokens") or given.get("max_new_tokens") or self.max_tokens
-        named: LangSmithParams = {**params, "ls_provider": "kvfusion", "ls_model_name": model}
-        if longest is not None:
-            named["ls_max_tokens"] = longest
-        return named
+    def _add_model_params(self, params: LangSmithParams, options: Mapping[str, Any]) -> LangSmithParams:
+        """Add provider, model and maximum tokens to LangSmith's parameters."""
+        model = options.get("model") or self.model_id
+        max_tokens = options.get("max_tokens") or options.get("max_new_tokens") or self.max_tokens
+        added: LangSmithParams = {**params, "ls_provider": "kvfusion", "ls_model_name": model}
+        if max_tokens is not None:
+            added["ls_max_tokens"] = max_tokens
+        return added
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Token ids of ``text`` as plain text, by the model's own tokenizer."""
+        """Return the token ids of plain ``text`` from the model's tokenizer."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return self._engine().encode_text(text)
 
-    def _decoding(self, stop: list[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of a generator's call: those given for this one, before those set here."""
+    def _generator_options(self, stop: list[str] | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the generator's options: those ``given`` for one call, and otherwise those set here."""
         options = {name: getattr(self, name) for name in OPTION_NAMES} | call_options(given)
         options["max_new_tokens"] = options.pop("max_tokens")
         options["chat_template_kwargs"] = {
@@ -136,7 +136,7 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         options["stop"] = (self.stop or []) if stop is None else stop
         return options
 
-    def _shown(
+    def _show_prompt(
         self,
         question: str,
         documents: Sequence[Document],
@@ -146,24 +146,24 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         chat_template_kwargs: dict[str, Any] | None,
     ) -> ShownPrompt:
         given = {"mode": mode, "chat_template_kwargs": chat_template_kwargs}
-        options = self._decoding(None, given if focus is ... else {**given, "focus": focus})
-        kept: Any = {name: options[name] for name in ("mode", "focus", "chat_template_kwargs")}
-        return self._engine().show_prompt(question, documents, prompt=prompt, **kept)
+        options = self._generator_options(None, given if focus is ... else {**given, "focus": focus})
+        shown: Any = {name: options[name] for name in ("mode", "focus", "chat_template_kwargs")}
+        return self._engine().show_prompt(question, documents, prompt=prompt, **shown)
 
     def _check_documents(self, *, all_have_documents: bool) -> None:
-        """Raises InvalidInputError where this model is strict and a prompt came without documents."""
+        """Raise InvalidInputError if this model is strict and a prompt has no documents."""
         if self.strict and not all_have_documents:
             raise InvalidInputError(
-                f"a prompt came without documents, but this {type(self).__name__} is strict; pass documents= or use "
-                "KVFusionPrompt, unless the retriever found nothing."
+                f"a prompt has no documents, but this {type(self).__name__} is strict; pass documents= or use "
+                "KVFusionPrompt, and check that the retriever found something."
             )
 
     def _warn_of_missing_documents(self, *, all_have_documents: bool) -> None:
-        """A joined prompt is the likeliest mistake, and a model trained on bare questions makes nothing of it."""
+        """Log a warning if a model that reads only bare questions gets a prompt with documents joined into it."""
         if not self._engine().follows_instructions and not all_have_documents:
             logger.warning(
-                "no separate documents reached %s: wrap the prompt in KVFusionPrompt.from_prompt(prompt) and give it "
-                "the retriever's documents, or pass document_prompt=KVFusionDocumentPrompt() to a stock chain.",
+                "no separate documents reached %s; wrap the prompt in KVFusionPrompt.from_prompt(prompt) and pass it "
+                "the retriever's documents, or pass document_prompt=KVFusionDocumentPrompt() to a standard chain.",
                 self.model_id,
             )  # fmt: skip
 
@@ -171,7 +171,7 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         if self.generator is None:
             name = type(self).__name__
             raise InvalidInputError(
-                f"this {name} has no generator, because pickling leaves the model out; make a new one with "
+                f"this {name} has no generator, because pickling drops the model; create a new one with "
                 f"{name}.from_model_id or {name}(generator=...)."
             )
         return self.generator

@@ -1,7 +1,7 @@
-"""LangChain's response cache made right for separate documents.
+"""A wrapper that makes LangChain's response cache correct for separate documents.
 
-BaseLLM looks answers up by the prompt's text and the model's parameters alone. Two prompts can have one text
-and different documents, so this stands before the user's cache for one call and completes the key.
+BaseLLM uses the prompt's text and the model's parameters as the cache key, but two prompts with equal text can have
+different documents.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from .fused import FusedPrompt
 
 
 class DocumentAwareCache(BaseCache):
-    """Passes everything on to ``cache``; the model part of its keys names the documents too.
+    """Adds a digest of the documents to the model part of the keys of ``cache``.
 
-    The prompt part stays the text, and caches that compare it by meaning still match the model part exactly.
+    The prompt part is unchanged, so caches that compare prompts by meaning still work.
     """
 
     def __init__(self, cache: BaseCache) -> None:

@@ -1,7 +1,7 @@
-"""Document capture: separate documents from chains that nobody changes, while ``enable_document_capture()`` is open.
+"""Document capture: separate documents from unchanged chains while ``enable_document_capture()`` is active.
 
-LangChain's callbacks tell what retrievers found in a run, and a model called in the same run looks for those texts in
-its prompt. Only what was retrieved can become a document, however a prompt is worded. Knows no generator.
+LangChain's callbacks report the documents that retrievers found in a run. A model called in the same run finds their
+texts in its prompt. Only retrieved texts can become documents, whatever the prompt contains.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from langchain_core.tracers.context import register_configure_hook
 
 from kvfusion_rag import InvalidInputError
 
-MOST_DOCUMENTS = 1024  # that one capture remembers, the oldest leave first
-_TOP_LEVEL = UUID(int=0)  # where retrievers and models are called by themselves, outside any chain
+MAX_DOCUMENTS = 1024
+_TOP_LEVEL = UUID(int=0)  # stands for the run of retrievers and models that are called outside any chain
 
 _active: ContextVar[DocumentCapture | None] = ContextVar("kvfusion_document_capture", default=None)
 
 
 class DocumentCapture(BaseCallbackHandler):
-    """An open capture: a context manager, or closed with :meth:`close` by the thread or task that opened it."""
+    """An active capture and context manager. The thread or task that opened it must close it."""
 
-    run_inline = True  # a document is remembered before its retriever returns
+    run_inline = True  # a document is recorded before its retriever returns
 
-    def __init__(self, most_documents: int = MOST_DOCUMENTS) -> None:
+    def __init__(self, most_documents: int = MAX_DOCUMENTS) -> None:
         if most_documents < 1:
-            raise InvalidInputError(f"most_documents is {most_documents}, but a capture must remember at least 1.")
-        self._most = most_documents
+            raise InvalidInputError(f"most_documents is {most_documents}, but it must be at least 1.")
+        self._max_documents = most_documents
         self._lock = threading.Lock()
-        self._roots: dict[UUID, UUID] = {}  # of every run that is under way, the outermost one
+        self._roots: dict[UUID, UUID] = {}  # outermost run of each active run
         self._found: OrderedDict[tuple[UUID, str], LangChainDocument] = OrderedDict()
         self._token: Token[DocumentCapture | None] | None = _active.set(self)
 
@@ -47,10 +47,10 @@ class DocumentCapture(BaseCallbackHandler):
         self.close()
 
     def close(self) -> None:
-        """Remember nothing any more; chains join their documents again, also those of tasks that still run.
+        """Stop capturing. Chains join their documents again, also in tasks that are still running.
 
         Raises:
-            InvalidInputError: another thread or task opened it.
+            InvalidInputError: another thread or task opened the capture.
         """
         if self._token is None:
             return
@@ -58,50 +58,35 @@ class DocumentCapture(BaseCallbackHandler):
             _active.reset(self._token)
         except ValueError as error:
             raise InvalidInputError(
-                "a document capture is closed by a thread or task that did not open it; close it where "
-                "enable_document_capture was called, best by a with statement."
+                "a thread or task that did not open the document capture closes it; close it where "
+                "enable_document_capture was called, preferably with a with statement."
             ) from error
         with self._lock:
             self._token = None
             self._found.clear()
 
     def found_in(self, parent: UUID | None) -> list[LangChainDocument]:
-        """What retrievers found in the run that the run ``parent`` belongs to, or outside of all runs."""
+        """Return the documents found in the outermost run of ``parent``, and those found outside any run."""
         with self._lock:
             roots = (self._root(parent), _TOP_LEVEL)
             return [document for (run, _), document in self._found.items() if run in roots]
 
-    def on_chain_start(
-        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
-        self._begin(run_id, parent_run_id)
-
-    def on_tool_start(
-        self, serialized: Any, input_str: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
-        self._begin(run_id, parent_run_id)
-
-    def on_retriever_start(
-        self, serialized: Any, query: str, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
-        # A retriever around others has runs below it; one called by itself is at the top level, as its caller is.
+    def on_chain_start(self, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
         with self._lock:
+            self._roots[run_id] = run_id if parent_run_id is None else self._root(parent_run_id)
+
+    on_tool_start = on_chain_start
+
+    def on_retriever_start(self, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any) -> None:
+        with self._lock:  # unlike a chain, a retriever without a parent belongs to the top level
             self._roots[run_id] = self._root(parent_run_id)
 
-    def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end(run_id)
+    def on_chain_end(self, *args: Any, run_id: UUID, **kwargs: Any) -> None:
+        with self._lock:
+            if self._roots.pop(run_id, None) == run_id:  # the outermost run has ended, so its documents are dropped
+                self._found = OrderedDict((k, d) for k, d in self._found.items() if k[0] != run_id)
 
-    def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end(run_id)
-
-    def on_tool_end(self, output: Any, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end(run_id)
-
-    def on_tool_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end(run_id)
-
-    def on_retriever_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
-        self._end(run_id)
+    on_chain_error = on_tool_end = on_tool_error = on_retriever_error = on_chain_end
 
     def on_retriever_end(
         self, documents: Sequence[LangChainDocument], *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -112,34 +97,25 @@ class DocumentCapture(BaseCallbackHandler):
                 key = (root, document.page_content)
                 self._found[key] = document
                 self._found.move_to_end(key)
-            while len(self._found) > self._most:
+            while len(self._found) > self._max_documents:
                 self._found.popitem(last=False)
-        self._end(run_id)
-
-    def _begin(self, run_id: UUID, parent: UUID | None) -> None:
-        with self._lock:
-            self._roots[run_id] = run_id if parent is None else self._root(parent)
-
-    def _end(self, run_id: UUID) -> None:
-        with self._lock:
-            if self._roots.pop(run_id, None) == run_id:  # the outermost run is over, and so is what it found
-                self._found = OrderedDict((k, d) for k, d in self._found.items() if k[0] != run_id)
+        self.on_chain_end(run_id=run_id)
 
     def _root(self, run_id: UUID | None) -> UUID:
         return _TOP_LEVEL if run_id is None else self._roots.get(run_id, run_id)
 
 
-def enable_document_capture(most_documents: int = MOST_DOCUMENTS) -> DocumentCapture:
-    """Keep documents apart in unchanged chains, for this thread or task and those it starts, until it is closed.
+def enable_document_capture(most_documents: int = MAX_DOCUMENTS) -> DocumentCapture:
+    """Keep documents separate in unchanged chains, for this thread or task and those that it starts.
 
-    ``with enable_document_capture(): chain.invoke(question)``, where the chain's model is a KVFusionLLM or a
-    ChatKVFusion. A prompt's documents are found by their text, so a chain that shortens or rewrites them, or a plain
-    function in place of a retriever, keeps its joined prompt. The documents keep their place in the prompt; if each
-    has a number or label of its own, all are read in the place of the first. What is retrieved outside of chains is
-    shared by all that is called in the capture, so open one for each request that you serve.
+    ``with enable_document_capture(): chain.invoke(question)``. The chain's model must be a KVFusionLLM or a
+    ChatKVFusion. Documents are found in the prompt by their text. A chain that shortens or rewrites documents, or uses
+    a plain function instead of a retriever, keeps its joined prompt. Documents keep their place in the prompt. If each
+    has its own number or label, all are read in the place of the first. Documents retrieved outside any chain are
+    visible to all calls in the capture, so open one capture per request.
 
     Args:
-        most_documents: how many the capture remembers; the oldest leave first.
+        most_documents: maximum number of recorded documents. The oldest are dropped first.
 
     Raises:
         InvalidInputError: ``most_documents`` is below 1.
@@ -149,7 +125,7 @@ def enable_document_capture(most_documents: int = MOST_DOCUMENTS) -> DocumentCap
 
 
 def retrieved_for(callbacks: Any) -> list[LangChainDocument]:
-    """What was retrieved in the run that a call with these ``callbacks`` belongs to, if a capture is open."""
+    """Return the documents retrieved in the run of a call with ``callbacks``, or none if no capture is active."""
     capture = _active.get()
     if capture is None:
         return []
@@ -157,12 +133,12 @@ def retrieved_for(callbacks: Any) -> list[LangChainDocument]:
 
 
 def retrieved_for_each(callbacks: Any, prompts: int) -> list[list[LangChainDocument]]:
-    """As :func:`retrieved_for`, for a batch: its callbacks are those of every prompt, or a list of them for each."""
+    """Like :func:`retrieved_for` for a batch, whose callbacks are shared or a list with one item per prompt."""
     is_each = isinstance(callbacks, list) and len(callbacks) == prompts
     return [retrieved_for(each) for each in (callbacks if is_each else [callbacks] * prompts)]
 
 
 @functools.cache
 def _register() -> None:
-    # LangChain keeps its hooks for good; this one does nothing while no capture is open.
+    # LangChain never removes hooks. This one has no effect while no capture is active.
     register_configure_hook(_active, inheritable=True)

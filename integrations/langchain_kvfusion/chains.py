@@ -1,7 +1,4 @@
-"""create_kvfusion_documents_chain: the documents chain for people who use ``create_stuff_documents_chain``.
-
-Joins a KVFusionPrompt, a model and a parser. Knows no retriever and no generator.
-"""
+"""create_kvfusion_documents_chain, a replacement for ``create_stuff_documents_chain``."""
 
 from __future__ import annotations
 
@@ -26,17 +23,17 @@ def create_kvfusion_documents_chain(
     output_parser: BaseOutputParser | None = None,
     document_variable_name: str = "context",
 ) -> Runnable[dict[str, Any], Any]:
-    """A chain that answers from a list of documents, each read apart; also for ``create_retrieval_chain``.
+    """Create a chain that answers from a list of separate documents, for example for ``create_retrieval_chain``.
 
     Args:
-        llm: a KVFusionLLM, also one with bound options or fallbacks.
-        prompt: any template that shows the documents' variable, or a KVFusionPrompt; by default one with
-            ``context`` and ``input``, the names that ``create_retrieval_chain`` fills.
-        output_parser: by default the answer stays a string.
-        document_variable_name: the input that holds the documents.
+        llm: a KVFusionLLM or ChatKVFusion, possibly with bound options or fallbacks.
+        prompt: a KVFusionPrompt, or any template that contains the documents' variable. The default template has
+            ``context`` and ``input``, the variables of ``create_retrieval_chain``.
+        output_parser: parser of the answer. By default the answer is a string.
+        document_variable_name: name of the variable that contains the documents.
 
     Raises:
-        InvalidInputError: the template has no variable of that name.
+        InvalidInputError: the template does not have this variable.
     """
     if prompt is None:
         prompt = PromptTemplate.from_template(_TEMPLATE % document_variable_name)
@@ -44,8 +41,8 @@ def create_kvfusion_documents_chain(
         prompt = KVFusionPrompt.from_prompt(prompt, document_variable_name)
     if prompt.documents_key != document_variable_name:
         raise InvalidInputError(
-            f"document_variable_name is {document_variable_name!r}, but the KVFusionPrompt's documents_key is "
-            f"{prompt.documents_key!r}; give both the same name."
+            f"document_variable_name is {document_variable_name!r}, but documents_key of the KVFusionPrompt is "
+            f"{prompt.documents_key!r}; they must be equal."
         )
     chain = prompt | llm | (output_parser or StrOutputParser())
     return chain.with_config(run_name="kvfusion_documents_chain")

@@ -1,7 +1,7 @@
-"""What callers give a chat model: prompts, messages and documents, brought into messages that carry their documents.
+"""DocumentChatModel: a chat model whose calls take ``documents=``.
 
-Every way of calling (generate, batch, stream, each sync and async) takes ``documents=``. So traces, callbacks and
-LangChain's response cache see one form of them. How a model answers is its subclass's business.
+All calls (generate, batch, stream, each sync and async) attach the documents to the messages, so that traces,
+callbacks and LangChain's response cache see the same form.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .prompts import KVFusionPromptValue
 
 
 class DocumentChatModel(BaseChatModel):
-    """A BaseChatModel whose calls take ``documents=``; ``_generate`` and ``_stream`` get them inside the messages."""
+    """A BaseChatModel whose calls take ``documents=``. ``_generate`` and ``_stream`` receive them in the messages."""
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
         if isinstance(model_input, KVFusionPromptValue):
@@ -64,7 +64,7 @@ class DocumentChatModel(BaseChatModel):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """As BaseChatModel's, with ``documents``: one list for every prompt, or a list of lists, one for each."""
+        """Like BaseChatModel.generate. ``documents`` is one list for all prompts, or one list per prompt."""
         return super().generate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
 
     async def agenerate(
@@ -76,7 +76,7 @@ class DocumentChatModel(BaseChatModel):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """As :meth:`generate`; the event loop stays free."""
+        """Like :meth:`generate`, without blocking the event loop."""
         return await super().agenerate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
 
     def batch(
@@ -88,14 +88,14 @@ class DocumentChatModel(BaseChatModel):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """As BaseChatModel's, with ``documents``: one list for every input, or a list of lists, one for each."""
+        """Like BaseChatModel.batch. ``documents`` is one list for all inputs, or one list per input."""
         try:
-            dealt, rest = self._deal(inputs, documents, kwargs)
+            inputs, options = self._distribute(inputs, documents, kwargs)
         except InvalidInputError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
             raise
-        return super().batch(dealt, config, return_exceptions=return_exceptions, **rest)
+        return super().batch(inputs, config, return_exceptions=return_exceptions, **options)
 
     async def abatch(
         self,
@@ -106,22 +106,23 @@ class DocumentChatModel(BaseChatModel):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """As :meth:`batch`; the event loop stays free."""
+        """Like :meth:`batch`, without blocking the event loop."""
         try:
-            dealt, rest = self._deal(inputs, documents, kwargs)
+            inputs, options = self._distribute(inputs, documents, kwargs)
         except InvalidInputError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
             raise
-        return await super().abatch(dealt, config, return_exceptions=return_exceptions, **rest)
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **options)
 
-    def _deal(
-        self, inputs: list[LanguageModelInput], documents: DocumentsArgument | None, given: dict[str, Any]
+    def _distribute(
+        self, inputs: list[LanguageModelInput], documents: DocumentsArgument | None, options: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
+        """Attach nested documents to their inputs, or pass a flat list on as an option."""
         if not is_nested(documents):
-            return inputs, given if documents is None else {**given, "documents": documents}
+            return inputs, options if documents is None else {**options, "documents": documents}
         shares = documents_per_prompt(documents, len(inputs))
-        return [self._carrying(each, [*share]) for each, share in zip(inputs, shares, strict=True)], given
+        return [self._carrying(each, [*share]) for each, share in zip(inputs, shares, strict=True)], options
 
     def stream(
         self,
@@ -132,7 +133,7 @@ class DocumentChatModel(BaseChatModel):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
-        """Pieces of the answer; added up they are the answer, and the last one has all that is known of it."""
+        """Yield the answer in chunks. The last one has the metadata. The sum of all chunks is the whole message."""
         carrying = self._carrying(input, documents, ensure_config(config).get("callbacks"))
         yield from super().stream(carrying, config, stop=stop, **kwargs)
 
@@ -145,7 +146,7 @@ class DocumentChatModel(BaseChatModel):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
-        """As :meth:`stream`; the event loop stays free."""
+        """Like :meth:`stream`, without blocking the event loop."""
         carrying = self._carrying(input, documents, ensure_config(config).get("callbacks"))
         pieces: Any = super().astream(carrying, config, stop=stop, **kwargs)
         async with aclosing(pieces):
@@ -156,7 +157,7 @@ class DocumentChatModel(BaseChatModel):
 def gathered(
     prompts: list[list[BaseMessage]], documents: DocumentsArgument | None, callbacks: Any = None
 ) -> list[list[BaseMessage]]:
-    """Each prompt's messages with its share of ``documents``, or with what an open capture knows; see ``gather``."""
+    """Return each prompt's messages with its ``documents``, or with those of an active capture; see ``gather``."""
     shares = documents_per_prompt(documents, len(prompts))
     retrieved = retrieved_for_each(callbacks, len(prompts))
     return [gather(*each) for each in zip(prompts, shares, retrieved, strict=True)]

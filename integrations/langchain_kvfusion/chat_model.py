@@ -1,8 +1,4 @@
-"""ChatKVFusion: a KVFusionGenerator as a LangChain chat model that takes separate documents.
-
-Turns messages into generator calls and answers into messages. What callers may give stands in ``chat_inputs.py``,
-what messages mean in ``conversations.py``, time limits in ``deadlines.py``.
-"""
+"""ChatKVFusion: a KVFusionGenerator as a LangChain chat model that takes separate documents."""
 
 from __future__ import annotations
 
@@ -27,7 +23,7 @@ from .backed import STRICT_FIELDS, FocusChoice, GeneratorBacked
 from .chat_inputs import DocumentChatModel, gathered
 from .chat_results import chat_result, last_chunk, piece_chunk
 from .conversations import Conversation, gather, read
-from .deadlines import answer_within, answered_within, apieces_within, pieces_within
+from .deadlines import aanswer_within, answer_within, apieces_within, pieces_within
 from .documents import DocumentsArgument, to_documents
 from .errors import UnsupportedFeatureError
 
@@ -36,45 +32,49 @@ if TYPE_CHECKING:
 
 
 class ChatKVFusion(GeneratorBacked, DocumentChatModel):
-    """A chat model that reads every document apart. Made by :meth:`from_model_id`, or from a ready ``generator``.
+    """A chat model that keeps documents separate. Create it with :meth:`from_model_id` or from a loaded ``generator``.
 
-    Documents come one of these ways: ``documents=`` of a call (or of ``bind``), a ``KVFusionPrompt``, a
-    ``KVFusionDocumentPrompt`` in stock chains, or the messages: ``additional_kwargs["documents"]``, text-plain content
-    blocks, and artifacts of tools made by ``create_retriever_tool(response_format="content_and_artifact")``, those of
-    earlier turns too. Two ways at once raise InvalidInputError. All else is the conversation: its last human message
-    asks.
+    Pass documents in exactly one of these ways, otherwise InvalidInputError is raised:
 
-    A model without fine-tuning reads the conversation in its own chat template, with the documents in their place.
-    :meth:`show_prompt` shows what it reads.
+    - ``documents=`` in a call or in ``bind``.
+    - A ``KVFusionPrompt``, or a ``KVFusionDocumentPrompt`` in standard chains.
+    - In messages, including those of earlier turns: ``additional_kwargs["documents"]``, text-plain content blocks, and
+      artifacts of tools created by ``create_retriever_tool(response_format="content_and_artifact")``.
+
+    All other messages are the conversation. Its last human message is answered. An untuned model reads the
+    conversation in its own chat template, with the documents in their place. :meth:`show_prompt` returns the prompt.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
     ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the value set here, except
-    that ``focus=None`` reads all documents. An unknown name raises InvalidInputError.
+    that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
 
-    Token counts stand in ``usage_metadata``; mode, sources and citations in ``response_metadata``; in streams, on the
-    last chunk. Calls of several threads or tasks are answered together, and so are those of a batch.
+    ``usage_metadata`` contains token counts, and ``response_metadata`` mode, sources and citations. Streams have both
+    on the last chunk. Concurrent calls and calls of a batch are computed together.
     """
 
     timeout: float | None = Field(
         default=None,
         gt=0,
-        description="Most seconds that an answer may take: then its work ends at the next token, with an "
-        "AnswerTimeoutError. A stream that is not async notices it between two pieces.",
+        description="Seconds after which an answer is stopped at the next token, with an AnswerTimeoutError. "
+        "A synchronous stream checks the time between two pieces.",
     )
     max_retries: int = Field(
         default=0,
         ge=0,
-        description="How often a call that found too many others waiting (OverloadError) is made again, some seconds "
-        "later. Nothing else of a local model is mended by asking again. Streams never wait in that queue.",
+        description="How often a call is retried after an OverloadError, which means that the queue was full. Other "
+        "errors of a local model are not retried. Streams do not use the queue.",
     )
 
     model_config = STRICT_FIELDS
 
     def __init__(self, *, generator: KVFusionGenerator, **fields: Any) -> None:
-        """A ready ``generator``, and any field of this class or of BaseChatModel (cache, callbacks, tags, ...).
+        """Wrap a loaded ``generator``.
+
+        Args:
+            fields: fields of this class or of BaseChatModel (cache, callbacks, tags, ...).
 
         Raises:
-            InvalidInputError: ``model``, ``model_name`` or ``model_id`` names another model than the generator's.
+            InvalidInputError: ``model``, ``model_name`` or ``model_id`` differs from the generator's model.
         """
         for alias in ("model", "model_name"):
             if alias in fields:
@@ -83,18 +83,8 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
 
     @classmethod
     def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> Self:
-        """Load a model: the default one, or a hub name or folder; ``model=`` is another name for ``model_id``.
-
-        Args:
-            model_id: as ``KVFusionGenerator.from_pretrained`` takes it.
-            options: fields of this class, and options of ``from_pretrained`` (revision, adapter, device, ...).
-
-        Raises:
-            TypeError: an option that neither knows; otherwise what ``from_pretrained`` raises.
-        """
+        """Load a model and wrap it, see ``GeneratorBacked.from_model_id``. ``model=`` is an alias of ``model_id``."""
         return super().from_model_id(options.pop("model", model_id), **options)
-
-    # What it is
 
     @property
     def _llm_type(self) -> str:
@@ -102,14 +92,14 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
 
     @property
     def model_name(self) -> str:
-        """The generator's name for its model, as other chat models call it."""
+        """The model id, under the name that other chat models use."""
         return self.model_id
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return self._name_model(super()._get_ls_params(stop=stop or self.stop, **kwargs), kwargs)
+        return self._add_model_params(super()._get_ls_params(stop=stop or self.stop, **kwargs), kwargs)
 
     def _resolve_model_profile(self) -> ModelProfile:
-        """Text in, text out: what agents look up before they bind tools or ask for structured output."""
+        """Return the capabilities that agents check before they bind tools or request structured output."""
         profile = ModelProfile(
             text_inputs=True, text_outputs=True, image_inputs=False, tool_calling=False, structured_output=False
         )
@@ -123,9 +113,9 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
             UnsupportedFeatureError: always.
         """
         raise UnsupportedFeatureError(
-            f"bind_tools was called with {len(tools)} tools, but {self.model_id} answers from documents and calls no "
-            "tools; let a model that does plan the searches, with create_retriever_tool(..., "
-            'response_format="content_and_artifact"), and this one answer from the messages.'
+            f"bind_tools was called with {len(tools)} tools, but {self.model_id} cannot call tools; let another model "
+            'call create_retriever_tool(..., response_format="content_and_artifact"), and this one answer from the '
+            "messages."
         )
 
     def with_structured_output(self, schema: Any, *, include_raw: bool = False, **kwargs: Any) -> NoReturn:
@@ -135,8 +125,8 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
             UnsupportedFeatureError: always.
         """
         raise UnsupportedFeatureError(
-            f"with_structured_output was called on {self.model_id}, but its decoding is not bound to a schema; put an "
-            "output parser behind it that checks the text, or take sources and citations from response_metadata."
+            f"with_structured_output was called, but {self.model_id} cannot decode by a schema; append an output "
+            "parser that checks the text, or read sources and citations from response_metadata."
         )
 
     def show_prompt(
@@ -148,15 +138,14 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         focus: FocusChoice | EllipsisType = ...,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ShownPrompt:
-        """Everything that the model reads for ``input``, which is what ``invoke`` takes; no answer is computed.
+        """Return the complete prompt for ``input``, which has the type that ``invoke`` takes, without answering it.
 
-        An option that is left out has the value set here. With ``focus`` the documents that it keeps are shown.
-        ``(prompt | llm.show_prompt).invoke(...)`` shows it in a chain.
+        Options that are not given have the value set here. With ``focus``, the prompt has the documents that it keeps.
+        In a chain, use ``(prompt | llm.show_prompt).invoke(...)``.
         """
-        asked = read(self._carrying(input, documents, ensure_config().get("callbacks")))
-        return self._shown(asked.question, asked.documents, asked.prompt, mode, focus, chat_template_kwargs)
-
-    # From messages to answers
+        conversation = read(self._carrying(input, documents, ensure_config().get("callbacks")))
+        question, found = conversation.question, conversation.documents
+        return self._show_prompt(question, found, conversation.prompt, mode, focus, chat_template_kwargs)
 
     def _generate(
         self,
@@ -165,12 +154,12 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        asked = self._asked(messages, stop, kwargs)
+        arguments = self._batch_arguments(messages, stop, kwargs)
 
         def ask() -> list[Answer]:
             if self.timeout is None:
-                return self._engine().answer_batch(**asked)
-            return answer_within(self.timeout, lambda: self._engine().aanswer_batch(**asked))
+                return self._engine().answer_batch(**arguments)
+            return answer_within(self.timeout, lambda: self._engine().aanswer_batch(**arguments))
 
         [answer] = self._retrying(run_manager)(ask)()
         return chat_result(answer, self.model_id)
@@ -182,10 +171,10 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        asked = self._asked(messages, stop, kwargs)
+        arguments = self._batch_arguments(messages, stop, kwargs)
 
         async def ask() -> list[Answer]:
-            return await answered_within(self.timeout, self._engine().aanswer_batch(**asked))
+            return await aanswer_within(self.timeout, self._engine().aanswer_batch(**arguments))
 
         [answer] = await self._retrying(run_manager)(ask)()
         return chat_result(answer, self.model_id)
@@ -236,8 +225,10 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         question, documents = conversation.question, conversation.documents
         return self._engine().stream(question, documents, prompt=conversation.prompt, **options)
 
-    def _asked(self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of ``answer_batch``."""
+    def _batch_arguments(
+        self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of ``answer_batch``."""
         conversation, options = self._read(messages, stop, given)
         questions, documents = [conversation.question], [conversation.documents]
         return {"questions": questions, "documents": documents, "prompts": [conversation.prompt], **options}
@@ -249,15 +240,15 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         model = options.pop("model", None)
         if model not in (None, self.model_id):
             raise InvalidInputError(
-                f"model is {model!r}, but the weights that this ChatKVFusion holds are {self.model_id!r}; load others "
-                "with ChatKVFusion.from_model_id."
+                f"model is {model!r}, but this ChatKVFusion has loaded {self.model_id!r}; load another model with "
+                "ChatKVFusion.from_model_id."
             )
-        documents = options.pop("documents", None)  # events of version 3 come here straight
-        if any("question" in message.additional_kwargs for message in messages):  # generate has gathered them
+        documents = options.pop("documents", None)  # astream_events in version 3 bypasses generate and stream
+        if any("question" in message.additional_kwargs for message in messages):  # generate has called gather
             conversation = read(gather(messages, to_documents(documents or ())))
         else:
             conversation = read(gathered([messages], documents)[0])
         has_documents = bool(conversation.documents)
         self._check_documents(all_have_documents=has_documents)
         self._warn_of_missing_documents(all_have_documents=has_documents)
-        return conversation, self._decoding(stop, options)
+        return conversation, self._generator_options(stop, options)

@@ -1,4 +1,4 @@
-"""Answers as chat messages: text, token counts, and what stands beside them in ``response_metadata``."""
+"""Answers as LangChain chat messages with token counts and metadata."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROVIDER = "kvfusion"
 
 
 def chat_result(answer: Answer, model_id: str) -> ChatResult:
-    """A whole answer as LangChain returns it."""
+    """Return a complete answer as a chat result."""
     message = AIMessage(
         content=answer.text, usage_metadata=_usage(answer), response_metadata=_metadata(answer, model_id)
     )
@@ -24,13 +24,13 @@ def chat_result(answer: Answer, model_id: str) -> ChatResult:
 
 
 def piece_chunk(piece: str) -> ChatGenerationChunk:
-    """One piece of a streamed answer."""
+    """Return one piece of a streamed answer as a chunk."""
     return ChatGenerationChunk(message=AIMessageChunk(content=piece))
 
 
 def last_chunk(answer: Answer | None, model_id: str) -> ChatGenerationChunk:
-    """What ends a stream: no text, but everything that is known of the answer."""
-    assert answer is not None, "an exhausted stream has its answer"
+    """Return the chunk at the end of a stream, which has the metadata and no text."""
+    assert answer is not None, "an exhausted stream has an answer"
     message = AIMessageChunk(
         content="", usage_metadata=_usage(answer), response_metadata=_metadata(answer, model_id), chunk_position="last"
     )
@@ -38,7 +38,7 @@ def last_chunk(answer: Answer | None, model_id: str) -> ChatGenerationChunk:
 
 
 def _usage(answer: Answer) -> UsageMetadata:
-    """Documents are part of the input; those whose keys and values were in the store count as read from a cache."""
+    """Return token counts. Input tokens include the documents, and documents from the store count as cache reads."""
     usage = answer.usage
     return UsageMetadata(
         input_tokens=usage.prompt_tokens,

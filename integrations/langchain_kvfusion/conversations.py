@@ -1,8 +1,8 @@
-"""Chat messages as a generator reads them: the turns, the separate documents with their place, and the bare question.
+"""Converts chat messages into a conversation with separate documents.
 
-``gather`` brings the messages, with the documents of a call and of frames, into one plain form, which traces show and
-LangChain's response cache has as its key; ``read`` takes it apart. ``carry`` writes the same form for a prompt that is
-known already. Knows no template, no chat model and no generator.
+``gather`` converts messages, the documents of a call, and framed documents into one form, in which messages carry
+documents and question as plain data. Traces show this form, and LangChain's response cache uses it as its key.
+``read`` converts it into a Conversation. ``carry`` creates it from messages of a generator's prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 
 from .documents import TEXT_SEPARATOR, DocumentLike, to_documents
 from .framing import Extraction
-from .fused import FusedPrompt, as_one, extract, fuse_prompt, wording
+from .fused import FusedPrompt, extract, fuse_prompt, join_messages, to_prompt
 from .matching import close_gap
 from .messages import calls_tools, documents_place, lifted_documents, message_text, role_of, speaker
 from .questions import bare_question, labelled_question
@@ -28,7 +28,7 @@ _MESSAGES: dict[str, type[BaseMessage]] = {"system": SystemMessage, "user": Huma
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a generator is asked: ``turns`` end with the user and hold no documents; ``question`` is the bare one."""
+    """Arguments of a generator: messages that end with the user's, separate documents, and the bare question."""
 
     question: str
     documents: tuple[Document, ...]
@@ -36,8 +36,8 @@ class Conversation:
 
     @property
     def prompt(self) -> Sequence[Message] | None:
-        """The caller's wording; None if there is only a question beside documents."""
-        return wording(self.turns, self.question, self.documents)
+        """The generator's prompt, or None if the conversation is only a question with documents."""
+        return to_prompt(self.turns, self.question, self.documents)
 
 
 def gather(
@@ -45,47 +45,47 @@ def gather(
     documents: Sequence[DocumentLike] = (),
     retrieved: Sequence[LangChainDocument] = (),
 ) -> list[BaseMessage]:
-    """The turns of ``messages`` without documents in their texts, as plain data.
+    """Return ``messages`` without documents in their texts.
 
-    The last human message carries all documents and the bare question. The message that showed the documents first
-    carries their place. Texts of the system, people and the model stay as they are. A tool's result becomes something
-    that the user tells, unless it is found documents; the model's request for it falls away. The question is the last
-    human text: the part after its "Question:" label, or what ``additional_kwargs["question"]`` says. Where no
-    documents come otherwise, those of the ``retrieved`` ones that stand in a text are taken out of it.
+    The last human message carries all documents and the bare question, and the first message that contained documents
+    carries their place. System, human and AI texts are unchanged. Tool results become user messages unless they
+    consist of retrieved documents, and tool calls are dropped. The question is ``additional_kwargs["question"]``, or
+    the last human text, or its part after a "Question:" label. If no documents are given in another way, ``retrieved``
+    documents that occur in a text are removed from it.
 
     Raises:
-        InvalidInputError: there is no human message with a text, or it is not the last; documents are given twice;
-            frames are forged.
+        InvalidInputError: no human message has a text, the last message is not human, documents are given in two
+            ways, or a frame is forged.
     """
     found = _extract_all(messages, () if documents or lifted_documents(messages) else retrieved)
-    spoken = [number for number, each in enumerate(found) if speaker(messages[number]) == "User" and _says(each)]
-    question = _question(messages, found, spoken)
+    human = [number for number, each in enumerate(found) if speaker(messages[number]) == "User" and _has_text(each)]
+    question = _question(messages, found, human)
     carried = _only_one_way({
         "documents=": to_documents(documents),
         "KVFusionDocumentPrompt": to_documents([document for each in found for document in each.documents]),
         "the messages": lifted_documents(messages),
     })  # fmt: skip
     turns = [_turn(message, each) for message, each in zip(messages, found, strict=True)]
-    asked = found[spoken[-1]]
-    turns[spoken[-1]] = attach(HumanMessage(asked.text), carried, question, asked.place)
+    last = found[human[-1]]
+    turns[human[-1]] = attach(HumanMessage(last.text), carried, question, last.place)
     kept = [turn for turn in turns if turn is not None]
     if isinstance(kept[-1], AIMessage | SystemMessage):
         raise InvalidInputError(
-            f"the last message with a text is of type {kept[-1].type!r}, but an answer needs the user's question at "
-            "the end; leave out what the model said after it, and put system messages first."
+            f"the last message with a text has the type {kept[-1].type!r}, but it must be the user's question; remove "
+            "AI messages after the question, and put system messages first."
         )
     return kept
 
 
 def read(messages: Sequence[BaseMessage]) -> Conversation:
-    """The conversation that ``messages``, from :func:`gather` or :func:`carry`, stand for."""
+    """Return the conversation in the messages of :func:`gather` or :func:`carry`."""
     question = next(m.additional_kwargs["question"] for m in reversed(messages) if "question" in m.additional_kwargs)
     turns = tuple(Message(role_of(message), message_text(message), documents_place(message)) for message in messages)
     return Conversation(question, lifted_documents(messages), turns)
 
 
 def carry(turns: Sequence[Message], documents: Sequence[Document], question: str) -> list[BaseMessage]:
-    """``turns`` as chat messages; the last human one carries documents and question, as those of :func:`gather`."""
+    """Return a generator's messages as chat messages that carry documents and question, as in :func:`gather`."""
     messages = [attach(_MESSAGES[turn.role](turn.text), place=turn.documents) for turn in turns]
     index = next((n for n in reversed(range(len(turns))) if turns[n].role == "user"), len(turns) - 1)
     messages[index] = attach(messages[index], documents, question)
@@ -93,21 +93,21 @@ def carry(turns: Sequence[Message], documents: Sequence[Document], question: str
 
 
 def fuse_messages(messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument] = ()) -> FusedPrompt:
-    """One prompt from chat messages, read as :func:`gather` reads them.
+    """Return one prompt for an LLM from chat messages, which are converted as in :func:`gather`.
 
-    Messages that do not end with the user's become one text, which is the user's.
+    Messages that do not end with a human message are joined into one user message.
 
     Raises:
-        InvalidInputError: documents are given twice, frames are forged, or content is not text.
+        InvalidInputError: documents are given in two ways, a frame is forged, or content is not text.
     """
     turns = [Message(role_of(m), message_text(m), documents_place(m)) for m in messages if not calls_tools(m)]
     turns = [turn for turn in turns if turn.text.strip() or turn.documents is not None]
-    asked = [turn.text for turn in turns if turn.role == "user"]
-    if asked and turns[-1].role == "user":
+    human = [turn.text for turn in turns if turn.role == "user"]
+    if human and turns[-1].role == "user":
         conversation = read(gather(messages, retrieved=retrieved))
         return FusedPrompt.of(conversation.turns, conversation.documents, conversation.question)
-    fused = fuse_prompt(as_one(turns).text, lifted_documents(messages), retrieved)
-    question = _question_in(extract(asked[-1], retrieved)) if asked else bare_question(_joined(fused.messages))
+    fused = fuse_prompt(join_messages(turns).text, lifted_documents(messages), retrieved)
+    question = _question_in(extract(human[-1], retrieved)) if human else bare_question(_joined(fused.messages))
     return FusedPrompt.of(fused.messages, fused.documents, question)
 
 
@@ -117,7 +117,7 @@ def attach(
     question: str | None = None,
     place: DocumentsPlace | None = None,
 ) -> BaseMessage:
-    """A copy of ``message`` that carries ``documents``, their ``place`` and the bare ``question`` as plain data."""
+    """Return a copy of ``message`` that carries documents, their place and the bare question as plain data."""
     carried: dict[str, Any] = {"documents": [_plain(document) for document in documents]} if documents else {}
     if question is not None:
         carried["question"] = question
@@ -127,29 +127,29 @@ def attach(
 
 
 def _extract_all(messages: Sequence[BaseMessage], retrieved: Sequence[LangChainDocument]) -> list[Extraction]:
-    """Each message's text without documents; the first that showed some has their place.
+    """Remove the documents from each message's text. Only the first message that contained documents keeps a place.
 
-    A retrieved document counts in the message that shows it first.
+    A retrieved document belongs to the first message that contains it.
     """
     seen: set[str] = set()
-    is_placed = False
-    everything = []
+    has_place = False
+    extractions = []
     for message in messages:
         found = _extract(message, retrieved)
-        fresh = tuple(document for document in found.documents if not retrieved or document.text not in seen)
+        new = tuple(document for document in found.documents if not retrieved or document.text not in seen)
         seen.update(document.text for document in found.documents)
-        if is_placed or isinstance(message, ToolMessage):  # what a tool found is not part of the user's prompt
+        if has_place or isinstance(message, ToolMessage):  # a tool result is not part of the user's prompt
             found = _without_place(found)
-        is_placed = is_placed or found.place is not None
-        everything.append(replace(found, documents=fresh))
-    return everything
+        has_place = has_place or found.place is not None
+        extractions.append(replace(found, documents=new))
+    return extractions
 
 
 def _extract(message: BaseMessage, retrieved: Sequence[LangChainDocument]) -> Extraction:
     text, place = message_text(message), documents_place(message)
     if place is not None:
         return Extraction(text, place=place)
-    return extract(text, () if isinstance(message, AIMessage) else retrieved)  # the model may quote a document
+    return extract(text, () if isinstance(message, AIMessage) else retrieved)  # an AI message may quote a document
 
 
 def _without_place(found: Extraction) -> Extraction:
@@ -159,27 +159,27 @@ def _without_place(found: Extraction) -> Extraction:
     return Extraction(close_gap(before, after), found.documents)
 
 
-def _says(found: Extraction) -> bool:
+def _has_text(found: Extraction) -> bool:
     return bool(found.text.strip()) or found.place is not None
 
 
-def _question(messages: Sequence[BaseMessage], found: Sequence[Extraction], spoken: Sequence[int]) -> str:
-    """The bare question; ``spoken`` are the numbers of the human messages."""
-    given = messages[spoken[-1]].additional_kwargs.get("question") if spoken else None
+def _question(messages: Sequence[BaseMessage], found: Sequence[Extraction], human: Sequence[int]) -> str:
+    """Return the bare question. ``human`` contains the positions of the human messages."""
+    given = messages[human[-1]].additional_kwargs.get("question") if human else None
     if given is not None:
         return given
-    asked = [found[number] for number in spoken if found[number].text.strip()]
-    question = _question_in(asked[-1]) if asked else bare_question(_joined(found)) if spoken else ""
+    texts = [found[number] for number in human if found[number].text.strip()]
+    question = _question_in(texts[-1]) if texts else bare_question(_joined(found)) if human else ""
     if not question.strip():
         raise InvalidInputError(
-            f"the prompt holds {len(messages)} messages and no human message with a text, so there is no question to "
-            "answer; end it with the user's question."
+            f"the prompt has {len(messages)} messages but no human message with a text; end it with the user's "
+            "question."
         )
     return question
 
 
 def _question_in(human: Extraction) -> str:
-    if human.documents:  # a template around documents says more than the question
+    if human.documents:  # a template around documents contains more than the question
         return bare_question(human.text)
     return labelled_question(human.text) or human.text
 
@@ -191,14 +191,14 @@ def _joined(parts: Sequence[Message] | Sequence[Extraction]) -> str:
 def _only_one_way(ways: Mapping[str, Sequence[Document]]) -> Sequence[Document]:
     given = {name: documents for name, documents in ways.items() if documents}
     if len(given) > 1:
-        counted = " and ".join(f"{len(documents)} by {name}" for name, documents in given.items())
-        raise InvalidInputError(f"documents come {counted}; pass them one way only.")
+        counted = " and ".join(f"{len(documents)} in {name}" for name, documents in given.items())
+        raise InvalidInputError(f"there are documents in two places, {counted}; pass them in one way only.")
     return next(iter(given.values()), ())
 
 
 def _turn(message: BaseMessage, found: Extraction) -> BaseMessage | None:
-    """The plain text of ``message`` as its speaker says it; None if there is none."""
-    if calls_tools(message) or not _says(found):
+    """Return ``message`` with the extracted text, or None if it has no text or calls a tool."""
+    if calls_tools(message) or not _has_text(found):
         return None
     match speaker(message):
         case "System":
@@ -207,7 +207,7 @@ def _turn(message: BaseMessage, found: Extraction) -> BaseMessage | None:
             turn = AIMessage(found.text)
         case "User":
             turn = HumanMessage(found.text)
-        case other:  # what the user is told, but did not ask
+        case other:  # for example a tool result, which the user did not write
             turn = ChatMessage(content=found.text, role=other.lower())
     return attach(turn, place=found.place)
 

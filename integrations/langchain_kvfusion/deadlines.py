@@ -1,7 +1,4 @@
-"""Limits on how long an answer may take, and calls that are made once more. Knows no model and no messages.
-
-Time counts while an answer is computed, not while a reader of its stream does something else.
-"""
+"""Time limits of answers. Only the time to compute an answer counts, not the time its consumer takes."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from .errors import AnswerTimeoutError
 T = TypeVar("T")
 
 
-async def answered_within(seconds: float | None, answer: Awaitable[T]) -> T:
-    """The awaited answer; its task is cancelled, and so its work ended, once ``seconds`` have passed.
+async def aanswer_within(seconds: float | None, answer: Awaitable[T]) -> T:
+    """Await ``answer``, and cancel its task after ``seconds``.
 
     Raises:
-        AnswerTimeoutError: they have passed.
+        AnswerTimeoutError: the time is over.
     """
     limit = asyncio.timeout(seconds)
     try:
@@ -28,23 +25,23 @@ async def answered_within(seconds: float | None, answer: Awaitable[T]) -> T:
             return await answer
     except TimeoutError:
         if limit.expired():
-            raise _too_late(seconds) from None
+            raise _timeout(seconds) from None
         raise
 
 
 def answer_within(seconds: float, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """As :func:`answered_within` for callers without an event loop of their own, or inside a running one."""
+    """Like :func:`aanswer_within`, for synchronous callers with or without a running event loop."""
     with ThreadPoolExecutor(1, thread_name_prefix="kvfusion-timeout") as worker:
-        return worker.submit(lambda: asyncio.run(answered_within(seconds, ask()))).result()
+        return worker.submit(lambda: asyncio.run(aanswer_within(seconds, ask()))).result()
 
 
 def pieces_within(seconds: float | None, pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces of a stream, as long as all together take no more than ``seconds``.
+    """Yield the pieces of a stream while computing them has taken at most ``seconds`` in total.
 
-    A piece that is being computed is waited for: only between two pieces can a stream be stopped.
+    The time is checked between two pieces, because a piece that is being computed cannot be interrupted.
 
     Raises:
-        AnswerTimeoutError: they took more.
+        AnswerTimeoutError: the time is over.
     """
     spent = 0.0
     while True:
@@ -54,28 +51,28 @@ def pieces_within(seconds: float | None, pieces: Iterator[str]) -> Iterator[str]
         if piece is None:
             return
         if seconds is not None and spent > seconds:
-            raise _too_late(seconds)
+            raise _timeout(seconds)
         yield piece
 
 
 async def apieces_within(seconds: float | None, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-    """As :func:`pieces_within`, but whoever waits for a piece is let go as soon as ``seconds`` have passed."""
+    """Like :func:`pieces_within`, but the time limit also interrupts the wait for a piece."""
     spent = 0.0
     while True:
         begun = time.monotonic()
         left = None if seconds is None else seconds - spent
         try:
-            piece = await answered_within(left, anext(pieces))
+            piece = await aanswer_within(left, anext(pieces))
         except StopAsyncIteration:
             return
         except AnswerTimeoutError:
-            raise _too_late(seconds) from None
+            raise _timeout(seconds) from None
         spent += time.monotonic() - begun
         yield piece
 
 
-def _too_late(seconds: float | None) -> AnswerTimeoutError:
+def _timeout(seconds: float | None) -> AnswerTimeoutError:
     return AnswerTimeoutError(
-        f"the answer took more than timeout={seconds} s and was stopped; allow more, set max_tokens lower, or keep "
-        "the documents in a store, because computing them anew takes most of the time."
+        f"the answer took more than timeout={seconds} s and was stopped; raise the timeout, lower max_tokens, or use "
+        "a store, because computing document KVs takes most of the time."
     )

@@ -1,8 +1,4 @@
-"""LangChain documents, mappings and strings on the way in: one Document per item, in the caller's order.
-
-Decides which id and title an item gets and how a ``documents=`` argument is shared out among several prompts.
-It knows no prompt, no model and no generator.
-"""
+"""Converts LangChain documents, mappings and strings into kvfusion_rag Documents, in the caller's order."""
 
 from __future__ import annotations
 
@@ -20,19 +16,19 @@ DocumentLike = Document | LangChainDocument | str | Mapping[str, Any]
 DocumentsArgument = Sequence[DocumentLike] | Sequence[Sequence[DocumentLike]]
 
 TEXT_SEPARATOR = "\n\n"
-SCORE_KEYS = ("relevance_score", "score")  # in metadata: a reranker's score, else the retriever's
+SCORE_KEYS = ("relevance_score", "score")  # metadata keys, a reranker's before a retriever's
 
 
 def to_document(item: DocumentLike) -> Document:
-    """One Document.
+    """Convert one item into a Document.
 
-    A LangChain document keeps its id (``metadata["source"]`` where it has none), takes ``metadata["title"]``
-    as its title and carries its metadata; ``metadata["relevance_score"]``, else ``metadata["score"]``, is its score
-    if it is a finite number. A mapping has "text" and, if it likes, "id", "title", "score" and "metadata"; its other
-    entries are carried as metadata.
+    A LangChain document keeps its metadata and its id, or else gets ``metadata["source"]`` as its id. Its title is
+    ``metadata["title"]``, and its score is ``metadata["relevance_score"]`` or else ``metadata["score"]`` if that is a
+    finite number. A mapping must have "text" and may have "id", "title", "score" and "metadata"; other entries are
+    added to the metadata.
 
     Raises:
-        InvalidInputError: any other kind of item, or a mapping whose "text" is no string.
+        InvalidInputError: the item has another type, or "text" of a mapping is not a string.
     """
     if isinstance(item, Document):
         return item
@@ -48,32 +44,28 @@ def to_document(item: DocumentLike) -> Document:
         return _from_mapping(item)
     raise InvalidInputError(
         f"a document is a {type(item).__name__}, but it must be a LangChain Document, a kvfusion_rag.Document, "
-        'a string or a mapping with "text".'
+        'a string, or a mapping with "text".'
     )
 
 
 def to_documents(items: Sequence[DocumentLike]) -> tuple[Document, ...]:
-    """One Document per item; a repeated id gets ``#2``, ``#3``, so that a citation names one document.
+    """Convert each item into a Document. Repeated ids get the suffix ``#2``, ``#3``, so that citations are unique.
 
     Raises:
-        InvalidInputError: ``items`` is no list (a bare string would be read letter by letter), or see
-            :func:`to_document`.
+        InvalidInputError: ``items`` is not a list, for example a single string, or see :func:`to_document`.
     """
     if isinstance(items, str | Mapping) or not isinstance(items, Sequence):
         raise InvalidInputError(
-            f"documents is a {type(items).__name__}; pass a list with one item for each document, because every "
-            "item is read apart."
+            f"documents is a {type(items).__name__}, but it must be a list with one item per document."
         )
     return tuple(_with_distinct_ids(to_document(item) for item in items))
 
 
 def documents_per_prompt(documents: DocumentsArgument | None, prompts: int) -> list[tuple[Document, ...]]:
-    """What a ``documents=`` argument means for each of ``prompts`` prompts.
-
-    A flat list goes to every prompt, a list of lists gives each prompt its own.
+    """Return the documents of each prompt: a flat list is used for all prompts, a list of lists has one per prompt.
 
     Raises:
-        InvalidInputError: there are not as many inner lists as prompts, or see :func:`to_documents`.
+        InvalidInputError: the number of inner lists differs from ``prompts``, or see :func:`to_documents`.
     """
     if documents is None:
         return [()] * prompts
@@ -81,14 +73,14 @@ def documents_per_prompt(documents: DocumentsArgument | None, prompts: int) -> l
         return [to_documents(documents)] * prompts  # pyright: ignore[reportArgumentType]
     if len(documents) != prompts:
         raise InvalidInputError(
-            f"documents holds {len(documents)} lists, but there are {prompts} prompts; pass one list for each "
-            "prompt, or one flat list for all of them."
+            f"documents has {len(documents)} lists, but there are {prompts} prompts; pass one list per prompt, or one "
+            "flat list for all prompts."
         )
     return [to_documents(row) for row in documents]
 
 
 def is_nested(documents: object) -> TypeGuard[Sequence[Sequence[DocumentLike]]]:
-    """Whether ``documents`` is a list of lists: one list for each prompt."""
+    """Whether ``documents`` is a list of lists."""
     return (
         isinstance(documents, list | tuple)
         and len(documents) > 0
@@ -97,11 +89,11 @@ def is_nested(documents: object) -> TypeGuard[Sequence[Sequence[DocumentLike]]]:
 
 
 def joined_text(documents: Sequence[Document], *, separator: str = TEXT_SEPARATOR, titles: bool = False) -> str:
-    """The documents as an ordinary prompt shows them, for traces and for models that take one text.
+    """Join the documents as in an ordinary prompt, for traces and for models that take one text.
 
     Args:
         separator: text between two documents.
-        titles: write a document's title above its text.
+        titles: whether to write each document's title above its text.
     """
     return separator.join(
         f"Title: {document.title}\n{document.text}" if titles and document.title else document.text
@@ -113,8 +105,8 @@ def _from_mapping(item: Mapping[str, Any]) -> Document:
     text = item.get("text")
     if not isinstance(text, str):
         raise InvalidInputError(
-            f'a document mapping has the keys {sorted(map(str, item))} and "text" is a {type(text).__name__}, but '
-            '"text" must be a string.'
+            f'"text" of a document mapping with the keys {sorted(map(str, item))} is a {type(text).__name__}, but it '
+            "must be a string."
         )
     own, name = as_score(item.get("score")), item.get("id")
     read = ("text", "id", "title", "metadata", *(() if own is None else ("score",)))
@@ -124,12 +116,12 @@ def _from_mapping(item: Mapping[str, Any]) -> Document:
 
 
 def metadata_score(metadata: Mapping[str, Any]) -> float | None:
-    """The retriever's score that ``metadata`` carries."""
+    """Return the score in ``metadata``, or None."""
     return next((score for key in SCORE_KEYS if (score := as_score(metadata.get(key))) is not None), None)
 
 
 def as_score(value: object) -> float | None:
-    """``value`` as a score if it is a finite number (of numpy too), else None; a bool or a string is not a score."""
+    """Return ``value`` as a float if it is a finite number (also of numpy) and not a bool, or else None."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         return None
     return float(value)

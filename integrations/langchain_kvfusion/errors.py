@@ -1,4 +1,4 @@
-"""Errors that only LangChain's calls can have; all others are kvfusion_rag's."""
+"""Errors that only this package raises, besides those of kvfusion_rag."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from kvfusion_rag import InvalidInputError, KVFusionError
 
 
 class AnswerTimeoutError(KVFusionError, TimeoutError):
-    """An answer was not complete within the ``timeout`` of its model; its work has been stopped."""
+    """An answer was not complete within the model's ``timeout``. Its computation has been stopped."""
 
 
 class UnsupportedFeatureError(InvalidInputError, NotImplementedError):
-    """LangChain asks for something that no KVFusionGenerator does; the message says what to do instead."""
+    """LangChain requested a feature that KVFusionGenerator does not have. The message names an alternative."""

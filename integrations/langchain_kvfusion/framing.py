@@ -1,9 +1,8 @@
-"""Frames: how separate documents travel through chains that only know strings.
+"""Frames that carry separate documents through chains that only pass strings.
 
-``KVFusionDocumentPrompt`` writes each document between two control characters, signed, in place of the text
-that a stock chain would join. ``split_frames`` takes the documents out of the prompt again and says where they
-stood. Documents and questions are untrusted, so a frame counts only if this process signed it. Knows no model and
-no template.
+``KVFusionDocumentPrompt`` writes each document as a signed frame between control characters, where a standard chain
+would insert its text. ``split_frames`` extracts the documents from the prompt. Documents and questions are untrusted,
+so only frames signed by this process are accepted.
 """
 
 from __future__ import annotations
@@ -30,15 +29,16 @@ _FRAME = re.compile(f"{_OPEN}([0-9a-f]{{32}}){_FIELD_END}([^{_OPEN}{_CLOSE}]*){_
 
 
 class KVFusionDocumentPrompt(StringPromptTemplate):
-    """Keeps documents apart in chains that join them: pass it as their ``document_prompt``.
+    """A ``document_prompt`` that keeps documents separate in chains that join them.
 
     ``create_stuff_documents_chain(llm, prompt, document_prompt=KVFusionDocumentPrompt())`` or
     ``RetrievalQA.from_chain_type(..., chain_type_kwargs={"document_prompt": KVFusionDocumentPrompt()})``.
-    The model reads the documents where the chain puts them, with the chain's document separator between them, which
-    must be white space. ``title_key``, ``id_key`` and ``score_key`` name metadata that becomes a document's title, id
-    and score; LangChain then wants these keys in every document. The model reads a title as a line "Title: ..." above
-    the text.
-    Only a KVFusionLLM or ChatKVFusion of the same process can read the framed text.
+    The model reads the documents where the chain inserts them, separated by the chain's document separator, which must
+    be white space. Only a KVFusionLLM or ChatKVFusion in the same process can read the framed text.
+
+    Attributes:
+        title_key, id_key, score_key: metadata keys of a document's title, id and score. LangChain requires them in
+            every document. The model reads a title as a line "Title: ..." above the text.
     """
 
     title_key: str | None = None
@@ -60,7 +60,7 @@ class KVFusionDocumentPrompt(StringPromptTemplate):
         return "kvfusion-document"
 
     def format(self, **kwargs: Any) -> str:
-        """The frame of one document. Delimiters inside its text, title or id become spaces."""
+        """Return one document as a frame. Frame delimiters in its text, title or id become spaces."""
         values = self._merge_partial_and_user_variables(**kwargs)
         title = str(values[self.title_key]) if self.title_key is not None else ""
         name = str(values[self.id_key]) if self.id_key is not None else ""
@@ -70,11 +70,12 @@ class KVFusionDocumentPrompt(StringPromptTemplate):
 
 @dataclass(frozen=True)
 class Extraction:
-    """A text without the documents that stood in it.
+    """A text from which documents were removed.
 
     Attributes:
-        text: what is left of it.
-        place: where in ``text`` the documents stood; None if there were none.
+        text: the remaining text.
+        documents: the removed documents.
+        place: position of the documents in ``text``; None if there were none.
     """
 
     text: str
@@ -83,7 +84,7 @@ class Extraction:
 
 
 def frame(document: Document) -> str:
-    """One document as a signed frame; metadata does not travel."""
+    """Return ``document`` as a signed frame, without its metadata."""
     name, title = (_cleaned(field or "").replace(_FIELD_END, " ") for field in (document.id, document.title))
     score = "" if document.score is None else repr(document.score)
     body = _FIELD_END.join((name, title, score, _cleaned(document.text)))
@@ -91,16 +92,16 @@ def frame(document: Document) -> str:
 
 
 def has_frames(text: str) -> bool:
-    """Whether anything in ``text`` looks like a frame, forged ones too."""
+    """Whether ``text`` contains anything that looks like a frame, even a forged one."""
     return _FRAME.search(text) is not None
 
 
 def split_frames(text: str) -> Extraction:
-    """The framed documents of ``text``, and the text around them unchanged.
+    """Extract the framed documents from ``text``.
 
     Raises:
-        InvalidInputError: a frame is not signed by this process (a forged one, or one from another process),
-            something other than white space stands between two frames, or the gaps between frames differ.
+        InvalidInputError: a frame was not signed by this process, a separator between two frames is not white space,
+            or separators differ.
     """
     matches = list(_FRAME.finditer(text))
     if not matches:
@@ -108,9 +109,8 @@ def split_frames(text: str) -> Extraction:
     for match in matches:
         if not hmac.compare_digest(match[1], _signature(match[2])):
             raise InvalidInputError(
-                "the prompt holds a document frame that this process did not write; frames come from "
-                "KVFusionDocumentPrompt alone and are read by a KVFusionLLM of the same process, so a question "
-                "or another untrusted text probably carries a forged one."
+                "the prompt contains a document frame that this process did not write; only KVFusionDocumentPrompt in "
+                "this process writes frames, so a question or another untrusted text probably contains a forged one."
             )
     documents = tuple(_document(match[2]) for match in matches)
     before, after = text[: matches[0].start()], text[matches[-1].end() :]
@@ -123,13 +123,13 @@ def _separator(text: str, matches: list[re.Match[str]]) -> str:
     for gap in gaps:
         if gap.strip():
             raise InvalidInputError(
-                f"{gap[:40]!r} stands between two document frames, but only white space may; use a "
-                "document_separator of white space, and name the documents once in the prompt."
+                f"the text between two document frames is {gap[:40]!r}, but it must be white space; set "
+                "document_separator to white space, and use the documents only once in the prompt."
             )
     if len(set(gaps)) > 1:
         raise InvalidInputError(
-            f"{gaps[0][:40]!r} and other white space stand between document frames, but the gaps must be equal; name "
-            "the documents once in the prompt."
+            f"document frames are separated by {gaps[0][:40]!r} and by other white space, but all separators must be "
+            "equal; use the documents only once in the prompt."
         )
     return gaps[0] if gaps else TEXT_SEPARATOR
 
@@ -149,5 +149,5 @@ def _signature(body: str) -> str:
 
 @functools.cache
 def _signing_key() -> bytes:
-    # One key per process: the chain that frames and the model that reads share no object that could hold it.
+    # One key per process, because the chain that writes frames and the model that reads them share no object.
     return secrets.token_bytes(32)

@@ -1,7 +1,7 @@
-"""What reaches the model: the caller's messages, the separate documents with their place, and the bare question.
+"""FusedPrompt: a prompt string that also carries messages, separate documents and the bare question.
 
-BaseLLM turns every input into a ``str`` and hands that on untouched, so ``FusedPrompt`` is a ``str`` (the
-ordinary prompt, legible in traces) that carries the rest. Knows no template and no generator.
+BaseLLM converts every input into a ``str`` and passes it on unchanged, so a subclass of ``str`` can carry more than
+its text. The text is the ordinary prompt, which is readable in traces.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _LABELS = {"system": "System", "user": "User", "assistant": "Assistant"}
 
 
 class FusedPrompt(str):
-    """The ordinary prompt text, with everything that a generator is asked.
+    """The ordinary prompt text with the arguments of a generator as attributes.
 
-    String operations give a plain ``str`` and lose the attributes.
+    String operations return a plain ``str`` without the attributes.
 
     Attributes:
         documents: the separate documents.
         question: the bare question.
-        messages: the caller's own messages without the documents; ``Message.documents`` says where these stand. A
-            string prompt is one message of the user.
+        messages: the caller's messages without the documents, whose place is ``Message.documents``. A string prompt is
+            one user message.
     """
 
     documents: tuple[Document, ...]
@@ -58,20 +58,20 @@ class FusedPrompt(str):
 
     @classmethod
     def of(cls, messages: Sequence[Message], documents: Sequence[Document], question: str) -> FusedPrompt:
-        """The prompt for ``messages``, whose text shows the documents in their place.
+        """Create the prompt for ``messages``. Its text contains the documents in their place.
 
-        Messages that do not end with the user's become one text, which is the user's.
+        Messages that do not end with a user message are joined into one.
         """
-        whole = as_one(messages)
-        asked = messages if messages and messages[-1].role == "user" else [whole]
-        return cls(shown(whole, documents), documents=documents, question=question, messages=asked)
+        joined = join_messages(messages)
+        kept = messages if messages and messages[-1].role == "user" else [joined]
+        return cls(full_text(joined, documents), documents=documents, question=question, messages=kept)
 
     @classmethod
     def parse(cls, text: str, retrieved: Sequence[LangChainDocument] = ()) -> FusedPrompt:
-        """The prompt for a finished text, as :func:`extract` reads it; without documents all of it is the question.
+        """Create the prompt for a text, see :func:`extract`. If it has no documents, all of it is the question.
 
         Raises:
-            InvalidInputError: forged frames.
+            InvalidInputError: a frame is forged.
         """
         found = extract(text, retrieved)
         if not found.documents:
@@ -80,14 +80,14 @@ class FusedPrompt(str):
         return cls.of([message], to_documents(found.documents), bare_question(found.text))
 
     def digest(self) -> str:
-        """Hex digest of everything beyond the text that changes the answer or its sources."""
+        """Return a hex digest of everything besides the text that affects the answer or its sources."""
         documents = [[d.id, d.title, d.text, d.score] for d in self.documents]
         content = json.dumps([documents, self.question, [asdict(message) for message in self.messages]])
         return hashlib.sha256(content.encode()).hexdigest()
 
 
 class FusedPromptValue(PromptValue):
-    """Hands one ready FusedPrompt to a model."""
+    """A prompt value that contains a FusedPrompt."""
 
     fused: InstanceOf[FusedPrompt]
 
@@ -103,30 +103,30 @@ class FusedPromptValue(PromptValue):
 
 
 def extract(text: str, retrieved: Sequence[LangChainDocument] = ()) -> Extraction:
-    """``text`` without the documents that stand in it, framed or as they were ``retrieved``.
+    """Remove framed or ``retrieved`` documents from ``text``.
 
-    A frame inside a retrieved document is text of that document.
+    A frame inside a retrieved document is treated as text of that document.
 
     Raises:
-        InvalidInputError: forged frames.
+        InvalidInputError: a frame is forged.
     """
     found = cut_out(text, retrieved)
     return found if found.documents and not has_frames(found.text) else split_frames(text)
 
 
-def wording(messages: Sequence[Message], question: str, documents: Sequence[Document]) -> Sequence[Message] | None:
-    """The generator's ``prompt`` for ``messages``.
+def to_prompt(messages: Sequence[Message], question: str, documents: Sequence[Document]) -> Sequence[Message] | None:
+    """Return the generator's ``prompt`` for ``messages``, or None for a bare question with documents.
 
-    None for a bare question beside documents, which the model reads in its default wording.
+    The model reads a bare question in its default prompt.
     """
     is_bare = len(messages) == 1 and messages[0].documents is None and messages[0].text.strip() == question.strip()
     return None if is_bare and documents else messages
 
 
-def as_one(messages: Sequence[Message]) -> Message:
-    """``messages`` as one of the user: system text, then human text. Only a history before that is labelled."""
-    spoken = [number for number, message in enumerate(messages) if message.role != "system"]
-    history = spoken if messages and messages[-1].role == "assistant" else spoken[:-1]
+def join_messages(messages: Sequence[Message]) -> Message:
+    """Join ``messages`` into one user message. All but system messages and the last user message get a role label."""
+    others = [number for number, message in enumerate(messages) if message.role != "system"]
+    history = others if messages and messages[-1].role == "assistant" else others[:-1]
     text, place = "", None
     for number, message in enumerate(messages):
         label = f"{_LABELS[message.role]}: " if number in history else ""
@@ -137,8 +137,8 @@ def as_one(messages: Sequence[Message]) -> Message:
     return Message("user", text, place)
 
 
-def shown(message: Message, documents: Sequence[Document]) -> str:
-    """The text of ``message`` with the documents in their place, on top of it if they have none."""
+def full_text(message: Message, documents: Sequence[Document]) -> str:
+    """Return the text of ``message`` with the documents in their place, or before it if they have no place."""
     place = message.documents
     if place is None:
         return TEXT_SEPARATOR.join(part for part in (joined_text(documents), message.text) if part)
@@ -149,20 +149,18 @@ def shown(message: Message, documents: Sequence[Document]) -> str:
 def fuse_prompt(
     text: str, documents: Sequence[Document] = (), retrieved: Sequence[LangChainDocument] = ()
 ) -> FusedPrompt:
-    """The prompt as the generator needs it, with the ``documents=`` that a call gave beside it.
-
-    Where it gave none, those of the ``retrieved`` ones count that stand in the text.
+    """Return the prompt with the ``documents`` of a call, or else with the ``retrieved`` documents in its text.
 
     Raises:
-        InvalidInputError: the prompt carries documents and the call gives some too; forged frames.
+        InvalidInputError: prompt and call both have documents, or a frame is forged.
     """
     fused = text if isinstance(text, FusedPrompt) else FusedPrompt.parse(text, () if documents else retrieved)
     if not documents:
         return fused
     if fused.documents:
         raise InvalidInputError(
-            f"the prompt carries {len(fused.documents)} documents and documents= gives {len(documents)}; pass them "
-            "one way only."
+            f"the prompt has {len(fused.documents)} documents and documents= has {len(documents)}; pass them in one "
+            "way only."
         )
     question = fused.question if isinstance(text, FusedPrompt) else bare_question(text)
     return FusedPrompt.of(fused.messages, documents, question)

@@ -1,8 +1,4 @@
-"""KVFusionLLM: a KVFusionGenerator as a LangChain LLM that takes separate documents.
-
-Turns LangChain's calls (invoke, batch, stream, each sync and async) into generator calls: documents, bare
-question, wording and options. Templates, frames and cache keys are the neighbouring modules' business.
-"""
+"""KVFusionLLM: a KVFusionGenerator as a LangChain LLM that takes separate documents."""
 
 from __future__ import annotations
 
@@ -33,39 +29,37 @@ from .cache import DocumentAwareCache
 from .capture import retrieved_for, retrieved_for_each
 from .conversations import fuse_messages
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
-from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, wording
+from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, to_prompt
 from .options import call_options, generation_info, total_usage
 
 if TYPE_CHECKING:
     from kvfusion_rag import AnswerStream, ShownPrompt
 
-_RUN_NAMES = ("tags", "metadata", "run_name", "run_id")  # what BaseLLM.generate takes beside options
+_RUN_ARGUMENTS = ("tags", "metadata", "run_name", "run_id")  # arguments of BaseLLM.generate that are not options
 
 
 class KVFusionLLM(GeneratorBacked, BaseLLM):
-    """An LLM that reads every document apart. Made by :meth:`from_model_id`, or from a ready ``generator``.
+    """An LLM that keeps documents separate. Create it with :meth:`from_model_id` or from a loaded ``generator``.
 
-    Documents come with the prompt (``KVFusionPrompt``, ``create_kvfusion_documents_chain``, chat messages,
-    ``KVFusionDocumentPrompt`` in stock chains) or with the call: ``llm.invoke("Who ...?", documents=[...])``,
-    where a list of lists gives each prompt of a batch its own.
+    Documents are part of the prompt (``KVFusionPrompt``, ``create_kvfusion_documents_chain``, chat messages, or
+    ``KVFusionDocumentPrompt`` in standard chains) or of the call: ``llm.invoke("Who ...?", documents=[...])``. A list
+    of lists has the documents of each prompt in a batch.
 
-    A model without fine-tuning reads the prompt as it stands, with the documents in their place. A string is one user
-    message of the model's chat template; a model without a chat template reads it as plain text. Chat messages stay
-    messages. :meth:`show_prompt` shows what the model reads.
+    An untuned model reads the prompt unchanged, with the documents in their place. A string is one user message of the
+    chat template, or plain text if the model has no chat template. Chat messages remain messages. :meth:`show_prompt`
+    returns the prompt.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
     ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the value set here, except
-    that ``focus=None`` reads all documents. An unknown name raises InvalidInputError.
+    that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
 
-    Token counts, sources and citations stand in each generation's ``generation_info``, in streams on the last
-    chunk. Traces and callbacks show the documents inside the prompt, as with any other model.
+    ``generation_info`` contains token counts, sources and citations. Streams have it on the last chunk. Traces and
+    callbacks show the prompt with the documents, as for any other model.
     """
 
     model_config = STRICT_FIELDS
 
     _call_options: dict[str, Any] = PrivateAttr(default_factory=dict)
-
-    # What it is
 
     @property
     def _llm_type(self) -> str:
@@ -76,9 +70,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         return {**super()._identifying_params, **self._call_options}
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
-        return self._name_model(super()._get_ls_params(stop=stop or self.stop, **kwargs), kwargs)
-
-    # From LangChain's inputs to prompts with documents
+        return self._add_model_params(super()._get_ls_params(stop=stop or self.stop, **kwargs), kwargs)
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
         return self._convert(model_input, retrieved_for(ensure_config().get("callbacks")))
@@ -139,7 +131,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """As BaseLLM's, with ``documents``: one list for every prompt, or a list of lists, one for each."""
+        """Like BaseLLM.generate. ``documents`` is one list for all prompts, or one list per prompt."""
         fused: list[Any] = self._fuse(prompts, documents, callbacks)
         return super(KVFusionLLM, self._for_call(kwargs)).generate(fused, stop, callbacks, **kwargs)
 
@@ -152,13 +144,13 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> LLMResult:
-        """As :meth:`generate`; the event loop stays free."""
+        """Like :meth:`generate`, without blocking the event loop."""
         fused: list[Any] = self._fuse(prompts, documents, callbacks)
         return await super(KVFusionLLM, self._for_call(kwargs)).agenerate(fused, stop, callbacks, **kwargs)
 
     def _for_call(self, given: dict[str, Any]) -> KVFusionLLM:
-        """A copy for one call: its options are part of what identifies it, and its cache knows documents."""
-        options = call_options({name: value for name, value in given.items() if name not in _RUN_NAMES})
+        """Return a copy for one call, with the call's options in its identity and a cache that considers documents."""
+        options = call_options({name: value for name, value in given.items() if name not in _RUN_ARGUMENTS})
         cache = get_llm_cache() if self.cache is None or self.cache is True else self.cache
         update = {"cache": DocumentAwareCache(cache)} if isinstance(cache, BaseCache) else {}
         call = self.model_copy(update=update)
@@ -174,14 +166,14 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """As BaseLLM's; all prompts are answered together, or in batches of ``max_concurrency``."""
+        """Like BaseLLM.batch. All prompts are computed together, or in batches of ``max_concurrency``."""
         try:
-            dealt, rest = self._deal(inputs, config, documents, kwargs)
+            inputs, options = self._distribute(inputs, config, documents, kwargs)
         except KVFusionError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
             raise
-        return super().batch(dealt, config, return_exceptions=return_exceptions, **rest)
+        return super().batch(inputs, config, return_exceptions=return_exceptions, **options)
 
     async def abatch(
         self,
@@ -192,27 +184,28 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """As :meth:`batch`; the event loop stays free."""
+        """Like :meth:`batch`, without blocking the event loop."""
         try:
-            dealt, rest = self._deal(inputs, config, documents, kwargs)
+            inputs, options = self._distribute(inputs, config, documents, kwargs)
         except KVFusionError as error:
             if return_exceptions:
                 return [error for _ in inputs]  # pyright: ignore[reportReturnType]
             raise
-        return await super().abatch(dealt, config, return_exceptions=return_exceptions, **rest)
+        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **options)
 
-    def _deal(
+    def _distribute(
         self,
         inputs: list[LanguageModelInput],
         config: RunnableConfig | list[RunnableConfig] | None,
         documents: DocumentsArgument | None,
-        given: dict[str, Any],
+        options: dict[str, Any],
     ) -> tuple[list[Any], dict[str, Any]]:
+        """Attach nested documents to their inputs, or pass a flat list on as an option."""
         callbacks = [each.get("callbacks") for each in get_config_list(config, len(inputs))]
-        if is_nested(documents):  # dealt out at once, because BaseLLM may cut the prompts into several batches
-            return list(self._with_documents(inputs, documents, callbacks)), given
+        if is_nested(documents):  # attached here, because BaseLLM may split the prompts into several batches
+            return list(self._with_documents(inputs, documents, callbacks)), options
         converted = self._convert_all(inputs, callbacks)
-        return converted, given if documents is None else {**given, "documents": documents}
+        return converted, options if documents is None else {**options, "documents": documents}
 
     def stream(
         self,
@@ -223,7 +216,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Pieces of the answer; joined they are the answer."""
+        """Yield the answer in pieces."""
         call_options(kwargs)
         [value] = self._with_documents([input], documents, ensure_config(config).get("callbacks"))
         yield from super().stream(value, config, stop=stop, **kwargs)
@@ -237,7 +230,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         documents: DocumentsArgument | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[str]:
-        """As :meth:`stream`; the event loop stays free."""
+        """Like :meth:`stream`, without blocking the event loop."""
         call_options(kwargs)
         [value] = self._with_documents([input], documents, ensure_config(config).get("callbacks"))
         pieces: Any = super().astream(value, config, stop=stop, **kwargs)
@@ -254,17 +247,15 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         focus: FocusChoice | EllipsisType = ...,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ShownPrompt:
-        """Everything that the model reads for ``input``, which is what ``invoke`` takes; no answer is computed.
+        """Return the complete prompt for ``input``, which has the type that ``invoke`` takes, without answering it.
 
-        An option that is left out has the value set here. With ``focus`` the documents that it keeps are shown.
-        ``(prompt | llm.show_prompt).invoke(...)`` shows it in a chain.
+        Options that are not given have the value set here. With ``focus``, the prompt has the documents that it keeps.
+        In a chain, use ``(prompt | llm.show_prompt).invoke(...)``.
         """
         [value] = self._with_documents([input], documents, ensure_config().get("callbacks"))
         fused = value.fused
-        prompt = wording(fused.messages, fused.question, fused.documents)
-        return self._shown(fused.question, fused.documents, prompt, mode, focus, chat_template_kwargs)
-
-    # From prompts with documents to answers
+        prompt = to_prompt(fused.messages, fused.question, fused.documents)
+        return self._show_prompt(fused.question, fused.documents, prompt, mode, focus, chat_template_kwargs)
 
     def _generate(
         self,
@@ -276,8 +267,8 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         fused = self._fuse(prompts)
         self._warn_of_missing_documents(all_have_documents=all(prompt.documents for prompt in fused))
         if self.streaming and len(fused) == 1:
-            return self._result([_whole(list(self._stream(fused[0], stop, run_manager, **kwargs)))])
-        return self._result(_generations(self._engine().answer_batch(**self._asked(fused, stop, kwargs))))
+            return self._result([_join(list(self._stream(fused[0], stop, run_manager, **kwargs)))])
+        return self._result(_generations(self._engine().answer_batch(**self._batch_arguments(fused, stop, kwargs))))
 
     async def _agenerate(
         self,
@@ -290,16 +281,19 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         self._warn_of_missing_documents(all_have_documents=all(prompt.documents for prompt in fused))
         if self.streaming and len(fused) == 1:
             chunks = [chunk async for chunk in self._astream(fused[0], stop, run_manager, **kwargs)]
-            return self._result([_whole(chunks)])
-        return self._result(_generations(await self._engine().aanswer_batch(**self._asked(fused, stop, kwargs))))
+            return self._result([_join(chunks)])
+        arguments = self._batch_arguments(fused, stop, kwargs)
+        return self._result(_generations(await self._engine().aanswer_batch(**arguments)))
 
-    def _asked(self, fused: Sequence[FusedPrompt], stop: list[str] | None, given: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of ``answer_batch``."""
+    def _batch_arguments(
+        self, fused: Sequence[FusedPrompt], stop: list[str] | None, given: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the arguments of ``answer_batch``."""
         return {
             "questions": [prompt.question for prompt in fused],
             "documents": [prompt.documents for prompt in fused],
-            "prompts": [wording(prompt.messages, prompt.question, prompt.documents) for prompt in fused],
-            **self._decoding(stop, given),
+            "prompts": [to_prompt(prompt.messages, prompt.question, prompt.documents) for prompt in fused],
+            **self._generator_options(stop, given),
         }
 
     def _stream(
@@ -341,8 +335,11 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         [fused] = self._fuse([prompt])
         self._warn_of_missing_documents(all_have_documents=bool(fused.documents))
-        asked: dict[str, Any] = {"prompt": wording(fused.messages, fused.question, fused.documents)}
-        return self._engine().stream(fused.question, fused.documents, **asked, **self._decoding(stop, given))
+        arguments = {
+            "prompt": to_prompt(fused.messages, fused.question, fused.documents),
+            **self._generator_options(stop, given),
+        }
+        return self._engine().stream(fused.question, fused.documents, **arguments)
 
     def _result(self, generations: list[Generation]) -> LLMResult:
         usage = total_usage([generation.generation_info or {} for generation in generations])
@@ -353,7 +350,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
 
 
 def _last_chunk(answer: Answer | None) -> GenerationChunk:
-    assert answer is not None, "an exhausted stream has its answer"
+    assert answer is not None, "an exhausted stream has an answer"
     return GenerationChunk(text="", generation_info=generation_info(answer))
 
 
@@ -361,5 +358,5 @@ def _generations(answers: Sequence[Answer]) -> list[Generation]:
     return [Generation(text=a.text, generation_info=generation_info(a)) for a in answers]
 
 
-def _whole(chunks: list[GenerationChunk]) -> Generation:
+def _join(chunks: list[GenerationChunk]) -> Generation:
     return Generation(text="".join(chunk.text for chunk in chunks), generation_info=chunks[-1].generation_info)

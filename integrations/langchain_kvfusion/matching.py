@@ -1,7 +1,4 @@
-"""Retrieved documents inside a finished prompt: where they stand, and what is left of the prompt without them.
-
-Pure functions of strings and documents.
-"""
+"""Finds retrieved documents in a prompt by their text, and removes them from it."""
 
 from __future__ import annotations
 
@@ -17,20 +14,20 @@ from kvfusion_rag import Document, DocumentsPlace
 from .documents import TEXT_SEPARATOR, to_document
 from .framing import Extraction
 
-SHORTEST = 16  # characters; shorter texts may stand in a question or a template by chance
+MIN_CHARACTERS = 16  # a shorter text may occur in a question or a template by chance
 
-Found = tuple[int, int, Document]  # start and end in the text, and the document that stands there
+Match = tuple[int, int, Document]  # start and end in the text, and the document found there
 
 
 def cut_out(text: str, documents: Sequence[LangChainDocument]) -> Extraction:
-    """Take the documents that stand word for word in ``text`` out of it.
+    """Remove the documents that occur verbatim in ``text``.
 
-    If the same separator stands between all of them, the place and the separator reproduce ``text`` exactly. Otherwise
-    (the prompt numbers its documents, or shows some of them elsewhere) each document is taken once, the gaps are
-    closed, and the place is that of the first.
+    If all of them are separated by the same text, place and separator reproduce ``text`` exactly. Otherwise, for
+    example if the prompt numbers its documents, each document is removed, the gaps are closed, and the place is that
+    of the first document.
 
-    Longer documents are looked for first, and no place is part of two. A document that is shorter than
-    ``SHORTEST`` characters, or that only stands inside a word, stays where it is.
+    Longer documents are searched first, and matches do not overlap. A document shorter than ``MIN_CHARACTERS``, or
+    found only inside a word, is not removed.
     """
     before, after, found, gaps = text, "", [], []
     for strips in (False, True):
@@ -43,35 +40,35 @@ def cut_out(text: str, documents: Sequence[LangChainDocument]) -> Extraction:
         if len(set(gaps)) <= 1 and _is_separator(separator, before):
             place = DocumentsPlace(len(before), separator)
             return Extraction(before + after, tuple(document for *_, document in found), place)
-    mark = "|"  # for the documents, so that the white space behind them is kept
+    mark = "|"  # stands for the documents, so that the white space behind them is kept
     rest = functools.reduce(close_gap, [*gaps, after], mark).removeprefix(mark)
     distinct = {document.text: document for *_, document in found}
     return Extraction(before + rest, tuple(distinct.values()), DocumentsPlace(len(before)))
 
 
 def close_gap(before: str, after: str) -> str:
-    """``before`` and ``after`` joined where the documents were, with the wider of the two white spaces."""
+    """Join the texts around removed documents, and keep the longer of the two white spaces."""
     left, right = before.rstrip(), after.lstrip()
     if not left or not right:
         return left + right
     return left + max(before[len(left) :], after[: len(after) - len(right)], key=len) + right
 
 
-def _find(text: str, documents: Sequence[LangChainDocument], *, strips: bool) -> list[Found]:
-    """Where documents stand in ``text``, in order; each with its text as it stands there.
+def _find(text: str, documents: Sequence[LangChainDocument], *, strips: bool) -> list[Match]:
+    """Return the matches of ``documents`` in ``text``, ordered by position.
 
     Args:
-        strips: look for them without the white space around them only, since some chains strip it.
+        strips: search only for stripped texts, because some chains strip white space around documents.
     """
-    found: list[Found] = []
+    found: list[Match] = []
 
     def is_free(start: int, end: int) -> bool:
-        return all(end <= begun or start >= ended for begun, ended, _ in found)
+        return all(end <= other_start or start >= other_end for other_start, other_end, _ in found)
 
     for document in sorted(documents, key=_longest_first):
         whole, content = document.page_content, document.page_content.strip()
         margin = len(whole) - len(whole.lstrip())
-        for place in _places(text, content) if len(content) >= SHORTEST else ():
+        for place in _places(text, content) if len(content) >= MIN_CHARACTERS else ():
             for start, shown in ((place - margin, whole), (place, content))[strips:]:
                 end = start + len(shown)
                 if start >= 0 and text.startswith(shown, start) and is_free(start, end):
@@ -85,9 +82,9 @@ def _longest_first(document: LangChainDocument) -> tuple[int, int]:
 
 
 def _is_separator(gap: str, before: str) -> bool:
-    """Whether ``gap`` is the same between any two documents.
+    """Whether ``gap`` could separate any two documents.
 
-    A gap with words counts only if the first document has the same label: numbers and sources differ.
+    A gap with words must also occur before the first document, because numbers and sources differ by document.
     """
     label = gap.lstrip()
     return not any(map(str.isalnum, label)) or before.endswith(label)

@@ -1,7 +1,7 @@
-"""What one chat message holds: its text, its speaker, the documents that it carries, and their place in its text.
+"""Reads chat messages: text, speaker, documents, and the place of the documents.
 
-Documents stand in ``additional_kwargs["documents"]``, in text-plain content blocks and in the artifacts of retriever
-tools. Knows no template and no generator.
+A message can carry documents in ``additional_kwargs["documents"]``, in text-plain content blocks, and in the artifact
+of a retriever tool.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from kvfusion_rag import Document, DocumentsPlace, InvalidInputError
 
 from .documents import to_documents
 
-Role = Literal["system", "user", "assistant"]  # of a kvfusion_rag.Message
+Role = Literal["system", "user", "assistant"]
 
 _SPEAKERS = {"human": "User", "user": "User", "ai": "Assistant", "assistant": "Assistant"}
 _ROLES: dict[str, Role] = {"System": "system", "Assistant": "assistant"}
 
 
 def last_human_text(messages: Sequence[BaseMessage]) -> str | None:
-    """The text of the last human message that has any."""
+    """Return the text of the last human message that is not blank, or None."""
     texts = (message_text(message) for message in reversed(messages) if speaker(message) == "User")
     return next((text for text in texts if text.strip()), None)
 
 
 def documents_place(message: BaseMessage) -> DocumentsPlace | None:
-    """The place of the documents in the message's text, as ``additional_kwargs["documents_place"]`` has it.
+    """Return the place in ``additional_kwargs["documents_place"]``, or None.
 
     Raises:
         InvalidInputError: the entry is not a place.
@@ -43,22 +43,22 @@ def documents_place(message: BaseMessage) -> DocumentsPlace | None:
         place = None
     if place is None or not (isinstance(place.offset, int) and isinstance(place.separator, str)):
         raise InvalidInputError(
-            f"additional_kwargs['documents_place'] is {found!r}, but it must hold the 'offset' of the documents in "
-            "the message's text, in characters, and may hold a 'separator' and 'titles'."
+            f"additional_kwargs['documents_place'] is {found!r}, but it must have 'offset', the position of the "
+            "documents in the message's text in characters, and may have 'separator' and 'titles'."
         )
     return place
 
 
 def lifted_documents(messages: Sequence[BaseMessage]) -> tuple[Document, ...]:
-    """The documents that stand beside the messages' texts, in order."""
+    """Return the documents that the messages carry, in order."""
     return to_documents([item for message in messages for item in _lifted(message)])
 
 
 def message_text(message: BaseMessage) -> str:
-    """The text of one message, without its documents: text-plain blocks, or what a retriever tool found.
+    """Return the text of a message without the documents in text-plain blocks or in a retriever tool's result.
 
     Raises:
-        InvalidInputError: a human or system message holds an image or other content that is no text.
+        InvalidInputError: a human or system message contains an image or other content that is not text.
     """
     if _found_documents(message):
         return ""
@@ -68,7 +68,7 @@ def message_text(message: BaseMessage) -> str:
 
 
 def map_text(message: BaseMessage, change: Callable[[str], str]) -> BaseMessage:
-    """A copy of ``message`` with ``change`` made to each of its texts."""
+    """Return a copy of ``message`` with ``change`` applied to each of its texts."""
     if isinstance(message.content, str):
         return message.model_copy(update={"content": change(message.content)})
     blocks = [_map_block(block, change) for block in message.content]
@@ -88,15 +88,15 @@ def _block_text(message: BaseMessage, block: str | Mapping[str, Any]) -> str:
     if kind == "text":
         return block["text"]
     if kind == "text-plain" or not isinstance(message, HumanMessage | SystemMessage):
-        return ""  # what a model or a tool said besides text is no part of the wording
+        return ""  # content of models and tools that is not text is ignored
     raise InvalidInputError(
-        f"a {message.type} message holds a content block of type {kind!r}, but this model reads text alone: "
+        f"a {message.type} message has a content block of type {kind!r}, but this model reads only text; allowed are "
         '"text" blocks, and "text-plain" blocks for documents.'
     )
 
 
 def _lifted(message: BaseMessage) -> list[Any]:
-    if isinstance(message, AIMessage):  # other models put sources of theirs there
+    if isinstance(message, AIMessage):  # other models may store their sources there
         return []
     carried = [*to_documents(message.additional_kwargs.get("documents") or []), *_found_documents(message)]
     if isinstance(message.content, str):
@@ -106,7 +106,7 @@ def _lifted(message: BaseMessage) -> list[Any]:
 
 
 def _found_documents(message: BaseMessage) -> list[LangChainDocument]:
-    """What a tool made by ``create_retriever_tool(response_format="content_and_artifact")`` found."""
+    """Return the result of a tool created by ``create_retriever_tool(response_format="content_and_artifact")``."""
     artifact = message.artifact if isinstance(message, ToolMessage) else None
     is_search = isinstance(artifact, list) and all(isinstance(item, LangChainDocument) for item in artifact)
     return artifact if is_search else []  # pyright: ignore[reportReturnType]
@@ -116,24 +116,24 @@ def _from_block(block: Mapping[str, Any]) -> Document:
     text = block.get("text")
     if not isinstance(text, str):
         raise InvalidInputError(
-            f"a text-plain block has the keys {sorted(block)} but no text; give the document's text itself, "
-            "because files and addresses are not fetched."
+            f"a text-plain block has the keys {sorted(block)} but no text; add the document's text, because files and "
+            "URLs are not loaded."
         )
     metadata = {"context": block["context"]} if block.get("context") else {}
     return Document(text, block.get("id"), block.get("title"), metadata)
 
 
 def speaker(message: BaseMessage) -> str:
-    """Who says ``message``: "User", "Assistant", "System", "Tool" or another role's name."""
+    """Return the speaker of ``message``: "User", "Assistant", "System", "Tool" or the name of another role."""
     role = message.role if isinstance(message, ChatMessage) else message.type
     return _SPEAKERS.get(role.lower(), role.capitalize())
 
 
 def role_of(message: BaseMessage) -> Role:
-    """The role of ``message`` in a generator's prompt; whoever is not the model or the system counts as the user."""
+    """Return the role of ``message`` in a generator's prompt. Other speakers than AI and system are the user."""
     return _ROLES.get(speaker(message), "user")
 
 
 def calls_tools(message: BaseMessage) -> bool:
-    """Whether ``message`` asks for a tool's result."""
+    """Whether ``message`` calls a tool."""
     return isinstance(message, AIMessage) and bool(message.tool_calls)

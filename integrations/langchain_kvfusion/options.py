@@ -1,7 +1,4 @@
-"""The options of one call and what an answer reports back, in LangChain's words.
-
-Knows the names that a call may use and the plain, JSON-ready form of an Answer. No model, no prompt.
-"""
+"""Options of a call, and the metadata of an answer."""
 
 from __future__ import annotations
 
@@ -26,22 +23,23 @@ _ALIAS = "max_new_tokens"
 
 
 def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that one call sets itself, under our names; those given as None are left out.
+    """Return the options of a call under our names, without those that are None.
 
-    ``focus`` stays even if it is None, because None means all documents.
+    ``focus`` is kept even if it is None, because None means all documents.
 
     Raises:
-        InvalidInputError: an unknown name, or ``max_tokens`` together with ``max_new_tokens``.
+        InvalidInputError: a name is unknown, or ``max_tokens`` and ``max_new_tokens`` are both given.
     """
     unknown = sorted(set(given) - {*OPTION_NAMES, _ALIAS})
     if unknown:
         raise InvalidInputError(
-            f"unknown options {unknown}; a call takes documents, stop, {', '.join(OPTION_NAMES)} and {_ALIAS} "
-            "(another name for max_tokens)."
+            f"unknown options {unknown}; allowed are documents, stop, {', '.join(OPTION_NAMES)} and {_ALIAS} "
+            "(an alias of max_tokens)."
         )
     if given.get(_ALIAS) is not None and given.get("max_tokens") is not None:
         raise InvalidInputError(
-            f"max_tokens is {given['max_tokens']} and {_ALIAS} is {given[_ALIAS]}, but they are one option; set one."
+            f"max_tokens is {given['max_tokens']} and {_ALIAS} is {given[_ALIAS]}, but they are the same option; set "
+            "only one."
         )
     named = {
         ("max_tokens" if name == _ALIAS else name): value
@@ -52,9 +50,9 @@ def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generation_info(answer: Answer) -> dict[str, Any]:
-    """What stands beside the text of one answer: plain data without document texts or metadata.
+    """Return the answer's metadata as plain data, without the metadata of its documents.
 
-    ``usage["prompt_tokens"]`` has the documents in it.
+    ``usage["prompt_tokens"]`` includes the documents.
     """
     info = answer.to_dict()
     for name in ("text", "timings", "token_ids"):
@@ -65,7 +63,7 @@ def generation_info(answer: Answer) -> dict[str, Any]:
 
 
 def total_usage(infos: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Token counts of a whole batch, from the ``generation_info`` of each prompt."""
+    """Return the total token counts of a batch from the ``generation_info`` of its answers."""
     total: Counter[str] = Counter()
     for info in infos:
         total.update(info["usage"])

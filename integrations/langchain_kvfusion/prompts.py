@@ -1,7 +1,7 @@
-"""KVFusionPrompt: any LangChain prompt template, with the documents kept apart and their place known.
+"""KVFusionPrompt: a wrapper of any LangChain prompt template that keeps documents separate.
 
-Formats the wrapped template around a random marker in the place of the documents, so the template's own
-syntax (f-string, mustache, chat messages) does not matter. Knows no model and no generator.
+The wrapped template is formatted with a random marker instead of the documents, so its syntax (f-string, mustache,
+chat messages) does not matter.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ QUESTION_KEYS = ("question", "input", "query")
 
 
 class KVFusionPromptValue(PromptValue):
-    """A formatted prompt whose documents stand apart.
+    """A formatted prompt with separate documents.
 
-    A KVFusionLLM takes ``to_string()`` and a ChatKVFusion ``conversation()``, which carry all of it; any other model
-    reads the ordinary prompt from ``to_string()`` or ``to_messages()``.
+    A KVFusionLLM uses ``to_string()`` and a ChatKVFusion ``conversation()``, which carry the documents. Any other
+    model gets the ordinary prompt from ``to_string()`` or ``to_messages()``.
 
     Attributes:
         question: the bare question.
         documents: the separate documents.
-        messages: the ordinary messages, documents included.
-        turns: the same messages as a generator reads them, without the documents but with their place.
+        messages: the ordinary messages including the documents.
+        turns: the generator's messages, without the documents but with their place.
     """
 
     question: str
@@ -68,26 +68,25 @@ class KVFusionPromptValue(PromptValue):
         return list(self.messages)
 
     def conversation(self) -> list[BaseMessage]:
-        """The messages without the documents' texts; the last human one carries documents and question."""
+        """Return the messages without the documents' texts. The last human message carries documents and question."""
         return carry(self.turns, self.documents, self.question)
 
 
 class KVFusionPrompt(BasePromptTemplate[str]):
-    """A prompt template whose documents reach the model apart; made by :meth:`from_prompt`.
+    """A prompt template that passes documents to the model separately. Create it with :meth:`from_prompt`.
 
     ``{"context": retriever, "question": RunnablePassthrough()} | KVFusionPrompt.from_template(...) | llm``
 
-    The model reads the wrapped template's own messages, with the documents' texts where the template shows their
-    variable and a blank line between two of them, as if it had held ``"\\n\\n".join(page_contents)``.
+    The model reads the messages of the wrapped template, with the documents in the place of their variable and a blank
+    line between two documents, as if its value were ``"\\n\\n".join(page_contents)``.
 
     Attributes:
-        prompt: the wrapped template. It must show the documents' variable once, by itself.
-        documents_key: the variable that holds the documents: a list of LangChain documents, Documents, strings
-            or mappings with "text". A joined string counts as one document, with a warning.
-        question_key: the variable that holds the bare question; by default "question", "input" or "query",
-            whichever the template has first. A template with none of them is searched for the question,
-            see ``bare_question``.
-        strict: refuse joined strings.
+        prompt: the wrapped template. It must contain the documents' variable exactly once.
+        documents_key: name of the variable with the documents: a list of LangChain documents, Documents, strings or
+            mappings with "text". A joined string is used as one document, with a warning.
+        question_key: name of the variable with the bare question. By default the first of "question", "input" and
+            "query" that the template has. Without these, the question is searched in the text, see ``bare_question``.
+        strict: whether to reject joined strings.
     """
 
     prompt: BasePromptTemplate
@@ -107,14 +106,14 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         """Wrap ``prompt``.
 
         Raises:
-            InvalidInputError: it has no variable of the name ``documents_key`` or ``question_key``.
+            InvalidInputError: it has no variable ``documents_key`` or ``question_key``.
         """
         known = sorted({*prompt.input_variables, *prompt.optional_variables, *prompt.partial_variables})
         for key in (documents_key, question_key):
             if key is not None and key not in known:
                 raise InvalidInputError(
-                    f"the prompt has no variable {key!r}, but {known}; name the one that holds the documents with "
-                    "documents_key= and the one that holds the question with question_key=."
+                    f"the prompt has the variables {known}, but not {key!r}; pass the name of the documents' variable "
+                    "as documents_key= and that of the question as question_key=."
                 )
         return cls(
             input_variables=list(prompt.input_variables),
@@ -128,7 +127,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
     def from_template(
         cls, template: str, documents_key: str = "context", question_key: str | None = None, *, strict: bool = False
     ) -> KVFusionPrompt:
-        """Wrap an f-string template, as ``PromptTemplate.from_template`` reads it."""
+        """Wrap an f-string template, see ``PromptTemplate.from_template``."""
         return cls.from_prompt(PromptTemplate.from_template(template), documents_key, question_key, strict=strict)
 
     @model_validator(mode="after")
@@ -152,10 +151,10 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         return (await self.aformat_prompt(**kwargs)).to_string()
 
     def format_prompt(self, **kwargs: Any) -> KVFusionPromptValue:
-        """The prompt value for the template's variables.
+        """Format the prompt with the template's variables.
 
         Raises:
-            InvalidInputError: the documents cannot be read as documents, or the template hides them.
+            InvalidInputError: the documents cannot be converted, or the template does not show them.
         """
         found, marker, variables = self._marked(kwargs)
         return self._assemble(self.prompt.format_prompt(**variables), found, marker, variables)
@@ -165,9 +164,9 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         return self._assemble(await self.prompt.aformat_prompt(**variables), found, marker, variables)
 
     def _marked(self, given: Mapping[str, Any]) -> tuple[Extraction, str, dict[str, Any]]:
-        """The documents, a marker, and the template's variables with the marker in the place of the documents.
+        """Return the documents, a marker, and the template's variables with the marker instead of the documents.
 
-        If there are none, the template reads an empty text and may leave out what stands around it.
+        Without documents their variable is empty, so that a template can omit the text around it.
         """
         variables = self._merge_partial_and_user_variables(**given)
         found = self._read_documents(variables[self.documents_key])
@@ -189,12 +188,12 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         if not found.text.strip():
             return found
         problem = (
-            f"{self.documents_key!r} is a string of {len(text)} characters, so its documents cannot be told apart; "
-            "pass the list of documents itself, or build the chain with create_kvfusion_documents_chain."
+            f"{self.documents_key!r} is a string of {len(text)} characters, so its documents cannot be separated; "
+            "pass the list of documents, or create the chain with create_kvfusion_documents_chain."
         )
         if found.documents or self.strict:
             raise InvalidInputError(problem)
-        logger.warning("%s It is read as one document.", problem)
+        logger.warning("%s It is used as one document.", problem)
         return Extraction("", (Document(text),))
 
     def _assemble(
@@ -206,7 +205,8 @@ class KVFusionPrompt(BasePromptTemplate[str]):
             self._require_one_place(sum(message_text(message).count(marker) for message in messages))
         if lifted := lifted_documents(messages):
             raise InvalidInputError(
-                f"the messages carry {len(lifted)} documents beside {self.documents_key!r}; pass them one way only."
+                f"the messages carry {len(lifted)} documents in addition to {self.documents_key!r}; pass them in one "
+                "way only."
             )
         place = found.place or DocumentsPlace(0)
         joined = joined_text(found.documents, separator=place.separator, titles=place.titles)
@@ -214,7 +214,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         question = self._named_question(variables)
         if question is None:
             whole = TEXT_SEPARATOR.join(turn.text for turn in turns)
-            question = _question_of(last_human_text(messages), marker) or bare_question(whole)
+            question = _question_in(last_human_text(messages), marker) or bare_question(whole)
         return KVFusionPromptValue(
             question=question,
             documents=list(found.documents),
@@ -225,13 +225,12 @@ class KVFusionPrompt(BasePromptTemplate[str]):
     def _require_one_place(self, times: int) -> None:
         if times == 0:
             raise InvalidInputError(
-                f"the template did not show {self.documents_key!r} as it stands; templates that loop over the "
-                "documents or hide them cannot keep them apart, so write the variable once by itself."
+                f"the template does not insert {self.documents_key!r} unchanged; a template that hides or loops over "
+                "the documents cannot keep them separate, so use the variable exactly once."
             )
         if times > 1:
             raise InvalidInputError(
-                f"the template shows {self.documents_key!r} {times} times, but documents have one place in a prompt; "
-                "write the variable once."
+                f"the template contains {self.documents_key!r} {times} times, but it must contain it exactly once."
             )
 
     def _named_question(self, variables: Mapping[str, Any]) -> str | None:
@@ -241,8 +240,8 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         question = known[self.question_key]
         if not isinstance(question, str):
             raise InvalidInputError(
-                f"{self.question_key!r} is a {type(question).__name__}, but the question must be a string; name "
-                "another variable with question_key=."
+                f"{self.question_key!r} is a {type(question).__name__}, but the question must be a string; pass "
+                "the name of another variable as question_key=."
             )
         return question
 
@@ -253,19 +252,19 @@ class KVFusionPrompt(BasePromptTemplate[str]):
 
 
 def _turns(messages: Sequence[BaseMessage], marker: str, place: DocumentsPlace) -> list[Message]:
-    """``messages`` as a generator reads them, with the documents' place in that of the marker."""
+    """Convert ``messages`` into the generator's messages, with the documents in the place of the marker."""
     turns: list[Message] = []
     for message in messages:
         before, found, after = message_text(message).partition(marker)
         shown = replace(place, offset=len(before)) if found else None
         if shown is not None or (before.strip() and not calls_tools(message)):
             turns.append(Message(role_of(message), before + after, shown))
-    if turns and all(turn.role == "system" for turn in turns):  # somebody has to ask
+    if turns and all(turn.role == "system" for turn in turns):  # a prompt must end with a user message
         turns[-1] = replace(turns[-1], role="user")
     return turns or [Message("user", "")]
 
 
-def _question_of(human: str | None, marker: str) -> str | None:
-    if human is None or marker in human:  # a message around the documents says more than the question
+def _question_in(human: str | None, marker: str) -> str | None:
+    if human is None or marker in human:  # a message around the documents contains more than the question
         return human and bare_question(human.replace(marker, ""))
     return labelled_question(human) or human

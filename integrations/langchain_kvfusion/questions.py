@@ -1,7 +1,6 @@
-"""Which part of a finished wording is the bare question: labels first, then the shape of the text.
+"""Finds the bare question in a complete prompt, by labels or else by paragraphs.
 
-Needed because a model trained on bare questions must not read instructions. Templates that name their question
-variable never come here. Pure functions of a string.
+A model trained on bare questions must not read instructions. Prompts with a question variable do not need this.
 """
 
 from __future__ import annotations
@@ -11,16 +10,16 @@ import re
 _QUESTION_LABEL = re.compile(r"(?<!\w)(?:question|query|q)\s*:[*_]*", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"^\W*(?:\w+ )?(?:answer|a)\s*:", re.IGNORECASE)
 _ANSWER_AT_END = re.compile(r"(?<!\w)(?:(?:helpful|final|short|your) )?(?:answer|a)\s*:\W*$", re.IGNORECASE)
-_LINE_AND_NEXT = re.compile(r"([^\r\n]*)\s*([^\r\n]*)")  # the rest of a line, and the next one that is not blank
+_LINE_AND_NEXT = re.compile(r"([^\r\n]*)\s*([^\r\n]*)")  # the rest of the line, and the next line that is not blank
 _PARAGRAPH_BREAK = re.compile(r"\n\s*\n")
 
 
 def bare_question(text: str) -> str:
-    """The question inside a complete wording (documents already taken out).
+    """Return the question in a prompt from which the documents have been removed.
 
-    The text after the last "Question:", "Query:" or "Q:" label, up to an answer label or the line's end (the
-    next line where the label stands alone). Without such a label: the last paragraph that is not empty,
-    less a closing answer label ("Answer:", "Helpful Answer:", "A:"). Text without either is its own question.
+    It is the text after the last label "Question:", "Query:" or "Q:" up to an answer label or the end of the line. If
+    the label has a line to itself, it is the next line. Without such a label it is the last paragraph that is not
+    empty, without an answer label ("Answer:", "Helpful Answer:", "A:") at its end, or else the whole text.
     """
     labelled = labelled_question(text)
     if labelled is not None:
@@ -35,7 +34,7 @@ def bare_question(text: str) -> str:
 
 
 def labelled_question(text: str) -> str | None:
-    """The question after the last question label that has one, or None where no label says which it is."""
+    """Return the text after the last question label that is followed by a question, or None if there is none."""
     for label in reversed(list(_QUESTION_LABEL.finditer(text))):
         line, following = _LINE_AND_NEXT.match(text, label.end()).groups()  # type: ignore[union-attr] # matches all
         question = _question_on(line) or _question_on(following)
@@ -45,7 +44,7 @@ def labelled_question(text: str) -> str | None:
 
 
 def _question_on(line: str) -> str:
-    """The part of ``line`` before an answer label; empty where the line is an answer label."""
+    """Return the part of ``line`` before an answer label, which is empty if the line begins with one."""
     if _ANSWER_LINE.match(line):
         return ""
     return _ANSWER_AT_END.sub("", line).strip()

@@ -1,7 +1,4 @@
-"""PrefetchingRetriever: loads stored documents while a reranker still chooses among them.
-
-Wraps any retriever and asks a generator to prefetch. Knows no prompt and no model.
-"""
+"""PrefetchingRetriever: loads stored documents into memory while a reranker runs."""
 
 from __future__ import annotations
 
@@ -25,15 +22,15 @@ logger = logging.getLogger(__name__)
 
 
 class PrefetchingRetriever(BaseRetriever):
-    """Finds what ``retriever`` finds, unchanged, and begins to load its stored keys and values into memory.
+    """Returns the documents of ``retriever`` unchanged, and starts to load their stored KV into memory.
 
-    For a slow step behind it: ``ContextualCompressionRetriever(base_compressor=reranker,
-    base_retriever=PrefetchingRetriever(retriever=retriever, llm=llm))``. Nothing is computed; what cannot be
-    loaded is left to the answer.
+    Use it before a slow step: ``ContextualCompressionRetriever(base_compressor=reranker,
+    base_retriever=PrefetchingRetriever(retriever=retriever, llm=llm))``. Documents that are not stored are not
+    computed.
 
     Attributes:
         retriever: any retriever, or a runnable from a question to documents.
-        llm: the KVFusionLLM or ChatKVFusion that is to answer.
+        llm: the KVFusionLLM or ChatKVFusion that will answer.
     """
 
     retriever: Any
@@ -54,13 +51,11 @@ class PrefetchingRetriever(BaseRetriever):
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
     ) -> list[Document]:
         found = await self.retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **kwargs)
-        await asyncio.to_thread(self._prefetch, found)  # it reads the documents before it returns
+        await asyncio.to_thread(self._prefetch, found)  # it tokenizes the documents before it returns
         return found
 
     def _prefetch(self, found: list[Document]) -> None:
         try:
             self.llm.generator.prefetch(to_documents(found))
-        except (
-            KVFusionError
-        ) as error:  # a reranker may drop the document that is too long, and busy stores are no fault
-            logger.info("%d documents were found but not prefetched: %s", len(found), error)
+        except KVFusionError as error:  # prefetching is optional, and a reranker may drop a document that is too long
+            logger.info("%d documents were not prefetched: %s", len(found), error)

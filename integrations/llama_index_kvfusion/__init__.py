@@ -1,7 +1,7 @@
-"""KV-Fusion for LlamaIndex: an LLM, a response synthesizer and chat engines that keep documents apart.
+"""KV-Fusion for LlamaIndex: an LLM, a response synthesizer and chat engines that keep documents separate.
 
-`KVFusionSynthesizer` takes the place of the stock synthesizers, which join all node texts into one prompt.
-This package uses only the public names of `kvfusion_rag` and needs the extra `llama-index`.
+`KVFusionSynthesizer` replaces LlamaIndex's synthesizers, which join all node texts into one prompt. The package uses
+only public names of `kvfusion_rag` and needs the extra `llama-index`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 from kvfusion_rag import MissingDependencyError
 
 try:
-    import llama_index.core  # noqa: F401 - the one place that says which extra is missing
+    import llama_index.core  # noqa: F401 - here, so that the error names the missing extra
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
-        f"llama_index_kvfusion cannot import {error.name}; LlamaIndex comes with "
-        'pip install "kvfusion-rag[llama-index]".'
+        f'llama_index_kvfusion needs {error.name}, which is not installed: pip install "kvfusion-rag[llama-index]".'
     ) from error
 
 from .chat_engines import KVFusionCondensePlusContextChatEngine, KVFusionContextChatEngine

@@ -1,6 +1,6 @@
-"""LlamaIndex's two context chat engines, with the retrieved nodes as separate documents.
+"""LlamaIndex's two context chat engines with the retrieved nodes as separate documents.
 
-They replace the synthesizer only. Retrieval, condensing, memory and responses stay LlamaIndex's.
+Only the synthesizer is replaced. Retrieval, condensing, memory and responses are LlamaIndex's.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from kvfusion_rag import InvalidInputError
 from .llm import KVFusionLlamaIndexLLM
 from .synthesizer import METADATA_KEY, KVFusionSynthesizer, require_own_llm
 
-_DOCUMENTS = "(the documents above)"  # in a caller's context template, for models that do not read it in place
+_DOCUMENTS = "(the documents above)"  # replaces the documents in the context template if the model reads them first
 _MESSAGE = PromptTemplate("{query_str}")
 
-# The parents build synthesizer and response inside one method; this is how the record of the first reaches the second.
+# The parent creates synthesizer and response in one method, so the record passes between them in this variable.
 _record: ContextVar[dict[str, Any]] = ContextVar("kvfusion_chat_record")
 
 
 class _TurnSynthesizer(KVFusionSynthesizer):
     """Answers one turn of a conversation.
 
-    A model that reads prompts unchanged reads what LlamaIndex's engine sends: the context template with the documents
-    and the system prompt in one system message, then `turns` and the message. For other models, `default` names the
-    context template that only announces the documents, which is left out.
+    A model that reads prompts unchanged gets LlamaIndex's messages: a system message with the context template, the
+    documents and the system prompt, then `turns` and the message. For other models the context template is omitted if
+    it is LlamaIndex's `default`, which only introduces the documents.
     """
 
     def __init__(
@@ -58,12 +58,12 @@ class _TurnSynthesizer(KVFusionSynthesizer):
         self._context, self._system_prompt, self._turns = context, system_prompt.strip(), turns
         self.condensed: str | None = None
 
-    def _word(self, **values: Any) -> list[ChatMessage] | str:
+    def _format(self, **values: Any) -> list[ChatMessage] | str:
         llm = self._fusion_llm
         system = ChatMessage(
             role=llm.metadata.system_role, content=self._context.format(**values) + self._system_prompt
         )
-        return llm.word(_MESSAGE, [system, *self._turns], **values)
+        return llm.format_prompt(_MESSAGE, [system, *self._turns], **values)
 
     def _standalone(self, query_str: str) -> str:
         return query_str if self._joins_as_llama_index else self.condensed or query_str
@@ -73,10 +73,10 @@ class _TurnSynthesizer(KVFusionSynthesizer):
 
 
 class _SeparateDocuments(BaseChatEngine):
-    """The common part of both engines, which comes before LlamaIndex's class.
+    """The base class of both engines, which precedes LlamaIndex's class in the method resolution order.
 
-    ``response.sources[-1].raw_output`` holds mode, sources, citations, usage and timings of the answer; in streams it
-    is filled with the last piece. Responses that do not stream have it in ``response.metadata["kvfusion"]`` too.
+    ``response.sources[-1].raw_output`` contains mode, sources, citations, usage and timings of the answer. In streams
+    it is filled after the last piece. Other responses have it in ``response.metadata["kvfusion"]`` too.
     """
 
     _llm: KVFusionLlamaIndexLLM
@@ -90,9 +90,9 @@ class _SeparateDocuments(BaseChatEngine):
         metadata_mode: MetadataMode | None = None,
         **options: Any,
     ) -> None:
-        """Everything but `metadata_mode` (see `KVFusionSynthesizer`) is the parent's."""
+        """Arguments are the parent's, and `metadata_mode` of `KVFusionSynthesizer`."""
         require_own_llm(llm, type(self).__name__)
-        parent: Any = super()  # LlamaIndex's engine, which the types cannot know
+        parent: Any = super()  # LlamaIndex's engine, which type checkers cannot infer
         parent.__init__(retriever, llm, *arguments, **options)
         self._metadata_mode = metadata_mode
 
@@ -105,12 +105,12 @@ class _SeparateDocuments(BaseChatEngine):
         metadata_mode: MetadataMode | None = None,
         **options: Any,
     ) -> Self:
-        """The parent's from_defaults, which knows the `options`; an unknown one raises InvalidInputError."""
+        """Call the parent's from_defaults with its `options`. An unknown option raises InvalidInputError."""
         parent: Any = super()
         allowed = [name for name in inspect.signature(parent.from_defaults).parameters if name != "kwargs"]
         if unknown := sorted(options.keys() - set(allowed)):
             raise InvalidInputError(
-                f"Unknown option {unknown[0]!r} for {cls.__name__}; allowed are metadata_mode, {', '.join(allowed)}."
+                f"{unknown[0]!r} is not an option of {cls.__name__}; allowed are metadata_mode, {', '.join(allowed)}."
             )
         require_own_llm(llm, cls.__name__)
         engine = parent.from_defaults(retriever=retriever, llm=llm, **options)
@@ -118,35 +118,35 @@ class _SeparateDocuments(BaseChatEngine):
         return engine
 
     def chat(self, message: str, chat_history: list[ChatMessage] | None = None, **options: Any) -> AgentChatResponse:
-        """The parent's chat; the record of the answer is the last of `response.sources`."""
+        """Answer `message`. The last of `response.sources` is the record of the answer."""
         with _fresh_record() as record:
             return _recorded(super().chat(message, chat_history, **options), message, record)
 
     async def achat(
         self, message: str, chat_history: list[ChatMessage] | None = None, **options: Any
     ) -> AgentChatResponse:
-        """Like `chat`, while the event loop stays free."""
+        """Like `chat`, without blocking the event loop."""
         with _fresh_record() as record:
             return _recorded(await super().achat(message, chat_history, **options), message, record)
 
     def stream_chat(
         self, message: str, chat_history: list[ChatMessage] | None = None, **options: Any
     ) -> StreamingAgentChatResponse:
-        """Like `chat`, piece by piece; the record is filled when the last piece was read."""
+        """Like `chat`, in pieces. The record is filled after the last piece."""
         with _fresh_record() as record:
             return _recorded(super().stream_chat(message, chat_history, **options), message, record)
 
     async def astream_chat(
         self, message: str, chat_history: list[ChatMessage] | None = None, **options: Any
     ) -> StreamingAgentChatResponse:
-        """Like `stream_chat`; each piece is computed in a worker thread."""
+        """Like `stream_chat`, without blocking the event loop."""
         with _fresh_record() as record:
             return _recorded(await super().astream_chat(message, chat_history, **options), message, record)
 
     @property
     def synthesizer(self) -> KVFusionSynthesizer:
-        """The synthesizer of a first message, for `KVFusionPrefill` and `show_prompt`."""
-        engine: Any = self  # the parent's hook, which the types cannot know
+        """The synthesizer for a first message, for `KVFusionPrefill` and `show_prompt`."""
+        engine: Any = self  # the method belongs to the subclasses
         return engine._get_response_synthesizer([])
 
     def _turn(
@@ -173,14 +173,13 @@ class _SeparateDocuments(BaseChatEngine):
 class KVFusionContextChatEngine(_SeparateDocuments, ContextChatEngine):
     """`ContextChatEngine` with separate documents.
 
-    Use it as the parent: ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``. An untuned model
-    reads the messages that the parent sends: `context_template` with the documents and the system prompt, other prefix
-    messages, the history, and the message. `context_refine_template` is not used, because all documents are read at
-    once.
+    ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``. An untuned model reads the parent's
+    messages: `context_template` with the documents and the system prompt, other prefix messages, the history, and the
+    message. `context_refine_template` is not used, because all documents are read at once.
 
-    A tuned model with fixed templates reads documents first, then system prompt, history and message. A caller's
-    `context_template` then has a reference to the documents in place of ``{context_str}``. A model trained on bare
-    questions reads the message only.
+    A tuned model with fixed templates reads the documents first, then system prompt, history and message. A custom
+    `context_template` refers to the documents instead of containing them. A model trained on bare questions reads only
+    the message.
     """
 
     def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> _TurnSynthesizer:
@@ -194,17 +193,16 @@ class KVFusionContextChatEngine(_SeparateDocuments, ContextChatEngine):
 class KVFusionCondensePlusContextChatEngine(_SeparateDocuments, CondensePlusContextChatEngine):
     """`CondensePlusContextChatEngine` with separate documents.
 
-    The condensed question retrieves. The model reads history and message, as in `KVFusionContextChatEngine`.
+    The condensed question is used to retrieve. The model reads history and message as in `KVFusionContextChatEngine`.
     """
 
     def __init__(self, retriever: BaseRetriever, llm: KVFusionLlamaIndexLLM, *arguments: Any, **options: Any) -> None:
-        """Raises InvalidInputError for a model that reads bare questions only, unless `skip_condense` is set, because
-        such a model cannot condense a conversation."""
+        """Raises InvalidInputError if the model reads only bare questions and `skip_condense` is not set."""
         super().__init__(retriever, llm, *arguments, **options)
         if not self._skip_condense and not llm.generator.follows_instructions:
             raise InvalidInputError(
-                f"{llm.generator.model_id!r} reads bare questions and cannot condense a conversation into one; pass "
-                "skip_condense=True, which retrieves with the message as it stands."
+                f"{llm.generator.model_id!r} reads only bare questions and cannot condense a conversation; pass "
+                "skip_condense=True to retrieve with the unchanged message."
             )
 
     def _get_response_synthesizer(self, chat_history: list[ChatMessage], streaming: bool = False) -> _TurnSynthesizer:
@@ -229,7 +227,7 @@ def _fresh_record() -> Iterator[dict[str, Any]]:
 
 
 def _recorded(response: Any, message: str, record: dict[str, Any]) -> Any:
-    """The parent's response, whole or a stream, with the record among its sources."""
+    """Add the record to the sources of the parent's response."""
     if response.source_nodes:
         response.sources.append(
             ToolOutput(tool_name=METADATA_KEY, content="", raw_input={"message": message}, raw_output=record)
@@ -240,7 +238,7 @@ def _recorded(response: Any, message: str, record: dict[str, Any]) -> Any:
 
 
 def _with_question(prepared: tuple[Any, ToolOutput, Any]) -> tuple[Any, ToolOutput, Any]:
-    """Bare-question models and the record are given the condensed question, which stands without its history."""
+    """Give the synthesizer the condensed question, which a model without the history can understand."""
     synthesizer, retrieved, _ = prepared
     synthesizer.condensed = retrieved.raw_input["message"].strip()
     return prepared

@@ -1,7 +1,7 @@
-"""`KVFusionCitationQueryEngine`: numbered sources whose numbers stand beside the texts and not in them.
+"""`KVFusionCitationQueryEngine`: numbered sources without numbers in their texts.
 
-The stock engine writes "Source 2:" into the text of a chunk, so that the same chunk is another document at every rank
-and its stored keys and values are never found again. Splitting into chunks stays LlamaIndex's.
+LlamaIndex's engine writes "Source 2:" into the text of a chunk. The same chunk then has another text at each rank, and
+its stored KV is not found.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .synthesizer import METADATA_KEY, KVFusionSynthesizer
 
 
 class KVFusionCitationQueryEngine(CitationQueryEngine):
-    """`CitationQueryEngine` that leaves texts as they are: source 1 is ``response.source_nodes[0]``, and so on.
+    """A `CitationQueryEngine` that does not change texts. Source 1 is ``response.source_nodes[0]``, and so on.
 
-    `source_numbers` tells which of them an answer stands in. Chunks of a node are named ``"<node id>:1"``,
-    ``"<node id>:2"``; a node that is one chunk keeps its id.
+    `source_numbers` returns the sources that contain the answer. Chunks of a node have the ids ``"<node id>:1"``,
+    ``"<node id>:2"``. A node that is a single chunk keeps its id.
     """
 
     def __init__(
@@ -34,10 +34,10 @@ class KVFusionCitationQueryEngine(CitationQueryEngine):
         response_synthesizer: KVFusionSynthesizer | None = None,
         **options: Any,
     ) -> None:
-        """An `llm` or a synthesizer of ours; `options` are the parent's (citation_chunk_size, text_splitter, ...)."""
+        """Takes a KVFusionLlamaIndexLLM or a KVFusionSynthesizer, and the parent's options, such as text_splitter."""
         synthesizer = _own_synthesizer(llm, response_synthesizer)
         if options.get("multimodal"):
-            raise InvalidInputError("multimodal is True, but the model reads text alone; leave it out.")
+            raise InvalidInputError("multimodal is True, but it must be False, because the model reads only text.")
         super().__init__(retriever, llm=synthesizer.llm, response_synthesizer=synthesizer, **options)
 
     @classmethod
@@ -50,10 +50,10 @@ class KVFusionCitationQueryEngine(CitationQueryEngine):
         streaming: bool = False,
         **options: Any,
     ) -> Self:
-        """The parent's from_args. Raises InvalidInputError for its templates, which speak of numbers in the texts."""
+        """Call the parent's from_args. Raises InvalidInputError for its templates, which expect numbers in texts."""
         if templates := sorted(name for name in options if name.endswith("_template")):
             raise InvalidInputError(
-                f"{templates[0]!r} is for sources with numbers in their texts, but here the texts have none; give "
+                f"{templates[0]!r} expects numbers in the sources' texts, but here they have none; pass "
                 "response_synthesizer=KVFusionSynthesizer(llm, text_qa_template=...)."
             )
         synthesizer = _own_synthesizer(llm, response_synthesizer, streaming=streaming)
@@ -64,20 +64,20 @@ class KVFusionCitationQueryEngine(CitationQueryEngine):
         return [chunk for node in nodes for chunk in self._chunks(node)]
 
     def _chunks(self, node: NodeWithScore) -> list[NodeWithScore]:
-        """The parent's chunks of one node, without the numbers in their texts, and with ids that last."""
+        """Return the parent's chunks of one node, without numbers in their texts and with stable ids."""
         chunks = super()._create_citation_nodes([node])
         for number, chunk in enumerate(chunks, start=1):
-            numbered: Any = chunk.node  # the parent makes text nodes
+            numbered: Any = chunk.node  # the parent creates text nodes
             numbered.set_content(numbered.text.removeprefix(f"Source {number}:\n").removesuffix("\n"))
             numbered.id_ = node.node.node_id if len(chunks) == 1 else f"{node.node.node_id}:{number}"
         return chunks
 
 
 def source_numbers(response: RESPONSE_TYPE) -> list[int]:
-    """Numbers of the sources in which the answer stands: ``f"{response} {source_numbers(response)}"``.
+    """Return the numbers of the sources that contain the answer: ``f"{response} {source_numbers(response)}"``.
 
-    Source n is ``response.source_nodes[n - 1]``. In streams this is known after the last piece. An answer in the
-    model's own words stands in no source.
+    Source n is ``response.source_nodes[n - 1]``. In streams, call it after the last piece. The list is empty for an
+    answer in the model's own words.
     """
     record = (response.metadata or {}).get(METADATA_KEY, {})
     cited = {citation["document_id"] for citation in record.get("citations", [])}
@@ -88,10 +88,10 @@ def _own_synthesizer(
     llm: KVFusionLlamaIndexLLM | None, given: KVFusionSynthesizer | None, **options: Any
 ) -> KVFusionSynthesizer:
     if given is None:
-        return KVFusionSynthesizer(llm, **options)  # pyright: ignore[reportArgumentType] - which refuses None
+        return KVFusionSynthesizer(llm, **options)  # pyright: ignore[reportArgumentType] - it rejects None
     if not isinstance(given, KVFusionSynthesizer):
         raise InvalidInputError(
-            f"response_synthesizer is a {type(given).__name__}; it must be a KVFusionSynthesizer, because others join "
-            "all sources into one text."
+            f"response_synthesizer is a {type(given).__name__}, but it must be a KVFusionSynthesizer, because others "
+            "join all sources into one text."
         )
     return given

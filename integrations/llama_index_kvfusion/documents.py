@@ -1,8 +1,4 @@
-"""LlamaIndex nodes, strings and Documents on the way in: one Document per item, in the caller's order.
-
-Decides what the model reads of a node (its text, its title, or LlamaIndex's metadata header) and which id
-sources and citations will name. It knows no model and no generator.
-"""
+"""Converts LlamaIndex nodes and strings into kvfusion_rag Documents, in the caller's order."""
 
 from __future__ import annotations
 
@@ -22,25 +18,23 @@ TITLE_KEY = "title"
 def to_documents(
     items: Sequence[DocumentLike], metadata_mode: MetadataMode = MetadataMode.NONE, *, titles: bool | None = None
 ) -> list[Document]:
-    """One Document per item. Nodes are read as `metadata_mode` and `titles` say, see `node_document`.
+    """Convert each item into a Document. For `metadata_mode` and `titles` see `node_document`.
 
-    Raises InvalidInputError for a bare string (it would be read letter by letter) and for unknown kinds.
+    Raises InvalidInputError for a single string and for items of other types.
     """
     if isinstance(items, str) or not isinstance(items, Sequence):
         raise InvalidInputError(
-            f"documents is a {type(items).__name__}; pass a list of documents, one item for each, "
-            "because every item is read apart."
+            f"documents is a {type(items).__name__}, but it must be a list with one item per document."
         )
-    found = [_to_document(item, number, metadata_mode, titles) for number, item in enumerate(items)]
-    return with_distinct_ids(found)
+    return with_distinct_ids([_to_document(item, n, metadata_mode, titles) for n, item in enumerate(items)])
 
 
 def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bool | None = None) -> Document:
-    """The Document of one retrieved node; its id is the node id, and its score is in the metadata too.
+    """Convert a retrieved node into a Document with the node's id. Its score is in the metadata too.
 
-    With `MetadataMode.NONE` the text is the node's own text, so that citations are offsets into it. With any other
-    mode it begins with LlamaIndex's "key: value" header, which holds the title already. `titles` says whether
-    ``metadata["title"]`` (unless excluded for the LLM) becomes the title; by default with `MetadataMode.NONE` only.
+    With `MetadataMode.NONE` the text is the node's text, so citations are offsets into it. With any other mode it
+    begins with LlamaIndex's "key: value" header, which contains the title. `titles` says whether ``metadata["title"]``
+    becomes the title, unless it is excluded for the LLM. The default is True only for `MetadataMode.NONE`.
     """
     node = scored.node
     with_title = metadata_mode is MetadataMode.NONE if titles is None else titles
@@ -55,29 +49,23 @@ def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bo
 
 
 def stripped(document: Document) -> Document:
-    """The same document without white space around its text, as LlamaIndex joins texts."""
+    """Strip the document's text, as LlamaIndex does when it joins texts."""
     return replace(document, text=document.text.strip())
 
 
 def with_distinct_ids(documents: Sequence[Document]) -> list[Document]:
-    """The same documents; a repeated id gets ``#2``, ``#3``, so that a citation names one document."""
+    """Append ``#2``, ``#3`` to repeated ids, so that each citation refers to one document."""
     taken: set[str] = set()
     distinct = []
     for document in documents:
-        fresh = _fresh_id(document.id, taken)
-        if fresh is not None:
-            taken.add(fresh)
-        distinct.append(document if fresh == document.id else replace(document, id=fresh))
+        unique, number = document.id, 1
+        while unique is not None and unique in taken:
+            number += 1
+            unique = f"{document.id}#{number}"
+        if unique is not None:
+            taken.add(unique)
+        distinct.append(document if unique == document.id else replace(document, id=unique))
     return distinct
-
-
-def _fresh_id(wanted: str | None, taken: set[str]) -> str | None:
-    if wanted is None or wanted not in taken:
-        return wanted
-    number = 2
-    while f"{wanted}#{number}" in taken:
-        number += 1
-    return f"{wanted}#{number}"
 
 
 def _to_document(item: DocumentLike, number: int, metadata_mode: MetadataMode, titles: bool | None) -> Document:
@@ -91,8 +79,8 @@ def _to_document(item: DocumentLike, number: int, metadata_mode: MetadataMode, t
         case BaseNode():
             return node_document(NodeWithScore(node=item), metadata_mode, titles)
     raise InvalidInputError(
-        f"documents[{number}] is a {type(item).__name__}; allowed are kvfusion_rag.Document, str and "
-        "LlamaIndex nodes (with or without score)."
+        f"documents[{number}] is a {type(item).__name__}, but it must be a kvfusion_rag.Document, a str or a "
+        "LlamaIndex node with or without a score."
     )
 
 

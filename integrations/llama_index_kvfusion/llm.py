@@ -1,8 +1,4 @@
-"""`KVFusionLlamaIndexLLM`: a KVFusionGenerator as a LlamaIndex LLM.
-
-Turns LlamaIndex's calls (complete, stream, chat, each sync and async) into one generator request: question,
-wording, separate documents and options. It knows neither retrieval nor the shape of responses.
-"""
+"""`KVFusionLlamaIndexLLM`: a KVFusionGenerator as a LlamaIndex LLM that takes separate documents."""
 
 from __future__ import annotations
 
@@ -63,39 +59,41 @@ _ARGUMENTS = ("documents", "documents_place", "question", "max_tokens", *_OPTION
 class KVFusionLlamaIndexLLM(CustomLLM):
     """An LLM that takes separate documents: ``llm.complete("Who ...?", documents=["...", node])``.
 
-    Every call takes the options below (``max_tokens`` is another name for ``max_new_tokens``) and:
+    Every call takes the options below (``max_tokens`` is an alias of ``max_new_tokens``) and:
 
-    - ``documents``: a list of `kvfusion_rag.Document`, str or LlamaIndex nodes, one item for each document.
-    - ``documents_place``: where they belong. In `complete` it is a `kvfusion_rag.DocumentsPlace` in the prompt. In
-      `chat` it is the number of a message, counted from 0, and the place in its text. By default documents end the
-      system message.
-    - ``question``: the bare question, if the prompt is a longer wording of it.
+    - ``documents``: a list of `kvfusion_rag.Document`, str or LlamaIndex nodes, one item per document.
+    - ``documents_place``: their position. In `complete` it is a `kvfusion_rag.DocumentsPlace` in the prompt. In `chat`
+      it is a pair of a message's index and the place in its text. By default documents are appended to the system
+      message.
+    - ``question``: the bare question, if the prompt contains more than that.
 
-    An option given as None keeps the value set here, except that ``focus=None`` reads all documents. An unknown
-    option raises InvalidInputError. Token counts are in `additional_kwargs`, sources and citations in `raw`; in
-    streams both come with the last chunk. LlamaIndex's events contain the documents in full.
+    An option that is None keeps the value set here, except that ``focus=None`` keeps all documents. An unknown option
+    raises InvalidInputError. `additional_kwargs` contains token counts, and `raw` sources and citations. Streams have
+    both on the last chunk. LlamaIndex's events contain the documents in full.
 
-    An untuned model reads prompts and messages unchanged, in its own chat template: a prompt is one user message. If
-    `messages_to_prompt` is given, its text is read in place of the messages. A tuned model with fixed templates reads
-    a bare question over documents in its own question template, and any other wording if it follows instructions.
+    An untuned model reads prompts and messages unchanged in its own chat template, a prompt as one user message. If
+    `messages_to_prompt` is set, its text replaces the messages. A tuned model with fixed templates reads a bare
+    question with documents in its question template, and any other prompt if it follows instructions.
     """
 
-    temperature: float = Field(default=0.0, description="0 is greedy decoding.")
-    max_new_tokens: int | None = Field(default=None, description="None: the generator's default.")
-    top_p: float = Field(default=1.0, description="Nucleus sampling, used above temperature 0.")
-    top_k: int | None = Field(default=None, description="Sample among the k likeliest tokens.")
-    stop: str | Sequence[str] = Field(default=(), description="Strings that end the answer, left out of it.")
+    temperature: float = Field(default=0.0, description="Sampling temperature; 0 is greedy decoding.")
+    max_new_tokens: int | None = Field(
+        default=None, description="Maximum tokens of an answer. None: the generator's default."
+    )
+    top_p: float = Field(default=1.0, description="Nucleus sampling for temperatures above 0.")
+    top_k: int | None = Field(default=None, description="Sample from the k most likely tokens.")
+    stop: str | Sequence[str] = Field(default=(), description="Strings that end the answer and are removed from it.")
     seed: int | None = Field(default=None, description="Makes sampling repeatable.")
     mode: str | None = Field(
-        default=None, description="'auto', 'fusion', 'concat' or 'ape'; None: the generator's mode."
+        default=None, description="'auto', 'fusion', 'concat' or 'ape'. None: the generator's mode."
     )
     focus: Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None = Field(
         default="auto",
-        description="Keep this many documents, those that make the question likeliest; None: all of them; 'auto': the "
-        "model's own number.",
+        description="Number of documents to keep, those that make the question most likely. None keeps all documents. "
+        "'auto': the model's own number.",
     )
     attribution: str | None = Field(
-        default=None, description="'attention' or 'effects': what sources say of their part in an answer."
+        default=None, description="'attention' or 'effects': adds each document's contribution to the sources."
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the model's chat template, such as enable_thinking."
@@ -104,13 +102,13 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     _generator: KVFusionGenerator = PrivateAttr()
 
     def __init__(self, generator: KVFusionGenerator, **fields: Any) -> None:
-        """A ready `generator`, and any of the options above or of LlamaIndex's LLM fields
-        (callback_manager, system_prompt, messages_to_prompt, completion_to_prompt)."""
+        """Wrap a loaded `generator`. `fields` are the options above and the fields of LlamaIndex's LLM, such as
+        callback_manager, system_prompt, messages_to_prompt and completion_to_prompt."""
         unknown = sorted(set(fields) - set(type(self).model_fields))
         if unknown:
             raise InvalidInputError(
-                f"Unknown option {unknown[0]!r} for KVFusionLlamaIndexLLM; allowed are "
-                f"{', '.join(_OPTIONS)} and the fields of LlamaIndex's LLM."
+                f"{unknown[0]!r} is not an option of KVFusionLlamaIndexLLM; allowed are {', '.join(_OPTIONS)} and the "
+                "fields of LlamaIndex's LLM."
             )
         super().__init__(**fields)
         self._generator = generator
@@ -119,10 +117,10 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     def from_model_id(
         cls, model_id: str | Path | None = None, *, model_options: Mapping[str, Any] | None = None, **fields: Any
     ) -> KVFusionLlamaIndexLLM:
-        """Load a model and wrap it. None is the default model, SmolLM2-135M-Instruct.
+        """Load a model and wrap it. None loads the default model, SmolLM2-135M-Instruct.
 
-        `model_options` go to `KVFusionGenerator.from_pretrained` (revision, adapter, device, dtype, store,
-        ...), everything else to the constructor. Raises what from_pretrained raises.
+        `model_options` are options of `KVFusionGenerator.from_pretrained` (revision, adapter, device, dtype, store,
+        ...), and `fields` those of the constructor. Errors are those of from_pretrained.
         """
         from kvfusion_rag import KVFusionGenerator
 
@@ -135,75 +133,75 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     @property
     def generator(self) -> KVFusionGenerator:
-        """The generator that answers, for prefill, check_invariance and the like."""
+        """The generator, for methods such as prefill and check_invariance."""
         return self._generator
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether the model reads wordings unchanged, in its own chat template with the documents in their place."""
-        return self._generator.reads_prompt(self.mode)  # pyright: ignore[reportArgumentType] - which checks the name
+        """Whether the model reads prompts unchanged, in its own chat template with the documents in their place."""
+        return self._generator.reads_prompt(self.mode)  # pyright: ignore[reportArgumentType] - it checks the name
 
     @property
     def metadata(self) -> LLMMetadata:
-        """Limits and name. A chat model (whose prompts LlamaIndex sends as messages) is one that follows
-        instructions, unless the caller's own `messages_to_prompt` or `completion_to_prompt` is to be used."""
-        own_wrapper = self.completion_to_prompt is not default_completion_to_prompt
+        """Name and limits. `is_chat_model`, which makes LlamaIndex send messages, is True for a model that follows
+        instructions unless `messages_to_prompt` or `completion_to_prompt` is set."""
+        has_wrapper = self.completion_to_prompt is not default_completion_to_prompt
         return LLMMetadata(
             context_window=self._generator.context_window or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_new_tokens or self._generator.max_new_tokens,
             model_name=self._generator.model_id,
-            is_chat_model=self._generator.follows_instructions and self._sends_turns and not own_wrapper,
+            is_chat_model=self._generator.follows_instructions and self._keeps_messages and not has_wrapper,
         )
 
-    def fill(self, template: BasePromptTemplate, **values: Any) -> str:
-        """The template's complete wording with this LLM's system prompt and wrappers, ready to send."""
+    def format_text(self, template: BasePromptTemplate, **values: Any) -> str:
+        """Format a template as a text, with this LLM's system prompt and wrappers."""
         return self._get_prompt(template, **values)
 
-    def word(
+    def format_prompt(
         self, template: BasePromptTemplate, chat_history: Sequence[ChatMessage], **values: Any
     ) -> list[ChatMessage] | str:
-        """What LlamaIndex's own synthesizers send to this LLM: messages, or a text if the caller wraps prompts."""
-        if self.metadata.is_chat_model or (chat_history and self._sends_turns):
-            return self.fill_messages(template, chat_history, **values)
+        """Format a template as LlamaIndex's synthesizers do: as messages, or as a text if a wrapper is set."""
+        if self.metadata.is_chat_model or (chat_history and self._keeps_messages):
+            return self.format_messages(template, chat_history, **values)
         if not chat_history:
-            return self.fill(template, **values)
-        assert self.messages_to_prompt is not None  # the parent's validator fills it in
-        return self.messages_to_prompt(self.fill_messages(template, chat_history, **values))
+            return self.format_text(template, **values)
+        assert self.messages_to_prompt is not None  # the parent's validator sets it
+        return self.messages_to_prompt(self.format_messages(template, chat_history, **values))
 
-    def fill_messages(
+    def format_messages(
         self, template: BasePromptTemplate, chat_history: Sequence[ChatMessage], **values: Any
     ) -> list[ChatMessage]:
-        """The template's messages behind `chat_history` and this LLM's system prompt. Earlier messages are not
-        templates, so braces in them stay as they are."""
-        asked = self._get_messages(template, **values)
-        said = self._extend_messages([])
-        return [*said, *chat_history, *asked[len(said) :]]
+        """Format a template as messages, after this LLM's system prompt and `chat_history`. Braces in the history are
+        not template variables."""
+        messages = self._get_messages(template, **values)
+        system = self._extend_messages([])
+        return [*system, *chat_history, *messages[len(system) :]]
 
     def show_prompt(self, prompt: str | Sequence[ChatMessage], formatted: bool = False, **kwargs: Any) -> ShownPrompt:
-        """The text that the model reads for `complete` of a text or `chat` of messages; arguments are theirs."""
-        asked = self.request(prompt, formatted, **kwargs)
+        """Return the complete prompt of `complete` for a text, or of `chat` for messages, with their arguments."""
+        request = self.request(prompt, formatted, **kwargs)
         names = ("question", "documents", "prompt", "mode", "focus", "chat_template_kwargs")
-        return self._generator.show_prompt(**{name: asked[name] for name in names})
+        return self._generator.show_prompt(**{name: request[name] for name in names})
 
     def request(self, prompt: str | Sequence[ChatMessage], formatted: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Arguments of the generator's `answer` for `complete` of a text or `chat` of messages."""
+        """Return the arguments of the generator's `answer` for `complete` of a text or `chat` of messages."""
         if isinstance(prompt, str):
             return self._complete_request(prompt, formatted, kwargs)
         return self._chat_request(prompt, kwargs)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer `prompt`; see the class for what `kwargs` may hold."""
+        """Answer `prompt`. For `kwargs` see the class."""
         return completion_response(self._generator.answer(**self._complete_request(prompt, formatted, kwargs)))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        """Like `complete`, piece by piece. Wrong arguments raise here, not at the first piece."""
+        """Like `complete`, in pieces. Invalid arguments raise an error here, before the first piece."""
         return completion_chunks(self._generator.stream(**self._complete_request(prompt, formatted, kwargs)))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Like `complete`, while the event loop stays free; calls at the same time are answered together."""
+        """Like `complete`, without blocking the event loop. Concurrent calls are computed together."""
         request = self._complete_request(prompt, formatted, kwargs)
         return completion_response(await self._generator.aanswer(**request))
 
@@ -211,107 +209,94 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     async def astream_complete(
         self, prompt: str, formatted: bool = False, **kwargs: Any
     ) -> CompletionResponseAsyncGen:
-        """Like `stream_complete`; each piece is computed in a worker thread."""
+        """Like `stream_complete`, without blocking the event loop."""
         request = self._complete_request(prompt, formatted, kwargs)
         return acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request))
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Answer the last user message, in its conversation; see the class for what `kwargs` may hold."""
+        """Answer the last user message of a conversation. For `kwargs` see the class."""
         request = self._chat_request(messages, kwargs)
         return chat_response(completion_response(self._generator.answer(**request)))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """Like `chat`, piece by piece."""
+        """Like `chat`, in pieces."""
         return chat_chunks(completion_chunks(self._generator.stream(**self._chat_request(messages, kwargs))))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Like `chat`, while the event loop stays free; calls at the same time are answered together."""
+        """Like `chat`, without blocking the event loop. Concurrent calls are computed together."""
         request = self._chat_request(messages, kwargs)
         return chat_response(completion_response(await self._generator.aanswer(**request)))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """Like `stream_chat`; each piece is computed in a worker thread."""
+        """Like `stream_chat`, without blocking the event loop."""
         request = self._chat_request(messages, kwargs)
         return achat_chunks(acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request)))
 
     @property
-    def _sends_turns(self) -> bool:
-        """Whether messages stay messages: the caller has no wording of their own for them."""
+    def _keeps_messages(self) -> bool:
+        """Whether messages remain messages, because the caller did not set `messages_to_prompt`."""
         return self.messages_to_prompt is generic_messages_to_prompt
 
     def _chat_request(self, messages: Sequence[ChatMessage], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.messages_to_prompt is not None  # the parent's validator fills it in
+        assert self.messages_to_prompt is not None  # the parent's validator sets it
         place = kwargs.get("documents_place")
-        if not self._sends_turns and place is not None:
+        if not self._keeps_messages and place is not None:
             raise InvalidInputError(
-                "documents_place is for messages, but this LLM has a messages_to_prompt that makes one text of them; "
-                "call complete with a DocumentsPlace in that text."
+                "documents_place refers to a message, but messages_to_prompt of this LLM joins the messages into one "
+                "text; call complete with a DocumentsPlace in that text."
             )
-        wording = to_messages(messages, place) if self._sends_turns else self.messages_to_prompt(messages)
-        return self._request(wording, {"question": last_question(messages), **kwargs})
+        prompt = to_messages(messages, place) if self._keeps_messages else self.messages_to_prompt(messages)
+        return self._request(prompt, {"question": last_question(messages), **kwargs})
 
     def _complete_request(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        assert self.completion_to_prompt is not None  # the parent's validator fills it in
+        assert self.completion_to_prompt is not None  # the parent's validator sets it
         place: DocumentsPlace | None = kwargs.get("documents_place")
-        if place is not None:  # offsets count in the text as it is
-            wording: str | list[Message] = [Message("user", prompt, place)]
+        if place is not None:  # its offset refers to the unwrapped text
+            wrapped: str | list[Message] = [Message("user", prompt, place)]
         else:
-            wording = prompt if formatted else self.completion_to_prompt(prompt)
-        return self._request(wording, {**kwargs, "question": kwargs.get("question") or prompt})
+            wrapped = prompt if formatted else self.completion_to_prompt(prompt)
+        return self._request(wrapped, {**kwargs, "question": kwargs.get("question") or prompt})
 
-    def _request(self, wording: str | list[Message], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The generator's arguments for one call."""
+    def _request(self, prompt: str | list[Message], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the generator's arguments for one call."""
         unknown = sorted(set(kwargs) - set(_ARGUMENTS))
         if unknown:
-            raise InvalidInputError(f"Unknown option {unknown[0]!r}; allowed are {', '.join(_ARGUMENTS)}.")
+            raise InvalidInputError(f"{unknown[0]!r} is not an option; allowed are {', '.join(_ARGUMENTS)}.")
         given = kwargs.get("documents")
         documents = [] if given is None else to_documents(given)
-        question = kwargs.get("question") or _last_text(wording)
+        question = kwargs.get("question") or _last_text(prompt)
         options = self._options(kwargs)
-        # A tuned model reads a bare question in the template that it was tuned with. That template is about
-        # documents, so a prompt without documents is sent as it is if the model follows instructions.
-        is_templated = (
-            wording in (question, [Message("user", question)])
+        # A tuned model reads a bare question in the template that it was tuned with. That template needs documents, so
+        # a prompt without documents is sent unchanged if the model follows instructions.
+        uses_own_template = (
+            prompt in (question, [Message("user", question)])
             and not self._generator.reads_prompt(options["mode"])
             and (bool(documents) or not self._generator.follows_instructions)
         )
-        return {"question": question, "documents": documents, "prompt": None if is_templated else wording, **options}
+        prompt_argument = None if uses_own_template else prompt
+        return {"question": question, "documents": documents, "prompt": prompt_argument, **options}
 
     def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given: dict[str, Any] = {name: value for name, value in kwargs.items() if value is not None or name == "focus"}
         if "max_tokens" in given:
             if "max_new_tokens" in given:
-                raise InvalidInputError("max_tokens and max_new_tokens are two names for one option; give one.")
+                raise InvalidInputError("max_tokens and max_new_tokens are the same option; set only one.")
             given["max_new_tokens"] = given.pop("max_tokens")
-        options = {name: given.get(name, value) for name, value in self._defaults().items()}
+        options = {name: given.get(name, getattr(self, name)) for name in _OPTIONS}
         if self.chat_template_kwargs and "chat_template_kwargs" in given:
             options["chat_template_kwargs"] = {**self.chat_template_kwargs, **given["chat_template_kwargs"]}
         if isinstance(options["stop"], str):
             options["stop"] = (options["stop"],)
         return options
 
-    def _defaults(self) -> dict[str, Any]:
-        return {
-            "temperature": self.temperature,
-            "max_new_tokens": self.max_new_tokens,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "stop": self.stop,
-            "seed": self.seed,
-            "mode": self.mode,
-            "focus": self.focus,
-            "attribution": self.attribution,
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
 
-
-def _last_text(wording: str | list[Message]) -> str:
-    if isinstance(wording, str):
-        return wording
-    if not wording:
-        raise InvalidInputError("messages is empty, but there must be one at least: the one that is answered.")
-    return wording[-1].text
+def _last_text(prompt: str | list[Message]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise InvalidInputError("messages is empty, but it must contain at least the message to answer.")
+    return prompt[-1].text

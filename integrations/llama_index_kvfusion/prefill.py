@@ -1,7 +1,6 @@
-"""Work done before a question is asked: nodes are prefilled at ingestion, and loaded while a reranker runs.
+"""Prefills nodes at ingestion, and loads stored nodes while a reranker runs.
 
-Both read nodes as the synthesizer does, because a document is found again only by the same tokens behind the same
-prefix. The generator computes and stores documents.
+Both convert nodes as the synthesizer does, because a stored document is found only by equal tokens and prefix.
 """
 
 from __future__ import annotations
@@ -29,19 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 class KVFusionPrefill(TransformComponent):
-    """Computes the keys and values of nodes and keeps them in the generator's store; the nodes come out unchanged.
+    """Computes the KV of nodes and keeps it in the generator's store. The nodes are returned unchanged.
 
-    ``IngestionPipeline(transformations=[SentenceSplitter(), KVFusionPrefill(llm), embedding])``. Put it behind every
-    step that changes texts or metadata. A pipeline's cache skips it for nodes that this model has prefilled into this
-    store before, in the same wording. What the store has dropped since then is computed by the first question that
-    needs it. It does not run with ``num_workers``, because each process would load the model; documents are batched
-    already.
+    ``IngestionPipeline(transformations=[SentenceSplitter(), KVFusionPrefill(llm), embedding])``. Add it after every
+    step that changes texts or metadata. A pipeline's cache skips nodes that were prefilled by the same model with the
+    same prompt into the same store. If the store has evicted a document since then, the first question that needs it
+    computes it. Do not use ``num_workers``, because each process would load the model.
 
-    Prefilled documents are for modes "fusion" and "ape". Mode "concat" computes its joined prompt anew.
+    Modes "fusion" and "ape" use prefilled documents. Mode "concat" computes its joined prompt again.
     """
 
-    metadata_mode: MetadataMode = Field(description="The synthesizer's.")
-    prefilled: dict[str, Any] = Field(description="Model, wording and store, which a pipeline's cache tells apart.")
+    metadata_mode: MetadataMode = Field(description="The metadata mode of the synthesizer.")
+    prefilled: dict[str, Any] = Field(description="Model, prompt and store, which are part of a pipeline's cache key.")
 
     _synthesizer: KVFusionSynthesizer = PrivateAttr()
 
@@ -52,15 +50,15 @@ class KVFusionPrefill(TransformComponent):
         synthesizer: KVFusionSynthesizer | None = None,
         metadata_mode: MetadataMode | None = None,
     ) -> None:
-        """An `llm` whose generator has a store.
+        """Takes an `llm` whose generator has a store.
 
-        synthesizer: the one that answers from these nodes; a chat engine has one in its attribute `synthesizer`. The
-            fixed text of its template in front of the documents is part of what is stored. The default is
+        synthesizer: the synthesizer that will answer from the nodes, such as the attribute `synthesizer` of a chat
+            engine. The text before the documents in its template affects their KV. The default is
             ``KVFusionSynthesizer(llm)``.
-        metadata_mode: the synthesizer's, if none is given here.
+        metadata_mode: the metadata mode of the default synthesizer.
 
-        Raises InvalidInputError for another LLM, for a generator that was made with store=None, and for a synthesizer
-        of another LLM.
+        Raises InvalidInputError for another LLM, for a generator with store=None, and for a synthesizer of another
+        LLM.
         """
         store = _require_store(llm, type(self).__name__)
         synthesizer = _synthesizer_of(llm, synthesizer, metadata_mode)
@@ -84,24 +82,24 @@ class KVFusionPrefill(TransformComponent):
         return nodes
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """The same in a worker thread, while the event loop stays free."""
+        """Like a call, without blocking the event loop."""
         return await asyncio.to_thread(self, nodes, **kwargs)
 
     def __getstate__(self) -> NoReturn:
         raise InvalidInputError(
-            "KVFusionPrefill cannot go to another process, which would need a model of its own; run the pipeline "
-            "without num_workers, or prefill what it returns: KVFusionPrefill(llm)(nodes)."
+            "KVFusionPrefill cannot be sent to another process, because that would have to load the model; run the "
+            "pipeline without num_workers, or prefill its result with KVFusionPrefill(llm)(nodes)."
         )
 
 
 class KVFusionPrefetch(BaseNodePostprocessor):
-    """Begins to load the retrieved nodes that are stored, and returns all nodes at once.
+    """Starts to load retrieved nodes from the store, and returns all nodes immediately.
 
-    ``node_postprocessors=[KVFusionPrefetch(llm), reranker]``: files are read while the reranker chooses. Nodes that
-    are not stored are not computed.
+    ``node_postprocessors=[KVFusionPrefetch(llm), reranker]`` loads files while the reranker runs. Nodes that are not
+    stored are not computed.
     """
 
-    metadata_mode: MetadataMode = Field(description="The synthesizer's.")
+    metadata_mode: MetadataMode = Field(description="The metadata mode of the synthesizer.")
 
     _synthesizer: KVFusionSynthesizer = PrivateAttr()
 
@@ -128,8 +126,8 @@ class KVFusionPrefetch(BaseNodePostprocessor):
         synthesizer = self._synthesizer
         try:
             synthesizer.llm.generator.prefetch(synthesizer.to_documents(nodes), **synthesizer.prefill_arguments())
-        except OverloadError as error:  # loading early is a help, never a reason to fail a query
-            logger.info("not loaded ahead: %s", error)
+        except OverloadError as error:  # prefetching is optional, so it must not fail a query
+            logger.info("nodes were not prefetched: %s", error)
         return nodes
 
 
@@ -138,7 +136,7 @@ def _require_store(llm: KVFusionLlamaIndexLLM, user: str) -> DocumentStore:
     store = llm.generator.store
     if store is None:
         raise InvalidInputError(
-            f"{user} works on the generator's store, but this generator was made with store=None; give it one."
+            f"{user} needs the generator's store, but this generator was created with store=None; give it a store."
         )
     return store
 
@@ -149,18 +147,20 @@ def _synthesizer_of(
     if given is None:
         return KVFusionSynthesizer(llm, metadata_mode=metadata_mode)
     if given.llm.generator is not llm.generator:
-        raise InvalidInputError("the synthesizer has another generator than the LLM, so it would not find the nodes.")
+        raise InvalidInputError(
+            "the synthesizer must have the LLM's generator, otherwise it would not find the nodes."
+        )
     if metadata_mode is not None:
-        raise InvalidInputError("metadata_mode is the synthesizer's if a synthesizer is given; leave it out.")
+        raise InvalidInputError("metadata_mode and synthesizer are both given; set the mode of the synthesizer only.")
     return given
 
 
 def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments as JSON data."""
+    """Return the arguments as JSON data."""
     prompt: str | list[Message] | None = arguments["prompt"]
     return {**arguments, "prompt": [asdict(message) for message in prompt] if isinstance(prompt, list) else prompt}
 
 
 def _place(store: DocumentStore) -> str:
-    """A name of what keeps documents. Memory alone ends with its process, so no other one may count on it."""
+    """Return a name of the store. A store in memory is private to its process, so its name is random."""
     return uuid.uuid4().hex if store.disk is None else str(store.disk.path.resolve())

@@ -1,7 +1,6 @@
-"""`KVFusionSynthesizer`: a LlamaIndex response synthesizer that passes each node on as a separate document.
+"""`KVFusionSynthesizer`: a LlamaIndex response synthesizer that passes on each node as a separate document.
 
-It overrides as little as it can, so that LlamaIndex's events, callbacks and empty responses stay as they are.
-It decides what is asked. The LLM decides how the model is called, and `documents` what is read of a node.
+It overrides as little as possible, so that LlamaIndex's events, callbacks and empty responses are unchanged.
 """
 
 from __future__ import annotations
@@ -29,24 +28,23 @@ from kvfusion_rag import Document, InvalidInputError, ShownPrompt
 
 from .documents import stripped, to_documents
 from .llm import KVFusionLlamaIndexLLM
-from .wording import QUESTION_MARK, ContextMarks
+from .marks import QUESTION_MARK, ContextMarks
 
 METADATA_KEY = "kvfusion"
-"""Where `response.metadata` holds the answer's record, beside LlamaIndex's node ids."""
+"""Key of the answer's record in `response.metadata`."""
 
 _BARE_QUESTION = PromptTemplate("{query_str}")
 
 
 class KVFusionSynthesizer(BaseSynthesizer):
-    """Answers a query from nodes, each a separate document, in the wording of LlamaIndex's own templates.
+    """Answers a query from nodes, each as a separate document, with LlamaIndex's templates.
 
     In mode "concat", the default of untuned models, the model reads the same tokens as with LlamaIndex's `compact`
-    synthesizer, if the nodes fit into one prompt there. If they do not fit here, a ContextLimitError is raised;
-    answers are not refined in several calls. In modes "fusion" and "ape" each node is read apart, so the order of the
-    nodes does not matter.
+    synthesizer if the nodes fit into one prompt. Otherwise a ContextLimitError is raised, because answers are not
+    refined in several calls. In modes "fusion" and "ape" the order of the nodes does not change the answer.
 
-    ``response.metadata["kvfusion"]`` holds mode, sources, citations, usage and timings. Documents are named by node
-    id. In streams it is empty until the last piece is read.
+    ``response.metadata["kvfusion"]`` contains mode, sources, citations, usage and timings. Node ids are the document
+    ids. In streams it is empty until the last piece has been read.
     """
 
     def __init__(
@@ -61,20 +59,20 @@ class KVFusionSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
     ) -> None:
-        """`llm` has to be ours, because other LLMs do not read separate documents.
+        """Takes a KVFusionLlamaIndexLLM, because other LLMs do not read separate documents.
 
-        text_qa_template: LlamaIndex's template around ``{context_str}`` and ``{query_str}``. The documents are read
-            where ``{context_str}`` is. The default is LlamaIndex's own; a tuned model with fixed templates reads the
-            question in its own question template instead.
-        query_template: a wording around ``{query_str}`` without the documents, in place of `text_qa_template`. The
-            documents end the system message. A ChatPromptTemplate gives several messages.
-        chat_history: messages before the query. The chat engines of this package fill it in.
-        metadata_mode: LLM puts LlamaIndex's "key: value" header before each text, as LlamaIndex's synthesizers do.
-            NONE gives the bare text, and ``metadata["title"]`` if the model's template has a field for a title; then
-            citations are offsets into the node's text, and equal texts share one stored KV. The default is LLM for a
-            model that reads prompts unchanged, and NONE for a tuned model with fixed templates.
-        callback_manager: also set on the LLM. None: the LLM keeps its own if it has handlers, else both take
-            the one in `Settings`, as LlamaIndex's own synthesizers do.
+        text_qa_template: a template with ``{context_str}`` and ``{query_str}``. The documents replace
+            ``{context_str}``. The default is LlamaIndex's template, or the question template of a tuned model with
+            fixed templates.
+        query_template: a template with ``{query_str}`` and without the documents, instead of `text_qa_template`. The
+            documents are appended to the system message. A ChatPromptTemplate gives several messages.
+        chat_history: messages before the query, which the chat engines of this package set.
+        metadata_mode: LLM adds LlamaIndex's "key: value" header to each text, as LlamaIndex's synthesizers do. NONE
+            gives the bare text, and ``metadata["title"]`` if the model's template has a title; citations are then
+            offsets into the node's text, and equal texts share one stored KV. The default is LLM for a model that
+            reads prompts unchanged, and NONE for a tuned model with fixed templates.
+        callback_manager: set on the LLM too. With None, the LLM keeps its own if it has handlers. Otherwise both use
+            the one in `Settings`, as LlamaIndex's synthesizers do.
 
         Raises InvalidInputError for another LLM, or if both templates are given.
         """
@@ -96,26 +94,26 @@ class KVFusionSynthesizer(BaseSynthesizer):
 
     @property
     def metadata_mode(self) -> MetadataMode:
-        """What is read of a node."""
+        """Which metadata the model reads with a node's text."""
         if self._metadata_mode is not None:
             return self._metadata_mode
         return MetadataMode.LLM if self._fusion_llm.reads_prompt else MetadataMode.NONE
 
     def to_documents(self, nodes: Sequence[BaseNode | NodeWithScore]) -> list[Document]:
-        """The documents that a query over `nodes` reads."""
+        """Convert `nodes` into the documents of a query."""
         if not self._joins_as_llama_index:
             return to_documents(nodes, self.metadata_mode)
-        # The template does not show titles, so they are for the answer's record only.
+        # The template does not contain titles, so they only appear in the answer's record.
         return [stripped(document) for document in to_documents(nodes, self.metadata_mode, titles=True)]
 
     def prefill_arguments(self) -> dict[str, Any]:
-        """Arguments of the generator's `prefill` and `prefetch` for the documents of this synthesizer's queries."""
+        """Return the arguments of the generator's `prefill` and `prefetch` for documents of later queries."""
         call = self._call(QUESTION_MARK, [], {})
         request = self._fusion_llm.request(call.pop("messages", None) or call.pop("prompt"), **call)
         return {name: request[name] for name in ("prompt", "question", "chat_template_kwargs")}
 
     def show_prompt(self, query: str, nodes: Sequence[BaseNode | NodeWithScore]) -> ShownPrompt:
-        """The text that the model reads for `query` over `nodes`."""
+        """Return the complete prompt for `query` over `nodes`."""
         call = self._call(query, self.to_documents(nodes), {})
         return self._fusion_llm.show_prompt(call.pop("messages", None) or call.pop("prompt"), **call)
 
@@ -127,18 +125,21 @@ class KVFusionSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
         **retriever_options: Any,
     ) -> RetrieverQueryEngine:
-        """A query engine over an index (`retriever_options` such as similarity_top_k go to as_retriever) or a
-        ready retriever (which takes none). Unlike ``index.as_query_engine`` it asks for no default LLM. Streaming is
-        the synthesizer's: ``KVFusionSynthesizer(llm, streaming=True)``."""
+        """Return a query engine over an index or a retriever.
+
+        `retriever_options`, such as similarity_top_k, are passed to as_retriever of an index. Unlike
+        ``index.as_query_engine`` this does not need a default LLM. For streaming use
+        ``KVFusionSynthesizer(llm, streaming=True)``.
+        """
         if "streaming" in retriever_options:
             raise InvalidInputError(
-                "'streaming' belongs to the synthesizer, not to its engine: KVFusionSynthesizer(llm, streaming=True)."
+                "'streaming' is an option of the synthesizer: KVFusionSynthesizer(llm, streaming=True)."
             )
         if isinstance(index_or_retriever, BaseIndex):
             retriever = index_or_retriever.as_retriever(**retriever_options)
         elif retriever_options:
             raise InvalidInputError(
-                f"Option {min(retriever_options)!r} is for an index; set it on the retriever itself."
+                f"{min(retriever_options)!r} is only an option for an index; set it on the retriever itself."
             )
         else:
             retriever = index_or_retriever
@@ -156,7 +157,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """LlamaIndex's synthesize, with the nodes' ids, titles and scores kept for the answer's record."""
+        """Answer `query` from `nodes`, and add the answer's record to the response."""
         record = self._new_record()
         documents = self.to_documents(nodes)
         response = super().synthesize(
@@ -188,14 +189,14 @@ class KVFusionSynthesizer(BaseSynthesizer):
         record: dict[str, Any] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TEXT_TYPE:
-        """The answer's text, or a generator of its pieces when streaming.
+        """Return the answer's text, or a generator of its pieces when streaming.
 
-        `documents` stand in for `text_chunks` where given; `record` is filled when the answer is complete;
-        `response_kwargs` are further variables of the query template.
+        `documents` replace `text_chunks` if they are given. `record` is filled when the answer is complete.
+        `response_kwargs` are further variables of the template.
         """
         call = self._call(query_str, text_chunks if documents is None else documents, response_kwargs)
         record = {} if record is None else record
-        # Chat engines flip this attribute between two calls, so it is read here and not kept.
+        # Chat engines change `_streaming` between two calls.
         llm, chats = self._fusion_llm, "messages" in call
         if self._streaming:
             return _pieces(llm.stream_chat(**call) if chats else llm.stream_complete(**call), record)
@@ -210,7 +211,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
         record: dict[str, Any] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TEXT_TYPE:
-        """Like `get_response`; when streaming, an async generator."""
+        """Like `get_response`, with an async generator when streaming."""
         call = self._call(query_str, text_chunks if documents is None else documents, response_kwargs)
         record = {} if record is None else record
         llm, chats = self._fusion_llm, "messages" in call
@@ -221,59 +222,59 @@ class KVFusionSynthesizer(BaseSynthesizer):
     def _call(
         self, query_str: str, documents: Sequence[Document | str], template_values: dict[str, Any]
     ) -> dict[str, Any]:
-        """Arguments of the LLM's `chat` if there are messages to send, else of its `complete`."""
+        """Return the arguments of the LLM's `chat` if the prompt consists of messages, or else of its `complete`."""
         values = {"query_str": query_str, **template_values}
         if self._joins_as_llama_index:
             documents = [stripped(document) for document in to_documents(documents)]
-        wording = self._around_documents(values) if self._shows_documents else self._without_documents(values)
-        return {"question": self._standalone(query_str), "documents": list(documents), **wording}
+        prompt = self._around_documents(values) if self._shows_documents else self._without_documents(values)
+        return {"question": self._standalone(query_str), "documents": list(documents), **prompt}
 
     def _around_documents(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The wording of a template that shows the documents, and their place in it."""
+        """Format a template that contains the documents, and find their place in it."""
         marks = ContextMarks()
-        wording = self._word(**values, context_str=marks.text)
-        if isinstance(wording, str):
-            text, place = marks.remove(wording)
+        prompt = self._format(**values, context_str=marks.text)
+        if isinstance(prompt, str):
+            text, place = marks.remove(prompt)
             return {"prompt": text, "formatted": True, "documents_place": place}
-        messages, message_place = marks.remove_from_messages(wording)
+        messages, message_place = marks.remove_from_messages(prompt)
         return {"messages": messages, "documents_place": message_place}
 
     def _without_documents(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The wording of a query template."""
+        """Format a query template."""
         llm, template, history = self._fusion_llm, self._query_template or _BARE_QUESTION, self._chat_history
         if llm.reads_prompt:
-            wording = llm.word(template, history, **values)
+            prompt = llm.format_prompt(template, history, **values)
         elif history or len(template.format_messages(llm=llm, **values)) > 1:
-            wording = llm.fill_messages(template, history, **values)
+            prompt = llm.format_messages(template, history, **values)
         else:
-            wording = llm.fill(template, **values)
-        return {"prompt": wording, "formatted": True} if isinstance(wording, str) else {"messages": wording}
+            prompt = llm.format_text(template, **values)
+        return {"prompt": prompt, "formatted": True} if isinstance(prompt, str) else {"messages": prompt}
 
-    def _word(self, **values: Any) -> list[ChatMessage] | str:
-        """What LlamaIndex's own synthesizer would send to the LLM."""
+    def _format(self, **values: Any) -> list[ChatMessage] | str:
+        """Return the prompt that LlamaIndex's own synthesizer would send to the LLM."""
         template = self._text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
-        return self._fusion_llm.word(template, self._chat_history, **values)
+        return self._fusion_llm.format_prompt(template, self._chat_history, **values)
 
     @property
     def _shows_documents(self) -> bool:
-        """Whether the wording shows the documents."""
+        """Whether the template contains the documents."""
         return self._query_template is None and (self._text_qa_template is not None or self._fusion_llm.reads_prompt)
 
     @property
     def _joins_as_llama_index(self) -> bool:
-        """Whether the documents' texts are joined in the wording as LlamaIndex joins them."""
+        """Whether the prompt contains the documents' texts joined as in LlamaIndex."""
         return self._shows_documents and self._fusion_llm.reads_prompt
 
     def _standalone(self, query_str: str) -> str:
-        """The question for models that do not read the conversation."""
+        """Return the question for models that do not read the conversation."""
         return query_str
 
     def _new_record(self) -> dict[str, Any]:
-        """The record that the next answer fills in."""
+        """Return the dictionary that receives the next answer's record."""
         return {}
 
     def _get_prompts(self) -> PromptDictType:
-        """The template in use."""
+        """Return the template in use."""
         if self._shows_documents:
             return {"text_qa_template": self._text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL}
         return {"query_template": self._query_template or _BARE_QUESTION}
@@ -292,17 +293,16 @@ def _template(given: BasePromptTemplate | str | None) -> BasePromptTemplate | No
 def _require_one_template(text_qa_template: object, query_template: object) -> None:
     if text_qa_template is not None and query_template is not None:
         raise InvalidInputError(
-            "text_qa_template and query_template are both given, but a query has one wording; text_qa_template is "
-            "the one that shows the documents."
+            "text_qa_template and query_template are both given, but only one is used; pass text_qa_template if it "
+            "contains the documents."
         )
 
 
 def require_own_llm(llm: object, user: str) -> None:
-    """Raise InvalidInputError for an LLM that would read all documents as one text."""
+    """Raise InvalidInputError for an LLM that does not take separate documents."""
     if not isinstance(llm, KVFusionLlamaIndexLLM):
         raise InvalidInputError(
-            f"llm is a {type(llm).__name__}; {user} needs a KVFusionLlamaIndexLLM, because only that reads "
-            "separate documents."
+            f"llm is a {type(llm).__name__}, but {user} needs a KVFusionLlamaIndexLLM, which takes separate documents."
         )
 
 
@@ -332,7 +332,7 @@ async def _apieces(
 
 
 def _fill(record: dict[str, Any], response: CompletionResponse | ChatResponse) -> None:
-    """Take over what the last (or only) response says of the answer; earlier chunks say nothing."""
+    """Copy the record of a response. Only the last chunk of a stream has one."""
     record.update(cast("dict[str, Any] | None", response.raw) or {})
 
 

@@ -1,7 +1,9 @@
-"""The ``kvfusion`` command: one module per command, dispatched here.
+"""The ``kvfusion`` command, with one module per subcommand.
 
-A command module has ``add_arguments(parser)`` and ``run(args) -> int`` and is quick to import; it loads models
-inside ``run``. Exit codes: 0 done, 1 a check failed, 2 the caller's mistake (one line on stderr), 130 stopped.
+Command-line arguments come in. Results go to stdout, messages to stderr, and the exit code says how the command ended:
+0 success, 1 a check failed, 2 an error in one line on stderr, 130 interrupted. A command module has
+``add_arguments(parser)`` and ``run(args) -> int``. It must not import torch or models before ``run``, so that
+``--help`` is fast, and must not contain logic that the Python API lacks.
 """
 
 from __future__ import annotations
@@ -33,11 +35,11 @@ COMMANDS = {
 
 
 class UsageError(Exception):
-    """The command line itself is wrong."""
+    """The command line is invalid."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a mistake as one line instead of the usage text."""
+    """A parser that reports an error in one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
@@ -45,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    if argv is None:  # the process ends with the command
+    if argv is None:  # the process ends with this command, so the final garbage collection can be skipped
         atexit.register(gc.freeze)
     with Interruption() as interruption:
         try:
@@ -77,7 +79,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(
-        prog="kvfusion", description="Answers from documents that are read apart, so that their order does not matter."
+        prog="kvfusion", description="Answers questions from documents whose order does not change the answer."
     )
     parser.add_argument("--version", action="version", version=f"kvfusion {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)

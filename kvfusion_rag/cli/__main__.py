@@ -1,4 +1,4 @@
-"""``python -m kvfusion_rag.cli``: the same command as ``kvfusion``."""
+"""Runs the ``kvfusion`` command with ``python -m kvfusion_rag.cli``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Answer a question from documents, with the sources and the place where the answer stands.
+"""Answer a question from documents, and show its sources.
 
-Without an index the documents are indexed in memory for this one question. With ``--index``, or where the
-documents' folder has one, the index on disk is brought up to date and used.
+If ``--index`` is given or the documents' folder contains an index, that index is updated and used. Otherwise the
+documents are indexed in memory for this question.
 """
 
 from __future__ import annotations
@@ -42,31 +42,48 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--docs", nargs="+", metavar="PATH", default=[], help="files and folders (txt, md, html, pdf)")
+    parser.add_argument("question", metavar="QUESTION", help="the question to answer")
     parser.add_argument(
-        "--index", metavar="DIR", help=f"index on disk (default: {INDEX_FOLDER} beside the documents if there is one)"
+        "--docs", nargs="+", metavar="PATH", default=[], help="files and folders to search (txt, md, html, pdf)"
     )
-    parser.add_argument("--top-k", type=positive, default=5, metavar="N", help="documents to read (default: 5)")
+    parser.add_argument(
+        "--index", metavar="DIR", help=f"folder of the index (default: {INDEX_FOLDER} next to the documents, if any)"
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=5, metavar="N", help="number of documents to retrieve (default: 5)"
+    )
     add_model_name(parser)
     add_model_arguments(parser)
     add_index_arguments(parser)
     add_store_arguments(parser)
-    parser.add_argument("--mode", choices=["auto", "fusion", "concat", "ape"], help="default: the model's own")
+    parser.add_argument(
+        "--mode", choices=["auto", "fusion", "concat", "ape"], help="how documents are read (default: the model's own)"
+    )
     add_focus(parser)
     parser.add_argument(
-        "--show-prompt", action="store_true", help="print what the model reads, with the borders of the documents"
-    )
-    parser.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer in tokens")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
-    parser.add_argument("--seed", type=int, help="makes a temperature above 0 repeatable")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
-    parser.add_argument("--stream", action="store_true", help="print the answer while it is made (not with --json)")
-    parser.add_argument(
-        "--attribute", action="store_true", help="what the answer is worth without each document, and its attention"
+        "--show-prompt", action="store_true", help="print the complete prompt, with marks around each document"
     )
     parser.add_argument(
-        "--shuffle-check", type=positive, metavar="N", help="answer in N orders and compare the bytes and logits"
+        "--max-new-tokens", type=positive, metavar="N", help="maximum tokens of the answer (default: the model's own)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, the most likely token)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed that makes sampling at a temperature above 0 repeatable (default: random)"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends the answer; may be repeated"
+    )
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is computed (without --json)")
+    parser.add_argument(
+        "--attribute", action="store_true", help="show how much each document contributed to the answer"
+    )
+    parser.add_argument(
+        "--shuffle-check",
+        type=positive,
+        metavar="N",
+        help="answer again in N other orders of the documents, and compare answers and logits",
     )
 
 
@@ -75,28 +92,27 @@ def run(args: argparse.Namespace) -> int:
     folder = _index_folder(args)
     generator = load_generator(args)
     documents, report = _retrieve(args, folder, generator)
-    shown = None
-    if args.show_prompt:
-        shown = generator.show_prompt(args.question, documents, **_choices(args))
-        if not args.json:
-            say(f"{shown}\n")
-    answer = _stream(args, generator, documents) if args.stream else _answer(args, generator, documents)
-    shuffled = None
+    options: dict[str, Any] = {"mode": args.mode, "focus": args.focus}
+    prompt = generator.show_prompt(args.question, documents, **options) if args.show_prompt else None
+    if prompt is not None and not args.json:
+        say(f"{prompt}\n")
+    answer = _answer(args, generator, documents, options)
+    shuffle_check = None
     if args.shuffle_check:
-        shuffled = generator.check_invariance(
-            args.question, documents, permutations=args.shuffle_check, **_choices(args)
+        shuffle_check = generator.check_invariance(
+            args.question, documents, permutations=args.shuffle_check, **options
         )
     attribution = None
     if args.attribute:
-        attribution = generator.attribute(args.question, documents, answer=answer, **_choices(args))
+        attribution = generator.attribute(args.question, documents, answer=answer, **options)
     if generator.store is not None:
-        generator.store.close()  # ends uploads, and notes which documents were used
+        generator.store.close()  # finishes uploads and saves when documents were last used
     if args.json:
         say_json(
             {
                 "question": args.question,
-                **answer_to_json(answer, documents, shuffled),
-                "prompt": shown.text if shown is not None else None,
+                **answer_to_json(answer, documents, shuffle_check),
+                "prompt": None if prompt is None else prompt.text,
                 "attribution": None if attribution is None else attribution.to_dict(),
                 "model": generator.identity(),
                 "index": None if folder is None else str(folder.resolve()),
@@ -110,68 +126,55 @@ def run(args: argparse.Namespace) -> int:
     say_facts(answer)
     if attribution is not None:
         say_attribution(attribution)
-    if shuffled is not None:
-        say_shuffle_check(shuffled)
+    if shuffle_check is not None:
+        say_shuffle_check(shuffle_check)
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Fail on what is wrong with the command line before models are loaded."""
+    """Reject invalid arguments before models are loaded."""
     if args.json and args.stream:
-        raise InvalidInputError("--stream and --json exclude each other: a stream is no single JSON object.")
+        raise InvalidInputError("--stream and --json cannot be combined, because a stream is not one JSON object.")
     if not args.question.strip():
-        raise InvalidInputError("the question is blank.")
+        raise InvalidInputError("the question is blank, but it must contain text.")
     if not args.docs and args.index is None:
-        raise InvalidInputError("there is nothing to read: name documents with --docs or an index with --index.")
+        raise InvalidInputError("there are no documents; pass them with --docs, or an index with --index.")
     if not args.docs and not Path(args.index).is_dir():
-        raise RetrievalError(f"the index {args.index!r} does not exist; name its documents with --docs to make it.")
+        raise RetrievalError(f"the index {args.index!r} does not exist; pass its documents with --docs to create it.")
     require_paths(args.docs)
     require_store(args)
 
 
 def _index_folder(args: argparse.Namespace) -> Path | None:
-    """Folder of the index to use, or ``None`` for one in memory."""
+    """Return the folder of the index to use, or ``None`` for an index in memory."""
     if args.index is not None:
         return Path(args.index)
-    beside = (folder_of(path) / INDEX_FOLDER for path in args.docs)
-    return next((folder for folder in beside if folder.is_dir()), None)
+    candidates = (folder_of(path) / INDEX_FOLDER for path in args.docs)
+    return next((folder for folder in candidates if folder.is_dir()), None)
 
 
 def _retrieve(
     args: argparse.Namespace, folder: Path | None, generator: KVFusionGenerator
 ) -> tuple[list[Document], IndexReport | None]:
-    """The documents nearest to the question, out of ``--docs`` or else the whole index."""
+    """Return the documents nearest to the question, from ``--docs`` if given and otherwise from the whole index."""
     with open_index(args, folder, generator.count_tokens, generator.settings.passage_length) as index:
         if not args.docs:
             return index.search(args.question, args.top_k), None
         report = index.update(args.docs)
         if folder is not None and not args.json and (report.added or report.changed or report.removed):
             counts = f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed"
-            say(f"index {shown_path(folder.resolve())} brought up to date: {counts}\n")
+            say(f"updated the index {shown_path(folder.resolve())}: {counts}\n")
         return index.search(args.question, args.top_k, files=report.files), report
 
 
-def _choices(args: argparse.Namespace) -> dict[str, Any]:
-    return {"mode": args.mode, "focus": args.focus}
-
-
-def _decoding(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        **_choices(args),
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "stop": args.stop,
-    }
-
-
-def _answer(args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document]) -> Answer:
-    return generator.answer(args.question, documents, **_decoding(args))
-
-
-def _stream(args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document]) -> Answer:
-    """Print the pieces as they come."""
-    stream = generator.stream(args.question, documents, **_decoding(args))
+def _answer(
+    args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document], options: dict[str, Any]
+) -> Answer:
+    """Return the answer. With ``--stream``, print its pieces as they are computed."""
+    decoding = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "stop")}
+    if not args.stream:
+        return generator.answer(args.question, documents, **options, **decoding)
+    stream = generator.stream(args.question, documents, **options, **decoding)
     for piece in stream:
         say(piece, end="")
     say()

@@ -1,7 +1,7 @@
-"""What the commands share on the terminal: results to stdout, everything else to stderr.
+"""Terminal output shared by the commands: results go to stdout, everything else to stderr.
 
-Texts of documents and models are untrusted and may hold escape sequences, so they are made harmless before a
-terminal sees them. Also keeps other libraries quiet while a command runs, and puts all back afterwards.
+Texts of documents and models are untrusted, so control characters are removed before they reach the terminal. Other
+libraries are silenced while a command runs, and all their settings are restored afterwards.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-LISTED_AT_MOST = 20
+MAX_LISTED_ITEMS = 20
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _NOISY_LOGGERS = (
     "chromadb",
     "huggingface_hub",
     "sentence_transformers",
-    "torch.utils._pytree",  # on what torchao registers
+    "torch.utils._pytree",  # warns about types that torchao registers
     "torchao",
     "transformers",
 )
@@ -41,80 +41,80 @@ _QUIET_ENVIRONMENT = {
 
 
 def printable(text: str) -> str:
-    """``text`` without control characters (line breaks and tabs stay), fit for this terminal's encoding."""
+    """Replace control characters except line breaks and tabs, and characters that this terminal cannot encode."""
     encoding = sys.stdout.encoding or "utf-8"
     return _CONTROL.sub("\ufffd", text).encode(encoding, errors="replace").decode(encoding)
 
 
 def say(text: str = "", *, end: str = "\n") -> None:
-    """Print a piece of the result at once."""
+    """Print a part of the result and flush it."""
     print(printable(text), end=end, flush=True)
 
 
 def say_json(result: Mapping[str, Any]) -> None:
-    """Print the whole result as one JSON object, in ASCII so that every terminal and pipe takes it."""
+    """Print the whole result as one JSON object, in ASCII so that every terminal and pipe can carry it."""
     print(json.dumps(result, indent=2, default=str), flush=True)
 
 
 def say_list(mark: str, items: list[str]) -> None:
-    """Print one line per item, and how many more there are beyond a screenful."""
-    for item in items[:LISTED_AT_MOST]:
+    """Print one line per item, up to a limit, and the number of items beyond it."""
+    for item in items[:MAX_LISTED_ITEMS]:
         say(f"  {mark} {item}")
-    if len(items) > LISTED_AT_MOST:
-        say(f"  {mark} ... and {len(items) - LISTED_AT_MOST} more (--json lists all)")
+    if len(items) > MAX_LISTED_ITEMS:
+        say(f"  {mark} ... and {len(items) - MAX_LISTED_ITEMS} more (--json lists all)")
 
 
 def print_error(message: str) -> None:
-    """The one line of a failure."""
+    """Print an error as one line on stderr."""
     print(f"kvfusion: error: {printable(' '.join(message.split()))}", file=sys.stderr)
 
 
 def shown_path(path: str | Path) -> str:
-    """``path`` as somebody in the current folder would write it."""
+    """Return ``path`` relative to the current folder if it is inside it."""
     path = Path(path)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def drop_output() -> None:
-    """Nobody reads stdout any more, so what is still to be flushed at exit goes nowhere."""
+    """Discard all further output, because the reader of stdout has gone."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Interruption:
-    """Remembers Ctrl-C: a library that is being imported may turn it into an error of its own."""
+    """Records Ctrl-C, because a library that is being imported may turn KeyboardInterrupt into another error."""
 
     def __init__(self) -> None:
         self.happened = False
 
     def __enter__(self) -> Self:
-        self._owner = threading.current_thread() is threading.main_thread()  # others cannot set handlers
-        if self._owner:
-            self._former = signal.signal(signal.SIGINT, self._note)
+        self._in_main_thread = threading.current_thread() is threading.main_thread()  # only it can set handlers
+        if self._in_main_thread:
+            self._previous_handler = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._owner:
-            signal.signal(signal.SIGINT, self._former)
+        if self._in_main_thread:
+            signal.signal(signal.SIGINT, self._previous_handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.happened = True
         raise KeyboardInterrupt
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Other libraries' hints and telemetry off, this package's warnings as single lines on stderr.
+    """Disable hints and telemetry of other libraries, and print this package's warnings as single lines on stderr.
 
-    Environment variables that the user has set win. Everything is put back at the end.
+    Environment variables set by the user take precedence. All settings are restored at the end.
     """
     own = logging.getLogger("kvfusion_rag")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("kvfusion: %(levelname)s: %(message)s"))
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    wanted = dict(_QUIET_ENVIRONMENT)
+    variables = dict(_QUIET_ENVIRONMENT)
     if not sys.stderr.isatty():
-        wanted["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
+        variables["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    added = {name: value for name, value in variables.items() if name not in os.environ}
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
@@ -134,31 +134,31 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextmanager
 def collection_paused() -> Iterator[None]:
-    """Pause Python's garbage collector while libraries and models are loaded, and leave out of it what was loaded.
+    """Pause Python's garbage collector while libraries and models are loaded, and freeze the loaded objects.
 
-    It takes a fifth of the time of large imports, and over a second when a process ends, and finds next to nothing.
-    ``gc.unfreeze`` puts everything back.
+    Collections take a fifth of the time of large imports and over a second when a process ends, and find almost
+    nothing. ``gc.unfreeze`` undoes the freeze.
     """
-    is_on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        if is_on:
+        if was_enabled:
             gc.enable()
 
 
 @contextmanager
 def patient_bars() -> Iterator[None]:
-    """Transformers' bars only on a terminal, and only for what takes longer than a second."""
+    """Show progress bars of transformers only on a terminal, and only for work that takes more than a second."""
     from transformers.utils.logging import set_tqdm_hook
 
-    def patient(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def delayed_bar(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return make(*args, **kwargs | {"delay": 1, "leave": False, "disable": None})
 
-    former = set_tqdm_hook(patient)
+    previous = set_tqdm_hook(delayed_bar)
     try:
         yield
     finally:
-        set_tqdm_hook(former)
+        set_tqdm_hook(previous)

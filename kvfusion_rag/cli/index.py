@@ -1,8 +1,8 @@
-"""Index files and folders, so that later questions find their documents at once.
+"""Index files and folders for later questions.
 
-Only files that are new or changed since the last time are read and embedded; files that are gone leave the
-index. Skipped files are listed with their reasons. With ``--store`` the chunks' KVs are computed too, as far as they
-are not stored yet, so that questions find them there; a run that was stopped goes on where it was.
+Only new and changed files are read and embedded, and deleted files are removed from the index. Skipped files are
+listed with the reason. With ``--store``, the KV of each chunk that is not stored yet is computed too. An interrupted
+run can be repeated and then continues.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--index", metavar="DIR", help=f"folder of the index (default: {INDEX_FOLDER} in the first folder)"
     )
-    add_model_name(parser, "model that will read the chunks")
+    add_model_name(parser, "model that will answer from the chunks")
     add_index_arguments(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
@@ -51,10 +51,10 @@ def run(args: argparse.Namespace) -> int:
         report = index.update(args.paths)
         chunk_tokens = index.chunk_tokens
         documents = index.documents(files=report.files) if args.store else []
-    stored = _fill(args, documents) if args.store else None
+    stored = _prefill(args, documents) if args.store else None
     if args.json:
-        found = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
-        say_json(found | ({} if stored is None else {"store": stored}))
+        result = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
+        say_json(result | ({} if stored is None else {"store": stored}))
     else:
         _say_report(report, folder, chunk_tokens)
         if stored is not None:
@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _fill(args: argparse.Namespace, documents: list[Document]) -> dict[str, int]:
-    """Put the KVs of all documents into the store; how many were there, and how many were computed."""
+def _prefill(args: argparse.Namespace, documents: list[Document]) -> dict[str, int]:
+    """Store the KV of every document. Return how many were computed and how many were stored already."""
     generator = load_generator(args)
     sources = [s for s in generator.prefill(documents, progress=not args.json) if s.origin != "blank"]
-    assert generator.store is not None  # --store names one
+    assert generator.store is not None  # --store is set
     generator.store.close()
     computed = sum(source.origin == "computed" for source in sources)
     return {"computed": computed, "stored already": len(sources) - computed}

@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the loading that belongs to them."""
+"""Arguments shared by several commands, and functions that load models, stores and indexes from them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..text.encoder import PromptEncoder
     from ..text.settings import ModelSettings
 
-DEFAULT_CHUNK_TOKENS = 200  # for a model that was not trained with a passage length
-CODECS = ("raw", "v8")  # of a store's files; named here since its modules load torch
+DEFAULT_CHUNK_TOKENS = 200  # for models that were not trained with a passage length
+CODECS = ("raw", "v8")  # repeated here, because importing them from the store would import torch
 INDEX_FOLDER = ".kvfusion"
 
 
@@ -62,88 +62,100 @@ def byte_count(text: str) -> int:
 
 
 def add_model_name(parser: argparse.ArgumentParser, role: str = "") -> None:
-    """The options that name a model; ``role`` says what it does, if that is not to answer."""
+    """Add ``--model`` and ``--gguf-file``. ``role`` describes a model that does not answer questions itself."""
     names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
     parser.add_argument("--model", metavar="NAME", help=f"{role}: {names}" if role else names)
     add_gguf_file(parser)
 
 
 def add_gguf_file(parser: argparse.ArgumentParser) -> None:
+    """Add ``--gguf-file``."""
     parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in the model's folder or hub repository")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the answering model: adapter, decoder, device and precision."""
     parser.add_argument(
         "--adapter",
         metavar="DIR",
         type=lambda text: None if text == "none" else text,
         default="shipped",
-        help="tuned LoRA adapter of the answering decoder, or none (default: the one in the model's folder, if any)",
+        help="LoRA adapter of the tuned decoder, or none (default: the adapter in the model's folder, if any)",
     )
-    parser.add_argument("--decoder", metavar="NAME", help="tuned answering decoder with weights of its own")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="precision of the model")
+    parser.add_argument("--decoder", metavar="NAME", help="tuned decoder with its own weights (default: none)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="precision of the model (default: float32 on CPU, otherwise the checkpoint's)",
+    )
 
 
-def add_focus(parser: argparse.ArgumentParser, whose: str = "") -> None:
-    """The option that names how many documents are kept; ``whose`` says of which requests."""
+def add_focus(parser: argparse.ArgumentParser, scope: str = "") -> None:
+    """Add ``--focus``. ``scope`` says to which requests the option applies."""
     parser.add_argument(
         "--focus",
         type=focus,
         default="auto",
         metavar="N",
-        help=f"documents to keep{whose}, those that make the question likeliest; none keeps all (default: auto, the "
-        "model's own)",
+        help=f"number of documents to keep{scope}, those that make the question most likely, or none to keep all "
+        "(default: auto, the model's own number)",
     )
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the embedding model and the chunk size."""
     parser.add_argument(
-        "--embedding-model", metavar="NAME", help="sentence-transformers model (default: offline MiniLM)"
+        "--embedding-model", metavar="NAME", help="sentence-transformers model (default: MiniLM from its package)"
     )
     parser.add_argument(
         "--chunk-tokens",
         type=positive,
         metavar="N",
-        help=f"most tokens of a chunk (default: the model's passage length, else {DEFAULT_CHUNK_TOKENS})",
+        help=f"maximum tokens of a chunk (default: the model's passage length, or {DEFAULT_CHUNK_TOKENS})",
     )
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--store", metavar="PLACE", help="folder or fsspec URL where document KVs are kept")
-    parser.add_argument("--namespace", default="", metavar="NAME", help="tenant whose documents these are")
+    """Add the options of the document store."""
     parser.add_argument(
-        "--store-codec", choices=CODECS, help="form of its files: raw (default), or v8, which is smaller"
+        "--store", metavar="PLACE", help="folder or fsspec URL that stores document KVs (default: memory only)"
+    )
+    parser.add_argument(
+        "--namespace", default="", metavar="NAME", help="namespace of the documents in the store (default: none)"
+    )
+    parser.add_argument(
+        "--store-codec", choices=CODECS, help="format of stored files: raw, or v8, which is smaller (default: raw)"
     )
     parser.add_argument(
         "--store-max-bytes",
         type=byte_count,
         metavar="SIZE",
-        help="cap of its files on this machine's disk, such as 2GiB or 500MB (default: 20GiB)",
+        help="maximum size of the files on this machine's disk, such as 2GiB or 500MB (default: 20GiB)",
     )
 
 
 def require_store(args: argparse.Namespace) -> None:
-    """Fail on options of a store that is not there, before models are loaded."""
+    """Reject store options that are given without ``--store``, before models are loaded."""
     for name in ("codec", "max_bytes"):
         if getattr(args, f"store_{name}") is not None and not args.store:
             option = f"--store-{name.replace('_', '-')}"
-            raise InvalidInputError(f"{option} is given without --store; name the folder or URL of the store too.")
+            raise InvalidInputError(f"{option} is given without --store; pass the store's folder or URL too.")
 
 
 def _open_store(args: argparse.Namespace) -> DocumentStore | str:
-    """The store that the arguments name; without, one in memory."""
+    """Return the store in ``--store``, or "memory"."""
     if not getattr(args, "store", None):
         return "memory"
     from ..store import open_store
 
-    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
+    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes", "load")}
     return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
 
 
 @collection_paused()
 def load_generator(args: argparse.Namespace, store: DocumentStore | None = None) -> KVFusionGenerator:
-    """The generator that the arguments of models, and of stores where a command has them, name; over ``store``."""
+    """Load the model of the arguments, with ``store`` or else the store of the arguments."""
     from .. import KVFusionGenerator
 
     with patient_bars():
@@ -160,7 +172,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
 
 
 def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings]:
-    """How the model that the arguments name reads documents, without its weights."""
+    """Load the prompt encoder and settings of the model, without its weights."""
     from transformers import AutoTokenizer
 
     from ..model.location import locate_model
@@ -175,7 +187,7 @@ def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings
 
 
 def load_config(args: argparse.Namespace) -> PretrainedConfig:
-    """The text configuration of the model that the arguments name, without its weights."""
+    """Load the text configuration of the model, without its weights."""
     from transformers import AutoConfig
 
     from ..model.location import locate_model
@@ -186,7 +198,7 @@ def load_config(args: argparse.Namespace) -> PretrainedConfig:
 
 
 def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], int | None]:
-    """How that model counts the tokens of plain text, and its passage length, without its weights."""
+    """Return the model's token counter for plain text and its passage length, without loading its weights."""
     encoder, settings = load_encoder(args)
     return lambda text: len(encoder.plain.encode(text)), settings.passage_length
 
@@ -195,7 +207,7 @@ def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], 
 def open_index(
     args: argparse.Namespace, folder: Path | None, count_tokens: Callable[[str], int], passage_length: int | None
 ) -> DocumentIndex:
-    """The index in ``folder`` (``None``: in memory) with the embedding model and chunk size of ``args``."""
+    """Open the index in ``folder`` (``None``: in memory) with the embedding model and chunk size of ``args``."""
     from ..retrieval import DocumentIndex, SentenceTransformerEmbedder
 
     with patient_bars():
@@ -210,19 +222,19 @@ def open_index(
 
 
 def require_paths(paths: Sequence[str]) -> None:
-    """Fail on a mistyped path before models are loaded."""
+    """Reject paths that do not exist, before models are loaded."""
     for path in paths:
         if not os.path.exists(Path(path).expanduser()):
             raise RetrievalError(f"{path!r} does not exist.")
 
 
 def folder_of(path: str) -> Path:
-    """A folder itself, or the folder around a file."""
-    place = Path(path).expanduser()
-    return place if place.is_dir() else place.parent
+    """Return ``path`` if it is a folder, or the folder that contains it."""
+    expanded = Path(path).expanduser()
+    return expanded if expanded.is_dir() else expanded.parent
 
 
 def first_folder(paths: Sequence[str]) -> Path:
-    """The first folder among ``paths``, else the folder around the first file."""
+    """Return the first folder in ``paths``, or the folder of the first file if there is none."""
     folders = [path for path in paths if Path(path).expanduser().is_dir()]
     return folder_of((folders or paths)[0])

@@ -1,7 +1,7 @@
-"""Answer over HTTP, as OpenAI's chat completions do, with documents in each request.
+"""Serve answers over HTTP with OpenAI's chat completions API.
 
-Only this machine can ask unless ``--host`` says otherwise, and then only with an API key. Ends on SIGTERM (exit
-code 0) or Ctrl-C; requests under way may end first.
+By default only this machine can send requests. With another ``--host``, clients need an API key. The server stops on
+SIGTERM (exit code 0) or Ctrl-C, after requests in progress have finished.
 """
 
 from __future__ import annotations
@@ -31,34 +31,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_name(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
-    parser.add_argument("--mode", choices=["auto", "fusion", "concat", "ape"], help="of requests that name none")
-    add_focus(parser, " for requests that name none")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
-    parser.add_argument("--port", type=count, default=8000, metavar="N", help="default: 8000; 0 for any free one")
-    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the API key")
-    parser.add_argument("--api-keys-file", metavar="FILE", help='JSON file of API keys: {"key": "namespace", ...}')
     parser.add_argument(
-        "--allow-unauthenticated", action="store_true", help="let other machines in without an API key"
+        "--mode",
+        choices=["auto", "fusion", "concat", "ape"],
+        help="mode of requests that do not set one (default: the model's own)",
+    )
+    add_focus(parser, " for requests that do not set focus")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
     parser.add_argument(
-        "--allowed-host", action="append", default=[], metavar="NAME", help="name of this server; may be repeated"
+        "--port", type=count, default=8000, metavar="N", help="port to listen on, 0 for a free one (default: 8000)"
+    )
+    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the API key (default: none)")
+    parser.add_argument(
+        "--api-keys-file", metavar="FILE", help='JSON file with API keys: {"key": "namespace", ...} (default: none)'
     )
     parser.add_argument(
-        "--allowed-origin", action="append", default=[], metavar="URL", help="web page's origin that may ask (CORS)"
+        "--allow-unauthenticated", action="store_true", help="let other machines send requests without an API key"
     )
-    parser.add_argument(
-        "--max-concurrency", type=positive, default=64, metavar="N", help="requests at once (default: 64)"
-    )
-    parser.add_argument(
-        "--max-body-mib", type=positive, default=4, metavar="N", help="longest body in MiB (default: 4)"
-    )
-    parser.add_argument(
-        "--max-documents", type=positive, default=256, metavar="N", help="documents of a request (default: 256)"
-    )
-    parser.add_argument(
-        "--timeout", type=positive, default=600, metavar="SECONDS", help="longest request (default: 600)"
-    )
-    parser.add_argument("--metrics", action="store_true", help="counts for Prometheus at /metrics")
+    for option, metavar, text in (
+        ("--allowed-host", "NAME", "host name of this server"),
+        ("--allowed-origin", "URL", "origin of web pages that may send requests (CORS)"),
+    ):
+        parser.add_argument(
+            option, action="append", default=[], metavar=metavar, help=f"{text}; may be repeated (default: none)"
+        )
+    for option, default, metavar, text in (
+        ("--max-concurrency", 64, "N", "maximum number of requests in progress"),
+        ("--max-body-mib", 4, "N", "maximum size of a request body in MiB"),
+        ("--max-documents", 256, "N", "maximum number of documents in a request"),
+        ("--timeout", 600, "SECONDS", "maximum time of a request in seconds"),
+    ):
+        parser.add_argument(
+            option, type=positive, default=default, metavar=metavar, help=f"{text} (default: {default})"
+        )
+    parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics at /metrics")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,14 +85,14 @@ def run(args: argparse.Namespace) -> int:
         timeout=args.timeout,
         metrics=args.metrics,
     )
-    with bind(args.host, args.port) as listener:  # a port that is taken is known before a model is loaded
+    with bind(args.host, args.port) as listener:  # first, so that a port in use is reported before a model is loaded
         generator = load_generator(args)
         try:
             app = create_app(generator, access=access, options=options)
             serve(app, listener, lambda url: _say_ready(args, url, generator.model_id))
         finally:
             if generator.store is not None:
-                generator.store.close()  # ends uploads, and notes which documents were used
+                generator.store.close()  # finishes uploads and saves when documents were last used
     return 0
 
 
@@ -95,7 +103,9 @@ def _access(args: argparse.Namespace) -> Access:
     if args.api_key_env is not None:
         key = os.environ.get(args.api_key_env, "")
         if not key:
-            raise InvalidInputError(f"the environment variable {args.api_key_env!r} holds no API key; set it first.")
+            raise InvalidInputError(
+                f"the environment variable {args.api_key_env!r} is not set; set it to the API key."
+            )
         keys[key] = None
     return Access(keys, hosts=args.allowed_host, origins=args.allowed_origin)
 
@@ -104,4 +114,4 @@ def _say_ready(args: argparse.Namespace, url: str, model_id: str) -> None:
     if args.json:
         say_json({"url": url, "model": model_id})
     else:
-        say(f"serving {model_id} at {url}/v1 (Ctrl-C ends it)")
+        say(f"serving {model_id} at {url}/v1 (stop with Ctrl-C)")

@@ -1,8 +1,7 @@
-"""Retrieval: files and folders become chunks, vectors and, for a question, the documents nearest to it.
+"""Retrieval: an index over files that finds the documents nearest to a question. Needs the extra ``rag``.
 
-``loaders`` reads files, ``splitting`` cuts texts into chunks, ``embedding`` turns them into vectors, and
-``index`` keeps it all in Chroma. Nothing here knows the generator: chunk sizes come from a function that
-counts tokens. Needs the extra ``kvfusion-rag[rag]``.
+Files and folders come in, and so does a question. The chunks of files that are nearest to the question go out, as
+``Document`` objects. This room must not know the generator: a function that counts tokens is enough to limit chunks.
 """
 
 from __future__ import annotations

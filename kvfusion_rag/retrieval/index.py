@@ -1,10 +1,7 @@
-"""An index over documents: files in, the chunks nearest to a question out.
+"""The document index: it updates a collection of chunks from files, and searches it.
 
-Brings a collection of chunks in line with files, touching only what changed, and searches it. Knows files,
-chunks and vectors; does not know the generator, and prints nothing but an optional progress bar.
-
-In an index folder every combination of settings (embedding model, chunk size, tokenizer) has a collection of
-its own, so indexes with other settings live side by side and never answer for one another.
+Each combination of settings (embedding model, chunk size, tokenizer) has its own collection in an index folder, so
+indexes with different settings can share a folder without mixing.
 """
 
 from __future__ import annotations
@@ -35,11 +32,10 @@ from .loaders import (
 )
 from .splitting import Chunk, check_chunk_tokens, split_text
 
-FORMAT = 1  # raise it when chunks, ids, metadata or embedded texts change their meaning
+FORMAT = 1  # increase it when chunks, ids, metadata or embedded texts change
 CHUNKS_PER_WRITE = 512
-# More than asked for is fetched, so that equal distances at the border are put in order by id.
-SEARCH_MARGIN = 10
-# Two tokenizers that agree on the length of all of these are taken to cut texts alike.
+SEARCH_MARGIN = 10  # extra results, so that equal distances around the last result are ordered by id
+# Tokenizers that give the same lengths for all of these texts are assumed to split texts in the same way.
 TOKENIZER_PROBES = (
     "The lighthouse keeper wrote 1,874 letters, and nobody ever answered them.",
     "Antidisestablishmentarianism; hippopotomonstrosesquippedaliophobia!",
@@ -52,7 +48,7 @@ TOKENIZER_PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """What one update did. Files are named as in document ids; ``chunks`` counts all chunks held afterwards."""
+    """The result of one update. Files have the names used in document ids. ``chunks`` is the size of the index."""
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -63,17 +59,17 @@ class IndexReport:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that the update named and the index now holds."""
+        """All updated files that are now in the index."""
         return tuple(sorted((*self.added, *self.changed, *self.unchanged)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
-class _Cut:
-    """One file cut into chunks, not yet embedded."""
+class _SplitFile:
+    """One file split into chunks that are not embedded yet."""
 
     name: str
     digest: str
@@ -83,30 +79,30 @@ class _Cut:
 
 @dataclass(slots=True)
 class _Progress:
-    """What an update has found so far."""
+    """The state of an update. ``pending`` files are split but not written."""
 
     added: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     unchanged: list[str] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
-    waiting: list[_Cut] = field(default_factory=list)
+    pending: list[_SplitFile] = field(default_factory=list)
 
 
 class DocumentIndex:
-    """Chunks of files, found by meaning. Use it as a context manager, or call ``close``.
+    """A semantic index over chunks of files. Use it as a context manager, or call ``close``.
 
     Args:
-        folder: where the index lives; ``None`` keeps it in memory, apart from every other one.
-        count_tokens: tokens of a text, as the model that will read the chunks counts them.
-        chunk_tokens: most tokens of a chunk.
-        embedder: the source of vectors.
-        base: folder that file names in ids are relative to. By default the folder around the index, so that
-            documents and index can be moved together; in memory the deepest one that holds the first paths.
-        max_file_bytes: larger files are skipped.
-        progress: whether ``update`` draws a bar on stderr when it takes longer than a second.
+        folder: folder of the index; ``None`` keeps the index in memory, separate from all others.
+        count_tokens: counts the tokens of a text for the model that will read the chunks.
+        chunk_tokens: maximum tokens of a chunk.
+        embedder: embeds texts as vectors.
+        base: folder to which file names in ids are relative. By default the parent folder of the index, so that
+            documents and index can be moved together; in memory the deepest folder that contains the first paths.
+        max_file_bytes: size in bytes above which files are skipped.
+        progress: whether ``update`` shows a progress bar on stderr if it takes more than a second.
 
     Raises:
-        RetrievalError: the folder is no index, cannot be written, or is in use by another process.
+        RetrievalError: the folder is not an index, cannot be written, or is in use by another process.
         InvalidInputError: ``chunk_tokens`` is too small.
         MissingDependencyError: chromadb is not installed.
     """
@@ -141,42 +137,42 @@ class DocumentIndex:
         self.close()
 
     def __len__(self) -> int:
-        """Number of chunks."""
+        """Return the number of chunks."""
         return len(self._collection)
 
     def close(self) -> None:
-        """Give the folder free, or forget what was in memory. The index cannot be used afterwards."""
+        """Release the folder, or discard the index in memory. The index cannot be used afterwards."""
         self._collection.close()
 
     def files(self) -> tuple[str, ...]:
-        """Names of all files held, sorted."""
+        """Return the sorted names of all files in the index."""
         return tuple(sorted(self._collection.held_files()))
 
     def update(self, paths: str | Path | Sequence[str | Path]) -> IndexReport:
-        """Bring the index in line with ``paths``: files, or folders with all that is in them.
+        """Update the index from files and folders, including subfolders.
 
-        Only new and changed files are cut and embedded. Files that are gone from disk, or that can no longer be
-        read under ``paths``, leave the index; files elsewhere stay in it untouched.
+        Only new and changed files are split and embedded. Files that were deleted, or that can no longer be read under
+        ``paths``, are removed from the index. Files outside of ``paths`` remain unchanged.
 
         Raises:
-            RetrievalError: a path does not exist, or not one file under ``paths`` could be indexed.
+            RetrievalError: a path does not exist, or no file under ``paths`` could be indexed.
         """
-        named = [paths] if isinstance(paths, str | Path) else list(paths)
-        if not named:
-            raise InvalidInputError("no path was named, but at least one file or folder is needed to index.")
-        found, skipped = find_files(named, exclude=self.folder)
+        roots = [paths] if isinstance(paths, str | Path) else list(paths)
+        if not roots:
+            raise InvalidInputError("paths is empty, but it must contain at least one file or folder.")
+        files, skipped = find_files(roots, exclude=self.folder)
         if self._base is None:
-            self._base = common_folder(named)
+            self._base = common_folder(roots)
         held = self._collection.held_files()
         done = _Progress(skipped=skipped)
         for path in tqdm(
-            found, desc="indexing", unit="file", delay=1, leave=False, disable=None if self._progress else True
+            files, desc="indexing", unit="file", delay=1, leave=False, disable=None if self._progress else True
         ):
             self._take(path, held, done)
-            if sum(len(cut.chunks) for cut in done.waiting) >= CHUNKS_PER_WRITE:
-                self._write(done.waiting, held)
-        self._write(done.waiting, held)
-        removed = self._remove_gone(named, held, {*done.added, *done.changed, *done.unchanged})
+            if sum(len(file.chunks) for file in done.pending) >= CHUNKS_PER_WRITE:
+                self._write(done.pending, held)
+        self._write(done.pending, held)
+        removed = self._remove_deleted(roots, held, {*done.added, *done.changed, *done.unchanged})
         report = IndexReport(
             tuple(done.added),
             tuple(done.changed),
@@ -186,22 +182,22 @@ class DocumentIndex:
             chunks=len(self),
         )
         if not report.files:
-            raise _nothing_indexed(named, done.skipped)
+            raise _nothing_indexed(roots, done.skipped)
         return report
 
     def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
-        """All chunks, or those of some files, as :meth:`search` would give them (without distance and score)."""
+        """Return all chunks, or those of some files, as :meth:`search` does, but without distance and score."""
         allowed = None if files is None else frozenset(files)
         rows = self._collection.rows()
         return [self._document(row, None) for row in rows if allowed is None or row.metadata["file"] in allowed]
 
     def search(self, question: str, top_k: int = 5, *, files: Collection[str] | None = None) -> list[Document]:
-        """The chunks nearest to ``question``, nearest first; fewer where the index holds fewer.
+        """Return the chunks nearest to ``question``, nearest first.
 
         Args:
             question: any text.
-            top_k: number of chunks wanted.
-            files: names (as in ``IndexReport.files``) that may be searched; ``None`` for all.
+            top_k: maximum number of chunks.
+            files: names of the files to search, as in ``IndexReport.files``; ``None`` for all files.
 
         Returns:
             Documents with ``id`` = ``<file>#<chunk>``, the file's title, and metadata ``source`` (path), ``file``,
@@ -209,28 +205,28 @@ class DocumentIndex:
             ``score`` is the cosine similarity, 1 minus the distance.
 
         Raises:
-            RetrievalError: the index holds nothing.
+            RetrievalError: the index is empty.
             InvalidInputError: ``top_k`` is below 1 or the question is blank.
         """
         if top_k < 1:
-            raise InvalidInputError(f"top_k is {top_k}, but at least 1 document has to be asked for.")
+            raise InvalidInputError(f"top_k is {top_k}, but it must be at least 1.")
         if not question.strip():
-            raise InvalidInputError("the question is blank, so nothing can be searched for.")
+            raise InvalidInputError("the question is blank, but it must contain text.")
         total = len(self)
         if total == 0:
-            raise self._nothing_held()
+            raise self._empty_index()
         vector = self._embedder.embed_question(question)
-        wanted = min(top_k + SEARCH_MARGIN, total)
+        count = min(top_k + SEARCH_MARGIN, total)
         allowed = None if files is None else frozenset(files)
         while True:
-            hits = self._collection.nearest(vector, wanted)
+            hits = self._collection.nearest(vector, count)
             kept = [hit for hit in hits if allowed is None or hit[0].metadata["file"] in allowed]
-            if len(kept) >= top_k or wanted == total:
+            if len(kept) >= top_k or count == total:
                 return [self._document(row, distance) for row, distance in kept[:top_k]]
-            wanted = min(wanted * 4, total)
+            count = min(count * 4, total)
 
     def _take(self, path: Path, held: dict[str, HeldFile], done: _Progress) -> None:
-        """Sort one file into unchanged, skipped or waiting to be written."""
+        """Read one file and record it as unchanged, skipped or pending."""
         name = self._name(path)
         old = held.get(name)
         try:
@@ -244,29 +240,30 @@ class DocumentIndex:
             done.skipped.append(SkippedFile(printable_path(path), str(error)))
             return
         chunks = split_text(loaded.text, loaded.kind, self.chunk_tokens, self._count_tokens)
-        done.waiting.append(_Cut(name, digest, loaded.title, chunks))
+        done.pending.append(_SplitFile(name, digest, loaded.title, chunks))
         (done.added if old is None else done.changed).append(name)
 
-    def _write(self, waiting: list[_Cut], held: dict[str, HeldFile]) -> None:
-        """Embed and store the waiting files in place of their former chunks, and empty the list."""
-        if not waiting:
+    def _write(self, pending: list[_SplitFile], held: dict[str, HeldFile]) -> None:
+        """Embed and write the pending files, delete their old chunks, and clear the list."""
+        if not pending:
             return
-        rows = [row for cut in waiting for row in _rows(cut)]
-        # The title goes into the vector, because later chunks often call the subject "it".
+        rows = [row for file in pending for row in _rows(file)]
+        # The title is embedded too, because later chunks often refer to the subject only as "it".
         vectors = self._embedder.embed_documents([f"{row.metadata['title']}\n{row.text}" for row in rows])
-        kept = {row.id for row in rows}
-        former = [i for cut in waiting if cut.name in held for i in held[cut.name].ids]
+        new_ids = {row.id for row in rows}
+        old_ids = [i for file in pending if file.name in held for i in held[file.name].ids]
         self._collection.write(rows, vectors)
-        self._collection.delete([i for i in former if i not in kept])
-        waiting.clear()
+        self._collection.delete([i for i in old_ids if i not in new_ids])
+        pending.clear()
 
-    def _remove_gone(self, named: Sequence[str | Path], held: dict[str, HeldFile], present: set[str]) -> list[str]:
-        roots = [Path(path).expanduser().resolve() for path in named]
-        gone = [name for name in sorted(held) if name not in present and self._is_gone(name, roots)]
-        self._collection.delete([chunk_id for name in gone for chunk_id in held[name].ids])
-        return gone
+    def _remove_deleted(self, paths: Sequence[str | Path], held: dict[str, HeldFile], present: set[str]) -> list[str]:
+        """Remove files that were deleted or can no longer be read under ``paths``, and return their names."""
+        roots = [Path(path).expanduser().resolve() for path in paths]
+        deleted = [name for name in sorted(held) if name not in present and self._is_deleted(name, roots)]
+        self._collection.delete([chunk_id for name in deleted for chunk_id in held[name].ids])
+        return deleted
 
-    def _is_gone(self, name: str, roots: list[Path]) -> bool:
+    def _is_deleted(self, name: str, roots: list[Path]) -> bool:
         path = self._path(name)
         return not os.path.exists(path) or any(path.is_relative_to(root) for root in roots)
 
@@ -282,7 +279,7 @@ class DocumentIndex:
         )
 
     def _name(self, path: Path) -> str:
-        """Name of a file in ids: its path relative to the base, with ``/`` on every system."""
+        """Return the name of a file in ids: its path relative to the base, with ``/`` on every system."""
         assert self._base is not None
         try:
             return Path(os.path.relpath(path, self._base)).as_posix()
@@ -293,7 +290,7 @@ class DocumentIndex:
         return Path(os.path.normpath((self._base or Path()) / name))
 
     def _collection_name(self) -> str:
-        """Differs for settings whose chunks or vectors must not be mixed."""
+        """Return a name that differs for settings whose chunks or vectors must not be mixed."""
         settings = {
             "format": FORMAT,
             "chunk_tokens": self.chunk_tokens,
@@ -302,42 +299,31 @@ class DocumentIndex:
         }
         return f"kvfusion-{xxhash.xxh3_128_hexdigest(json.dumps(settings).encode())}"
 
-    def _nothing_held(self) -> RetrievalError:
-        wanted = f"chunks of {self.chunk_tokens} tokens and the embedding model {self._embedder.name!r}"
+    def _empty_index(self) -> RetrievalError:
+        settings = f"chunks of {self.chunk_tokens} tokens and the embedding model {self._embedder.name!r}"
         others = [] if self.folder is None else self._collection.other_settings()
         if not others:
             return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
         held = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
         return RetrievalError(
-            f"the index {str(self.folder)!r} holds nothing made for this model with {wanted}, only: {held}; index the "
-            "files once more for this model and chunk size."
+            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {held}; index the "
+            "files again with these settings."
         )
 
 
-def _rows(cut: _Cut) -> list[Row]:
+def _rows(file: _SplitFile) -> list[Row]:
+    common = {"file": file.name, "digest": file.digest, "title": file.title, "chunks": len(file.chunks)}
     return [
-        Row(
-            id=f"{cut.name}#{number}",
-            text=chunk.text,
-            metadata={
-                "file": cut.name,
-                "digest": cut.digest,
-                "title": cut.title,
-                "chunk": number,
-                "chunks": len(cut.chunks),
-                "start": chunk.start,
-                "end": chunk.end,
-            },
-        )
-        for number, chunk in enumerate(cut.chunks, start=1)
+        Row(f"{file.name}#{n}", chunk.text, {**common, "chunk": n, "start": chunk.start, "end": chunk.end})
+        for n, chunk in enumerate(file.chunks, start=1)
     ]
 
 
-def _nothing_indexed(named: Sequence[str | Path], skipped: list[SkippedFile]) -> RetrievalError:
-    where = ", ".join(repr(printable_path(Path(path))) for path in named)
+def _nothing_indexed(paths: Sequence[str | Path], skipped: list[SkippedFile]) -> RetrievalError:
+    where = ", ".join(repr(printable_path(Path(path))) for path in paths)
     if not skipped:
-        return RetrievalError(f"there is no file to index in {where}.")
+        return RetrievalError(f"there are no files to index in {where}.")
     first = skipped[0]
     return RetrievalError(
-        f"nothing in {where} can be indexed: {len(skipped)} skipped, the first {first.path!r} ({first.reason})."
+        f"no file in {where} can be indexed: {len(skipped)} skipped, the first {first.path!r} ({first.reason})."
     )

@@ -1,8 +1,7 @@
-"""Finds the files of a folder and reads the text of each: plain text, Markdown, HTML and PDF.
+"""Finds files in folders and reads their text: plain text, Markdown, HTML and PDF.
 
-Whatever cannot be read is a defined outcome: a ``SkippedFile`` with its reason, never an exception from a
-parser. Files are untrusted: sizes are capped, special files are never opened, links to folders are not
-followed. This module knows no chunks, tokens or vectors.
+Files are untrusted: their size is limited, special files are not opened, and links to folders are not followed. A file
+that cannot be read is skipped with a reason; exceptions of parsers never escape.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ KINDS: dict[str, Kind] = {
 INDEX_FOLDER = ".kvfusion"
 MAX_FILE_BYTES = 32 * 2**20
 MAX_TITLE_CHARACTERS = 200
-# Share of characters that no text has (control characters, bytes that are not UTF-8) above which a file is binary.
+# A file is binary if more than this share of its characters are control characters or invalid UTF-8.
 BINARY_SHARE = 0.2
 
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd]")
@@ -50,7 +49,7 @@ _BLOCKS = (
 
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """A file or folder that was left out, and why."""
+    """A file or folder that was skipped, and the reason."""
 
     path: str
     reason: str
@@ -58,7 +57,7 @@ class SkippedFile:
 
 @dataclass(frozen=True, slots=True)
 class LoadedText:
-    """The text of one file. ``title`` is its first heading or its own title, else the file's name."""
+    """The text of one file. ``title`` is its own title or first heading, or else the file's name."""
 
     text: str
     title: str
@@ -66,23 +65,23 @@ class LoadedText:
 
 
 class UnreadableFileError(RetrievalError):
-    """A file has no text that can be used; the message is the reason alone."""
+    """A file has no usable text. The message is only the reason."""
 
 
 def find_files(paths: Iterable[str | Path], *, exclude: Path | None = None) -> tuple[list[Path], list[SkippedFile]]:
-    """All files of a known kind under ``paths``, resolved, sorted and each once.
+    """Return the files under ``paths``, resolved, sorted and without duplicates, and the skipped files.
 
-    Hidden files and folders, unknown kinds, special files and links to folders come back as skipped; a path
-    that is named itself may be hidden or a link. ``exclude`` (an index's own folder) is passed over in silence.
+    Hidden files and folders, unknown types, special files and links to folders are skipped, but a path in ``paths``
+    itself may be hidden or a link. ``exclude`` (the index's own folder) is not reported as skipped.
 
     Raises:
-        RetrievalError: a named path does not exist.
+        RetrievalError: a path does not exist.
     """
     found: dict[Path, None] = {}
     skipped: list[SkippedFile] = []
     for named in paths:
         path = Path(named).expanduser()
-        if not os.path.exists(path):  # unlike Path.exists, also where a folder above may not be read
+        if not os.path.exists(path):  # unlike Path.exists, it does not raise if a parent folder is not readable
             raise RetrievalError(f"{printable_path(path)!r} does not exist, so it cannot be indexed.")
         if path.is_dir():
             _walk(path.resolve(), exclude, found, skipped)
@@ -92,7 +91,7 @@ def find_files(paths: Iterable[str | Path], *, exclude: Path | None = None) -> t
 
 
 def _walk(folder: Path, exclude: Path | None, found: dict[Path, None], skipped: list[SkippedFile]) -> None:
-    """Collect the files of ``folder`` and of the folders in it, in the order of their names."""
+    """Collect the files of ``folder`` and its subfolders, ordered by name."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -113,16 +112,16 @@ def _walk(folder: Path, exclude: Path | None, found: dict[Path, None], skipped: 
 
 
 def _take(path: Path, found: dict[Path, None], skipped: list[SkippedFile]) -> None:
-    """Add one path to the files, or to the skipped ones with the reason."""
+    """Add ``path`` to the files, or to the skipped files with the reason."""
     reason = None
     if path.suffix.lower() not in KINDS:
-        reason = f"unknown kind {path.suffix!r}; known: {', '.join(KINDS)}"
+        reason = f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}"
     elif not os.path.exists(path):
         reason = "broken link"
     elif not os.path.isfile(path):
         reason = "not a regular file"
     elif path.resolve().suffix.lower() not in KINDS:
-        reason = "link to a file of unknown kind"
+        reason = "link to a file of unknown type"
     elif not _is_unicode(str(path.resolve())):
         reason = "its name is not valid Unicode"
     if reason is None:
@@ -132,10 +131,10 @@ def _take(path: Path, found: dict[Path, None], skipped: list[SkippedFile]) -> No
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a regular file.
+    """Return the content of a regular file.
 
     Raises:
-        UnreadableFileError: it cannot be read, is empty, or is larger than ``max_bytes``.
+        UnreadableFileError: the file cannot be read, is empty, or is larger than ``max_bytes``.
     """
     if not os.path.isfile(path):
         raise UnreadableFileError("not a regular file")
@@ -152,23 +151,23 @@ def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_document(path: Path, data: bytes | None = None) -> LoadedText:
-    """Text and title of one file, chosen by its suffix.
+    """Return text and title of one file. Its suffix selects the reader.
 
     Args:
-        path: the file; its suffix must be one of ``KINDS``.
-        data: its bytes, where they are known already.
+        path: a file with a suffix in ``KINDS``.
+        data: the file's content, if it has been read already.
 
     Raises:
-        UnreadableFileError: the file holds no usable text; the message is the reason.
-        MissingDependencyError: the parser of its kind is not installed.
+        UnreadableFileError: the file contains no usable text.
+        MissingDependencyError: the parser for this type is not installed.
     """
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
-        raise UnreadableFileError(f"unknown kind {path.suffix!r}; known: {', '.join(KINDS)}")
+        raise UnreadableFileError(f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}")
     text, title = _READERS[kind](read_bytes(path) if data is None else data)
     text = _LONE_SURROGATE.sub("\ufffd", text)
     if not text.strip():
-        raise UnreadableFileError("no text in it (a scan?)" if kind == "pdf" else "no text in it")
+        raise UnreadableFileError("contains no text (a scan?)" if kind == "pdf" else "contains no text")
     title = _SPACES.sub(" ", _LONE_SURROGATE.sub("\ufffd", title)).strip()
     return LoadedText(text, title[:MAX_TITLE_CHARACTERS] or path.stem, kind)
 
@@ -183,7 +182,7 @@ def _read_markdown(data: bytes) -> tuple[str, str]:
 
 
 def _decode(data: bytes) -> str:
-    """UTF-8 (or marked UTF-16) with U+FFFD for what is not; line ends and offsets stay as they are."""
+    """Decode UTF-8, or UTF-16 with a byte order mark. Invalid bytes become U+FFFD, and line ends are unchanged."""
     if data.startswith(_UTF16_MARKS):
         text = data.decode("utf-16", errors="replace")
     else:
@@ -191,7 +190,7 @@ def _decode(data: bytes) -> str:
             raise UnreadableFileError("binary, not text")
         text = data.decode("utf-8-sig", errors="replace")
     if len(_NOT_TEXT.findall(text)) > BINARY_SHARE * len(text):
-        raise UnreadableFileError("neither UTF-8 nor marked UTF-16 text")
+        raise UnreadableFileError("neither UTF-8 nor UTF-16 with a byte order mark")
     return text
 
 
@@ -208,7 +207,7 @@ def _first_heading(text: str) -> str:
 
 
 def _read_html(data: bytes) -> tuple[str, str]:
-    """Visible text with one blank line between blocks; ``<title>`` or the first heading."""
+    """Return the visible text with a blank line between blocks, and ``<title>`` or the first heading."""
     try:
         from bs4 import BeautifulSoup
         from bs4.element import NavigableString
@@ -239,14 +238,14 @@ def _read_html(data: bytes) -> tuple[str, str]:
 
 
 def _tidy_lines(text: str) -> str:
-    """Lines stripped at the end, and at most one blank line between two."""
+    """Strip the ends of lines, and reduce several blank lines to one."""
     text = "\n".join(line.rstrip() for line in text.splitlines())
     text = re.sub(r"\n{3,}", "\n\n", text)
     return re.sub(r"(?m)^ (?=\S)", "", text).strip()
 
 
 def _read_pdf(data: bytes) -> tuple[str, str]:
-    """Text of all pages, one blank line between two; the title of the PDF's own information."""
+    """Return the text of all pages with a blank line between them, and the title in the PDF's metadata."""
     try:
         from pypdf import PdfReader
     except ImportError as error:
@@ -263,7 +262,7 @@ def _read_pdf(data: bytes) -> tuple[str, str]:
 def _guarded(extract: Callable[[], tuple[str, str]], what: str) -> tuple[str, str]:
     try:
         return extract()
-    except Exception as error:  # parsers of untrusted files raise anything, from KeyError to RecursionError
+    except Exception as error:  # parsers raise any exception for untrusted files, from KeyError to RecursionError
         cause = _SPACES.sub(" ", str(error))[:200] or type(error).__name__
         raise UnreadableFileError(f"cannot be read as {what}: {cause}") from error
 
@@ -283,12 +282,12 @@ _READERS: dict[Kind, Callable[[bytes], tuple[str, str]]] = {
 
 
 def printable_path(path: Path) -> str:
-    """``path`` with U+FFFD for bytes that are no Unicode, as it can be printed and stored."""
+    """Return ``path`` with U+FFFD for bytes that are not Unicode, so that it can be printed and stored."""
     return os.fsencode(path).decode("utf-8", errors="replace")
 
 
 def common_folder(paths: Sequence[str | Path]) -> Path:
-    """The deepest folder that holds all of ``paths``, resolved: a folder itself, or a file's parent."""
+    """Return the deepest folder that contains all of ``paths``."""
     folders = [path if path.is_dir() else path.parent for path in (Path(p).expanduser().resolve() for p in paths)]
     return Path(os.path.commonpath(folders))
 

@@ -1,7 +1,7 @@
-"""Cuts a text into chunks at its semantic borders, sized in the tokens of the model that will read them.
+"""Splits a text into chunks at paragraphs and sentences, with semantic-text-splitter.
 
-A thin layer over semantic-text-splitter. Sizes come from the caller's function: exact for every model, and
-as quick as the splitter's own tokenizer mode, which counts special tokens that documents do not get.
+The caller's function counts tokens, because the splitter's own tokenizer mode also counts special tokens, which
+documents do not have.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from ..errors import InvalidInputError, MissingDependencyError
 from .loaders import Kind
 
-# The splitter never cuts inside a character, and one character takes up to four byte-level tokens.
-MIN_CHUNK_TOKENS = 8
+MIN_CHUNK_TOKENS = 8  # the splitter does not split characters, and a character has up to four byte-level tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +25,14 @@ class Chunk:
 
 
 def check_chunk_tokens(chunk_tokens: int) -> int:
-    """Returns ``chunk_tokens``; raises InvalidInputError where it is below the smallest useful size."""
+    """Return ``chunk_tokens``, or raise InvalidInputError if it is too small."""
     if chunk_tokens < MIN_CHUNK_TOKENS:
-        raise InvalidInputError(
-            f"chunk_tokens is {chunk_tokens}, but a chunk needs at least {MIN_CHUNK_TOKENS} tokens."
-        )
+        raise InvalidInputError(f"chunk_tokens is {chunk_tokens}, but it must be at least {MIN_CHUNK_TOKENS}.")
     return chunk_tokens
 
 
 def split_text(text: str, kind: Kind, chunk_tokens: int, count_tokens: Callable[[str], int]) -> list[Chunk]:
-    """Chunks of at most ``chunk_tokens`` tokens, in order, without overlap and without blank ones."""
+    """Split ``text`` into chunks of at most ``chunk_tokens`` tokens, without overlap. Blank chunks are dropped."""
     try:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter
     except ImportError as error:

@@ -39,8 +39,8 @@ from .format import (
     read_file,
     require_codec,
 )
-from .index import SHORT_WAIT, Caps, Entry, Index
-from .keys import document_key, document_part, require_key, require_namespace_key
+from .index import SHORT_WAIT, Caps, Entry, Index, add_up
+from .keys import document_key, path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
 
 logger = logging.getLogger(__name__)
@@ -184,13 +184,7 @@ class DiskStore:
             InvalidInputError: ``keys`` contains an invalid document key.
             StoreError: the store is read-only or cannot be changed.
         """
-        for key in keys:
-            require_key(key)
-        removed = 0
-        for part in dict.fromkeys(map(document_part, keys)):
-            namespace, document = part.split("-")
-            removed += self._remove(f"{namespace}/{document[:2]}/{document}-")
-        return removed
+        return sum(self._remove(path) for path in paths_of_documents(keys))
 
     def clear(self, namespace: str | None = None) -> int:
         """Remove all documents of a namespace (its key), or all documents, also while they are being written.
@@ -212,11 +206,7 @@ class DiskStore:
         if self._index is not None:
             with suppress(OSError, sqlite3.Error):
                 return self._index.totals()
-        found: dict[str, tuple[int, int]] = {}
-        for _, entry in self._scan():
-            size, count = found.get(entry.namespace, (0, 0))
-            found[entry.namespace] = (size + entry.bytes, count + 1)
-        return found
+        return add_up((entry.namespace, entry.bytes) for _, entry in self._scan())
 
     def verify(self) -> VerifyReport:
         """Check every file, remove the damaged ones and repair the index."""
@@ -242,7 +232,7 @@ class DiskStore:
         return VerifyReport(whole, broken, uncounted, missing)
 
     def close(self) -> None:
-        """Write the recorded uses of documents and close the index."""
+        """Write the recorded uses of documents to the index."""
         if self._index is not None:
             self._index.close()
 
@@ -261,9 +251,7 @@ class DiskStore:
             ) from error
 
     def _file(self, key: str) -> Path:
-        require_key(key)
-        namespace, rest = key.split("-", 1)
-        return self._files / namespace / rest[:2] / f"{rest}{SUFFIX}"
+        return self._files / f"{path_of(key)}{SUFFIX}"
 
     def _name(self, file: Path) -> str:
         return str(file.relative_to(self.path))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
 import re
 import shutil
-import socket
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,11 +17,7 @@ from .format import FORMAT_VERSION, SUFFIX, Buffer, write_all
 
 logger = logging.getLogger(__name__)
 
-# Seconds since the last byte of a temporary file was written, by the folder's own clock. A host name may be shared by
-# containers that cannot see each other's processes, and nothing is known of processes on other machines.
-DEAD_SECONDS = 600.0  # a file whose process does not exist on this host is removed after this time
-ORPHANED_SECONDS = 86_400.0  # a file of another host
-_TEMPORARY = re.compile(r"(?P<host>.*)~(?P<pid>\d+)~\d+~\d+")
+ABANDONED_SECONDS = 3600.0  # since the last write to a temporary file, after which its writer must have died
 _DOCUMENTS = re.compile(r"v(?P<version>\d+)-.*")
 
 
@@ -38,7 +33,6 @@ class Folder:
     def __init__(self, path: Path, mode: int, fsync: bool) -> None:
         self.path, self._mode, self._fsync = path, mode, fsync
         self._temporary = path / "tmp"
-        self._numbers = itertools.count()
 
     def open(self, subfolder: str) -> None:
         """Create the folder and ``subfolder`` in it if needed, and remove documents of an older format.
@@ -78,20 +72,14 @@ class Folder:
     def sweep(self) -> None:
         """Remove temporary files of processes that died while writing."""
         now = self._marker.stat().st_mtime  # of the last opening, so the folder's own clock is used
-        host = socket.gethostname()
-        for file in self._temporary.iterdir():
-            owner = _TEMPORARY.fullmatch(file.name)
-            if owner is None:
-                continue
+        for file in self._temporary.glob("*.part"):
             with suppress(FileNotFoundError):  # its writer has just renamed it
-                age = now - file.stat().st_mtime
-                is_dead = owner["host"] == host and not _is_alive(int(owner["pid"]))
-                if age > (DEAD_SECONDS if is_dead else ORPHANED_SECONDS):
+                if now - file.stat().st_mtime > ABANDONED_SECONDS:
                     file.unlink()
 
     def write(self, file: Path, buffers: Sequence[Buffer]) -> None:
         """Write a file under a temporary name and rename it."""
-        temporary = self._temporary / f"{socket.gethostname()}~{os.getpid()}~{id(self)}~{next(self._numbers)}"
+        temporary = self._temporary / f"{uuid.uuid4().hex}.part"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
         try:
             try:
@@ -180,16 +168,6 @@ class Folder:
 def _may_be_own(entry: Path) -> bool:
     """Return whether a store creates such an entry: another process may be opening the folder, or have died there."""
     return entry.name in ("tmp", "format.json") or entry.name.startswith((f"v{FORMAT_VERSION}-", "index.sqlite"))
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's process
-        return True
-    return True
 
 
 def _sync_folder(folder: Path) -> None:

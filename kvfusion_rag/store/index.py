@@ -84,6 +84,15 @@ def require_bytes(name: str, value: object) -> None:
         raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of bytes from 1.")
 
 
+def add_up(sizes: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
+    """Return bytes and number of documents by namespace, from the namespace and size of each document."""
+    totals: dict[str, tuple[int, int]] = {}
+    for namespace, size in sizes:
+        total, count = totals.get(namespace, (0, 0))
+        totals[namespace] = (total + size, count + 1)
+    return totals
+
+
 class Index:
     """The index of one folder, shared with other threads and processes.
 
@@ -192,13 +201,12 @@ class Index:
         return self._database.run(work, LONG_WAIT)
 
     def close(self) -> None:
-        """Write the recorded uses and close the connection."""
+        """Write the recorded uses."""
         try:
             if self._touched:
                 self._database.run(self._flush, SHORT_WAIT)
         except (OSError, sqlite3.Error):
             pass  # only the order of eviction suffers
-        self._database.close()
 
     def _fill(self, database: sqlite3.Connection) -> None:
         for statement in _TABLES:

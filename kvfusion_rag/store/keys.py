@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -50,6 +50,26 @@ def document_part(key: str) -> str:
     return key[:65]
 
 
+def path_of(key: str) -> str:
+    """Return ``namespace/xx/document-digest``, the path of a document below a folder of a store.
+
+    Raises:
+        InvalidInputError: ``key`` is not a document key.
+    """
+    require_key(key)
+    namespace, rest = key.split("-", 1)
+    return f"{namespace}/{rest[:2]}/{rest}"
+
+
+def paths_of_documents(keys: Iterable[str]) -> set[str]:
+    """Return how the paths of the documents of ``keys`` begin under every model.
+
+    Raises:
+        InvalidInputError: ``keys`` contains an invalid document key.
+    """
+    return {path_of(key)[:-64] for key in keys}
+
+
 def require_namespace(namespace: object) -> None:
     """Raise InvalidInputError if ``namespace`` is not a plain name."""
     if not isinstance(namespace, str):
@@ -69,7 +89,7 @@ def require_namespace_key(text: object) -> None:
 
 
 def require_key(key: object) -> None:
-    """Raise InvalidInputError if ``key`` cannot be a result of :func:`document_key`: file paths are built from it."""
+    """Raise InvalidInputError if ``key`` cannot be a result of :func:`document_key`."""
     if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise InvalidInputError(
             f"the document key is {key!r}, but it must be 32, 32 and 64 hex digits separated by dashes, as returned "

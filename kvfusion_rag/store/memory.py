@@ -25,15 +25,12 @@ class StoreStats:
 
     Attributes:
         entries, bytes: current contents.
-        hits, misses: lookups.
         evictions: documents removed to make room.
         rejected: documents larger than a cap.
     """
 
     entries: int
     bytes: int
-    hits: int
-    misses: int
     evictions: int
     rejected: int
 
@@ -62,7 +59,7 @@ class MemoryStore:
         self._by_namespace: defaultdict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
         self._sizes: defaultdict[str, int] = defaultdict(int)  # bytes by namespace
         self._lock = threading.Lock()
-        self._bytes = self._hits = self._misses = self._evictions = self._rejected = 0
+        self._bytes = self._evictions = self._rejected = 0
 
     def __repr__(self) -> str:
         return f"MemoryStore({len(self)} documents, {self._bytes:,} of {self.caps.max_bytes:,} bytes)"
@@ -79,11 +76,9 @@ class MemoryStore:
         with self._lock:
             document = self._entries.get(key)
             if document is None or document.token_ids != token_ids:
-                self._misses += 1
                 return None
             self._entries.move_to_end(key)
             self._by_namespace[namespace_part(key)].move_to_end(key)
-            self._hits += 1
             return document
 
     def put(self, key: str, document: DocumentKV) -> bool:
@@ -118,9 +113,7 @@ class MemoryStore:
     def stats(self) -> StoreStats:
         """Counts since the store was created."""
         with self._lock:
-            return StoreStats(
-                len(self._entries), self._bytes, self._hits, self._misses, self._evictions, self._rejected
-            )
+            return StoreStats(len(self._entries), self._bytes, self._evictions, self._rejected)
 
     def _make_room(self, size: int, namespace: str) -> None:
         """Evict the least recently used entries until ``size`` bytes fit under the caps, as in a disk store."""

@@ -28,8 +28,8 @@ from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
 from .background import StalledError, Upload, UploadQueue, call_unless_stalled, start_daemon
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
-from .index import require_bytes
-from .keys import document_part, require_key, require_namespace_key
+from .index import add_up, require_bytes
+from .keys import path_of, paths_of_documents, require_key, require_namespace_key
 from .metrics import Miss
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,6 @@ class RemoteStore:
             InvalidInputError: ``key`` is not a document key.
         """
         require_key(key)
-        began = time.monotonic()
         if self._is_paused("read") or not self._downloads.acquire(blocking=False):
             return Miss.PAUSED
         downloading: Future[bytes | Miss] = Future()
@@ -126,7 +125,7 @@ class RemoteStore:
 
         start_daemon(work)
         try:
-            return downloading.result(max(0.0, began + self._wait - time.monotonic()))
+            return downloading.result(self._wait)
         except TimeoutError:
             self._pause("read", f"takes more than {self._wait:g} s per document")
             return Miss.LATE
@@ -161,14 +160,7 @@ class RemoteStore:
             InvalidInputError: ``keys`` contains an invalid document key.
             StoreError: the store is read-only, fails or does not answer.
         """
-        for key in keys:
-            require_key(key)
-        removed = 0
-        for part in dict.fromkeys(map(document_part, keys)):
-            namespace, document = part.split("-")
-            for codec in CODECS:
-                removed += self._remove(f"{codec}/{namespace}/{document[:2]}/{document}-*")
-        return removed
+        return sum(self._remove(f"{codec}/{path}*") for path in paths_of_documents(keys) for codec in CODECS)
 
     def clear(self, namespace: str | None = None) -> int:
         """Remove all documents of a namespace, or all documents. Return the number of removed files.
@@ -196,12 +188,7 @@ class RemoteStore:
             StoreError: the store fails or does not answer.
         """
         files = self._maintain(lambda _: self._list(SUFFIX))
-        found: dict[str, tuple[int, int]] = {}
-        for path, facts in files.items():
-            namespace = path.split("/")[-3]
-            size, count = found.get(namespace, (0, 0))
-            found[namespace] = (size + facts["size"], count + 1)
-        return found
+        return add_up((path.split("/")[-3], facts["size"]) for path, facts in files.items())
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
         """Wait at most ``timeout`` seconds for unfinished uploads. Return whether all have ended."""
@@ -240,8 +227,7 @@ class RemoteStore:
         return self._opened
 
     def _path(self, key: str) -> str:
-        namespace, rest = key.split("-", 1)
-        return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{namespace}/{rest[:2]}/{rest}{SUFFIX}"
+        return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{path_of(key)}{SUFFIX}"
 
     def _download(self, key: str) -> bytes | Miss:
         try:

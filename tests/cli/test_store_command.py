@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from indexes import WordEmbedder
 
 from kvfusion_rag import DiskStore
 from kvfusion_rag.cli import main
 from kvfusion_rag.cli.options import byte_count
 from kvfusion_rag.store import namespace_key
-from tests.retrieval.test_retrieval import WordEmbedder
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexes import count_words
 from towns import MILLS, NAMES, TOWNS, WORDS, build, corpora, make_builder, rows_of, worlds
 
 from kvfusion_rag import InvalidInputError
@@ -15,7 +16,6 @@ from kvfusion_rag.data.exclusion import SHORTEST, Exclusion
 from kvfusion_rag.data.mining import text_key
 from kvfusion_rag.data.rows import Passage, QARow
 from kvfusion_rag.evaluation import answer_in_text, normalize_answer
-from tests.retrieval.test_retrieval import count_words
 
 options = st.builds(
     DataOptions,

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
+from indexes import WordEmbedder, count_words
 from towns import TOWNS, rows_of, write
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.cli import build_data, main
 from kvfusion_rag.data import check_output, write_training_rows
 from kvfusion_rag.data.rows import read_rows
-from tests.retrieval.test_retrieval import WordEmbedder, count_words
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])

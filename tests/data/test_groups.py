@@ -9,6 +9,7 @@ from itertools import groupby
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexes import count_words
 from tiny_training import engine, trainer
 from towns import TOWNS, build, corpora, worlds, write
 
@@ -20,7 +21,6 @@ from kvfusion_rag.data.rows import Passage, QARow, read_rows
 from kvfusion_rag.evaluation import answer_in_text
 from kvfusion_rag.training.examples import encode_row, group_by_documents, require_answerable
 from tests.data.test_build import assert_nothing_excluded
-from tests.retrieval.test_retrieval import count_words
 
 grouped = st.builds(
     DataOptions,

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from indexes import WordEmbedder, count_words
 from towns import TOWNS, contexts, make_builder
 
 from kvfusion_rag.data import DataBuilder, DataOptions
 from kvfusion_rag.data.mining import SORTED_FIRST, BM25Ranking, DenseRanking, MatchText, RandomRanking, _best_first
 from kvfusion_rag.data.windows import cut_around, evidence_of, find_answer, split_passage
 from kvfusion_rag.evaluation import answer_in_text
-from tests.retrieval.test_retrieval import WordEmbedder, count_words
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=SORTED_FIRST * 3))

@@ -8,6 +8,7 @@ import logging
 import pytest
 import tiny
 import torch
+from indexes import WordEmbedder
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import main
@@ -24,7 +25,6 @@ from kvfusion_rag.evaluation.modes import (
 from kvfusion_rag.home import home
 from kvfusion_rag.schema import Document
 from kvfusion_rag.text.measured import Measured
-from tests.retrieval.test_retrieval import WordEmbedder
 
 ANSWER = "Amara Osei"
 

@@ -20,18 +20,18 @@ def code_lines(path: Path) -> list[str]:
     return [line for line in lines if line.strip() and not line.startswith(("import ", "from "))]
 
 
-def test_two_lines_differ():
+def test_example_changes_two_lines():
     changes = [line for line in difflib.ndiff(code_lines(BEFORE), code_lines(AFTER)) if line[0] in "+-"]
     assert sum(line[0] == "-" for line in changes) == sum(line[0] == "+" for line in changes) == 2
 
 
-def test_exchanging_the_llm_alone_warns_with_the_remedy(caplog):
+def test_replacing_only_the_llm_logs_a_warning(caplog):
     from langchain_core.prompts import ChatPromptTemplate
 
     from langchain_kvfusion import KVFusionLLM
 
     prompt = ChatPromptTemplate.from_template("Answer from this.\n\n{context}\n\nQuestion: {question}")
-    llm = KVFusionLLM(generator=tiny.generator(prompt_template=None))
+    llm = KVFusionLLM(generator=tiny.generator(prompt_template=None), max_tokens=1)
     for _ in range(2):
         caplog.clear()
         (prompt | llm).invoke({"context": "joined text", "question": "who?"})
@@ -41,8 +41,9 @@ def test_exchanging_the_llm_alone_warns_with_the_remedy(caplog):
     assert "KVFusionPrompt" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.default_model
-def test_the_changed_chain_answers_the_example_questions():
+def test_changed_chain_answers_the_example_questions():
     names = runpy.run_path(str(AFTER))
     names["llm"].max_tokens = 32  # the chain has this very model
     chain = names["chain"]

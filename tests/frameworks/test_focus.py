@@ -93,7 +93,7 @@ def test_langchain_chat(langchain, focused):
 
 
 @pytest.mark.parametrize("name", ["KVFusionLLM", "ChatKVFusion"])
-def test_langchain_shows_the_documents_that_are_kept(langchain, focused, name):
+def test_langchain_show_prompt_has_the_kept_documents(langchain, focused, name):
     gen, found = focused
     model = getattr(langchain, name)(generator=gen, focus=3)
 
@@ -112,7 +112,7 @@ def test_langchain_shows_the_documents_that_are_kept(langchain, focused, name):
 
 @pytest.mark.parametrize("name", ["KVFusionLLM", "ChatKVFusion"])
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2", "all"])
-def test_langchain_refuses_a_wrong_number(langchain, focused, name, wrong):
+def test_langchain_rejects_an_invalid_focus(langchain, focused, name, wrong):
     gen, _ = focused
     with pytest.raises(ValueError, match="focus"):
         getattr(langchain, name)(generator=gen, focus=wrong)
@@ -129,7 +129,7 @@ class FocusEcho(RecordingGenerator):
 
 
 @pytest.mark.parametrize("name", ["KVFusionLLM", "ChatKVFusion"])
-def test_langchain_never_reuses_an_answer_of_another_number_or_other_scores(langchain, name):
+def test_langchain_cache_distinguishes_focus_and_scores(langchain, name):
     from langchain_core.caches import InMemoryCache
 
     fake, cache = FocusEcho(), InMemoryCache()
@@ -148,7 +148,7 @@ def test_langchain_never_reuses_an_answer_of_another_number_or_other_scores(lang
     assert len(fake.calls) == computed
 
 
-def test_langchain_identifies_a_model_by_its_number(langchain):
+def test_langchain_identity_contains_focus(langchain):
     llms = [langchain.KVFusionLLM(generator=RecordingGenerator(), focus=focus) for focus in ("auto", None, 1)]
     assert [llm._identifying_params["focus"] for llm in llms] == ["auto", None, 1]
 
@@ -170,7 +170,7 @@ def test_langchain_identifies_a_model_by_its_number(langchain):
         ({}, None),
     ],
 )
-def test_langchain_documents_bring_their_score(langchain, metadata, score):
+def test_langchain_documents_keep_their_score(langchain, metadata, score):
     from langchain_core.documents import Document as LangChainDocument
 
     from langchain_kvfusion.documents import to_document
@@ -181,14 +181,14 @@ def test_langchain_documents_bring_their_score(langchain, metadata, score):
     assert to_document({"text": "text", "metadata": metadata}).score == score
 
 
-def test_langchain_mappings_have_a_score(langchain):
+def test_langchain_mappings_keep_their_score(langchain):
     from langchain_kvfusion.documents import to_document
 
     assert to_document({"text": "a", "score": 1, "page": 3}) == Document("a", metadata={"page": 3}, score=1.0)
     assert to_document({"text": "a", "score": "high"}) == Document("a", metadata={"score": "high"})
 
 
-def test_langchain_scores_reach_the_generator_by_every_way(langchain):
+def test_langchain_scores_reach_the_generator(langchain):
     from langchain_core.documents import Document as LangChainDocument
     from langchain_core.prompts import PromptTemplate, format_document
 
@@ -206,7 +206,7 @@ def test_langchain_scores_reach_the_generator_by_every_way(langchain):
         assert [[d.score for d in call.documents] for call in fake.calls] == [[0.5, 1.5]] * 3, name
 
 
-def test_langchain_retrievers_scores_reach_a_captured_chain(langchain):
+def test_langchain_scores_reach_a_captured_chain(langchain):
     from langchain_core.documents import Document as LangChainDocument
     from langchain_core.prompts import PromptTemplate
     from langchain_core.retrievers import BaseRetriever
@@ -263,7 +263,7 @@ def test_llama_index_llm(llama_index, focused):
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5, True, "2"])
-def test_llama_index_refuses_a_wrong_number(llama_index, focused, wrong):
+def test_llama_index_rejects_an_invalid_focus(llama_index, focused, wrong):
     gen, _ = focused
     with pytest.raises(ValueError, match="focus"):
         llama_index.KVFusionLlamaIndexLLM(gen, focus=wrong)

@@ -3,7 +3,7 @@
 import gc
 import random
 
-from tiny import VOCABULARY
+from tiny import WORDS
 
 from kvfusion_rag import Document
 from kvfusion_rag.engine.modes import AnswerMode, PlacedDocument
@@ -16,7 +16,7 @@ from kvfusion_rag.text.layouts import FixedLayout
 
 def documents(rng: random.Random, count: int) -> list[Document]:
     """Return ``count`` documents of 5 to 30 random words."""
-    return [Document(" ".join(rng.choices(VOCABULARY, k=rng.randint(5, 30)))) for _ in range(count)]
+    return [Document(" ".join(rng.choices(WORDS.split(), k=rng.randint(5, 30)))) for _ in range(count)]
 
 
 def request(keys: str, question_tokens: int = 4, size: int = 10) -> Request:

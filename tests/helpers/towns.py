@@ -6,11 +6,11 @@ import gzip
 from pathlib import Path
 
 from hypothesis import strategies as st
+from indexes import WordEmbedder, count_words
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.data import DataBuilder, DataOptions, Example
 from kvfusion_rag.data.rows import Passage, QARow
-from tests.retrieval.test_retrieval import WordEmbedder, count_words
 
 # Few words, so that answers are in many contexts
 

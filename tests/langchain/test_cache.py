@@ -49,7 +49,7 @@ PAIRS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-async def test_other_documents_or_options_get_an_answer_of_their_own(cached, is_async, first, second):
+async def test_different_documents_or_options_are_not_served_from_the_cache(cached, is_async, first, second):
     fake = EchoGenerator()
     llm = KVFusionLLM(generator=fake, **cached)
     for _ in range(2):
@@ -60,7 +60,7 @@ async def test_other_documents_or_options_get_an_answer_of_their_own(cached, is_
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_prompts_of_one_text_are_told_apart_by_their_documents_and_question(cached, is_async):
+async def test_prompts_with_equal_text_differ_by_documents_and_question(cached, is_async):
     fake = EchoGenerator()
     chain = KVFusionPrompt.from_template("{context} {question} {other}") | KVFusionLLM(generator=fake, **cached)
     inputs = [
@@ -76,7 +76,7 @@ async def test_prompts_of_one_text_are_told_apart_by_their_documents_and_questio
     assert len(fake.calls) == len(inputs)  # what was answered alone is found in a batch
 
 
-def test_prompts_of_one_text_are_told_apart_by_the_documents_place(cached):
+def test_prompts_with_equal_text_differ_by_the_place_of_documents(cached):
     fake = EchoGenerator()
     llm = KVFusionLLM(generator=fake, **cached)
     for template in ("{context}x{question}", "x{context}{question}"):
@@ -85,7 +85,7 @@ def test_prompts_of_one_text_are_told_apart_by_the_documents_place(cached):
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_a_batch_computes_what_is_new_only(cached, is_async):
+async def test_batch_computes_only_answers_that_are_not_cached(cached, is_async):
     fake = EchoGenerator()
     llm = KVFusionLLM(generator=fake, **cached)
     await ask(llm, is_async, "q", documents=["a"])
@@ -95,7 +95,7 @@ async def test_a_batch_computes_what_is_new_only(cached, is_async):
     assert [call.texts for call in fake.calls] == [["a"], ["b"], ["b", "c"]]
 
 
-async def test_streams_never_show_the_answer_to_other_documents(cached):
+async def test_streams_do_not_use_answers_for_other_documents(cached):
     fake = EchoGenerator()
     llm = KVFusionLLM(generator=fake, **cached)
     llm.invoke("q", documents=["a"])
@@ -104,7 +104,7 @@ async def test_streams_never_show_the_answer_to_other_documents(cached):
     assert llm.invoke("q", documents=["a"]) == "q <- a at 0.0"
 
 
-def test_other_settings_of_the_model_get_an_answer_of_their_own(cached):
+def test_different_model_settings_are_not_served_from_the_cache(cached):
     fake = EchoGenerator()
     for temperature in (0.0, 0.5):
         KVFusionLLM(generator=fake, temperature=temperature, **cached).invoke("q")
@@ -112,14 +112,14 @@ def test_other_settings_of_the_model_get_an_answer_of_their_own(cached):
     assert len(fake.calls) == 3
 
 
-def test_a_reused_answer_keeps_its_sources(cached):
+def test_cached_answer_has_its_sources(cached):
     llm = KVFusionLLM(generator=EchoGenerator(), **cached)
     first, second = (llm.generate(["q"], documents=["a"]).generations[0][0] for _ in range(2))
     assert second.generation_info == first.generation_info
     assert (second.generation_info or {})["sources"][0]["tokens"] == 1
 
 
-def test_a_model_can_stay_out_of_the_global_cache(cached):
+def test_cache_false_disables_the_global_cache(cached):
     fake = EchoGenerator()
     llm = KVFusionLLM(generator=fake, cache=False)
     llm.invoke("q")
@@ -127,7 +127,7 @@ def test_a_model_can_stay_out_of_the_global_cache(cached):
     assert len(fake.calls) == 2
 
 
-def test_its_own_cache_leaves_the_global_one_alone():
+def test_own_cache_replaces_the_global_one():
     everyone = InMemoryCache()
     set_llm_cache(everyone)
     KVFusionLLM(generator=EchoGenerator(), cache=InMemoryCache()).invoke("q")
@@ -135,7 +135,7 @@ def test_its_own_cache_leaves_the_global_one_alone():
     assert not everyone._cache
 
 
-def test_a_cache_that_is_asked_for_must_exist():
+def test_cache_true_needs_a_global_cache():
     with pytest.raises(ValueError, match="cache"):
         KVFusionLLM(generator=EchoGenerator(), cache=True).invoke("q")
 
@@ -151,7 +151,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 @pytest.mark.parametrize("kind", [KVFusionLLM, ChatKVFusion])
 @pytest.mark.parametrize(("first", "second"), FIELDS)
-async def test_a_calls_none_does_not_hide_what_is_set_on_the_model(kind, first, second):
+async def test_none_in_a_call_does_not_hide_model_settings_in_the_cache_key(kind, first, second):
     fake, cache = EchoGenerator(), InMemoryCache()
     for fields in (first, second) * 2:
         model = kind(generator=fake, cache=cache, **fields)

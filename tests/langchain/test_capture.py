@@ -17,7 +17,7 @@ pytest.importorskip("langgraph")
 
 from conversation_fakes import ChatRecorder, turns
 from fakes import EchoGenerator
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document as LangChainDocument
@@ -29,7 +29,7 @@ from langchain_routes import PROMPT, ROUTES, SHELF, Route, Shelf, format_docs, l
 from kvfusion_rag import InvalidInputError
 from langchain_kvfusion import ChatKVFusion, KVFusionLLM, enable_document_capture
 from langchain_kvfusion.framing import Extraction
-from langchain_kvfusion.matching import SHORTEST, cut_out
+from langchain_kvfusion.matching import MIN_CHARACTERS, cut_out
 
 QUESTION = "Who grinds flour?"
 MODELS = pytest.mark.parametrize("make", [KVFusionLLM, ChatKVFusion])
@@ -44,7 +44,7 @@ def with_retriever(retriever: Any, llm: Any) -> Any:
 
 @MODELS
 @pytest.mark.parametrize("route", [route for route in ROUTES if not route.chat_only], ids=lambda route: route.name)
-async def test_unchanged_chains_keep_their_documents_apart(route: Route, make: Any):
+async def test_capture_separates_documents_of_unchanged_chains(route: Route, make: Any):
     fake = ChatRecorder()
     chain = route.before(make(generator=fake))
     with enable_document_capture():
@@ -64,7 +64,7 @@ async def test_unchanged_chains_keep_their_documents_apart(route: Route, make: A
 
 
 @MODELS
-def test_a_batch_finds_each_questions_own_documents(make):
+def test_capture_separates_documents_of_each_question_in_a_batch(make):
     class Named(Shelf):
         def _get_relevant_documents(self, query: str, **kwargs: Any) -> list[LangChainDocument]:
             return [LangChainDocument(SHELF[query], id=query)]
@@ -76,7 +76,7 @@ def test_a_batch_finds_each_questions_own_documents(make):
 
 
 @MODELS
-def test_retrievers_and_models_that_are_called_by_themselves(make):
+def test_capture_works_without_a_chain(make):
     fake = ChatRecorder()
     with enable_document_capture():
         context = format_docs(Shelf().invoke(QUESTION))
@@ -85,7 +85,7 @@ def test_retrievers_and_models_that_are_called_by_themselves(make):
 
 
 @MODELS
-def test_what_another_run_found_is_no_document_of_this_one(make):
+def test_documents_of_other_runs_are_not_captured(make):
     fake = ChatRecorder()
     with enable_document_capture():
         lcel(make(generator=fake)).invoke(QUESTION)
@@ -95,7 +95,7 @@ def test_what_another_run_found_is_no_document_of_this_one(make):
 
 
 @MODELS
-def test_threads_and_tasks_without_a_capture_are_untouched(make):
+def test_other_threads_are_not_captured(make):
     fake = ChatRecorder()
     with enable_document_capture():
         stranger = threading.Thread(target=lambda: lcel(make(generator=fake)).invoke(QUESTION))
@@ -104,7 +104,7 @@ def test_threads_and_tasks_without_a_capture_are_untouched(make):
     assert not fake.calls[0].documents
 
 
-async def test_captures_of_two_tasks_do_not_mix():
+async def test_captures_of_two_tasks_are_separate():
     fake = EchoGenerator()
 
     async def serve(name: str) -> Any:
@@ -119,7 +119,7 @@ async def test_captures_of_two_tasks_do_not_mix():
     assert second.text == f"Is it so? {SHELF['lamp']} <- {SHELF['doves']} at 0.0"
 
 
-async def test_tasks_that_outlive_a_capture_join_again():
+async def test_task_that_outlives_a_capture_joins_its_documents():
     fake = ChatRecorder()
     go = asyncio.Event()
 
@@ -135,11 +135,11 @@ async def test_tasks_that_outlive_a_capture_join_again():
     assert not fake.calls[0].documents
 
 
-async def test_a_capture_is_closed_where_it_was_opened():
+async def test_capture_must_be_closed_by_its_own_task():
     capture = enable_document_capture()
 
     async def elsewhere() -> None:
-        with pytest.raises(InvalidInputError, match="did not open it"):
+        with pytest.raises(InvalidInputError, match="did not open"):
             capture.close()
 
     await asyncio.create_task(elsewhere())
@@ -148,7 +148,7 @@ async def test_a_capture_is_closed_where_it_was_opened():
 
 
 @MODELS
-def test_what_is_remembered_is_bounded_and_the_oldest_leave(make):
+def test_number_of_captured_documents_is_limited(make):
     fake = ChatRecorder()
     with enable_document_capture(most_documents=1):
         lcel(make(generator=fake)).invoke(QUESTION)
@@ -157,7 +157,7 @@ def test_what_is_remembered_is_bounded_and_the_oldest_leave(make):
         enable_document_capture(0)
 
 
-def test_nothing_is_kept_after_a_run():
+def test_documents_are_dropped_after_a_run():
     with enable_document_capture() as capture:
         for _ in range(3):
             lcel(ChatKVFusion(generator=ChatRecorder())).invoke(QUESTION)
@@ -165,7 +165,7 @@ def test_nothing_is_kept_after_a_run():
 
 
 @MODELS
-def test_documents_that_come_another_way_are_the_only_ones(make):
+def test_explicit_documents_replace_captured_ones(make):
     fake = ChatRecorder()
     with enable_document_capture():
         context = format_docs(Shelf().invoke(QUESTION))
@@ -174,7 +174,7 @@ def test_documents_that_come_another_way_are_the_only_ones(make):
 
 
 @MODELS
-def test_the_response_cache_tells_splits_of_one_text_apart(make):
+def test_cache_distinguishes_documents_with_equal_joined_text(make):
     fake = ChatRecorder()
     one, two = (
         "The lamp was lit in 1874.\n\nThe mill grinds flour.",
@@ -195,7 +195,7 @@ def test_the_response_cache_tells_splits_of_one_text_apart(make):
     assert [call.texts for call in fake.calls] == [[one], two]
 
 
-def test_a_model_that_quotes_a_document_is_still_quoted():
+def test_document_in_an_ai_message_is_not_removed():
     fake = ChatRecorder()
     with enable_document_capture():
         context = format_docs(Shelf(names=["lamp"]).invoke(QUESTION))
@@ -207,7 +207,8 @@ def test_a_model_that_quotes_a_document_is_still_quoted():
     assert SHELF["lamp"] in str(fake.calls[0].prompt)
 
 
-def test_importing_changes_nothing():
+@pytest.mark.slow
+def test_import_registers_no_hook():
     code = (
         "import langchain_core.callbacks.manager, langchain_core.tracers.context as c; "
         "before = len(c._configure_hooks); "
@@ -224,8 +225,9 @@ def test_importing_changes_nothing():
 pieces = st.text("ab \n", min_size=0, max_size=40)
 
 
+@settings(max_examples=50)
 @given(st.lists(pieces, max_size=4), st.lists(st.one_of(pieces, st.integers(0, 3)), max_size=8))
-def test_only_retrieved_texts_are_cut_out_and_no_word_is_lost(found, parts):
+def test_only_retrieved_texts_are_removed(found, parts):
     text = " ".join(part if isinstance(part, str) else (found[part] if part < len(found) else "") for part in parts)
     cut = cut_out(text, [LangChainDocument(each) for each in found])
     shown = {each for text in found for each in (text, text.strip())}
@@ -237,13 +239,14 @@ def test_only_retrieved_texts_are_cut_out_and_no_word_is_lost(found, parts):
         assert (cut.text, cut.place) == (text, None)
 
 
-words = st.text("ab", min_size=SHORTEST, max_size=20)
+words = st.text("ab", min_size=MIN_CHARACTERS, max_size=20)
 margins = st.sampled_from(["", " ", "\n"])
 documents = st.lists(st.builds("{}{}{}".format, margins, words, margins), min_size=1, max_size=5, unique_by=str.strip)
 
 
+@settings(max_examples=50)
 @given(documents, st.sampled_from(["\n\n", "\n---\n", " | ", "\n\nDocument: "]), st.booleans())
-def test_the_place_and_the_separator_give_the_prompt_back(texts, separator, strips):
+def test_place_and_separator_reproduce_the_prompt(texts, separator, strips):
     shown = [text.strip() for text in texts] if strips else texts
     text = f"Use this.\n\nDocument: {separator.join(shown)}\n\nQuestion: who?"
     cut = cut_out(text, [LangChainDocument(text) for text in texts])
@@ -262,7 +265,7 @@ def test_the_place_and_the_separator_give_the_prompt_back(texts, separator, stri
         ("{0}\n\n{1}\n\nIs it true? {0}", "{documents}\n\nIs it true?", 2),
     ],
 )
-def test_documents_that_no_place_gives_back_stand_where_the_first_stood(prompt, left, number):
+def test_labelled_documents_are_placed_at_the_first_one(prompt, left, number):
     texts = [SHELF["mill"], SHELF["lamp"], SHELF["doves"]]
     cut = cut_out(prompt.format(*texts), [LangChainDocument(text) for text in texts])
     assert cut.place is not None and cut.place.separator == "\n\n"
@@ -270,19 +273,19 @@ def test_documents_that_no_place_gives_back_stand_where_the_first_stood(prompt, 
     assert [document.text for document in cut.documents] == texts[:number]
 
 
-def test_longer_documents_first_and_no_place_twice():
+def test_longer_documents_are_matched_first():
     short, long = "doves sleep on the roof", "Two doves sleep on the roof."
     cut = cut_out(f"Context: {long}\n\nQuestion: who?", [LangChainDocument(short), LangChainDocument(long)])
     assert ([d.text for d in cut.documents], cut.text) == ([long], "Context: \n\nQuestion: who?")
 
 
 @pytest.mark.parametrize("text", ["too short", "in the midst of words"])
-def test_chance_finds_stay_where_they_are(text):
+def test_short_texts_and_parts_of_words_are_not_removed(text):
     prompt = f"x{text}y, {text[:9]}"
     assert cut_out(prompt, [LangChainDocument(text)]) == Extraction(prompt)
 
 
-def test_a_cache_knows_documents_that_were_retrieved_outside_of_the_chain():
+def test_cache_considers_documents_retrieved_outside_the_chain():
     fake, cache = EchoGenerator(), InMemoryCache()
     text = SHELF["mill"]
     chain = RunnableLambda(lambda found: f"{found[0].page_content}\n\nQuestion: Who?") | ChatKVFusion(

@@ -119,7 +119,7 @@ PLACED = {  # the prompts that show where the documents stand; the others are ba
 
 
 @pytest.mark.parametrize("route", ROUTES)
-async def test_documents_arrive_apart_and_are_read_nowhere_else(route):
+async def test_documents_from_every_source_are_separated(route):
     given, options = ROUTES[route]
     fake = ChatRecorder()
     assert set(await every_way(chat(fake), given, **options)) == {"in lima"}
@@ -134,7 +134,7 @@ async def test_documents_arrive_apart_and_are_read_nowhere_else(route):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-async def test_generate_takes_documents_too(streaming):
+async def test_generate_accepts_documents(streaming):
     fake = ChatRecorder()
     model = chat(fake, streaming=streaming)
     model.generate([[HumanMessage("p")], [HumanMessage("q")]], documents=[["x"], ["y", "z"]])
@@ -144,7 +144,7 @@ async def test_generate_takes_documents_too(streaming):
     assert {call.method for call in fake.calls} == {"stream" if streaming else "answer_batch"}
 
 
-async def test_a_list_of_lists_gives_each_input_of_a_batch_its_own():
+async def test_nested_documents_belong_to_the_inputs_of_a_batch():
     model = chat(EchoGenerator())
     expected = ["p <- a at 0.0", "q <- b + c at 0.0"]
     nested = {"documents": [["a"], ["b", "c"]]}
@@ -152,7 +152,7 @@ async def test_a_list_of_lists_gives_each_input_of_a_batch_its_own():
     assert [answer.text for answer in await model.abatch(["p", "q"], **nested)] == expected
     assert [answer.text for answer in model.bind(**nested).batch(["p", "q"])] == expected
     assert [answer.text for answer in model.batch(["p", "q"], documents=["d"])] == ["p <- d at 0.0", "q <- d at 0.0"]
-    with pytest.raises(InvalidInputError, match="one list for each"):
+    with pytest.raises(InvalidInputError, match="one list per prompt"):
         model.batch(["p", "q"], documents=[["a"]])
     failed = model.batch(["p", "q"], documents=[["a"]], return_exceptions=True)
     failed += await model.abatch(["p", "q"], documents=[["a"]], return_exceptions=True)
@@ -172,7 +172,7 @@ CARRYING = HumanMessage("Who?", additional_kwargs={"documents": ["z"]})
         (ROUTES["KVFusionPrompt"][0], {"documents": ["x"]}),
     ],
 )
-async def test_documents_in_two_places_are_refused_by_one_sentence(given, options):
+async def test_documents_in_two_places_are_rejected(given, options):
     fake = ChatRecorder()
     for call in (chat(fake).invoke, lambda *a, **k: list(chat(fake).stream(*a, **k))):
         with pytest.raises(InvalidInputError, match="one way only") as raised:
@@ -183,7 +183,7 @@ async def test_documents_in_two_places_are_refused_by_one_sentence(given, option
     assert not fake.calls
 
 
-def test_searches_of_earlier_turns_stay_readable_and_repeated_ids_are_told_apart():
+def test_documents_of_earlier_turns_are_kept_with_distinct_ids():
     fake = ChatRecorder()
     search = [SEARCH, ToolMessage("x", artifact=FOUND[:1], tool_call_id="1")]
     chat(fake).invoke([HumanMessage("Who?"), *search, AIMessage("Ada"), HumanMessage("When?"), *search])
@@ -195,7 +195,7 @@ def test_searches_of_earlier_turns_stay_readable_and_repeated_ids_are_told_apart
 # Turns
 
 
-def test_messages_become_turns():
+def test_roles_of_messages():
     fake = ChatRecorder()
     chat(fake).invoke(
         [
@@ -221,7 +221,7 @@ def test_messages_become_turns():
 
 
 @pytest.mark.parametrize("artifact", [None, "raw", [], ["text"], {"documents": []}])
-def test_a_tools_result_without_documents_is_told_by_the_user(artifact):
+def test_tool_result_without_documents_becomes_a_user_message(artifact):
     fake = ChatRecorder()
     chat(fake).invoke(
         [HumanMessage("How warm?"), SEARCH, ToolMessage("20 degrees", artifact=artifact, tool_call_id="1")]
@@ -230,7 +230,7 @@ def test_a_tools_result_without_documents_is_told_by_the_user(artifact):
     assert (fake.calls[0].question, fake.calls[0].documents) == ("How warm?", [])
 
 
-def test_a_prompts_question_variable_is_the_question():
+def test_question_variable_is_the_question():
     fake = ChatRecorder()
     inner = ChatPromptTemplate.from_messages([("system", "Rules."), ("human", "{context} Tell {name}: {question}")])
     chain = KVFusionPrompt.from_prompt(inner) | chat(fake)
@@ -239,7 +239,7 @@ def test_a_prompts_question_variable_is_the_question():
     assert (fake.calls[0].texts, fake.calls[0].question) == (["x", "y"], "Who?")
 
 
-def test_a_question_may_stand_in_the_system_message():
+def test_question_may_be_in_the_system_message():
     fake = ChatRecorder()
     inner = ChatPromptTemplate.from_messages([("system", "Question: {question}"), ("human", "{context}")])
     (KVFusionPrompt.from_prompt(inner) | chat(fake)).invoke({"context": FOUND, "question": "Who?"})
@@ -249,7 +249,7 @@ def test_a_question_may_stand_in_the_system_message():
         assert (turns(call), call.question) == ([("system", "Question: Who?"), ("user", "{documents}")], "Who?")
 
 
-def test_a_framed_human_message_is_a_template_whose_question_is_found():
+def test_question_is_found_in_a_framed_human_message():
     fake = ChatRecorder()
     prompt = PromptTemplate.from_template(HUMAN).format(context=FRAMES, question="Who?")
     chat(fake).invoke(prompt)
@@ -257,7 +257,7 @@ def test_a_framed_human_message_is_a_template_whose_question_is_found():
     assert (fake.calls[0].texts, fake.calls[0].question) == (["x", "y"], "Who?")
 
 
-def test_white_space_is_untouched_and_the_documents_place_is_plain_data():
+def test_white_space_is_kept_and_the_place_is_plain_data():
     recorder, fake = Recorder(), ChatRecorder()
     inner = ChatPromptTemplate.from_messages([("system", " Rules:\n {context} \n"), ("human", "\n{question} ")])
     (KVFusionPrompt.from_prompt(inner) | chat(fake, callbacks=[recorder])).invoke(
@@ -271,7 +271,7 @@ def test_white_space_is_untouched_and_the_documents_place_is_plain_data():
     assert fake.calls[1].prompt == fake.calls[0].prompt
 
 
-def test_a_caller_may_say_where_documents_of_the_call_stand():
+def test_caller_can_set_the_place_of_documents():
     fake = ChatRecorder()
     system = SystemMessage("Read:\n\nBe brief.", additional_kwargs={"documents_place": {"offset": 6}})
     chat(fake).invoke([system, HumanMessage("Who?")], documents=FOUND)
@@ -279,12 +279,12 @@ def test_a_caller_may_say_where_documents_of_the_call_stand():
 
 
 @pytest.mark.parametrize("place", ["here", {}, {"offset": "6"}, {"offset": 6, "size": 1}, 6])
-def test_a_place_that_is_not_one_is_refused(place):
+def test_invalid_place_is_rejected(place):
     with pytest.raises(InvalidInputError, match="documents_place"):
         chat().invoke([HumanMessage("Who?", additional_kwargs={"documents_place": place})])
 
 
-def test_documents_in_several_messages_stand_where_the_first_ones_stood():
+def test_documents_of_several_messages_are_placed_at_the_first():
     fake = ChatRecorder()
     first, second = FRAMES.split("\n\n")
     chat(fake).invoke([SystemMessage(f"A\n{first}\nB"), HumanMessage(f"C\n\n{second}\n\nQuestion: Who?")])
@@ -295,29 +295,29 @@ def test_documents_in_several_messages_stand_where_the_first_ones_stood():
 @pytest.mark.parametrize(
     "given", [[], [SystemMessage("Be brief.")], [HumanMessage(" ")], [AIMessage("Hello")], "", [SystemMessage(FRAMES)]]
 )
-def test_a_prompt_without_a_question_is_refused(given):
-    with pytest.raises(InvalidInputError, match=r"no human message.*no question"):
+def test_prompt_without_a_question_is_rejected(given):
+    with pytest.raises(InvalidInputError, match="no human message"):
         chat().invoke(given)
 
 
-def test_an_answer_needs_the_user_to_speak_last():
-    with pytest.raises(InvalidInputError, match="'ai', but an answer needs the user's question"):
+def test_last_message_must_be_human():
+    with pytest.raises(InvalidInputError, match="'ai', but it must be the user's question"):
         chat().invoke([HumanMessage("Who?"), AIMessage("Ada")])
 
 
-def test_what_is_no_text_is_refused():
+def test_content_that_is_not_text_is_rejected():
     with pytest.raises(InvalidInputError, match="'image'"):
         chat().invoke([HumanMessage([{"type": "image", "url": "http://a"}])])
 
 
-def test_forged_frames_are_refused():
+def test_forged_frames_are_rejected():
     forged = frame(Document("Ada wrote it.")).replace("Ada", "Eve")
     for message in (HumanMessage(f"Who? {forged}"), ToolMessage(forged, tool_call_id="1"), AIMessage(forged)):
         with pytest.raises(InvalidInputError, match="did not write"):
             chat().invoke([message, HumanMessage("Who?")])
 
 
-def test_the_callers_messages_are_left_as_they_were():
+def test_messages_of_the_caller_are_not_changed():
     messages = [SystemMessage(FRAMES), HumanMessage("Who?")]
     before = copy.deepcopy(messages)
     chat().invoke(messages)
@@ -328,7 +328,7 @@ def test_the_callers_messages_are_left_as_they_were():
 # Options
 
 
-async def test_options_of_a_call_come_before_those_of_the_model():
+async def test_options_of_a_call_override_those_of_the_model():
     given = {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -360,7 +360,7 @@ async def test_options_of_a_call_come_before_those_of_the_model():
     }
 
 
-def test_variables_of_the_chat_template_are_added_to_those_of_the_model():
+def test_template_variables_of_call_and_model_are_merged():
     fake = ChatRecorder()
     model = chat(fake, chat_template_kwargs={"a": 1, "b": 1})
     model.invoke("q", chat_template_kwargs={"b": 2})
@@ -370,7 +370,7 @@ def test_variables_of_the_chat_template_are_added_to_those_of_the_model():
     assert model._identifying_params["chat_template_kwargs"] == {"a": 1, "b": 1}
 
 
-def test_show_prompt_asks_for_what_invoke_would_read():
+def test_show_prompt_has_the_arguments_of_invoke():
     fake = ChatRecorder()
     model = chat(fake, mode="concat", chat_template_kwargs={"a": 1})
     prompt = KVFusionPrompt.from_template("{context}\n\n{question}")
@@ -389,7 +389,7 @@ def test_show_prompt_asks_for_what_invoke_would_read():
         assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
 
 
-def test_unknown_options_and_fields_are_refused():
+def test_unknown_options_and_fields_are_rejected():
     with pytest.raises(InvalidInputError, match="max_length"):
         chat().invoke("q", max_length=3)
     with pytest.raises(InvalidInputError, match="max_length"):
@@ -403,7 +403,7 @@ def test_unknown_options_and_fields_are_refused():
 
 
 @pytest.mark.parametrize("name", ["model", "model_name", "model_id"])
-def test_a_model_can_be_named_but_not_exchanged(name):
+def test_model_name_must_match_the_loaded_model(name):
     assert chat(**{name: "fake/model"}).model_name == "fake/model"
     with pytest.raises(InvalidInputError, match="other/model"):
         chat(**{name: "other/model"})
@@ -412,20 +412,20 @@ def test_a_model_can_be_named_but_not_exchanged(name):
         chat().invoke("q", model="other/model")
 
 
-def test_settings_can_be_made_configurable():
+def test_settings_are_configurable():
     fake = ChatRecorder()
     model = chat(fake).configurable_fields(temperature=ConfigurableField(id="t"))
     model.with_config(configurable={"t": 0.7}).invoke("q")
     assert fake.calls[0].options["temperature"] == 0.7
 
 
-def test_strict_refuses_prompts_without_documents():
+def test_strict_rejects_prompts_without_documents():
     assert chat(strict=True).invoke("q", documents=["x"]).text == "in lima"
     with pytest.raises(InvalidInputError, match="ChatKVFusion is strict"):
         chat(strict=True).invoke("q")
 
 
-def test_a_model_for_bare_questions_warns_of_a_joined_context(caplog):
+def test_model_for_bare_questions_warns_about_a_joined_prompt(caplog):
     fake = ChatRecorder(follows_instructions=False)
     chat(fake).invoke("q", documents=["x"])
     assert not caplog.text
@@ -433,7 +433,7 @@ def test_a_model_for_bare_questions_warns_of_a_joined_context(caplog):
     assert "KVFusionPrompt.from_prompt" in caplog.text
 
 
-def test_tools_and_schemas_are_refused_with_what_to_do_instead():
+def test_tools_and_schemas_are_rejected_with_an_alternative():
     with pytest.raises(UnsupportedFeatureError, match="content_and_artifact"):
         chat().bind_tools([lambda x: x])
     with pytest.raises(UnsupportedFeatureError, match="output parser"):
@@ -452,7 +452,7 @@ def test_tools_and_schemas_are_refused_with_what_to_do_instead():
 # Results
 
 
-async def test_messages_say_what_was_read_and_what_it_cost():
+async def test_messages_contain_sources_and_token_counts():
     documents = [Document("born In Lima", "a", "T"), Document("born In Lima", "b")]
     model = chat()
     streamed = list(model.stream("Where?", documents=documents))
@@ -485,7 +485,7 @@ async def test_messages_say_what_was_read_and_what_it_cost():
         json.dumps(said)
 
 
-async def test_pieces_reach_callbacks_and_events():
+async def test_callbacks_and_events_receive_pieces():
     recorder = Recorder()
     model = chat(callbacks=[recorder])
     assert [piece.text for piece in model.stream("q")] == recorder.tokens == ["in", " lima", ""]
@@ -498,7 +498,7 @@ async def test_pieces_reach_callbacks_and_events():
     assert fresh.tokens == ["in", " lima", ""]
 
 
-async def test_traces_show_documents_in_the_messages_only():
+async def test_traces_show_documents_only_in_messages():
     recorder = Recorder()
     model = chat(callbacks=[recorder], temperature=0.5)
     model.invoke("q", documents=FOUND, temperature=0.1, stop=["."])
@@ -514,7 +514,7 @@ async def test_traces_show_documents_in_the_messages_only():
         json.dumps(prompts[0][0].additional_kwargs)
 
 
-def test_langsmith_parameters_name_the_model():
+def test_langsmith_parameters():
     model = chat(max_tokens=7, temperature=0.5, stop=["."])
     assert model._get_ls_params() == {
         "ls_provider": "kvfusion",
@@ -528,19 +528,19 @@ def test_langsmith_parameters_name_the_model():
     assert "ls_max_tokens" not in chat()._get_ls_params()
 
 
-def test_identifying_parameters_name_all_that_changes_an_answer():
+def test_identifying_parameters_contain_everything_that_affects_an_answer():
     params = chat()._identifying_params
     assert params["generator"] == ChatRecorder().identity()
     assert {"temperature", "max_tokens", "top_p", "top_k", "seed", "mode", "stop"} <= set(params)
     json.dumps(params)
 
 
-def test_token_ids_are_the_generators():
+def test_token_ids_come_from_the_generator():
     assert chat().get_token_ids("one three five") == [3, 5, 4]
     assert chat().get_num_tokens_from_messages([HumanMessage("one three")]) == 3  # "Human: one three"
 
 
-def test_the_generator_is_shown_nowhere_and_pickles_to_nothing():
+def test_generator_is_never_serialized():
     model = chat(ChatRecorder(pieces=("hidden words",)))
     for text in (repr(model), dumps(model), model.model_dump_json(), repr(model._serialized), repr(model.asdict())):
         assert "hidden words" not in text and "ChatRecorder" not in text
@@ -578,7 +578,7 @@ PAIRS: list[tuple[Any, Any]] = [
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-async def test_other_documents_or_options_get_an_answer_of_their_own(first, second, is_async):
+async def test_different_documents_or_options_are_not_served_from_the_cache(first, second, is_async):
     fake = EchoGenerator()
     model = chat(fake, cache=InMemoryCache())
     for _ in range(2):
@@ -588,7 +588,7 @@ async def test_other_documents_or_options_get_an_answer_of_their_own(first, seco
     assert len(fake.calls) == 2
 
 
-def test_frames_of_one_text_have_one_key_in_every_process(monkeypatch):
+def test_frames_have_the_same_cache_key_in_every_process(monkeypatch):
     fake = EchoGenerator()
     model = chat(fake, cache=InMemoryCache())
     for key in (b"one process", b"another process"):
@@ -600,7 +600,7 @@ def test_frames_of_one_text_have_one_key_in_every_process(monkeypatch):
 # Async, limits of time, overload
 
 
-async def test_the_event_loop_stays_free():
+async def test_event_loop_is_not_blocked():
     for call in ("ainvoke", "astream"):
         fake = ChatRecorder(hold=threading.Event())
         result = getattr(chat(fake), call)("q")
@@ -612,7 +612,7 @@ async def test_the_event_loop_stays_free():
         assert threading.get_ident() not in fake.threads
 
 
-async def test_streams_left_early_are_closed():
+async def test_streams_stopped_early_are_closed():
     fake = ChatRecorder()
     stream = chat(fake).stream("q")
     next(stream)
@@ -625,7 +625,7 @@ async def test_streams_left_early_are_closed():
 
 
 @pytest.mark.parametrize("call", ["invoke", "ainvoke", "astream"])
-async def test_an_answer_that_takes_too_long_is_stopped(call):
+async def test_answer_is_stopped_after_the_timeout(call):
     fake = ChatRecorder(hold=threading.Event())
     model, recorder = chat(fake, timeout=0.05), Recorder()
     config: Any = {"callbacks": [recorder]}
@@ -645,7 +645,7 @@ async def test_an_answer_that_takes_too_long_is_stopped(call):
     releasing.join()
 
 
-def test_a_stream_that_takes_too_long_is_stopped_between_two_pieces():
+def test_stream_is_stopped_between_pieces_after_the_timeout():
     class Slow(ChatRecorder):
         def step(self) -> None:
             time.sleep(0.05)
@@ -661,16 +661,16 @@ def test_a_stream_that_takes_too_long_is_stopped_between_two_pieces():
     assert [piece.text for piece in slow_reader] == [" lima", ""]  # its reader's time is not the model's
 
 
-async def test_a_timeout_within_an_event_loop_leaves_sync_calls_possible():
+async def test_sync_calls_with_a_timeout_work_inside_an_event_loop():
     assert chat(timeout=5).invoke("q").text == "in lima"
 
 
 @pytest.mark.parametrize("is_async", [False, True])
-async def test_overload_is_tried_again_as_often_as_allowed(is_async, monkeypatch):
+async def test_overload_is_retried_max_retries_times(is_async, monkeypatch):
     async def no_wait(seconds: float) -> None: ...
 
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("tenacity.asyncio._portable_async_sleep", no_wait)
+    monkeypatch.setattr("asyncio.sleep", no_wait)
     for retries in (0, 2):
         fake = ChatRecorder(error=OverloadError("too many"))
         with pytest.raises(OverloadError):

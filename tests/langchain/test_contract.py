@@ -49,7 +49,7 @@ def text(answer: Any) -> str:
 
 
 @MODELS
-async def test_batches_keep_their_order_whatever_their_width(make):
+async def test_batches_keep_their_order_with_any_concurrency(make):
     model = make(generator=EchoGenerator())
     questions = [f"q{number}" for number in range(7)]
     expected = [f"{question} <- a at 0.0" for question in questions]
@@ -61,7 +61,7 @@ async def test_batches_keep_their_order_whatever_their_width(make):
     assert [text(found[n]) for n in range(7)] == [text(found_async[n]) for n in range(7)] == expected
 
 
-async def test_an_llm_reports_the_size_of_each_batch():
+async def test_callbacks_receive_the_batch_size():
     watcher = Watcher()
     llm = KVFusionLLM(generator=ChatRecorder(), callbacks=[watcher])
     llm.generate(["a", "b", "c"])
@@ -74,14 +74,14 @@ async def test_an_llm_reports_the_size_of_each_batch():
 
 
 @MODELS
-async def test_every_prompt_of_a_batch_has_a_run_of_its_own(make):
+async def test_each_prompt_of_a_batch_has_its_own_run(make):
     watcher = Watcher()
     make(generator=EchoGenerator(), callbacks=[watcher]).batch(["p", "q"])
     assert sorted(watcher.ended.values()) == ["p <-  at 0.0", "q <-  at 0.0"]
 
 
 @MODELS
-async def test_failures_end_their_run_as_errors(make):
+async def test_failed_runs_are_reported_as_errors(make):
     error, watcher = RuntimeError("no"), Watcher()
 
     class AsyncWatcher(AsyncCallbackHandler):
@@ -110,7 +110,7 @@ async def _drain(stream: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("missing", [["_astream"], ["_stream", "_astream"]])
-async def test_a_subclass_without_streams_of_its_own_falls_back(missing):
+async def test_subclass_without_streams_falls_back(missing):
     overrides = {name: getattr(BaseLLM, name) for name in missing}
     llm = type("Limited", (KVFusionLLM,), overrides)(generator=ChatRecorder())
     pieces = await _drain(llm.astream("q", documents=["x"]))
@@ -119,7 +119,7 @@ async def test_a_subclass_without_streams_of_its_own_falls_back(missing):
     assert llm.generator.calls[0].texts == ["x"]
 
 
-async def test_a_chat_model_with_streaming_disabled_answers_in_one_piece():
+async def test_chat_model_with_disabled_streaming_yields_one_piece():
     model = ChatKVFusion(generator=ChatRecorder(), disable_streaming=True)
     assert [piece.text for piece in model.stream("q", documents=["x"])] == ["in lima"]
     assert [piece.text for piece in await _drain(model.astream("q", documents=["x"]))] == ["in lima"]
@@ -127,7 +127,7 @@ async def test_a_chat_model_with_streaming_disabled_answers_in_one_piece():
 
 
 @MODELS
-async def test_an_own_cache_comes_before_the_global_one_and_false_stays_out_of_both(make):
+async def test_own_cache_overrides_the_global_one_and_false_disables_both(make):
     everyone, own = InMemoryCache(), InMemoryCache()
     set_llm_cache(everyone)
     try:
@@ -145,7 +145,7 @@ async def test_an_own_cache_comes_before_the_global_one_and_false_stays_out_of_b
 
 
 @MODELS
-async def test_calls_are_described_by_their_parameters(make):
+async def test_runs_record_the_parameters_of_a_call(make):
     watcher = Watcher()
     model = make(generator=ChatRecorder(), callbacks=[watcher], temperature=0.4)
     with collect_runs() as collected:

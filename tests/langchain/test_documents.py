@@ -38,31 +38,31 @@ hostile_text = st.text(st.sampled_from("\x02\x03\x1f\n abcdef0123456789"), max_s
         ({"text": "text", "id": 4, "metadata": {"a": 1}, "b": 2}, Document("text", "4", None, {"a": 1, "b": 2})),
     ],
 )
-def test_a_document_keeps_its_text_id_title_and_metadata(item, expected):
+def test_document_keeps_text_id_title_and_metadata(item, expected):
     assert to_document(item) == expected
 
 
 @pytest.mark.parametrize("item", [3, None, {"page": "text"}, {"text": 5}, b"text"])
-def test_what_is_no_document_is_refused(item):
+def test_other_items_are_rejected(item):
     with pytest.raises(InvalidInputError, match="document"):
         to_documents([item])
 
 
 @pytest.mark.parametrize("items", ["text", {"text": "text"}, iter(["text"]), Document("text"), 3])
 def test_documents_must_be_a_list(items):
-    with pytest.raises(InvalidInputError, match="pass a list"):
+    with pytest.raises(InvalidInputError, match="must be a list"):
         to_documents(items)
 
 
 @given(st.lists(st.sampled_from(["a", "a#2", "b", None]), max_size=8))
-def test_no_two_documents_have_the_same_id(names):
+def test_document_ids_are_distinct(names):
     ids = [document.id for document in to_documents([Document("text", name) for name in names])]
     named = [name for name in ids if name is not None]
     assert len(set(named)) == len(named)
     assert [name is None for name in ids] == [name is None for name in names]
 
 
-def test_a_flat_list_goes_to_every_prompt_and_a_nested_one_is_dealt_out():
+def test_flat_list_is_shared_and_nested_list_is_per_prompt():
     a, b = Document("a"), Document("b")
     assert documents_per_prompt(["a", b], 2) == [(a, b), (a, b)]
     assert documents_per_prompt([["a"], (b, "a")], 2) == [(a,), (b, a)]
@@ -71,7 +71,7 @@ def test_a_flat_list_goes_to_every_prompt_and_a_nested_one_is_dealt_out():
 
 
 @pytest.mark.parametrize("documents", [[["a"]], [["a"], ["b"], ["c"]], [["a"], "b"]])
-def test_lists_of_documents_must_match_the_prompts(documents):
+def test_number_of_lists_must_match_the_prompts(documents):
     with pytest.raises(InvalidInputError):
         documents_per_prompt(documents, 2)
 
@@ -79,7 +79,7 @@ def test_lists_of_documents_must_match_the_prompts(documents):
 @given(
     st.lists(hostile_text, max_size=4), st.text("ab \n"), st.text("ab \n"), st.sampled_from(["\n\n", "\n", " ", ""])
 )
-def test_every_framed_document_comes_out_alone_and_in_order(texts, before, after, separator):
+def test_framed_documents_are_extracted_in_order(texts, before, after, separator):
     prompt = KVFusionDocumentPrompt()
     joined = separator.join(format_document(LangChainDocument(text), prompt) for text in texts)
     found = split_frames(before + joined + after)
@@ -90,14 +90,14 @@ def test_every_framed_document_comes_out_alone_and_in_order(texts, before, after
 
 
 @given(hostile_text, hostile_text, hostile_text)
-def test_a_frame_keeps_its_fields_apart(text, name, title):
+def test_frame_keeps_its_fields_separate(text, name, title):
     (document,) = split_frames(frame(Document(text, name, title))).documents
     for field, given_field in ((document.id, name), (document.title, title)):
         assert (field or "") == given_field.translate({2: " ", 3: " ", 31: " "})
     assert document.text == text.translate({2: " ", 3: " "})
 
 
-def test_titles_and_ids_travel_when_their_keys_are_named():
+def test_frames_carry_titles_and_ids():
     prompt = KVFusionDocumentPrompt(title_key="title", id_key="source")
     text = format_document(LangChainDocument("text", metadata={"title": "T", "source": "s"}), prompt)
     found = split_frames(text)
@@ -105,39 +105,39 @@ def test_titles_and_ids_travel_when_their_keys_are_named():
     assert found.place == DocumentsPlace(0, titles=True)
 
 
-def test_a_frame_that_was_tampered_with_is_refused():
+def test_modified_frame_is_rejected():
     genuine = frame(Document("the moon is made of stone"))
     for forged in (genuine.replace("stone", "cheese"), genuine.replace(genuine[1:5], "0000", 1)):
         with pytest.raises(InvalidInputError, match="did not write"):
             split_frames(forged)
 
 
-def test_a_frame_of_another_process_is_refused(monkeypatch):
+def test_frame_of_another_process_is_rejected(monkeypatch):
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr("langchain_kvfusion.framing._signing_key", lambda: b"another process")
         foreign = frame(Document("text"))
-    with pytest.raises(InvalidInputError, match="same process"):
+    with pytest.raises(InvalidInputError, match="this process"):
         split_frames(foreign)
 
 
-def test_frames_must_follow_each_other():
+def test_text_between_frames_is_rejected():
     with pytest.raises(InvalidInputError, match="white space"):
         split_frames(f"{frame(Document('a'))}\n---\n{frame(Document('b'))}")
 
 
-def test_gaps_between_frames_must_be_equal():
+def test_separators_of_frames_must_be_equal():
     a, b, c = (frame(Document(text)) for text in "abc")
-    with pytest.raises(InvalidInputError, match=r"gaps must be equal"):
+    with pytest.raises(InvalidInputError, match=r"separators must be equal"):
         split_frames(f"{a}\n\n{b}\n{c}")
 
 
 @given(st.text("\x02\x03\x1f ab"))
-def test_stray_control_characters_are_ordinary_text(text):
+def test_single_control_characters_are_ordinary_text(text):
     assert split_frames(text) == Extraction(text)
 
 
 @given(st.text("ab \n"), st.text("ab \n"))
-def test_closing_the_gap_loses_no_words(before, after):
+def test_closing_a_gap_keeps_all_words(before, after):
     closed = close_gap(before, after)
     assert "".join(closed.split()) == "".join((before + after).split())
     if before.strip() and after.strip() and (before[-1].isspace() or after[0].isspace()):
@@ -164,12 +164,12 @@ def test_closing_the_gap_loses_no_words(before, after):
         ("", ""),
     ],
 )
-def test_the_bare_question_of_a_wording(text, question):
+def test_bare_question(text, question):
     assert bare_question(text) == question
 
 
 @given(st.text(max_size=60))
-def test_the_bare_question_is_part_of_the_wording(text):
+def test_bare_question_is_part_of_the_text(text):
     question = bare_question(text)
     assert all(line in text for line in question.splitlines())
     assert bool(question) == bool(text.strip())

@@ -37,7 +37,7 @@ ANSWER = "amara osei"
 @pytest.fixture(scope="module")
 def llm() -> KVFusionLLM:
     """Answers that depend on question and documents."""
-    return KVFusionLLM(generator=tiny.generator(), max_new_tokens=12)
+    return KVFusionLLM(generator=tiny.generator(), max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def chain_over(retriever: Any, llm: Any) -> Any:
     return {"context": retriever, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
 
 
-async def test_every_way_gives_the_same_answer(retriever: Any, llm: KVFusionLLM) -> None:
+async def test_all_call_methods_give_the_same_answer(retriever: Any, llm: KVFusionLLM) -> None:
     chain = chain_over(retriever, llm)
     answers = [chain.invoke(question) for question in QUESTIONS]
     assert len(set(answers)) == len(QUESTIONS)
@@ -70,9 +70,7 @@ async def test_every_way_gives_the_same_answer(retriever: Any, llm: KVFusionLLM)
     assert await chain.abatch(QUESTIONS) == answers
 
 
-def test_the_retrieval_chain_and_the_stock_chains_agree(
-    retriever: Any, llm: KVFusionLLM, speaker: KVFusionLLM
-) -> None:
+def test_our_chains_and_standard_chains_agree(retriever: Any, llm: KVFusionLLM, speaker: KVFusionLLM) -> None:
     pytest.importorskip("langchain_classic")
     from langchain_classic.chains import RetrievalQA, create_retrieval_chain
     from langchain_classic.chains.combine_documents import create_stuff_documents_chain
@@ -94,9 +92,7 @@ def test_the_retrieval_chain_and_the_stock_chains_agree(
         assert stock.invoke({"query": question})["result"] == ANSWER
 
 
-def test_the_order_of_documents_changes_nothing_and_sources_are_reported(
-    llm: KVFusionLLM, speaker: KVFusionLLM
-) -> None:
+def test_order_of_documents_does_not_change_the_answer(llm: KVFusionLLM, speaker: KVFusionLLM) -> None:
     assert len({llm.invoke(QUESTIONS[0], documents=order) for order in (DOCUMENTS, DOCUMENTS[::-1])}) == 1
     for documents in (DOCUMENTS, DOCUMENTS[::-1]):
         result = speaker.generate([QUESTIONS[0]], documents=documents)
@@ -112,13 +108,13 @@ def test_the_order_of_documents_changes_nothing_and_sources_are_reported(
 
 
 @pytest.mark.parametrize("stop", ["osei", "ra os"])
-def test_stop_strings_end_the_answer_wherever_they_fall(speaker: KVFusionLLM, stop: str) -> None:
+def test_stop_strings_end_the_answer(speaker: KVFusionLLM, stop: str) -> None:
     before = ANSWER.split(stop)[0]
     assert speaker.invoke(QUESTIONS[0], documents=DOCUMENTS, stop=[stop]).strip() == before.strip()
     assert "".join(speaker.stream(QUESTIONS[0], documents=DOCUMENTS, stop=[stop])).strip() == before.strip()
 
 
-def test_lengths_and_modes_of_a_call_are_kept(llm: KVFusionLLM) -> None:
+def test_length_and_mode_of_a_call(llm: KVFusionLLM) -> None:
     infos = [
         llm.generate([QUESTIONS[0]], documents=DOCUMENTS, **options).generations[0][0].generation_info or {}
         for options in ({"max_tokens": 1}, {"max_new_tokens": 1}, {"mode": "concat"})
@@ -128,7 +124,7 @@ def test_lengths_and_modes_of_a_call_are_kept(llm: KVFusionLLM) -> None:
     assert infos[2]["mode"] == "concat"
 
 
-def test_a_stream_left_early_leaves_the_model_usable(llm: KVFusionLLM) -> None:
+def test_model_works_after_a_stream_stopped_early(llm: KVFusionLLM) -> None:
     expected = llm.invoke(QUESTIONS[0], documents=DOCUMENTS)
     stream = llm.stream(QUESTIONS[0], documents=DOCUMENTS)
     next(stream)
@@ -136,7 +132,7 @@ def test_a_stream_left_early_leaves_the_model_usable(llm: KVFusionLLM) -> None:
     assert llm.invoke(QUESTIONS[0], documents=DOCUMENTS) == expected
 
 
-def test_limits_and_bad_values_are_named(llm: KVFusionLLM) -> None:
+def test_invalid_values_are_named(llm: KVFusionLLM) -> None:
     with pytest.raises(ContextLimitError):
         llm.invoke("word " * 5000, documents=DOCUMENTS)
     for options in ({"temperature": -1}, {"mode": "fused"}, {"stop": [""]}, {"max_tokens": 0}):
@@ -144,11 +140,12 @@ def test_limits_and_bad_values_are_named(llm: KVFusionLLM) -> None:
             llm.invoke("Who?", documents=DOCUMENTS, **options)
 
 
-def test_tokens_are_counted_by_the_models_own_tokenizer(llm: KVFusionLLM) -> None:
+def test_tokens_are_counted_by_the_tokenizer_of_the_model(llm: KVFusionLLM) -> None:
     assert llm.get_num_tokens("Who wrote Hamlet?") == llm.generator.count_tokens("Who wrote Hamlet?") > 0
 
 
+@pytest.mark.slow
 @pytest.mark.default_model
-def test_the_default_model_needs_no_name(default_model_once: None) -> None:
+def test_default_model(default_model_once: None) -> None:
     llm = KVFusionLLM.from_model_id()
     assert "paris" in llm.invoke(QUESTIONS[1], documents=DOCUMENTS).lower()

@@ -54,7 +54,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.name)
-def test_chains_work_before_but_join_their_documents(route: Route):
+def test_original_chains_join_their_documents(route: Route):
     answer = route.before(FakeListChatModel(responses=["an answer"])).invoke(QUESTION)
     assert answer in ("an answer", "the planner's own words")
     fake = ChatRecorder()
@@ -63,7 +63,7 @@ def test_chains_work_before_but_join_their_documents(route: Route):
 
 
 @pytest.mark.parametrize(("route", "make"), CASES)
-async def test_documents_arrive_apart(route: Route, make: Any):
+async def test_changed_chains_separate_their_documents(route: Route, make: Any):
     fake = ChatRecorder()
     chain = route.after(make(generator=fake))
     answers = [chain.invoke(QUESTION)]
@@ -82,7 +82,7 @@ async def test_documents_arrive_apart(route: Route, make: Any):
         assert ("{documents}" in read) == (route.before not in (graph, agent))
 
 
-def test_the_page_claims_the_lines_that_have_to_change():
+def test_docs_list_the_number_of_changed_lines():
     rows = [line.split("|") for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `test_")]
     claimed = {row[2].strip(" `"): int(row[3]) for row in rows}
     assert claimed == {route.name: route.changed_lines for route in ROUTES}
@@ -91,7 +91,7 @@ def test_the_page_claims_the_lines_that_have_to_change():
 # Graphs and agents in more detail
 
 
-def test_an_agents_answer_stands_on_the_documents_of_its_tool():
+def test_agent_answers_from_the_documents_of_its_tool():
     fake = ChatRecorder()
     model = ChatKVFusion(generator=fake)
     final = agent_apart(model).invoke(QUESTION)
@@ -101,7 +101,7 @@ def test_an_agents_answer_stands_on_the_documents_of_its_tool():
     assert turns(call) == [("system", "Be brief."), ("user", QUESTION)]
 
 
-async def test_an_async_agent_needs_async_middleware():
+async def test_async_agent_with_async_middleware():
     from langchain.agents import create_agent
     from langchain.agents.middleware import wrap_model_call
     from langchain_core.tools import create_retriever_tool
@@ -121,13 +121,13 @@ async def test_an_async_agent_needs_async_middleware():
     assert state["messages"][-1].usage_metadata["output_tokens"] == 2
 
 
-def test_a_graph_streams_the_tokens_of_its_answer():
+def test_graph_streams_tokens():
     graph = graph_apart(ChatKVFusion(generator=ChatRecorder())).middle[0]
     pieces = [piece.text for piece, _ in graph.stream({"question": QUESTION}, stream_mode="messages")]
     assert pieces == ["in", " lima", ""]
 
 
-async def test_a_model_answers_in_chains_and_graphs():
+async def test_small_model_answers_in_chains_and_graphs():
     model = ChatKVFusion(generator=tiny.speaker("1874"))
     for route in (lcel_apart, graph_apart):
         assert route(model).invoke("When was the lamp lit?") == "1874"
@@ -144,7 +144,7 @@ def apart(model: Any) -> Any:
 VARIABLES = {"context": Shelf().invoke(""), "question": "Who?"}
 
 
-async def test_fallbacks_read_the_ordinary_messages_and_we_are_one_too():
+async def test_fallbacks_get_ordinary_messages_and_chat_model_can_be_a_fallback():
     failing = ChatKVFusion(generator=ChatRecorder(error=RuntimeError("no")))
     seen: list[Any] = []
     watched = (lambda value: seen.append(value.to_messages()) or value) | FakeListChatModel(responses=["fallback"])
@@ -157,7 +157,7 @@ async def test_fallbacks_read_the_ordinary_messages_and_we_are_one_too():
     assert fake.calls[0].ids == ["lamp", "mill"]
 
 
-async def test_parallel_branches_each_have_the_documents():
+async def test_parallel_branches_receive_the_documents():
     fake = EchoGenerator()
     model = ChatKVFusion(generator=fake)
     chain = RunnableParallel({name: apart(model.bind(temperature=heat)) for name, heat in (("a", 0.1), ("b", 0.2))})
@@ -167,7 +167,7 @@ async def test_parallel_branches_each_have_the_documents():
     assert chain.invoke(VARIABLES) == await chain.ainvoke(VARIABLES) == expected
 
 
-def test_retries_send_the_documents_again():
+def test_retries_keep_the_documents():
     class Flaky(ChatRecorder):
         def step(self) -> None:
             if len(self.calls) == 1:
@@ -209,7 +209,7 @@ class SQLiteCache(BaseCache):
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 @pytest.mark.parametrize(("route", "make"), CASES)
-async def test_caches_answer_again_only_from_the_same_documents(route: Route, make: Any, kind: str, tmp_path: Path):
+async def test_caches_reuse_answers_only_for_the_same_documents(route: Route, make: Any, kind: str, tmp_path: Path):
     fake = EchoGenerator()
     set_llm_cache(InMemoryCache() if kind == "memory" else SQLiteCache(tmp_path / "answers.db"))
     try:

@@ -89,7 +89,7 @@ async def every_way(llm: Any, prompt: Any, **options: Any) -> list[str]:
 # Options
 
 
-async def test_a_plain_prompt_is_its_own_question():
+async def test_plain_prompt_is_the_question():
     fake = RecordingGenerator()
     assert set(await every_way(KVFusionLLM(generator=fake), "Two\n\nparagraphs")) == {"in lima"}
     for call in fake.calls:
@@ -98,7 +98,7 @@ async def test_a_plain_prompt_is_its_own_question():
         assert call.options == DEFAULTS
 
 
-async def test_options_of_the_model_reach_every_call():
+async def test_model_options_apply_to_every_call():
     options = {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -116,7 +116,7 @@ async def test_options_of_the_model_reach_every_call():
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "max_new_tokens"])
-async def test_options_of_a_call_come_before_those_of_the_model(name):
+async def test_options_of_a_call_override_those_of_the_model(name):
     given = {
         "temperature": 0.5,
         "top_p": 0.9,
@@ -138,14 +138,14 @@ async def test_options_of_a_call_come_before_those_of_the_model(name):
     assert all(call.options == {**given, "max_new_tokens": 3} for call in fake.calls)
 
 
-async def test_variables_of_the_chat_template_are_added_to_those_of_the_model():
+async def test_template_variables_of_call_and_model_are_merged():
     fake = RecordingGenerator()
     llm = KVFusionLLM(generator=fake, chat_template_kwargs={"a": 1, "b": 1})
     await every_way(llm, "q", chat_template_kwargs={"b": 2})
     assert all(call.options["chat_template_kwargs"] == {"a": 1, "b": 2} for call in fake.calls)
 
 
-def test_show_prompt_asks_for_what_invoke_would_read():
+def test_show_prompt_has_the_arguments_of_invoke():
     fake = RecordingGenerator()
     llm = KVFusionLLM(generator=fake, mode="concat", chat_template_kwargs={"a": 1})
     prompt = KVFusionPrompt.from_template("{context}\n\n{question}")
@@ -164,15 +164,15 @@ def test_show_prompt_asks_for_what_invoke_would_read():
         assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
 
 
-async def test_none_keeps_the_value_of_the_model():
+async def test_none_keeps_the_model_setting():
     fake = RecordingGenerator()
     await every_way(KVFusionLLM(generator=fake, temperature=0.5, stop=["."]), "q", temperature=None, stop=None)
     assert all(call.options == {**DEFAULTS, "temperature": 0.5, "stop": ["."]} for call in fake.calls)
 
 
-async def test_unknown_options_are_refused_in_every_way():
+async def test_unknown_options_are_rejected_by_all_methods():
     llm = KVFusionLLM(generator=RecordingGenerator())
-    for options, words in [({"max_length": 3}, "max_length"), ({"max_tokens": 3, "max_new_tokens": 4}, "one option")]:
+    for options, words in [({"max_length": 3}, "max_length"), ({"max_tokens": 3, "max_new_tokens": 4}, "same option")]:
         for call in (llm.invoke, llm.ainvoke, llm.stream, llm.astream, llm.bind(**options).invoke):
             with pytest.raises(InvalidInputError, match=words):
                 await _run(
@@ -193,7 +193,7 @@ async def _run(call: Any, prompt: Any, options: dict[str, Any]) -> None:
         next(result)
 
 
-def test_unknown_fields_and_foreign_names_are_refused():
+def test_unknown_fields_and_other_models_are_rejected():
     with pytest.raises(ValueError, match="max_length"):
         KVFusionLLM(generator=RecordingGenerator(), max_length=3)
     with pytest.raises(ValueError, match="max_new_tokens"):
@@ -202,7 +202,7 @@ def test_unknown_fields_and_foreign_names_are_refused():
         KVFusionLLM(generator=RecordingGenerator(), model_id="other/model")
 
 
-def test_from_model_id_shares_its_options_out(monkeypatch):
+def test_from_model_id_separates_loading_options_from_fields(monkeypatch):
     loaded = {}
 
     class Loader:
@@ -221,7 +221,7 @@ def test_from_model_id_shares_its_options_out(monkeypatch):
     assert loaded["model"] is None
 
 
-def test_settings_can_be_made_configurable():
+def test_settings_are_configurable():
     fake = RecordingGenerator()
     llm = KVFusionLLM(generator=fake).configurable_fields(temperature=ConfigurableField(id="t"))
     llm.with_config(configurable={"t": 0.7}).invoke("q")
@@ -231,7 +231,7 @@ def test_settings_can_be_made_configurable():
 # Documents beside the prompt
 
 
-async def test_documents_beside_the_prompt_arrive_apart_in_every_way():
+async def test_documents_of_a_call_are_passed_on_by_all_methods():
     fake = RecordingGenerator()
     llm = KVFusionLLM(generator=fake)
     documents = ["x", {"text": "y", "id": "i"}]
@@ -243,14 +243,14 @@ async def test_documents_beside_the_prompt_arrive_apart_in_every_way():
         assert (call.question, turns(call)) == ("Who?", [("user", "Be brief.\n\nQuestion: Who?\nAnswer:")])
 
 
-async def test_a_bare_question_over_documents_has_no_wording_of_its_own():
+async def test_bare_question_with_documents_has_no_prompt():
     fake = RecordingGenerator()
     await every_way(KVFusionLLM(generator=fake), "Who?", documents=["x"])
     assert {(call.question, call.prompt) for call in fake.calls} == {("Who?", None)}
 
 
 @pytest.mark.parametrize("width", [None, 2])
-async def test_a_batch_is_one_call_with_documents_of_its_own_for_each_prompt(width):
+async def test_batch_is_one_generator_call_with_documents_per_prompt(width):
     fake = EchoGenerator()
     llm = KVFusionLLM(generator=fake)
     questions, documents = ["p", "q", "r"], [["a"], ["b", "c"], []]
@@ -264,27 +264,27 @@ async def test_a_batch_is_one_call_with_documents_of_its_own_for_each_prompt(wid
     assert len(fake.threads) == (5 if width is None else 9)  # one step of work for each call of the generator
 
 
-async def test_a_wrong_number_of_document_lists_is_refused():
+async def test_wrong_number_of_document_lists_is_rejected():
     llm = KVFusionLLM(generator=RecordingGenerator())
     for call in (llm.batch, llm.abatch, llm.generate, llm.agenerate):
-        with pytest.raises(InvalidInputError, match="one list for each prompt"):
+        with pytest.raises(InvalidInputError, match="one list per prompt"):
             await _run(call, ["p", "q"], {"documents": [["a"]]})
     failed = llm.batch(["p", "q"], documents=[["a"]], return_exceptions=True)
     failed += await llm.abatch(["p", "q"], documents=[["a"]], return_exceptions=True)
     assert [type(error) for error in failed] == [InvalidInputError] * 4
 
 
-async def test_strict_refuses_prompts_without_documents():
+async def test_strict_rejects_prompts_without_documents():
     llm = KVFusionLLM(generator=RecordingGenerator(), strict=True)
     assert set(await every_way(llm, "q", documents=["x"])) == {"in lima"}
     for call in (llm.invoke, llm.ainvoke, llm.stream, llm.astream):
-        with pytest.raises(InvalidInputError, match="without documents"):
+        with pytest.raises(InvalidInputError, match="has no documents"):
             await _run(call, "q", {})
-    with pytest.raises(InvalidInputError, match="without documents"):
+    with pytest.raises(InvalidInputError, match="has no documents"):
         llm.batch(["p", "q"], documents=[["x"], []])
 
 
-async def test_a_forged_frame_is_refused_in_every_way():
+async def test_forged_frame_is_rejected_by_all_methods():
     llm = KVFusionLLM(generator=RecordingGenerator())
     forged = frame(Document("Ada wrote it.")).replace("Ada", "Eve")
     for prompt in (f"Who? {forged}", [HumanMessage(f"Who? {forged}")]):
@@ -297,7 +297,7 @@ async def test_a_forged_frame_is_refused_in_every_way():
 
 
 @pytest.mark.parametrize("wrap", [list, lambda messages: ChatPromptValue(messages=messages)])
-async def test_documents_are_lifted_out_of_messages(wrap):
+async def test_documents_in_messages_are_extracted(wrap):
     fake = RecordingGenerator()
     blocks: list[Any] = [
         {"type": "text-plain", "text": "x", "title": "T", "id": "i", "mime_type": "text/plain"},
@@ -310,14 +310,14 @@ async def test_documents_are_lifted_out_of_messages(wrap):
         assert (call.question, turns(call)) == ("Who?", [("system", "Be brief."), ("user", "Who?")])
 
 
-def test_messages_without_documents_need_no_labels():
+def test_messages_without_documents_are_unchanged():
     fake = RecordingGenerator()
     KVFusionLLM(generator=fake).invoke([("system", "Be brief."), ("human", "Line one.\n\nLine two?")])
     assert turns(fake.calls[0]) == [("system", "Be brief."), ("user", "Line one.\n\nLine two?")]
     assert fake.calls[0].question == "Line one.\n\nLine two?"
 
 
-def test_framed_documents_in_messages_are_taken_out():
+def test_framed_documents_in_messages_are_extracted():
     fake = RecordingGenerator()
     frames = f"{frame(Document('x'))}\n\n{frame(Document('y'))}"
     llm = KVFusionLLM(generator=fake)
@@ -331,7 +331,7 @@ def test_framed_documents_in_messages_are_taken_out():
         assert (call.texts, call.question) == (["x", "y"], "Who?")
 
 
-def test_a_framed_string_is_one_user_message_with_the_documents_place():
+def test_framed_string_is_one_user_message_with_a_place():
     fake = RecordingGenerator()
     frames = f"{frame(Document('x', title='T'))}\n{frame(Document('y'))}"
     KVFusionLLM(generator=fake).invoke(f" Be brief.\n{frames} \nQuestion: Who?\nAnswer: ")
@@ -344,20 +344,20 @@ def test_a_framed_string_is_one_user_message_with_the_documents_place():
 @pytest.mark.parametrize(
     "content", [[{"type": "image_url", "image_url": "http://a"}], [{"type": "text-plain", "url": "http://a"}]]
 )
-def test_what_is_no_text_is_refused(content):
+def test_content_that_is_not_text_is_rejected(content):
     with pytest.raises(InvalidInputError, match=r"text"):
         KVFusionLLM(generator=RecordingGenerator()).invoke([HumanMessage(content)])
 
 
 @pytest.mark.parametrize("documents", [None, ["x"]])
-def test_a_conversation_that_the_model_spoke_last_in_becomes_one_text(documents):
+def test_conversation_that_ends_with_an_ai_message_becomes_one_text(documents):
     fake = RecordingGenerator()
     messages = [HumanMessage("Who?"), AIMessage([{"type": "text", "text": "Ada"}])]
     KVFusionLLM(generator=fake).invoke(messages, documents=documents)
     assert (turns(fake.calls[0]), fake.calls[0].question) == ([("user", "User: Who?\n\nAssistant: Ada")], "Who?")
 
 
-def test_system_text_by_itself_becomes_the_users():
+def test_lone_system_message_becomes_a_user_message():
     fake = RecordingGenerator()
     frames = f"{frame(Document('x'))}\n\n{frame(Document('y'))}"
     KVFusionLLM(generator=fake).invoke([SystemMessage(f"Be brief.\n\n{frames}\n\nQuestion: Who?")])
@@ -368,7 +368,7 @@ def test_system_text_by_itself_becomes_the_users():
 # Results
 
 
-async def test_results_carry_usage_sources_and_citations():
+async def test_results_contain_usage_sources_and_citations():
     llm = KVFusionLLM(generator=RecordingGenerator())
     documents = [Document("born In Lima", "a", "T"), Document("born In Lima", "b")]
     usage = {
@@ -396,7 +396,7 @@ async def test_results_carry_usage_sources_and_citations():
     assert total["token_usage"] == {name: 2 * count for name, count in usage.items()}
 
 
-def test_a_single_prompt_reports_its_tokens_when_streaming_is_on():
+def test_streaming_reports_tokens_of_a_single_prompt():
     fake, recorder = RecordingGenerator(), Recorder()
     llm = KVFusionLLM(generator=fake, streaming=True, callbacks=[recorder])
     result = llm.generate(["q"], documents=["in lima"])
@@ -407,7 +407,7 @@ def test_a_single_prompt_reports_its_tokens_when_streaming_is_on():
     assert [call.method for call in fake.calls] == ["stream", "answer_batch", "answer_batch"]
 
 
-def test_token_ids_are_the_generators():
+def test_token_ids_come_from_the_generator():
     llm = KVFusionLLM(generator=RecordingGenerator())
     assert llm.get_token_ids("one three five") == [3, 5, 4]
     assert llm.get_num_tokens("one three five") == 3
@@ -417,7 +417,7 @@ def test_token_ids_are_the_generators():
 # Streams
 
 
-async def test_streams_report_every_chunk_before_it_is_yielded():
+async def test_callbacks_receive_each_chunk_before_it_is_yielded():
     recorder, on_loop = Recorder(), AsyncRecorder()
     llm = KVFusionLLM(generator=RecordingGenerator(), callbacks=[recorder, on_loop])
     seen = []
@@ -437,7 +437,7 @@ async def test_streams_report_every_chunk_before_it_is_yielded():
         assert generation.generation_info["finish_reason"] == "stop"
 
 
-def test_a_stream_that_is_left_early_is_closed():
+def test_stream_stopped_early_is_closed():
     fake, recorder = RecordingGenerator(), Recorder()
     stream = KVFusionLLM(generator=fake, callbacks=[recorder]).stream("q")
     assert next(stream) == "in"
@@ -446,7 +446,7 @@ def test_a_stream_that_is_left_early_is_closed():
     assert [type(error) for error in recorder.errors] == [GeneratorExit]
 
 
-async def test_an_async_stream_that_is_left_early_is_closed():
+async def test_async_stream_stopped_early_is_closed():
     fake = RecordingGenerator()
     stream = KVFusionLLM(generator=fake).astream("q")
     assert await anext(stream) == "in"
@@ -455,7 +455,7 @@ async def test_an_async_stream_that_is_left_early_is_closed():
     assert fake.streams[0].closed
 
 
-async def test_a_cancelled_stream_is_closed_once_its_piece_is_done():
+async def test_cancelled_stream_is_closed_when_its_piece_is_done():
     fake = RecordingGenerator(hold=threading.Event())
     task = asyncio.create_task(_run(KVFusionLLM(generator=fake).astream, "q", {}))
     while not fake.threads:
@@ -473,7 +473,7 @@ async def test_a_cancelled_stream_is_closed_once_its_piece_is_done():
     assert stream.closed
 
 
-async def test_the_event_loop_stays_free():
+async def test_event_loop_is_not_blocked():
     for call in ("ainvoke", "abatch", "astream"):
         fake = RecordingGenerator(hold=threading.Event())
         llm = KVFusionLLM(generator=fake)
@@ -489,7 +489,7 @@ async def test_the_event_loop_stays_free():
 
 
 @pytest.mark.parametrize("after", [0, 1])
-async def test_errors_of_the_generator_come_out_as_they_are(after):
+async def test_generator_errors_are_raised_unchanged(after):
     error = RuntimeError("out of memory")
     fake, recorder = RecordingGenerator(error=error, fail_after=after), Recorder()
     llm = KVFusionLLM(generator=fake, callbacks=[recorder])
@@ -506,12 +506,12 @@ async def test_errors_of_the_generator_come_out_as_they_are(after):
     assert not recorder.ends
 
 
-def test_a_batch_can_return_its_errors():
+def test_batch_can_return_errors():
     llm = KVFusionLLM(generator=RecordingGenerator(error=RuntimeError("no")))
     assert [str(e) for e in llm.batch(["p", "q"], return_exceptions=True)] == ["no", "no"]
 
 
-def test_bad_values_are_the_generators_to_refuse():
+def test_generator_rejects_invalid_values():
     with pytest.raises(InvalidInputError, match="temperature"):
         KVFusionLLM(generator=RecordingGenerator()).invoke("q", temperature=-1)
 
@@ -519,7 +519,7 @@ def test_bad_values_are_the_generators_to_refuse():
 # What callbacks, traces and files see
 
 
-async def test_runs_are_described_in_full():
+async def test_runs_record_parameters_and_prompts():
     recorder = Recorder()
     llm = KVFusionLLM(generator=RecordingGenerator(), callbacks=[recorder], temperature=0.5)
     llm.batch(["p", "q"], documents=["x"], temperature=0.1, stop=["."])
@@ -536,7 +536,7 @@ async def test_runs_are_described_in_full():
         assert "langchain-core" in start["metadata"]["lc_versions"]
 
 
-def test_langsmith_parameters_name_the_model():
+def test_langsmith_parameters():
     llm = KVFusionLLM(generator=RecordingGenerator(), max_tokens=7, temperature=0.5, stop=["."])
     assert llm._get_ls_params() == {
         "ls_provider": "kvfusion",
@@ -552,7 +552,7 @@ def test_langsmith_parameters_name_the_model():
     assert "ls_max_tokens" not in bare and "ls_stop" not in bare
 
 
-def test_a_callers_metadata_and_its_dictionary_are_kept():
+def test_metadata_of_the_caller_is_kept():
     mine = {"project": "p", "lc_versions": {"mine": "1"}}
     llm = KVFusionLLM(generator=RecordingGenerator(), metadata=mine)
     versions = (llm.metadata or {})["lc_versions"]
@@ -560,7 +560,7 @@ def test_a_callers_metadata_and_its_dictionary_are_kept():
     assert (versions["mine"], versions["kvfusion-rag"]) == ("1", kvfusion_rag.__version__)
 
 
-def test_identifying_parameters_name_all_that_changes_an_answer():
+def test_identifying_parameters_contain_everything_that_affects_an_answer():
     llm = KVFusionLLM(generator=RecordingGenerator(), max_tokens=7, stop=["."])
     params = llm._identifying_params
     assert params["generator"] == RecordingGenerator().identity()
@@ -569,7 +569,7 @@ def test_identifying_parameters_name_all_that_changes_an_answer():
     assert llm.asdict()["_type"] == "kvfusion"
 
 
-def test_the_generator_is_shown_and_saved_nowhere(tmp_path):
+def test_generator_is_never_shown_or_saved(tmp_path):
     secret = RecordingGenerator(pieces=("hidden words",))
     llm = KVFusionLLM(generator=secret, temperature=0.5)
     llm.save(tmp_path / "llm.json")
@@ -579,10 +579,10 @@ def test_the_generator_is_shown_and_saved_nowhere(tmp_path):
         assert "hidden words" not in text and "RecordingGenerator" not in text
 
 
-def test_a_pickled_model_keeps_its_settings_and_says_what_it_lacks():
+def test_pickled_model_keeps_settings_and_drops_the_generator():
     llm = pickle.loads(pickle.dumps(KVFusionLLM(generator=RecordingGenerator(), temperature=0.5)))
     assert (llm.model_id, llm.temperature) == ("fake/model", 0.5)
-    with pytest.raises(InvalidInputError, match="pickling leaves the model out"):
+    with pytest.raises(InvalidInputError, match="pickling drops the model"):
         llm.invoke("q")
 
 
@@ -592,7 +592,7 @@ def test_copies_share_the_generator(clone):
     assert clone(llm).generator is llm.generator
 
 
-def test_a_missing_langchain_is_named(monkeypatch):
+def test_missing_langchain_names_the_extra(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "langchain_kvfusion"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "langchain_core", None)

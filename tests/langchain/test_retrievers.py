@@ -26,7 +26,7 @@ FOUND = Shelf().invoke("")
 
 
 @pytest.mark.parametrize("make", [KVFusionLLM, ChatKVFusion])
-async def test_documents_are_prefetched_and_come_through_unchanged(make):
+async def test_documents_are_prefetched_and_returned_unchanged(make):
     fake = ChatRecorder()
     for inner in (Shelf(), RunnableLambda(lambda query: copy.deepcopy(FOUND))):
         retriever = PrefetchingRetriever(retriever=inner, llm=make(generator=fake))
@@ -36,7 +36,7 @@ async def test_documents_are_prefetched_and_come_through_unchanged(make):
     ] * 4
 
 
-async def test_a_reranker_behind_it_works_while_they_load():
+async def test_reranker_runs_after_prefetching_has_started():
     fake = ChatRecorder()
     seen: list[int] = []
 
@@ -51,7 +51,7 @@ async def test_a_reranker_behind_it_works_while_they_load():
     assert seen == [1, 2]
 
 
-async def test_what_cannot_be_prefetched_is_found_all_the_same(caplog):
+async def test_documents_are_returned_if_prefetching_fails(caplog):
     class Busy(ChatRecorder):
         def prefetch(self, documents: Any) -> Any:
             raise OverloadError("too many wait")
@@ -59,10 +59,10 @@ async def test_what_cannot_be_prefetched_is_found_all_the_same(caplog):
     caplog.set_level("INFO")
     retriever = PrefetchingRetriever(retriever=Shelf(), llm=ChatKVFusion(generator=Busy()))
     assert retriever.invoke("who?") == await retriever.ainvoke("who?") == FOUND
-    assert "2 documents were found but not prefetched: too many wait" in caplog.text
+    assert "2 documents were not prefetched: too many wait" in caplog.text
 
 
-def test_it_passes_callbacks_on_and_shows_no_generator():
+def test_callbacks_are_passed_on_and_the_generator_is_not_shown():
     started: list[str] = []
 
     class Watch(BaseCallbackHandler):
@@ -75,7 +75,7 @@ def test_it_passes_callbacks_on_and_shows_no_generator():
     assert "ChatRecorder" not in repr(retriever)
 
 
-def test_stored_documents_come_from_memory_afterwards(tmp_path):
+def test_prefetched_documents_are_loaded_from_memory(tmp_path):
     question = "Who?"
     before = KVFusionGenerator(TorchModel(tiny.backbone("llama")), store=DocumentStore(disk=DiskStore(tmp_path)))
     before.prefill([document.page_content for document in FOUND])

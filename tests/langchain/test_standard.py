@@ -21,7 +21,7 @@ from langchain_kvfusion import ChatKVFusion
 
 @cache
 def generator() -> KVFusionGenerator:
-    return tiny.generator()
+    return tiny.generator().with_settings(max_new_tokens=12)
 
 
 class OfChatKVFusion:

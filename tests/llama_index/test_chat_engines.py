@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,13 @@ pytest.importorskip("llama_index.core")
 
 from fakes import EchoGenerator, RecordingGenerator
 from llama_index.core import PromptTemplate, Settings
-from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+from llama_index_helpers import FixedRetriever
 from tiny import generator as tiny_generator
 
 from kvfusion_rag import InvalidInputError, Message
@@ -28,28 +27,11 @@ from llama_index_kvfusion import (
     KVFusionLlamaIndexLLM,
 )
 
+pytestmark = pytest.mark.usefixtures("no_default_llm")
+
 WAYS = ["sync", "async", "stream", "async stream"]
 ENGINES = [KVFusionContextChatEngine, KVFusionCondensePlusContextChatEngine]
 TURNS = [Message("user", "Who wrote {query_str}?"), Message("assistant", "She did, {context_str}.")]
-
-
-class NotedRetriever(BaseRetriever):
-    """Gives the same nodes for every query, and notes the queries."""
-
-    def __init__(self, nodes: list[NodeWithScore]) -> None:
-        self.nodes, self.queries = nodes, list[str]()
-        super().__init__()
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        self.queries.append(query_bundle.query_str)
-        return self.nodes
-
-
-@pytest.fixture(autouse=True)
-def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(Settings, "_llm", None)
-    yield
-    assert Settings._llm is None
 
 
 def nodes() -> list[NodeWithScore]:
@@ -64,9 +46,9 @@ def history() -> list[ChatMessage]:
     return [ChatMessage(role=MessageRole(turn.role), content=turn.text) for turn in TURNS]
 
 
-def make(kind: Any, generator: Any = None, **options: Any) -> tuple[Any, RecordingGenerator, NotedRetriever]:
+def make(kind: Any, generator: Any = None, **options: Any) -> tuple[Any, RecordingGenerator, FixedRetriever]:
     generator = RecordingGenerator() if generator is None else generator
-    retriever = NotedRetriever(nodes())
+    retriever = FixedRetriever(nodes())
     memory = ChatMemoryBuffer.from_defaults(token_limit=3000)
     engine = kind.from_defaults(retriever, KVFusionLlamaIndexLLM(generator), memory=memory, **options)
     return engine, generator, retriever
@@ -89,7 +71,7 @@ async def say(engine: Any, way: str, message: str, **options: Any) -> tuple[str,
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_documents_arrive_apart_and_the_history_as_turns(kind: Any, way: str) -> None:
+async def test_documents_are_separate_and_the_history_is_kept(kind: Any, way: str) -> None:
     engine, generator, _ = make(kind, system_prompt="Be brief: {context_str}.")
     text, response = await say(engine, way, "And {braces}?", chat_history=history())
     answered = generator.calls[-1]
@@ -102,7 +84,7 @@ async def test_documents_arrive_apart_and_the_history_as_turns(kind: Any, way: s
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_an_untuned_model_reads_the_documents_in_the_context_template(kind: Any, way: str) -> None:
+async def test_untuned_model_reads_documents_in_the_context_template(kind: Any, way: str) -> None:
     options: dict[str, Any] = {} if kind is KVFusionContextChatEngine else {"skip_condense": True}
     engine, generator, _ = make(kind, RecordingGenerator(is_untuned=True), system_prompt="Be {brief}.", **options)
     text, _ = await say(engine, way, "And {braces}?", chat_history=history())
@@ -117,7 +99,7 @@ async def test_an_untuned_model_reads_the_documents_in_the_context_template(kind
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_memory_holds_what_was_said(kind: Any, way: str) -> None:
+async def test_memory_contains_the_conversation(kind: Any, way: str) -> None:
     engine, generator, _ = make(kind)
     for message in ("Where?", "And then?"):
         await say(engine, way, message)
@@ -137,7 +119,7 @@ async def test_memory_holds_what_was_said(kind: Any, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_condensed_question_retrieves_and_the_message_is_answered(way: str) -> None:
+async def test_condensed_question_retrieves_and_message_is_answered(way: str) -> None:
     engine, generator, retriever = make(KVFusionCondensePlusContextChatEngine)
     await say(engine, way, "And then?", chat_history=history())
     condense, answered = generator.calls
@@ -148,7 +130,7 @@ async def test_the_condensed_question_retrieves_and_the_message_is_answered(way:
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_first_message_is_put_as_a_bare_question(kind: Any, way: str) -> None:
+async def test_first_message_is_a_bare_question(kind: Any, way: str) -> None:
     engine, generator, retriever = make(kind)
     await say(engine, way, "Where?")
     (call,) = generator.calls
@@ -157,7 +139,7 @@ async def test_a_first_message_is_put_as_a_bare_question(kind: Any, way: str) ->
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_record_is_the_last_source(kind: Any, way: str) -> None:
+async def test_record_is_the_last_source(kind: Any, way: str) -> None:
     engine, _, _ = make(kind)
     _, response = await say(engine, way, "Where?")
     assert [source.tool_name for source in response.sources] == ["retriever", "kvfusion"]
@@ -170,7 +152,7 @@ async def test_the_record_is_the_last_source(kind: Any, way: str) -> None:
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_no_nodes_give_the_empty_response_as_the_parent_does(kind: Any, way: str) -> None:
+async def test_empty_response_without_nodes(kind: Any, way: str) -> None:
     engine, generator, retriever = make(kind)
     retriever.nodes = []
     text, response = await say(engine, way, "Where?")
@@ -179,7 +161,7 @@ async def test_no_nodes_give_the_empty_response_as_the_parent_does(kind: Any, wa
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_earlier_nodes_stand_in_for_none(way: str) -> None:
+async def test_previous_nodes_replace_missing_ones(way: str) -> None:
     engine, generator, retriever = make(KVFusionContextChatEngine)
     retriever.nodes = []
     await say(engine, way, "Where?", prev_chunks=nodes()[:1])
@@ -190,7 +172,7 @@ async def test_earlier_nodes_stand_in_for_none(way: str) -> None:
     ("kind", "name"),
     [(KVFusionContextChatEngine, "context_template"), (KVFusionCondensePlusContextChatEngine, "context_prompt")],
 )
-def test_a_context_template_of_the_caller_refers_to_the_documents(kind: Any, name: str) -> None:
+def test_custom_context_template_refers_to_the_documents(kind: Any, name: str) -> None:
     template = PromptTemplate("Speak as a pirate about {context_str}!")
     engine, generator, _ = make(kind, system_prompt="Be brief.", **{name: template})
     engine.chat("Where?")
@@ -200,7 +182,7 @@ def test_a_context_template_of_the_caller_refers_to_the_documents(kind: Any, nam
     ]
 
 
-def test_prefix_messages_come_before_the_history() -> None:
+def test_prefix_messages_precede_the_history() -> None:
     said = [
         ChatMessage(role=MessageRole.SYSTEM, content="Be brief."),
         ChatMessage(role=MessageRole.USER, content="Example?"),
@@ -218,10 +200,10 @@ def test_prefix_messages_come_before_the_history() -> None:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_postprocessors_metadata_mode_and_the_prompt_of_the_llm(kind: Any) -> None:
+def test_postprocessors_metadata_mode_and_system_prompt(kind: Any) -> None:
     generator = RecordingGenerator()
     engine = kind.from_defaults(
-        NotedRetriever(nodes()),
+        FixedRetriever(nodes()),
         KVFusionLlamaIndexLLM(generator, system_prompt="In Latin."),
         memory=ChatMemoryBuffer.from_defaults(token_limit=3000),
         metadata_mode=MetadataMode.LLM,
@@ -239,7 +221,7 @@ def test_postprocessors_metadata_mode_and_the_prompt_of_the_llm(kind: Any) -> No
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_tokens_are_counted_with_documents(kind: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_token_counts_include_documents(kind: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
     monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([counter]))
     engine, _, _ = make(kind, system_prompt="Be brief.")
@@ -247,7 +229,7 @@ async def test_tokens_are_counted_with_documents(kind: Any, way: str, monkeypatc
     assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (4 + 2 + 2 + 3, 2)
 
 
-async def test_conversations_at_the_same_time_keep_their_own_records() -> None:
+async def test_concurrent_conversations_have_separate_records() -> None:
     engines = [make(KVFusionContextChatEngine, EchoGenerator())[0] for _ in range(4)]
     answers = await asyncio.gather(*(engine.achat(f"Question {n}?") for n, engine in enumerate(engines)))
     for number, response in enumerate(answers):
@@ -256,7 +238,7 @@ async def test_conversations_at_the_same_time_keep_their_own_records() -> None:
         assert response.response.startswith(f"Question {number}? <- It was in Lima. + It rained.")
 
 
-def test_a_retriever_that_chats_itself_keeps_its_record_apart() -> None:
+def test_nested_chat_engines_have_separate_records() -> None:
     inner, _, _ = make(KVFusionContextChatEngine)
     outer, _, retriever = make(KVFusionContextChatEngine)
     retriever._retrieve = lambda bundle: inner.chat(bundle.query_str).source_nodes[:1]
@@ -266,8 +248,8 @@ def test_a_retriever_that_chats_itself_keeps_its_record_apart() -> None:
 
 @pytest.mark.parametrize("kind", ENGINES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_model_with_a_chat_template_gives_the_same_answer_in_any_order(kind: Any, way: str) -> None:
-    model = tiny_generator()
+async def test_order_of_nodes_does_not_change_the_answer(kind: Any, way: str) -> None:
+    model = tiny_generator().with_settings(max_new_tokens=3)
     short = {} if kind is KVFusionContextChatEngine else {"condense_prompt": "{chat_history} {question}"}
     engine, _, retriever = make(kind, model, system_prompt="Be brief.", **short)
     answers = []
@@ -279,8 +261,8 @@ async def test_a_model_with_a_chat_template_gives_the_same_answer_in_any_order(k
     assert {source["origin"] for source in response.sources[-1].raw_output["sources"]} == {"memory"}
 
 
-def test_a_model_that_reads_bare_questions_is_asked_the_message() -> None:
-    model = tiny_generator(prompt_template=None)
+def test_model_for_bare_questions_reads_the_message() -> None:
+    model = tiny_generator(prompt_template=None).with_settings(max_new_tokens=6)
     engine, _, _ = make(KVFusionCondensePlusContextChatEngine, model, skip_condense=True)
     fact = "Hamlet is a tragedy written by William Shakespeare."
     engine._retriever.nodes = [NodeWithScore(node=TextNode(text=fact, id_="hamlet"))]
@@ -292,19 +274,19 @@ def test_a_model_that_reads_bare_questions_is_asked_the_message() -> None:
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_another_llm_is_refused(kind: Any) -> None:
-    with pytest.raises(InvalidInputError, match=f"MockLLM; {kind.__name__} needs"):
-        kind.from_defaults(NotedRetriever([]), MockLLM())
+def test_another_llm_is_rejected(kind: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"MockLLM, but {kind.__name__} needs"):
+        kind.from_defaults(FixedRetriever([]), MockLLM())
     with pytest.raises(InvalidInputError, match="MockLLM"):
-        kind(NotedRetriever([]), MockLLM(), ChatMemoryBuffer.from_defaults(), prefix_messages=[])
+        kind(FixedRetriever([]), MockLLM(), ChatMemoryBuffer.from_defaults(), prefix_messages=[])
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_an_option_that_the_parent_would_swallow_is_refused(kind: Any) -> None:
+def test_unknown_option_is_rejected(kind: Any) -> None:
     with pytest.raises(InvalidInputError, match="'streaming'"):
         make(kind, streaming=True)
 
 
-def test_condensing_by_a_model_that_reads_bare_questions_is_refused() -> None:
+def test_model_for_bare_questions_cannot_condense() -> None:
     with pytest.raises(InvalidInputError, match="skip_condense=True"):
         make(KVFusionCondensePlusContextChatEngine, RecordingGenerator(follows_instructions=False))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,13 +9,13 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from fakes import RecordingGenerator
-from llama_index.core import Settings, VectorStoreIndex
-from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core import VectorStoreIndex
 from llama_index.core.embeddings.mock_embed_model import MockEmbedding
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.response_synthesizers import CompactAndRefine
-from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import NodeWithScore, TextNode
+from llama_index_helpers import FixedRetriever
 from tiny import generator as tiny_generator
 
 from kvfusion_rag import InvalidInputError
@@ -27,26 +26,10 @@ from llama_index_kvfusion import (
     source_numbers,
 )
 
+pytestmark = pytest.mark.usefixtures("no_default_llm")
+
 QUESTION = "Where was it?"
 LONG = "It rained all day. Nobody was on the road. It was in Lima. The miller counted his sacks of flour."
-
-
-class FixedRetriever(BaseRetriever):
-    """Gives the same nodes for every query."""
-
-    def __init__(self, nodes: list[NodeWithScore]) -> None:
-        self._nodes = nodes
-        super().__init__()
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._nodes
-
-
-@pytest.fixture(autouse=True)
-def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(Settings, "_llm", None)
-    yield
-    assert Settings._llm is None
 
 
 def nodes() -> list[NodeWithScore]:
@@ -59,7 +42,7 @@ def split(**options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", ["sync", "async", "stream", "async stream"])
-async def test_chunks_are_documents_without_numbers_in_them(way: str) -> None:
+async def test_chunks_have_no_numbers_in_their_texts(way: str) -> None:
     generator = RecordingGenerator()
     synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(generator), streaming="stream" in way)
     engine = KVFusionCitationQueryEngine(FixedRetriever(nodes()), response_synthesizer=synthesizer, **split())
@@ -77,7 +60,7 @@ async def test_chunks_are_documents_without_numbers_in_them(way: str) -> None:
     assert "in Lima" in response.source_nodes[number - 1].node.get_content()
 
 
-def test_chunks_are_those_of_the_parent() -> None:
+def test_chunks_equal_those_of_the_parent() -> None:
     texts = []
     for kind in (CitationQueryEngine, KVFusionCitationQueryEngine):
         generator = RecordingGenerator()
@@ -89,10 +72,10 @@ def test_chunks_are_those_of_the_parent() -> None:
     assert stock == [f"Source {number}:\n{text}\n" for number, text in enumerate(ours, start=1)]
 
 
-def test_a_chunk_of_another_rank_is_found_in_the_store() -> None:
+def test_chunk_at_another_rank_is_found_in_the_store() -> None:
     origins = {}
     for kind in (CitationQueryEngine, KVFusionCitationQueryEngine):
-        synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(tiny_generator()))
+        synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(tiny_generator(), max_new_tokens=1))
         for order in (nodes(), nodes()[::-1]):
             engine = kind(FixedRetriever(order), llm=synthesizer.llm, response_synthesizer=synthesizer, **split())
             record = engine.query(QUESTION).metadata["kvfusion"]
@@ -101,7 +84,7 @@ def test_a_chunk_of_another_rank_is_found_in_the_store() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_over_an_index_with_an_llm_alone(streaming: bool) -> None:
+def test_engine_over_an_index_with_an_llm(streaming: bool) -> None:
     generator = RecordingGenerator()
     index = VectorStoreIndex([node.node for node in nodes()], embed_model=MockEmbedding(embed_dim=4))
     engine = KVFusionCitationQueryEngine.from_args(
@@ -113,7 +96,7 @@ def test_over_an_index_with_an_llm_alone(streaming: bool) -> None:
     assert generator.calls[0].method == ("stream" if streaming else "answer")
 
 
-def test_an_answer_that_stands_nowhere_has_no_number() -> None:
+def test_answer_without_citations_has_no_source_numbers() -> None:
     generator = RecordingGenerator(pieces=("in Rome",))
     engine = KVFusionCitationQueryEngine(FixedRetriever(nodes()), KVFusionLlamaIndexLLM(generator))
     assert source_numbers(engine.query(QUESTION)) == []
@@ -124,7 +107,7 @@ def test_an_answer_that_stands_nowhere_has_no_number() -> None:
 # Wrong use
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     llm, index = KVFusionLlamaIndexLLM(RecordingGenerator()), VectorStoreIndex([], embed_model=MockEmbedding(4))
     with pytest.raises(InvalidInputError, match="NoneType"):
         KVFusionCitationQueryEngine(FixedRetriever([]))

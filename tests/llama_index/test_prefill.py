@@ -14,13 +14,13 @@ pytest.importorskip("llama_index.core")
 
 from llama_index.core import Document as LlamaDocument
 from llama_index.core import VectorStoreIndex
-from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.embeddings.mock_embed_model import MockEmbedding
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.llms import MockLLM
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index_helpers import FixedRetriever
 from tiny import backbone
 from tiny import generator as tiny_generator
 
@@ -41,7 +41,7 @@ def documents() -> list[LlamaDocument]:
 
 
 def llm_on(store: Any) -> KVFusionLlamaIndexLLM:
-    return KVFusionLlamaIndexLLM(KVFusionGenerator(TorchModel(backbone("llama")), store=store))
+    return KVFusionLlamaIndexLLM(KVFusionGenerator(TorchModel(backbone("llama")), store=store), max_new_tokens=1)
 
 
 def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode | None = None, **options: Any) -> IngestionPipeline:
@@ -63,7 +63,7 @@ def origins(llm: KVFusionLlamaIndexLLM, nodes: Any, mode: MetadataMode | None = 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_a_query_finds_every_prefilled_node_in_memory(mode: MetadataMode | None, asynchronous: bool) -> None:
+async def test_query_finds_prefilled_nodes_in_memory(mode: MetadataMode | None, asynchronous: bool) -> None:
     llm = llm_on("memory")
     made = pipeline(llm, mode)
     nodes = await made.arun(documents=documents()) if asynchronous else made.run(documents=documents())
@@ -72,18 +72,18 @@ async def test_a_query_finds_every_prefilled_node_in_memory(mode: MetadataMode |
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_another_process_finds_them_on_disk(tmp_path: Path, mode: MetadataMode | None) -> None:
+def test_another_process_finds_prefilled_nodes_on_disk(tmp_path: Path, mode: MetadataMode | None) -> None:
     nodes = pipeline(llm_on(tmp_path), mode).run(documents=documents())
     assert set(origins(llm_on(tmp_path), nodes, mode)) == {"disk"}
 
 
-def test_another_metadata_mode_reads_other_texts() -> None:
+def test_another_metadata_mode_does_not_find_prefilled_nodes() -> None:
     llm = llm_on("memory")
     nodes = pipeline(llm, MetadataMode.LLM).run(documents=documents()[:1])
     assert set(origins(llm, nodes, MetadataMode.NONE)) == {"computed"}
 
 
-def test_nodes_come_out_unchanged() -> None:
+def test_nodes_are_returned_unchanged() -> None:
     nodes = [TextNode(text="The miller counts.", id_="n", metadata={"title": "T"})]
     before = [node.model_dump() for node in nodes]
     assert KVFusionPrefill(llm_on("memory"))(nodes) is nodes
@@ -100,7 +100,7 @@ class Counted(KVFusionGenerator):
         return super().prefill(*args, **kwargs)
 
 
-def test_the_cache_of_a_pipeline_skips_what_this_model_has_in_this_store(tmp_path: Path) -> None:
+def test_pipeline_cache_skips_nodes_stored_by_the_same_model(tmp_path: Path) -> None:
     cache = IngestionCache()
 
     def prefills(store: Any, architecture: str = "llama") -> int:
@@ -114,15 +114,15 @@ def test_the_cache_of_a_pipeline_skips_what_this_model_has_in_this_store(tmp_pat
     assert [prefills("memory"), prefills("memory")] == [1, 1]  # each memory ends with its generator
 
 
-def test_a_cache_that_tenants_share_skips_nothing_of_the_other(tmp_path: Path) -> None:
+def test_pipeline_cache_is_separate_for_namespaces(tmp_path: Path) -> None:
     cache, generator = IngestionCache(), KVFusionGenerator(TorchModel(backbone("llama")), store=tmp_path)
     for tenant in (generator, generator.with_namespace("b")):
-        llm = KVFusionLlamaIndexLLM(tenant)
+        llm = KVFusionLlamaIndexLLM(tenant, max_new_tokens=1)
         nodes = pipeline(llm, cache=cache).run(documents=documents())
         assert "computed" not in origins(llm, nodes)
 
 
-async def test_the_event_loop_is_free_while_nodes_are_prefilled(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_prefill_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, held = llm_on("memory"), threading.Event()
     monkeypatch.setattr(llm.generator, "prefill", lambda documents, **wording: held.wait(10))
     task = asyncio.create_task(KVFusionPrefill(llm).acall([TextNode(text="a")]))
@@ -134,17 +134,6 @@ async def test_the_event_loop_is_free_while_nodes_are_prefilled(monkeypatch: pyt
 
 
 # Loading ahead
-
-
-class FixedRetriever(BaseRetriever):
-    """Gives the same nodes for every query."""
-
-    def __init__(self, nodes: list[NodeWithScore]) -> None:
-        self._nodes = nodes
-        super().__init__()
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._nodes
 
 
 class SlowReranker(BaseNodePostprocessor):
@@ -160,7 +149,7 @@ class SlowReranker(BaseNodePostprocessor):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-async def test_files_are_in_memory_once_the_reranker_has_chosen(
+async def test_prefetched_nodes_are_in_memory_after_the_reranker(
     tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes = [NodeWithScore(node=node) for node in pipeline(llm_on(tmp_path)).run(documents=documents())]
@@ -175,7 +164,7 @@ async def test_files_are_in_memory_once_the_reranker_has_chosen(
     assert (source["id"], source["origin"]) == (nodes[1].node.node_id, "memory")
 
 
-def test_nodes_are_handed_on_when_too_much_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_are_returned_when_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     llm, nodes = llm_on("memory"), [NodeWithScore(node=TextNode(text="a"))]
 
     def refuse(documents: Any, **wording: Any) -> None:
@@ -189,18 +178,18 @@ def test_nodes_are_handed_on_when_too_much_is_loading(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("kind", [KVFusionPrefill, KVFusionPrefetch])
-def test_another_llm_and_a_generator_without_a_store_are_refused(kind: Any) -> None:
-    with pytest.raises(InvalidInputError, match=f"MockLLM; {kind.__name__} needs"):
+def test_another_llm_and_a_generator_without_a_store_are_rejected(kind: Any) -> None:
+    with pytest.raises(InvalidInputError, match=f"MockLLM, but {kind.__name__} needs"):
         kind(MockLLM())
     with pytest.raises(InvalidInputError, match="store=None"):
         kind(KVFusionLlamaIndexLLM(tiny_generator(store=None)))
 
 
-def test_it_does_not_go_to_another_process() -> None:
+def test_prefill_cannot_be_pickled() -> None:
     with pytest.raises(InvalidInputError, match="without num_workers"):
         pickle.dumps(KVFusionPrefill(llm_on("memory")))
 
 
-def test_a_pipeline_of_several_processes_says_so() -> None:
+def test_pipeline_with_several_processes_is_rejected() -> None:
     with pytest.raises(InvalidInputError, match="without num_workers"):
         pipeline(llm_on("memory"), disable_cache=True).run(documents=documents(), num_workers=2)

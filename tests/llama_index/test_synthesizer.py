@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import random
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,27 +13,26 @@ import pytest
 pytest.importorskip("llama_index.core")
 
 from fakes import RecordingGenerator
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llama_index.core import PromptTemplate, Settings, VectorStoreIndex
-from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.llms.types import ChatMessage
-from llama_index.core.bridge.pydantic import Field
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.callbacks.schema import CBEventType
 from llama_index.core.chat_engine import CondenseQuestionChatEngine
 from llama_index.core.embeddings.mock_embed_model import MockEmbedding
-from llama_index.core.instrumentation import get_dispatcher
-from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
-from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+from llama_index_helpers import EventLog, FixedRetriever
 
 from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
+
+pytestmark = pytest.mark.usefixtures("no_default_llm")
 
 QUESTION = "Where was it?"
 EXPECTED = [
@@ -43,43 +41,6 @@ EXPECTED = [
     Document("Nobody knows.", id="n3", title=None, metadata={}),
 ]
 WAYS = ["sync", "async", "stream", "async stream"]
-
-
-class FixedRetriever(BaseRetriever):
-    """Gives the same nodes for every query."""
-
-    def __init__(self, nodes: list[NodeWithScore]) -> None:
-        self._nodes = nodes
-        super().__init__()
-
-    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return self._nodes
-
-
-class EventLog(BaseEventHandler):
-    """Keeps every instrumentation event."""
-
-    seen: list[Any] = Field(default_factory=list)
-
-    def handle(self, event: Any, **_: Any) -> None:
-        self.seen.append(event)
-
-
-@pytest.fixture
-def events() -> Iterator[list[Any]]:
-    log = EventLog()
-    root = get_dispatcher()
-    root.add_event_handler(log)
-    yield log.seen
-    root.event_handlers.remove(log)
-
-
-@pytest.fixture(autouse=True)
-def no_default_llm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test may fall back on LlamaIndex's default LLM, which is OpenAI's."""
-    monkeypatch.setattr(Settings, "_llm", None)
-    yield
-    assert Settings._llm is None
 
 
 def nodes() -> list[NodeWithScore]:
@@ -129,7 +90,7 @@ async def test_each_node_is_one_document(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_query_template_is_the_wording_around_the_bare_question(way: str) -> None:
+async def test_query_template_wraps_the_question(way: str) -> None:
     synthesizer, generator = make(query_template="In one word: {query_str}")
     await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
     assert (generator.calls[0].question, generator.calls[0].prompt) == (QUESTION, f"In one word: {QUESTION}")
@@ -137,7 +98,7 @@ async def test_a_query_template_is_the_wording_around_the_bare_question(way: str
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_an_untuned_model_reads_the_stock_template_around_the_documents(way: str) -> None:
+async def test_untuned_model_reads_the_default_template(way: str) -> None:
     synthesizer, generator = make(is_untuned=True)
     text, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
     (received,) = generator.calls
@@ -151,7 +112,7 @@ async def test_an_untuned_model_reads_the_stock_template_around_the_documents(wa
 
 
 @pytest.mark.parametrize("is_untuned", [True, False])
-def test_a_text_qa_template_is_the_wording_around_documents(is_untuned: bool) -> None:
+def test_text_qa_template_contains_the_documents(is_untuned: bool) -> None:
     synthesizer, generator = make(is_untuned=is_untuned, text_qa_template="Of {context_str}, {tone}: {query_str}")
     synthesizer.get_response(QUESTION, [" a ", "b"], tone="briefly")
     expected = Message.around("user", "Of ", f", briefly: {QUESTION}")
@@ -160,7 +121,7 @@ def test_a_text_qa_template_is_the_wording_around_documents(is_untuned: bool) ->
 
 
 @pytest.mark.parametrize("is_chat", [True, False])
-def test_wrappers_of_the_caller_are_around_the_template(is_chat: bool) -> None:
+def test_custom_wrappers_apply_to_the_template(is_chat: bool) -> None:
     generator = RecordingGenerator(is_untuned=True)
     wrappers: dict[str, Any] = {"completion_to_prompt": lambda text: f"<{text}>"}
     if is_chat:
@@ -189,15 +150,16 @@ async def test_over_an_index(way: str, own_helper: bool) -> None:
     assert (generator.calls[0].question, text) == (QUESTION, "in lima")
 
 
-def test_metadata_header_for_those_who_want_it() -> None:
+def test_metadata_header() -> None:
     synthesizer, generator = make(metadata_mode=MetadataMode.LLM)
     synthesizer.synthesize(QUESTION, nodes())
     assert generator.calls[0].texts == ["title: Peru\n\nIt was in Lima.", "page: 3\n\nIt rained.", "Nobody knows."]
     assert [d.title for d in generator.calls[0].documents] == [None, None, None]
 
 
+@settings(max_examples=25)
 @given(st.lists(st.text(max_size=20), min_size=1, max_size=8))
-def test_any_texts_arrive_one_by_one_and_unchanged(texts: list[str]) -> None:
+def test_texts_are_passed_on_unchanged(texts: list[str]) -> None:
     synthesizer, generator = make()
     given_nodes = [NodeWithScore(node=TextNode(text=text, id_=str(i))) for i, text in enumerate(texts)]
     synthesizer.synthesize(QUESTION, given_nodes)
@@ -205,7 +167,7 @@ def test_any_texts_arrive_one_by_one_and_unchanged(texts: list[str]) -> None:
     assert generator.calls[0].ids == [str(i) for i in range(len(texts))]
 
 
-def test_duplicate_nodes_are_all_handed_over_and_told_apart() -> None:
+def test_duplicate_nodes_get_distinct_ids() -> None:
     synthesizer, generator = make()
     twice = [*nodes()[:1], *nodes()[:1]]
     response = synthesizer.synthesize(QUESTION, twice)
@@ -214,21 +176,21 @@ def test_duplicate_nodes_are_all_handed_over_and_told_apart() -> None:
     assert [s["duplicate_of"] for s in sources] == [None, "n1"]
 
 
-def test_further_source_nodes_are_reported_and_not_read() -> None:
+def test_additional_source_nodes_are_not_read() -> None:
     synthesizer, generator = make()
     response = synthesizer.synthesize(QUESTION, nodes()[:1], additional_source_nodes=nodes()[1:])
     assert generator.calls[0].ids == ["n1"]
     assert [n.node.node_id for n in response.source_nodes] == ["n1", "n2", "n3"]
 
 
-def test_get_response_takes_bare_texts_and_template_values() -> None:
+def test_get_response_accepts_texts_and_template_values() -> None:
     synthesizer, generator = make(query_template="{tone}: {query_str}")
     assert synthesizer.get_response(QUESTION, ["a", "b"], tone="Calmly") == "in lima"
     assert generator.calls[0].documents == [Document("a"), Document("b")]
     assert generator.calls[0].prompt == f"Calmly: {QUESTION}"
 
 
-def test_postprocessors_choose_the_documents() -> None:
+def test_postprocessors_select_the_documents() -> None:
     synthesizer, generator = make()
     cutoff = SimilarityPostprocessor(similarity_cutoff=0.6)
     synthesizer.as_query_engine(FixedRetriever(nodes()), node_postprocessors=[cutoff]).query(QUESTION)
@@ -239,7 +201,7 @@ def test_postprocessors_choose_the_documents() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_the_record_names_nodes(way: str) -> None:
+async def test_record_contains_node_ids(way: str) -> None:
     synthesizer, _ = make()
     _, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
     record = response.metadata["kvfusion"]
@@ -253,7 +215,7 @@ async def test_the_record_names_nodes(way: str) -> None:
     assert (record["mode"], record["cited_text"]) == ("fusion", "in Lima")
 
 
-def test_the_record_of_a_stream_is_filled_at_its_end() -> None:
+def test_record_of_a_stream_is_filled_at_the_end() -> None:
     synthesizer, _ = make(streaming=True)
     response = synthesizer.synthesize(QUESTION, nodes())
     assert response.metadata["kvfusion"] == {}
@@ -262,7 +224,7 @@ def test_the_record_of_a_stream_is_filled_at_its_end() -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_no_nodes_give_the_empty_response_and_no_call(way: str) -> None:
+async def test_empty_response_without_nodes(way: str) -> None:
     synthesizer, generator = make(empty_response="Nothing found.")
     text, response = await query(RetrieverQueryEngine(FixedRetriever([]), synthesizer), way)
     assert text == "Nothing found."
@@ -271,14 +233,14 @@ async def test_no_nodes_give_the_empty_response_and_no_call(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_errors_come_through_at_once(way: str) -> None:
+async def test_errors_are_raised(way: str) -> None:
     synthesizer, generator = make()
     generator.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
         await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
 
 
-async def test_an_async_stream_stopped_early_stops_the_generator() -> None:
+async def test_async_stream_stopped_early_stops_the_generator() -> None:
     synthesizer, generator = make(streaming=True)
     pieces = (await synthesizer.asynthesize(QUESTION, nodes())).response_gen
     assert await anext(pieces) == "in"
@@ -291,7 +253,7 @@ async def test_an_async_stream_stopped_early_stops_the_generator() -> None:
     assert len(generator.threads) == 1
 
 
-def test_a_stream_stopped_early_stops_the_generator() -> None:
+def test_stream_stopped_early_stops_the_generator() -> None:
     synthesizer, generator = make(streaming=True)
     pieces = synthesizer.synthesize(QUESTION, nodes()).response_gen
     assert next(pieces) == "in"
@@ -299,7 +261,7 @@ def test_a_stream_stopped_early_stops_the_generator() -> None:
     assert generator.streams[0].closed
 
 
-async def test_the_event_loop_is_free_while_the_generator_works() -> None:
+async def test_event_loop_is_not_blocked() -> None:
     synthesizer, generator = make()
     generator.hold = threading.Event()
     task = asyncio.create_task(synthesizer.asynthesize(QUESTION, nodes()))
@@ -314,7 +276,7 @@ async def test_the_event_loop_is_free_while_the_generator_works() -> None:
     assert (str(await task), ticks) == ("in lima", 5)
 
 
-def test_concurrent_queries_keep_their_own_records() -> None:
+def test_concurrent_queries_have_separate_records() -> None:
     synthesizer, _ = make(streaming=True)
     first = synthesizer.synthesize(QUESTION, nodes()[:1])
     second = synthesizer.synthesize(QUESTION, nodes()[1:])
@@ -331,24 +293,23 @@ def test_concurrent_queries_keep_their_own_records() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("is_untuned", [True, False])
-async def test_event_sequence(way: str, is_untuned: bool, events: list[Any]) -> None:
+async def test_event_sequence(way: str, is_untuned: bool, events: EventLog) -> None:
     synthesizer, generator = make(is_untuned=is_untuned)
     kind = "LLMChat" if is_untuned else "LLMCompletion"
     await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
-    names = [type(event).__name__.removesuffix("Event") for event in events]
     opening = ["QueryStart", "RetrievalStart", "RetrievalEnd", "SynthesizeStart", f"{kind}Start"]
     if "stream" in way:
         progress = [f"{kind}InProgress"] * 3
-        assert names == [*opening, "SynthesizeEnd", "QueryEnd", *progress, f"{kind}End"]
+        assert events.names() == [*opening, "SynthesizeEnd", "QueryEnd", *progress, f"{kind}End"]
     else:
-        assert names == [*opening, f"{kind}End", "SynthesizeEnd", "QueryEnd"]
-    (start,) = [event for event in events if type(event).__name__ == f"{kind}StartEvent"]
+        assert events.names() == [*opening, f"{kind}End", "SynthesizeEnd", "QueryEnd"]
+    (start,) = [event for event in events.seen if type(event).__name__ == f"{kind}StartEvent"]
     assert start.additional_kwargs["documents"] == generator.calls[0].documents
     assert isinstance(start.model_dump_json(), str)
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_callbacks_and_counts_through_settings(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_callbacks_and_counts_from_settings(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = TokenCountingHandler(tokenizer=lambda text: ["wrong"] * 1000)
     debug = LlamaDebugHandler(print_trace_on_end=False)
     llm = KVFusionLlamaIndexLLM(RecordingGenerator())
@@ -360,7 +321,7 @@ async def test_callbacks_and_counts_through_settings(way: str, monkeypatch: pyte
         assert len(debug.get_event_pairs(kind)) == 1, kind
 
 
-def test_handlers_of_the_llm_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callback_handlers_of_the_llm_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([]))
     own = CallbackManager([LlamaDebugHandler(print_trace_on_end=False)])
     llm = KVFusionLlamaIndexLLM(RecordingGenerator(), callback_manager=own)
@@ -370,7 +331,7 @@ def test_handlers_of_the_llm_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KVFusionSynthesizer(llm, callback_manager=other).callback_manager is llm.callback_manager is other
 
 
-def test_prompts_are_seen_and_changed_through_the_engine() -> None:
+def test_prompts_can_be_changed_through_the_engine() -> None:
     synthesizer, generator = make()
     engine = synthesizer.as_query_engine(FixedRetriever(nodes()))
     assert engine.get_prompts()["response_synthesizer:query_template"].get_template() == "{query_str}"
@@ -379,7 +340,7 @@ def test_prompts_are_seen_and_changed_through_the_engine() -> None:
     assert generator.calls[0].prompt == f"Tell: {QUESTION}"
 
 
-def test_the_template_of_an_untuned_model_is_seen_and_changed_through_the_engine() -> None:
+def test_template_of_an_untuned_model_can_be_changed_through_the_engine() -> None:
     synthesizer, generator = make(is_untuned=True)
     engine = synthesizer.as_query_engine(FixedRetriever(nodes()))
     assert engine.get_prompts() == {"response_synthesizer:text_qa_template": DEFAULT_TEXT_QA_PROMPT_SEL}
@@ -393,7 +354,7 @@ def test_the_template_of_an_untuned_model_is_seen_and_changed_through_the_engine
     assert without == [Message("user", f"Tell: {QUESTION}")]
 
 
-def test_a_template_object_serves_as_query_template() -> None:
+def test_query_template_may_be_a_template_object() -> None:
     synthesizer, generator = make(query_template=PromptTemplate("Say: {query_str}"))
     synthesizer.synthesize(QUESTION, nodes())
     assert generator.calls[0].prompt == f"Say: {QUESTION}"
@@ -433,7 +394,7 @@ def test_condense_question_chat_engine() -> None:
     assert (second.question, second.documents) == ("in lima", EXPECTED)
 
 
-async def test_condense_question_chat_engine_in_streams() -> None:
+async def test_condense_question_chat_engine_streams() -> None:
     chat, generator = chat_engine()
     assert "".join(chat.stream_chat(QUESTION).response_gen) == "in lima"
     response = await chat.astream_chat("And then?")
@@ -445,23 +406,23 @@ async def test_condense_question_chat_engine_in_streams() -> None:
 # Wrong use
 
 
-def test_another_llm_is_refused() -> None:
+def test_another_llm_is_rejected() -> None:
     with pytest.raises(InvalidInputError, match="MockLLM"):
         KVFusionSynthesizer(MockLLM())  # type: ignore[arg-type]
 
 
-def test_an_llm_is_required() -> None:
+def test_llm_is_required() -> None:
     with pytest.raises(TypeError, match="llm"):
         KVFusionSynthesizer()  # type: ignore[call-arg]
 
 
-def test_a_ready_retriever_takes_no_retriever_options() -> None:
+def test_retriever_options_need_an_index() -> None:
     synthesizer, _ = make()
     with pytest.raises(InvalidInputError, match="similarity_top_k"):
         synthesizer.as_query_engine(FixedRetriever([]), similarity_top_k=3)
 
 
-def test_streaming_as_an_engine_option_is_refused_with_the_right_place() -> None:
+def test_streaming_option_of_an_engine_is_rejected() -> None:
     synthesizer = KVFusionSynthesizer(KVFusionLlamaIndexLLM(RecordingGenerator()))
     with pytest.raises(InvalidInputError, match=r"KVFusionSynthesizer\(llm, streaming=True\)"):
         synthesizer.as_query_engine(None, streaming=True)  # type: ignore[arg-type]

@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ARCHITECTURES, WORDS, backbone, generator
+from tiny import ARCHITECTURES, backbone, generator
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvfusion_rag.model.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.model.kv import KVShape
 
-VOCABULARY = WORDS.split()
 SHAPE = KVShape(2, 2, 4, torch.float32)
 CPU = torch.device("cpu")
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -12,9 +12,9 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tests.training.test_training import SETTINGS as TRAINING
-from tests.training.test_training import batch_of, rows
 from tiny import WORDS, backbone, model
+from tiny_training import SETTINGS as TRAINING
+from tiny_training import batch_of, rows
 
 from kvfusion_rag import DiskStore, Document, DocumentStore, KVFusionGenerator, MemoryLimitError, MemoryStore
 from kvfusion_rag.cli import main

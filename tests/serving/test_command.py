@@ -24,7 +24,7 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
     ("argv", "message"),
     [
         (["--host", "0.0.0.0"], "no API key"),
-        (["--api-key-env", "KVFUSION_NO_SUCH_VARIABLE"], "holds no API key"),
+        (["--api-key-env", "KVFUSION_NO_SUCH_VARIABLE"], "is not set"),
         (["--api-keys-file", "/no/such/file"], "No such file"),
         (["--port", "70000"], "cannot listen"),
         (["--port", "-1"], "not a whole number"),
@@ -93,7 +93,9 @@ def test_server_process_runs_until_a_signal(tmp_path, capsys, speaker_folder, nu
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("serving tiny-speaker at http://127.0.0.1:") and line.endswith("/v1 (Ctrl-C ends it)\n")
+        assert line.startswith("serving tiny-speaker at http://127.0.0.1:") and line.endswith(
+            "/v1 (stop with Ctrl-C)\n"
+        )
         with httpx.Client(base_url=line.split()[3], timeout=60) as client:
             assert client.get("/models").status_code == 401
             headers = {"authorization": f"Bearer {KEY}"}

@@ -1,12 +1,10 @@
 """The index of a disk store: damaged, replaced, locked or failing."""
 
 import errno
-import gc
 import os
 import sqlite3
 import threading
 import time
-import weakref
 from contextlib import closing
 
 import pytest
@@ -62,37 +60,11 @@ def test_index_whose_creator_died_before_filling_it_is_filled(store):
 
 
 def test_index_that_was_replaced_is_opened_again(store):
-    for suffix in ("", "-wal", "-shm"):
-        (store.path / f"index.sqlite{suffix}").unlink()
+    (store.path / "index.sqlite").unlink()
     other = DiskStore(store.path)
     put(other, 3)
     put(store, 4)
     assert store.totals() == other.totals() == count_of(store)
-
-
-def test_unused_stores_are_garbage_collected(tmp_path):
-    index = weakref.ref(DiskStore(tmp_path / "s")._index)
-    gc.collect()
-    assert index() is None
-
-
-def test_opening_waits_for_another_process_that_creates_the_index(tmp_path, monkeypatch):
-    """SQLite fails at once, whatever its time-out, if two processes enable the write-ahead log together."""
-    refused: list[str] = []
-
-    class Refusing(sqlite3.Connection):
-        def execute(self, sql, *given):
-            if "journal_mode" in sql and len(refused) < 3:
-                refused.append(sql)
-                error = sqlite3.OperationalError("database is locked")
-                error.sqlite_errorcode = sqlite3.SQLITE_BUSY
-                raise error
-            return super().execute(sql, *given)
-
-    connect = sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *given, **options: connect(*given, factory=Refusing, **options))
-    put(DiskStore(tmp_path / "s"), 1)
-    assert len(refused) == 3
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""Prompt templates around documents: their wording without the documents, and the place where the documents belong.
+"""Finds the place of the documents in a formatted prompt template.
 
-A template is formatted with two random marks in place of the documents, so its syntax (format string, Jinja, function
-mappings) does not matter. Two marks also show what the template puts between documents. Knows no model.
+The template is formatted with two random marks instead of the documents, so its syntax (format string, Jinja, function
+mappings) does not matter. The text between the marks is the separator of documents.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ SEPARATOR = "\n\n"
 """Text between two documents, as LlamaIndex's compact synthesizer joins them."""
 
 QUESTION_MARK = "\u2983question\u2984"
-"""Stands for the question in a wording that is made before anyone asks."""
+"""Placeholder for the question in a prompt that is formatted before the question is known."""
 
 MessagePlace = tuple[int, DocumentsPlace]
-"""Number of the message that shows the documents, and their place in its text."""
+"""Index of the message that contains the documents, and their place in its text."""
 
 
 class ContextMarks:
-    """Two texts that no caller can guess, for the place of the documents in one formatted template."""
+    """Two random texts that mark the place of the documents in one formatted template."""
 
     def __init__(self) -> None:
         nonce = uuid4().hex
@@ -32,13 +32,13 @@ class ContextMarks:
 
     @property
     def text(self) -> str:
-        """The value of ``{context_str}``: two documents."""
+        """The value of ``{context_str}``, which looks like two documents."""
         return f"{self._first}{SEPARATOR}{self._second}"
 
     def remove(self, text: str) -> tuple[str, DocumentsPlace]:
-        """`text` without the marks, and the place that they stood for.
+        """Remove the marks from `text`, and return the text and the place of the documents.
 
-        Raises InvalidInputError for a template that does not show the documents exactly once.
+        Raises InvalidInputError if the template does not contain the documents exactly once.
         """
         before, _, rest = text.partition(self._first)
         separator, found, after = rest.partition(self._second)
@@ -47,7 +47,7 @@ class ContextMarks:
         return before + after, DocumentsPlace(len(before), separator)
 
     def remove_from_messages(self, messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], MessagePlace]:
-        """The same for the messages of a chat template, one of which shows the documents."""
+        """Like `remove` for the messages of a chat template, one of which contains the documents."""
         numbers = [n for n, message in enumerate(messages) if self._occurs_in(message.content or "")]
         if len(numbers) != 1:
             raise _no_place()
@@ -64,6 +64,6 @@ class ContextMarks:
 
 def _no_place() -> InvalidInputError:
     return InvalidInputError(
-        "the template does not show {context_str} exactly once and as it is given, so the documents have no place in "
-        "it; write the variable once, or give a wording without documents as query_template."
+        "the template does not contain {context_str} exactly once and unchanged; use the variable exactly once, or "
+        "pass a template without documents as query_template."
     )
