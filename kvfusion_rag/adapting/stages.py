@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from ..data.writing import write_atomically
+from ..data.writing import make_folder, write_atomically
 from ..errors import InvalidInputError
 
 NAME = "adapt.json"
@@ -105,18 +105,11 @@ def prepare_folder(folder: Path) -> None:
     Raises:
         InvalidInputError: it is a file, contains other files, or cannot be written.
     """
-    if folder.is_file():
-        raise InvalidInputError(f"--output is {str(folder)!r}, which is a file, but it must be a folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"{str(folder)!r} cannot be created: {error.strerror or error}.") from error
+    make_folder(folder, "--output")
     if not (folder / NAME).exists() and any(entry.name != f"{NAME}.new" for entry in folder.iterdir()):
         raise InvalidInputError(
             f"{str(folder)!r} contains files, but no {NAME} of an adaptation to resume; name another --output."
         )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInputError(f"{str(folder)!r} cannot be written to; name another --output.")
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -268,6 +267,7 @@ def _load(args: argparse.Namespace, options: Mapping[str, str | None], store: Do
 
 def _require_outputs(args: argparse.Namespace) -> None:
     """Check, before a long run, that its output files can be written."""
+    from ..data import check_output
     from ..evaluation.plots import require_plotting
 
     resumed = [] if args.resume is None else [args.resume.resolve()]
@@ -277,12 +277,9 @@ def _require_outputs(args: argparse.Namespace) -> None:
     if len(inputs) != len(set(inputs)):
         raise InvalidInputError(f"--ape-search is {inputs[0].name}, but it must name rows that are not evaluated.")
     for number, path in enumerate(outputs):
-        if path in [*outputs[:number], *inputs]:
+        if path in outputs[:number]:
             raise InvalidInputError(f"{path.name} is named twice, but all files must differ.")
-        if path.is_dir() or (path.exists() and not args.force and path not in resumed):
-            raise InvalidInputError(f"{str(path)!r} exists; name another file or overwrite it with --force.")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise InvalidInputError(f"{str(path.parent)!r} is not a folder that can be written to.")
+        check_output(path, force=args.force or path in resumed, inputs=inputs)
     if args.plot is not None:
         require_plotting(args.plot)
 

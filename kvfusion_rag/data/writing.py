@@ -1,4 +1,4 @@
-"""Writes files atomically, and does not overwrite them without permission."""
+"""Creates folders and writes files: atomically, and over existing files only with permission."""
 
 from __future__ import annotations
 
@@ -10,6 +10,22 @@ from pathlib import Path
 
 from ..errors import InvalidInputError
 from .rows import QARow, write_rows
+
+
+def make_folder(folder: Path, name: str) -> None:
+    """Create an output folder, before hours of work; raise InvalidInputError if that fails or it cannot be written.
+
+    Args:
+        name: name of the argument, for messages.
+    """
+    if folder.is_file():
+        raise InvalidInputError(f"{name} is {str(folder)!r}, which is a file, but it must be a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"{str(folder)!r} cannot be created: {error.strerror or error}.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"{str(folder)!r} cannot be written to; name another {name}.")
 
 
 def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:

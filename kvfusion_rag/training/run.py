@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from accelerate import PartialState
 
 from ..data.rows import QARow
+from ..data.writing import make_folder
 from ..engine.engine import Engine
 from ..errors import InvalidInputError
 from ..fusion.torch_model import TorchModel
@@ -105,21 +105,12 @@ def _load_engine(
 
 def _prepare_folder(folder: Path, *, resume: bool) -> None:
     """Create the output folder before training, and check that no previous run would be overwritten."""
-    name = str(folder)
-    if folder.is_file():
-        raise InvalidInputError(f"{name!r} is a file, but it must be a folder.")
-    if (folder / "checkpoint").exists():
-        if not resume:
-            raise InvalidInputError(f"{name!r} already contains a training run; name another folder, or resume it.")
-    else:
-        for leftover in ("best", LOSSES):
-            if (folder / leftover).exists():
-                raise InvalidInputError(
-                    f"{name!r} contains {leftover} of a run, but no checkpoint to resume from; name another folder."
-                )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"{name!r} cannot be created: {error.strerror or error}.") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInputError(f"{name!r} cannot be written to; name another folder.")
+    make_folder(folder, "output")
+    has_checkpoint = (folder / "checkpoint").exists()
+    if has_checkpoint and not resume:
+        raise InvalidInputError(f"{str(folder)!r} already contains a training run; name another folder, or resume it.")
+    leftover = next((name for name in ("best", LOSSES) if (folder / name).exists()), None)
+    if leftover is not None and not has_checkpoint:
+        raise InvalidInputError(
+            f"{str(folder)!r} contains {leftover} of a run, but no checkpoint to resume from; name another folder."
+        )

@@ -82,15 +82,15 @@ def test_adapter_that_beats_untuned_fusion_is_kept_with_card_and_record(base, do
     assert [(v.system, v.right) for v in report.verdicts] == [
         ("fusion, untuned", 0.0), ("fusion, adapted", 100.0), ("concat", 100.0),
     ]  # fmt: skip
-    assert report.asked == 32 and report.trained + report.judged == 32 and report.judged == 8
+    assert report.asked == 24 and report.trained + report.judged == 24 and report.judged == 6
     out = tmp_path / "out"
     gen = KVFusionGenerator.from_pretrained(base, adapter=out / "adapter")
     assert gen.mode == "fusion" and gen.settings.layout == "prompt" and gen.max_new_tokens == 512
     assert gen.answer("Who kept the books of the mill?", [place(1), place(2)]).text == ANSWER
     card = (out / "adapter" / "README.md").read_text()
-    assert "| fusion, adapted | 100.0 | 100.0 |" in card and "16 files" in card and "32 questions" in card
+    assert "| fusion, adapted | 100.0 | 100.0 |" in card and "12 files" in card and "24 questions" in card
     record = json.loads((out / "adapter" / "training.json").read_text())
-    assert record["config"]["loss"] == "distill" and record["files"]["documents"]["passages"] == 16
+    assert record["config"]["loss"] == "distill" and record["files"]["documents"]["passages"] == 12
     assert {entry.name for entry in out.iterdir()} == {
         "adapt.json", "answers.jsonl", "repeats.jsonl", "judged-untuned.jsonl", "judged-concat.jsonl",
         "judged-adapted.jsonl", "adapter", "losses.json", "report.json",
@@ -246,10 +246,11 @@ def test_unsupported_model_is_rejected(docs, tmp_path):
 
 def test_useless_answers_end_the_run_with_reasons(docs, tmp_path):
     """A random model answers gibberish up to its limit."""
-    with pytest.raises(InvalidInputError, match=r"0 of 32 questions are left for training.*(answer|question)"):
+    with pytest.raises(InvalidInputError, match=r"0 of 24 questions are left for training.*(answer|question)"):
         adapted(save(tmp_path / "random", max_position_embeddings=1024), docs)
 
 
+@pytest.mark.slow
 def test_model_without_a_chat_template_can_be_adapted(docs, tmp_path, monkeypatch):
     model = save(tmp_path / "plain", tokens="bpe-byte-fallback", max_position_embeddings=2048)
     monkeypatch.setattr(making, "answer_fault", lambda *a, **k: None)
@@ -267,6 +268,6 @@ def test_passages_of_own_questions_are_in_the_pool(base, docs, tmp_path, prepare
     lines = [{"question": f"Who kept the keys of the {name}?", "passage": text} for name, text in texts.items()]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(Killed):
-        adapted(base, docs, questions=tmp_path / "q.jsonl")
+        adapted(base, docs, questions=tmp_path / "q.jsonl", options=options(held_out=0.34))
     (made,) = [one.made for one in prepared]
-    assert made.asked == 16 == len(made.trained) + len(made.judged)
+    assert made.asked == 12 == len(made.trained) + len(made.judged)

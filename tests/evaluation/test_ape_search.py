@@ -77,16 +77,7 @@ def test_rows_must_not_be_evaluated():
 
 
 def test_command_reports_grid_and_choice(capsys, command, tmp_path):
-    others = [row([True, *[False] * 4], f"other{n}") for n in range(3)]
-    lines = [  # as lost-in-the-middle has them
-        {
-            "question": r.question,
-            "answers": r.answers,
-            "ctxs": [{"text": p.text, "isgold": p.gold} for p in r.passages],
-        }
-        for r in others
-    ]
-    (tmp_path / "others.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    write_rows(tmp_path / "others.jsonl", [row([True, *[False] * 4], f"other{n}") for n in range(3)])
     argv = ["rows.jsonl.gz", "--systems", "ape,fusion", "--conditions", "original", "--ape-search", "others.jsonl"]
     assert command(*argv, "--output", "a.json") == 0
     out = capsys.readouterr().out
@@ -113,7 +104,7 @@ def test_command_reports_grid_and_choice(capsys, command, tmp_path):
         (["--ape-search", "none.jsonl"], "there is no file 'none.jsonl'"),
         (["--ape-search", "copy.jsonl", "--systems", "fusion"], "'ape' is not one of the systems"),
         (["--ape-search", "short.jsonl"], "documents is 5, but row 'short' has 2 passages"),
-        (["--ape-search", "short.jsonl", "--output", "short.jsonl", "--force"], "short.jsonl is named twice"),
+        (["--ape-search", "short.jsonl", "--output", "short.jsonl", "--force"], "short.jsonl' is also an input"),
         (["--ape-search", "short.jsonl", "--skip-rows"], "1 of 1 rows left out"),
     ],
 )

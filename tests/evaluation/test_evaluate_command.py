@@ -19,7 +19,7 @@ from kvfusion_rag.cli import COMMANDS, evaluate, main
 from kvfusion_rag.data.rows import QARow, write_rows
 from kvfusion_rag.errors import MissingDependencyError
 from kvfusion_rag.evaluation import plots, report
-from kvfusion_rag.evaluation.orders import ORIGINAL
+from kvfusion_rag.evaluation.orders import ORIGINAL, long_context_order
 from kvfusion_rag.evaluation.predictions import Prediction
 from kvfusion_rag.evaluation.systems import SYSTEMS, default_systems
 from kvfusion_rag.fusion.torch_model import TorchModel
@@ -121,10 +121,10 @@ def test_rows_that_do_not_fit_are_marked_in_tables(capsys, command, monkeypatch)
         ),
         (["rows.jsonl.gz", "--systems", "fusion,sft"], "the system 'sft' needs --sft, which is not given"),
         (["rows.jsonl.gz", "--systems", "fusion", "--decoder", "d"], "with a decoder only, use 'fusion-full'"),
-        (["rows.jsonl.gz", "--output", "rows.jsonl.gz", "--force"], "rows.jsonl.gz is named twice"),
+        (["rows.jsonl.gz", "--output", "rows.jsonl.gz", "--force"], "rows.jsonl.gz' is also an input"),
         (["rows.jsonl.gz", "--output", "x", "--plot", "x"], "x is named twice"),
-        (["rows.jsonl.gz", "--output", "empty.jsonl"], "empty.jsonl' exists; name another file"),
-        (["rows.jsonl.gz", "--output", "no/a.json"], "is not a folder that can be written to"),
+        (["rows.jsonl.gz", "--output", "empty.jsonl"], "empty.jsonl' already exists; name another file"),
+        (["rows.jsonl.gz", "--output", "no/a.json"], "no/a.json' does not exist"),
         (["rows.jsonl.gz", "--plot", "a.bmp"], "the plot is 'a.bmp', but it must end in one of .png"),
         (["rows.jsonl.gz", "--plot", "a.png", "--conditions", "original"], "but the conditions have no slot"),
     ],
@@ -228,7 +228,9 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
         "fusion-full": ("base", {"decoder": folders / "decoder"}),
         "fusion-base": ("base", {}),
         "concat": ("wide", {"mode": "concat"}),
+        "concat-reorder": ("wide", {"mode": "concat", "reorder": True}),
         "sft": ("wide", {"mode": "concat", "adapter": folders / "sft", "tuned_concat": True}),
+        "sft-reorder": ("wide", {"mode": "concat", "adapter": folders / "sft", "tuned_concat": True, "reorder": True}),
         "pcw": ("base", {"passage_length": None}),
         "global": ("base", {"adapter": folders / "adapter", "positions": "global"}),
         "ape": ("base", {"mode": "ape"}),
@@ -236,13 +238,14 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
         "focus-base": ("base", {"focus": 2}),
         "concat-focus": ("wide", {"mode": "concat", "focus": 2}),
     }
+    assert list(expected) == list(SYSTEMS)
     for name, (base, options) in expected.items():
         changes = {key: options.pop(key) for key in ("passage_length", "tuned_concat") if key in options}
-        focus = options.pop("focus", None)
+        focus, reorder = options.pop("focus", None), long_context_order if options.pop("reorder", False) else list
         gen = KVFusionGenerator.from_pretrained(folders / base, **{"mode": "fusion"} | options).with_settings(
             **changes
         )
-        documents = [[p.document(str(n)) for n, p in enumerate(one.passages)] for one in made]
+        documents = [reorder([p.document(str(n)) for n, p in enumerate(one.passages)]) for one in made]
         answers = gen.answer_batch([one.question for one in made], documents, focus=focus, max_new_tokens=6)
         assert found[name] == [answer.token_ids for answer in answers], name
     assert len({str(found[name]) for name in expected}) == len(expected)  # all differ
@@ -252,26 +255,6 @@ def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=re.escape('pip install "kvfusion-rag[evaluation]"')):
         plots.require_plotting(tmp_path / "a.png")
-
-
-def test_lost_in_the_middle_rows_are_answered(capsys, command, tmp_path):
-    made = rows(3)
-    lines = [
-        {"question": one.question, "answers": list(one.answers), "nq_annotated_gold": {}}
-        | {"ctxs": [{"id": n, "title": "", "text": p.text, "isgold": p.gold} for n, p in enumerate(one.passages)]}
-        for one in made
-    ]
-    (tmp_path / "middle.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    write_rows(
-        tmp_path / "own.jsonl", [QARow(str(n), r.question, r.answers, r.passages) for n, r in enumerate(made, 1)]
-    )
-    found = []
-    for name in ("middle.jsonl", "own.jsonl"):
-        options = ["--systems", "fusion,concat", "--force", "--predictions", "p.jsonl", "--json"]
-        assert command(name, *options) == 0
-        cells = json.loads(capsys.readouterr().out)["cells"]
-        found.append((cells, (tmp_path / "p.jsonl").read_text()))
-    assert found[0] == found[1] and '"condition": "slot:5"' in found[0][1]
 
 
 def test_unusable_rows_are_skipped_on_demand(capsys, command, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -22,7 +21,6 @@ from kvfusion_rag.evaluation.modes import (
     best_weight,
     measure_modes,
     shipped_questions,
-    with_scores,
 )
 from kvfusion_rag.home import home
 from kvfusion_rag.schema import Document
@@ -74,18 +72,6 @@ def test_best_weight_ranks_documents_with_an_answer_highest():
         assert [source.used for source in sources] == [n == best for n in range(3)]
     bare = [ModeQuestion(r.question, r.answers, tuple(Document(d.text) for d in r.documents)) for r in rows]
     assert best_weight(tiny.untuned(), bare) == 0
-
-
-def test_scores_are_cosine_similarities():
-    class Embedder:
-        def embed_documents(self, texts):
-            return np.array([[1.0, 0.0], [0.6, 0.8]])
-
-        def embed_questions(self, texts):
-            return np.array([[0.0, 1.0]])
-
-    (found,) = with_scores([ModeQuestion("?", ("a",), (Document("a"), Document("b", title="t")))], Embedder())
-    assert [document.score for document in found.documents] == [0.0, 0.8]
 
 
 def test_best_mode_has_the_most_right_answers():

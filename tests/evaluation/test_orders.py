@@ -59,16 +59,6 @@ def test_shuffling_depends_on_seed_and_row_and_moves_the_gold_passage():
     assert places != [arrange(one, SHUFFLED, 10, 1).index(0) for one in made]
 
 
-@given(st.lists(st.integers(), unique=True, max_size=40))
-def test_long_context_order_has_the_best_documents_at_the_ends(items):
-    ordered = long_context_order(items)
-    assert sorted(ordered) == sorted(items)
-    ranks = [items.index(item) for item in ordered]
-    assert all(max(ranks[left], ranks[-1 - left]) <= 2 * left + 1 for left in range(len(ranks) // 2))
-    if len(items) > 1:
-        assert {ordered[0], ordered[-1]} == set(items[:2])
-
-
 @pytest.mark.parametrize("count", [1, 2, 5, 10])
 def test_long_context_order_equals_that_of_llama_index(count):
     postprocessor = pytest.importorskip("llama_index.core.postprocessor")

@@ -112,11 +112,6 @@ def test_unchanged_orders_do_not_count_for_token_match():
         assert least <= match.rows <= most and (match.figure is None) == (passages == 1)
 
 
-def test_identical_systems_do_not_differ():
-    summary = summary_of([Reader("a", 2), Reader("b", 2)], rows(20))
-    assert {(d.figure.mean, d.figure.low, d.figure.high) for d in summary.differences} == {(0, 0, 0)}
-
-
 def test_rows_that_do_not_fit_are_counted_and_excluded():
     made = rows(6)
     plan = plan_conditions(made, ["original", "shuffled", "top:5"])

@@ -13,14 +13,7 @@ from kvfusion_rag.data.rows import Passage, QARow, read_rows, row_from, rows_dig
 from kvfusion_rag.errors import InvalidInputError
 from kvfusion_rag.evaluation.orders import long_context_order
 from kvfusion_rag.evaluation.scores import with_scores
-from kvfusion_rag.evaluation.systems import (
-    SYSTEMS,
-    GeneratorSystem,
-    Models,
-    default_systems,
-    make_systems,
-    require_inputs,
-)
+from kvfusion_rag.evaluation.systems import GeneratorSystem, Models, default_systems, make_systems, require_inputs
 
 UNTUNED = {"adapter": None, "decoder": None}
 LORA = {"adapter": "lora"}
@@ -60,43 +53,10 @@ def test_decoder_trained_on_joined_prompts_is_loaded_over_its_base(generator, tm
     assert shelf.loaded == [UNTUNED | {"model": "wide", "decoder": str(tmp_path)}]
 
 
-def test_each_system_has_its_weights_mode_and_settings(generator, tmp_path):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    inputs = {"adapter": "lora", "decoder": "full", "sft": str(tmp_path), "concat_model": "wide"}
-    assert default_systems(inputs, focus=True) == list(SYSTEMS)
-    joined = {"model": "wide"} | UNTUNED
-    tuned, full, sft = (
-        UNTUNED | {"adapter": "lora"},
-        UNTUNED | {"decoder": "full"},
-        joined | {"adapter": str(tmp_path)},
-    )
-    expected = {
-        "fusion": (tuned, "fusion", "uniform"),
-        "fusion-full": (full, "fusion", "uniform"),
-        "fusion-base": (UNTUNED, "fusion", "uniform"),
-        "concat": (joined, "concat", "uniform"),
-        "concat-reorder": (joined, "concat", "uniform"),
-        "sft": (sft, "concat", "uniform"),
-        "sft-reorder": (sft, "concat", "uniform"),
-        "pcw": (UNTUNED, "fusion", "uniform"),
-        "global": (tuned, "fusion", "global"),
-        "ape": (UNTUNED, "ape", "uniform"),
-        "focus": (tuned, "fusion", "uniform"),
-        "focus-base": (UNTUNED, "fusion", "uniform"),
-        "concat-focus": (joined, "concat", "uniform"),
-    }
-    assert list(expected) == list(SYSTEMS)
-    for name, (weights, mode, positions) in expected.items():
-        (system,) = make_systems([name], Models(shelf := Shelf(generator), inputs, focus=3, focus_weight=0.0))
-        settings = system.generator.settings
-        assert (shelf.loaded, system.name, system.mode) == ([weights], name, mode)
-        assert settings.positions == positions
-        assert settings.passage_length == (None if name == "pcw" else 60)
-        assert settings.tuned_concat == name.startswith("sft")
-        assert system.focus == (3 if "focus" in name else None)
-        assert (system.reorder is long_context_order) == name.endswith("-reorder")
-    (system,) = make_systems(["sft"], Models(shelf := Shelf(generator), {"sft": "org/model", "concat_model": "wide"}))
-    assert shelf.loaded == [{"model": "org/model"} | UNTUNED]  # a whole model needs no adapter
+def test_whole_model_trained_on_joined_prompts_needs_no_adapter(generator):
+    inputs = {"sft": "org/model", "concat_model": "wide"}
+    make_systems(["sft"], Models(shelf := Shelf(generator), inputs))
+    assert shelf.loaded == [{"model": "org/model"} | UNTUNED]
 
 
 def test_default_systems_are_those_with_inputs():

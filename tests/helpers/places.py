@@ -1,10 +1,7 @@
 """Passages about places, all with the same answer."""
 
 ANSWER = "thomas grant"
-PLACES = (
-    "harbour", "mill", "quarry", "bakery", "school", "station", "museum", "chapel", "forge", "brewery", "market",
-    "bridge", "castle", "garden", "theatre", "library",
-)  # fmt: skip
+PLACES = "harbour mill quarry bakery school station museum chapel forge brewery market bridge".split()  # noqa: SIM905
 
 
 def place(number: int) -> str:

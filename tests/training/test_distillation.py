@@ -15,7 +15,6 @@ from kvfusion_rag.engine.engine import Engine
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import default_settings
 from kvfusion_rag.training.checkpoint import load_record
-from kvfusion_rag.training.config import TrainingConfig
 from kvfusion_rag.training.examples import collate, encode_row, require_trainable
 from kvfusion_rag.training.loss import base_log_probabilities, distillation_loss
 
@@ -165,11 +164,3 @@ def test_row_without_a_gold_passage_is_rejected(tmp_path, capsys):
 def test_answer_that_is_not_in_the_passage_can_be_distilled(tmp_path):
     data = [dataclasses.replace(row, answers=("it has the colour of a ripe tomato",)) for row in rows(4)]
     assert trainer(tmp_path, engine(), data, max_steps=1, loss="distill").run().step == 1
-
-
-@pytest.mark.parametrize(("name", "value"), [("loss", "hinge"), ("layout", "chat")])
-def test_unknown_loss_or_layout_raises(name, value):
-    with pytest.raises(InvalidInputError, match=f"{name} is '{value}'"):
-        TrainingConfig(**{name: value})
-    with pytest.raises(InvalidInputError, match="evidence"):
-        TrainingConfig(loss="distill", evidence=True)

@@ -143,8 +143,12 @@ def test_wrong_decoder_for_lora_or_full_training_is_rejected(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_grad_norm": 0.0}, {"max_grad_norm": -1.0}, {"weight_decay": -1.0}, {"seed": -1}, {"dropout": 2.0}]
-)
+    "wrong",
+    [
+        {"max_grad_norm": 0.0}, {"max_grad_norm": -1.0}, {"weight_decay": -1.0}, {"seed": -1}, {"dropout": 2.0},
+        {"loss": "hinge"}, {"layout": "chat"}, {"evidence": True, "loss": "distill"},
+    ],
+)  # fmt: skip
 def test_invalid_settings_raise(wrong):
     with pytest.raises(InvalidInputError, match=next(iter(wrong))):
         TrainingConfig(**wrong)
