@@ -5,12 +5,11 @@ VENVS ?= .venvs
 BIN := $(VENV)/bin
 QUESTION ?= Who was the last keeper of the Harrow Point Lighthouse?
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
-# What other libraries can break: models, adapters, training, integrations, serving, retrieval.
-VERSION_TESTS := $(addprefix tests/test_,$(addsuffix .py,fusion_laws generator decoding support prompts quantized \
-	gguf versions training training_command training_data gradient_checkpointing \
-	langchain_llm langchain_chat langchain_standard langchain_chains langchain_retrievers \
-	llama_index_llm llama_index_prefill llama_index_synthesizer llama_index_chat_engines llama_index_citation_engine \
-	serving serving_admission serving_openai retrieval store_disk store_prometheus))
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+# Tests of code that new versions of other libraries can break.
+VERSION_TESTS := $(addprefix tests/,test_generator.py fusion model text store retrieval training data langchain \
+	llama_index serving)
 VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask
@@ -20,9 +19,10 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks check format build clean
+.PHONY: help demo test nightly test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks docs check format \
+	build test-wheel clean
 
-help: ## this list
+help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
 
 $(READY_TO_ASK): pyproject.toml constraints.txt
@@ -35,43 +35,58 @@ $(READY): $(READY_TO_ASK)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: $(READY_TO_ASK) ## answer a question over examples/lighthouse (QUESTION="..." for another)
+demo: $(READY_TO_ASK) ## answer a question about examples/lighthouse (QUESTION="..." for another)
 	$(BIN)/kvfusion ask "$(QUESTION)" --docs examples/lighthouse
 
-test: $(READY) ## all tests and notebooks but the slow ones and those for a GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(READY) ## run the tests, except slow ones, notebooks and those that need a GPU
+	$(BIN)/python $(PYTEST) -m "not slow and not gpu" tests
 
-test-all: $(READY) ## the slow tests too
-	$(BIN)/python -m pytest -m "not gpu"
+nightly: test-all test-versions ## run all tests, notebooks, and the tests with other library versions
 
-test-gpu: $(READY) ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+test-all: $(READY) ## run all tests and notebooks, except those that need a GPU
+	$(BIN)/python $(PYTEST) -m "not gpu" tests notebooks
 
-test-versions: $(VERSION_SETS:%=test-%) ## tests of what other libraries can break, with their lowest and newest versions
+test-gpu: $(READY) ## run the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu tests
+
+test-versions: $(VERSION_SETS:%=test-%) ## run the tests of other libraries' lowest and newest versions
 
 $(VERSION_SETS:%=test-%): test-%: $(VENVS)/%/.ready
-	$(VENVS)/$*/bin/python -m pytest -m "not slow and not gpu and not default_model" $(VERSION_TESTS)
+	$(VENVS)/$*/bin/python $(PYTEST) -m "not slow and not gpu and not default_model" $(VERSION_TESTS)
 
 $(VENVS)/%/.ready: tests/versions/%.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $< --editable ".[test]"
 	touch $@
 
-notebooks: $(READY) ## execute the notebooks and save them with their outputs (NOTEBOOKS="..." for some)
+notebooks: $(READY) ## execute the notebooks and save their outputs (NOTEBOOKS="..." for some)
 	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c '$(EXECUTE)' $(NOTEBOOKS)
 
-check: $(READY) ## format, lint and types
+docs: $(READY) ## build the documentation site into site/ and fail on any warning
+	$(BIN)/zensical build --clean --strict
+
+check: $(READY) ## check format, lint, spelling and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/typos
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
-format: $(READY) ## put the code into shape
+format: $(READY) ## format the code and fix what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-build: $(READY) ## wheel and source distribution into dist/
+build: $(READY_TO_ASK) ## build wheel and source distribution into dist/
 	$(BIN)/python -m pip install --quiet build
+	rm -rf dist
 	$(BIN)/python -m build
 
-clean: ## remove what can be made again
-	rm -rf $(VENV) $(VENVS) build dist .pytest_cache .hypothesis .ruff_cache
+test-wheel: build ## install the wheel into a new environment and run it from there
+	rm -rf $(VENVS)/wheel
+	$(PYTHON) -m venv $(VENVS)/wheel
+	$(VENVS)/wheel/bin/python -m pip install --quiet --constraint constraints.txt \
+		"$$(ls dist/*.whl)[langchain,llama-index]"
+	cd $(VENVS) && wheel/bin/kvfusion --version
+	cd $(VENVS) && wheel/bin/python -c "import kvfusion_rag, langchain_kvfusion, llama_index_kvfusion"
+
+clean: ## remove environments and build results
+	rm -rf $(VENV) $(VENVS) build dist site .pytest_cache .hypothesis .ruff_cache .cache

@@ -1,9 +1,9 @@
-"""Time the phases of ``kvfusion ask`` on an indexed folder, each run in a process of its own.
+"""Time the phases of ``kvfusion ask`` on an indexed folder, each run in its own process.
 
     python benchmarks/first_answer.py MODEL DOCS [--question TEXT] [--repeats 5] [--json results.json]
 
-DOCS is indexed first. Prints medians of wall and CPU seconds; on a busy machine only CPU seconds repeat. A phase
-within another one counts once, for the inner one.
+DOCS is indexed first. Prints medians of wall and CPU seconds. On a busy machine only CPU seconds are reproducible. The
+time of an inner phase does not count for the outer one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TIMED = (  # phase, module, class or "", function
     ("tokenizer without control tokens", "kvfusion_rag.text.encoder", "PlainEncoder", "__init__"),
     ("weights", "transformers", "AutoModelForCausalLM", "from_pretrained"),
     ("digest of weights", "kvfusion_rag.model.backbone", "", "digest_tensors"),
-    ("gate", "kvfusion_rag.generator", "", "run_gate"),
+    ("gate", "kvfusion_rag.fusion.torch_model", "", "run_gate"),
     ("embedding model", "kvfusion_rag.retrieval", "SentenceTransformerEmbedder", "__init__"),
     ("index: open, update, search", "kvfusion_rag.retrieval", "DocumentIndex", "__init__"),
     ("index: open, update, search", "kvfusion_rag.retrieval", "DocumentIndex", "update"),
@@ -76,14 +76,10 @@ def main() -> None:
 
 
 def run(arguments: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds of each phase of one fresh process, of all else in it, and of the whole."""
+    """Return the seconds of each phase of one new process, of everything else, and in total."""
     began, before = time.perf_counter(), os.times()
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments, "--child"],
-        check=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    )
+    command = [sys.executable, __file__, *arguments, "--child"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     after = os.times()
     whole = {
         "wall": time.perf_counter() - began,
@@ -95,7 +91,7 @@ def run(arguments: list[str]) -> dict[str, dict[str, float]]:
 
 
 def phases(asking: list[str]) -> dict[str, dict[str, float]]:
-    """Seconds of each phase of the command in this process; imports come first, as the command makes them."""
+    """Return the seconds of each phase of the command in this process, with its imports first."""
     clock = Clock()
     atexit.register(gc.freeze)  # as at the end of a command
     with collection_paused():
@@ -114,7 +110,7 @@ def phases(asking: list[str]) -> dict[str, dict[str, float]]:
 
 
 class Clock:
-    """Adds up wall and CPU seconds of phases, each without the phases within it."""
+    """Sums wall and CPU seconds of phases, without their inner phases."""
 
     def __init__(self) -> None:
         self.found: defaultdict[str, dict[str, float]] = defaultdict(lambda: {"wall": 0.0, "cpu": 0.0})

@@ -1,9 +1,9 @@
-"""How often focus keeps all gold documents, by documents kept and by the weight of the retriever's score.
+"""Measure how often focus keeps all gold documents, by documents kept and by the weight of the retriever's score.
 
     python benchmarks/focus_ranks.py ROWS [--model NAME] [--limit 100] [--dtype bfloat16] [--json FILE]
 
-ROWS are those of ``kvfusion build-data``. The retriever's scores are the offline embedding model's; weight "inf" ranks
-by them only.
+ROWS come from ``kvfusion build-data``. The offline embedding model gives the retriever's scores. Weight "inf" ranks
+only by them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows")
     parser.add_argument("--model", help="hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--limit", type=int, default=100, help="random sample of rows")
-    parser.add_argument("--dtype")
-    parser.add_argument("--memory", type=int, default=4, metavar="GIB", help="for keys and values")
+    parser.add_argument("--limit", type=int, default=100, help="size of the random sample of rows (default: 100)")
+    parser.add_argument("--dtype", help="precision of the model")
+    parser.add_argument("--memory", type=int, default=4, metavar="GIB", help="memory for document KVs (default: 4)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     rows = [row for row in read_ready_rows(args.rows) if row.gold]

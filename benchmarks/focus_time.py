@@ -2,7 +2,7 @@
 
     python benchmarks/focus_time.py [MODEL] [--documents 20] [--tokens 160] [--focus 1] [--repeats 5] [--json FILE]
 
-All read the same random words with the same weights, in turns, in one process; medians of the repeats.
+All read the same random words with the same weights, in turn, in one process. The figures are medians.
 """
 
 from __future__ import annotations
@@ -18,29 +18,30 @@ from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.evaluation.report import run_facts
 
 QUESTION = "Which of these documents says when the lighthouse at the harbour was built, and by whom?"
+WORDS = "the mill by sea had a red lamp and two grey doors while boats went out to fish at dawn"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--documents", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=160, help="of each document, about")
-    parser.add_argument("--focus", type=int, default=1, help="documents kept")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each, after one that does not count")
+    parser.add_argument("--tokens", type=int, default=160, help="approximate tokens per document (default: 160)")
+    parser.add_argument("--focus", type=int, default=1, help="documents kept (default: 1)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each after a warm-up (default: 5)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     generator = KVFusionGenerator.from_pretrained(args.model)
     documents = [text(generator, number, args.tokens) for number in range(args.documents)]
-    ways: dict[str, dict[str, Any]] = {
+    modes: dict[str, dict[str, Any]] = {
         "focus": {"mode": "fusion", "focus": args.focus},
         "fusion": {"mode": "fusion", "focus": None},
         "concat": {"mode": "concat", "focus": None},
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(-1, args.repeats):
-        for name, way in ways.items():
-            answer = generator.answer(QUESTION, documents, max_new_tokens=1, **way)
-            if turn >= 0:
+    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    for number in range(-1, args.repeats):
+        for name, mode in modes.items():
+            answer = generator.answer(QUESTION, documents, max_new_tokens=1, **mode)
+            if number >= 0:
                 seconds[name].append(answer.timings.first_token)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
@@ -54,34 +55,12 @@ def main() -> None:
 
 
 def text(generator: KVFusionGenerator, number: int, tokens: int) -> str:
-    """A document of about ``tokens`` tokens."""
-    words = [
-        "the",
-        "mill",
-        "by",
-        "sea",
-        "had",
-        "a",
-        "red",
-        "lamp",
-        "and",
-        "two",
-        "grey",
-        "doors",
-        "while",
-        "boats",
-        "went",
-        "out",
-        "to",
-        "fish",
-        "at",
-        "dawn",
-    ]
+    """Return a document of about ``tokens`` tokens."""
     rng = random.Random(number)
-    made = f"Document {number}."
-    while generator.count_tokens(made) < tokens:
-        made += " " + " ".join(rng.choices(words, k=8))
-    return made
+    document = f"Document {number}."
+    while generator.count_tokens(document) < tokens:
+        document += " " + " ".join(rng.choices(WORDS.split(), k=8))
+    return document
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time of a document's prefill goes on this CPU, by torch's profiler; random weights of a published shape.
+"""Profile the prefill of documents on this CPU with torch's profiler and random weights of a published shape.
 
 python benchmarks/prefill_profile.py [--shape qwen2.5-0.5b] [--documents 4] [--document-tokens 256]
 """
@@ -15,7 +15,6 @@ from kvfusion_rag.benchmark.shapes import SHAPES, WORDS, random_backbone
 from kvfusion_rag.fusion.prefill import TOKENS_PER_PASS, prefill
 
 KINDS = {"aten::mm": "products of layers", "aten::addmm": "products of layers",
-         "mkldnn::_linear_pointwise": "products of layers",
          "aten::_scaled_dot_product_flash_attention_for_cpu": "attention"}  # fmt: skip
 
 
@@ -32,12 +31,12 @@ def main() -> None:
         for _ in prefill(backbone, documents, None, tokens_per_pass=TOKENS_PER_PASS["cpu"]):
             pass
 
-    run()  # does not count
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    run()  # warm-up
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     spent: Counter[str] = Counter()
-    for event in found.key_averages():
-        spent[KINDS.get(event.key, "all else")] += event.self_cpu_time_total
+    for event in profiler.key_averages():
+        spent[KINDS.get(event.key, "everything else")] += event.self_cpu_time_total
     for kind, microseconds in spent.most_common():
         print(f"{kind:20} {microseconds / 1e6:7.3f} s {100 * microseconds / spent.total():5.1f} %")
 

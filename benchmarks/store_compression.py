@@ -1,9 +1,9 @@
-"""What ``codec="v8"`` of the disk store (values in 8 bits) changes: token match with the exact store, and exact match.
+"""Measure the effect of ``codec="v8"`` (8-bit values) of the disk store on tokens and exact match.
 
     python benchmarks/store_compression.py ROWS.jsonl.gz [--model NAME] [--limit 500] --json results.json
 
-ROWS are rows of ``kvfusion build-data`` or of lost-in-the-middle. Each question is answered greedily over the same
-documents with both codecs. Intervals are 95 % bootstrap intervals over questions.
+ROWS come from ``kvfusion build-data`` or lost-in-the-middle. Each question is answered greedily with both codecs over
+the same documents. Intervals are 95 % bootstrap intervals over questions.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from kvfusion_rag.store import CODECS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--model", help="hub name or folder; the default model if not given")
+    parser.add_argument("--model", help="hub name or folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--limit", type=int, help="ask a random sample of this many")
+    parser.add_argument("--limit", type=int, help="size of the random sample of rows (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()

@@ -1,10 +1,9 @@
-"""Compare the time per token of our decoding loop with that of transformers' ``generate``, over the same cache.
+"""Compare the time per token of this package's decoding loop with transformers' ``generate``, over the same cache.
 
     python benchmarks/token_time.py MODEL [--slots 3000] [--tokens 64] [--repeats 7] [--json results.json]
 
-Both continue one question over the same random keys and values with the same weights, in turns, in one process. The
-first token is not counted, since it reads the question. ``generate`` has its own copy of the model, as transformers
-loads it.
+Both continue one question over the same random KV with the same weights, in turn, in one process. The first token is
+not counted, since it reads the question. ``generate`` uses its own copy of the model, as transformers loads it.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ QUESTION_TOKENS = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or hub name")
-    parser.add_argument("--slots", type=int, default=3000, help="cached tokens in front of the question")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of each, after one that does not count")
+    parser.add_argument("--slots", type=int, default=3000, help="cached tokens before the question (default: 3000)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens per answer (default: 64)")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of each after a warm-up (default: 7)")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     backbone = load_backbone(locate_model(args.model), device="cpu", dtype="float32")
-    backbone.end_ids = frozenset()  # all answers are equally long
+    backbone.end_ids = frozenset()  # so that all answers have the same length
     theirs: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     torch.manual_seed(0)
     drawn = torch.randint(backbone.config.vocab_size, (args.slots + QUESTION_TOKENS,)).tolist()
@@ -53,12 +52,12 @@ def main() -> None:
     document.values.normal_()
 
     ours, generate = [], []
-    for turn in range(-1, args.repeats):
+    for number in range(-1, args.repeats):
         found, own_tokens = decoded(backbone, document, question, args.tokens)
         expected, their_tokens = generated(theirs, document, question, args.tokens)
         if own_tokens != their_tokens:
             raise SystemExit("the two systems gave different tokens.")
-        if turn >= 0:
+        if number >= 0:
             ours.append(found)
             generate.append(expected)
     ratios = [mine / other for mine, other in zip(ours, generate, strict=True)]
@@ -66,7 +65,7 @@ def main() -> None:
     for name, milliseconds in figures.items():
         print("{:8} {median:6.2f} ms per token ({least:.2f} to {most:.2f})".format(name, **milliseconds))
     ratio = statistics.median(ours) / statistics.median(generate)
-    print(f"ratio of medians {ratio:.3f}, of single turns {min(ratios):.3f} to {max(ratios):.3f}")
+    print(f"ratio of medians {ratio:.3f}, of single runs {min(ratios):.3f} to {max(ratios):.3f}")
     if args.json:
         facts = {"slots": args.slots, "tokens": args.tokens, "repeats": args.repeats}
         args.json.write_text(
@@ -78,7 +77,7 @@ def main() -> None:
 def decoded(
     backbone: Backbone, document: DocumentKV, question: list[int], tokens: int
 ) -> tuple[float, tuple[int, ...]]:
-    """Seconds per token after the first, and the answer's ids, of our loop."""
+    """Return seconds per token after the first, and the answer's ids, of this package."""
     buffer = FusedBuffer([document.num_tokens], KVShape.of(document), backbone.device, room=len(question) + tokens)
     document.copy_into(buffer.slots(0, 0, document.token_ids))
     steps = decode(
@@ -94,7 +93,7 @@ def decoded(
 
 
 def generated(model: Any, document: DocumentKV, question: list[int], tokens: int) -> tuple[float, tuple[int, ...]]:
-    """The same of ``generate``."""
+    """Return seconds per token after the first, and the answer's ids, of ``generate``."""
     cache = DynamicCache(config=model.config)
     for number, (keys, values) in enumerate(zip(document.keys, document.values, strict=True)):
         cache.update(keys[None].clone(), values[None].clone(), number)
@@ -110,7 +109,7 @@ def generated(model: Any, document: DocumentKV, question: list[int], tokens: int
 
 
 class Clock(BaseStreamer):
-    """Notes when the prompt (the first) and each token are known."""
+    """Records the times of the prompt (first) and of each token."""
 
     def __init__(self) -> None:
         self.tokens: list[float] = []
@@ -123,7 +122,7 @@ class Clock(BaseStreamer):
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Median, least and most in milliseconds."""
+    """Return median, least and most in milliseconds."""
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {name: round(1e3 * figure, 3) for name, figure in figures.items()}
 

@@ -12,6 +12,7 @@ import tiny_gguf
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import tokenizer
+from tiny_training import rows
 from transformers import AutoModelForCausalLM
 
 from kvfusion_rag import Document, KVFusionGenerator, Message, ModelLoadError
@@ -21,7 +22,6 @@ from kvfusion_rag.model import location
 from kvfusion_rag.model.location import DEFAULT_ADAPTER, DEFAULT_MODEL, DEFAULT_REPOSITORY, locate_model
 from kvfusion_rag.text.settings import FILE_NAME, RECORD_NAME, ModelSettings
 from kvfusion_rag.training import TrainingConfig, train
-from tests.training.test_training import rows
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on the roof."]
@@ -77,9 +77,9 @@ def make_shipped(folder: Path) -> Path:
 
 def test_the_package_comes_first(package, hub):
     found = KVFusionGenerator.from_pretrained(model_kwargs=hub)
-    assert found.model_id == DEFAULT_MODEL and found._backbone.revision is None
-    digest = KVFusionGenerator.from_pretrained(package / "SmolLM2.Q4_1.gguf")._backbone.weights_digest
-    assert found._backbone.weights_digest == digest
+    assert found.model_id == DEFAULT_MODEL and found._engine.model.backbone.revision is None
+    digest = KVFusionGenerator.from_pretrained(package / "SmolLM2.Q4_1.gguf")._engine.model.backbone.weights_digest
+    assert found._engine.model.backbone.weights_digest == digest
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT, "main"])
@@ -87,8 +87,8 @@ def test_then_the_hubs_cache(revision, package, hub, monkeypatch):
     if revision is None:
         installed(monkeypatch)  # a package has no revisions
     found = KVFusionGenerator.from_pretrained(revision=revision, model_kwargs=hub)
-    assert found.model_id == DEFAULT_MODEL and found._backbone.revision == COMMIT
-    assert torch.equal(found._backbone.model.lm_head.weight, tiny_gguf.model(seed=1).lm_head.weight)
+    assert found.model_id == DEFAULT_MODEL and found._engine.model.backbone.revision == COMMIT
+    assert torch.equal(found._engine.model.backbone.model.lm_head.weight, tiny_gguf.model(seed=1).lm_head.weight)
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "everything"])
@@ -106,7 +106,7 @@ def test_without_it_the_error_says_how_to_get_it(missing, hub, monkeypatch, tmp_
 
 def test_a_package_without_the_file_is_no_source(hub, monkeypatch, tmp_path):
     installed(monkeypatch, tmp_path)
-    assert KVFusionGenerator.from_pretrained(model_kwargs=hub)._backbone.revision == COMMIT
+    assert KVFusionGenerator.from_pretrained(model_kwargs=hub)._engine.model.backbone.revision == COMMIT
 
 
 # Its adapter
@@ -129,7 +129,7 @@ def test_the_shipped_adapter_brings_its_settings(package, tmp_path):
 
 def test_one_adapter_fits_both_sources(package, hub, tmp_path, caplog):
     digests = [
-        KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)._backbone.weights_digest
+        KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)._engine.model.backbone.weights_digest
         for revision in (None, COMMIT)
     ]
     assert digests[0] != digests[1]
@@ -137,7 +137,7 @@ def test_one_adapter_fits_both_sources(package, hub, tmp_path, caplog):
     caplog.clear()
     for revision in (None, COMMIT):
         found = KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)
-        assert found._backbone.has_adapter
+        assert found._engine.model.backbone.has_adapter
     assert "trained" not in caplog.text
 
 
@@ -147,7 +147,7 @@ def test_loading_an_adapter_does_not_ask_the_hub(package, monkeypatch, tmp_path)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": DEFAULT_MODEL}))
     asked = []
     monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *names: asked.append(names))
-    assert KVFusionGenerator.from_pretrained()._backbone.has_adapter and not asked
+    assert KVFusionGenerator.from_pretrained()._engine.model.backbone.has_adapter and not asked
 
 
 def test_training_the_default_model_starts_without_the_shipped_adapter(package, tmp_path):
@@ -159,7 +159,9 @@ def test_training_the_default_model_starts_without_the_shipped_adapter(package, 
     for file in ("adapter_model.safetensors", FILE_NAME):
         assert (made[0] / file).read_bytes() == (made[1] / file).read_bytes()
     record = json.loads((made[1] / RECORD_NAME).read_text())
-    assert record["base_weights"] == KVFusionGenerator.from_pretrained(adapter=None)._backbone.weights_digest
+    assert (
+        record["base_weights"] == KVFusionGenerator.from_pretrained(adapter=None)._engine.model.backbone.weights_digest
+    )
     trained = KVFusionGenerator.from_pretrained(adapter=made[1])
     assert trained.mode == "fusion" and trained.settings.focus is trained.settings.passage_length is None
 
@@ -170,7 +172,7 @@ def test_evaluate_judges_the_shipped_adapter_beside_the_base(package, tmp_path, 
     command = ["evaluate", str(tmp_path / "rows.jsonl"), "--conditions", "original", "--max-new-tokens", "2", "--json"]
     assert main([*command, "--systems", "fusion,fusion-base,concat,global"]) == 0
     systems = {system["name"]: system["adapter"] for system in json.loads(capsys.readouterr().out)["systems"]}
-    digest = KVFusionGenerator.from_pretrained()._backbone.adapter_digest
+    digest = KVFusionGenerator.from_pretrained()._engine.model.backbone.adapter_digest
     assert systems == {"fusion": digest, "fusion-base": None, "concat": None, "global": digest}
 
 
@@ -245,7 +247,7 @@ def test_the_shipped_folder_is_whole_and_small():
 def test_the_shipped_adapter_names_the_real_weights(dtype):
     accepted = json.loads((DEFAULT_ADAPTER / RECORD_NAME).read_text(encoding="utf-8"))["base_weights"]
     loaded = KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)
-    assert loaded._backbone.weights_digest in accepted
+    assert loaded._engine.model.backbone.weights_digest in accepted
 
 
 @pytest.mark.default_model
@@ -263,12 +265,12 @@ def test_the_real_adapter_answers_plain_questions_in_a_few_words_in_any_order(de
 
 @pytest.mark.default_model
 def test_the_real_model_keeps_its_chat_template_and_end_token(real):
-    tok = real._backbone.tokenizer
+    tok = real._engine.model.backbone.tokenizer
     assert real.model_id == DEFAULT_MODEL and real.context_window == 8192
-    assert tok.convert_ids_to_tokens(real._backbone.end_id) == "<|im_end|>"
+    assert tok.convert_ids_to_tokens(real._engine.model.backbone.end_id) == "<|im_end|>"
     text = tok.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert len(tok) == real._backbone.config.vocab_size == 49152
+    assert len(tok) == real._engine.model.backbone.config.vocab_size == 49152
     assert {str(t) for t in tok.added_tokens_decoder.values()} >= {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
 
 
@@ -279,12 +281,12 @@ def test_without_its_adapter_the_real_models_greedy_tokens_are_those_of_transfor
     answer = real.answer(question, DOCUMENTS, prompt=wording, max_new_tokens=8)
     assert answer.mode == "concat"
     text = "\n\n".join(["Answer from these notes:", *DOCUMENTS, f"Question: {question}"])
-    ids = real._backbone.tokenizer.apply_chat_template(
+    ids = real._engine.model.backbone.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True
     )["input_ids"]
     plain = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
     out = plain.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
-    assert list(answer.token_ids) == [i for i in out if i not in real._backbone.end_ids]
+    assert list(answer.token_ids) == [i for i in out if i not in real._engine.model.backbone.end_ids]
 
 
 @pytest.mark.default_model

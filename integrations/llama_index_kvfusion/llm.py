@@ -126,7 +126,8 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         """
         from kvfusion_rag import KVFusionGenerator
 
-        return cls(KVFusionGenerator.from_pretrained(model_id, **(model_options or {})), **fields)
+        options: dict[str, Any] = dict(model_options or {})
+        return cls(KVFusionGenerator.from_pretrained(model_id, **options), **fields)
 
     @classmethod
     def class_name(cls) -> str:

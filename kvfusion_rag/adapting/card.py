@@ -15,7 +15,7 @@ def card(report: AdaptReport) -> str:
 
 A LoRA adapter of the answering decoder, made by `kvfusion adapt` without labels from {report.passages} passages of
 {report.files} files. The frozen base model reads the documents, and the adapter reads their fused keys and values. It
-was trained to answer over up to {report.documents} fused passages as the base model answers from the gold passage only.
+was trained to answer over up to {report.documents} fused passages like the base model from the gold passage only.
 
 Use it with `kvfusion ask "..." --docs PATH --adapter DIR`, or
 `KVFusionGenerator.from_pretrained(MODEL, adapter=DIR)`; its default mode is `fusion`.

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..data.rows import QARow
+from ..data.writing import write_atomically
 from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
+from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..model.adapters import require_adapter_libraries
 from ..model.loading import load_backbone
@@ -32,7 +34,7 @@ from .options import DEFAULT_PASSAGE_TOKENS, AdaptOptions
 from .passages import PassagePool, read_passages
 from .questions import read_questions
 from .report import FILE, AdaptReport
-from .stages import Stages, prepare_folder, write_atomically, writing_errors
+from .stages import Stages, prepare_folder, writing_errors
 
 FORMAT = 1  # increase it when questions, filters or rows change, since runs with others cannot be resumed
 
@@ -125,7 +127,7 @@ def _prepare(
     backbone = load_backbone(location, device=source.device, dtype=source.dtype)
     require_uniform_positions(backbone)
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
-    generator = KVFusionGenerator(backbone, store=MemoryStore(), settings=settings, gather=False)
+    generator = KVFusionGenerator(TorchModel(backbone), store=MemoryStore(), settings=settings, gather=False)
     tokens = options.passage_tokens or settings.passage_length or DEFAULT_PASSAGE_TOKENS
     pool = read_passages(docs, tokens, generator.count_tokens, exclude=folder.resolve())
     config = replace(options.training, layout=settings.layout, seed=options.seed)

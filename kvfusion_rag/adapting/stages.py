@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+from ..data.writing import write_atomically
 from ..errors import InvalidInputError
 
 NAME = "adapt.json"
@@ -96,13 +97,6 @@ class Stages:
             out.write(json.dumps(chunk) + "\n")
             out.flush()
             os.fsync(out.fileno())
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file under another name and rename it."""
-    new = file.with_name(file.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, file)
 
 
 def prepare_folder(folder: Path) -> None:

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from ..engine.engine import EngineOptions
 from ..errors import KVFusionError, MemoryLimitError
+from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..store import DiskStore, DocumentStore, MemoryStore
 from .floors import Costs, Work, measure_peaks
@@ -81,7 +83,7 @@ class AnswerRun:
         memory = MemoryStore(NO_LIMIT) if "memory" in options.systems else None
         disk = DiskStore(folder / "store", NO_LIMIT) if "disk" in options.systems else None
         stores = {"cold": DocumentStore(), "memory": DocumentStore(memory),
-                  "disk": DocumentStore(None, disk, load="always")}  # fmt: skip
+                  "disk": DocumentStore(None, disk)}  # fmt: skip
         self._generators = {name: self._generator(stores[name]) for name in stores if name in options.systems}
         both = DocumentStore(memory, disk)  # the same tiers, so that a document is computed once for both
         self._filler = None if both.is_empty else self._generator(both)
@@ -132,7 +134,9 @@ class AnswerRun:
         return _compared(rows)
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
-        return KVFusionGenerator(self._backbone, store=store, max_fused_tokens=NO_LIMIT)
+        return KVFusionGenerator(
+            TorchModel(self._backbone), store=store, options=EngineOptions(max_fused_tokens=NO_LIMIT)
+        )
 
     def _texts(self, case: Case) -> _Texts:
         """Return random texts that depend only on length and number, so that cases of a sweep share documents."""
@@ -215,9 +219,9 @@ class AnswerRun:
         first, further = self._costs.first_token(case, name), self._costs.next_token(case, name)
         row: dict[str, Any] = {
             "hit_share": min(one.hit_share for one in times),
-            "seconds_to_first_token": _spread([one.first_token for one in times]),
-            "seconds_per_token": _spread([one.per_token for one in times]),
-            "seconds_in_all": _spread([one.total for one in times]),
+            "seconds_to_first_token": spread([one.first_token for one in times]),
+            "seconds_per_token": spread([one.per_token for one in times]),
+            "seconds_in_all": spread([one.total for one in times]),
             "tokens_per_second": _short(
                 case.batch * case.answer_tokens / statistics.median(one.total for one in times)
             ),
@@ -304,7 +308,8 @@ def _require_length(case: Case, lengths: Sequence[int]) -> None:
         )
 
 
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Return median, least and most of repeated times."""
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {name: _short(figure) for name, figure in figures.items()}
 

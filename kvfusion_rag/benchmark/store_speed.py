@@ -18,11 +18,15 @@ from typing import Any
 
 import torch
 
+from ..engine.engine import EngineOptions
 from ..engine.requests import Batch
+from ..engine.run import start_run
 from ..fusion.sampling import DecodingOptions
+from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..store import Codec, DiskStore, DocumentStore, MemoryStore
 from .shapes import random_backbone, random_text
+from .speed import spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,7 @@ class _Run:
         options = self.options
         disk = DiskStore(self.folder / "store", codec=options.codec)
         memory = self._generator(DocumentStore(MemoryStore(8 << 30)))
-        stored = self._generator(DocumentStore(None, disk, load="always"))
+        stored = self._generator(DocumentStore(None, disk))
         nothing = self._generator(DocumentStore())
         joined = self._times(lambda: self._first_token(nothing, mode="concat"))
         cold = self._times(lambda: self._first_token(nothing))
@@ -82,7 +86,7 @@ class _Run:
         return {
             "options": asdict(options),
             "threads": torch.get_num_threads(),
-            "seconds_to_first_token": {name: _spread(found) for name, found in times.items()},
+            "seconds_to_first_token": {name: spread(found) for name, found in times.items()},
             "times_faster_than_joined_prompt": {
                 name: round(base / statistics.median(found), 2) for name, found in times.items()
             },
@@ -93,11 +97,13 @@ class _Run:
                 "raw file read": _rate(size, raw),
                 "ratio": round(statistics.median(raw) / statistics.median(load), 2),
             },
-            "write_seconds_per_document": _spread([t / options.documents for t in self._writes()]),
+            "write_seconds_per_document": spread([t / options.documents for t in self._writes()]),
         }
 
     def _generator(self, store: DocumentStore) -> KVFusionGenerator:
-        return KVFusionGenerator(self.backbone, store=store, max_fused_tokens=1 << 20)
+        return KVFusionGenerator(
+            TorchModel(self.backbone), store=store, options=EngineOptions(max_fused_tokens=1 << 20)
+        )
 
     def _first_token(self, generator: KVFusionGenerator, **options: Any) -> float:
         answer = generator.answer(self.question, self.documents, max_new_tokens=1, **options)
@@ -108,7 +114,7 @@ class _Run:
         engine = generator._engine
         request = engine.request(self.question, self.documents, None, "fusion", DecodingOptions(1))
         began = time.perf_counter()
-        engine.fill(Batch.of(request), 1)[0].release()
+        start_run(engine.model, engine.document_kvs, Batch.of(request), 1).release()
         return time.perf_counter() - began
 
     def _writes(self) -> list[float]:
@@ -149,11 +155,6 @@ def _drop_pages(folder: Path) -> None:
         os.fsync(place)
         os.posix_fadvise(place, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(place)
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
-    return {name: round(figure, 5) for name, figure in figures.items()}
 
 
 def _rate(size: int, seconds: Sequence[float]) -> float:

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 DEFAULT_CHUNK_TOKENS = 200  # for a model that was not trained with a passage length
 CODECS = ("raw", "v8")  # of a store's files; named here since its modules load torch
-LOADING = ("auto", "always", "never")
 INDEX_FOLDER = ".kvfusion"
 
 
@@ -122,16 +121,11 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="cap of its files on this machine's disk, such as 2GiB or 500MB (default: 20GiB)",
     )
-    parser.add_argument(
-        "--store-load",
-        choices=LOADING,
-        help="read stored documents where that is faster than computing (auto, default)",
-    )
 
 
 def require_store(args: argparse.Namespace) -> None:
     """Fail on options of a store that is not there, before models are loaded."""
-    for name in ("codec", "max_bytes", "load"):
+    for name in ("codec", "max_bytes"):
         if getattr(args, f"store_{name}") is not None and not args.store:
             option = f"--store-{name.replace('_', '-')}"
             raise InvalidInputError(f"{option} is given without --store; name the folder or URL of the store too.")
@@ -143,7 +137,7 @@ def _open_store(args: argparse.Namespace) -> DocumentStore | str:
         return "memory"
     from ..store import open_store
 
-    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes", "load")}
+    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
     return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
 
 

@@ -1,7 +1,7 @@
-"""Look after a document store: what it holds, whether it is whole, and what is to leave it.
+"""``kvfusion store``: show, check and clean a document store.
 
-The store is a folder or URL as ``--store`` of ``kvfusion ask`` and ``kvfusion index`` takes it. Removing holds for
-every tier that the store has on disk or behind the URL.
+The store is a folder or URL, as for ``--store`` of ``kvfusion ask`` and ``kvfusion index``. Removals cover its disk
+tier and what is behind the URL.
 """
 
 from __future__ import annotations
@@ -18,32 +18,39 @@ from .options import CODECS, add_index_arguments, add_model_name, load_config, l
 if TYPE_CHECKING:
     from .. import DocumentStore
 
+ACTIONS = {
+    "stats": "show bytes and documents by namespace",
+    "verify": "check every file, also behind a URL, remove damaged ones and repair the index",
+    "clear": "remove all documents of one namespace, or of all",
+    "forget": "remove the documents of files, whatever model stored them",
+    "estimate": "show how much space the documents of files would take",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(title="actions", dest="action", metavar="ACTION", required=True)
-    for name, about in (
-        ("stats", "bytes and documents by namespace"),
-        ("verify", "read every file, of a URL too, take broken ones away and set the counts right"),
-        ("clear", "remove all documents of a namespace, or of all"),
-        ("forget", "remove the documents of files, whatever model made them"),
-        ("estimate", "how much room the documents of files would take"),
-    ):
+    for name, about in ACTIONS.items():
         action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
         if name != "estimate":
             action.add_argument("store", metavar="STORE", help="folder or fsspec URL")
         if name in ("clear", "forget"):
             action.add_argument(
-                "--namespace", default="", help="tenant whose documents are meant (default: the one without a name)"
+                "--namespace", default="", help="tenant whose documents are removed (default: the unnamed one)"
             )
         if name == "clear":
-            action.add_argument("--all", action="store_true", help="documents of every namespace")
+            action.add_argument("--all", action="store_true", help="remove the documents of every namespace")
         if name in ("forget", "estimate"):
             action.add_argument("paths", nargs="+", metavar="PATH", help="file or folder (txt, md, html, pdf)")
             add_model_name(action)
             add_index_arguments(action)
-            action.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
+            action.add_argument("--device", help="device of the embedding model: cpu, cuda, ...")
         if name == "estimate":
-            action.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+            action.add_argument(
+                "--dtype",
+                choices=["float32", "bfloat16", "float16"],
+                default="bfloat16",
+                help="precision of the KVs (default: bfloat16)",
+            )
         about = "print one JSON object and nothing else"
         action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=about)
 
@@ -54,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace) -> DocumentStore:
-    """The store of the command line, which must be there already."""
+    """Open the store that the arguments name, which must exist."""
     from ..store import open_store
 
     if "://" not in args.store and not (Path(args.store).expanduser() / "format.json").is_file():
@@ -64,39 +71,40 @@ def _open(args: argparse.Namespace) -> DocumentStore:
 
 def _stats(args: argparse.Namespace) -> int:
     store = _open(args)
-    tiers = {name: tier for name, tier in (("disk", store.disk), ("remote", store.remote)) if tier is not None}
-    found = {name: tier.totals() for name, tier in tiers.items()}
-    facts: dict[str, Any] = {"store": args.store, "tiers": {}}
-    for name, totals in found.items():
-        facts["tiers"][name] = {
-            "documents": sum(count for _, count in totals.values()),
-            "bytes": sum(size for size, _ in totals.values()),
-            "namespaces": {key: {"documents": n, "bytes": size} for key, (size, n) in sorted(totals.items())},
-        }
+    tiers: dict[str, dict[str, Any]] = {}
+    for name, tier in (("disk", store.disk), ("remote", store.remote)):
+        if tier is not None:
+            totals = tier.totals()
+            tiers[name] = {
+                "documents": sum(count for _, count in totals.values()),
+                "bytes": sum(size for size, _ in totals.values()),
+                "namespaces": {
+                    key: {"documents": count, "bytes": size} for key, (size, count) in sorted(totals.items())
+                },
+            }
     if args.json:
-        say_json(facts)
+        say_json({"store": args.store, "tiers": tiers})
         return 0
-    for name, one in facts["tiers"].items():
-        say(f"{name}: {one['documents']:,} documents, {one['bytes']:,} bytes, {len(one['namespaces'])} namespaces")
-        for key, part in one["namespaces"].items():
+    for name, counts in tiers.items():
+        namespaces = counts["namespaces"]
+        say(f"{name}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {len(namespaces)} namespaces")
+        for key, part in namespaces.items():
             say(f"  {key}  {part['documents']:>8,} documents  {part['bytes']:>16,} bytes")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     store = _open(args)
-    assert store.disk is not None  # open_store makes one
-    report: dict[str, int] = asdict(store.disk.verify())
-    remote: dict[str, int] | None = None
-    if store.remote is not None:
-        remote = dict(zip(("whole", "broken"), store.remote.verify(), strict=True))
+    assert store.disk is not None  # open_store always adds a disk tier
+    disk = asdict(store.disk.verify())
+    remote = None if store.remote is None else dict(zip(("whole", "broken"), store.remote.verify(), strict=True))
     if args.json:
-        say_json({"store": args.store, **report, **({} if remote is None else {"remote": remote})})
+        say_json({"store": args.store, **disk, **({} if remote is None else {"remote": remote})})
     else:
-        for name, counts in (("disk", report), ("remote", remote)):
-            if counts is not None:
+        for name, counts in (("disk", disk), ("remote", remote or {})):
+            if counts:
                 say(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
-    return 1 if report["broken"] or (remote is not None and remote["broken"]) else 0
+    return 1 if disk["broken"] or (remote or {}).get("broken") else 0
 
 
 def _clear(args: argparse.Namespace) -> int:
@@ -113,23 +121,21 @@ def _forget(args: argparse.Namespace) -> int:
     require_namespace(args.namespace)
     require_paths(args.paths)
     store = _open(args)
-    # Documents are found by namespace and token ids, under whatever model they are stored.
-    keys = [document_key("", args.namespace, ids) for ids in _pieces(args)]
+    # The store finds documents by namespace and token ids, so the model's part of the key may be empty.
+    keys = [document_key("", args.namespace, ids) for ids in _token_ids(args)]
     return _say_removed(args, store.forget(keys))
 
 
 def _estimate(args: argparse.Namespace) -> int:
     import torch
 
-    from ..model.kv import KVShape
     from ..model.support import expected_kv_shape
     from ..store.format import layout
 
     require_paths(args.paths)
-    dtype = getattr(torch, args.dtype)
-    shape: KVShape = expected_kv_shape(load_config(args), dtype)
-    lengths = [len(ids) for ids in _pieces(args)]
-    key = "0" * 130
+    shape = expected_kv_shape(load_config(args), getattr(torch, args.dtype))
+    lengths = [len(ids) for ids in _token_ids(args)]
+    key = "0" * 130  # of the length of a real one
     facts = {
         "documents": len(lengths),
         "tokens": sum(lengths),
@@ -140,14 +146,17 @@ def _estimate(args: argparse.Namespace) -> int:
     if args.json:
         say_json(facts)
         return 0
-    say(f"{facts['documents']:,} documents of {facts['tokens']:,} tokens, {shape.nbytes(1000):,} bytes a thousand")
+    say(
+        f"{facts['documents']:,} documents with {facts['tokens']:,} tokens, {shape.nbytes(1000):,} bytes per 1,000 "
+        "tokens"
+    )
     for codec, size in facts["bytes"].items():
         say(f"  codec {codec}: {size:,} bytes on disk")
     return 0
 
 
-def _pieces(args: argparse.Namespace) -> list[tuple[int, ...]]:
-    """The token ids of the distinct documents of the files, cut as ``kvfusion ask`` and ``kvfusion index`` do."""
+def _token_ids(args: argparse.Namespace) -> list[tuple[int, ...]]:
+    """Return the token ids of the files' distinct documents, split as in ``kvfusion ask`` and ``kvfusion index``."""
     from ..store import document_key
     from ..text.documents import UNLIMITED, Limits, limit_of, read_documents
 

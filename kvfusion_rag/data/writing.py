@@ -1,4 +1,4 @@
-"""Writes training rows atomically, and does not overwrite files without permission."""
+"""Writes files atomically, and does not overwrite them without permission."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> Non
         raise InvalidInputError(f"{str(path)!r} is also an input, so it cannot be the output.")
     if path.exists() and not force:
         raise InvalidInputError(f"{str(path)!r} already exists; name another file or replace it with --force.")
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file under another name and rename it."""
+    new = file.with_name(file.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, file)
 
 
 def write_training_rows(path: Path, rows: Iterable[QARow]) -> int:

@@ -1,1 +1,7 @@
-"""TODO"""
+"""Answers many requests over one model: questions, documents and options enter, answers leave.
+
+``calls`` and ``engine`` turn arguments into requests, ``queue`` batches callers, ``runner`` answers requests, ``run``
+is one batch while it is decoded, and ``document_kvs`` takes KVs from the store or computes them. ``modes`` decides
+positions and adapter, and ``focus`` chooses documents. The room only sees a model through ``fusion.interface``, and
+must not know files, frameworks or HTTP.
+"""

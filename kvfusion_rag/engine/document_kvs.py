@@ -126,9 +126,7 @@ class DocumentKVs:
                 self.require_version(version)
                 yield missing[index], kv
 
-        return self.store.fetch(
-            requests, self.model.kv_shape, self.model.device, self._fingerprint, compute, keep=keep
-        )
+        return self.store.fetch(requests, self.model.kv_shape, self.model.device, compute, keep=keep)
 
     def get(self, keys: Mapping[str, Ids], scope: Scope) -> dict[str, DocumentKV]:
         """Return the KV of every key, from the store or computed now (and then stored)."""
@@ -159,4 +157,4 @@ class DocumentKVs:
 
     def prefetch(self, keys: Mapping[str, Ids]) -> Future[int]:
         """Start loading stored documents into memory; the future's result is the number of documents there."""
-        return self.store.prefetch(keys, self.model.kv_shape, self.model.device, self._fingerprint)
+        return self.store.prefetch(keys, self.model.kv_shape, self.model.device)

@@ -6,10 +6,9 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic
 
 from ..errors import InvalidInputError
-from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Document, FocusChoice, ModeChoice, Prompt
 from ..store import Place, require_namespace
@@ -22,7 +21,7 @@ from .focus import Focus, needs_choice, scored_question
 from .modes import AnswerMode
 from .prompts import Prompts, require_fit
 from .requests import Request
-from .runner import Runner
+from .runner import M, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class EngineOptions:
             )
 
 
-class Engine:
+class Engine(Generic[M]):
     """One model under one set of settings and one namespace.
 
     Args:
@@ -65,32 +64,27 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: FusionModel,
-        settings: ModelSettings | None = None,
-        *,
-        store: Place,
-        options: EngineOptions | None = None,
+        self, model: M, settings: ModelSettings | None = None, *, store: Place, options: EngineOptions | None = None
     ) -> None:
         options = options or EngineOptions()
         runner = Runner(model, store=store, max_fused_tokens=options.max_fused_tokens)
         self._set_up(runner, settings or model.settings, options.namespace, set())
 
-    def _set_up(self, runner: Runner, settings: ModelSettings, namespace: str, warned: set[str]) -> None:
+    def _set_up(self, runner: Runner[M], settings: ModelSettings, namespace: str, warned: set[str]) -> None:
         self.runner, self.namespace, self._warned = runner, namespace, warned
         self.prompts = Prompts(runner.model, settings, runner.plain)
         require_fit(runner.model, self.encoder, settings)
 
-    def sibling(self, *, settings: ModelSettings | None = None, namespace: str | None = None) -> Engine:
+    def sibling(self, *, settings: ModelSettings | None = None, namespace: str | None = None) -> Engine[M]:
         """Return an engine over the same runner with other settings or another namespace."""
         namespace = self.namespace if namespace is None else namespace
         require_namespace(namespace)
-        made = object.__new__(Engine)
+        made: Engine[M] = object.__new__(Engine)
         made._set_up(self.runner, settings or self.settings, namespace, self._warned)
         return made
 
     @property
-    def model(self) -> FusionModel:
+    def model(self) -> M:
         return self.runner.model
 
     @property

@@ -96,8 +96,8 @@ class Run:
         keys = request.reading.keys
         if not request.mode.fuses:
             return dict.fromkeys(keys, "prompt")
-        known: Mapping[str, Origin] = {**(request.choice.origins if request.choice else {}), **self.origins}
-        found = {piece.ids: known[piece.key] for piece in request.fused or ()}
+        known: dict[str, Origin] = {**(request.choice.origins if request.choice else {}), **self.origins}
+        found: dict[tuple[int, ...], Origin] = {piece.ids: known[piece.key] for piece in request.fused or ()}
         return {key: found[ids] for key, ids in keys.items()}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -33,9 +33,10 @@ from .run import Run, start_run
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+M = TypeVar("M", bound=FusionModel)
 
 
-class Runner:
+class Runner(Generic[M]):
     """The answering half of an engine, shared by generators over the same weights and store.
 
     Args:
@@ -43,7 +44,7 @@ class Runner:
         max_fused_tokens: limit of document tokens of one question, and of padded slots of one batch.
     """
 
-    def __init__(self, model: FusionModel, *, store: Place, max_fused_tokens: int) -> None:
+    def __init__(self, model: M, *, store: Place, max_fused_tokens: int) -> None:
         self.model = model
         self.plain = PlainEncoder(model.tokenizer)
         self.document_kvs = DocumentKVs(model, store=store)

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from ..data.answer_match import answer_in_text, token_f1
 from ..engine.focus import standardized
-from ..engine.measured import Measured
 from ..errors import UnsupportedModelError
 from ..schema import Document, Mode
+from ..text.measured import Measured
 from .scores import similarities
 
 if TYPE_CHECKING:

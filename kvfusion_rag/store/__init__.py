@@ -1,14 +1,18 @@
-"""Where document KVs are kept between questions: keys, and the tiers in memory, on disk and behind a URL."""
+"""The document store: keeps document KVs between questions, so that each document is prefilled once.
+
+Requests enter as store keys with token ids, together with a function that computes missing documents. Document KVs
+leave, from memory, from disk, from a remote folder or freshly computed, each with its origin and the reason for a
+miss. The room must not know models, text, prompts or the order of documents in an answer.
+"""
 
 from .disk import DiskStore, VerifyReport
-from .documents import DocumentStore, FetchedKVs, KVRequest
-from .files import Miss
+from .documents import DocumentStore, Place, as_store, open_store
 from .format import CODECS, Codec
 from .keys import document_key, namespace_key, require_namespace
 from .memory import MemoryStore, StoreStats
-from .metrics import StoreEvent, StoreMetrics, Tier
-from .opening import Place, as_store, open_store
+from .metrics import Miss, StoreEvent, StoreMetrics, Tier
 from .remote import RemoteStore
+from .tiers import FetchedKVs, KVRequest
 
 __all__ = [
     "CODECS",

@@ -1,104 +1,52 @@
-"""The document store: tiers one behind the other, each document computed once however many ask for it.
+"""The document store: documents come from the fastest tier that has them, or are computed once and stored.
 
-It decides where a document's KV comes from (memory, disk, remote, or a new prefill), brings it to where it is
-wanted, and passes it on to the faster tiers. Whatever goes wrong in a tier is a counted miss. Knows neither models
-nor text: what is missing is computed by a function of the caller's.
+It knows neither models nor text. The caller passes a function that computes missing documents.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
 import weakref
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NamedTuple, NoReturn, TypeVar
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from ..errors import InvalidInputError, OverloadError, StoreError
-from ..model.hardware import device_name
+from ..errors import InvalidInputError, OverloadError
 from ..model.kv import DocumentKV, KVShape
-from ..schema import Origin
 from .disk import DiskStore
-from .files import Miss
-from .flights import Flight, Flights
-from .format import compress, encode, expand, is_finite
+from .format import Codec
 from .keys import document_part, require_namespace_key
 from .memory import MemoryStore
-from .metrics import Counters, StoreEvent, StoreMetrics, Tier
-from .policy import Loading, LoadPolicy
+from .metrics import Counters, Miss, StoreEvent, StoreMetrics, Tier
 from .remote import RemoteStore
+from .single_flight import Pending, SingleFlight
+from .tiers import Fetch, FetchedKVs, KVRequest, Tiers
 
-THREADS = min(4, os.cpu_count() or 1)  # that read files: each keeps a processor busy with reading and checking
-PREFETCHES = 256  # calls that may wait
-
-
-@dataclass(frozen=True, slots=True)
-class KVRequest:
-    """A document that is asked for.
-
-    Attributes:
-        into: the tensors that its keys and values are to be put into (slots of a fused buffer), where given.
-        stored: whether it is looked for and kept; without, it is computed each time.
-    """
-
-    token_ids: tuple[int, ...]
-    into: DocumentKV | None = None
-    stored: bool = True
-
-
-class FetchedKVs(NamedTuple):
-    """What :meth:`DocumentStore.fetch` found, by key.
-
-    Attributes:
-        kvs: the KVs, those that were to be put somewhere included; empty where they were not to be kept.
-        origins: where each came from.
-        misses: why no tier had those that were looked for and computed.
-    """
-
-    kvs: dict[str, DocumentKV]
-    origins: dict[str, Origin]
-    misses: dict[str, Miss]
-
+READERS = min(4, os.cpu_count() or 1)  # threads, each of which keeps a processor busy with reading and checking
+MAX_PREFETCHES = 256  # unfinished calls
 
 T = TypeVar("T")
 R = TypeVar("R")
-Take = Callable[[str, DocumentKV, Origin], None]
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call's documents: of what model, who takes them, and what is to be told in the end.
-
-    Attributes:
-        model: its name with its device's, which figures are measured for.
-        removals: calls of ``forget`` and ``clear`` before it.
-        events: told once nobody waits for this call any more, since a callback may ask for the same documents.
-    """
-
-    shape: KVShape
-    device: torch.device
-    model: str
-    take: Take
-    removals: int
-    events: list[StoreEvent] = field(default_factory=list)
 
 
 class DocumentStore:
     """Document KVs in memory, on disk and in a remote folder, each tier optional.
 
+    It is safe to use from several threads and processes. It cannot be pickled, so open it in each process.
+
     Args:
-        memory, disk, remote: the tiers; a remote one needs a disk in front of it.
-        load: "auto" reads a file where that is faster than computing the document again (measured for each model
-            and kind of device, as it goes); "always" and "never" decide otherwise.
+        memory, disk, remote: the tiers. A remote tier needs a disk tier in front of it.
         on_event: called with each :class:`StoreEvent`, from any thread.
 
-    Safe from several threads and processes. It cannot be pickled: open it in each process.
+    Raises:
+        InvalidInputError: a remote tier has no disk tier with the same codec in front of it.
     """
 
     def __init__(
@@ -107,167 +55,119 @@ class DocumentStore:
         disk: DiskStore | None = None,
         remote: RemoteStore | None = None,
         *,
-        load: Loading = "auto",
         on_event: Callable[[StoreEvent], None] | None = None,
     ) -> None:
-        if remote is not None and (disk is None or disk.codec != remote.codec):
-            found = "there is none" if disk is None else f"its codec is {disk.codec!r}"
-            raise InvalidInputError(
-                f"a remote store needs a disk store in front with the same codec, {remote.codec!r}, but {found}."
-            )
         self.memory, self.disk, self.remote = memory, disk, remote
-        figures = None if disk is None or disk.read_only else disk.path / "calibration.json"
-        self._policy = LoadPolicy(load, figures)
         self._counters = Counters(on_event)
-        self._removals = 0  # calls of forget and clear so far
-        self._begin()
-        in_child = weakref.WeakMethod(self._begin)
-        os.register_at_fork(after_in_child=lambda: (begin := in_child()) and begin())
+        self._tiers = Tiers(memory, disk, remote, self._counters)
+        self._reset()
+        in_child = weakref.WeakMethod(self._reset)
+        os.register_at_fork(after_in_child=lambda: (reset := in_child()) and reset())
 
-    def _begin(self) -> None:
-        """Nothing is under way: so in a new store, and in a forked process, which has none of its parent's threads."""
-        self._flights = Flights()
-        self._waiting = threading.BoundedSemaphore(PREFETCHES)
-        self._lock = threading.Lock()  # of the pools
+    def _reset(self) -> None:
+        """Begin without threads: in a new store, and in a forked process, which has none of its parent's."""
+        self._single_flight = SingleFlight()
+        self._prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
         self._pools: dict[str, ThreadPoolExecutor] = {}
+        self._pools_lock = threading.Lock()
 
     def __repr__(self) -> str:
         tiers = [tier for tier in (self.memory, self.disk, self.remote) if tier is not None]
         return f"DocumentStore({', '.join(map(repr, tiers))})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a document store has files and threads of this process; open it anew in the other one.")
+        raise TypeError("a document store has files and threads of this process; open it again in the other process.")
 
     def __contains__(self, key: str) -> bool:
-        """Whether a local tier has ``key``; counts as no look-up."""
+        """Return whether a local tier has ``key``. This does not count as a lookup."""
         return self.tier_of(key) is not None
 
     def tier_of(self, key: str) -> Tier | None:
-        """The fastest local tier that has ``key``; counts as no look-up."""
+        """Return the fastest local tier that has ``key``, or None. This does not count as a lookup."""
         if self.memory is not None and key in self.memory:
             return "memory"
         return "disk" if self.disk is not None and key in self.disk else None
 
     def fetch(
-        self, wanted: Mapping[str, KVRequest], shape: KVShape, device: torch.device, model: str, compute: Compute,
+        self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, compute: Compute,
         *, keep: bool = True,
     ) -> FetchedKVs:  # fmt: skip
-        """All wanted documents, from the fastest tier that has them, or computed and then stored.
+        """Return all requested documents, from the fastest tier that has them, or computed and then stored.
 
-        Documents that another thread is bringing already are waited for.
+        Documents that another thread is fetching already are waited for.
 
         Args:
-            shape, device: of the model's KVs.
-            model: its name, for the choice between loading and computing.
-            compute: prefills documents by key, one after another as they are ready.
-            keep: return the KVs; without, they go to the tiers alone, so that memory is bounded by their caps.
-
+            requests: documents by store key.
+            shape: shape of the model's KVs.
+            device: device of the model's KVs.
+            compute: prefills the documents of some keys, and yields each as soon as it is ready.
+            keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps.
         """
-        found: dict[str, DocumentKV] = {}
-        origins: dict[str, Origin] = {}
-        misses: dict[str, Miss] = {}
-
-        def take(key: str, document: DocumentKV, origin: Origin) -> None:
-            origins[key] = origin
-            into = wanted[key].into
-            if into is not None and into is not document:
-                document.copy_into(into)
-                document = into
-            if keep:
-                found[key] = document if document.keys.device == device else document.to(device)
-
-        call = _Call(shape, device, _on_device(model, device), take, self._removals)
-        self._compute([key for key, one in wanted.items() if not one.stored], compute, take)
+        fetch = self._tiers.begin(requests, shape, device, keep=keep)
+        unstored = [key for key, request in requests.items() if not request.stored]
+        for key, document in compute(unstored) if unstored else ():
+            fetch.take(key, document, "computed")
         try:
-            left = self._from_memory({key: one for key, one in wanted.items() if one.stored}, call)
+            left = self._from_memory([key for key, request in requests.items() if request.stored], fetch)
             while left:
-                mine, others = self._flights.claim(left)
+                claimed, pending = self._single_flight.claim(left)
                 try:
-                    # Another thread may have landed a document between the look and the claim.
-                    again = self._from_memory({key: left[key] for key in mine}, call)
-                    absent = self._from_files(again, call)
-                    misses |= absent
-                    call.events.extend(StoreEvent("miss", reason=miss) for miss in absent.values())
-                    self._compute_and_store(list(absent), compute, call)
+                    # Another thread may have stored a document between the lookup and the claim.
+                    absent = self._from_files(self._from_memory(claimed, fetch), fetch)
+                    fetch.misses |= absent
+                    fetch.events.extend(StoreEvent("miss", reason=miss) for miss in absent.values())
+                    self._compute(list(absent), compute, fetch)
                 finally:
-                    self._flights.abandon(mine)
-                left = self._from_others(others, left, call)
+                    self._single_flight.release(claimed)
+                left = self._from_other_threads(pending, fetch)
         finally:
-            self._counters.note_all(call.events)
-        return FetchedKVs(found, origins, {key: miss for key, miss in misses.items() if origins[key] == "computed"})
+            self._counters.note_all(fetch.events)
+        computed = {key: miss for key, miss in fetch.misses.items() if fetch.origins[key] == "computed"}
+        return FetchedKVs(fetch.kvs, fetch.origins, computed)
 
-    def prefetch(
-        self, wanted: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device, model: str
-    ) -> Future[int]:
-        """Begin to bring documents that slower tiers have into memory; the future has how many are there.
+    def prefetch(self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device) -> Future[int]:
+        """Begin to load documents from slower tiers into memory. The future has the number that are in memory then.
+
+        Args:
+            documents: token ids by store key.
+            shape: shape of the model's KVs.
+            device: device of the model's KVs.
 
         Raises:
-            OverloadError: too many calls wait already.
+            OverloadError: too many calls are unfinished.
         """
-        if not self._waiting.acquire(blocking=False):
-            raise OverloadError(f"{PREFETCHES} calls of prefetch wait already, which is the most; ask again later.")
-        loading = self._threads("prefetch").submit(self._prefetch, wanted, shape, device, model)
-        loading.add_done_callback(lambda _: self._waiting.release())
+        if not self._prefetches.acquire(blocking=False):
+            raise OverloadError(
+                f"{MAX_PREFETCHES} calls of prefetch are unfinished, but more are not allowed; retry later."
+            )
+        loading = self._pool("prefetch").submit(self._prefetch, documents, shape, device)
+        loading.add_done_callback(lambda _: self._prefetches.release())
         return loading
 
-    def _prefetch(
-        self, wanted: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device, model: str
-    ) -> int:
-        if self.memory is None or self.disk is None:
-            return 0
-        call = _Call(shape, device, _on_device(model, device), lambda *_: None, self._removals)
-        todo = {
-            key: KVRequest(ids)
-            for key, ids in wanted.items()
-            if key not in self.memory and (self.remote is not None or key in self.disk)
-        }
-        mine, others = self._flights.claim(todo)
-        try:
-            self._from_files({key: todo[key] for key in mine}, call)
-        finally:
-            self._flights.abandon(mine)
-            self._counters.note_all(call.events)
-        for flight in others.values():
-            flight.result()
-        return sum(key in self.memory for key in wanted)
-
     def forget(self, keys: Iterable[str]) -> int:
-        """Remove documents, under every model, from every tier; how many copies that were.
+        """Remove documents, under every model, from every tier. Return the number of removed copies.
 
-        What this store is bringing or computing at the moment is not kept either. Other processes keep what they
-        hold in their own memory, and may store again what they are computing.
+        Documents that this store is fetching at the moment are not kept either. Other processes keep what they have
+        in memory, and may store again what they are computing.
         """
-        return self._remove(list({document_part(key): key for key in keys}.values()))
+        return self._tiers.remove(list({document_part(key): key for key in keys}.values()))
 
     def clear(self, namespace_key: str | None = None) -> int:
-        """Remove all documents of a namespace (its key), or of all, from every tier; how many copies that were.
+        """Remove all documents of a namespace (its key), or all, from every tier. Return the number of removed copies.
 
         Raises:
-            InvalidInputError: ``namespace_key`` is not what :func:`namespace_key` makes.
-            StoreError: a tier cannot remove its own; the others have.
+            InvalidInputError: ``namespace_key`` is not a result of :func:`namespace_key`.
+            StoreError: a tier cannot remove its documents. The other tiers have removed theirs.
         """
         if namespace_key is not None:
             require_namespace_key(namespace_key)
-        return self._remove(None, namespace_key)
-
-    def _remove(self, keys: Sequence[str] | None, namespace_key: str | None = None) -> int:
-        """From the slowest tier to the fastest, so that no reader brings a document back from behind."""
-        self._removals += 1  # from here on nothing that was begun before is kept
-        removed, failed = 0, None
-        for tier in (self.remote, self.disk, self.memory):
-            if tier is None:
-                continue
-            try:
-                removed += tier.clear(namespace_key) if keys is None else tier.forget(*keys)
-            except StoreError as error:  # the other tiers let go of theirs all the same
-                failed = failed or error
-        self._counters.note(StoreEvent("forgotten", documents=removed))
-        if failed is not None:
-            raise failed
-        return removed
+        return self._tiers.remove(None, namespace_key)
 
     def release_memory(self, device: torch.device) -> int:
-        """Drop what the memory tier keeps on ``device``; how many bytes that were. Slower tiers keep theirs."""
+        """Empty the memory tier if it holds memory of ``device``. Return the number of released bytes.
+
+        Slower tiers keep their documents.
+        """
         if self.memory is None or (self.memory.host and device.type != "cpu"):
             return 0
         held = self.memory.stats.bytes
@@ -275,240 +175,198 @@ class DocumentStore:
         return held
 
     def require_room(self, shape: KVShape, tokens: int) -> None:
-        """Raise InvalidInputError where a tier could not hold one document of ``tokens``."""
-        caps: list[tuple[str, int, int | None]] = []
-        if self.memory is not None:
-            size = shape.nbytes(tokens)
-            caps += [("max_bytes of the memory", size, self.memory.max_bytes)]
-            caps += [("namespace_bytes of the memory", size, self.memory.namespace_bytes)]
-        if self.disk is not None:
-            size = self.disk.file_bytes(shape, tokens)
-            caps += [("max_bytes of the disk", size, self.disk.caps.total)]
-            caps += [("namespace_bytes of the disk", size, self.disk.caps.namespace)]
-        for name, size, cap in caps:
-            if cap is not None and cap < size:
-                raise InvalidInputError(
-                    f"{name} store is {cap:,}, but one document of {tokens} tokens alone takes {size:,} bytes."
-                )
+        """Raise InvalidInputError if a tier's cap is smaller than one document with ``tokens`` tokens."""
+        self._tiers.require_room(shape, tokens)
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is no tier, so that nothing is kept."""
+        """Whether the store has no tier and therefore keeps nothing."""
         return self.memory is None and self.disk is None
 
     @property
     def metrics(self) -> StoreMetrics:
         """Counts since the store was opened."""
-        now: defaultdict[str, dict[str, int]] = defaultdict(dict)
-        if self.memory is not None:
-            stats = self.memory.stats
-            now["used_bytes"]["memory"], now["entries"]["memory"] = stats.bytes, stats.entries
-            now["evictions"]["memory"], now["rejected"]["memory"] = stats.evictions, stats.rejected
-        if self.disk is not None:
-            totals = self.disk.totals()
-            now["used_bytes"]["disk"] = sum(size for size, _ in totals.values())
-            now["entries"]["disk"] = sum(count for _, count in totals.values())
-            now["rejected"]["disk"] = self.disk.rejected
-        for tier, store in (("disk", self.disk), ("remote", self.remote)):
-            if store is not None:
-                now["evictions"][tier] = store.evictions
-                now["failed_writes"][tier], now["dropped"][tier] = store.failed_writes, store.dropped
-        return self._counters.snapshot(**now)
+        return self._counters.snapshot(self._tiers.counts())
 
     def flush(self) -> bool:
-        """Wait for what is still being written to the remote tier, for a minute at most; whether all of it has ended.
+        """Wait at most a minute for unfinished uploads to the remote tier. Return whether all have ended.
 
-        What could not be written is in the metrics.
+        Failed uploads are counted in the metrics.
         """
         return self.remote is None or self.remote.flush()
 
     def close(self) -> None:
-        """Finish writing, for a minute at most, and let go of files and threads."""
+        """Finish uploads within a minute, and release files and threads."""
         if self.remote is not None:
             self.remote.close()
-        with self._lock:
+        with self._pools_lock:
             pools, self._pools = self._pools, {}
         for pool in pools.values():
             pool.shutdown()
         if self.disk is not None:
             self.disk.close()
 
-    # The tiers, from the fastest on
+    def _prefetch(self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device) -> int:
+        memory, disk = self.memory, self.disk
+        if memory is None or disk is None:
+            return 0
+        requests = {
+            key: KVRequest(ids)
+            for key, ids in documents.items()
+            if key not in memory and (self.remote is not None or key in disk)
+        }
+        fetch = self._tiers.begin(requests, shape, device, keep=False)
+        claimed, pending = self._single_flight.claim(requests)
+        try:
+            self._from_files(claimed, fetch)
+        finally:
+            self._single_flight.release(claimed)
+            self._counters.note_all(fetch.events)
+        for other in pending.values():
+            other.result()
+        return sum(key in memory for key in documents)
 
-    def _from_memory(self, wanted: Mapping[str, KVRequest], call: _Call) -> dict[str, KVRequest]:
-        if self.memory is None:
-            return dict(wanted)
-        missing: dict[str, KVRequest] = {}
-        for key, one in wanted.items():
-            document = self.memory.get(key, one.token_ids, pin=True)
+    def _from_memory(self, keys: Iterable[str], fetch: Fetch) -> list[str]:
+        """Take the documents that are in memory. Return the keys of the others."""
+        left: list[str] = []
+        for key in keys:
+            document = self._tiers.get_from_memory(key, fetch.requests[key].token_ids, fetch)
             if document is None:
-                missing[key] = one
-                continue
-            try:
-                call.take(key, document, "memory")
-            finally:
-                self.memory.unpin(key)
-            call.events.append(StoreEvent("hit", "memory", tokens=len(one.token_ids), bytes=document.nbytes))
-        return missing
-
-    def _from_files(self, wanted: Mapping[str, KVRequest], call: _Call) -> dict[str, Miss]:
-        """Take what disk and remote have, in parallel; why they have not the others, in order."""
-        if self.disk is None or not wanted:
-            return dict.fromkeys(wanted, Miss.ABSENT)
-        if not self._policy.should_load(call.model):
-            return dict.fromkeys(wanted, Miss.SLOWER)
-        disk, shape, missing = self.disk, call.shape, {}
-        direct = call.device.type == "cpu"
-
-        def read(item: tuple[str, KVRequest]) -> tuple[str, DocumentKV, Miss | None, Tier, float]:
-            key, one = item
-            document = one.into if direct and one.into is not None else shape.empty(one.token_ids)
-            began = time.perf_counter()
-            miss, tier = disk.get(key, shape, document), "disk"
-            if miss is not None and self.remote is not None:
-                _note_fault(call, "disk", miss)
-                miss, tier = self._from_remote(self.remote, disk, key, shape, document), "remote"
-            return key, document, miss, tier, time.perf_counter() - began
-
-        began, loaded = time.perf_counter(), Counter[str]()
-        for key, document, miss, tier, seconds in self._each(read, list(wanted.items())):
-            if miss is not None:
-                _note_fault(call, tier, miss)
-                missing[key] = miss
-                continue
-            call.events.append(
-                StoreEvent("hit", tier, tokens=document.num_tokens, bytes=document.nbytes, seconds=seconds)
-            )
-            loaded[tier] += document.num_tokens
-            owned = document is not wanted[key].into
-            kept = self._keep_in_memory(key, document, call, owned=owned)
-            call.take(key, document if kept is None or not owned else kept, tier)
-            if kept is not None:  # the caller's own slots may hold something else by the time others look at them
-                self._flights.land(key, kept)
-        if loaded["disk"] == loaded.total():  # files are read side by side, so only the whole time says what one costs
-            self._policy.note_load(call.model, loaded["disk"], time.perf_counter() - began)
-        return {key: missing[key] for key in wanted if key in missing}
-
-    def _from_others(
-        self, flights: Mapping[str, Flight], wanted: Mapping[str, KVRequest], call: _Call
-    ) -> dict[str, KVRequest]:
-        """Wait for what other threads are bringing; what they did not bring is still wanted."""
-        left: dict[str, KVRequest] = {}
-        for key, flight in flights.items():
-            document = flight.result()
-            if document is None:
-                left[key] = wanted[key]
-                continue
-            call.take(key, document, "memory")
-            call.events.append(StoreEvent("hit", "memory", tokens=len(wanted[key].token_ids)))
+                left.append(key)
+            else:
+                fetch.take(key, document, "memory")
         return left
 
-    def _from_remote(
-        self, remote: RemoteStore, disk: DiskStore, key: str, shape: KVShape, document: DocumentKV
-    ) -> Miss | None:
-        """Bring a file to the local disk, and read it there, where it is checked."""
-        began = time.monotonic()
-        fetching = remote.start(key)
-        if fetching is None:
-            return Miss.PAUSED
-        file = remote.finish(fetching, began)
-        if isinstance(file, Miss):
-            return file
-        miss = disk.adopt(key, file, shape, document)
-        if miss is not None and miss is not Miss.UNREADABLE:
-            remote.note_broken(key)
-        return miss
+    def _from_files(self, keys: Sequence[str], fetch: Fetch) -> dict[str, Miss]:
+        """Take the documents that disk and remote have, in parallel. Return the reasons for the misses, in order."""
 
-    def _compute(self, keys: Sequence[str], compute: Compute, take: Take) -> None:
-        """Documents that are computed each time."""
-        for key, made in compute(keys) if keys else ():
-            take(key, made, "computed")
+        def read(key: str) -> tuple[DocumentKV, Tier | Miss]:
+            request = fetch.requests[key]
+            into = request.into if fetch.device.type == "cpu" else None
+            document = fetch.shape.empty(request.token_ids) if into is None else into
+            return document, self._tiers.get_from_files(key, document, fetch)
 
-    def _compute_and_store(self, keys: Sequence[str], compute: Compute, call: _Call) -> None:
+        misses: dict[str, Miss] = {}
+        for key, (document, result) in zip(keys, self._map(read, keys), strict=True):
+            if isinstance(result, Miss):
+                misses[key] = result
+                continue
+            if document is not fetch.requests[key].into:
+                document = self._tiers.put_in_memory(key, document, fetch)
+                self._single_flight.resolve(key, document)
+            elif self.memory is not None:
+                # The caller may overwrite its slots later, so memory and other threads get a copy.
+                copy = DocumentKV(document.keys.clone(), document.values.clone(), document.token_ids)
+                self._single_flight.resolve(key, self._tiers.put_in_memory(key, copy, fetch))
+            fetch.take(key, document, result)
+        return misses
+
+    def _from_other_threads(self, pending: Mapping[str, Pending], fetch: Fetch) -> list[str]:
+        """Wait for the documents that other threads are fetching. Return the keys that they released."""
+        left: list[str] = []
+        for key, other in pending.items():
+            document = other.result()
+            if document is None:
+                left.append(key)
+                continue
+            fetch.take(key, document, "memory")
+            fetch.events.append(StoreEvent("hit", "memory", tokens=document.num_tokens))
+        return left
+
+    def _compute(self, keys: Sequence[str], compute: Compute, fetch: Fetch) -> None:
+        """Compute documents, store them, and pass them to waiting threads."""
         if not keys:
             return
-        began, tokens, spent = time.perf_counter(), 0, 0.0
-        for key, made in compute(keys):
-            if self.disk is not None and call.device.type != "cpu":  # or the clock sees kernels launched, not run
-                torch.accelerator.synchronize(call.device)
-            spent += time.perf_counter() - began
-            document = self._as_stored(made)
+        began, tokens, seconds = time.perf_counter(), 0, 0.0
+        for key, computed in compute(keys):
+            if self.disk is not None and fetch.device.type != "cpu":
+                torch.accelerator.synchronize(fetch.device)  # otherwise only kernel launches would be timed
+            seconds += time.perf_counter() - began
+            document = self._tiers.as_stored(computed)
             tokens += document.num_tokens
-            call.take(key, document, "computed")
-            self._keep(key, document, call)
-            self._flights.land(key, document)
+            fetch.take(key, document, "computed")
+            self._tiers.put(key, document, fetch)
+            self._single_flight.resolve(key, document)
             began = time.perf_counter()
-        self._policy.note_prefill(call.model, tokens, spent)
-        call.events.append(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=spent))
+        fetch.events.append(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=seconds))
 
-    def _as_stored(self, document: DocumentKV) -> DocumentKV:
-        """What a reader of the stored document would get, so that answers do not depend on what is stored."""
-        if self.disk is None or self.disk.codec == "raw":
-            return document
-        values = document.values.cpu()  # an accelerator divides otherwise in the last bit than the reader of the file
-        expand(*compress(values), into := torch.empty_like(values))
-        return DocumentKV(document.keys, into.to(document.values.device), document.token_ids)
+    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        """Apply ``function`` to each item, in several threads if there are several items."""
+        return map(function, items) if len(items) < 2 else self._pool("read").map(function, items)
 
-    def _keep(self, key: str, document: DocumentKV, call: _Call) -> None:
-        if self.memory is not None and self.memory.put(key, document):
-            call.events.append(StoreEvent("stored", "memory", bytes=document.nbytes))
-        began = time.perf_counter()
-        if self.disk is not None and key not in self.disk and self.disk.put(key, document):
-            seconds = time.perf_counter() - began
-            size = self.disk.file_bytes(KVShape.of(document), document.num_tokens)
-            call.events.append(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
-        if self.remote is not None and is_finite(document.keys, document.values):
-            if self.remote.takes_uploads:
-                buffers = encode(key, document, self.remote.codec)
-                self.remote.upload(key, buffers, lambda size: self._uploaded(key, size, call.removals))
-            else:
-                self.remote.note_dropped()
-        self._unless_removed(key, call.removals, self.disk, self.memory)
-
-    def _uploaded(self, key: str, size: int, removals: int) -> None:
-        self._counters.note(StoreEvent("stored", "remote", bytes=size))
-        self._unless_removed(key, removals, self.remote)
-
-    def _keep_in_memory(self, key: str, document: DocumentKV, call: _Call, *, owned: bool) -> DocumentKV | None:
-        """Put a document that was read into memory; a copy that others may have, where there is one."""
-        if self.memory is None:
-            return document if owned else None
-        kept = document if owned else DocumentKV(document.keys.clone(), document.values.clone(), document.token_ids)
-        if not self.memory.host and kept.keys.device != call.device:
-            kept = kept.to(call.device)
-        self.memory.put(key, kept)
-        self._unless_removed(key, call.removals, self.memory)
-        return kept
-
-    def _unless_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
-        """Take back what was just stored, if documents were removed since it was asked for: it may be one of them.
-
-        A removal that begins later finds it in its place.
-        """
-        if self._removals != removals:
-            for tier in tiers:
-                if tier is not None:
-                    tier.forget(key)
-
-    def _each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        """``function`` of each item, several at once where there are several."""
-        if len(items) == 1:
-            return iter([function(items[0])])
-        return self._threads("read").map(function, items)
-
-    def _threads(self, use: str) -> ThreadPoolExecutor:
-        """Threads for one use, made when first needed."""
-        with self._lock:
+    def _pool(self, use: str) -> ThreadPoolExecutor:
+        """Return the threads for one use. Prefetches wait for reads, so they must not share threads."""
+        with self._pools_lock:
             if use not in self._pools:
-                self._pools[use] = ThreadPoolExecutor(THREADS, thread_name_prefix=f"kvfusion-{use}")
+                self._pools[use] = ThreadPoolExecutor(READERS, thread_name_prefix=f"kvfusion-{use}")
             return self._pools[use]
 
 
-def _note_fault(call: _Call, tier: Tier, miss: Miss) -> None:
-    if miss not in (Miss.ABSENT, Miss.PAUSED):
-        call.events.append(StoreEvent("miss", tier, reason=miss))
+Place = DocumentStore | MemoryStore | DiskStore | str | os.PathLike[str] | None
 
 
-def _on_device(model: str, device: torch.device) -> str:
-    """What figures are measured for."""
-    return f"{model} on {device_name(device)}"
+def as_store(place: Place) -> DocumentStore:
+    """Return a document store for ``place``: "memory" (1 GiB), a folder, a URL, a tier, a store, or None for no store.
+
+    Raises:
+        InvalidInputError: ``place`` is something else.
+        StoreError: it cannot be opened.
+    """
+    match place:
+        case DocumentStore():
+            return place
+        case None:
+            return DocumentStore()
+        case "memory" | MemoryStore():
+            return DocumentStore(MemoryStore() if place == "memory" else place)
+        case DiskStore():
+            return DocumentStore(MemoryStore(), place)
+        case str() | os.PathLike():
+            return open_store(place)
+    raise InvalidInputError(
+        f"store is {place!r}, but it must be 'memory', a folder, a URL, a MemoryStore, DiskStore or DocumentStore, or "
+        "None."
+    )
+
+
+def open_store(
+    place: str | os.PathLike[str],
+    *,
+    memory: MemoryStore | None = None,
+    local: str | os.PathLike[str] | None = None,
+    remote: Mapping[str, Any] | None = None,
+    read_only: bool = False,
+    codec: Codec = "raw",
+    **options: Any,
+) -> DocumentStore:
+    """Open the store in a folder or behind a URL, with a memory tier in front.
+
+    Args:
+        place: a folder, or an fsspec URL (``s3://bucket/folder``), which gets a local disk tier in front.
+        memory: the memory tier (default: 1 GiB).
+        local: folder of the local disk tier of a URL (default: a folder of its own in the user's cache folder).
+        remote: options of :class:`RemoteStore` for a URL: max_bytes, wait, and what fsspec takes (credentials). They
+            override ``read_only`` and ``codec``.
+        read_only: never write to the folder or the URL. The local disk tier of a URL is still written.
+        codec: codec of all files.
+        options: passed to :class:`DiskStore`.
+
+    Raises:
+        InvalidInputError: an option is not allowed.
+        StoreError: a tier cannot be opened.
+    """
+    memory = MemoryStore() if memory is None else memory
+    text = os.fspath(place)
+    if "://" not in text:
+        if remote is not None:
+            raise InvalidInputError(
+                f"remote is given, but {text!r} is a folder; use it only with a URL such as s3://bucket/folder."
+            )
+        return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options))
+    tier = RemoteStore(text, **{"codec": codec, "read_only": read_only, **(remote or {})})
+    return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier)
+
+
+def _cache_folder(url: str) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "kvfusion" / "store" / hashlib.sha256(url.encode()).hexdigest()[:16]

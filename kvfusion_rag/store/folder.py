@@ -1,90 +1,94 @@
-"""The folder of a store: how it is told from others, the rights in it, and files that appear whole or not at all."""
+"""The folder of a disk store: its format version and permissions, and files that appear complete or not at all."""
 
 from __future__ import annotations
 
-import itertools
 import json
+import logging
 import os
 import re
-import socket
+import shutil
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ..errors import StoreError
-from .files import write_all
-from .format import FORMAT_VERSION, Buffer
+from .format import FORMAT_VERSION, SUFFIX, Buffer, write_all
 
-# Since its last byte was written, by the folder's own clock: a host name may be shared by containers that do not
-# see each other's processes, and of other machines' processes nothing is known.
-DEAD_SECONDS = 600.0  # after which a file of a process that is not seen here counts as left behind
-ORPHANED_SECONDS = 86_400.0  # and one of another machine's
-_TEMPORARY = re.compile(r"(?P<host>.*)~(?P<pid>\d+)~\d+~\d+")
+logger = logging.getLogger(__name__)
+
+ABANDONED_SECONDS = 3600.0  # since the last write to a temporary file, after which its writer must have died
+_DOCUMENTS = re.compile(r"v(?P<version>\d+)-.*")
 
 
 class Folder:
     """A store's folder.
 
     Args:
-        mode: permissions of its files; folders get the same with the right to enter.
-        fsync: wait until what is written is on the disk.
+        path: the folder.
+        mode: permissions of its files. Folders get the same, with the right to enter for those who may read.
+        fsync: wait until written data is on the disk.
     """
 
     def __init__(self, path: Path, mode: int, fsync: bool) -> None:
         self.path, self._mode, self._fsync = path, mode, fsync
         self._temporary = path / "tmp"
-        self._numbers = itertools.count()
 
-    def open(self, folders: Sequence[str]) -> None:
-        """Make it and ``folders`` in it unless they are there, and remove what dead processes left.
+    def open(self, subfolder: str) -> None:
+        """Create the folder and ``subfolder`` in it if needed, and remove documents of an older format.
+
+        Temporary files of dead processes are removed too.
 
         Raises:
-            StoreError, OSError: it is none of ours, or cannot be written.
+            StoreError: the folder is not a store, or has a newer format.
+            OSError: the folder cannot be written.
         """
         self._require_folder()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.make(self.path)
-        if not self._is_marked() and not all(map(_is_own, self.path.iterdir())):
+        version = self._version()
+        if version is None and not all(map(_may_be_own, self.path.iterdir())):
             raise self._foreign()
+        if version is not None and version < FORMAT_VERSION:
+            self._remove_data(version)
         self.make(self._temporary)
         text = json.dumps({"format": "kvfusion-document-store", "version": FORMAT_VERSION}).encode()
-        self.write(self._marker, [text])  # before all else, and each time: it shows that the folder can be written
-        for name in folders:
-            self.make(self.path / name)
+        self.write(self._marker, [text])  # at every opening, because it shows that the folder can be written
+        self.make(self.path / subfolder)
         self.sweep()
 
     def open_to_read(self) -> None:
-        """Raise StoreError or OSError where it is no store."""
+        """Raise StoreError or OSError if the folder is not a store of the current format."""
         self._require_folder()
-        if not self._is_marked():
+        version = self._version()
+        if version is None:
             raise self._foreign()
+        if version < FORMAT_VERSION:
+            raise StoreError(
+                f"the store {str(self.path)!r} has format {version}, but this version reads format {FORMAT_VERSION}; "
+                "open it once without read_only=True, which removes its documents."
+            )
 
     def sweep(self) -> None:
-        """Remove what processes left behind that died while they wrote."""
-        now = self._marker.stat().st_mtime  # written just now, or long ago: then less is removed
-        host = socket.gethostname()
-        for file in self._temporary.iterdir():
-            found = _TEMPORARY.fullmatch(file.name)
-            if found is None:
-                continue
+        """Remove temporary files of processes that died while writing."""
+        now = self._marker.stat().st_mtime  # of the last opening, so the folder's own clock is used
+        for file in self._temporary.glob("*.part"):
             with suppress(FileNotFoundError):  # its writer has just renamed it
-                age = now - file.stat().st_mtime
-                is_dead = found["host"] == host and not _is_alive(int(found["pid"]))
-                if age > (DEAD_SECONDS if is_dead else ORPHANED_SECONDS):
+                if now - file.stat().st_mtime > ABANDONED_SECONDS:
                     file.unlink()
 
     def write(self, file: Path, buffers: Sequence[Buffer]) -> None:
-        """Write a file under another name and rename it."""
-        temporary = self._temporary / f"{socket.gethostname()}~{os.getpid()}~{id(self)}~{next(self._numbers)}"
-        place = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
+        """Write a file under a temporary name and rename it."""
+        temporary = self._temporary / f"{uuid.uuid4().hex}.part"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
         try:
             try:
-                os.fchmod(place, self._mode)  # whatever the umask says
-                write_all(place, buffers)
+                os.fchmod(descriptor, self._mode)  # independent of the umask
+                write_all(descriptor, buffers)
                 if self._fsync:
-                    os.fsync(place)
+                    os.fsync(descriptor)
             finally:
-                os.close(place)
+                os.close(descriptor)
             try:
                 os.replace(temporary, file)
             except FileNotFoundError:  # the first document of its folder
@@ -99,12 +103,12 @@ class Folder:
             raise
 
     def make(self, folder: Path) -> None:
-        """A folder with the rights of the store's, whatever the umask says; one that is there stays as it is."""
+        """Create a folder with the store's permissions, independent of the umask. Leave an existing one as it is."""
         try:
             folder.mkdir()
         except FileExistsError:
             return
-        folder.chmod(self._mode | (self._mode & 0o444) >> 2)  # who may read may enter
+        folder.chmod(self._mode | (self._mode & 0o444) >> 2)
         if self._fsync:
             _sync_folder(folder.parent)
 
@@ -116,54 +120,59 @@ class Folder:
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"the store {str(self.path)!r} is a file, but it must be a folder.")
 
-    def _is_marked(self) -> bool:
+    def _version(self) -> int | None:
+        """Return the folder's format version, or None if it has no format.json.
+
+        Raises:
+            StoreError: the version is newer than this one, or unreadable.
+        """
         if not self._marker.exists():
-            return False
-        version = _version(self._marker)
+            return None
+        try:
+            version = json.loads(self._marker.read_text(encoding="utf-8"))["version"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(f"{str(self._marker)!r} is damaged; name another folder, or remove this one.") from error
+        if not isinstance(version, int):
+            raise StoreError(f"{str(self._marker)!r} names the version {version!r}, but it must be a whole number.")
         if version > FORMAT_VERSION:
             raise StoreError(
                 f"the store {str(self.path)!r} has format {version}, but this version reads up to {FORMAT_VERSION}; "
                 "update kvfusion-rag, or name another folder."
             )
-        return True
+        return version
+
+    def _remove_data(self, version: int) -> None:
+        """Remove everything that older formats have written, except temporary files."""
+        removed = 0
+        for entry in self.path.iterdir():
+            documents = _DOCUMENTS.fullmatch(entry.name)
+            is_old = int(documents["version"]) < FORMAT_VERSION if documents else entry.name == "quarantine"
+            if is_old:
+                removed += 0 if documents is None else sum(1 for _ in entry.glob(f"*/*/*{SUFFIX}"))
+                shutil.rmtree(entry, ignore_errors=True)  # another process may be removing it too
+            elif entry.name.startswith(("index.sqlite", "calibration.json")):
+                entry.unlink(missing_ok=True)
+        logger.warning(
+            "the store at %s has format %d, this version writes %d: its %d documents were removed and will be "
+            "computed again",
+            self.path, version, FORMAT_VERSION, removed,
+        )  # fmt: skip
 
     def _foreign(self) -> StoreError:
         return StoreError(
-            f"the folder {str(self.path)!r} is no document store, since it has no format.json; name an empty or a "
-            "new one."
+            f"the folder {str(self.path)!r} is not a document store, because it has no format.json; name an empty or "
+            "a new folder."
         )
 
 
-def _version(marker: Path) -> int:
-    try:
-        found = json.loads(marker.read_text(encoding="utf-8"))["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{str(marker)!r} is damaged; name another folder, or remove this one.") from error
-    if not isinstance(found, int):
-        raise StoreError(f"{str(marker)!r} names the version {found!r}, which is no number.")
-    return found
-
-
-def _is_own(entry: Path) -> bool:
-    """Whether a store makes such an entry: a process may have died, or be, at opening this one."""
-    return entry.name in ("tmp", "quarantine", "format.json") or entry.name.startswith(
-        (f"v{FORMAT_VERSION}-", "index.sqlite")
-    )
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+def _may_be_own(entry: Path) -> bool:
+    """Return whether a store creates such an entry: another process may be opening the folder, or have died there."""
+    return entry.name in ("tmp", "format.json") or entry.name.startswith((f"v{FORMAT_VERSION}-", "index.sqlite"))
 
 
 def _sync_folder(folder: Path) -> None:
-    place = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(place)
+        os.fsync(descriptor)
     finally:
-        os.close(place)
+        os.close(descriptor)

@@ -1,41 +1,52 @@
-"""One document's KV as the bytes of one file, and back. Knows no disk and no store.
+"""The file format of one document KV: layout, encoding, reading and checking.
 
-A file is a safetensors file (keys, values, token ids) whose header is a function of what it should hold, but for a
-checksum: so a reader that knows what it asks for compares the header byte for byte, and never parses what it found.
-Data is laid out as in memory, (L, H_kv, T, d), so that some layers of it are read in one piece.
+A file is a safetensors file with keys, values and token ids. Apart from a checksum, its header is a function of the
+key and the shape, so a reader compares the header byte for byte and never parses it. Tensors are stored as they lie
+in memory, (L, H_kv, T, d), so that several layers can be read at once.
 """
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import PurePath
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
 import xxhash
 
+from ..errors import InvalidInputError
 from ..model.kv import DocumentKV, KVShape
+from .metrics import Miss
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+SUFFIX = ".safetensors"
 Codec = Literal["raw", "v8"]
 CODECS: tuple[Codec, ...] = ("raw", "v8")
 Buffer = memoryview | bytes | bytearray
 
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # its bits
-_UNKNOWN = "0" * 32  # stands for the checksum in the header that is compared
-_ALIGNMENT = 64  # bytes; of the data in the file
+_INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bit patterns
+_CHECKSUM_FIELD = b'"xxh3_128":"'
+_CHECKSUM_BYTES = 32  # hex digits
+_ALIGNMENT = 64  # bytes, of the tensor data in the file
+_MAX_HEADER_BYTES = 1 << 16
+_PIECE_BYTES = 2 << 20  # read and checked at a time, so that the data is still in the processor's cache
+_MAX_BUFFERS = 1024  # limit of one writev call
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the parts of a document's file lie.
+    """Positions and sizes of the parts of a document's file.
 
     Attributes:
-        header: its bytes, with zeros for the checksum, which stands at ``checksum_at``.
-        sizes: bytes of keys, values, scales (codec "v8") and token ids, in the order of the file.
+        header: bytes of the header, with zeros as the checksum.
+        checksum_at: offset of the checksum in the header.
+        sizes: bytes of keys, values, scales (codec "v8" only) and token ids, in file order.
     """
 
     header: bytes
@@ -44,24 +55,30 @@ class Layout:
 
     @property
     def total(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         return len(self.header) + sum(self.sizes)
 
 
+def require_codec(codec: object) -> None:
+    """Raise InvalidInputError if ``codec`` is unknown."""
+    if codec not in CODECS:
+        raise InvalidInputError(f"codec is {codec!r}, but it must be one of {list(CODECS)}.")
+
+
 def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
-    """The layout of the file of a document of ``tokens`` tokens under ``key``."""
+    """Return the layout of the file of a document with ``tokens`` tokens."""
     grid = [shape.layers, shape.heads, tokens]
-    full = shape.nbytes(tokens) // 2
-    small = full // shape.dtype.itemsize
-    values = ("I8", small) if codec == "v8" else (_NAMES[shape.dtype], full)
-    scales = 4 * shape.layers * shape.heads * tokens if codec == "v8" else 0
+    key_bytes = shape.nbytes(tokens) // 2
+    values = ("I8", key_bytes // shape.dtype.itemsize) if codec == "v8" else (_NAMES[shape.dtype], key_bytes)
+    scale_bytes = 4 * shape.layers * shape.heads * tokens if codec == "v8" else 0
     parts: list[tuple[str, str, list[int], int]] = [
-        ("keys", _NAMES[shape.dtype], [*grid, shape.width], full),
+        ("keys", _NAMES[shape.dtype], [*grid, shape.width], key_bytes),
         ("values", values[0], [*grid, shape.width], values[1]),
-        ("scales", "F32", grid, scales),
+        ("scales", "F32", grid, scale_bytes),
         ("token_ids", "I32", [tokens], 4 * tokens),
     ]
-    facts = {"format": f"kvfusion-document-kv/{FORMAT_VERSION}", "codec": codec, "key": key, "xxh3_128": _UNKNOWN}
+    checksum = "0" * _CHECKSUM_BYTES
+    facts = {"format": f"kvfusion-document-kv/{FORMAT_VERSION}", "codec": codec, "key": key, "xxh3_128": checksum}
     described: dict[str, object] = {"__metadata__": facts}
     begin = 0
     for name, dtype, dimensions, size in parts:
@@ -71,40 +88,32 @@ def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
-    found = header.index(b'"xxh3_128":"') + len(b'"xxh3_128":"')
-    return Layout(header, found, (parts[0][3], parts[1][3], parts[2][3], parts[3][3]))
-
-
-def checksum(header: bytes, parts: Iterable[Buffer]) -> bytes:
-    """xxh3-128 in hex over the header (with zeros for the checksum) and all data."""
-    digest = xxhash.xxh3_128(header)
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest().encode()
+    sizes = (parts[0][3], parts[1][3], parts[2][3], parts[3][3])
+    return Layout(header, header.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD), sizes)
 
 
 def encode(key: str, document: DocumentKV, codec: Codec) -> list[Buffer]:
-    """The file of a document as buffers to be written one after the other.
+    """Return the contents of a document's file as buffers to be written one after another.
 
     Args:
-        document: on any device; keys and values are finite.
+        key: store key of the document.
+        document: keys and values, all finite, on any device.
+        codec: form of the values.
     """
     keys, values = document.keys.cpu().contiguous(), document.values.cpu().contiguous()
     plan = layout(key, document.num_tokens, KVShape.of(document), codec)
-    data: list[Buffer] = [as_bytes(keys)]
-    if codec == "v8":
-        small, scales = compress(values)
-        data += [as_bytes(small), as_bytes(scales)]
-    else:
-        data.append(as_bytes(values))
-    data.append(token_bytes(document.token_ids))
+    tensors = [keys, *(compress(values) if codec == "v8" else [values])]
+    data: list[Buffer] = [*map(_as_bytes, tensors), _token_bytes(document.token_ids)]
+    digest = xxhash.xxh3_128(plan.header)
+    for part in data:
+        digest.update(part)
     header = bytearray(plan.header)
-    header[plan.checksum_at : plan.checksum_at + len(_UNKNOWN)] = checksum(plan.header, data)
+    header[plan.checksum_at : plan.checksum_at + _CHECKSUM_BYTES] = digest.hexdigest().encode()
     return [header, *data]
 
 
 def compress(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values (L, H_kv, T, d) as int8, and one float32 scale a token and head, (L, H_kv, T, 1)."""
+    """Return values (L, H_kv, T, d) as int8, and float32 scales (L, H_kv, T, 1), one per token and head."""
     wide = values.float()
     scales = wide.abs().amax(dim=-1, keepdim=True) / 127
     small = (wide / scales.clamp(min=1e-30)).round().clamp(-127, 127)
@@ -112,29 +121,121 @@ def compress(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def expand(small: torch.Tensor, scales: torch.Tensor, into: torch.Tensor) -> None:
-    """The inverse of :func:`compress`, up to its rounding, written to ``into``."""
+    """Write the values that :func:`compress` has rounded to ``into``."""
     into.copy_(small.float().mul_(scales))
 
 
-def scratch(document: DocumentKV) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the compressed values of ``document``, scales as (L, H_kv, T, 1)."""
-    small = torch.empty(document.values.shape, dtype=torch.int8)
-    return small, torch.empty((*document.values.shape[:3], 1), dtype=torch.float32)
-
-
 def is_finite(*tensors: torch.Tensor) -> bool:
-    """Whether every number is one: neither infinite nor NaN."""
+    """Return whether the tensors contain neither infinities nor NaNs."""
     return all(
-        are_finite(bits(tensor), tensor.dtype) if tensor.device.type == "cpu" else bool(torch.isfinite(tensor).all())
+        _are_finite(_bits(tensor), tensor.dtype) if tensor.device.type == "cpu" else bool(torch.isfinite(tensor).all())
         for tensor in tensors
     )
 
 
-def are_finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
-    """Whether the numbers with these :func:`bits` are: neither infinite nor NaN.
+def read_file(descriptor: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
+    """Read an open file into ``into`` and check it. Return None if it is correct.
 
-    Those that are not are the largest of the positive and, seen as unsigned, of the negative ones. Nothing overflows
-    here, as a sum may, and nothing is done by several threads, which would disturb those that read files.
+    The file is read in pieces that are checked while they are in the processor's cache. Only numpy is used, because
+    a call of torch costs as much as the work on one piece. Each piece is read into one buffer even if its destination
+    is not contiguous: Python releases its lock only for large buffers, and other threads read at the same time.
+    """
+    if os.fstat(descriptor).st_size != plan.total:
+        return Miss.TRUNCATED
+    header, checksum_end = bytearray(len(plan.header)), plan.checksum_at + _CHECKSUM_BYTES
+    if not _fill(descriptor, header, 0):
+        return Miss.TRUNCATED
+    checksum = bytes(header[plan.checksum_at : checksum_end])
+    header[plan.checksum_at : checksum_end] = plan.header[plan.checksum_at : checksum_end]
+    if header != plan.header:
+        return Miss.HEADER
+    compressed = _compressed_like(into.values) if codec == "v8" else None
+    digest, offset, finite = xxhash.xxh3_128(header), len(header), True
+    scratch: np.ndarray | None = None  # shared by keys and values, which have the same shape
+    for tensor in (into.keys, *((into.values,) if compressed is None else compressed)):
+        numbers = _bits(tensor)
+        layers = max(1, _PIECE_BYTES * len(numbers) // numbers.nbytes)  # per piece
+        if not numbers.flags.c_contiguous and scratch is None:
+            scratch = np.empty((min(layers, len(numbers)), *numbers.shape[1:]), numbers.dtype)
+        for first in range(0, len(numbers), layers):
+            part = numbers[first : first + layers]
+            piece = part if scratch is None or numbers.flags.c_contiguous else scratch[: len(part)]
+            data = piece.data.cast("B")
+            if not _fill(descriptor, data, offset):
+                return Miss.TRUNCATED
+            digest.update(data)
+            finite = finite and _are_finite(piece, tensor.dtype)
+            if piece is not part:
+                part[...] = piece
+            offset += part.nbytes
+    ids = bytearray(plan.sizes[3])
+    if not _fill(descriptor, ids, offset):
+        return Miss.TRUNCATED
+    digest.update(ids)
+    if digest.hexdigest().encode() != checksum:
+        return Miss.CHECKSUM
+    if ids != _token_bytes(into.token_ids):
+        return Miss.TOKENS
+    if compressed is not None:
+        expand(*compressed, into.values)
+        finite = finite and is_finite(into.values)
+    return None if finite else Miss.NUMBERS
+
+
+def write_all(descriptor: int, buffers: Sequence[Buffer]) -> None:
+    """Write all buffers one after another."""
+    left = [memoryview(part).cast("B") for part in buffers if len(part)]
+    while left:
+        count = os.writev(descriptor, left[:_MAX_BUFFERS])
+        if count == 0:
+            raise OSError(errno.EIO, "nothing could be written")
+        while left and count >= len(left[0]):
+            count -= len(left.pop(0))
+        if left:
+            left[0] = left[0][count:]
+
+
+def check(stream: BinaryIO, path: PurePath) -> Miss | None:
+    """Check a file's checksum, and that its key is that of ``path``. Return None if both are correct."""
+    try:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            return Miss.HEADER
+        header = bytearray(length.to_bytes(8, "little") + stream.read(length))
+        facts = json.loads(header[8:])["__metadata__"]
+        if facts["key"] != f"{path.parts[-3]}-{path.name.removesuffix(SUFFIX)}":
+            return Miss.HEADER
+        begin = header.index(_CHECKSUM_FIELD + facts["xxh3_128"].encode() + b'"') + len(_CHECKSUM_FIELD)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not JSON, or not one of our headers
+        return Miss.HEADER
+    header[begin : begin + _CHECKSUM_BYTES] = b"0" * _CHECKSUM_BYTES
+    digest = xxhash.xxh3_128(header)
+    while part := stream.read(1 << 20):
+        digest.update(part)
+    return None if digest.hexdigest() == facts["xxh3_128"] else Miss.CHECKSUM
+
+
+def _fill(descriptor: int, buffer: Buffer, offset: int) -> bool:
+    """Fill ``buffer`` from ``offset`` of the file. Return False if the file ends before."""
+    left = memoryview(buffer)
+    while len(left):
+        count = os.preadv(descriptor, [left], offset)
+        if count == 0:
+            return False
+        offset, left = offset + count, left[count:]
+    return True
+
+
+def _compressed_like(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return uninitialized int8 values (L, H_kv, T, d) and scales (L, H_kv, T, 1)."""
+    return torch.empty(values.shape, dtype=torch.int8), torch.empty((*values.shape[:3], 1), dtype=torch.float32)
+
+
+def _are_finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
+    """Return whether the numbers with these bits are neither infinite nor NaN.
+
+    Infinities and NaNs are the largest signed integers among positive numbers, and the largest unsigned integers
+    among negative ones. Unlike a sum this cannot overflow, and it starts no threads that would slow down readers.
     """
     if dtype == torch.int8:
         return True
@@ -142,15 +243,15 @@ def are_finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
     return bool(numbers.max() < infinity) and bool(unsigned.max() < infinity + (1 << 8 * numbers.itemsize - 1))
 
 
-def bits(tensor: torch.Tensor) -> np.ndarray:
-    """A CPU tensor's numbers as signed integers of their width, without a copy."""
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    """View the numbers of a CPU tensor as signed integers of the same width."""
     return tensor.detach().view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize]).numpy()
 
 
-def token_bytes(token_ids: Sequence[int]) -> bytes:
+def _token_bytes(token_ids: Sequence[int]) -> bytes:
     return np.asarray(token_ids, dtype="<i4").tobytes()
 
 
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous CPU tensor's bytes, without a copy."""
+def _as_bytes(tensor: torch.Tensor) -> memoryview:
+    """View the bytes of a contiguous CPU tensor."""
     return tensor.detach().view(-1).view(torch.uint8).numpy().data.cast("B")

@@ -1,14 +1,14 @@
-"""Names of stored document KVs. A key holds everything that changes the bits; it reveals nothing of the text.
+"""Keys of stored document KVs. A key depends on everything that changes the KV's bits and reveals none of the text.
 
-A key has three parts, so that documents and tenants can be found again without knowing which models read them:
-the namespace, the document (token ids in that namespace), and all of it together with the model's fingerprint.
+A key has three parts: the namespace, the document (token ids within that namespace), and a digest of both with the
+model's fingerprint. Documents and namespaces can therefore be removed without knowing which models stored them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -21,59 +21,80 @@ _KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9a-f]{64}")
 
 
 def document_key(fingerprint: str, namespace: str, token_ids: Sequence[int]) -> str:
-    """``namespace-document-digest`` in hex: 128, 128 and 256 bits of sha256.
+    """Return the store key ``namespace-document-digest``: 128, 128 and 256 bits of sha256 in hex.
 
-    Fields are typed and length-prefixed, so no two different (fingerprint, namespace, ids) write the same bytes.
+    Fields are typed and length-prefixed before hashing, so different arguments never hash the same bytes.
+
+    Args:
+        fingerprint: everything about the model that changes the KV's bits.
+        namespace: the tenant's name.
+        token_ids: token ids of the document.
     """
     ids = np.asarray(token_ids, dtype="<i8").tobytes()
-    return "-".join(
-        [
-            namespace_key(namespace),
-            _digest("document", namespace, ids)[:32],
-            _digest("kv", fingerprint, namespace, ids),
-        ]
-    )
+    document = _digest("document", namespace, ids)[:32]
+    return "-".join([namespace_key(namespace), document, _digest("kv", fingerprint, namespace, ids)])
 
 
 def namespace_key(namespace: str) -> str:
-    """The first part of the keys of all documents of ``namespace``."""
+    """Return the first part of the keys of all documents of ``namespace``."""
     return _digest("namespace", namespace)[:32]
 
 
+def namespace_part(key: str) -> str:
+    """Return the namespace part of a document's key."""
+    return key.partition("-")[0]
+
+
 def document_part(key: str) -> str:
-    """``namespace-document``: what the keys of one document under all models begin with."""
+    """Return ``namespace-document``, which the keys of one document under all models share."""
     return key[:65]
 
 
+def path_of(key: str) -> str:
+    """Return ``namespace/xx/document-digest``, the path of a document below a folder of a store.
+
+    Raises:
+        InvalidInputError: ``key`` is not a document key.
+    """
+    require_key(key)
+    namespace, rest = key.split("-", 1)
+    return f"{namespace}/{rest[:2]}/{rest}"
+
+
+def paths_of_documents(keys: Iterable[str]) -> set[str]:
+    """Return how the paths of the documents of ``keys`` begin under every model.
+
+    Raises:
+        InvalidInputError: ``keys`` contains an invalid document key.
+    """
+    return {path_of(key)[:-64] for key in keys}
+
+
 def require_namespace(namespace: object) -> None:
-    """Raise InvalidInputError for a namespace that is no plain name."""
+    """Raise InvalidInputError if ``namespace`` is not a plain name."""
     if not isinstance(namespace, str):
         raise InvalidInputError(f"namespace is {namespace!r}, but it must be a string.")
     if not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
         raise InvalidInputError(
-            f"namespace is {namespace!r}, but it must be up to 128 letters, digits, blanks and _.:@+=- (no path)."
+            f"namespace is {namespace!r}, but it must be up to 128 letters, digits, blanks and _.:@+=- (not a path)."
         )
 
 
 def require_namespace_key(text: object) -> None:
-    """Raise InvalidInputError for what :func:`namespace_key` never makes."""
+    """Raise InvalidInputError if ``text`` cannot be a result of :func:`namespace_key`."""
     if not isinstance(text, str) or not _NAMESPACE_KEY.fullmatch(text):
         raise InvalidInputError(
-            f"the key of a namespace is {text!r}, but it must be 32 hex digits; namespace_key(name) makes it."
+            f"the namespace key is {text!r}, but it must be 32 hex digits as returned by namespace_key(name)."
         )
 
 
 def require_key(key: object) -> None:
-    """Raise InvalidInputError for what :func:`document_key` never makes: a path is made of it."""
-    if not isinstance(key, str) or not is_key(key):
+    """Raise InvalidInputError if ``key`` cannot be a result of :func:`document_key`."""
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
         raise InvalidInputError(
-            f"the key of a document is {key!r}, but it must be 32, 32 and 64 hex digits with dashes between; "
-            "document_key(...) makes it."
+            f"the document key is {key!r}, but it must be 32, 32 and 64 hex digits separated by dashes, as returned "
+            "by document_key(...)."
         )
-
-
-def is_key(text: str) -> bool:
-    return _KEY.fullmatch(text) is not None
 
 
 def _digest(kind: str, *fields: str | bytes) -> str:

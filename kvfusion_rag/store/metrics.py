@@ -1,12 +1,13 @@
-"""What a store counts, as plain data, and as Prometheus metrics for those who want them."""
+"""Counts of a store as plain data, and the events that they are made from."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
@@ -14,13 +15,30 @@ logger = logging.getLogger(__name__)
 Tier = Literal["memory", "disk", "remote"]
 
 
+class Miss(StrEnum):
+    """Reason why a tier could not return a document."""
+
+    ABSENT = "absent"
+    TRUNCATED = "truncated"  # the file has the wrong size
+    HEADER = "header"  # the file is for another document, model or format
+    CHECKSUM = "checksum"
+    TOKENS = "tokens"
+    NUMBERS = "numbers"  # infinite or NaN
+    UNREADABLE = "unreadable"  # the system reported an error
+    LATE = "late"  # the remote store took too long
+    PAUSED = "paused"  # the remote store is not used for a while after an error
+
+
 @dataclass(frozen=True, slots=True)
 class StoreEvent:
-    """One thing that happened; never holds text, ids or namespaces.
+    """One event of a store. It never contains text, token ids or namespaces.
 
     Attributes:
-        kind: "hit", "miss" (``reason`` says why, of which ``tier``), "computed", "stored", "forgotten".
-        tokens, bytes, seconds: of the documents concerned, as far as they are known.
+        kind: "hit", "miss", "computed", "stored" or "forgotten".
+        tier: the tier concerned. A miss without a tier means that no tier had the document.
+        reason: a value of :class:`Miss`, for misses.
+        documents: number of documents.
+        tokens, bytes, seconds: totals of these documents, 0 if unknown.
     """
 
     kind: Literal["hit", "miss", "computed", "stored", "forgotten"]
@@ -34,24 +52,21 @@ class StoreEvent:
 
 @dataclass(frozen=True, slots=True)
 class StoreMetrics:
-    """Counts since the store was opened by this process.
+    """Counts since this process opened the store. Mappings are by tier unless stated otherwise.
 
     Attributes:
-        lookups: documents asked for, each once however many tiers were asked.
-        hits: by tier.
-        misses: by reason; of those that no tier had, the reason of the last tier asked.
-        faults: by ``tier/reason``: what was there but could not be used.
-        computed, computed_tokens, prefill_seconds: documents that were prefilled because they were not found.
-        loaded_bytes, load_seconds: by tier.
-        stored_bytes, store_seconds: by tier, of what was not there already; a remote tier is written to in the
-            background.
-        used_bytes, entries: by tier, now.
-        evictions: documents that made room, by tier.
-        rejected: documents that found no room, by tier: larger than a cap, behind others in use, or with the index of
-            the disk held by another process.
-        failed_writes: by tier, as on a full disk.
-        dropped: documents whose writing was not tried, by tier: for a while after a write that failed, or with too
-            many waiting for the remote tier already.
+        lookups: documents requested, counted once even if several tiers were asked.
+        hits: documents found.
+        misses: documents that no tier had, by the reason of the last tier asked.
+        faults: documents that were present but unusable, by ``tier/reason``.
+        computed, computed_tokens, prefill_seconds: documents prefilled after a miss.
+        loaded_bytes, load_seconds: cost of the hits.
+        stored_bytes, store_seconds: cost of the writes. Remote writes run in the background.
+        used_bytes, entries: current contents.
+        evictions: documents removed to make room.
+        rejected: documents that did not fit: larger than a cap, or the disk's index was locked by another process.
+        failed_writes: writes that failed, for example on a full disk.
+        dropped: writes that were not tried: shortly after a failed write, or because the remote queue was full.
     """
 
     lookups: int = 0
@@ -74,72 +89,63 @@ class StoreMetrics:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the documents asked for that some tier had; 0 before the first."""
+        """Share of lookups that some tier answered, 0 before the first lookup."""
         return sum(self.hits.values()) / self.lookups if self.lookups else 0.0
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all counts and the hit rate as plain data."""
         return {**asdict(self), "hit_rate": self.hit_rate}
 
 
 class Counters:
-    """Counts events, and hands each on to a callback."""
+    """Add up events, and pass each one to a callback."""
 
     def __init__(self, on_event: Callable[[StoreEvent], None] | None) -> None:
         self._on_event = on_event
         self._lock = threading.Lock()
-        self._lookups = self._computed = self._computed_tokens = 0
-        self._prefill_seconds = 0.0
-        self._hits, self._misses, self._faults = Counter[str](), Counter[str](), Counter[str]()
-        self._loaded, self._stored = Counter[str](), Counter[str]()
-        self._load_seconds: dict[str, float] = {}
-        self._store_seconds: dict[str, float] = {}
+        # Both are keyed by the names of StoreMetrics' fields.
+        self._totals: defaultdict[str, Any] = defaultdict(int)
+        self._labelled: defaultdict[str, defaultdict[str, Any]] = defaultdict(lambda: defaultdict(int))
 
     def note_all(self, events: Iterable[StoreEvent]) -> None:
         for event in events:
             self.note(event)
 
     def note(self, event: StoreEvent) -> None:
+        """Count ``event`` and call the callback, which is not called again once it has failed."""
         with self._lock:
-            if event.kind == "hit" and event.tier is not None:
-                self._lookups += event.documents
-                self._hits[event.tier] += event.documents
-                self._loaded[event.tier] += event.bytes
-                self._load_seconds[event.tier] = self._load_seconds.get(event.tier, 0.0) + event.seconds
-            elif event.kind == "miss":
-                reason = str(event.reason or "absent")  # an enum's name would show in every report
-                if event.tier is not None and reason != "absent":
-                    self._faults[f"{event.tier}/{reason}"] += event.documents
-                if event.tier is None:
-                    self._lookups += event.documents
-                    self._misses[reason] += event.documents
-            elif event.kind == "computed":
-                self._computed += event.documents
-                self._computed_tokens += event.tokens
-                self._prefill_seconds += event.seconds
-            elif event.kind == "stored" and event.tier is not None:
-                self._stored[event.tier] += event.bytes
-                self._store_seconds[event.tier] = self._store_seconds.get(event.tier, 0.0) + event.seconds
+            self._add(event)
         if self._on_event is not None:
             try:
                 self._on_event(event)
-            except Exception:  # the caller's code must not take an answer down
+            except Exception:  # an error of the caller's code must not reach an answer
                 self._on_event = None
-                logger.exception("the store's on_event failed and is not called again")
+                logger.exception("the store's on_event failed and will not be called again")
 
-    def snapshot(self, **now: Mapping[str, int]) -> StoreMetrics:
-        """The counts, with those that the tiers keep themselves, by tier, as they are now."""
+    def snapshot(self, current: Mapping[str, Mapping[str, int]]) -> StoreMetrics:
+        """Return the counts together with ``current``, the counts that the tiers keep themselves."""
         with self._lock:
-            return StoreMetrics(
-                self._lookups,
-                dict(self._hits),
-                dict(self._misses),
-                dict(self._faults),
-                self._computed,
-                self._computed_tokens,
-                self._prefill_seconds,
-                dict(self._loaded),
-                dict(self._load_seconds),
-                dict(self._stored),
-                dict(self._store_seconds),
-                **now,
-            )
+            labelled = {name: dict(values) for name, values in self._labelled.items()}
+            return StoreMetrics(**{**self._totals, **labelled, **current})
+
+    def _add(self, event: StoreEvent) -> None:
+        totals, labelled, tier = self._totals, self._labelled, event.tier
+        if event.kind == "hit" and tier is not None:
+            totals["lookups"] += event.documents
+            labelled["hits"][tier] += event.documents
+            labelled["loaded_bytes"][tier] += event.bytes
+            labelled["load_seconds"][tier] += event.seconds
+        elif event.kind == "miss":
+            reason = str(event.reason)  # a plain string, so that reports do not show the enum's name
+            if tier is None:
+                totals["lookups"] += event.documents
+                labelled["misses"][reason] += event.documents
+            else:
+                labelled["faults"][f"{tier}/{reason}"] += event.documents
+        elif event.kind == "computed":
+            totals["computed"] += event.documents
+            totals["computed_tokens"] += event.tokens
+            totals["prefill_seconds"] += event.seconds
+        elif event.kind == "stored" and tier is not None:
+            labelled["stored_bytes"][tier] += event.bytes
+            labelled["store_seconds"][tier] += event.seconds

@@ -1,8 +1,8 @@
-"""The counts of a document store for Prometheus, read when a scrape asks; needs the extra ``metrics``."""
+"""Expose the counts of a document store to Prometheus, read at each scrape. Needs the extra ``metrics``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from ..errors import MissingDependencyError
 from .documents import DocumentStore
@@ -13,49 +13,50 @@ try:
 except ImportError as error:
     raise MissingDependencyError('metrics need prometheus-client: pip install "kvfusion-rag[metrics]".') from error
 
+# Field of StoreMetrics: help text, and the label of its values (None for a single value).
+COUNTERS: dict[str, tuple[str, str | None]] = {
+    "lookups": ("Documents requested.", None),
+    "hits": ("Documents found, by tier.", "tier"),
+    "misses": ("Documents not found, by reason.", "reason"),
+    "faults": ("Documents present but unusable, by tier and reason.", "fault"),
+    "computed": ("Documents prefilled.", None),
+    "computed_tokens": ("Tokens prefilled.", None),
+    "prefill_seconds": ("Seconds spent on prefill.", None),
+    "loaded_bytes": ("Bytes loaded, by tier.", "tier"),
+    "load_seconds": ("Seconds spent loading, by tier.", "tier"),
+    "stored_bytes": ("Bytes written, by tier.", "tier"),
+    "store_seconds": ("Seconds spent writing, by tier.", "tier"),
+    "rejected": ("Documents that did not fit, by tier.", "tier"),
+    "dropped": ("Writes that were not tried, by tier.", "tier"),
+    "failed_writes": ("Writes that failed, by tier.", "tier"),
+    "evictions": ("Documents evicted, by tier.", "tier"),
+}
+GAUGES = {"used_bytes": "Bytes held, by tier.", "entries": "Documents held, by tier."}
+
 
 class StoreCollector:
-    """Gives ``store.metrics`` to a registry: ``register(store)`` once, and no more is to be done."""
+    """Report ``store.metrics`` to a Prometheus registry."""
 
     def __init__(self, store: DocumentStore) -> None:
         self._store = store
 
     def collect(self) -> Iterator[Metric]:
-        found = self._store.metrics
-        yield _counter("lookups", "Documents asked for.", {"": found.lookups}, None)
-        yield _counter("hits", "Documents found, by tier.", found.hits, "tier")
-        yield _counter("misses", "Documents not found, by reason.", found.misses, "reason")
-        yield _counter("faults", "Documents that were there but of no use, by tier and reason.", found.faults, "fault")
-        yield _counter("computed", "Documents prefilled.", {"": found.computed}, None)
-        yield _counter("computed_tokens", "Tokens prefilled.", {"": found.computed_tokens}, None)
-        yield _counter("prefill_seconds", "Seconds spent prefilling.", {"": found.prefill_seconds}, None)
-        yield _counter("loaded_bytes", "Bytes loaded, by tier.", found.loaded_bytes, "tier")
-        yield _counter("load_seconds", "Seconds spent loading, by tier.", found.load_seconds, "tier")
-        yield _counter("stored_bytes", "Bytes written, by tier.", found.stored_bytes, "tier")
-        yield _counter("store_seconds", "Seconds spent writing, by tier.", found.store_seconds, "tier")
-        yield _counter("rejected", "Documents that found no room, by tier.", found.rejected, "tier")
-        yield _counter("dropped", "Documents whose writing was not tried, by tier.", found.dropped, "tier")
-        yield _counter("failed_writes", "Documents whose writing failed, by tier.", found.failed_writes, "tier")
-        yield _counter("evictions", "Documents that made room, by tier.", found.evictions, "tier")
-        for name, about, values in (
-            ("used_bytes", "Bytes held, by tier.", found.used_bytes),
-            ("entries", "Documents held, by tier.", found.entries),
-        ):
+        metrics = self._store.metrics
+        for name, (about, label) in COUNTERS.items():
+            counter = CounterMetricFamily(f"kvfusion_store_{name}", about, labels=[] if label is None else [label])
+            value = getattr(metrics, name)
+            for key, one in ({"": value} if label is None else value).items():
+                counter.add_metric([] if label is None else [key], one)
+            yield counter
+        for name, about in GAUGES.items():
             gauge = GaugeMetricFamily(f"kvfusion_store_{name}", about, labels=["tier"])
-            for tier, value in values.items():
+            for tier, value in getattr(metrics, name).items():
                 gauge.add_metric([tier], value)
             yield gauge
 
 
 def register(store: DocumentStore, registry: CollectorRegistry = REGISTRY) -> StoreCollector:
-    """Show ``store`` in a registry, by default the process's own."""
+    """Add the counts of ``store`` to a registry (default: the global one)."""
     collector = StoreCollector(store)
-    registry.register(collector)  # pyright: ignore[reportArgumentType]  # a collector by its method
+    registry.register(collector)  # pyright: ignore[reportArgumentType]  # any object with collect() will do
     return collector
-
-
-def _counter(name: str, about: str, values: Mapping[str, float], label: str | None) -> CounterMetricFamily:
-    family = CounterMetricFamily(f"kvfusion_store_{name}", about, labels=[] if label is None else [label])
-    for key, value in values.items():
-        family.add_metric([] if label is None else [key], value)
-    return family

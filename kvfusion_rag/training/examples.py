@@ -14,6 +14,7 @@ from ..data.mining import MatchText
 from ..data.rows import QARow, require_marked
 from ..engine.engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
+from ..fusion.torch_model import TorchModel
 from ..model.positions import question_start
 from ..schema import Document
 from ..text.documents import Reading
@@ -53,7 +54,7 @@ class Example:
 
 def encode_row(
     row: QARow,
-    engine: Engine,
+    engine: Engine[TorchModel],
     *,
     end_id: int,
     evidence: bool,
@@ -91,10 +92,10 @@ def encode_row(
     gold = tuple(document for document, passage in zip(documents, row.passages, strict=True) if passage.gold)
     base = fused(engine.read(gold, layout)) if loss == "distill" else None
     example = Example(True, {}, layout.joined(reading).ids, target, 0, base=base) if joined else fused(reading, base)
-    window = engine.backbone.context_window
+    window = engine.model.context_window
     if window is not None and example.start + len(example.read) > window:
         raise ContextLimitError(
-            f"row {row.id!r} needs {example.start + len(example.read)} positions, but {engine.backbone.model_id} has "
+            f"row {row.id!r} needs {example.start + len(example.read)} positions, but {engine.model.model_id} has "
             f"{window}."
         )
     return example

@@ -13,16 +13,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
+from ..engine.document_kvs import Scope
 from ..engine.engine import Engine
 from ..errors import UnsupportedModelError
 from ..fusion.fused_cache import fuse
+from ..fusion.torch_model import TorchModel
 from ..model.kv import DocumentKV
 from ..model.positions import packed_mask
 from ..model.tolerance import TOLERANCE
 from .examples import Batch, Example, collate
 
 
-def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
+def fusion_loss(engine: Engine[TorchModel], batch: Batch) -> torch.Tensor:
     """Return the negative log-likelihood summed over the batch's target tokens, a float32 scalar with gradients.
 
     The caller divides by the number of target tokens, so that tokens of all accumulated batches have equal weight.
@@ -37,7 +39,7 @@ def fusion_loss(engine: Engine, batch: Batch) -> torch.Tensor:
     return cross_entropy(logits.float(), labels.to(logits.device), reduction="sum")
 
 
-def distillation_loss(engine: Engine, batch: Batch) -> torch.Tensor:
+def distillation_loss(engine: Engine[TorchModel], batch: Batch) -> torch.Tensor:
     """Return KL(base || Dt) in nats summed over the batch's target tokens, a float32 scalar with gradients.
 
     The base model reads the gold passages only, Dt all passages. At each token both have read the same beginning of
@@ -58,7 +60,7 @@ def distillation_loss(engine: Engine, batch: Batch) -> torch.Tensor:
 
 @torch.no_grad()
 def base_log_probabilities(
-    engine: Engine, examples: Sequence[Example], kvs: Mapping[str, DocumentKV] | None = None
+    engine: Engine[TorchModel], examples: Sequence[Example], kvs: Mapping[str, DocumentKV] | None = None
 ) -> torch.Tensor:
     """Return the log probabilities (A, V) of the base model for the target tokens of ``examples``, in order.
 
@@ -78,16 +80,19 @@ def _members(batch: Batch) -> list[Example]:
     return [example for group in batch.groups for example in group]
 
 
-def _prefilled(engine: Engine, examples: Sequence[Example]) -> dict[str, DocumentKV]:
+def _prefilled(engine: Engine[TorchModel], examples: Sequence[Example]) -> dict[str, DocumentKV]:
     """Return the KVs of all documents of ``examples`` by store key."""
     kvs: dict[str, DocumentKV] = {}
     for prefix in dict.fromkeys(example.prefix for example in examples):
         documents = [example.documents for example in examples if example.prefix == prefix]
-        kvs |= engine.document_kvs.get({key: ids for keys in documents for key, ids in keys.items()}, prefix)
+        merged = {key: ids for keys in documents for key, ids in keys.items()}
+        kvs |= engine.document_kvs.get(merged, Scope(prefix))
     return kvs
 
 
-def _target_logits(engine: Engine, batch: Batch, kvs: Mapping[str, DocumentKV], *, tuned: bool = True) -> torch.Tensor:
+def _target_logits(
+    engine: Engine[TorchModel], batch: Batch, kvs: Mapping[str, DocumentKV], *, tuned: bool = True
+) -> torch.Tensor:
     """Return the logits (A, V) of all target tokens of ``batch``."""
     trained = batch.labels != -100  # (B, Q)
     kept = trained.any(dim=0).nonzero()[:, 0]  # logits of all question tokens would need too much memory
@@ -96,7 +101,7 @@ def _target_logits(engine: Engine, batch: Batch, kvs: Mapping[str, DocumentKV], 
 
 
 def batch_logits(
-    engine: Engine,
+    engine: Engine[TorchModel],
     batch: Batch,
     kept: torch.Tensor,
     kvs: Mapping[str, DocumentKV] | None = None,
@@ -113,9 +118,9 @@ def batch_logits(
     firsts = [group[0] for group in batch.groups]  # all examples of a group have its documents
     rows: list[list[DocumentKV]] = []
     for example in firsts:
-        head = None if example.joined else engine.document_kvs.prefix_kv(example.prefix)
+        head = None if example.joined else engine.document_kvs.prefix_kv(Scope(example.prefix))
         rows.append([*([] if head is None else [head]), *(kvs[key] for key in example.documents)])
-    decoder = engine.decoder if tuned else engine.backbone
+    decoder = engine.model.decoder if tuned else engine.model.backbone
     with torch.no_grad():
         context = fuse(rows, decoder.device)
     if batch.packed or decoder.checkpoints_activations:
@@ -127,13 +132,13 @@ def batch_logits(
 
 
 @torch.inference_mode()
-def checkpoint_exactly(engine: Engine, example: Example) -> None:
+def checkpoint_exactly(engine: Engine[TorchModel], example: Example) -> None:
     """Turn on gradient checkpointing of Dt, and check on ``example`` that it still reads the fused cache.
 
     Raises:
         UnsupportedModelError: layers of this architecture do not pass on the cache.
     """
-    decoder, batch = engine.decoder, collate([example])
+    decoder, batch = engine.model.decoder, collate([example])
     columns = torch.arange(batch.ids.shape[1])
     allowed = TOLERANCE[decoder.dtype]
     expected = batch_logits(engine, batch, columns).float()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from ..data.writing import write_atomically
 
 LOSSES = "losses.json"
 
@@ -68,6 +69,4 @@ def write_losses(folder: Path, progress: Progress) -> None:
         "dev_exact_match_percent": [{"step": step, "value": score} for step, score in progress.scores],
         "best": {"step": progress.best_step, "value": progress.best},
     }
-    new = folder / f"{LOSSES}.new"
-    new.write_text(json.dumps(curve, indent=1) + "\n", encoding="utf-8")
-    os.replace(new, folder / LOSSES)
+    write_atomically(folder / LOSSES, json.dumps(curve, indent=1) + "\n")

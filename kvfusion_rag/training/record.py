@@ -15,6 +15,7 @@ from ..data.rows import QARow, rows_digest
 from ..engine.engine import Engine
 from ..errors import InvalidInputError, ModelLoadError
 from ..evaluation.report import run_facts
+from ..fusion.torch_model import TorchModel
 from .config import TrainingConfig
 
 DEFAULTS = asdict(TrainingConfig())  # values of settings that are missing in a record of an earlier version
@@ -23,7 +24,7 @@ MAY_CHANGE = ("epochs", "max_steps", "eval_every", "gradient_checkpointing")
 
 
 def make_record(
-    engine: Engine,
+    engine: Engine[TorchModel],
     config: TrainingConfig,
     rows: Sequence[QARow],
     dev: Sequence[QARow],
@@ -32,7 +33,7 @@ def make_record(
     files: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the facts of a run that are known before its first step. ``files`` names the source of the rows."""
-    base = engine.backbone
+    base = engine.model.backbone
     return {
         "base_model": base.model_id,
         "base_revision": base.revision,
@@ -44,7 +45,7 @@ def make_record(
         "dev": {"number": len(dev), "sha256": rows_digest(dev)},
         "files": dict(files or {}),
         "processes": processes,
-        "device": str(engine.decoder.device),
+        "device": str(engine.model.decoder.device),
         "run": run_facts(),
     }
 

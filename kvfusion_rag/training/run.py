@@ -12,7 +12,7 @@ from accelerate import PartialState
 from ..data.rows import QARow
 from ..engine.engine import Engine
 from ..errors import InvalidInputError
-from ..generator import MAX_FUSED_TOKENS
+from ..fusion.torch_model import TorchModel
 from ..model.adapters import require_adapter_libraries
 from ..model.backbone import Backbone
 from ..model.hardware import choose_device
@@ -96,14 +96,11 @@ def require_uniform_positions(base: Backbone) -> None:
 
 def _load_engine(
     location: ModelLocation, config: TrainingConfig, device: str | None, dtype: str | None, store_bytes: int
-) -> Engine:
+) -> Engine[TorchModel]:
     base = load_backbone(location, device=device, dtype=dtype)
     require_uniform_positions(base)
     decoder = load_backbone(location, device=device, dtype=dtype) if config.full else None
-    return Engine(
-        base, base.settings, store=MemoryStore(store_bytes), namespace="", max_fused_tokens=MAX_FUSED_TOKENS,
-        tokens_per_pass=None, decoder=decoder,
-    )  # fmt: skip
+    return Engine(TorchModel(base, decoder), base.settings, store=MemoryStore(store_bytes))
 
 
 def _prepare_folder(folder: Path, *, resume: bool) -> None:

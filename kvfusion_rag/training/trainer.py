@@ -24,6 +24,7 @@ from ..data.rows import QARow
 from ..engine.engine import Engine, Request
 from ..errors import ContextLimitError, InvalidInputError, TrainingError, UnsupportedModelError
 from ..fusion.sampling import DecodingOptions
+from ..fusion.torch_model import TorchModel
 from ..schema import Document
 from ..text.documents import Reading
 from ..text.layouts import Layout
@@ -62,7 +63,7 @@ class Trainer:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine[TorchModel],
         rows: Sequence[QARow],
         dev: Sequence[QARow],
         config: TrainingConfig,
@@ -70,7 +71,7 @@ class Trainer:
         *,
         files: Mapping[str, Any] | None = None,
     ) -> None:
-        self._processes = PartialState(cpu=engine.decoder.device.type == "cpu")
+        self._processes = PartialState(cpu=engine.model.decoder.device.type == "cpu")
         torch.manual_seed(config.seed)  # fresh adapters and dropout draw from torch's own generator
         self.config = config
         self.output = output
@@ -79,7 +80,7 @@ class Trainer:
         self._dev = self._read_dev(dev)
         self.examples = self._encode(rows)
         self._prepare_decoder()
-        self.weights = {n: p for n, p in engine.decoder.model.named_parameters() if p.requires_grad}
+        self.weights = {n: p for n, p in engine.model.decoder.model.named_parameters() if p.requires_grad}
         self._masters = MasterWeights(self.weights)
         self._optimizer = torch.optim.AdamW(
             self._masters.copies.values(), config.learning_rate, config.betas, weight_decay=config.weight_decay
@@ -123,7 +124,7 @@ class Trainer:
         return self.progress
 
     def _encode(self, rows: Sequence[QARow]) -> list[Example]:
-        end_id = self._engine.decoder.end_id
+        end_id = self._engine.model.decoder.end_id
         if end_id is None:
             raise InvalidInputError("the model has no end token to end answers with; set the tokenizer's eos_token.")
         joined = torch.Generator().manual_seed(self.config.seed)
@@ -143,8 +144,8 @@ class Trainer:
 
     def _prepare_decoder(self) -> None:
         """Mark the weights to train: those of a new adapter, or all of a second model."""
-        decoder, config = self._engine.decoder, self.config
-        if config.full == (decoder is self._engine.backbone):
+        decoder, config = self._engine.model.decoder, self.config
+        if config.full == (decoder is self._engine.model.backbone):
             raise InvalidInputError(
                 "full training needs a second model beside the frozen prefill decoder, and LoRA needs one model for "
                 "both."
@@ -156,7 +157,7 @@ class Trainer:
         if config.evidence and self._engine.encoder.evidence_mark is None:
             raise InvalidInputError(
                 f"evidence_separator is {self._engine.settings.evidence_separator!r}, but the tokenizer of "
-                f"{self._engine.backbone.model_id!r} loses it, so that answers cannot be separated from their "
+                f"{self._engine.model.backbone.model_id!r} loses it, so that answers cannot be separated from their "
                 f"evidence; set another one in {FILE_NAME}, or train without evidence."
             )
         if not config.full:
@@ -202,7 +203,7 @@ class Trainer:
         # Dropout is seeded by step and process, so that a resumed run draws the same.
         torch.manual_seed((self.config.seed << 32) + (self.progress.step << 12) + self._processes.process_index)
         self._optimizer.zero_grad()
-        total = torch.zeros((), device=self._engine.decoder.device)
+        total = torch.zeros((), device=self._engine.model.decoder.device)
         loss_of = distillation_loss if self.config.loss == "distill" else fusion_loss
         for batch in batches:
             loss = loss_of(self._engine, batch) / tokens
@@ -232,7 +233,7 @@ class Trainer:
 
     def evaluate(self) -> float:
         """Return the share of right answers (%) on the dev rows, with greedy decoding in the trained mode."""
-        decoder, engine = self._engine.decoder, self._engine
+        decoder, engine = self._engine.model.decoder, self._engine
         decoder.model.eval()
         right = 0
         fitting = [(row, request) for row, request in self._dev if request is not None]
@@ -274,7 +275,7 @@ class Trainer:
             return
         record = self._record | {"progress": asdict(self.progress)}
         if not self._dev or self.progress.best_step == self.progress.step:
-            save_decoder(self.output / "best", self._engine.decoder, self._engine.settings, record)
+            save_decoder(self.output / "best", self._engine.model.decoder, self._engine.settings, record)
         save_state(self.output / "checkpoint", self._masters.copies, self._optimizer, record)
         write_losses(self.output, self.progress)
 
@@ -295,7 +296,7 @@ class Trainer:
             self._schedule.step()
 
 
-def _reading_once(engine: Engine) -> Callable[[tuple[Document, ...], Layout], Reading]:
+def _reading_once(engine: Engine[TorchModel]) -> Callable[[tuple[Document, ...], Layout], Reading]:
     """Return the engine's ``read`` with a cache of one result, since rows with the same documents are adjacent."""
     last: tuple[Any, Reading] | None = None
 

@@ -1,11 +1,11 @@
-"""Make the adapter that ships with the package from a training run: fewer ranks, settings and record.
+"""Make the adapter that ships with the package from a training run: lower rank, settings and record.
 
     python recipes/smollm2/ship.py RUN kvfusion_rag/adapters/smollm2-135m-instruct --rank 24 --focus 1 --focus-weight 3
 
-Takes the weights of the last step, from the checkpoint: the few dev questions of a run cannot tell steps apart.
+The weights are those of the last step in the checkpoint, since the dev questions are too few to choose a step.
 
-Every weight's update B A is replaced by the nearest one of lower rank (peft, SVD), which takes less space. Prints how
-much of the updates' squared norm is kept.
+Each weight's update B A is replaced by the nearest one of lower rank (peft, SVD), which needs less space. Prints the
+share of the updates' squared norm that is kept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
         "focus": args.focus,
         "focus_weight": args.focus_weight,
     }
-    settings.pop("document_attention", None)  # of runs before this field went
+    settings.pop("document_attention", None)  # in runs before this field was removed
     (args.output / "kvfusion.json").write_text(json.dumps(settings, indent=2) + "\n")
     record = json.loads((args.run / "checkpoint" / "training.json").read_text())
     record["progress"] = {name: record["progress"][name] for name in ("step", "best") if name in record["progress"]}
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def reduce_rank(run: Path, output: Path, rank: int) -> float:
-    """Write the adapter of ``rank`` nearest to the trained one; returns the share of the squared norm it keeps."""
+    """Write the adapter of ``rank`` nearest to the trained one, and return the share of the squared norm it keeps."""
     base = AutoModelForCausalLM.from_pretrained(locate_model(None).path, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, str(run / "best"))
     state = load_file(run / "checkpoint" / "optimizer.safetensors")
@@ -62,7 +62,7 @@ def reduce_rank(run: Path, output: Path, rank: int) -> float:
     if missing or not own:
         raise SystemExit(f"the checkpoint of {str(run)!r} is not one of this adapter.")
     model.load_state_dict(own, strict=False)
-    halves = [0.5, 0.5]  # peft copies a single adapter as it is, whatever rank it is given
+    halves = [0.5, 0.5]  # peft copies a single adapter unchanged at any rank
     model.add_weighted_adapter(
         ["default", "default"], halves, "small", combination_type="svd", svd_rank=rank, svd_full_matrices=False
     )
@@ -82,9 +82,9 @@ def reduce_rank(run: Path, output: Path, rank: int) -> float:
 
 
 def digests() -> list[str]:
-    """Of the default model's weights in the precisions that it is loaded in."""
+    """Return the digests of the default model's weights in each precision."""
     return [
-        KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)._backbone.weights_digest
+        KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)._engine.model.backbone.weights_digest
         for dtype in ("float32", "bfloat16", "float16")
     ]
 

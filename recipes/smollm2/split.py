@@ -1,4 +1,4 @@
-"""Cut questions into three files by their contexts, in blocks, so that neighbouring contexts stay together.
+"""Split questions into three files by blocks of contexts, so that adjacent contexts stay together.
 
     python recipes/smollm2/split.py train.jsonl.gz part
 

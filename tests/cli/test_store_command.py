@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,105 +15,123 @@ from kvfusion_rag.store import namespace_key
 from tests.retrieval.test_retrieval import WordEmbedder
 
 
-@pytest.fixture
-def docs(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
-    folder = tmp_path / "docs"
-    folder.mkdir()
+@pytest.fixture(scope="module", autouse=True)
+def word_embedder():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
+        yield
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory, model_folder) -> Path:
+    """A folder with four documents, their index and their store."""
+    folder = tmp_path_factory.mktemp("indexed")
+    (folder / "docs").mkdir()
     for number in range(4):
-        (folder / f"{number}.txt").write_text(f"The office number {number} stands on a hill in Lima.")
+        (folder / f"docs/{number}.txt").write_text(f"The office number {number} stands on a hill in Lima.")
+    assert main(["index", *places(folder), "--model", str(model_folder), "--json"]) == 0
     return folder
 
 
 @pytest.fixture
+def folder(tmp_path, indexed) -> Path:
+    """A copy of ``indexed`` that a test may change."""
+    return Path(shutil.copytree(indexed, tmp_path / "copy"))
+
+
+@pytest.fixture
 def run(capsys, model_folder):
-    """Runs a command, with a model if it reads documents; its exit code, and its JSON or what it says on stderr."""
+    """Run a command. Return its exit code, and its JSON or else its output."""
 
     def command(*argv: object):
-        reads = argv[0] in ("index", "ask") or argv[1] in ("forget", "estimate")
-        code = main([str(part) for part in (*argv, *(["--model", model_folder] if reads else []))])
-        said = capsys.readouterr()
-        return code, json.loads(said.out) if said.out.startswith("{") else said.out + said.err
+        needs_model = argv[0] in ("index", "ask") or argv[1] in ("forget", "estimate")
+        code = main([str(part) for part in (*argv, *(["--model", model_folder] if needs_model else []))])
+        output = capsys.readouterr()
+        return code, json.loads(output.out) if output.out.startswith("{") else output.out + output.err
 
     return command
 
 
-def index(run, docs, tmp_path, *options):
-    return run("index", docs, "--index", tmp_path / "ix", "--store", tmp_path / "s", "--json", *options)
+def places(folder: Path, store: object = None) -> list[str]:
+    """Arguments that name the documents, the index and the store (default: the one in ``folder``)."""
+    return [str(part) for part in (folder / "docs", "--index", folder / "ix", "--store", store or folder / "s")]
 
 
-def test_index_fills_a_store_and_goes_on_where_it_was(run, docs, tmp_path):
-    code, found = index(run, docs, tmp_path)
-    assert code == 0 and found["store"] == {"computed": 4, "stored already": 0}
-    (docs / "new.txt").write_text("Rice is eaten everywhere.")
-    _, found = index(run, docs, tmp_path)
-    assert found["store"] == {"computed": 1, "stored already": 4}
-    assert run("store", "verify", tmp_path / "s", "--json")[1]["whole"] == 5 + 1  # the prefix too
+def files_of(store: Path) -> list[Path]:
+    return sorted(store.glob("v*/*/*/*.safetensors"))
 
 
-def test_questions_find_what_index_has_stored(run, docs, tmp_path):
-    index(run, docs, tmp_path)
-    code, found = run(
-        "ask", "Where is office 2?", "--docs", docs, "--index", tmp_path / "ix", "--store", tmp_path / "s", "--json",
-        "--mode", "fusion",
-    )  # fmt: skip
-    assert code == 0 and {s["origin"] for s in found["sources"]} == {"disk"}
+def damage(store: Path) -> None:
+    file = files_of(store)[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
-def test_stats_and_clear_by_namespace(run, docs, tmp_path):
-    index(run, docs, tmp_path)
-    index(run, docs, tmp_path, "--namespace", "tenant")
-    _, found = run("store", "stats", tmp_path / "s", "--json")
+def test_index_computes_only_what_is_not_stored(run, folder):
+    (folder / "docs/new.txt").write_text("Rice is eaten everywhere.")
+    code, found = run("index", *places(folder), "--json")
+    assert code == 0 and found["store"] == {"computed": 1, "stored already": 4}
+    assert run("store", "verify", folder / "s", "--json")[1]["whole"] == 5 + 1  # the prefix too
+
+
+def test_stats_and_clear_by_namespace(run, folder):
+    run("index", *places(folder), "--namespace", "tenant")
+    _, found = run("store", "stats", folder / "s", "--json")
     disk = found["tiers"]["disk"]
     assert disk["documents"] == 2 * (4 + 1) and set(disk["namespaces"]) == {namespace_key(""), namespace_key("tenant")}
-    assert disk["bytes"] == sum(f.stat().st_size for f in (tmp_path / "s").glob("v*/*/*/*.safetensors"))
-    assert run("store", "clear", tmp_path / "s", "--namespace", "tenant", "--json")[1]["removed"] == 4 + 1
-    assert run("store", "clear", tmp_path / "s", "--namespace", "nobody", "--json")[1]["removed"] == 0
-    assert "5 removed" in run("store", "clear", tmp_path / "s", "--all")[1]
-    assert DiskStore(tmp_path / "s").totals() == {}
+    assert disk["bytes"] == sum(file.stat().st_size for file in files_of(folder / "s"))
+    assert "disk: 10 documents" in run("store", "stats", folder / "s")[1]
+    assert run("store", "clear", folder / "s", "--namespace", "tenant", "--json")[1]["removed"] == 4 + 1
+    assert run("store", "clear", folder / "s", "--namespace", "nobody", "--json")[1]["removed"] == 0
+    assert "5 removed" in run("store", "clear", folder / "s", "--all")[1]
+    assert DiskStore(folder / "s").totals() == {}
 
 
-def test_forget_takes_the_documents_of_files(run, docs, tmp_path):
-    index(run, docs, tmp_path)
-    index(run, docs, tmp_path, "--dtype", "bfloat16")
-    assert run("store", "forget", tmp_path / "s", docs / "1.txt", "--json")[1]["removed"] == 2
-    _, found = index(run, docs, tmp_path)
+def test_forget_removes_the_documents_of_files(run, folder):
+    run("index", *places(folder), "--dtype", "bfloat16")
+    assert run("store", "forget", folder / "s", folder / "docs/1.txt", "--json")[1]["removed"] == 2
+    _, found = run("index", *places(folder), "--json")
     assert found["store"] == {"computed": 1, "stored already": 3}
 
 
-def test_verify_finds_a_broken_file_and_says_so_by_its_exit_code(run, docs, tmp_path):
-    index(run, docs, tmp_path)
-    file = next((tmp_path / "s").glob("v*/*/*/*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    code, found = run("store", "verify", tmp_path / "s", "--json")
+def test_verify_reports_a_damaged_file_by_its_exit_code(run, folder):
+    damage(folder / "s")
+    code, found = run("store", "verify", folder / "s", "--json")
     assert code == 1 and (found["whole"], found["broken"]) == (4, 1)
-    assert run("store", "verify", tmp_path / "s", "--json")[0] == 0
+    assert run("store", "verify", folder / "s", "--json")[0] == 0
 
 
-def test_verify_reads_what_is_behind_a_url_too(run, docs, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    url = (tmp_path / "shared").as_uri()
-    run("index", docs, "--index", tmp_path / "ix", "--store", url, "--json")
-    file = next((tmp_path / "shared").glob("v*/*/*/*.safetensors"))
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+def test_verify_checks_files_behind_a_url(run, folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    url = (folder / "shared").as_uri()
+    run("index", *places(folder, url))
+    damage(folder / "shared")
     code, found = run("store", "verify", url, "--json")
     assert code == 1 and found["remote"] == {"whole": 4, "broken": 1} and (found["whole"], found["broken"]) == (5, 0)
-    code, said = run("store", "verify", url)
-    assert code == 0 and "disk: 5 whole" in said and "remote: 4 whole, 0 broken" in said
+    code, output = run("store", "verify", url)
+    assert code == 0 and "disk: 5 whole" in output and "remote: 4 whole, 0 broken" in output
 
 
-def test_options_of_the_store(run, docs, tmp_path):
-    code, _ = index(run, docs, tmp_path, "--store-codec", "v8", "--store-max-bytes", "1GiB")
-    assert code == 0 and len(list((tmp_path / "s").glob("v2-v8/*/*/*.safetensors"))) == 4 + 1
-    asking = ("ask", "Where?", "--docs", docs, "--index", tmp_path / "ix", "--store", tmp_path / "s", "--json")
-    asking = (*asking, "--mode", "fusion")
+def test_questions_find_documents_in_the_codec_of_the_index(run, folder):
+    code, _ = run("index", *places(folder), "--store-codec", "v8", "--store-max-bytes", "1GiB")
+    assert code == 0 and len(list((folder / "s").glob("v*-v8/*/*/*.safetensors"))) == 4 + 1
+    shutil.rmtree(next((folder / "s").glob("v*-raw")))
+    asking = (
+        "ask",
+        "Where is office 2?",
+        "--docs",
+        *places(folder),
+        "--json",
+        "--mode",
+        "fusion",
+        "--max-new-tokens",
+        "2",
+    )
     for options, origin in (((), "computed"), (("--store-codec", "v8"), "disk")):
-        assert {source["origin"] for source in run(*asking, *options)[1]["sources"]} == {origin}
-    never = run(*asking, "--store-codec", "v8", "--store-load", "never")[1]["sources"]
-    assert {(source["origin"], source["miss"]) for source in never} == {("computed", "slower")}
+        code, found = run(*asking, *options)
+        assert code == 0 and {source["origin"] for source in found["sources"]} == {origin}
 
 
-def test_sizes():
+def test_byte_count_reads_sizes():
     sizes = {"1000": 1000, "2GiB": 2 << 30, "500MB": 500_000_000, "1.5 kb": 1500, "7b": 7, "1TiB": 1 << 40}
     assert {text: byte_count(text) for text in sizes} == sizes
 
@@ -124,44 +143,31 @@ def test_sizes():
         (["--store-max-bytes", "0GB"], "'0GB' is not a size"),
         (["--store-max-bytes", "5"], "max_bytes of the disk store is 5, but one document"),
         (["--store-codec", "zip"], "invalid choice: 'zip'"),
-        (["--store-load", "perhaps"], "invalid choice: 'perhaps'"),
-        (["--store", "", "--store-load", "never"], "--store-load is given without --store"),
+        (["--store", "", "--store-codec", "v8"], "--store-codec is given without --store"),
+        (["--namespace", "../x"], "namespace is '../x'"),
+        (["--store", __file__], "is a file"),
     ],
 )
-def test_wrong_options_of_the_store_are_one_error(run, docs, tmp_path, options, message):
-    code, said = index(run, docs, tmp_path, *options)
-    assert code == 2 and message in said and said.count("\n") == 1
+def test_wrong_options_of_the_store_are_one_error(run, folder, options, message):
+    code, output = run("index", *places(folder), "--json", *options)
+    assert code == 2 and message in output and output.count("\n") == 1
 
 
-def test_an_estimate_is_what_the_files_take(run, docs, tmp_path):
-    index(run, docs, tmp_path)
-    _, found = run("store", "estimate", docs, "--dtype", "float32", "--json")
-    stored = sum(file.stat().st_size for file in (tmp_path / "s").glob("v*/*/*/*.safetensors"))
-    assert (
-        found["documents"] == 4 and found["bytes"]["v8"] < found["bytes"]["raw"] < stored
-    )  # files have the prefix too
-    largest = max(file.stat().st_size for file in (tmp_path / "s").glob("v*/*/*/*.safetensors"))
-    assert stored - found["bytes"]["raw"] <= largest
+def test_estimate_is_the_size_of_the_files(run, folder):
+    _, found = run("store", "estimate", folder / "docs", "--dtype", "float32", "--json")
+    sizes = [file.stat().st_size for file in files_of(folder / "s")]
+    assert found["documents"] == 4 and found["bytes"]["v8"] < found["bytes"]["raw"] < sum(sizes)  # with the prefix
+    assert sum(sizes) - found["bytes"]["raw"] <= max(sizes)
 
 
 @pytest.mark.parametrize("action", ["stats", "verify", "clear", "forget"])
-def test_a_store_that_is_not_there_is_one_error_and_is_not_made(run, docs, tmp_path, action):
-    code, said = run("store", action, tmp_path / "nowhere", *([docs] if action == "forget" else []))
-    assert code == 2 and "there is no document store" in said and said.count("\n") == 1
-    assert not (tmp_path / "nowhere").exists()
+def test_missing_store_is_an_error_and_is_not_created(run, folder, action):
+    code, output = run("store", action, folder / "nowhere", *([folder / "docs"] if action == "forget" else []))
+    assert code == 2 and "there is no document store" in output and output.count("\n") == 1
+    assert not (folder / "nowhere").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"), [(["--namespace", "../x"], "namespace is '../x'"), (["--store", "{file}"], "is a file")]
-)
-def test_wrong_places_and_names_are_one_error(run, docs, tmp_path, options, message):
-    (tmp_path / "file").write_text("mine")
-    options = [option.format(file=tmp_path / "file") for option in options]
-    code, said = index(run, docs, tmp_path, *options)
-    assert code == 2 and message in said and said.count("\n") == 1
-
-
-def test_bench_store_measures_all_ways(run, tmp_path):
+def test_bench_store_measures_every_tier(run, tmp_path):
     code, found = run("bench", "store", "--shape", "tiny", "--documents", "3", "--document-tokens", "32", "--repeats",
                       "1", "--output", tmp_path / "out.json", "--json")  # fmt: skip
     assert code == 0 and json.loads((tmp_path / "out.json").read_text()) == found

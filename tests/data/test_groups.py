@@ -1,4 +1,4 @@
-"""Rows in groups: one set of passages for all, one gold passage for each, and nobody's answer twice."""
+"""Rows in groups: one set of passages for all, one gold passage for each, and each answer in one passage only."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections import Counter
 from itertools import groupby
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import engine, trainer
+from towns import TOWNS, build, corpora, worlds, write
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.cli import main
@@ -17,9 +19,8 @@ from kvfusion_rag.data.mining import text_key
 from kvfusion_rag.data.rows import Passage, QARow, read_rows
 from kvfusion_rag.evaluation import answer_in_text
 from kvfusion_rag.training.examples import encode_row, group_by_documents, require_answerable
-from tests.data.test_build import TOWNS, corpora, make_builder, worlds, write
+from tests.data.test_build import assert_nothing_excluded
 from tests.retrieval.test_retrieval import count_words
-from tests.training.test_training import engine, trainer
 
 grouped = st.builds(
     DataOptions,
@@ -33,27 +34,18 @@ grouped = st.builds(
 )
 
 
-def build(world: list[Example], options: DataOptions, **parts):
-    """Builder and rows, or ``None`` where the world is too small for ``options``."""
-    try:
-        builder = make_builder(world, options, **parts)
-    except InvalidInputError as error:
-        assert "distinct passages" in str(error)
-        return None
-    return builder, list(builder.rows())
-
-
 def groups_of(rows: list[QARow]) -> list[list[QARow]]:
-    """Neighbouring rows with the same passages in the same slots."""
+    """Group adjacent rows with the same passages in the same slots."""
     return [list(group) for _, group in groupby(rows, key=lambda row: [(p.text, p.title) for p in row.passages])]
 
 
-@given(worlds, grouped, st.none() | corpora)
-def test_a_group_shares_its_passages_and_each_row_has_one_gold_without_its_answer_beside_it(world, options, corpus):
-    known = {example.id: example for example in world}
-    if (found := build(world, options, corpus=corpus)) is None:
+@settings(max_examples=40)
+@given(worlds, grouped, st.none() | corpora, st.just([]) | worlds)
+def test_groups_keep_the_laws_of_gold_passages_exclusion_and_counts(world, options, corpus, excluded):
+    if (built := build(world, options, corpus=corpus, exclude=excluded)) is None:
         return
-    builder, rows = found
+    builder, rows = built
+    known = {example.id: example for example in world}
     assert max(Counter(row.id for row in rows).values(), default=1) == 1
     for row in rows:
         assert len(row.passages) == options.passages[0] and len(row.gold) == 1
@@ -64,33 +56,22 @@ def test_a_group_shares_its_passages_and_each_row_has_one_gold_without_its_answe
         assert options.max_tokens is None or all(count_words(p.text) <= options.max_tokens for p in row.passages)
         assert row.evidence is None or row.evidence in row.gold[0].text
         require_answerable(row, row.id)
+    assert_nothing_excluded(rows, excluded, options)
     sets = [frozenset(p.text for p in group[0].passages) for group in groups_of(rows)]
-    assert len(sets) <= builder.report.groups  # neighbours may have the same set by chance
-
-
-@given(worlds, grouped)
-def test_every_question_is_in_a_group_or_accounted_for(world, options):
-    if (found := build(world, options)) is None:
-        return
-    builder, rows = found
     report = builder.report
+    assert len(sets) <= report.groups  # adjacent groups can have equal sets by chance
     assert report.read == len(world) == report.kept + report.dropped.total() and report.kept == len(rows)
     assert report.negatives.total() == report.groups * (options.passages[0] - 1)
     assert report.no_gold == report.unanswerable == 0
-    assert build(world, options)[1] == rows
 
 
-@given(worlds, grouped, worlds)
-def test_nothing_excluded_is_in_a_group(world, options, judged):
-    questions = {text_key(example.question) for example in judged}
-    contexts = {text_key(passage.text) for example in judged for passage in example.passages}
-    uncut = DataOptions(options.passages, options.negatives, seed=options.seed, grouped=True)
-    for row in (build(world, uncut, exclude=judged) or (None, []))[1]:
-        assert text_key(row.question) not in questions
-        assert contexts.isdisjoint(text_key(passage.text) for passage in row.passages)
+@settings(max_examples=15)
+@given(worlds, grouped)
+def test_equal_questions_options_and_seed_give_equal_groups(world, options):
+    assert (build(world, options) or [[]])[-1] == (build(world, options) or [[]])[-1]
 
 
-def test_a_group_is_a_passage_with_those_nearest_to_it_and_all_their_questions():
+def test_group_is_a_passage_with_its_nearest_passages_and_all_their_questions():
     far = [
         Example(str(n), f"f{n}", f"Who sang {n}?", (f"Ann{n}",), (Passage(f"Ann{n} sang song {n}.", None, True),))
         for n in range(6)
@@ -104,7 +85,7 @@ def test_a_group_is_a_passage_with_those_nearest_to_it_and_all_their_questions()
         assert all("sang" in passage.text for passage in groups[2][0].passages)
 
 
-def test_slots_of_the_gold_passage_are_any():
+def test_gold_passage_can_be_at_any_slot():
     golds = set()
     for seed in range(8):
         for row in build(TOWNS, DataOptions((4, 4), seed=seed, grouped=True))[1]:
@@ -112,7 +93,7 @@ def test_slots_of_the_gold_passage_are_any():
     assert golds == {0, 1, 2, 3}
 
 
-def test_a_question_whose_answer_stands_twice_waits_for_a_group_of_its_own():
+def test_question_whose_answer_is_in_two_passages_waits_for_another_group():
     mills = [
         Example("m", name, f"Who owns it, {name}?", (owner,), (Passage(f"The {name} mill: {owner}'s.", None, True),))
         for name, owner in [("old", "Ann"), ("new", "Ben"), ("red", "Ben"), ("tall", "Cleo")]
@@ -124,7 +105,7 @@ def test_a_question_whose_answer_stands_twice_waits_for_a_group_of_its_own():
         assert sum(row.answers[0] in passage.text for passage in row.passages) == 1
 
 
-def test_a_title_with_the_answer_keeps_a_passage_out_of_a_group():
+def test_passage_with_the_answer_in_its_title_is_not_in_the_group():
     asked = [
         Example("m", "seed", "Who owns the old mill?", ("Ann",), (Passage("Ann's is the old mill.", "Mills", True),)),
         Example("m", "near", "How is the old mill?", ("red",), (Passage("The old mill is red.", "Ann", True),)),
@@ -138,12 +119,12 @@ def test_a_title_with_the_answer_keeps_a_passage_out_of_a_group():
         Example("m", one.id, one.question, one.answers, (Passage(one.golds[0].text, title, True),))
         for one, title in zip(asked, ("Mills", "Tall mills"), strict=False)
     )
-    builder, rows = build(asked, DataOptions((3, 3), grouped=True))  # "far" would join, but for a title there
+    builder, rows = build(asked, DataOptions((3, 3), grouped=True))  # "far" would join without a title there
     assert [row.id for row in rows] == ["seed", "near"] and builder.report.passed_over == 1
     assert builder.report.dropped == {"too few passages without the answer": 1}
 
 
-def test_unanswerable_questions_stay_out_and_golds_come_from_the_corpus_too():
+def test_unanswerable_questions_are_dropped_and_gold_passages_can_come_from_the_corpus():
     bare = Example("nq, line 1", "bare", "When was the mill of Dorn built?", ("1903",))
     never = Example("s, line 1", "never", "When did Arda burn?", (), (Passage("Arda is red."),))
     corpus = [passage for town in TOWNS for passage in town.golds]
@@ -154,7 +135,7 @@ def test_unanswerable_questions_stay_out_and_golds_come_from_the_corpus_too():
         build([never, TOWNS[0]], DataOptions((2, 2), strict=True, grouped=True), corpus=corpus)
 
 
-def test_the_pieces_of_a_long_context_are_shared_and_an_answer_across_them_is_left_out():
+def test_pieces_of_a_long_context_are_shared_and_an_answer_across_them_is_dropped():
     context = "One two three four. Five six seven eight. Nine ten."
     asked = [
         Example("l, line 1", "in", "What is after five?", ("six seven",), (Passage(context, None, True),)),
@@ -163,10 +144,10 @@ def test_the_pieces_of_a_long_context_are_shared_and_an_answer_across_them_is_le
     builder, rows = build([*asked, *TOWNS], DataOptions((3, 3), max_tokens=5, grouped=True))
     row = next(row for row in rows if row.id == "in")
     assert row.gold[0].text == "Five six seven eight." and "One" not in str(row.passages)
-    assert builder.report.dropped["answer runs over the pieces that its context is cut into"] == 1
+    assert builder.report.dropped["answer is split over two pieces of its context"] == 1
 
 
-def test_the_gold_piece_is_the_one_that_the_start_lies_in():
+def test_gold_piece_contains_the_given_start():
     context = "Many took part in it. Then came art at last. More of it."
     passage = Passage(context, None, True)
     at = Example("l, line 1", "at", "What came?", ("art",), (passage,), answer_start=context.index(" art ") + 1)
@@ -178,7 +159,7 @@ def test_the_gold_piece_is_the_one_that_the_start_lies_in():
 
 
 @pytest.mark.parametrize("least", [1, 2, 4, 7])
-def test_groups_of_few_questions_are_left_out(least):
+def test_small_groups_are_dropped(least):
     far = [
         Example(str(n), f"f{n}", f"Who sang {n}?", (f"Ann{n}",), (Passage(f"Ann{n} sang song {n}.", None, True),))
         for n in range(3)
@@ -192,16 +173,16 @@ def test_groups_of_few_questions_are_left_out(least):
     assert builder.report.negatives.total() == 2 * len(kept)
 
 
-def test_options_of_groups_are_checked():
+def test_invalid_options_raise():
     for wrong in ({"passages": (2, 3)}, {"passages": (3, 3), "no_gold": 0.5}):
         with pytest.raises(InvalidInputError, match="share one set"):
             DataOptions(**wrong, grouped=True)
     for wrong in ({"group_questions": 2}, {"group_questions": 0, "grouped": True, "passages": (2, 2)}):
-        with pytest.raises(InvalidInputError, match="only groups have one"):
+        with pytest.raises(InvalidInputError, match="1 without groups"):
             DataOptions(**wrong)
 
 
-def test_the_command_groups_and_training_packs_what_it_wrote(tmp_path, capsys):
+def test_command_writes_groups_that_training_packs(tmp_path, capsys):
     lines = [
         {"id": town.id, "question": town.question, "answers": list(town.answers), "context": town.golds[0].text}
         for town in TOWNS
@@ -212,16 +193,16 @@ def test_the_command_groups_and_training_packs_what_it_wrote(tmp_path, capsys):
     assert "12 rows in 3 groups that share 4 passages, of 12 questions read" in capsys.readouterr().out
     made = engine()
     examples = [
-        encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in read_rows(out)
+        encode_row(row, made, end_id=made.model.decoder.end_id, evidence=False, joined=False) for row in read_rows(out)
     ]
     assert [len(group) for group in group_by_documents(examples)] == [4, 4, 4]
 
 
-def test_documents_that_neighbouring_rows_share_are_encoded_once(tmp_path, monkeypatch):
+def test_shared_documents_of_adjacent_rows_are_encoded_once(tmp_path, monkeypatch):
     passages = [tuple(Passage(f"{letter} {n} stands here.", gold=n == 0) for n in range(3)) for letter in "ab"]
     rows = [QARow(f"{n}", f"which {n}", ("here",), passages[n // 3]) for n in range(6)]
     made = engine()
-    expected = [encode_row(row, made, end_id=made.decoder.end_id, evidence=False, joined=False) for row in rows]
+    expected = [encode_row(row, made, end_id=made.model.decoder.end_id, evidence=False, joined=False) for row in rows]
     read, asked = made.read, []
     monkeypatch.setattr(made, "read", lambda documents, layout: asked.append(documents) or read(documents, layout))
     run = trainer(tmp_path, made, rows)

@@ -1,4 +1,4 @@
-"""Attribution: attention is what the model's own weights say, and effects are what separate requests say."""
+"""Attribution: attention equals the model's own weights, and effects equal those of separate requests."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ modes = pytest.mark.parametrize("mode", ["fusion", "concat", "ape"])
 
 
 def dense(architecture, gen, pieces, question, answer):
-    """One block-masked pass of transformers' own eager model: logits that chose the answer, and their attention."""
+    """Return the answer's logits and attention from one block-masked pass of transformers' eager model."""
     network = tiny.model(architecture).requires_grad_(False)
     network.set_attn_implementation("eager")
     prefix, lengths = list(gen._engine.encoder.prefix_ids), [len(ids) for ids in pieces]
@@ -77,7 +77,7 @@ def test_effects_and_attention_equal_dense_passes(architecture, seed, passage_le
 
 
 @modes
-def test_in_every_mode_the_effects_are_those_of_separate_requests(mode):
+def test_effects_equal_separate_requests_in_every_mode(mode):
     gen = tiny.generator("qwen3", mode=mode)
     documents = [*DOCUMENTS, DOCUMENTS[0]]
     answer = gen.answer("who?", documents, max_new_tokens=4)
@@ -89,10 +89,10 @@ def test_in_every_mode_the_effects_are_those_of_separate_requests(mode):
         alone = gen.attribute("who?", documents[:number] + documents[number + 1 :], answer=answer)
         assert influence.log_probability == pytest.approx(alone.log_probability, rel=1e-3)
     assert 0 < sum(d.attention for d in found.documents[:-1]) < 1
-    assert (found.documents[0].effect == 0) == (mode != "concat")  # its twin stays fused
+    assert (found.documents[0].effect == 0) == (mode != "concat")  # its duplicate stays fused
 
 
-def test_any_order_and_any_store_give_the_same_numbers():
+def test_attribution_does_not_depend_on_order_or_store():
     bone = tiny.backbone("llama")
     expected = None
     for seed, store in ((0, "memory"), (1, None), (2, "memory")):
@@ -104,7 +104,7 @@ def test_any_order_and_any_store_give_the_same_numbers():
         assert by_text == expected
 
 
-def test_parts_of_the_work_add_up_to_the_whole(monkeypatch):
+def test_attribution_in_parts_equals_one_pass(monkeypatch):
     gen = tiny.generator("llama")
     documents = [f"document {n} of the old mill" for n in range(7)]
     whole = gen.attribute("who?", documents, max_new_tokens=6)
@@ -117,7 +117,7 @@ def test_parts_of_the_work_add_up_to_the_whole(monkeypatch):
 
 
 @modes
-async def test_every_call_measures_what_is_asked_for(mode):
+async def test_every_call_measures_the_requested_attribution(mode):
     gen = tiny.generator("llama", mode=mode)
     plain = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
     assert all(source.attention is source.effect is None for source in plain.sources)
@@ -141,14 +141,14 @@ async def test_every_call_measures_what_is_asked_for(mode):
         assert answers[0]._repr_html_().count("<th>") == (6 if wanted == "attention" else 7)
 
 
-def test_what_cannot_be_measured_is_refused():
+def test_unmeasurable_models_are_rejected():
     gen = tiny.generator("llama")
     for call in (gen.answer, gen.stream):
         with pytest.raises(InvalidInputError, match="'attention', 'effects' or None"):
             call("who?", DOCUMENTS, attribution="shapley")
 
 
-def test_without_documents_there_is_nothing_to_attribute():
+def test_attribution_without_documents_is_empty():
     found = tiny.generator("llama").attribute("who?", [], max_new_tokens=3)
     assert found.documents == () and found.log_probability < 0
 
@@ -166,7 +166,7 @@ def test_a_text_can_be_judged():
         gen.attribute("who?", DOCUMENTS, answer=nothing)
 
 
-def test_what_a_notebook_shows_is_escaped_and_what_it_draws_has_a_bar_a_document():
+def test_html_is_escaped_and_the_plot_has_bars_for_every_document():
     pytest.importorskip("matplotlib").use("agg")
     documents = [Document("the mill", id="<b>1</b>", title="<script>$x$"), Document("the lamp", id="2" * 80)]
     found = tiny.generator("llama").attribute("who?", documents, max_new_tokens=3)
@@ -192,7 +192,7 @@ def test_the_document_with_the_answer_matters_most(mode, default_model):
     assert "most='bakery'" in repr(found)
 
 
-def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(monkeypatch):
+def test_attribution_measures_changed_weights(monkeypatch):
     gen = tiny.generator("llama")
     gen.prefill(DOCUMENTS)
     values = gen._engine.model.backbone.model.model.layers[0].self_attn.v_proj.weight
@@ -214,7 +214,7 @@ def test_weights_that_change_before_an_answers_turn_are_those_that_are_measured(
     assert gen.attribute("who?", DOCUMENTS, answer=text or "the mill").documents == fresh.documents
 
 
-def test_with_global_positions_a_twin_that_leaves_moves_the_others():
+def test_removing_a_duplicate_moves_documents_at_global_positions():
     gen = tiny.generator("llama", positions="global")
     documents = [DOCUMENTS[0], DOCUMENTS[1], DOCUMENTS[0]]
     answer = gen.answer("who?", documents, max_new_tokens=3)
@@ -225,7 +225,7 @@ def test_with_global_positions_a_twin_that_leaves_moves_the_others():
     assert found.documents[0].effect != 0 == found.documents[2].effect
 
 
-def test_arguments_of_attribute_are_checked_and_an_answers_mode_is_its_own():
+def test_attribute_checks_arguments_and_uses_the_answers_mode():
     gen = tiny.generator("llama")
     with pytest.raises(InvalidInputError, match="an Answer, a text or None"):
         gen.attribute("who?", DOCUMENTS, answer=3)
@@ -235,7 +235,7 @@ def test_arguments_of_attribute_are_checked_and_an_answers_mode_is_its_own():
     assert gen.attribute("who?", DOCUMENTS, answer=joined).mode == "concat"
 
 
-async def test_a_cancelled_task_ends_its_measuring_at_the_next_pass(monkeypatch):
+async def test_a_cancelled_task_stops_measuring_at_the_next_pass(monkeypatch):
     gen = tiny.generator("llama")
     monkeypatch.setattr(attribution, "LOGITS_AT_ONCE", 1)
     documents = [f"document {n} of the old mill" for n in range(8)]
@@ -260,7 +260,7 @@ async def test_a_cancelled_task_ends_its_measuring_at_the_next_pass(monkeypatch)
     assert len(passes) == done
 
 
-def test_memory_that_runs_out_while_measuring_is_our_error(monkeypatch):
+def test_running_out_of_memory_while_measuring_raises_our_error(monkeypatch):
     gen = tiny.generator("llama")
 
     def fails(*arguments, **options):

@@ -1,4 +1,4 @@
-"""Focus: the likelihood that ranks documents is the model's own, and what is kept is answered as if it were all."""
+"""Focus: scores are the model's own likelihoods, and answers equal those over the kept documents only."""
 
 import asyncio
 import random
@@ -31,7 +31,7 @@ def scores(answer) -> dict[str, float | None]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_score_is_the_log_probability_in_one_ordinary_pass(architecture):
+def test_focus_scores_equal_log_probabilities_of_one_ordinary_pass(architecture):
     gen, documents = generator(architecture), made_documents(4)
     found = scores(gen.answer(QUESTION, documents, focus=1, max_new_tokens=1))
     encoder = gen._engine.encoder
@@ -48,7 +48,7 @@ def test_the_score_is_the_log_probability_in_one_ordinary_pass(architecture):
 
 @pytest.mark.parametrize("mode", ["fusion", "ape", "concat"])
 @pytest.mark.parametrize("most", [1, 2, 4])
-def test_the_answer_is_that_of_the_kept_documents_alone(mode, most):
+def test_the_answer_equals_the_answer_over_the_kept_documents(mode, most):
     gen, documents = generator(), made_documents(6)
     answer = gen.answer(QUESTION, documents, mode=mode, focus=most)
     kept = [document for document in documents if document.id in used(answer)]
@@ -81,7 +81,7 @@ def test_any_order_gives_the_same_bits_from_every_store(mode, store, tmp_path):
     assert report.identical, report
 
 
-def test_a_batch_answers_as_single_questions_do():
+def test_a_batch_equals_single_questions():
     gen = generator()
     questions = [f"{QUESTION} {word}" for word in VOCABULARY[:5]]
     rows = [made_documents(3 + number % 4, seed=number // 2) for number in range(5)]
@@ -92,7 +92,7 @@ def test_a_batch_answers_as_single_questions_do():
     assert [used(a) for a in together] == [used(a) for a in alone]
 
 
-def test_streams_and_tasks_keep_the_same_documents():
+def test_streams_and_tasks_choose_the_same_documents():
     gen, documents = generator(), made_documents(6)
     answer = gen.answer(QUESTION, documents, focus=2)
     stream = gen.stream(QUESTION, documents, focus=2)
@@ -117,7 +117,7 @@ def test_documents_are_computed_once_even_without_a_store(monkeypatch):
     assert {source.origin for source in answer.sources} == {"computed"}
 
 
-def test_duplicates_count_once_and_blank_ones_not_at_all():
+def test_duplicates_count_once_and_blank_documents_do_not_count():
     gen = generator()
     documents = made_documents(4)
     best = used(gen.answer(QUESTION, documents, focus=1))[0]
@@ -128,7 +128,7 @@ def test_duplicates_count_once_and_blank_ones_not_at_all():
     assert scores(answer)["twin"] == scores(answer)[best]
 
 
-def test_sources_say_where_documents_that_were_left_out_came_from():
+def test_sources_report_origins_of_dropped_documents():
     gen, documents = generator(), made_documents(5)
     gen.prefill(documents[:3])
     answer = gen.answer(QUESTION, documents, focus=1)
@@ -148,13 +148,13 @@ def test_split_documents_are_kept_whole():
     assert gen.answer(QUESTION, kept).token_ids == answer.token_ids
 
 
-def test_attribution_gives_nothing_to_documents_that_were_left_out():
+def test_dropped_documents_get_no_attribution():
     answer = generator().answer(QUESTION, made_documents(5), focus=2, attribution="effects", max_new_tokens=4)
     assert all((source.effect == 0 and source.attention == 0) for source in answer.sources if not source.used)
     assert all(source.attention > 0 for source in answer.sources if source.used)
 
 
-def test_auto_is_the_models_own_number_in_mode_fusion_only():
+def test_auto_focus_uses_the_models_setting_in_mode_fusion_only():
     documents = made_documents(5)
     focused = generator(focus=2)
     assert len(used(focused.answer(QUESTION, documents))) == 2
@@ -166,7 +166,7 @@ def test_auto_is_the_models_own_number_in_mode_fusion_only():
 
 @settings(max_examples=40)
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=8), st.floats(0.01, 5), st.floats(-3, 3), st.floats(0.1, 10))
-def test_retriever_scores_count_whatever_their_scale(values, weight, shift, scale):
+def test_the_scale_of_retriever_scores_does_not_matter(values, weight, shift, scale):
     likelihoods = {(n,): -float(n) for n in range(len(values))}
 
     def ranked(given_scores):
@@ -178,7 +178,7 @@ def test_retriever_scores_count_whatever_their_scale(values, weight, shift, scal
     moved = ranked([scale * value + shift for value in values])
     assert ranked(values) == pytest.approx(moved, abs=1e-3 * weight) or max(values) - min(values) < 1e-6
     partial = ranked([None, *values[1:]])
-    assert partial == tuple(likelihoods.values())  # not every document has one
+    assert partial == tuple(likelihoods.values())  # some documents have none
 
 
 def test_a_heavy_weight_follows_the_retriever():
@@ -189,7 +189,7 @@ def test_a_heavy_weight_follows_the_retriever():
     )
 
 
-def test_equal_scores_are_broken_by_content():
+def test_ties_are_broken_by_content():
     read = tuple(ReadDocument(Document(str(n)), str(n), ((n,),)) for n in range(4))
     reading = Reading(read, {f"key{3 - n}": (n,) for n in range(4)})
     assert best_documents(reading, [1.0, 1.0, 1.0, 1.0], 2) == (2, 3)
@@ -198,18 +198,18 @@ def test_equal_scores_are_broken_by_content():
 
 
 @pytest.mark.parametrize("focus", [0, -1, 1.5, True, "all", "2"])
-def test_a_wrong_focus_is_refused(focus):
+def test_a_wrong_focus_is_rejected(focus):
     with pytest.raises(InvalidInputError, match=r"focus is .* but it must be a number of documents from 1"):
         generator().answer(QUESTION, made_documents(3), focus=focus)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), "0.5"])
-def test_a_wrong_score_is_refused(score):
+def test_a_wrong_score_is_rejected(score):
     with pytest.raises(InvalidInputError, match="the score of document 1 is"):
         generator().answer(QUESTION, [Document("text", score=score)])
 
 
-def test_settings_refuse_wrong_values():
+def test_settings_reject_wrong_values():
     with pytest.raises(InvalidInputError, match="focus is 'auto'"):
         generator(focus="auto")
     with pytest.raises(InvalidInputError, match="focus_weight is -1"):

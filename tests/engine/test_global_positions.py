@@ -1,4 +1,4 @@
-"""``positions="global"``: documents one after another, still unseen by each other."""
+"""``positions="global"``: documents one after another, which still do not attend to each other."""
 
 import random
 
@@ -20,7 +20,7 @@ from tests.fusion.test_fusion_laws import VOCABULARY, architectures, logits_of, 
 from tests.test_generator import DOCUMENTS
 
 
-def test_documents_stand_one_after_another_and_the_question_behind_them():
+def test_global_positions_put_documents_one_after_another():
     assert global_starts(3, [5, 1, 2]) == [3, 8, 9, 11]
     assert global_starts(3, []) == [3]
 
@@ -52,7 +52,7 @@ def test_answers_equal_one_block_masked_pass_at_these_positions(architecture, se
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bert", "llama"])
 def test_documents_may_reach_the_end_of_the_window(architecture):
-    """The padding of a pass would stand behind the last position, where learned positions have no row."""
+    """Padding must not pass the last position, where learned positions have no row."""
     gen = tiny.generator(architecture, positions="global")
     documents = [f"{number} {word} the mill" for number, word in enumerate(VOCABULARY * 3)]
     fitting = next(n for n in range(len(documents)) if gen._engine.read(documents[: n + 1]).tokens > 490)
@@ -65,21 +65,21 @@ def test_documents_may_reach_the_end_of_the_window(architecture):
 
 
 @architectures
-def test_order_matters_which_is_what_it_measures(architecture):
+def test_order_matters_with_global_positions(architecture):
     gen = tiny.generator(architecture)
     moved = gen.with_settings(positions="global")
     assert not moved.check_invariance("who?", DOCUMENTS, permutations=3).identical
     assert gen.check_invariance("who?", DOCUMENTS, permutations=3).identical  # over the same store
-    assert moved.check_invariance("who?", DOCUMENTS, permutations=3, mode="ape").identical  # of mode fusion alone
+    assert moved.check_invariance("who?", DOCUMENTS, permutations=3, mode="ape").identical  # of mode fusion only
 
 
-def test_only_the_document_right_after_the_prefix_is_looked_for_in_the_store():
+def test_only_the_first_document_uses_the_store():
     store = MemoryStore()
     gen = tiny.generator("llama", store=store)
     moved = gen.with_settings(positions="global")
     assert gen.prefill(DOCUMENTS)
     first = moved.answer("who?", DOCUMENTS, max_new_tokens=6)
-    assert [s.origin for s in first.sources] == ["memory", "computed", "computed"]  # the first stands where it stood
+    assert [s.origin for s in first.sources] == ["memory", "computed", "computed"]  # the first keeps its position
     again = moved.answer("who?", DOCUMENTS, max_new_tokens=6)
     assert [s.origin for s in again.sources] == [
         s.origin for s in first.sources
@@ -89,7 +89,7 @@ def test_only_the_document_right_after_the_prefix_is_looked_for_in_the_store():
     assert alone.answer("who?", DOCUMENTS, max_new_tokens=6).token_ids == first.token_ids
 
 
-def test_repeated_documents_stand_once_where_they_come_first():
+def test_repeated_documents_are_placed_once():
     gen = tiny.generator("llama", positions="global")
     once = gen.answer("who?", ["a mill", "a river", "rain"], max_new_tokens=5)
     many = gen.answer("who?", ["a mill", "a river", "a mill", " ", "rain", "a river"], max_new_tokens=5)
@@ -97,7 +97,7 @@ def test_repeated_documents_stand_once_where_they_come_first():
     assert [s.duplicate_of for s in many.sources] == [None, None, "1", None, None, "2"]
 
 
-def test_batch_equals_singles_and_none_is_plain_generation():
+def test_batch_equals_singles_with_and_without_documents():
     gen = tiny.generator("qwen2", positions="global")
     rng = random.Random(4)
     rows = [random_documents(rng, most=4) for _ in range(4)] + [[]]
@@ -108,7 +108,7 @@ def test_batch_equals_singles_and_none_is_plain_generation():
     assert singles[-1].token_ids == gen.answer(questions[-1], [], mode="concat", max_new_tokens=5).token_ids
 
 
-def test_what_cannot_be_is_one_clear_error(tmp_path):
+def test_impossible_uses_raise_one_clear_error(tmp_path):
     with pytest.raises(InvalidInputError, match="positions is 'local', but it must be 'uniform' or 'global'"):
         ModelSettings(positions="local")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="cannot know where documents will stand"):

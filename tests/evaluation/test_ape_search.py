@@ -1,4 +1,4 @@
-"""The search for APE's temperature and scale: what is tried, what is chosen, and that it is chosen on other rows."""
+"""The search for APE's temperature and scale: what is tried and chosen, and that it is chosen on other rows."""
 
 import json
 import re
@@ -7,6 +7,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from readers import row, rows
 
 from kvfusion_rag.cli import evaluate
 from kvfusion_rag.data.rows import QARow, write_rows
@@ -15,13 +16,12 @@ from kvfusion_rag.evaluation.ape import SCALES, TEMPERATURES, ApeSearch, Trial, 
 from kvfusion_rag.evaluation.orders import ORIGINAL, plan_conditions
 from kvfusion_rag.evaluation.runner import predict
 from kvfusion_rag.evaluation.systems import GeneratorSystem
-from tests.evaluation.test_evaluation import command, generator, row, rows  # noqa: F401 - fixtures
 
 factors = st.sampled_from([1.0, 0.9, 0.8])
 
 
 @given(st.lists(st.tuples(factors, factors, st.integers(0, 3)), min_size=1, max_size=9))
-def test_the_best_is_chosen_and_of_equals_the_smallest_change(found):
+def test_best_trial_is_chosen_and_of_equal_ones_the_smallest_change(found):
     search = ApeSearch(3, tuple(Trial(t, s, float(em)) for t, s, em in found))
     chosen = search.chosen
     assert chosen in search.trials
@@ -38,8 +38,8 @@ def answers_of(made, gen, **settings):
     return [prediction.text for prediction in found]
 
 
-def test_it_finds_the_pair_that_answers_right(generator):  # noqa: F811
-    """Answers of random weights are no words, so those of one pair are made the accepted ones."""
+def test_search_finds_the_pair_with_right_answers(generator):
+    """Random models answer gibberish, so the answers of one pair become the accepted ones."""
     asked = [row([True, *[False] * 4], f"s{n}") for n in range(8)]
     truth = answers_of(asked, generator, ape_temperature=0.6, ape_scale=0.8)
     asked = [QARow(r.id, r.question, (text,), r.passages) for r, text in zip(asked, truth, strict=True)]
@@ -57,26 +57,26 @@ def test_it_finds_the_pair_that_answers_right(generator):  # noqa: F811
     assert json.loads(json.dumps(search.to_dict()))["trials"][0]["temperature"] == 1.0
 
 
-def test_questions_that_do_not_fit_are_wrong_for_all_alike():
-    small = tiny.generator("llama", max_new_tokens=200)
-    asked = [QARow("q", "who built it? " * 40, ("x",), row([True, False]).passages)]
+def test_questions_that_do_not_fit_are_wrong_for_all_pairs():
+    small = tiny.generator("llama", max_new_tokens=2)
+    asked = [QARow("q", "who built it? " * 400, ("",), row([True, False]).passages)]
     search = search_ape(asked, small)
     assert {trial.exact_match for trial in search.trials} == {0.0}
     assert search.settings == {"ape_temperature": 1.0, "ape_scale": 1.0}
 
 
-def test_rows_have_to_be_others():
+def test_rows_must_not_be_evaluated():
     require_search_rows([row([True, False], "a")], rows(2, 2), 2)
     for wrong, message in (
-        ([*rows(1, 2), row([True, False], "a")], "1 of the 2 questions to search temperature and scale on are among"),
-        ([row([True, False], "a")], "3 documents a question are wanted"),
+        ([*rows(1, 2), row([True, False], "a")], "1 of the 2 questions to search temperature and scale on are also"),
+        ([row([True, False], "a")], "documents is 3, but"),
         ([], "no rows"),
     ):
         with pytest.raises(InvalidInputError, match=message):
-            require_search_rows(wrong, rows(2, 2), 3 if "wanted" in message else 2)
+            require_search_rows(wrong, rows(2, 2), 3 if "documents is" in message else 2)
 
 
-def test_the_command_reports_grid_and_choice(capsys, command, tmp_path):  # noqa: F811
+def test_command_reports_grid_and_choice(capsys, command, tmp_path):
     others = [row([True, *[False] * 4], f"other{n}") for n in range(3)]
     lines = [  # as lost-in-the-middle has them
         {
@@ -105,16 +105,19 @@ def test_the_command_reports_grid_and_choice(capsys, command, tmp_path):  # noqa
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ape-search", "rows.jsonl.gz"], "other rows than those evaluated, but both are rows.jsonl.gz"),
-        (["--ape-search", "copy.jsonl"], "6 of the 6 questions to search temperature and scale on are among those"),
+        (
+            ["--ape-search", "rows.jsonl.gz"],
+            "--ape-search is rows.jsonl.gz, but it must name rows that are not evaluated",
+        ),
+        (["--ape-search", "copy.jsonl"], "6 of the 6 questions to search temperature and scale on are also evaluated"),
         (["--ape-search", "none.jsonl"], "there is no file 'none.jsonl'"),
-        (["--ape-search", "copy.jsonl", "--systems", "fusion"], "'ape' is not among the systems"),
-        (["--ape-search", "short.jsonl"], "5 documents a question are wanted, but row 'short' has 2 passages"),
+        (["--ape-search", "copy.jsonl", "--systems", "fusion"], "'ape' is not one of the systems"),
+        (["--ape-search", "short.jsonl"], "documents is 5, but row 'short' has 2 passages"),
         (["--ape-search", "short.jsonl", "--output", "short.jsonl", "--force"], "short.jsonl is named twice"),
         (["--ape-search", "short.jsonl", "--skip-rows"], "1 of 1 rows left out"),
     ],
 )
-def test_mistakes_are_one_line_before_a_model_is_loaded(capsys, command, monkeypatch, tmp_path, argv, message):  # noqa: F811
+def test_wrong_arguments_are_one_line_before_a_model_is_loaded(capsys, command, monkeypatch, tmp_path, argv, message):
     monkeypatch.setattr(evaluate, "load_generator", lambda args, store: pytest.fail("loaded a model"))
     write_rows(tmp_path / "copy.jsonl", rows())
     write_rows(tmp_path / "short.jsonl", [row([True, False], "short")])

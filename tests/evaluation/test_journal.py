@@ -1,24 +1,24 @@
-"""A run of an evaluation that was stopped anywhere goes on to the very figures of one that was not."""
+"""An evaluation that was interrupted anywhere resumes to the figures of an uninterrupted one."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from readers import Reader, rows
 
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.evaluation.journal import BEGINNING, Journal
 from kvfusion_rag.evaluation.orders import plan_conditions
 from kvfusion_rag.evaluation.runner import predict
-from tests.evaluation.test_evaluation import Reader, command, generator, rows  # noqa: F401  (fixtures)
 
 FACTS = {"rows": "digest", "documents": 5, "seed": 0, "batch_size": 3}
 
 
 def readers() -> list[Reader]:
-    return [Reader("all"), Reader("first two", 2), Reader("few", limit=4)]  # the last is never able to answer
+    return [Reader("all"), Reader("first two", 2), Reader("few", limit=4)]  # the last cannot answer
 
 
 def run(path, made, systems, conditions=None):
@@ -27,8 +27,9 @@ def run(path, made, systems, conditions=None):
     return predict(made, systems, plan_conditions(made, conditions), batch_size=3, journal=journal)
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 8), st.data())
-def test_a_run_that_was_stopped_at_any_byte_goes_on_to_the_same_answers(tmp_path_factory, count, data):
+def test_run_interrupted_at_any_byte_resumes_to_equal_answers(tmp_path_factory, count, data):
     path, made = tmp_path_factory.mktemp("journal") / "answers.jsonl", rows(count)
     expected = run(path, made, readers())
     assert expected == predict(made, readers(), plan_conditions(made), batch_size=3)
@@ -36,10 +37,10 @@ def test_a_run_that_was_stopped_at_any_byte_goes_on_to_the_same_answers(tmp_path
     path.write_bytes(content[: data.draw(st.sampled_from([0, *range(len(BEGINNING), len(content) + 1)]))])
     assert run(path, made, readers()) == expected
     assert run(path, made, systems := readers()) == expected
-    assert not any(system.batches for system in systems)  # nothing is asked a third time
+    assert not any(system.batches for system in systems)  # all answers are in the file
 
 
-def test_batches_are_asked_again_as_wholes(tmp_path):
+def test_incomplete_batches_are_asked_again(tmp_path):
     made = rows(6)
     expected = run(tmp_path / "a", made, readers(), ["original"])
     lines = (tmp_path / "a").read_bytes().splitlines(keepends=True)
@@ -49,7 +50,7 @@ def test_batches_are_asked_again_as_wholes(tmp_path):
     assert [system.batches[:1] for system in systems] == [[], [], [3]]
 
 
-def test_more_systems_and_conditions_go_on_from_the_same_file(tmp_path):
+def test_run_with_more_systems_and_conditions_resumes(tmp_path):
     made = rows(4)
     run(tmp_path / "a", made, readers()[:1], ["original"])
     systems = readers()[:2]
@@ -59,7 +60,7 @@ def test_more_systems_and_conditions_go_on_from_the_same_file(tmp_path):
     assert systems[0].batches == [3, 1] and systems[1].batches == [3, 3, 1, 1]
 
 
-def test_a_file_of_another_run_or_kind_is_refused_and_left_as_it_is(tmp_path):
+def test_file_of_another_run_or_kind_is_rejected_and_unchanged(tmp_path):
     path, made = tmp_path / "a", rows(3)
     run(path, made, readers())
     content = path.read_bytes()
@@ -80,12 +81,12 @@ def test_a_file_of_another_run_or_kind_is_refused_and_left_as_it_is(tmp_path):
         b"3\n",
     ):
         path.write_bytes(other)
-        with pytest.raises(InvalidInputError, match="holds no answers of an evaluation"):
+        with pytest.raises(InvalidInputError, match="is not a journal of an evaluation"):
             Journal(path, FACTS)
         assert path.read_bytes() == other
 
 
-def test_the_command_goes_on(capsys, command, tmp_path):  # noqa: F811
+def test_command_resumes(capsys, command, tmp_path):
     options = ["rows.jsonl.gz", "--conditions", "original,slot:2", "--resume", "answers.jsonl", "--json"]
     options += ["--systems", "fusion,concat"]
 

@@ -1,4 +1,4 @@
-"""``doctor --measure``: shipped questions, the best mode, and what ``auto`` makes of it."""
+"""``doctor --measure``: shipped questions, the best mode, and its use by mode ``auto``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import torch
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.answer_match import answer_in_text
-from kvfusion_rag.engine.measured import Measured
 from kvfusion_rag.evaluation.modes import (
-    WAYS,
+    CHOICES,
     ModeQuestion,
     ModeResult,
     best_measured,
@@ -26,6 +25,7 @@ from kvfusion_rag.evaluation.modes import (
 )
 from kvfusion_rag.home import home
 from kvfusion_rag.schema import Document
+from kvfusion_rag.text.measured import Measured
 from tests.retrieval.test_retrieval import WordEmbedder
 
 ANSWER = "Amara Osei"
@@ -36,17 +36,17 @@ def own_home(monkeypatch, tmp_path):
     monkeypatch.setenv("KVFUSION_HOME", str(tmp_path / "home"))
 
 
-def test_every_shipped_question_is_answered_by_one_of_its_five_documents():
+def test_each_shipped_question_is_answered_by_one_of_its_five_documents():
     questions = shipped_questions()
     assert len(questions) == len({q.question for q in questions}) == 40
     for q in questions:
         assert len({d.id for d in q.documents}) == 5
         assert sum(answer_in_text(d.text, [q.answers[0]]) for d in q.documents) == 1, q.question
     places = [next(n for n, d in enumerate(q.documents) if answer_in_text(d.text, [q.answers[0]])) for q in questions]
-    assert {places.count(n) for n in range(5)} == {8}  # the right document stands in every place equally often
+    assert {places.count(n) for n in range(5)} == {8}  # the right document is at every slot equally often
 
 
-def test_a_mode_is_judged_by_its_answers():
+def test_modes_are_judged_by_their_answers():
     gen = tiny.speaker(ANSWER)
     documents = (Document(f"{ANSWER} built it"), Document("two grey doves sleep"))
     asked = [
@@ -54,12 +54,12 @@ def test_a_mode_is_judged_by_its_answers():
         ModeQuestion("who sleeps?", ("the doves",), documents),
     ]
     results, weight = measure_modes(gen, asked)
-    assert [(result.mode, result.focus) for result in results] == list(WAYS) and weight == 0
+    assert [(result.mode, result.focus) for result in results] == list(CHOICES) and weight == 0
     assert {result.right for result in results} == {50.0}
     assert all(0 < result.first_token <= result.total for result in results)
 
 
-def test_the_weight_ranks_documents_with_an_answer_highest():
+def test_best_weight_ranks_documents_with_an_answer_highest():
     rows = []
     for letter, best in (("a", 0), ("b", 2), ("c", 1)):
         documents = [
@@ -88,7 +88,7 @@ def test_scores_are_cosine_similarities():
     assert [document.score for document in found.documents] == [0.0, 0.8]
 
 
-def test_the_best_mode_has_the_most_right_answers_and_equal_ones_prefer_stored_documents():
+def test_best_mode_has_the_most_right_answers():
     def best(*results):
         return best_measured(results, 0.5)
 
@@ -98,10 +98,10 @@ def test_the_best_mode_has_the_most_right_answers_and_equal_ones_prefer_stored_d
     assert best(ModeResult("fusion", reason="refused"), concat) == Measured("concat", None, 0.5)
     focused = [ModeResult("fusion", 50.0, focus=1), ModeResult("fusion", 52.0, focus=2), ModeResult("fusion", 52.0)]
     assert best(*focused, concat) == Measured("concat", None, 0.5)
-    assert best(*focused[:2], concat) == Measured("concat", 2, 0.5)  # what mode "fusion" does when it is asked for
+    assert best(*focused[:2], concat) == Measured("concat", 2, 0.5)
 
 
-def test_a_measured_mode_is_the_default_of_these_weights_only(own_home):
+def test_measured_mode_is_the_default_of_these_weights_only(own_home):
     made, others = tiny.untuned(), tiny.untuned(seed=1)
     assert made.default_mode()[0] == "concat"
     made.keep_measurement(Measured("ape"), [])
@@ -115,12 +115,12 @@ def test_a_measured_mode_is_the_default_of_these_weights_only(own_home):
     assert others.default_mode()[0] == "concat"
 
 
-def test_a_mode_that_is_set_wins_over_a_measured_one(own_home):
+def test_given_mode_overrides_the_measured_one(own_home):
     tiny.untuned().keep_measurement(Measured("ape"), [])
     assert tiny.untuned(mode="concat").mode == "concat"
 
 
-def test_a_damaged_measurement_is_reported_and_ignored(own_home, caplog):
+def test_damaged_measurement_is_reported_and_ignored(own_home, caplog):
     tiny.untuned().keep_measurement(Measured("ape"), [])
     (file,) = (home() / "measured").iterdir()
     whole = json.loads(file.read_text())
@@ -132,16 +132,17 @@ def test_a_damaged_measurement_is_reported_and_ignored(own_home, caplog):
     assert "doctor --measure again" in caplog.text
 
 
-def test_a_measurement_that_cannot_be_kept_names_the_folder(monkeypatch, tmp_path):
+def test_unwritable_folder_of_measurements_is_named(monkeypatch, tmp_path):
     (tmp_path / "taken").write_text("")
     monkeypatch.setenv("KVFUSION_HOME", str(tmp_path / "taken"))
     with pytest.raises(InvalidInputError, match=r"taken.*KVFUSION_HOME"):
         tiny.untuned().keep_measurement(Measured("ape"), [])
 
 
-def test_the_command_prints_the_table_and_keeps_the_mode(own_home, capsys, monkeypatch, tmp_path):
+def test_command_prints_the_table_and_keeps_the_mode(own_home, capsys, monkeypatch, tmp_path):
     few = shipped_questions()[:2]
     monkeypatch.setattr("kvfusion_rag.evaluation.modes.shipped_questions", lambda: few)
+    monkeypatch.setattr("kvfusion_rag.evaluation.modes.MAX_ANSWER_TOKENS", 4)
     folder = tiny.save(tmp_path / "model", max_position_embeddings=4096)
     assert main(["doctor", str(folder), "--measure"]) == 0
     out = capsys.readouterr().out
@@ -151,14 +152,13 @@ def test_the_command_prints_the_table_and_keeps_the_mode(own_home, capsys, monke
     assert found["mode_reason"].startswith("measured best") and found["measured"] is None
 
 
-def test_without_measuring_the_command_says_what_is_not_known(own_home, capsys, model_folder):
+def test_command_without_measuring_names_the_option(own_home, capsys, model_folder):
     assert main(["doctor", str(model_folder)]) == 0
     out = capsys.readouterr().out
-    assert "say nothing about the quality of answers" in out and "default mode: concat" in out
+    assert "do not measure the quality of answers" in out and "default mode: concat" in out
 
 
-def test_the_shell_answers_as_generate_does_on_the_prompt_it_shows(capsys, monkeypatch, tmp_path):
-    """``ask`` with an untuned model: token for token the ordinary pipeline."""
+def test_untuned_ask_answers_like_generate_on_the_shown_prompt(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
     folder = tiny.save(tmp_path / "model", max_position_embeddings=4096)
     (tmp_path / "docs").mkdir()
@@ -167,14 +167,14 @@ def test_the_shell_answers_as_generate_does_on_the_prompt_it_shows(capsys, monke
     assert main(["ask", "who built it?", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     gen = KVFusionGenerator.from_pretrained(folder, gather=False)
-    tok = gen._backbone.tokenizer
+    tok = gen._engine.model.backbone.tokenizer
     ids = tok(found["prompt"], add_special_tokens=False)["input_ids"]
     assert tok.decode(ids) == found["prompt"] and "the old mill was built in 1874" in found["prompt"]
     network = tiny.model("llama", max_position_embeddings=4096)
-    ends = sorted(gen._backbone.end_ids)
+    ends = sorted(gen._engine.model.backbone.end_ids)
     mask = torch.ones(1, len(ids), dtype=torch.long)
     out = network.generate(
         torch.tensor([ids]), attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=ends, pad_token_id=0
     )
     assert found["mode"] == "concat"
-    assert found["text"] == gen._encoder.decode(out[0, len(ids) :].tolist()).strip()
+    assert found["text"] == gen._engine.encoder.decode(out[0, len(ids) :].tolist()).strip()

@@ -1,4 +1,4 @@
-"""How an answer's text grows: stop strings over token borders, held-back endings, and the choice of tokens."""
+"""How an answer grows: stop strings across tokens, held-back endings, and the choice of tokens."""
 
 import statistics
 
@@ -19,7 +19,7 @@ STOPS = st.lists(st.text(st.sampled_from("abc .\n#"), min_size=1, max_size=4), m
 
 
 def grow(text: str, stop: list[str], size: int) -> tuple[GrowingAnswer, list[str]]:
-    """Feed ``text`` to a row token by token, ``size`` tokens between two takings."""
+    """Feed ``text`` token by token and take pieces every ``size`` tokens."""
     tok = tokenizer("byte-bpe")
     ids = tok(text, add_special_tokens=False)["input_ids"]
     row, pieces = GrowingAnswer(lambda ids: tok.decode(ids), stop), []
@@ -33,7 +33,7 @@ def grow(text: str, stop: list[str], size: int) -> tuple[GrowingAnswer, list[str
 
 
 @given(text=st.text(st.sampled_from("abc .\n#é東"), min_size=1, max_size=40), stop=STOPS, size=st.integers(1, 4))
-def test_streamed_pieces_join_to_the_text_and_stop_strings_never_show(text, stop, size):
+def test_streamed_pieces_join_to_the_text_without_stop_strings(text, stop, size):
     row, pieces = grow(text, stop, size)
     assert "".join(pieces) == row.text
     body = text.lstrip()
@@ -51,7 +51,7 @@ def test_an_ending_that_may_become_a_stop_string_is_held_back():
     assert row.take() == "##Ex"
 
 
-def test_an_answer_without_stop_strings_is_decoded_when_it_is_asked_for():
+def test_an_answer_without_stop_strings_is_decoded_on_access():
     calls = []
     row = GrowingAnswer(lambda ids: calls.append(len(ids)) or "".join(ids), [])
     for token in "abcdef":
@@ -67,7 +67,7 @@ def test_the_callers_list_of_stop_strings_may_change():
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])
-def test_logits_that_are_no_numbers_are_an_error_and_no_answer(temperature):
+def test_non_finite_logits_raise_an_error(temperature):
     gen = generator("llama")
     assert gen.answer("who?", ["the river"], max_new_tokens=3, temperature=temperature)
     with torch.no_grad():
@@ -76,14 +76,14 @@ def test_logits_that_are_no_numbers_are_an_error_and_no_answer(temperature):
         gen.answer("who?", ["the river"], max_new_tokens=3, temperature=temperature)
 
 
-def test_differences_of_logits_that_are_not_finite():
+def test_difference_of_non_finite_logits():
     low, nan = torch.tensor([[1.0, -torch.inf]]), torch.tensor([[1.0, torch.nan]])
     assert _logit_difference([low], [low]) == 0 and _logit_difference([low], [low + 1]) == torch.inf
     assert _logit_difference([low], [nan]) == _logit_difference([nan], [nan]) == torch.inf
     assert _logit_difference([], []) == 0 and _logit_difference([low], []) == torch.inf
 
 
-def test_a_character_whose_bytes_have_not_all_come_is_held_back():
+def test_an_incomplete_character_is_held_back():
     tok = tokenizer("byte-bpe")
     ids = tok("東", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1
@@ -94,7 +94,7 @@ def test_a_character_whose_bytes_have_not_all_come_is_held_back():
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 @given(data=st.data())
 def test_pieces_of_any_tokens_join_to_the_text(kind, data):
-    """Byte pieces and broken UTF-8 too: what was emitted is never rewritten."""
+    """Emitted text never changes, also with byte tokens and broken UTF-8."""
     tok = tokenizer(kind)
     ids = data.draw(st.lists(st.integers(0, len(tok) - 1), min_size=1, max_size=25))
     unsettling_ids = PlainEncoder(tok).unsettling_ids
@@ -132,7 +132,7 @@ def test_sampling_keeps_to_top_k_and_top_p():
     assert set(sampler(DecodingOptions(1, temperature=1.0, top_p=0.5), 200, CPU)(logits, range(200))) == {0}
 
 
-def test_the_smallest_temperatures_are_greedy():
+def test_tiny_temperatures_are_greedy():
     gen = generator("llama")
     greedy = gen.answer("who?", ["the river"], max_new_tokens=5).token_ids
     assert gen.answer("who?", ["the river"], max_new_tokens=5, temperature=1e-40).token_ids == greedy
@@ -144,7 +144,7 @@ def test_sampling_follows_the_probabilities():
     assert abs(share - 1 / (1 + 2.718281828**0.5)) < 0.04  # four standard errors
 
 
-def test_a_seed_repeats_and_leaves_torchs_own_generator_alone():
+def test_a_seed_repeats_and_does_not_touch_torchs_generator():
     gen = generator("llama")
     state = torch.random.get_rng_state()
     first = gen.answer("who?", ["the river"], temperature=1.5, seed=3, max_new_tokens=12)

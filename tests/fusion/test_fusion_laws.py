@@ -1,4 +1,4 @@
-"""The laws that fusion stands on, each over several architectures: one test states one law."""
+"""The laws of fusion, one per test, each over several architectures."""
 
 import random
 
@@ -36,13 +36,13 @@ def random_documents(rng: random.Random, most: int = 7) -> list[Document]:
 
 
 def prefilled(bone, documents, prefix, tokens_per_pass):
-    """Document KVs in the order of ``documents``."""
+    """Return document KVs in the order of ``documents``."""
     done = dict(prefill(bone, documents, prefix, tokens_per_pass=tokens_per_pass))
     return [done[index] for index in range(len(documents))]
 
 
 def fused_logits(bone, prefix, kvs, question, passage_length):
-    """Logits after ``question``, read over the fused ``kvs``."""
+    """Return the logits of ``question`` over the fused ``kvs``."""
     row = [prefix, *kvs] if prefix else list(kvs)
     context = fuse([row], bone.device)
     start = question_start(prefix.num_tokens if prefix else 0, passage_length, max(kv.num_tokens for kv in kvs))
@@ -80,8 +80,8 @@ def test_fused_logits_are_one_block_masked_pass(architecture, documents, questio
 @dtypes
 @settings(max_examples=8)
 @given(documents=st.lists(document_ids, min_size=2, max_size=9, unique=True), data=st.data())
-def test_a_documents_kv_has_the_same_bits_whatever_is_prefilled_beside_it(architecture, dtype, documents, data):
-    """Stored = computed: a store may hold any subset, filled by any earlier questions."""
+def test_a_document_kv_does_not_depend_on_its_batch(architecture, dtype, documents, data):
+    """Stored = computed, for any subset in the store, filled by any earlier questions."""
     bone = backbone(architecture, dtype)
     together = prefilled(bone, documents, None, tokens_per_pass=128)
     order = data.draw(st.permutations(range(len(documents))))
@@ -102,7 +102,7 @@ def test_prefill_in_buckets_equals_prefill_of_the_exact_length(architecture):
 
 
 def logits_of(gen, question, documents, max_new_tokens=5):
-    """Every step's logits and the tokens of one greedy answer."""
+    """Return the logits of every step and the tokens of one greedy answer."""
     kept: list[torch.Tensor] = []
     options = DecodingOptions(max_new_tokens)
     request = gen._engine.request(question, documents, None, None, options)
@@ -116,7 +116,7 @@ def logits_of(gen, question, documents, max_new_tokens=5):
     ("architecture", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16), ("bert", torch.float32)]
 )
 def test_any_order_gives_the_same_bits_with_any_store(architecture, dtype):
-    """At least 200 cases of numbers, lengths and duplicates; the store holds nothing, some or all of the documents."""
+    """At least 200 cases of counts, lengths and duplicates. The store has none, some or all of the documents."""
     bone = backbone(architecture, dtype)
     storing, storeless = (KVFusionGenerator(TorchModel(bone), store=store) for store in (MemoryStore(), None))
     rng = random.Random(7)
@@ -162,7 +162,7 @@ def test_batch_equals_singles(architecture):
     gen = generator(architecture)
     rng = random.Random(5)
     questions = [" ".join(rng.choices(VOCABULARY, k=rng.randint(1, 12))) for _ in range(6)]
-    documents = [random_documents(rng) for _ in range(5)] + [[]]  # the last row has none
+    documents = [random_documents(rng) for _ in range(5)] + [[]]  # the last row has no document
     batch = gen.answer_batch(questions, documents, max_new_tokens=6)
     for answer, question, row in zip(batch, questions, documents, strict=True):
         single = gen.answer(question, row, max_new_tokens=6)
@@ -175,7 +175,7 @@ def test_batch_equals_singles(architecture):
 
 
 @architectures
-def test_padding_a_batch_does_not_move_the_logits(architecture):
+def test_padding_does_not_change_logits(architecture):
     bone = backbone(architecture)
     kvs = prefilled(bone, [tuple(range(20, 60)), tuple(range(30, 41))], None, tokens_per_pass=128)
     question = [15, 16, 17]
@@ -189,8 +189,8 @@ def test_padding_a_batch_does_not_move_the_logits(architecture):
     torch.testing.assert_close(both[1], alone[0], rtol=1e-4, atol=1e-4 * alone.abs().max().item())
 
 
-def test_documents_do_not_see_each_other():
-    """Changing one document leaves the other's KV untouched, to the bit (the packed-sequence trap)."""
+def test_documents_do_not_attend_to_each_other():
+    """Changing one document does not change a bit of the other's KV."""
     bone = backbone("llama")
     first, second, changed = tuple(range(20, 50)), tuple(range(60, 90)), tuple(range(100, 130))
     before = prefilled(bone, [first, second], None, tokens_per_pass=512)[0]
@@ -215,6 +215,6 @@ def test_rows_without_documents_fuse_to_an_empty_cache():
 
 @architectures
 @dtypes
-def test_the_gate_passes_what_is_exact(architecture, dtype):
+def test_the_gate_accepts_exact_models(architecture, dtype):
     report = run_gate(backbone(architecture, dtype), None, range(10, 390), tokens_per_pass=128)
     assert report.passed and len(report.checks) == 8

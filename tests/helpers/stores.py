@@ -1,18 +1,21 @@
-"""Small document KVs and stores for the tests of the store."""
+"""Small document KVs, stores and requests for the tests of the store."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from kvfusion_rag import DiskStore
+from kvfusion_rag import DiskStore, DocumentStore, MemoryStore, RemoteStore
 from kvfusion_rag.model.kv import DocumentKV, KVShape
 from kvfusion_rag.store import KVRequest, document_key
+from kvfusion_rag.store.format import layout
 
 SHAPE = KVShape(2, 3, 8, torch.float32)
 CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def ids_of(number: int, tokens: int = 5) -> tuple[int, ...]:
@@ -23,8 +26,11 @@ def key_of(number: int, tokens: int = 5, namespace: str = "", model: str = "mode
     return document_key(model, namespace, ids_of(number, tokens))
 
 
+SIZE = layout(key_of(1), 5, SHAPE, "raw").total  # bytes of one document's file
+
+
 def kv_of(number: int, tokens: int = 5, shape: KVShape = SHAPE) -> DocumentKV:
-    """The one right KV of document ``number``, a function of its ids."""
+    """Return the one correct KV of document ``number``, a function of its token ids."""
     generator = torch.Generator().manual_seed(number)
     size = (shape.layers, shape.heads, tokens, shape.width)
     keys, values = (torch.randn(size, generator=generator).to(shape.dtype) for _ in range(2))
@@ -35,8 +41,13 @@ def same(a: DocumentKV, b: DocumentKV) -> bool:
     return a.token_ids == b.token_ids and torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
 
 
+def put(store: DiskStore, *numbers: int, **names: str) -> None:
+    for number in numbers:
+        assert store.put(key_of(number, **names), kv_of(number))
+
+
 def read(store: DiskStore, number: int, tokens: int = 5, shape: KVShape = SHAPE, **names: str):
-    """(why not, KV) of document ``number``."""
+    """Return the miss (or None) and the KV of document ``number``."""
     into = shape.empty(ids_of(number, tokens))
     return store.get(key_of(number, tokens, **names), shape, into), into
 
@@ -45,22 +56,55 @@ def files_of(store: DiskStore) -> list[Path]:
     return sorted(store.path.glob("v*/*/*/*.safetensors"))
 
 
-def wanted_of(numbers: Iterable[int], tokens: int = 5, namespace: str = "") -> dict[str, KVRequest]:
+def requests_of(numbers: Iterable[int], tokens: int = 5, namespace: str = "") -> dict[str, KVRequest]:
     return {key_of(n, tokens, namespace): KVRequest(ids_of(n, tokens)) for n in numbers}
 
 
 class Computer:
-    """Computes the right KVs, and remembers what it was asked for."""
+    """Computes the correct KVs and records the requested keys."""
 
     def __init__(
-        self, numbers: Iterable[int], tokens: int = 5, namespace: str = "", before: Callable[[], None] = lambda: None
+        self, numbers: Iterable[int], tokens: int = 5, namespace: str = "", before: Callable[[], Any] = lambda: None
     ) -> None:
-        self._made = {key_of(n, tokens, namespace): (n, tokens) for n in numbers}
+        self._documents = {key_of(n, tokens, namespace): (n, tokens) for n in numbers}
         self._before = before
-        self.asked: list[str] = []
+        self.computed: list[str] = []
 
     def __call__(self, keys: Sequence[str]):
         for key in keys:
-            self.asked.append(key)
+            self.computed.append(key)
             self._before()
-            yield key, kv_of(*self._made[key])
+            yield key, kv_of(*self._documents[key])
+
+
+def fetch(store: DocumentStore, numbers: Iterable[int], compute: Computer | None = None, namespace: str = ""):
+    """Fetch documents, check their KVs and return their origins."""
+    numbers = list(numbers)
+    compute = compute or Computer(numbers, namespace=namespace)
+    fetched = store.fetch(requests_of(numbers, namespace=namespace), SHAPE, CPU, compute)
+    keys = {number: key_of(number, namespace=namespace) for number in numbers}
+    assert all(same(fetched.kvs[key], kv_of(number)) for number, key in keys.items())
+    return [fetched.origins[key] for key in keys.values()]
+
+
+def layered(folder: Path, **options: Any) -> DocumentStore:
+    """Return a store with memory and disk tiers."""
+    return DocumentStore(MemoryStore(), DiskStore(folder / "disk"), **options)
+
+
+def failing(error: Exception) -> Callable[..., Any]:
+    """Return a function that raises ``error``."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+def put_all(remote: RemoteStore, *numbers: int) -> None:
+    for number in numbers:
+        remote.put(key_of(number), kv_of(number))
+
+
+def remote_entries(remote: RemoteStore) -> int:
+    return sum(count for _, count in remote.totals().values())

@@ -143,7 +143,7 @@ def generator() -> KVFusionGenerator:
 
 def ids_read(generator: KVFusionGenerator, call: Any) -> list[int]:
     """Every id that untrusted texts of a call become."""
-    encoder: PromptEncoder = generator._encoder
+    encoder: PromptEncoder = generator._engine.encoder
     texts = [call.question, *(message if isinstance(message, str) else message.text for message in _wording(call))]
     for document in call.documents:
         texts += [document.text, document.title or ""]
@@ -169,7 +169,7 @@ def test_no_document_adds_another_or_changes_the_question(route, attack, make, g
     assert call.question == QUESTION
     assert not any("Eve" in str(each) or "flour flour" in str(each) for each in _wording(call))
     if attack != "a long line":
-        control = generator._encoder.plain.control_ids
+        control = generator._engine.encoder.plain.control_ids
         assert not control.intersection(ids_read(generator, call))
 
 

@@ -107,7 +107,7 @@ def generator() -> Watching:
 
 def expected(generator: KVFusionGenerator, messages: Any, **kwargs: Any) -> tuple[list[int], str]:
     """Prompt ids and greedy answer of transformers for ``messages``."""
-    backbone = generator._backbone
+    backbone = generator._engine.model.backbone
     inputs = backbone.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", **kwargs
     )
@@ -200,7 +200,7 @@ def test_show_prompt_is_the_text_of_that_prompt(name, make, generator):
     value = PROMPTS[name].invoke({**given, "context": format_docs(FOUND)})
     recorder = RecordingChat()
     recorder.invoke(value)
-    assert shown.text == generator._backbone.tokenizer.apply_chat_template(
+    assert shown.text == generator._engine.model.backbone.tokenizer.apply_chat_template(
         recorder.seen[0], add_generation_prompt=True, tokenize=False
     )
     assert [part.document_id for part in shown.parts if part.document_id] == ["a", "b", "c"]
@@ -283,7 +283,7 @@ def test_a_prompt_without_documents_is_read_as_it_is(make, generator):
 
 
 def test_variables_of_the_chat_template_reach_it(generator, monkeypatch):
-    tokenizer = generator._backbone.tokenizer
+    tokenizer = generator._engine.model.backbone.tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", tiny.CHATML + "{% if thinks %}wait! {% endif %}")
     ids, answer = expected(generator, [{"role": "user", "content": QUESTION}], thinks=True)
     model = ChatKVFusion(generator=generator, max_tokens=TOKENS, chat_template_kwargs={"thinks": False})
@@ -336,7 +336,7 @@ def test_a_documents_chain_reads_its_prompt_with_the_documents_in_place(generato
     model = KVFusionLLM(generator=generator, max_tokens=TOKENS)
     generator.made.clear()
     create_kvfusion_documents_chain(model).invoke({"context": FOUND, "input": QUESTION})
-    text = generator._backbone.tokenizer.decode(generator.made[0].question.ids)
+    text = generator._engine.model.backbone.tokenizer.decode(generator.made[0].question.ids)
     assert f"as you can.\n\n{format_docs(FOUND)}\n\nQuestion: {QUESTION}\nAnswer:" in text
 
 

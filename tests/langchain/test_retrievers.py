@@ -19,6 +19,7 @@ from langchain_core.runnables import RunnableLambda
 from langchain_routes import LastFirst, Shelf
 
 from kvfusion_rag import DiskStore, DocumentStore, KVFusionGenerator, MemoryStore, OverloadError
+from kvfusion_rag.fusion.torch_model import TorchModel
 from langchain_kvfusion import ChatKVFusion, KVFusionLLM, PrefetchingRetriever
 
 FOUND = Shelf().invoke("")
@@ -76,10 +77,10 @@ def test_it_passes_callbacks_on_and_shows_no_generator():
 
 def test_stored_documents_come_from_memory_afterwards(tmp_path):
     question = "Who?"
-    before = KVFusionGenerator(tiny.backbone("llama"), store=DocumentStore(disk=DiskStore(tmp_path)))
+    before = KVFusionGenerator(TorchModel(tiny.backbone("llama")), store=DocumentStore(disk=DiskStore(tmp_path)))
     before.prefill([document.page_content for document in FOUND])
     gen = KVFusionGenerator(
-        tiny.backbone("llama"), store=DocumentStore(memory=MemoryStore(), disk=DiskStore(tmp_path), load="always")
+        TorchModel(tiny.backbone("llama")), store=DocumentStore(memory=MemoryStore(), disk=DiskStore(tmp_path))
     )
     futures = []
 

@@ -25,6 +25,7 @@ from tiny import backbone
 from tiny import generator as tiny_generator
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, OverloadError
+from kvfusion_rag.fusion.torch_model import TorchModel
 from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionPrefetch, KVFusionPrefill, KVFusionSynthesizer
 
 QUESTION = "Who built it?"
@@ -40,7 +41,7 @@ def documents() -> list[LlamaDocument]:
 
 
 def llm_on(store: Any) -> KVFusionLlamaIndexLLM:
-    return KVFusionLlamaIndexLLM(KVFusionGenerator(backbone("llama"), store=store))
+    return KVFusionLlamaIndexLLM(KVFusionGenerator(TorchModel(backbone("llama")), store=store))
 
 
 def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode | None = None, **options: Any) -> IngestionPipeline:
@@ -114,7 +115,7 @@ def test_the_cache_of_a_pipeline_skips_what_this_model_has_in_this_store(tmp_pat
 
 
 def test_a_cache_that_tenants_share_skips_nothing_of_the_other(tmp_path: Path) -> None:
-    cache, generator = IngestionCache(), KVFusionGenerator(backbone("llama"), store=tmp_path)
+    cache, generator = IngestionCache(), KVFusionGenerator(TorchModel(backbone("llama")), store=tmp_path)
     for tenant in (generator, generator.with_namespace("b")):
         llm = KVFusionLlamaIndexLLM(tenant)
         nodes = pipeline(llm, cache=cache).run(documents=documents())

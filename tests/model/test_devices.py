@@ -10,6 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import WORDS, backbone, model
+from tiny_training import SETTINGS as TRAINING
+from tiny_training import batch_of, rows
 
 from kvfusion_rag import DiskStore, Document, DocumentStore, KVFusionGenerator, MemoryLimitError, MemoryStore
 from kvfusion_rag.cli import main
@@ -18,8 +20,6 @@ from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.training.loss import fusion_loss
 from tests.fusion.test_fusion_laws import logits_of, random_documents
-from tests.training.test_training import SETTINGS as TRAINING
-from tests.training.test_training import batch_of, rows
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -48,8 +48,8 @@ def test_any_order_and_any_store_gives_the_same_bits(device, dtype, attention, t
         None,
         MemoryStore(),
         MemoryStore(host=True),
-        DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28), load="always"),
-        DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28), load="always"),
+        DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28)),
+        DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28)),
     ]
     generators = [KVFusionGenerator(loaded, store=store) for store in stores]
     rng = random.Random(11)

@@ -13,26 +13,27 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 from peft import LoraConfig
 from tiny import backbone
+from tiny_training import rows
 
 from kvfusion_rag import KVFusionGenerator, MissingDependencyError, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
 from kvfusion_rag.model.adapters import ADAPTER_LIBRARIES, require_adapter_libraries
 from kvfusion_rag.training import TrainingConfig, train
-from tests.training.test_training import rows
 
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_RUN = {"torch"}  # only one version of torch is tested
 NOTEBOOKS = {"ipykernel", "ipywidgets"}  # not part of the tested versions
 UNCAPPED = {"fsspec", *NOTEBOOKS}  # versions of fsspec are dates
-TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "nbmake", "packaging"}
+TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis", "nbmake", "packaging"}
 
 
 def requirements() -> dict[str, Requirement]:
     """Return every library that the package or a framework test needs, without tools."""
     extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(line for name in extras if name != "dev" for line in extras[name])]
+    used = [name for name in extras if name not in ("dev", "docs")]
+    lines = [*PROJECT["dependencies"], *(line for name in used for line in extras[name])]
     made = [Requirement(line) for line in lines]
     return {r.name: r for r in made if r.name not in TEST_TOOLS | {"kvfusion-rag"}}
 

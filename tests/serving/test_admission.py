@@ -18,6 +18,7 @@ from fakes import RecordingGenerator
 from serving_client import CHAT, request
 
 from kvfusion_rag import Answer, KVFusionGenerator, MemoryStore
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.serving import ServingOptions, create_app, running
 
 
@@ -113,7 +114,7 @@ def test_disconnect_cancels_the_answer():
 
 def test_decoding_stops_after_a_disconnect():
     backbone = tiny.backbone("llama", max_position_embeddings=100_000)
-    generator = KVFusionGenerator(backbone, store=MemoryStore())
+    generator = KVFusionGenerator(TorchModel(backbone), store=MemoryStore())
     steps: list[None] = []
     with served(generator, max_concurrency=1) as client:
         asked = {**request(max_tokens=90_000), "model": generator.model_id}

@@ -14,6 +14,8 @@ from serving_client import CHAT, client_of, extension, request
 from starlette.testclient import TestClient
 
 from kvfusion_rag import KVFusionGenerator, MemoryStore
+from kvfusion_rag.engine.engine import EngineOptions
+from kvfusion_rag.fusion.torch_model import TorchModel
 
 JSON = {"content-type": "application/json"}
 HOSTILE = [
@@ -41,7 +43,7 @@ ANY_JSON = st.recursive(
 def generator() -> KVFusionGenerator:
     """A model with a context long enough for the long texts."""
     backbone = tiny.backbone("llama", max_position_embeddings=4096)
-    return KVFusionGenerator(backbone, store=MemoryStore(), max_fused_tokens=5000)
+    return KVFusionGenerator(TorchModel(backbone), store=MemoryStore(), options=EngineOptions(max_fused_tokens=5000))
 
 
 @pytest.fixture(scope="module")

@@ -1,38 +1,35 @@
-"""Loss "distill": Dt learns over fused passages what the base model says over the gold passage only."""
+"""Loss "distill": Dt over fused passages learns the distribution of the base model over the gold passage only."""
 
 import dataclasses
-import json
-from pathlib import Path
 
 import pytest
 import torch
 from tiny import backbone, save, tokenizer
+from tiny_training import SETTINGS, contents, engine, rows, trainer
 from torch.nn.functional import log_softmax
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, MemoryStore
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import Passage, QARow, write_rows
 from kvfusion_rag.engine.engine import Engine
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import default_settings
 from kvfusion_rag.training.checkpoint import load_record
 from kvfusion_rag.training.config import TrainingConfig
 from kvfusion_rag.training.examples import collate, encode_row, require_trainable
 from kvfusion_rag.training.loss import base_log_probabilities, distillation_loss
-from kvfusion_rag.training.record import require_same_run
-from tests.training.test_training import SETTINGS, contents, engine, rows, trainer
 
 
 def prompt_engine() -> Engine:
-    """An engine that reads bare questions in the model's chat template."""
+    """Return an engine that reads questions in the model's chat template."""
     settings = default_settings(tokenizer("byte-bpe"))
     base = backbone("llama", settings=settings, max_position_embeddings=1024)
-    options = {"namespace": "", "max_fused_tokens": 100_000, "tokens_per_pass": None}
-    return Engine(base, settings, store=MemoryStore(), **options)
+    return Engine(TorchModel(base), settings, store=MemoryStore())
 
 
 def distilled(made: Engine, data: list[QARow], *, joined: bool = False):
     options = {"evidence": False, "joined": joined, "loss": "distill"}
-    return collate([encode_row(row, made, end_id=made.decoder.end_id, **options) for row in data])
+    return collate([encode_row(row, made, end_id=made.model.decoder.end_id, **options) for row in data])
 
 
 def gold_only(row: QARow) -> QARow:
@@ -44,45 +41,47 @@ def made(request) -> Engine:
     return engine() if request.param == "fixed" else prompt_engine()
 
 
-def test_the_target_is_the_distribution_of_the_base_model_over_the_gold_passage_in_an_ordinary_pass(made):
+def test_target_is_the_base_models_distribution_in_an_ordinary_pass(made):
     for row in rows(3):
         ((example,),) = distilled(made, [row]).groups
         base = example.base
         (gold,) = base.documents.values()
-        # A passage length puts the question further behind; without one the positions are those of a joined prompt.
+        # With a passage length, the question is at later positions than in a joined prompt.
         ids = [*base.prefix, *gold, *base.read]
         positions = [*range(len(base.prefix) + len(gold)), *range(base.start, base.start + len(base.read))]
-        logits = made.backbone.model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions])).logits[0]
+        logits = made.model.backbone.model(
+            input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions])
+        ).logits[0]
         expected = log_softmax(logits[-len(base.target) :], dim=-1)
         torch.testing.assert_close(base_log_probabilities(made, [base]), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_base_model_reads_what_it_reads_when_it_is_asked_over_the_gold_passage(made):
+def test_base_model_reads_the_prompt_of_an_ordinary_question(made):
     (row,) = rows(1)
     documents = [passage.document("1") for passage in row.gold]
-    asked = KVFusionGenerator(made.backbone, settings=made.settings, store=None).show_prompt(
+    asked = KVFusionGenerator(TorchModel(made.model.backbone), settings=made.settings, store=None).show_prompt(
         row.question, documents, mode="fusion"
     )
     ((example,),) = distilled(made, [row]).groups
     base = example.base
     ids = [*base.prefix, *(i for document in base.documents.values() for i in document), *base.question]
-    assert made.backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == asked.text
+    assert made.model.backbone.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == asked.text
 
 
-def test_a_student_that_equals_its_teacher_has_no_loss_and_no_gradient(made):
-    """Over the gold passage only, the base model is both."""
-    made.decoder.model.requires_grad_(True)
+def test_student_that_equals_its_teacher_has_neither_loss_nor_gradient(made):
+    """Over the gold passage only, both are the base model."""
+    made.model.decoder.model.requires_grad_(True)
     loss = distillation_loss(made, distilled(made, [gold_only(row) for row in rows(3)]))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(0.0, abs=1e-4)
-    gradients = [p.grad for p in made.decoder.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in made.model.decoder.model.parameters() if p.grad is not None]
     assert gradients and max(float(gradient.abs().max()) for gradient in gradients) < 1e-3
-    made.decoder.model.zero_grad()
+    made.model.decoder.model.zero_grad()
     among_others = distillation_loss(made, distilled(made, rows(3)))
     assert float(among_others.detach()) > 0.01
 
 
-def test_the_loss_is_the_divergence_summed_over_the_answer(made):
+def test_loss_is_the_divergence_summed_over_the_answer(made):
     (row,) = rows(1)
     batch = distilled(made, [row])
     ((example,),) = batch.groups
@@ -92,7 +91,7 @@ def test_the_loss_is_the_divergence_summed_over_the_answer(made):
     torch.testing.assert_close(distillation_loss(made, batch), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_a_batch_is_the_sum_of_its_rows_in_any_grouping(made):
+def test_loss_of_a_batch_is_the_sum_over_its_rows_in_any_grouping(made):
     data = rows(4)
     shared = [*data, *(dataclasses.replace(row, id=f"{row.id}b", question="what is it") for row in data[:2])]
     together = distillation_loss(made, distilled(made, shared))
@@ -100,7 +99,7 @@ def test_a_batch_is_the_sum_of_its_rows_in_any_grouping(made):
     torch.testing.assert_close(together, singles, rtol=1e-4, atol=1e-3)
 
 
-def test_the_teacher_stays_the_base_model_while_the_adapter_is_trained(tmp_path):
+def test_teacher_stays_the_base_model_while_the_adapter_is_trained(tmp_path):
     made = engine()
     run = trainer(tmp_path, made, rows(8), max_steps=3, loss="distill", learning_rate=5e-2)
     bases = [example.base for example in run.examples]
@@ -111,15 +110,15 @@ def test_the_teacher_stays_the_base_model_while_the_adapter_is_trained(tmp_path)
 
 
 def test_training_lowers_the_divergence(tmp_path):
-    progress = trainer(tmp_path, engine(), rows(8), epochs=12, batch_size=8, loss="distill", learning_rate=1e-2).run()
-    assert progress.losses[-1][1] < 0.7 * progress.losses[0][1]
+    progress = trainer(tmp_path, engine(), rows(8), epochs=6, batch_size=8, loss="distill", learning_rate=1e-2).run()
+    assert progress.losses[-1][1] < 0.8 * progress.losses[0][1]
 
 
 @pytest.mark.parametrize("joined", [0.0, 0.5])
-def test_gradient_checkpointing_changes_no_step(tmp_path, joined):
+def test_gradient_checkpointing_makes_equal_steps(tmp_path, joined):
     found = [
         trainer(
-            tmp_path / str(on), engine(), rows(8), max_steps=4, loss="distill", joined_share=joined,
+            tmp_path / str(on), engine(), rows(8), max_steps=2, loss="distill", joined_share=joined,
             gradient_checkpointing=on,
         ).run().losses
         for on in (False, True)
@@ -127,26 +126,16 @@ def test_gradient_checkpointing_changes_no_step(tmp_path, joined):
     assert [loss for _, loss in found[1]] == pytest.approx([loss for _, loss in found[0]], rel=1e-4)
 
 
-def test_a_run_taken_up_again_has_the_losses_of_one_that_was_not_stopped(tmp_path):
-    options = {"loss": "distill", "dropout": 0.1, "eval_every": 2, "epochs": 3}
-    whole = trainer(tmp_path / "whole", engine(), rows(8), max_steps=6, **options).run()
-    first = trainer(tmp_path / "cut", engine(), rows(8), **options)
-    first._plan = first._plan[:2]  # as if it was killed then
-    first.run()
-    again = trainer(tmp_path / "cut", engine(), rows(8), max_steps=6, **options).run(resume=True)
-    assert again.losses == whole.losses
-
-
-def test_full_training_distils_from_the_frozen_model(tmp_path):
+def test_full_training_distills_from_the_frozen_model(tmp_path):
     made = engine(full=True)
-    before = {n: p.clone() for n, p in made.backbone.model.named_parameters()}
+    before = {n: p.clone() for n, p in made.model.backbone.model.named_parameters()}
     run = trainer(tmp_path, made, rows(8), max_steps=4, loss="distill", full=True, batch_size=8)
     losses = [loss for _, loss in run.run().losses]
     assert losses[-1] < losses[0]
-    assert all(torch.equal(p, before[n]) for n, p in made.backbone.model.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in made.model.backbone.model.named_parameters())
 
 
-def test_the_adapter_is_read_in_the_layout_in_which_it_was_trained(tmp_path):
+def test_adapter_is_used_in_the_layout_in_which_it_was_trained(tmp_path):
     base = save(tmp_path / "base")
     write_rows(tmp_path / "rows.jsonl", rows(4))
     for layout in ("fixed", "prompt"):
@@ -159,7 +148,7 @@ def test_the_adapter_is_read_in_the_layout_in_which_it_was_trained(tmp_path):
         assert load_record(out / "best")["config"]["loss"] == "distill"
 
 
-def test_a_row_without_a_teacher_is_refused(tmp_path, capsys):
+def test_row_without_a_gold_passage_is_rejected(tmp_path, capsys):
     base = save(tmp_path / "base", settings=SETTINGS)
     bad = dataclasses.replace(rows(1)[0], passages=(Passage("the mill is red"),))
     write_rows(tmp_path / "rows.jsonl", [*rows(2), bad])
@@ -173,28 +162,14 @@ def test_a_row_without_a_teacher_is_refused(tmp_path, capsys):
         require_trainable(dataclasses.replace(rows(1)[0], answers=()), "row 1", "distill")
 
 
-def test_an_answer_in_other_words_than_the_passage_can_be_distilled(tmp_path):
+def test_answer_that_is_not_in_the_passage_can_be_distilled(tmp_path):
     data = [dataclasses.replace(row, answers=("it has the colour of a ripe tomato",)) for row in rows(4)]
     assert trainer(tmp_path, engine(), data, max_steps=1, loss="distill").run().step == 1
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss", "hinge"), ("layout", "chat")])
-def test_an_unknown_loss_or_layout_is_refused(name, value):
+def test_unknown_loss_or_layout_raises(name, value):
     with pytest.raises(InvalidInputError, match=f"{name} is '{value}'"):
         TrainingConfig(**{name: value})
     with pytest.raises(InvalidInputError, match="evidence"):
         TrainingConfig(loss="distill", evidence=True)
-
-
-def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
-    """It names neither loss nor layout, which were those of today's defaults."""
-    run = trainer(tmp_path, engine(), rows(8), max_steps=2)
-    run.run()
-    record = load_record(Path(run.output) / "checkpoint")
-    for name in ("loss", "layout"):
-        del record["config"][name]
-    require_same_run(record, run._record)
-    other = json.loads(json.dumps(run._record, default=str))
-    other["config"]["loss"] = "distill"
-    with pytest.raises(InvalidInputError, match="loss 'answer'"):
-        require_same_run(record, other)

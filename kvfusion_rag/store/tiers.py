@@ -1,0 +1,245 @@
+"""The tiers of a document store in order of speed: where documents are looked up, stored and removed.
+
+An error in a tier becomes a miss with its reason. A removal also covers documents that are being fetched: what was
+requested before it is not kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import InvalidInputError, StoreError
+from ..model.kv import DocumentKV, KVShape
+from ..schema import Origin
+from .disk import DiskStore
+from .format import compress, expand
+from .memory import MemoryStore
+from .metrics import Counters, Miss, StoreEvent, Tier
+from .remote import RemoteStore
+
+
+@dataclass(frozen=True, slots=True)
+class KVRequest:
+    """A requested document.
+
+    Attributes:
+        token_ids: its T token ids.
+        into: tensors to write keys and values to (slots of a fused cache), or None.
+        stored: look the document up and store it. If False, it is computed at every fetch.
+    """
+
+    token_ids: tuple[int, ...]
+    into: DocumentKV | None = None
+    stored: bool = True
+
+
+class FetchedKVs(NamedTuple):
+    """Result of :meth:`DocumentStore.fetch`, by store key.
+
+    Attributes:
+        kvs: document KVs, including those written to ``into``. Empty if they were not to be returned.
+        origins: where each document came from.
+        misses: why no tier had a document that was computed.
+    """
+
+    kvs: dict[str, DocumentKV]
+    origins: dict[str, Origin]
+    misses: dict[str, Miss]
+
+
+class Fetch:
+    """The documents of one call of :meth:`DocumentStore.fetch`, and its view of the tiers.
+
+    Attributes:
+        requests: requested documents by store key.
+        shape, device: of the model's KVs.
+        kvs, origins, misses: see :class:`FetchedKVs`.
+        removals: number of removals from the tiers before the fetch.
+        events: passed to callbacks once no thread waits for the call, because a callback may fetch the same documents.
+    """
+
+    def __init__(
+        self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, removals: int, keep: bool
+    ) -> None:
+        self.requests, self.shape, self.device = requests, shape, device
+        self.removals, self._keep = removals, keep
+        self.kvs: dict[str, DocumentKV] = {}
+        self.origins: dict[str, Origin] = {}
+        self.misses: dict[str, Miss] = {}
+        self.events: list[StoreEvent] = []
+
+    def take(self, key: str, document: DocumentKV, origin: Origin) -> None:
+        """Accept a document, and write it to the tensors that the request names."""
+        self.origins[key] = origin
+        into = self.requests[key].into
+        if into is not None and into is not document:
+            document.copy_into(into)
+            document = into
+        if self._keep:
+            self.kvs[key] = document if document.keys.device == self.device else document.to(self.device)
+
+
+class Tiers:
+    """Memory, disk and remote tier, each optional."""
+
+    def __init__(
+        self, memory: MemoryStore | None, disk: DiskStore | None, remote: RemoteStore | None, counters: Counters
+    ) -> None:
+        if remote is not None and (disk is None or disk.codec != remote.codec):
+            problem = "there is none" if disk is None else f"its codec is {disk.codec!r}"
+            raise InvalidInputError(
+                f"a remote store needs a disk store in front with the same codec, {remote.codec!r}, but {problem}."
+            )
+        self.memory, self.disk, self.remote = memory, disk, remote
+        self._counters = counters
+        self._removals = 0
+
+    def begin(self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, *, keep: bool) -> Fetch:
+        """Return the record of a new fetch."""
+        return Fetch(requests, shape, device, self._removals, keep)
+
+    def get_from_memory(self, key: str, token_ids: tuple[int, ...], fetch: Fetch) -> DocumentKV | None:
+        """Return the document from memory, or None if it is not there."""
+        document = None if self.memory is None else self.memory.get(key, token_ids)
+        if document is not None:
+            fetch.events.append(StoreEvent("hit", "memory", tokens=document.num_tokens, bytes=document.nbytes))
+        return document
+
+    def get_from_files(self, key: str, document: DocumentKV, fetch: Fetch) -> Tier | Miss:
+        """Read the document from disk or the remote tier into CPU tensors. Return its tier, or why it was missed."""
+        if self.disk is None:
+            return Miss.ABSENT
+        began = time.perf_counter()
+        tier, miss = "disk", self.disk.get(key, fetch.shape, document)
+        if miss is not None and self.remote is not None:
+            _note_fault(fetch, "disk", miss)
+            tier, miss = "remote", self._get_from_remote(self.remote, self.disk, key, document, fetch)
+        if miss is not None:
+            _note_fault(fetch, tier, miss)
+            return miss
+        seconds = time.perf_counter() - began
+        fetch.events.append(
+            StoreEvent("hit", tier, tokens=document.num_tokens, bytes=document.nbytes, seconds=seconds)
+        )
+        return tier
+
+    def put_in_memory(self, key: str, document: DocumentKV, fetch: Fetch) -> DocumentKV:
+        """Store a document that was read from a file in memory. Return it on the device where memory keeps it."""
+        if self.memory is not None:
+            if not self.memory.host and document.keys.device != fetch.device:
+                document = document.to(fetch.device)
+            self.memory.put(key, document)
+            self._undo_if_removed(key, fetch.removals, self.memory)
+        return document
+
+    def put(self, key: str, document: DocumentKV, fetch: Fetch) -> None:
+        """Store a computed document in every tier."""
+        if self.memory is not None and self.memory.put(key, document):
+            fetch.events.append(StoreEvent("stored", "memory", bytes=document.nbytes))
+        began = time.perf_counter()
+        if self.disk is not None and key not in self.disk and self.disk.put(key, document):
+            seconds, size = time.perf_counter() - began, self.disk.file_bytes(fetch.shape, document.num_tokens)
+            fetch.events.append(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
+        if self.remote is not None:
+            self.remote.put(key, document, lambda size: self._note_uploaded(key, size, fetch.removals))
+        self._undo_if_removed(key, fetch.removals, self.disk, self.memory)
+
+    def as_stored(self, document: DocumentKV) -> DocumentKV:
+        """Return what a reader of the stored document would get, so that answers do not depend on the store."""
+        if self.disk is None or self.disk.codec == "raw":
+            return document
+        values = document.values.cpu()  # because a GPU's division can differ from the CPU's in the last bit
+        expand(*compress(values), into := torch.empty_like(values))
+        return DocumentKV(document.keys, into.to(document.values.device), document.token_ids)
+
+    def remove(self, keys: Sequence[str] | None, namespace_key: str | None = None) -> int:
+        """Remove documents, a namespace or everything from all tiers. Return the number of removed copies.
+
+        The slowest tier comes first, so that no reader can copy a document from it to a faster one.
+
+        Raises:
+            StoreError: a tier cannot remove its documents. The other tiers have removed theirs.
+        """
+        self._removals += 1  # calls that began before now keep nothing
+        removed, failure = 0, None
+        for tier in (self.remote, self.disk, self.memory):
+            if tier is None:
+                continue
+            try:
+                removed += tier.clear(namespace_key) if keys is None else tier.forget(*keys)
+            except StoreError as error:
+                failure = failure or error
+        self._counters.note(StoreEvent("forgotten", documents=removed))
+        if failure is not None:
+            raise failure
+        return removed
+
+    def require_room(self, shape: KVShape, tokens: int) -> None:
+        """Raise InvalidInputError if a tier's cap is smaller than one document with ``tokens`` tokens."""
+        tiers: list[tuple[str, int, MemoryStore | DiskStore]] = []
+        if self.memory is not None:
+            tiers.append(("memory", shape.nbytes(tokens), self.memory))
+        if self.disk is not None:
+            tiers.append(("disk", self.disk.file_bytes(shape, tokens), self.disk))
+        for tier, size, store in tiers:
+            for name, cap in asdict(store.caps).items():
+                if cap is not None and cap < size:
+                    raise InvalidInputError(
+                        f"{name} of the {tier} store is {cap:,}, but one document with {tokens} tokens takes "
+                        f"{size:,} bytes."
+                    )
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Return the counts that the tiers keep themselves: field of StoreMetrics, tier, count."""
+        counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        if self.memory is not None:
+            stats = self.memory.stats
+            counts["used_bytes"]["memory"], counts["entries"]["memory"] = stats.bytes, stats.entries
+            counts["evictions"]["memory"], counts["rejected"]["memory"] = stats.evictions, stats.rejected
+        if self.disk is not None:
+            totals = self.disk.totals()
+            counts["used_bytes"]["disk"] = sum(size for size, _ in totals.values())
+            counts["entries"]["disk"] = sum(entries for _, entries in totals.values())
+            counts["rejected"]["disk"] = self.disk.rejected
+        for tier, store in (("disk", self.disk), ("remote", self.remote)):
+            if store is not None:
+                for name in ("evictions", "failed_writes", "dropped"):
+                    counts[name][tier] = getattr(store, name)
+        return counts
+
+    def _get_from_remote(
+        self, remote: RemoteStore, disk: DiskStore, key: str, document: DocumentKV, fetch: Fetch
+    ) -> Miss | None:
+        """Copy a file to the local disk and read it there, where it is checked."""
+        file = remote.get(key)
+        if isinstance(file, Miss):
+            return file
+        miss = disk.adopt(key, file, fetch.shape, document)
+        if miss is not None and miss is not Miss.UNREADABLE:
+            remote.note_damaged(key)
+        return miss
+
+    def _note_uploaded(self, key: str, size: int, removals: int) -> None:
+        self._counters.note(StoreEvent("stored", "remote", bytes=size))
+        self._undo_if_removed(key, removals, self.remote)
+
+    def _undo_if_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
+        """Remove a document that was just stored if any removal began since its call: it may have been meant.
+
+        A removal that begins later finds the document in its place.
+        """
+        if self._removals != removals:
+            for tier in tiers:
+                if tier is not None:
+                    tier.forget(key)
+
+
+def _note_fault(fetch: Fetch, tier: Tier, miss: Miss) -> None:
+    if miss not in (Miss.ABSENT, Miss.PAUSED):
+        fetch.events.append(StoreEvent("miss", tier, reason=miss))
