@@ -84,7 +84,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:
 
 
 def _sorted_if_set(value: object) -> object:
-    """Return JSON for a value that ``json`` rejects; a set is sorted, because its order differs between runs."""
+    """Convert a value that ``json`` rejects. A set is sorted, because its order differs between runs."""
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 

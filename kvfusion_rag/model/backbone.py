@@ -271,7 +271,7 @@ class Backbone:
 
     @property
     def takes_any_mask(self) -> bool:
-        """Whether attention honours masks other than padding masks; flash attention does not."""
+        """Whether attention honours masks other than padding masks, which flash attention does not."""
         return self.attention in ("sdpa", "eager", GROUPED)
 
     @property

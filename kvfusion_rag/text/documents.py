@@ -125,7 +125,8 @@ class Reading:
 
 
 def _slowest(origins: Collection[Origin]) -> Origin:
-    return next((origin for origin in SLOWEST_FIRST if origin in origins), "blank")
+    blank: Origin = "blank"
+    return next((origin for origin in SLOWEST_FIRST if origin in origins), blank)
 
 
 @dataclass(frozen=True, slots=True)

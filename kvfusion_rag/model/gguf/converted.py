@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "v1"  # raise it when the conversion or transformers' major version changes
 MANIFEST = "manifest.json"
+HEAD_BYTES = 8 << 20  # of each file, compared at each use: all of a small file, and the header of a large one
 SPARE_BYTES = 128 << 20  # disk space for tokenizer and configuration
 RECENT_NS = 2_000_000_000  # a younger file may change again within one tick of its file system's clock
 
@@ -116,13 +117,14 @@ def _seal(folder: Path) -> None:
 
 def _describe(path: Path) -> Facts:
     stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "all": _checksum(path)}
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "head": _checksum(path, HEAD_BYTES),
+            "all": _checksum(path)}  # fmt: skip
 
 
 def _damage(entry: Path) -> str | None:
     """Return why an entry cannot be used, or None if it is intact.
 
-    Reads only files whose modification time differs from the manifest.
+    Reads the head of each file, and all of a file only if its modification time differs from the manifest.
     """
     try:
         files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
@@ -134,7 +136,9 @@ def _damage(entry: Path) -> str | None:
 
 def _is_intact(path: Path, facts: Facts) -> bool:
     stat = path.stat()
-    if (stat.st_size, stat.st_mtime_ns) == (facts["bytes"], facts["mtime_ns"]):
+    if stat.st_size != facts["bytes"] or _checksum(path, HEAD_BYTES) != facts["head"]:
+        return False
+    if stat.st_mtime_ns == facts["mtime_ns"]:
         return True
     if _checksum(path) != facts["all"]:
         return False
@@ -143,8 +147,11 @@ def _is_intact(path: Path, facts: Facts) -> bool:
     return True
 
 
-def _checksum(path: Path) -> str:
+def _checksum(path: Path, most: int | None = None) -> str:
+    """Return the xxh3-128 in hex of the first ``most`` bytes of a file, by default of all."""
     with path.open("rb") as stream:
+        if most is not None:
+            return xxhash.xxh3_128_hexdigest(stream.read(most))
         return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
 
 

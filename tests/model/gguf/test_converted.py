@@ -106,6 +106,13 @@ def test_damaged_folder_is_rebuilt_with_one_warning(damage, file, entry, convert
     assert converted_folder(file) == entry and not caplog.records
 
 
+def test_damage_behind_the_head_is_noticed(file, conversions, monkeypatch, caplog):
+    monkeypatch.setattr(gguf_cache, "HEAD_BYTES", 100)
+    flip(converted_folder(file) / "model.safetensors", -5)
+    converted_folder(file)
+    assert "is damaged" in caplog.text
+
+
 def test_copied_cache_is_used_after_a_full_check(file, entry, conversions, monkeypatch, tmp_path):
     moved = tmp_path / "copied" / "gguf" / entry.name
     shutil.copytree(entry, moved, copy_function=shutil.copyfile)
