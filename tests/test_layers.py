@@ -33,8 +33,8 @@ def lazy_names(stub: Path) -> dict[str, str]:
     """Module of every name that a lazy ``__init__.pyi`` lists."""
     tree = ast.parse(stub.read_text(encoding="utf-8"))
     package = name_of(stub)
-    froms = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return {alias.name: f"{package}.{node.module}" for node in froms for alias in node.names}
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: f"{package}.{node.module}" for node in imports for alias in node.names}
 
 
 LAZY = {name_of(stub): lazy_names(stub) for stub in PACKAGE.rglob("__init__.pyi")}

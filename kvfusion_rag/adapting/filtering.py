@@ -90,5 +90,5 @@ def own_words(answer: str, question: str) -> set[str]:
 
 
 def content_words(text: str) -> set[str]:
-    """Return the words except the most common English ones; each character of a script without spaces is a word."""
+    """Return the words except the most common English ones. Each character of a script without spaces is a word."""
     return {word for word in MatchText.of(text).words.split() if word not in _COMMON}

@@ -20,7 +20,7 @@ from .questions import Asked, answer_from_passage, openings_of, question_writer,
 from .rows import NegativeMiner, make_row, number_of_documents
 from .stages import Stages
 
-LEAST_TRAINED, LEAST_JUDGED = 8, 4  # rows
+LEAST_TRAINED, LEAST_JUDGED = 8, 4  # minimum rows
 QUESTIONS_AT_ONCE, ROWS_AT_ONCE = 32, 16
 REPEAT_NEGATIVES = 2
 
@@ -78,11 +78,11 @@ class RowMaker:
         pairs = self._answer(asked)
         judged = [self._row(n, *pair) for n, pair in enumerate(pairs) if pair[0].held_out][: self._options.judged]
         trained = self._repeated([(n, *pair) for n, pair in enumerate(pairs) if not pair[0].held_out])
-        for rows, least, use in ((trained, LEAST_TRAINED, "train on"), (judged, LEAST_JUDGED, "judge by")):
+        for rows, least, use in ((trained, LEAST_TRAINED, "training"), (judged, LEAST_JUDGED, "judging")):
             if len(rows) < least:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in self._dropped.most_common())
                 raise InvalidInputError(
-                    f"{len(rows)} of {total} questions are left to {use}, but at least {least} are needed; increase "
+                    f"{len(rows)} of {total} questions are left for {use}, but at least {least} are needed; increase "
                     f"--passages, name more documents, or give your own --questions (dropped: {reasons or 'none'})."
                 )
         return Made(trained, judged, total, dict(self._dropped.most_common()))

@@ -15,7 +15,7 @@ from ..errors import InvalidInputError, RetrievalError
 from ..retrieval.loaders import SkippedFile, UnreadableFileError, find_files, printable_path, read_document
 from ..retrieval.splitting import check_chunk_tokens, split_text
 
-LEAST_PASSAGES = 10  # with fewer there are no negatives, or none to judge
+LEAST_PASSAGES = 10  # with fewer, negatives or judged questions are missing
 LEAST_SHARE = 0.25  # of the longest passage; shorter ones, such as headings, contain too little to ask about
 
 

@@ -62,7 +62,7 @@ def question_writer(generator: KVFusionGenerator, start: str = "") -> KVFusionGe
 
 
 def openings_of(number: int, count: int, seed: int) -> tuple[str, ...]:
-    """Return the first words of the ``count`` questions about passage ``number``; the model chooses the first one."""
+    """Return the first words of the ``count`` questions about passage ``number``. The model chooses the first one."""
     others = random.Random(f"{seed} {number}").sample(OPENINGS[1:], count - 1)
     return OPENINGS[0], *others
 

@@ -146,7 +146,7 @@ def _prepare(
     note(f"{len(pool.passages)} passages of up to {tokens} tokens in {pool.files} files, {len(pool.skipped)} skipped")
     start = leading_bos(backbone.tokenizer)
     made = RowMaker(generator, pool, options, stages, start=start, given=given).make()
-    note(f"{len(made.trained)} questions to train on, {len(made.judged)} to judge by, of {made.asked}")
+    note(f"{len(made.trained)} of {made.asked} questions for training, {len(made.judged)} for judging")
     for reason, count in made.dropped.items():
         note(f"  dropped {count}: {reason}")
     untuned = _answers(stages, "judged-untuned", generator, made.judged, "fusion", options)

@@ -16,7 +16,7 @@ from ..text.settings import ModelSettings
 
 
 class Shape(NamedTuple):
-    """Shape of a Llama or Qwen2 model; ``tied`` if the output matrix is the embedding matrix."""
+    """Shape of a Llama or Qwen2 model. It is ``tied`` if the output matrix is the embedding matrix."""
 
     family: type[LlamaConfig] | type[Qwen2Config]
     hidden_size: int

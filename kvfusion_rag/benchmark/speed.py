@@ -72,7 +72,7 @@ class _Measured(NamedTuple):
 
 
 class AnswerRun:
-    """One model with its stores, ready to measure cases; ``folder`` contains the store on disk."""
+    """One model with its stores, ready to measure cases. ``folder`` contains the store on disk."""
 
     def __init__(self, options: AnswerBenchmark, folder: Path) -> None:
         self.options = options

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _some(rows: Iterable[QARow], report: DataReport) -> Iterator[QARow]:
-    """Yield ``rows``; raise InvalidInputError with the reasons if there are none."""
+    """Yield ``rows``, or raise InvalidInputError with the reasons if there are none."""
     yield from rows
     if not report.kept and report.dropped:
         raise InvalidInputError(f"no rows are left of {report.read} questions: {'; '.join(_reasons(report))}.")

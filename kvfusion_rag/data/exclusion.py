@@ -15,7 +15,7 @@ from .answer_match import normalize_answer
 from .formats import Example
 from .mining import text_key
 
-RUN, STEP = 5, 4  # words of a run, and from one indexed run of an excluded context to the next
+RUN, STEP = 5, 4  # words per run, and from one indexed run of an excluded context to the next
 SHORTEST = RUN + STEP - 1  # words; any part of an excluded context with this many contains an indexed run
 
 
@@ -24,7 +24,7 @@ class Exclusion:
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._questions: set[bytes] = set()
-        self._contexts: dict[str, int] = {}  # normalised, numbered
+        self._contexts: dict[str, int] = {}  # numbers of normalised contexts
         self._judged: dict[bytes, bool] = {}
         hashes, owners = array("q"), array("q")
         for example in examples:

@@ -69,7 +69,7 @@ Record = tuple[Any, str, int]  # an object of a file, its place, and its line or
 
 
 def read_examples(path: str | Path) -> Iterator[Example]:
-    """Read questions from a file (``.jsonl``, ``.json`` or ``.tsv``, also ``.gz``); its fields tell its format.
+    """Read questions from a file (``.jsonl``, ``.json`` or ``.tsv``, also ``.gz``) whose fields decide its format.
 
     Raises:
         InvalidInputError: the file cannot be read, or a row is malformed. Names file, place and field.

@@ -94,7 +94,7 @@ class Grouping:
         return [self._row(question, slots) for question in joined]
 
     def _nearest(self, number: int, seeds: list[GroupQuestion], rng: random.Random) -> dict[int, str] | None:
-        """Return passages near ``number`` that answer none of ``seeds``, with their sources; None if too few.
+        """Return passages near ``number`` that answer none of ``seeds``, with their sources, or None if too few.
 
         From a wider neighbourhood, passages with waiting questions are preferred. Otherwise the same nearest passages
         would be used repeatedly after their own questions are done, and most groups would have one question.

@@ -100,7 +100,7 @@ class Pool:
         self._sources[key] = tuple(dict.fromkeys(self._add_piece(piece) for piece in pieces))
 
     def numbers(self, key: bytes) -> tuple[int, ...]:
-        """Return the numbers of the passages that were cut from the text with ``key``; empty if it is not here."""
+        """Return the numbers of the passages that were cut from the text with ``key``, or () if it is not here."""
         return self._sources.get(key, ())
 
     def shows(self, number: int, answers: Sequence[MatchText]) -> bool:
@@ -122,7 +122,7 @@ class Ranking:
     """Orders the pool for a question, or for one of its own passages."""
 
     def prepare(self, questions: Sequence[str]) -> None:
-        """Do what is cheaper for several questions together; these are ranked for next."""
+        """Prepare for the next questions, if that is cheaper for several together."""
 
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
         """Yield numbers of passages that are related to the question, the best first, each at most once."""

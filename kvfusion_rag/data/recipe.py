@@ -52,7 +52,7 @@ class DataOptions:
     def __post_init__(self) -> None:
         least, most = self.passages
         if not 1 <= least <= most:
-            raise InvalidInputError(f"passages is {least}-{most}, but it must be a range from 1 upwards.")
+            raise InvalidInputError(f"passages is {least}-{most}, but it must be a range from 1.")
         known = get_args(NegativeSource)
         if not self.negatives or set(self.negatives) - set(known) or len(set(self.negatives)) < len(self.negatives):
             raise InvalidInputError(
@@ -61,10 +61,11 @@ class DataOptions:
         if not 0 <= self.no_gold <= 1:
             raise InvalidInputError(f"no_gold is {self.no_gold}, but it must be a share from 0 to 1.")
         if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidInputError(f"max_tokens is {self.max_tokens}, but it must be at least 1.")
+            raise InvalidInputError(f"max_tokens is {self.max_tokens}, but it must be a whole number from 1.")
         if self.group_questions < 1 or (self.group_questions > 1 and not self.grouped):
             raise InvalidInputError(
-                f"group_questions is {self.group_questions}, but it must be a whole number from 1, 1 without groups."
+                f"group_questions is {self.group_questions}, but it must be a whole number from 1, and 1 unless rows "
+                "are grouped."
             )
         if self.grouped and (least < most or self.no_gold):
             raise InvalidInputError(
@@ -126,4 +127,4 @@ class DataReport:
 
 
 class DroppedError(Exception):
-    """The question is not usable; the message is the reason."""
+    """The question is not usable. The message is the reason."""

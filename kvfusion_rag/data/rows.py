@@ -179,7 +179,7 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
 
 
 def checked(data: Mapping[str, Any], name: str, kinds: tuple[type[T], ...], allowed: str, where: str) -> T:
-    """Return the field ``name``; raise InvalidInputError if it is not of one of ``kinds``."""
+    """Return the field ``name``, or raise InvalidInputError if it is not of one of ``kinds``."""
     value = data.get(name)
     if not isinstance(value, kinds):
         raise InvalidInputError(f"{where}: {name} is {value!r:.100}, but it must be {allowed}.")
@@ -187,7 +187,7 @@ def checked(data: Mapping[str, Any], name: str, kinds: tuple[type[T], ...], allo
 
 
 def required_text(data: Mapping[str, Any], name: str, where: str) -> str:
-    """Return the field ``name``; raise InvalidInputError if it is not a text or is blank."""
+    """Return the field ``name``, or raise InvalidInputError if it is not a text or is blank."""
     text = checked(data, name, (str,), "a text that is not blank", where)
     if not text.strip():
         raise InvalidInputError(f"{where}: {name} is {text!r:.100}, but it must be a text that is not blank.")
@@ -195,7 +195,7 @@ def required_text(data: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def require_object(data: object, where: str, must: str) -> Mapping[str, Any]:
-    """Return ``data``; raise InvalidInputError, which says what it ``must`` be, if it is not an object."""
+    """Return ``data``, or raise InvalidInputError with what it ``must`` be if it is not an object."""
     if not isinstance(data, Mapping):
         raise InvalidInputError(f"{where} is a {type(data).__name__}, but {must}.")
     return data

@@ -47,7 +47,7 @@ class ApeSearch:
 
     @property
     def chosen(self) -> Trial:
-        """Trial with the best exact match; of equal ones, the nearest to plain fusion."""
+        """Trial with the best exact match. Of equal ones, it is the nearest to plain fusion."""
         return max(self.trials, key=lambda trial: (trial.exact_match, -trial.change))
 
     @property
@@ -86,8 +86,8 @@ def require_search_rows(rows: Sequence[QARow], evaluated: Sequence[QARow], docum
     questions = {row.question for row in evaluated}
     if shared := sum(row.question in questions for row in rows):
         raise InvalidInputError(
-            f"{shared} of the {len(rows)} questions to search temperature and scale on are also evaluated, but they "
-            "must be others."
+            f"{shared} of the {len(rows)} questions to search temperature and scale on are also evaluated, but the "
+            "search must use others."
         )
 
 

@@ -51,5 +51,5 @@ class Bootstrap:
         return Interval(float(array.mean()), *map(float, found.confidence_interval))
 
     def difference(self, first: Values, second: Values) -> Interval:
-        """Return the mean of ``first - second`` with its interval; both hold the same questions in the same order."""
+        """Return the mean of ``first - second`` with its interval. Both have the same questions in order."""
         return self.interval(np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64))

@@ -33,7 +33,7 @@ class Journal:
 
     def __init__(self, path: Path, facts: Mapping[str, Any]) -> None:
         self._path = path
-        self._identities: dict[str, Mapping[str, Any]] = {}  # of the run and its systems, by name
+        self._identities: dict[str, Mapping[str, Any]] = {}  # identities of the run and its systems by name
         self._answers: dict[tuple[str, str, int], Prediction | None] = {}
         self._read()
         self._require(RUN, facts)

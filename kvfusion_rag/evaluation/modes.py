@@ -97,7 +97,7 @@ def measure_modes(
 
 
 def best_of(results: Sequence[ModeResult]) -> ModeResult:
-    """Return the result with the most right answers; of equal ones, the first in ``CHOICES``."""
+    """Return the result with the most right answers, or of equal ones the first in ``CHOICES``."""
     measured = [result for result in results if result.right is not None]
     return max(measured, key=lambda result: (result.right or 0.0, -CHOICES.index((result.mode, result.focus))))
 
@@ -117,7 +117,7 @@ def best_weight(generator: KVFusionGenerator, questions: Sequence[ModeQuestion])
     for q in questions:
         sources = plain.answer(q.question, q.documents, mode="fusion", focus=1, max_new_tokens=1).sources
         likelihoods = [source.focus_score for source in sources if source.focus_score is not None]
-        if len(likelihoods) < len(sources):  # focus did not rank them
+        if len(likelihoods) < len(sources):  # nothing was ranked
             continue
         scores = standardized([float(document.score or 0.0) for document in q.documents])
         ranked.append((likelihoods, scores, [answer_in_text(d.text, q.answers) for d in q.documents]))

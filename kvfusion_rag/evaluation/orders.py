@@ -26,7 +26,7 @@ GROUPS = ("slots", "original", "shuffled", "top", "no-gold")  # names of conditi
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One arrangement of a row's passages; ``number`` is the slot of ``slot`` and the count of ``top``."""
+    """One arrangement of a row's passages. ``number`` is the slot of ``slot`` and the count of ``top``."""
 
     kind: Kind
     number: int = 0
@@ -180,7 +180,7 @@ def _expand(name: str, documents: int, fewest: int) -> list[Condition]:
     most = documents if kind == "slot" else fewest
     if not 1 <= int(number) <= most:
         raise InvalidInputError(
-            f"condition is {name}, but its number must be from 1 to {most}, as rows have documents."
+            f"condition is {name}, but its number must be from 1 to {most}, the documents per row."
         )
     return [Condition(kind, int(number))]
 

@@ -25,7 +25,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One system under one condition; ``figures`` (per cent, by metric) is empty if no row fits."""
+    """One system under one condition. ``figures`` (per cent, by metric) is empty if no row fits."""
 
     system: str
     condition: Condition
@@ -45,7 +45,7 @@ class TokenMatch:
 
 @dataclass(frozen=True, slots=True)
 class SlotSpread:
-    """Best minus worst exact match over the gold slots, in points; None if a slot has no figure."""
+    """Best minus worst exact match over the gold slots, in points, or None if a slot has no figure."""
 
     system: str
     points: float | None
@@ -53,7 +53,7 @@ class SlotSpread:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Exact match of ``system`` minus ``reference`` (points; abstentions for ``no-gold``) on the rows of both."""
+    """Exact match of ``system`` minus ``reference`` (points, abstentions for ``no-gold``) on the rows of both."""
 
     system: str
     reference: str

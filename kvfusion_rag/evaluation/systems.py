@@ -128,12 +128,12 @@ class Models:
 
     @property
     def focus(self) -> int:
-        """Documents kept by all systems with focus; by default the number of the tuned weights."""
+        """Documents kept by all systems with focus, by default the number of the tuned weights."""
         return self._focus or self.generator("tuned").settings.focus or 1
 
     @property
     def focus_weight(self) -> float:
-        """Weight of the passages' scores in all systems with focus; by default that of the tuned weights."""
+        """Weight of the passages' scores in all systems with focus, by default that of the tuned weights."""
         if self._focus_weight is not None:
             return self._focus_weight
         return self.generator("tuned").settings.focus_weight or 0.0
@@ -237,7 +237,7 @@ def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
 
 
 def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
-    """Return how to load a whole model trained on joined prompts; one of ours reads its base's KV, as in training."""
+    """Return how to load a whole model trained on joined prompts. One of ours reads its base's KV."""
     from ..text.settings import RECORD_NAME  # imports transformers
 
     return {**joined, "decoder": sft} if _contains(sft, RECORD_NAME) else {"model": sft}

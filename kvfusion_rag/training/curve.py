@@ -11,7 +11,7 @@ from pathlib import Path
 from ..evaluation.plots import COLORS, new_figure, require_plotting
 from .progress import Progress
 
-SMOOTHED_OVER = 20  # steps, as an exponential moving average
+SMOOTHED_OVER = 20  # steps of the exponential moving average
 
 
 def plot_losses(progress: Progress, path: Path, *, title: str) -> None:

@@ -175,7 +175,7 @@ class Batch:
 
 
 def group_by_documents(examples: Sequence[Example]) -> list[list[Example]]:
-    """Group fused examples with the same documents, in order of first appearance; others stay single."""
+    """Group fused examples with the same documents, in order of first appearance. Others stay single."""
     groups: dict[object, list[Example]] = {}
     for number, example in enumerate(examples):
         groups.setdefault(tuple(example.documents) or number, []).append(example)

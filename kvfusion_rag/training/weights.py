@@ -38,7 +38,7 @@ class MasterWeights:
             weight.grad = None
 
     def gradients(self) -> list[torch.Tensor]:
-        """Return the gradients of all copies in a fixed order; zeros if there was no backward pass."""
+        """Return the gradients of all copies in a fixed order, or zeros if there was no backward pass."""
         for copy in self.copies.values():
             if copy.grad is None:
                 copy.grad = torch.zeros_like(copy)

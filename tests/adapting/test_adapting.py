@@ -123,6 +123,19 @@ class Killed(BaseException):
     """Ends a run like a signal."""
 
 
+@pytest.fixture
+def prepared(monkeypatch) -> list:
+    """End runs before training, and return what they have prepared."""
+    found = []
+
+    def stop(made, *arguments):
+        found.append(made)
+        raise Killed
+
+    monkeypatch.setattr(running, "_train", stop)
+    return found
+
+
 def kill_at(monkeypatch, stage: str) -> None:
     """Raise at the second chunk of ``stage``, or at the third step of training."""
     if stage == "training":
@@ -172,16 +185,6 @@ def test_run_killed_in_every_stage_equals_an_uninterrupted_one(base, docs, tmp_p
         assert (tmp_path / "cut" / f"{name}.jsonl").read_bytes() == (tmp_path / "whole" / f"{name}.jsonl").read_bytes()
 
 
-def test_run_killed_before_its_first_checkpoint_is_resumed(base, docs, tmp_path):
-    leftover = tmp_path / "out" / "training" / "best"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", lambda *arguments: (_ for _ in ()).throw(Killed()))
-        with pytest.raises(Killed):
-            adapted(base, docs)
-    leftover.mkdir(parents=True)
-    assert adapted(base, docs).steps > 0
-
-
 def test_full_disk_is_one_error_and_the_run_can_be_resumed(base, docs, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         full = OSError(errno.ENOSPC, "No space left on device")
@@ -189,15 +192,14 @@ def test_full_disk_is_one_error_and_the_run_can_be_resumed(base, docs, tmp_path,
         with pytest.raises(InvalidInputError, match=r"No space left on device.*run the same command again"):
             adapted(base, docs)
     before = contents(tmp_path / "out")
-    assert "answers.jsonl" in before
+    assert "answers.jsonl" in before and "training/best/training.json" in before  # but there is no checkpoint
     adapted(base, docs)
     after = contents(tmp_path / "out")
     assert all(after[name] == before[name] for name in before if name.endswith(".jsonl"))
 
 
-def test_folder_of_another_run_is_rejected_and_unchanged(base, docs, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "_train", lambda *arguments: (_ for _ in ()).throw(Killed()))
-    with pytest.raises(Killed):  # adapt.json and the files of the first stages are written
+def test_folder_of_another_run_is_rejected_and_unchanged(base, docs, tmp_path, prepared):
+    with pytest.raises(Killed):
         adapted(base, docs)
     before = contents(tmp_path / "out")
     other = save_speaker(tmp_path / "other", "amara osei")
@@ -244,7 +246,7 @@ def test_unsupported_model_is_rejected(docs, tmp_path):
 
 def test_useless_answers_end_the_run_with_reasons(docs, tmp_path):
     """A random model answers gibberish up to its limit."""
-    with pytest.raises(InvalidInputError, match=r"0 of 32 questions are left to train on.*(answer|question)"):
+    with pytest.raises(InvalidInputError, match=r"0 of 32 questions are left for training.*(answer|question)"):
         adapted(save(tmp_path / "random", max_position_embeddings=1024), docs)
 
 
@@ -260,9 +262,11 @@ def test_model_without_a_chat_template_can_be_adapted(docs, tmp_path, monkeypatc
     assert report.steps > 0 and report.losses[0] > 0
 
 
-def test_passages_of_own_questions_are_in_the_pool(base, docs, tmp_path):
+def test_passages_of_own_questions_are_in_the_pool(base, docs, tmp_path, prepared):
     texts = {name: f"At the {name}, a man named grant and thomas kept keys." for name in PLACES}
     lines = [{"question": f"Who kept the keys of the {name}?", "passage": text} for name, text in texts.items()]
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report = adapted(base, docs, questions=tmp_path / "q.jsonl")
-    assert report.asked == 16 and report.trained + report.judged == 16
+    with pytest.raises(Killed):
+        adapted(base, docs, questions=tmp_path / "q.jsonl")
+    (made,) = [one.made for one in prepared]
+    assert made.asked == 16 == len(made.trained) + len(made.judged)

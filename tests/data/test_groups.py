@@ -178,7 +178,7 @@ def test_invalid_options_raise():
         with pytest.raises(InvalidInputError, match="share one set"):
             DataOptions(**wrong, grouped=True)
     for wrong in ({"group_questions": 2}, {"group_questions": 0, "grouped": True, "passages": (2, 2)}):
-        with pytest.raises(InvalidInputError, match="1 without groups"):
+        with pytest.raises(InvalidInputError, match="1 unless rows are grouped"):
             DataOptions(**wrong)
 
 

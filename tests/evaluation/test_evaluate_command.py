@@ -111,14 +111,9 @@ def test_rows_that_do_not_fit_are_marked_in_tables(capsys, command, monkeypatch)
         (["none.jsonl"], "there is no file 'none.jsonl'"),
         (["broken.jsonl"], "broken.jsonl, line 1: passages is None"),
         (["empty.jsonl"], "no rows to evaluate"),
-        (["plain.jsonl.gz"], "'plain.jsonl.gz' cannot be read"),
-        (["rows.jsonl.gz", "--documents", "6"], "documents is 6, but"),
         (["rows.jsonl.gz", "--conditions", "slot:9"], "condition is slot:9, but its number"),
         (["rows.jsonl.gz", "--seed", "-1"], "'-1' is not a whole number from 0"),
-        (["torn.jsonl.gz"], "'torn.jsonl.gz' is damaged"),
-        (["squad.json"], "[0] comes with one context, but"),
         (["squad.json"], "kvfusion build-data makes such rows from squad.json"),
-        (["rows.txt"], "'rows.txt' ends in '.txt', but"),
         (["rows.jsonl.gz", "--conditions", ","], "no name is given"),
         (
             ["rows.jsonl.gz", "--systems", "fusion,magic"],
@@ -138,10 +133,6 @@ def test_wrong_arguments_are_one_line_before_a_model_is_loaded(capsys, command, 
     monkeypatch.setattr(evaluate, "load_generator", lambda args, store: pytest.fail("loaded a model"))
     (tmp_path / "broken.jsonl").write_text('{"question": "who?"}\n')
     (tmp_path / "empty.jsonl").write_text("\n")
-    packed = (tmp_path / "rows.jsonl.gz").read_bytes()
-    (tmp_path / "torn.jsonl.gz").write_bytes(packed[:60] + b"torn" + packed[64:])
-    (tmp_path / "plain.jsonl.gz").write_text("not gzip")
-    (tmp_path / "rows.txt").write_text("\n")
     asked = {"question": "who?", "answers": [{"text": "Ann", "answer_start": 0}]}
     squad = {"data": [{"title": "t", "paragraphs": [{"context": "Ann did.", "qas": [asked]}]}]}
     (tmp_path / "squad.json").write_text(json.dumps(squad))
@@ -224,27 +215,10 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
     monkeypatch.setitem(COMMANDS, "evaluate", evaluate)
     made = rows(3)
     write_rows(tmp_path / "rows.jsonl", made)
-    given = [f"--{name}={folders / name}" for name in ("adapter", "decoder", "sft")]
-    argv = [
-        "evaluate",
-        tmp_path / "rows.jsonl",
-        "--model",
-        folders / "base",
-        "--concat-model",
-        folders / "wide",
-        *given,
-    ]
-    argv += [
-        "--focus",
-        "2",
-        "--conditions",
-        "original",
-        "--max-new-tokens",
-        "6",
-        "--predictions",
-        tmp_path / "p.jsonl",
-    ]
-    assert main([str(arg) for arg in argv]) == 0
+    argv = f"evaluate {tmp_path}/rows.jsonl --model {folders}/base --concat-model {folders}/wide --focus 2"
+    argv += f" --conditions original --max-new-tokens 6 --predictions {tmp_path}/p.jsonl"
+    argv += "".join(f" --{name} {folders / name}" for name in ("adapter", "decoder", "sft"))
+    assert main(argv.split()) == 0
     found = {}
     for line in map(json.loads, (tmp_path / "p.jsonl").read_text().splitlines()):
         found.setdefault(line["system"], []).append(tuple(line["token_ids"]))

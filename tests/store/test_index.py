@@ -60,7 +60,6 @@ def test_index_whose_creator_died_before_filling_it_is_filled(store):
 
 
 def test_index_that_was_replaced_is_opened_again(store):
-    for suffix in ("", "-wal", "-shm"):
     (store.path / "index.sqlite").unlink()
     other = DiskStore(store.path)
     put(other, 3)

@@ -82,15 +82,8 @@ def test_plot_without_matplotlib_raises_before_training(base, tmp_path, capsys, 
 
 GOLD = {"text": "the mill is red", "gold": True}
 ROW = {"id": "1", "question": "Of what colour is the mill?", "answers": ["red"], "passages": [GOLD]}
-BAD_ROWS = [
+BAD_ROWS = [  # malformed rows are tested with the formats
     ("{", "line 2 is not JSON"),
-    ([1], "line 2 is a list"),
-    (ROW | {"question": " "}, "line 2: question"),
-    (ROW | {"answers": "red"}, "line 2: answers is 'red'"),
-    (ROW | {"answers": [" "]}, "line 2: answers .* must not be blank"),
-    (ROW | {"passages": [{"title": "x"}]}, "line 2: passage 1: text"),
-    (ROW | {"passages": [GOLD | {"gold": "yes"}]}, "line 2: passage 1: gold"),
-    (ROW | {"evidence": 1}, "line 2: evidence"),
     (ROW | {"passages": [{"text": "the mill is red"}]}, "line 2: no passage is gold"),
     (ROW | {"answers": ["blue"]}, "line 2: none of the answers .* is in its gold passage"),
     (ROW | {"answers": []}, "line 2: answers is empty, but a passage is gold"),

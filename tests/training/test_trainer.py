@@ -103,6 +103,7 @@ def test_answers_of_a_decoder_trained_on_evidence_end_before_it(tmp_path):
     (answer,) = run._engine.answer_all([request], options)
     assert (answer.text, answer.finish_reason) == (data[0].answers[0], "stop")
     run._engine.settings = dataclasses.replace(run._engine.settings, tuned_evidence=False)
+    request = run._engine.request(data[0].question, documents, None, None, options)
     (whole,) = run._engine.answer_all([request], options)
     assert whole.text == f"{data[0].answers[0]}\nEvidence: {data[0].evidence}"
     assert json.loads((tmp_path / "run/best/kvfusion.json").read_text())["tuned_evidence"]
