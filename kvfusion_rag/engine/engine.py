@@ -12,7 +12,7 @@ from ..errors import InvalidInputError
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Document, FocusChoice, ModeChoice, Prompt
 from ..store import Place, require_namespace
-from ..text.documents import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
+from ..text.documents import EncodedDocuments, Limits, encode_documents, is_filled, limit_of, require_sequence
 from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
 from ..text.settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings, is_count
@@ -119,7 +119,7 @@ class Engine(Generic[M]):
 
     def read(
         self, documents: Sequence[Document | str], layout: Layout | None = None, *, max_tokens: int | None = None
-    ) -> Reading:
+    ) -> EncodedDocuments:
         """Encode and check documents.
 
         Args:
@@ -134,7 +134,7 @@ class Engine(Generic[M]):
             long_documents=self.settings.long_documents,
         )
         scope = Scope(layout.prefix, self.namespace)
-        return read_documents(documents, layout.documents, limits, lambda ids: self.document_kvs.key(ids, scope))
+        return encode_documents(documents, layout.documents, limits, lambda ids: self.document_kvs.key(ids, scope))
 
     def request(
         self,
@@ -172,8 +172,8 @@ class Engine(Generic[M]):
         return made
 
     def _focused(
-        self, question: str, documents: Sequence[Document | str], reading: Reading, layout: Layout, mode: AnswerMode,
-        most: int, options: DecodingOptions, began: float,
+        self, question: str, documents: Sequence[Document | str], reading: EncodedDocuments, layout: Layout,
+        mode: AnswerMode, most: int, options: DecodingOptions, began: float,
     ) -> Request:  # fmt: skip
         """Return a request whose documents are still to be chosen. A joined prompt's are scored apart."""
         scored, prefix = reading, layout.prefix

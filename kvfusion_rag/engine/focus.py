@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from ..model.kv import DocumentKV
 from ..schema import Origin, Source
 from ..store import KVRequest
-from ..text.documents import ReadDocument, Reading
+from ..text.documents import EncodedDocument, EncodedDocuments
 from ..text.encoder import PlainEncoder
 from .document_kvs import DocumentKVs, Scope
 
@@ -36,15 +36,15 @@ class Focus:
     """
 
     most: int
-    reading: Reading
-    scored: Reading
+    reading: EncodedDocuments
+    scored: EncodedDocuments
     scope: Scope
     ids: Ids
     given: int
     weight: float
 
     @property
-    def longest(self) -> Reading:
+    def longest(self) -> EncodedDocuments:
         """The ``most`` longest documents. No choice of that many needs more room."""
         documents = self.reading.documents
         numbers = sorted(range(len(documents)), key=lambda number: (-documents[number].tokens, number))
@@ -70,7 +70,7 @@ class Choice:
         kvs: KVs of the kept documents, by key.
     """
 
-    scored: Reading
+    scored: EncodedDocuments
     kept: tuple[int, ...]
     scores: tuple[float | None, ...]
     origins: Mapping[str, Origin]
@@ -85,7 +85,7 @@ class Choice:
         return tuple(replace(s, focus_score=score) for s, score in zip(sources, self.scores, strict=True))
 
 
-def needs_choice(reading: Reading, most: int) -> bool:
+def needs_choice(reading: EncodedDocuments, most: int) -> bool:
     """Return whether there are more than ``most`` distinct documents."""
     return len(_distinct(reading)) > most
 
@@ -118,7 +118,7 @@ def choose(document_kvs: DocumentKVs, focus: Focus) -> Choice:
 
 
 def document_scores(
-    documents: Sequence[ReadDocument], of_piece: Mapping[Ids, float], weight: float
+    documents: Sequence[EncodedDocument], of_piece: Mapping[Ids, float], weight: float
 ) -> tuple[float | None, ...]:
     """Return each document's score: that of its best piece plus ``weight`` times the retriever's standardized score.
 
@@ -141,7 +141,7 @@ def standardized(values: Sequence[float]) -> list[float]:
     return [(value - mean) / deviation for value in values]
 
 
-def best_documents(reading: Reading, scores: Sequence[float | None], most: int) -> tuple[int, ...]:
+def best_documents(reading: EncodedDocuments, scores: Sequence[float | None], most: int) -> tuple[int, ...]:
     """Return the indices of the ``most`` best distinct documents and their duplicates, in the caller's order."""
     key_of = {ids: key for key, ids in reading.keys.items()}
     best: dict[tuple[Ids, ...], float] = {}
@@ -153,5 +153,5 @@ def best_documents(reading: Reading, scores: Sequence[float | None], most: int) 
     return tuple(number for number, read in enumerate(reading.documents) if read.pieces in kept)
 
 
-def _distinct(reading: Reading) -> set[tuple[Ids, ...]]:
+def _distinct(reading: EncodedDocuments) -> set[tuple[Ids, ...]]:
     return {read.pieces for read in reading.documents if read.pieces}

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..fusion.interface import Question
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from .document_kvs import Scope
 from .focus import Choice, Focus
@@ -40,7 +40,7 @@ class Request:
         cancelled: once set, the answer ends at its next token.
     """
 
-    reading: Reading
+    reading: EncodedDocuments
     question: Question
     mode: AnswerMode
     fused: tuple[PlacedDocument, ...] | None

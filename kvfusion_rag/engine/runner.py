@@ -21,7 +21,7 @@ from ..fusion.memory import is_out_of_memory, memory_errors
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer
 from ..store import Place
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.encoder import PlainEncoder
 from ..text.layouts import Layout
 from .document_kvs import DocumentKVs, Scope
@@ -54,7 +54,7 @@ class Runner(Generic[M]):
 
     def request_for(
         self,
-        reading: Reading,
+        reading: EncodedDocuments,
         layout: Layout,
         mode: AnswerMode,
         namespace: str,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InvalidInputError
 from ..schema import Document, Message, Prompt
 from .chat import DEFAULT_LEAD, REASONING_TAGS, Marks, documents_first, messages_of, rendered, with_place
-from .documents import Reading
+from .documents import EncodedDocuments
 from .encoder import (
     Control,
     DocumentEncoder,
@@ -58,7 +58,7 @@ class Layout(Protocol):
     def question(self) -> Ids: ...
     @property
     def documents(self) -> DocumentEncoder: ...
-    def joined(self, reading: Reading) -> JoinedPrompt: ...
+    def joined(self, reading: EncodedDocuments) -> JoinedPrompt: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class FixedLayout:
     def of(cls, encoder: PromptEncoder, question: str, prompt: Prompt) -> FixedLayout:
         return cls(encoder.prefix_ids, encoder.encode_question(question, prompt), encoder)
 
-    def joined(self, reading: Reading) -> JoinedPrompt:
+    def joined(self, reading: EncodedDocuments) -> JoinedPrompt:
         ids = [*self.prefix]
         spans: list[Span] = []
         for document in reading.documents:
@@ -187,7 +187,7 @@ class ChatLayout:
         self.question = layouts.encode(after.removeprefix(place.separator), marks, continues=True)[0]
         self.documents = layouts.text_documents(place.separator, place.titles, bool(self.prefix))
 
-    def joined(self, reading: Reading) -> JoinedPrompt:
+    def joined(self, reading: EncodedDocuments) -> JoinedPrompt:
         """Return the caller's own prompt with exactly the tokens of ``apply_chat_template``."""
         if self._place is None:
             return JoinedPrompt(self.question, tuple((0, 0) for _ in reading.documents))

@@ -17,7 +17,7 @@ from ..errors import ContextLimitError, InvalidInputError
 from ..fusion.torch_model import TorchModel
 from ..model.positions import question_start
 from ..schema import Document
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from .config import Loss
 
@@ -60,7 +60,7 @@ def encode_row(
     evidence: bool,
     joined: bool,
     loss: Loss = "answer",
-    read: Callable[[tuple[Document, ...], Layout], Reading] | None = None,
+    read: Callable[[tuple[Document, ...], Layout], EncodedDocuments] | None = None,
 ) -> Example:
     """Encode one row.
 
@@ -85,7 +85,7 @@ def encode_row(
     target = (*encoder.encode_answer(answer), end_id)
     prefix = layout.prefix
 
-    def fused(found: Reading, base: Example | None = None) -> Example:
+    def fused(found: EncodedDocuments, base: Example | None = None) -> Example:
         start = question_start(len(prefix), settings.passage_length, found.longest)
         return Example(False, found.keys, layout.question, target, start, prefix, base)
 
