@@ -307,14 +307,14 @@ class KVFusionGenerator(GeneratorFacts):
                 "positions='uniform' to prefill."
             )
         layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
-        reading = self._engine.read(documents, layout, max_tokens=UNLIMITED)
+        encoded = self._engine.read(documents, layout, max_tokens=UNLIMITED)
         scope = Scope(layout.prefix, self.namespace)
-        origins, misses = self._engine.document_kvs.store_all(reading.keys, scope, progress=progress)
-        if lost := sum(key not in self.store for key in reading.keys):
+        origins, misses = self._engine.document_kvs.store_all(encoded.keys, scope, progress=progress)
+        if lost := sum(key not in self.store for key in encoded.keys):
             logger.warning(
-                "the store is too small: %d of %d documents were computed but not kept", lost, len(reading.keys)
+                "the store is too small: %d of %d documents were computed but not kept", lost, len(encoded.keys)
             )
-        return list(reading.sources(origins, misses))
+        return list(encoded.sources(origins, misses))
 
     def prefetch(
         self,

@@ -155,7 +155,7 @@ def _estimate(args: argparse.Namespace) -> int:
 def _token_ids(args: argparse.Namespace) -> list[tuple[int, ...]]:
     """Return the token ids of the files' distinct documents, split as in ``kvfusion ask`` and ``kvfusion index``."""
     from ..store import document_key
-    from ..text.documents import UNLIMITED, Limits, limit_of, read_documents
+    from ..text.documents import UNLIMITED, Limits, encode_documents, limit_of
 
     encoder, settings = load_encoder(args)
     window = getattr(load_config(args), "max_position_embeddings", None)
@@ -164,8 +164,8 @@ def _token_ids(args: argparse.Namespace) -> list[tuple[int, ...]]:
         index.update(args.paths)
         documents = index.documents()
     limits = Limits(limit, UNLIMITED, settings.long_documents)
-    reading = read_documents(documents, encoder, limits, lambda ids: document_key("", "", ids))
-    return list(reading.keys.values())
+    encoded = encode_documents(documents, encoder, limits, lambda ids: document_key("", "", ids))
+    return list(encoded.keys.values())
 
 
 def _say_removed(args: argparse.Namespace, removed: int) -> int:

@@ -126,7 +126,7 @@ def with_attribution(engine: Engine, request: Request, answer: Answer, kind: Att
         found = attribute(engine, request, answer.token_ids, answer.text).documents
         measured = [{"attention": influence.attention, "effect": influence.effect} for influence in found]
     sources = [replace(s, attention=0.0, effect=None if kind == "attention" else 0.0) for s in answer.sources]
-    numbers = range(len(request.reading.documents)) if request.choice is None else request.choice.kept
+    numbers = range(len(request.encoded.documents)) if request.choice is None else request.choice.kept
     for number, facts in zip(numbers, measured, strict=True):
         sources[number] = replace(sources[number], **facts)
     return replace(answer, sources=tuple(sources))
@@ -169,12 +169,12 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
     runner = engine.runner
     options, began = DecodingOptions(max_new_tokens=len(answer)), time.perf_counter()
     request = runner.prepare(request, options)  # variants have its keys, so it must be current
-    documents = request.reading.documents
+    documents = request.encoded.documents
     # In canonical order: the place of a variant in its batch rounds its numbers.
     full = sorted((number for number, read in enumerate(documents) if read.pieces), key=lambda n: documents[n].pieces)
     left = {
         number: runner.request_for(
-            request.reading.without(number), request.layout, request.mode, request.namespace, options, began
+            request.encoded.without(number), request.layout, request.mode, request.namespace, options, began
         )
         for number in full
     }
@@ -243,7 +243,7 @@ def _raise_if_cancelled(request: Request) -> None:
 
 def _spans(request: Request) -> list[list[tuple[int, int]]]:
     """Slots (start, end) of the pieces of each of the caller's documents."""
-    documents, at = request.reading.documents, len(request.scope.prefix)
+    documents, at = request.encoded.documents, len(request.scope.prefix)
     if request.fused is None:
         return [[span] for span in request.spans]
     slots = {}

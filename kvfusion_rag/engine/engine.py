@@ -12,7 +12,7 @@ from ..errors import InvalidInputError
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Document, FocusChoice, ModeChoice, Prompt
 from ..store import Place, require_namespace
-from ..text.documents import Limits, Reading, is_filled, limit_of, read_documents, require_sequence
+from ..text.documents import EncodedDocuments, Limits, encode_documents, is_filled, limit_of, require_sequence
 from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
 from ..text.settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings, is_count
@@ -119,7 +119,7 @@ class Engine(Generic[M]):
 
     def read(
         self, documents: Sequence[Document | str], layout: Layout | None = None, *, max_tokens: int | None = None
-    ) -> Reading:
+    ) -> EncodedDocuments:
         """Encode and check documents.
 
         Args:
@@ -134,7 +134,7 @@ class Engine(Generic[M]):
             long_documents=self.settings.long_documents,
         )
         scope = Scope(layout.prefix, self.namespace)
-        return read_documents(documents, layout.documents, limits, lambda ids: self.document_kvs.key(ids, scope))
+        return encode_documents(documents, layout.documents, limits, lambda ids: self.document_kvs.key(ids, scope))
 
     def request(
         self,
@@ -157,32 +157,32 @@ class Engine(Generic[M]):
         layout = self.prompts.layout(
             question, prompt, chosen.name, has_documents=has_documents, template_kwargs=template_kwargs
         )
-        reading = self.read(documents, layout)
-        if not reading.keys:
+        encoded = self.read(documents, layout)
+        if not encoded.keys:
             self._warn_once("no documents: this is plain generation over the question alone")
         if prompt is not None and not self.encoder.follows_instructions and isinstance(layout, FixedLayout):
             self._warn_once(f"{self.model.model_id} reads bare questions; the wording around the question is ignored")
         if chosen.ape is not None:
             self.require_explicit_attention()
-        if most is not None and needs_choice(reading, most):
-            made = self._focused(question, documents, reading, layout, chosen, most, options, began)
+        if most is not None and needs_choice(encoded, most):
+            made = self._focused(question, documents, encoded, layout, chosen, most, options, began)
         else:
-            made = self.runner.request_for(reading, layout, chosen, self.namespace, options, began)
+            made = self.runner.request_for(encoded, layout, chosen, self.namespace, options, began)
         self._log_mode(chosen, reason)
         return made
 
     def _focused(
-        self, question: str, documents: Sequence[Document | str], reading: Reading, layout: Layout, mode: AnswerMode,
-        most: int, options: DecodingOptions, began: float,
+        self, question: str, documents: Sequence[Document | str], encoded: EncodedDocuments, layout: Layout,
+        mode: AnswerMode, most: int, options: DecodingOptions, began: float,
     ) -> Request:  # fmt: skip
         """Return a request whose documents are still to be chosen. A joined prompt's are scored apart."""
-        scored, prefix = reading, layout.prefix
+        scored, prefix = encoded, layout.prefix
         if not mode.fuses:
             bare = self.prompts.fused_layout(None)
             scored, prefix = self.read(documents, bare), bare.prefix
         ids, given = scored_question(self.encoder.plain, question)
         scope = Scope(prefix, self.namespace)
-        focus = Focus(most, reading, scored, scope, ids, given, self.prompts.focus_weight)
+        focus = Focus(most, encoded, scored, scope, ids, given, self.prompts.focus_weight)
         made = self.runner.request_for(focus.longest, layout, mode, self.namespace, options, began)
         return replace(made, focus=focus)
 

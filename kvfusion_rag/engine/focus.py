@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from ..model.kv import DocumentKV
 from ..schema import Origin, Source
 from ..store import KVRequest
-from ..text.documents import ReadDocument, Reading
+from ..text.documents import EncodedDocument, EncodedDocuments
 from ..text.encoder import PlainEncoder
 from .document_kvs import DocumentKVs, Scope
 
@@ -27,7 +27,7 @@ class Focus:
 
     Attributes:
         most: number of documents to keep.
-        reading: all documents as the answer reads them.
+        encoded: all documents as the answer reads them.
         scored: the same documents with the keys of the KVs over which the question is scored.
         scope: of ``scored``.
         ids: ids of ``LEAD`` and the question.
@@ -36,25 +36,25 @@ class Focus:
     """
 
     most: int
-    reading: Reading
-    scored: Reading
+    encoded: EncodedDocuments
+    scored: EncodedDocuments
     scope: Scope
     ids: Ids
     given: int
     weight: float
 
     @property
-    def longest(self) -> Reading:
+    def longest(self) -> EncodedDocuments:
         """The ``most`` longest documents. No choice of that many needs more room."""
-        documents = self.reading.documents
+        documents = self.encoded.documents
         numbers = sorted(range(len(documents)), key=lambda number: (-documents[number].tokens, number))
-        return self.reading.only(sorted(numbers[: self.most]))
+        return self.encoded.only(sorted(numbers[: self.most]))
 
     def with_keys(self, document_kvs: DocumentKVs, scope: Scope) -> Focus:
         """Return the same documents under the model's current keys; ``scope`` is the one of the answer."""
-        reading = self.reading.with_keys(lambda ids: document_kvs.key(ids, scope))
+        encoded = self.encoded.with_keys(lambda ids: document_kvs.key(ids, scope))
         scored = self.scored.with_keys(lambda ids: document_kvs.key(ids, self.scope))
-        return replace(self, reading=reading, scored=scored)
+        return replace(self, encoded=encoded, scored=scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Choice:
         kvs: KVs of the kept documents, by key.
     """
 
-    scored: Reading
+    scored: EncodedDocuments
     kept: tuple[int, ...]
     scores: tuple[float | None, ...]
     origins: Mapping[str, Origin]
@@ -85,9 +85,9 @@ class Choice:
         return tuple(replace(s, focus_score=score) for s, score in zip(sources, self.scores, strict=True))
 
 
-def needs_choice(reading: Reading, most: int) -> bool:
+def needs_choice(encoded: EncodedDocuments, most: int) -> bool:
     """Return whether there are more than ``most`` distinct documents."""
-    return len(_distinct(reading)) > most
+    return len(_distinct(encoded)) > most
 
 
 def scored_question(encoder: PlainEncoder, question: str) -> tuple[Ids, int]:
@@ -103,22 +103,22 @@ def choose(document_kvs: DocumentKVs, focus: Focus) -> Choice:
     An adapter that was trained on answers is worse at judging questions (docs/focus.md). Documents are computed in
     canonical order and ties are broken by content, so the caller's order changes nothing.
     """
-    reading, scope = focus.scored, focus.scope
-    requests = {key: KVRequest(ids) for key, ids in reading.keys.items()}
+    encoded, scope = focus.scored, focus.scope
+    requests = {key: KVRequest(ids) for key, ids in encoded.keys.items()}
     fetched = document_kvs.fetch(requests, None, document_kvs.version, scope)
     likelihoods = document_kvs.model.question_likelihoods(
-        document_kvs.prefix_kv(scope), [fetched.kvs[key] for key in reading.keys], focus.ids, given=focus.given
+        document_kvs.prefix_kv(scope), [fetched.kvs[key] for key in encoded.keys], focus.ids, given=focus.given
     )
-    of_piece = dict(zip(reading.keys.values(), likelihoods, strict=True))
-    scores = document_scores(reading.documents, of_piece, focus.weight)
-    kept = best_documents(reading, scores, focus.most)
-    pieces = {ids for number in kept for ids in reading.documents[number].pieces}
-    kvs = {key: fetched.kvs[key] for key, ids in reading.keys.items() if ids in pieces}
-    return Choice(reading, kept, scores, fetched.origins, fetched.misses, kvs)
+    of_piece = dict(zip(encoded.keys.values(), likelihoods, strict=True))
+    scores = document_scores(encoded.documents, of_piece, focus.weight)
+    kept = best_documents(encoded, scores, focus.most)
+    pieces = {ids for number in kept for ids in encoded.documents[number].pieces}
+    kvs = {key: fetched.kvs[key] for key, ids in encoded.keys.items() if ids in pieces}
+    return Choice(encoded, kept, scores, fetched.origins, fetched.misses, kvs)
 
 
 def document_scores(
-    documents: Sequence[ReadDocument], of_piece: Mapping[Ids, float], weight: float
+    documents: Sequence[EncodedDocument], of_piece: Mapping[Ids, float], weight: float
 ) -> tuple[float | None, ...]:
     """Return each document's score: that of its best piece plus ``weight`` times the retriever's standardized score.
 
@@ -141,17 +141,17 @@ def standardized(values: Sequence[float]) -> list[float]:
     return [(value - mean) / deviation for value in values]
 
 
-def best_documents(reading: Reading, scores: Sequence[float | None], most: int) -> tuple[int, ...]:
+def best_documents(encoded: EncodedDocuments, scores: Sequence[float | None], most: int) -> tuple[int, ...]:
     """Return the indices of the ``most`` best distinct documents and their duplicates, in the caller's order."""
-    key_of = {ids: key for key, ids in reading.keys.items()}
+    key_of = {ids: key for key, ids in encoded.keys.items()}
     best: dict[tuple[Ids, ...], float] = {}
-    for read, score in zip(reading.documents, scores, strict=True):
+    for read, score in zip(encoded.documents, scores, strict=True):
         if score is not None:
             best[read.pieces] = max(score, best.get(read.pieces, -math.inf))
     ranked = sorted(best, key=lambda pieces: (-best[pieces], [key_of[ids] for ids in pieces]))
     kept = set(ranked[:most])
-    return tuple(number for number, read in enumerate(reading.documents) if read.pieces in kept)
+    return tuple(number for number, read in enumerate(encoded.documents) if read.pieces in kept)
 
 
-def _distinct(reading: Reading) -> set[tuple[Ids, ...]]:
-    return {read.pieces for read in reading.documents if read.pieces}
+def _distinct(encoded: EncodedDocuments) -> set[tuple[Ids, ...]]:
+    return {read.pieces for read in encoded.documents if read.pieces}

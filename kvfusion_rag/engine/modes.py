@@ -9,7 +9,7 @@ from ..errors import ContextLimitError
 from ..fusion.interface import ApeFactors, FusionModel
 from ..model.positions import global_starts, question_start
 from ..schema import Mode
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.settings import ModelSettings, Positions
 
 Ids = tuple[int, ...]
@@ -78,7 +78,7 @@ class AnswerMode:
             return "; modes 'fusion' and 'ape' let documents share positions"
         return "; with positions='uniform' documents share positions" if self.positions == "global" else ""
 
-    def place(self, reading: Reading, *, prefix_tokens: int) -> tuple[tuple[PlacedDocument, ...] | None, int]:
+    def place(self, encoded: EncodedDocuments, *, prefix_tokens: int) -> tuple[tuple[PlacedDocument, ...] | None, int]:
         """Return the documents to prefill, in the order in which they are fused, and the question's first position.
 
         The documents are None if the mode does not fuse.
@@ -86,11 +86,11 @@ class AnswerMode:
         if not self.fuses:
             return None, 0
         if self.positions == "global":
-            pieces = reading.distinct
+            pieces = encoded.distinct
             *starts, end = global_starts(prefix_tokens, [len(ids) for ids in pieces.values()])
             return tuple(_one_after_another(pieces, starts, prefix_tokens)), end
-        placed = tuple(PlacedDocument(key, ids, prefix_tokens) for key, ids in reading.keys.items())
-        return placed, question_start(prefix_tokens, self.passage_length, reading.longest)
+        placed = tuple(PlacedDocument(key, ids, prefix_tokens) for key, ids in encoded.keys.items())
+        return placed, question_start(prefix_tokens, self.passage_length, encoded.longest)
 
 
 def room_left(

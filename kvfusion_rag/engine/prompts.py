@@ -117,12 +117,12 @@ class Prompts:
             return str(self.model.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
         if request.fused is not None:
-            names = {ids: read.id for read in reversed(request.reading.documents) for ids in read.pieces}
+            names = {ids: read.id for read in reversed(request.encoded.documents) for ids in read.pieces}
             documents = [PromptPart(text(piece.ids), names[piece.ids]) for piece in request.fused]
             parts = [PromptPart(text(request.scope.prefix)), *documents, PromptPart(text(request.question.ids))]
         else:
             parts, at, ids = [], 0, request.question.ids
-            for read, (start, end) in zip(request.reading.documents, request.spans, strict=True):
+            for read, (start, end) in zip(request.encoded.documents, request.spans, strict=True):
                 if end > start:
                     parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), read.id)]
                     at = end

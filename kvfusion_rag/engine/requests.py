@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..fusion.interface import Question
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from .document_kvs import Scope
 from .focus import Choice, Focus
@@ -34,13 +34,13 @@ class Request:
         version: ``DocumentKVs.version`` that the keys were made with.
         max_tokens: limit of this answer, if the window has less room than the caller's default.
         spans: token spans of each of the caller's documents in a joined prompt.
-        focus: how to choose among more documents; until then ``reading`` holds the longest ones.
-        choice: the result of focus; ``reading`` then holds the chosen documents.
+        focus: how to choose among more documents; until then ``encoded`` holds the longest ones.
+        choice: the result of focus; ``encoded`` then holds the chosen documents.
         began: ``time.perf_counter()`` at the caller's call.
         cancelled: once set, the answer ends at its next token.
     """
 
-    reading: Reading
+    encoded: EncodedDocuments
     question: Question
     mode: AnswerMode
     fused: tuple[PlacedDocument, ...] | None

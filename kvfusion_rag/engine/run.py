@@ -67,20 +67,20 @@ class Run:
     def answer(self, number: int) -> Answer:
         """Return the answer of question ``number`` once decoding has ended."""
         request, answer = self.batch.requests[number], self.answers[number]
-        reading, fuses = request.reading, request.mode.fuses
+        encoded, fuses = request.encoded, request.mode.fuses
         origins = self._origins(request)
-        sources = reading.sources(origins, self.misses if fuses else {})
+        sources = encoded.sources(origins, self.misses if fuses else {})
         if request.choice is not None:
             sources = request.choice.sources(sources)
-        cached = sum(len(ids) for key, ids in reading.keys.items() if origins[key] in get_args(Tier))
+        cached = sum(len(ids) for key, ids in encoded.keys.items() if origins[key] in get_args(Tier))
         return Answer(
             text=answer.text,
             mode=request.mode.name,
             sources=sources,
-            citations=find_citations(answer.text, reading.cited_order),
+            citations=find_citations(answer.text, encoded.cited_order),
             usage=Usage(
                 prompt_tokens=len(request.scope.prefix) + request.fused_tokens + len(request.question.ids),
-                document_tokens=reading.tokens if fuses else sum(end - start for start, end in request.spans),
+                document_tokens=encoded.tokens if fuses else sum(end - start for start, end in request.spans),
                 cached_document_tokens=cached,
                 completion_tokens=len(answer.ids),
             ),
@@ -93,7 +93,7 @@ class Run:
 
     def _origins(self, request: Request) -> dict[str, Origin]:
         """Origin of each of the request's documents by key."""
-        keys = request.reading.keys
+        keys = request.encoded.keys
         if not request.mode.fuses:
             return dict.fromkeys(keys, "prompt")
         known: dict[str, Origin] = {**(request.choice.origins if request.choice else {}), **self.origins}

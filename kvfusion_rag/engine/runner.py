@@ -21,7 +21,7 @@ from ..fusion.memory import is_out_of_memory, memory_errors
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer
 from ..store import Place
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.encoder import PlainEncoder
 from ..text.layouts import Layout
 from .document_kvs import DocumentKVs, Scope
@@ -54,7 +54,7 @@ class Runner(Generic[M]):
 
     def request_for(
         self,
-        reading: Reading,
+        encoded: EncodedDocuments,
         layout: Layout,
         mode: AnswerMode,
         namespace: str,
@@ -66,10 +66,10 @@ class Runner(Generic[M]):
         Raises:
             ContextLimitError: documents, question and answer do not fit into the context window.
         """
-        fused, start = mode.place(reading, prefix_tokens=len(layout.prefix))
+        fused, start = mode.place(encoded, prefix_tokens=len(layout.prefix))
         ids, spans = layout.question, ()
         if fused is None:
-            joined = layout.joined(reading)
+            joined = layout.joined(encoded)
             ids, spans = joined.ids, joined.spans
         room = room_left(
             self.model,
@@ -79,7 +79,7 @@ class Runner(Generic[M]):
             new_tokens=1 if options.may_shorten else options.max_new_tokens,
         )
         return Request(
-            reading,
+            encoded,
             Question(ids, start),
             mode,
             fused,
@@ -101,10 +101,10 @@ class Runner(Generic[M]):
             return request
         prefix = request.layout.prefix
         scope = Scope(prefix, request.namespace)
-        reading = request.reading.with_keys(lambda ids: self.document_kvs.key(ids, scope))
-        fused, _ = request.mode.place(reading, prefix_tokens=len(prefix))
+        encoded = request.encoded.with_keys(lambda ids: self.document_kvs.key(ids, scope))
+        fused, _ = request.mode.place(encoded, prefix_tokens=len(prefix))
         focus = request.focus and request.focus.with_keys(self.document_kvs, scope)
-        return replace(request, reading=reading, fused=fused, focus=focus, version=self.document_kvs.version)
+        return replace(request, encoded=encoded, fused=fused, focus=focus, version=self.document_kvs.version)
 
     def prepare(self, request: Request, options: DecodingOptions) -> Request:
         """Return ``request`` as it is answered: with current keys, and only the documents that focus keeps.
@@ -120,7 +120,7 @@ class Runner(Generic[M]):
             memory_errors, self.model.device, questions=len(focus.scored.keys), tokens=focus.scored.longest
         )
         choice = self._retry(lambda: choose(self.document_kvs, focus), errors)
-        chosen = focus.reading.only(choice.kept)
+        chosen = focus.encoded.only(choice.kept)
         made = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
         return replace(made, focus=focus, choice=choice, cancelled=request.cancelled)
 

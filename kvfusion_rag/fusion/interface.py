@@ -114,7 +114,7 @@ class FusionModel(Protocol):
         """Return digests of everything that changes an answer."""
         ...
 
-    # Reading and answering
+    # EncodedDocuments and answering
 
     def prefill(
         self, documents: Sequence[Ids], prefix: DocumentKV | None, starts: Sequence[int] | None = None

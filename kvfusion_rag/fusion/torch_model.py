@@ -122,7 +122,7 @@ class TorchModel:
     def reset_digest(self) -> None:
         self.backbone.digest_again()
 
-    # Reading and answering
+    # EncodedDocuments and answering
 
     def prefill(
         self, documents: Sequence[Ids], prefix: DocumentKV | None, starts: Sequence[int] | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -84,70 +84,46 @@ def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:
 
 
 def _sorted_if_set(value: object) -> object:
-    """Return JSON for a value that ``json`` rejects; a set is sorted, because its order differs between runs."""
+    """Convert a value that ``json`` rejects. A set is sorted, because its order differs between runs."""
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class BaseRecord:
-    """The base model that an adapter or decoder was trained on, as its training record names it.
+def require_trained_on(folder: Path, model_id: str, dtype: torch.dtype, weights_digest: Callable[[], str]) -> None:
+    """Check the training record in ``folder``, if there is one, against the base model.
 
-    Attributes:
-        trained: name of the adapter or decoder.
+    The shapes of weights do not distinguish two models of one family, so digests are compared. A record contains one
+    digest, or a list of digests for all precisions. One digest in another precision cannot be compared, so only the
+    name is checked. With ``"same_family": true``, other weights of the same name, such as another quantization, are
+    accepted with a warning.
+
+    Args:
+        folder: folder of an adapter or decoder.
         model_id: name of the base model.
-        digests: accepted digests of the base model's weights.
-        dtype: precision of the only digest; None if the record lists digests for all precisions.
-        same_family: accept other weights under the same name, such as another quantisation, with a warning.
+        weights_digest: computes the digest of the base model's weights.
+
+    Raises:
+        ModelLoadError: the record cannot be read, or names another base model.
     """
-
-    trained: str
-    model_id: object
-    digests: list[object]
-    dtype: str | None
-    same_family: bool
-
-    @classmethod
-    def read(cls, folder: Path) -> BaseRecord | None:
-        """Return the record in ``folder``, or None if there is none.
-
-        Raises:
-            ModelLoadError: the record cannot be read.
-        """
-        file = folder / RECORD_NAME
-        if not file.is_file():
-            return None
-        with model_load_errors(f"the record of {folder.name!r}"):
-            record = json.loads(file.read_text(encoding="utf-8"))
-            digests, dtype = record.get("base_weights"), record.get("dtype")
-            if isinstance(digests, list):
-                dtype = None
-            else:
-                digests, dtype = [digests], str(dtype)
-            same_family = record.get("same_family") is True
-            return cls(folder.resolve().name, record.get("base_model"), digests, dtype, same_family)
-
-    def require(self, model_id: str, dtype: torch.dtype, weights_digest: str) -> None:
-        """Check that the record describes this base model.
-
-        The shapes of weights do not distinguish two models of one family, so digests are compared. A single digest in
-        another precision cannot be compared. Only the name is checked then.
-
-        Raises:
-            ModelLoadError: it was trained on another base model.
-        """
-        if weights_digest in self.digests:
-            return
-        precision = str(dtype).removeprefix("torch.")
-        if self.dtype not in (None, precision):
-            if self.model_id != model_id:
-                logger.warning(
-                    "%r was trained on %r in %s; the weights of %r in %s cannot be compared with it",
-                    self.trained, self.model_id, self.dtype, model_id, precision,
-                )  # fmt: skip
-            return
-        if self.model_id != model_id or not self.same_family:
-            raise ModelLoadError(
-                f"{self.trained!r} was trained on another base model: on {self.model_id!r}, but the weights of "
-                f"{model_id!r} differ."
-            )
-        logger.warning("%r was trained on other weights of %r; answers may be worse here", self.trained, self.model_id)
+    file, trained = folder / RECORD_NAME, folder.resolve().name
+    if not file.is_file():
+        return
+    with model_load_errors(f"the record of {trained!r}"):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        recorded, trained_on, trained_in = (record.get(key) for key in ("base_weights", "base_model", "dtype"))
+        same_family = record.get("same_family") is True
+    precision, has_list = str(dtype).removeprefix("torch."), isinstance(recorded, list)
+    if weights_digest() in (recorded if has_list else [recorded]):
+        return
+    if trained_in != precision and not has_list:
+        if trained_on != model_id:
+            logger.warning(
+                "%r was trained on %r in %s; the weights of %r in %s cannot be compared with it",
+                trained, trained_on, trained_in, model_id, precision,
+            )  # fmt: skip
+        return
+    if trained_on != model_id or not same_family:
+        raise ModelLoadError(
+            f"{trained!r} was trained on another base model: on {trained_on!r}, but the weights of {model_id!r} "
+            "differ."
+        )
+    logger.warning("%r was trained on other weights of %r; answers may be worse here", trained, trained_on)

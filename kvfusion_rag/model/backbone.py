@@ -19,7 +19,7 @@ import transformers
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..text.settings import ModelSettings
-from .adapters import BaseRecord, load_adapter, require_adapter_libraries
+from .adapters import load_adapter, require_adapter_libraries, require_trained_on
 from .ape import Ape
 from .attention import GROUPED, checkpoint_with_context, register_explicit, share_heads
 from .attention_weights import AttentionSum
@@ -229,9 +229,8 @@ class Backbone:
         Raises:
             ModelLoadError: it was trained on another base model.
         """
-        record = None if self.quantized else BaseRecord.read(folder)
-        if record is not None:
-            record.require(self.model_id, self.dtype, self.weights_digest)
+        if not self.quantized:
+            require_trained_on(folder, self.model_id, self.dtype, lambda: self.weights_digest)
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, or the whole model with its tokenizer if there is no adapter."""
@@ -272,7 +271,7 @@ class Backbone:
 
     @property
     def takes_any_mask(self) -> bool:
-        """Whether attention honours masks other than padding masks; flash attention does not."""
+        """Whether attention honours masks other than padding masks, which flash attention does not."""
         return self.attention in ("sdpa", "eager", GROUPED)
 
     @property

@@ -35,7 +35,7 @@ class DocumentCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store one layer's keys and values; end the pass after the last layer."""
+        """Store one layer's keys and values, and end the pass after the last layer."""
         updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if layer_idx == len(self.layers) - 1:
             raise _Complete

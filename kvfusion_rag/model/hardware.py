@@ -39,7 +39,7 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
-    """Return the torch dtype of this name; None means float32 on a CPU and the checkpoint's own dtype elsewhere."""
+    """Return the torch dtype of this name. None means float32 on a CPU, and elsewhere the checkpoint's own dtype."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
     if not isinstance(dtype, str) or dtype not in DTYPES:

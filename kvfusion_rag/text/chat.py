@@ -97,7 +97,7 @@ def render(
 
 
 def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
-    """Return the messages of ``prompt``, which may be a text; None is one user message with ``bare_prompt``.
+    """Return the messages of ``prompt``, which may be a text. If it is None, ``bare_prompt`` is the only message.
 
     Raises:
         InvalidInputError: an item is not a message, the last message is not the user's, or several messages show the
@@ -191,10 +191,10 @@ def alternating(messages: Sequence[Message]) -> list[Message]:
     System texts open the first user turn. Neighbouring messages of one role become one turn.
     """
     opening = [replace(message, role="user") for message in messages if message.role == "system"]
-    others = [message for message in messages if message.role != "system"]
-    if not opening and others[0].role != "user":
+    turns = [message for message in messages if message.role != "system"]
+    if not opening and turns[0].role != "user":
         opening = [Message("user", "")]
-    return [_joined(list(group)) for _, group in groupby([*opening, *others], key=attrgetter("role"))]
+    return [_joined(list(group)) for _, group in groupby([*opening, *turns], key=attrgetter("role"))]
 
 
 def as_text(messages: Sequence[Message], text_of: Callable[[Message], str] = attrgetter("text")) -> str:

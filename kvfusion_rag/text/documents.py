@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ReadDocument:
+class EncodedDocument:
     """One of the caller's documents with its encoded pieces. A blank document has no pieces."""
 
     document: Document
@@ -36,7 +36,7 @@ class ReadDocument:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class EncodedDocuments:
     """All documents of one question in the caller's order, and their distinct pieces in canonical order.
 
     The canonical order sorts by content key, so every permutation is the same computation, bit for bit.
@@ -45,22 +45,22 @@ class Reading:
         keys: ids of each distinct piece by content key.
     """
 
-    documents: tuple[ReadDocument, ...]
+    documents: tuple[EncodedDocument, ...]
     keys: dict[str, tuple[int, ...]] = field(repr=False)
 
-    def with_keys(self, key_of: Callable[[tuple[int, ...]], str]) -> Reading:
+    def with_keys(self, key_of: Callable[[tuple[int, ...]], str]) -> EncodedDocuments:
         """Return the same documents with other keys."""
-        return Reading(self.documents, dict(sorted((key_of(ids), ids) for ids in self.keys.values())))
+        return EncodedDocuments(self.documents, dict(sorted((key_of(ids), ids) for ids in self.keys.values())))
 
-    def without(self, number: int) -> Reading:
+    def without(self, number: int) -> EncodedDocuments:
         """Return all documents except the one with this number. Pieces that another document shares stay."""
         return self.only([n for n in range(len(self.documents)) if n != number])
 
-    def only(self, numbers: Iterable[int]) -> Reading:
+    def only(self, numbers: Iterable[int]) -> EncodedDocuments:
         """Return only the documents with these numbers."""
         documents = tuple(self.documents[number] for number in numbers)
         remaining = {ids for document in documents for ids in document.pieces}
-        return Reading(documents, {key: ids for key, ids in self.keys.items() if ids in remaining})
+        return EncodedDocuments(documents, {key: ids for key, ids in self.keys.items() if ids in remaining})
 
     @property
     def longest(self) -> int:
@@ -148,12 +148,12 @@ def limit_of(settings: ModelSettings, window: int | None, prefix_tokens: int) ->
     return room if longest is None else min(room, longest)
 
 
-def read_documents(
+def encode_documents(
     documents: Sequence[Document | str],
     encoder: DocumentEncoder,
     limits: Limits,
     key_of: Callable[[tuple[int, ...]], str],
-) -> Reading:
+) -> EncodedDocuments:
     """Encode the documents of one question.
 
     Raises:
@@ -164,7 +164,7 @@ def read_documents(
     encoded = tuple(_encode(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
     if blank := [one.id for one in encoded if not one.pieces]:
         logger.warning("skipped %d blank document(s): %s", len(blank), ", ".join(map(repr, blank[:5])))
-    result = Reading(encoded, dict(sorted((key_of(piece), piece) for one in encoded for piece in one.pieces)))
+    result = EncodedDocuments(encoded, dict(sorted((key_of(piece), piece) for one in encoded for piece in one.pieces)))
     if result.tokens > limits.total:
         raise ContextLimitError(
             f"the {len(encoded)} documents have {result.tokens} tokens together, but at most {limits.total} can be "
@@ -193,7 +193,7 @@ def is_score(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
-def _encode(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> ReadDocument:
+def _encode(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> EncodedDocument:
     if isinstance(document, str):
         document = Document(document)
     if not isinstance(document, Document):
@@ -215,7 +215,7 @@ def _encode(document: Document | str, number: int, encoder: DocumentEncoder, lim
         )
     document_id = document.id if document.id is not None else str(number)
     if not document.text.strip():
-        return ReadDocument(document, document_id, ())
+        return EncodedDocument(document, document_id, ())
     if len(document.text) > 64 * limits.total:  # before a tokenizer spends minutes on it
         raise ContextLimitError(
             f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens can be "
@@ -223,11 +223,11 @@ def _encode(document: Document | str, number: int, encoder: DocumentEncoder, lim
         )
     ids = encode_up_to(encoder, document, limits.document)
     if ids is not None:
-        return ReadDocument(document, document_id, (ids,) if ids else ())
+        return EncodedDocument(document, document_id, (ids,) if ids else ())
     if limits.long_documents == "split":
         try:
             pieces = split_document(encoder, document, limits.document, limits.total)
-            return ReadDocument(document, document_id, tuple(pieces))
+            return EncodedDocument(document, document_id, tuple(pieces))
         except ContextLimitError as error:
             raise ContextLimitError(f"in document {document_id!r}, {error}") from error
     raise ContextLimitError(

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InvalidInputError
 from ..schema import Document, Message, Prompt
 from .chat import DEFAULT_LEAD, REASONING_TAGS, Marks, documents_first, messages_of, rendered, with_place
-from .documents import Reading
+from .documents import EncodedDocuments
 from .encoder import (
     Control,
     DocumentEncoder,
@@ -58,7 +58,7 @@ class Layout(Protocol):
     def question(self) -> Ids: ...
     @property
     def documents(self) -> DocumentEncoder: ...
-    def joined(self, reading: Reading) -> JoinedPrompt: ...
+    def joined(self, encoded: EncodedDocuments) -> JoinedPrompt: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +73,10 @@ class FixedLayout:
     def of(cls, encoder: PromptEncoder, question: str, prompt: Prompt) -> FixedLayout:
         return cls(encoder.prefix_ids, encoder.encode_question(question, prompt), encoder)
 
-    def joined(self, reading: Reading) -> JoinedPrompt:
+    def joined(self, encoded: EncodedDocuments) -> JoinedPrompt:
         ids = [*self.prefix]
         spans: list[Span] = []
-        for document in reading.documents:
+        for document in encoded.documents:
             start = len(ids)
             for piece in document.pieces:
                 ids += piece
@@ -187,12 +187,12 @@ class ChatLayout:
         self.question = layouts.encode(after.removeprefix(place.separator), marks, continues=True)[0]
         self.documents = layouts.text_documents(place.separator, place.titles, bool(self.prefix))
 
-    def joined(self, reading: Reading) -> JoinedPrompt:
+    def joined(self, encoded: EncodedDocuments) -> JoinedPrompt:
         """Return the caller's own prompt with exactly the tokens of ``apply_chat_template``."""
         if self._place is None:
-            return JoinedPrompt(self.question, tuple((0, 0) for _ in reading.documents))
+            return JoinedPrompt(self.question, tuple((0, 0) for _ in encoded.documents))
         marks, layouts = Marks(self._layouts.plain.control_tokens), self._layouts
-        shown = [document.document for document in reading.documents if document.pieces]
+        shown = [document.document for document in encoded.documents if document.pieces]
         ids, _ = layouts.encode(self._rendered(marks, shown, marked=False), marks)
         marked, spans = layouts.encode(self._rendered(marks, shown, marked=True), marks)
         if marked != ids:  # without marks, the template trims a few characters at the edge of a document
@@ -202,7 +202,7 @@ class ChatLayout:
             ]
         remaining = iter(spans)
         return JoinedPrompt(
-            ids, tuple(next(remaining) if document.pieces else (0, 0) for document in reading.documents)
+            ids, tuple(next(remaining) if document.pieces else (0, 0) for document in encoded.documents)
         )
 
     def _rendered(self, marks: Marks, documents: Sequence[Document], *, marked: bool) -> str:

@@ -17,7 +17,7 @@ from ..errors import ContextLimitError, InvalidInputError
 from ..fusion.torch_model import TorchModel
 from ..model.positions import question_start
 from ..schema import Document
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from .config import Loss
 
@@ -60,7 +60,7 @@ def encode_row(
     evidence: bool,
     joined: bool,
     loss: Loss = "answer",
-    read: Callable[[tuple[Document, ...], Layout], Reading] | None = None,
+    read: Callable[[tuple[Document, ...], Layout], EncodedDocuments] | None = None,
 ) -> Example:
     """Encode one row.
 
@@ -78,20 +78,20 @@ def encode_row(
     encoder, settings = engine.encoder, engine.settings
     documents = tuple(passage.document(str(n)) for n, passage in enumerate(row.passages, start=1))
     layout = engine.prompts.layout(row.question, None, "fusion", has_documents=bool(documents))
-    reading = (read or engine.read)(documents, layout)
+    encoded = (read or engine.read)(documents, layout)
     answer = (row.answers[0] if loss == "distill" else answer_in_gold(row)) or UNANSWERABLE
     if evidence and row.evidence:
         answer += settings.evidence_separator + row.evidence
     target = (*encoder.encode_answer(answer), end_id)
     prefix = layout.prefix
 
-    def fused(found: Reading, base: Example | None = None) -> Example:
+    def fused(found: EncodedDocuments, base: Example | None = None) -> Example:
         start = question_start(len(prefix), settings.passage_length, found.longest)
         return Example(False, found.keys, layout.question, target, start, prefix, base)
 
     gold = tuple(document for document, passage in zip(documents, row.passages, strict=True) if passage.gold)
     base = fused(engine.read(gold, layout)) if loss == "distill" else None
-    example = Example(True, {}, layout.joined(reading).ids, target, 0, base=base) if joined else fused(reading, base)
+    example = Example(True, {}, layout.joined(encoded).ids, target, 0, base=base) if joined else fused(encoded, base)
     window = engine.model.context_window
     if window is not None and example.start + len(example.read) > window:
         raise ContextLimitError(

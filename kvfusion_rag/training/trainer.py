@@ -26,7 +26,7 @@ from ..errors import ContextLimitError, InvalidInputError, TrainingError, Unsupp
 from ..fusion.sampling import DecodingOptions
 from ..fusion.torch_model import TorchModel
 from ..schema import Document
-from ..text.documents import Reading
+from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from ..text.settings import FILE_NAME, TUNED_MAX_NEW_TOKENS, ModelSettings
 from .batches import Step, epoch_steps
@@ -296,11 +296,11 @@ class Trainer:
             self._schedule.step()
 
 
-def _reading_once(engine: Engine[TorchModel]) -> Callable[[tuple[Document, ...], Layout], Reading]:
+def _reading_once(engine: Engine[TorchModel]) -> Callable[[tuple[Document, ...], Layout], EncodedDocuments]:
     """Return the engine's ``read`` with a cache of one result, since rows with the same documents are adjacent."""
-    last: tuple[Any, Reading] | None = None
+    last: tuple[Any, EncodedDocuments] | None = None
 
-    def read(documents: tuple[Document, ...], layout: Layout) -> Reading:
+    def read(documents: tuple[Document, ...], layout: Layout) -> EncodedDocuments:
         nonlocal last
         if last is None or last[0] != (documents, layout.prefix):
             last = (documents, layout.prefix), engine.read(documents, layout)

@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, WORDS, generator, untuned
 
 from kvfusion_rag import Document, InvalidInputError
 from kvfusion_rag.engine.focus import LEAD, best_documents, document_scores, scored_question
-from kvfusion_rag.text.documents import ReadDocument, Reading
+from kvfusion_rag.text.documents import EncodedDocument, EncodedDocuments
 
 VOCABULARY = WORDS.split()
 QUESTION = "Who keeps the lamp of the mill?"
@@ -171,7 +171,7 @@ def test_the_scale_of_retriever_scores_does_not_matter(values, weight, shift, sc
 
     def ranked(given_scores):
         documents = [
-            ReadDocument(Document(str(n), score=score), str(n), ((n,),)) for n, score in enumerate(given_scores)
+            EncodedDocument(Document(str(n), score=score), str(n), ((n,),)) for n, score in enumerate(given_scores)
         ]
         return document_scores(documents, likelihoods, weight)
 
@@ -190,10 +190,10 @@ def test_a_heavy_weight_follows_the_retriever():
 
 
 def test_ties_are_broken_by_content():
-    read = tuple(ReadDocument(Document(str(n)), str(n), ((n,),)) for n in range(4))
-    reading = Reading(read, {f"key{3 - n}": (n,) for n in range(4)})
-    assert best_documents(reading, [1.0, 1.0, 1.0, 1.0], 2) == (2, 3)
-    turned = Reading(read[::-1], reading.keys)
+    read = tuple(EncodedDocument(Document(str(n)), str(n), ((n,),)) for n in range(4))
+    encoded = EncodedDocuments(read, {f"key{3 - n}": (n,) for n in range(4)})
+    assert best_documents(encoded, [1.0, 1.0, 1.0, 1.0], 2) == (2, 3)
+    turned = EncodedDocuments(read[::-1], encoded.keys)
     assert {turned.documents[n].id for n in best_documents(turned, [1.0] * 4, 2)} == {"2", "3"}
 
 

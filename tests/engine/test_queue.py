@@ -125,7 +125,7 @@ def test_an_error_of_one_caller_does_not_affect_others():
         first = pool.submit(gen.answer, "who?", max_new_tokens=1)
         assert begun.wait(20)
         good = pool.submit(gen.answer, "where?", max_new_tokens=2)
-        bad = pool.submit(gen._queue.ask, [replace(request("ab"), reading=None)], DecodingOptions(2))
+        bad = pool.submit(gen._queue.ask, [replace(request("ab"), encoded=None)], DecodingOptions(2))
         until(lambda: len(gen._queue._waiting) == 2)
         go_on.set()
         assert first.result().finish_reason == "length"

@@ -10,7 +10,7 @@ from kvfusion_rag.engine.modes import AnswerMode, PlacedDocument
 from kvfusion_rag.engine.requests import Request
 from kvfusion_rag.fusion.fused_cache import FusedBuffer
 from kvfusion_rag.fusion.interface import Question
-from kvfusion_rag.text.documents import Reading
+from kvfusion_rag.text.documents import EncodedDocuments
 from kvfusion_rag.text.layouts import FixedLayout
 
 
@@ -24,7 +24,7 @@ def request(keys: str, question_tokens: int = 4, size: int = 10) -> Request:
     pieces = tuple(PlacedDocument(key, tuple(range(size)), 0) for key in sorted(keys))
     layout = FixedLayout((1, 2), tuple(range(question_tokens)), None)
     mode = AnswerMode("fusion", tuned=True)
-    return Request(Reading((), {}), Question(layout.question, size), mode, pieces, layout, "", "")
+    return Request(EncodedDocuments((), {}), Question(layout.question, size), mode, pieces, layout, "", "")
 
 
 def buffers() -> int:

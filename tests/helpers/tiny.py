@@ -1,10 +1,10 @@
-"""Small random models and trained-in-place tokenizers, so that tests need no network.
+"""Small random models and tokenizers that are made in place, so that tests need no network.
 
-``tokenizer(kind)`` gives one of four kinds that real models use; ``model(architecture, ...)`` a random causal
-language model of a few ten thousand parameters. Weights are drawn wide, so that attention is far from uniform
-and a wrong position or mask shows in the logits.
+``tokenizer(kind)`` returns one of four kinds that real models use. ``model(architecture, ...)`` returns a random
+causal model of a few ten thousand parameters. Its weights have a wide distribution, so attention is far from uniform
+and a wrong position or mask changes the logits.
 
-Random models answer gibberish. Tests that need a known answer use ``speaker(answer)``; tests that load a model use
+Random models answer gibberish. Tests that need a known answer use ``speaker(answer)``. Tests that load a model use
 ``save(folder)`` or ``save_speaker(folder, answer)``.
 """
 
@@ -74,14 +74,12 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def byte_bpe() -> PreTrainedTokenizerFast:
-    """As Qwen and Llama 3: byte-level BPE, control tokens outside the vocabulary, one of them not 'special'."""
+    """Like Qwen and Llama 3: byte-level BPE with control tokens outside the vocabulary, one of them not special."""
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(
-        [WORDS] * 4, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
+    _train(tok, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
     tok.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tok.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("    ", special=False)])
     return PreTrainedTokenizerFast(
@@ -90,29 +88,26 @@ def byte_bpe() -> PreTrainedTokenizerFast:
 
 
 def _unigram() -> PreTrainedTokenizerFast:
-    """As T5 and XLM-R: SentencePiece unigram, control tokens listed as pieces of the vocabulary."""
+    """Like T5 and XLM-R: SentencePiece unigram with control tokens in the vocabulary."""
     tok = Tokenizer(models.Unigram())
     tok.pre_tokenizer = pre_tokenizers.Metaspace()
     tok.decoder = decoders.Metaspace()
     control = ["<pad>", "</s>", "<unk>", "<extra_id_0>"]
-    tok.train_from_iterator(
-        [WORDS] * 4,
-        trainers.UnigramTrainer(vocab_size=200, special_tokens=control, unk_token="<unk>", show_progress=False),
+    _train(
+        tok, trainers.UnigramTrainer(vocab_size=200, special_tokens=control, unk_token="<unk>", show_progress=False)
     )
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
 def _bpe_byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2 and Gemma: SentencePiece BPE with byte pieces, ``<s>`` in the vocabulary and a BOS in front."""
+    """Like Llama 2 and Gemma: SentencePiece BPE with byte pieces, ``<s>`` in the vocabulary and a leading BOS."""
     tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tok.normalizer = normalizers.Replace(" ", "▁")
     tok.pre_tokenizer = pre_tokenizers.Split(Regex("▁"), "merged_with_next")
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     control = ["<unk>", "<s>", "</s>", "<start_of_turn>"]
     pieces = control + [f"<0x{byte:02X}>" for byte in range(256)]
-    tok.train_from_iterator(
-        [WORDS] * 4, trainers.BpeTrainer(vocab_size=460, special_tokens=pieces, show_progress=False)
-    )
+    _train(tok, trainers.BpeTrainer(vocab_size=460, special_tokens=pieces, show_progress=False))
     spec = json.loads(tok.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in control]  # byte pieces are ordinary
     tok = Tokenizer.from_str(json.dumps(spec))
@@ -121,24 +116,19 @@ def _bpe_byte_fallback() -> PreTrainedTokenizerFast:
 
 
 def _wordpiece() -> PreTrainedTokenizerFast:
-    """As BERT, but split at white space alone, so that a control token stays one word."""
+    """Like BERT, but split only at white space, so that a control token stays one word."""
     tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tok.normalizer = normalizers.BertNormalizer(lowercase=True)
     tok.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok.decoder = decoders.WordPiece()
     control = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tok.train_from_iterator(
-        [WORDS] * 4, trainers.WordPieceTrainer(vocab_size=300, special_tokens=control, show_progress=False)
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tok,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        mask_token="[MASK]",
-        eos_token="[SEP]",
-    )
+    _train(tok, trainers.WordPieceTrainer(vocab_size=300, special_tokens=control, show_progress=False))
+    names = {f"{token[1:-1].lower()}_token": token for token in control}
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="[SEP]", **names)
+
+
+def _train(tok: Tokenizer, trainer) -> None:
+    tok.train_from_iterator([WORDS] * 4, trainer)
 
 
 SIZES = {
@@ -210,7 +200,7 @@ def generator(
 
 
 def untuned(mode: ModeChoice = "auto", **changes) -> KVFusionGenerator:
-    """A random model that reads the caller's prompt in its chat template; ``changes`` are those of ``model``."""
+    """Return a random model that reads the caller's prompt in its chat template."""
     settings = replace(default_settings(tokenizer("byte-bpe")), mode=mode)
     return KVFusionGenerator(TorchModel(backbone("llama", settings=settings, **changes)), store=MemoryStore())
 
@@ -223,12 +213,12 @@ def save(
     settings: ModelSettings | None = None,
     **changes,
 ) -> Path:
-    """Saves a random model of under 1 MB with its tokenizer; ``settings`` become its ``kvfusion.json``."""
+    """Save a random model below 1 MB with its tokenizer. ``settings`` become its ``kvfusion.json``."""
     return _save(folder, model(architecture, **changes), tokenizer(tokens), settings)
 
 
 def speaker(answer: str, **settings) -> KVFusionGenerator:
-    """A random model that answers every question with ``answer``; documents move its logits, not the best token."""
+    """Return a model that answers every question with ``answer``. Documents change its logits, not its best token."""
     tok = tokenizer("byte-bpe")
     made = replace(default_settings(tok), **settings)
     return KVFusionGenerator(
@@ -237,18 +227,18 @@ def speaker(answer: str, **settings) -> KVFusionGenerator:
 
 
 def save_speaker(folder: Path, answer: str) -> Path:
-    """Saves the model of ``speaker(answer)``; it counts as trained for fusion, so it loads without a warning."""
+    """Save the model of ``speaker(answer)``, marked as trained for fusion, so that it loads without a warning."""
     tok = tokenizer("byte-bpe")
     return _save(folder, _speaking_model(answer), tok, replace(default_settings(tok), tuned=True))
 
 
 def _speaking_model(answer: str) -> PreTrainedModel:
-    """Wide embeddings outweigh what attention adds; the output layer maps each token of the answer to the next."""
+    """Make embeddings outweigh attention, and map each token of the answer to the next in the output layer."""
     tok = tokenizer("byte-bpe")
     network = model("llama", max_position_embeddings=2048)
     before = tok(default_settings(tok).question_template, add_special_tokens=False)["input_ids"][-1]
     chain = [before, *tok(answer, add_special_tokens=False)["input_ids"], tok.eos_token_id]
-    assert len(set(chain)) == len(chain), f"{answer!r} has a token twice, which would have two successors"
+    assert len(set(chain)) == len(chain), f"{answer!r} has a token twice, but each token can have only one successor"
     with torch.no_grad():
         embeddings, output = network.get_input_embeddings().weight, network.get_output_embeddings().weight
         embeddings.mul_(20)

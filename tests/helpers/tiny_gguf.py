@@ -1,4 +1,4 @@
-"""Writes GGUF files of tiny random Llama models, with their tokenizer, and broken ones byte by byte."""
+"""Writes GGUF files of tiny random Llama models with their tokenizer, and makes headers byte by byte."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def write_gguf(
     """Write ``network`` as llama.cpp's converter does.
 
     Args:
-        kind: format of matrices.
-        metadata: further fields, or fields in place of the usual ones (32-bit numbers and texts).
-        without: leave this tensor out.
+        kind: format of the matrices.
+        metadata: added or replaced fields (32-bit numbers and texts).
+        without: name of a tensor to leave out.
     """
     network = network or model()
     config = network.config
@@ -82,7 +82,7 @@ def write_gguf(
             continue
         values = tensor.float().numpy()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads is not None:  # llama.cpp rotates neighbours, transformers halves
+        if heads is not None:  # llama.cpp rotates neighbouring numbers, transformers rotates halves
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         values = np.ascontiguousarray(values)
         if gguf_name(name) == without:
@@ -107,7 +107,7 @@ def gguf_name(name: str) -> str:
 
 
 def vocabulary() -> tuple[list[str], list[int], list[str]]:
-    """Tokens, their types and the merges of the tiny byte-level tokenizer."""
+    """Return the tokens, their types and the merges of the tiny byte-level tokenizer."""
     tok = tiny.tokenizer("byte-bpe")
     by_id = sorted(tok.get_vocab().items(), key=lambda item: item[1])
     special = {str(t): CONTROL if t.special else USER_DEFINED for t in tok.added_tokens_decoder.values()}
@@ -143,7 +143,7 @@ def header(
     version: int = 3,
     counts: tuple[int, int] | None = None,
 ) -> bytes:
-    """A file of these fields and tensors; ``counts`` of tensors and fields in place of the true ones."""
+    """Return a file of these fields and tensors. ``counts`` replace the true counts of tensors and fields."""
     tensor_count, field_count = counts or (len(tensors), len(fields))
     start = b"GGUF" + struct.pack("<IQQ", version, tensor_count, field_count) + b"".join(fields) + b"".join(tensors)
     return start + b"\0" * (-len(start) % 32) + data

@@ -272,7 +272,7 @@ def test_captured_chains_have_the_original_prompt(route, make, generator):
     recorder, model = RecordingChat(), make(generator=generator, max_tokens=TOKENS)
     with enable_document_capture():
         require_parity(generator, recorder, route.before(recorder), route.before(model), QUESTION)
-    assert len(generator.made[0].reading.documents) == len(route.found)
+    assert len(generator.made[0].encoded.documents) == len(route.found)
 
 
 @MODELS

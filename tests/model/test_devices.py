@@ -1,7 +1,4 @@
-"""The laws on every device: on a CPU in each run, and the same tests on a GPU by ``pytest -m gpu``.
-
-What one of them alone can show (kernels that a CPU has not, memory that really runs out) is marked ``gpu``.
-"""
+"""The laws on every device: on a CPU in each run, and on a GPU with ``pytest -m gpu``."""
 
 from __future__ import annotations
 
@@ -29,12 +26,13 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "bert")
 DOCUMENTS = ["two grey doves sleep", "Amara Osei built a lighthouse of 31 metres", "rain falls on the roof"]
 QUESTIONS = ["who built it?", "where do doves sleep?", "how high is the lighthouse, and who built it?"]
-WIDTH = 16  # of heads: kernels of flash attention take multiples of 8, flex attention powers of two
+HEAD_WIDTH = 16  # flash attention needs multiples of 8, flex attention powers of two
 
 
-def on(device: str, architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> Backbone:
+def on(device: str, architecture: str = "llama", dtype: torch.dtype = torch.float32, **changes) -> TorchModel:
     made = backbone(architecture, dtype, **changes)
-    return Backbone(made.model.to(device), made.tokenizer, made.settings, model_id=f"{architecture} on {device}")
+    name = f"{architecture} on {device}"
+    return TorchModel(Backbone(made.model.to(device), made.tokenizer, made.settings, model_id=name))
 
 
 def tokens(made: KVFusionGenerator, documents=DOCUMENTS, **options) -> tuple[int, ...]:
@@ -44,8 +42,8 @@ def tokens(made: KVFusionGenerator, documents=DOCUMENTS, **options) -> tuple[int
 @devices
 @dtypes
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_any_order_gives_the_same_bits_and_stored_is_computed(device, dtype, attention, tmp_path):
-    bone = on(device, dtype=dtype, _attn_implementation=attention)
+def test_any_order_and_any_store_gives_the_same_bits(device, dtype, attention, tmp_path):
+    loaded = on(device, dtype=dtype, _attn_implementation=attention)
     stores = [
         None,
         MemoryStore(),
@@ -53,21 +51,21 @@ def test_any_order_gives_the_same_bits_and_stored_is_computed(device, dtype, att
         DocumentStore(None, DiskStore(tmp_path / "one", 1 << 28)),
         DocumentStore(MemoryStore(host=True), DiskStore(tmp_path / "two", 1 << 28)),
     ]
-    generators = [KVFusionGenerator(TorchModel(bone), store=store) for store in stores]  # each has passed the gate
+    generators = [KVFusionGenerator(loaded, store=store) for store in stores]
     rng = random.Random(11)
-    for _ in range(8):
+    for _ in range(2):
         documents = random_documents(rng)
         expected, answer = logits_of(generators[0], QUESTIONS[0], documents)
         for made in generators[1:]:
             made.prefill(rng.sample(documents, rng.randint(1, len(documents))))
-            for _ in range(2):  # the second time all are stored
+            for _ in range(2):  # the second time, all documents are stored
                 found, found_answer = logits_of(made, QUESTIONS[0], rng.sample(documents, len(documents)))
                 assert found.device.type == device and found_answer == answer and found.equal(expected)
 
 
 @devices
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batch_equals_singles_over_shared_and_different_documents(device, architecture):
+def test_batch_equals_single_questions(device, architecture):
     made = KVFusionGenerator(TorchModel(on(device, architecture)), store=MemoryStore())
     rng = random.Random(5)
     for documents in ([DOCUMENTS] * 3, [random_documents(rng) for _ in QUESTIONS]):
@@ -79,14 +77,14 @@ def test_batch_equals_singles_over_shared_and_different_documents(device, archit
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_gpu_answers_as_a_cpu_does(architecture):
+def test_gpu_and_cpu_give_the_same_answers(architecture):
     by_cpu, by_gpu = (
         KVFusionGenerator(TorchModel(on(device, architecture)), store=None) for device in ("cpu", "cuda")
     )
     for mode in ("fusion", "concat", "ape"):
         assert tokens(by_gpu, mode=mode) == tokens(by_cpu, mode=mode)
-    apart = [made.with_settings(positions="global") for made in (by_cpu, by_gpu)]
-    assert tokens(apart[0]) == tokens(apart[1])
+    in_sequence = [made.with_settings(positions="global") for made in (by_cpu, by_gpu)]
+    assert tokens(in_sequence[0]) == tokens(in_sequence[1])
     effects = [
         [source.effect for source in made.answer(QUESTIONS[0], DOCUMENTS, attribution="effects").sources]
         for made in (by_cpu, by_gpu)
@@ -95,7 +93,7 @@ def test_a_gpu_answers_as_a_cpu_does(architecture):
 
 
 @devices
-def test_an_adapter_answers_and_documents_are_the_base_models(device, model_folder, tmp_path):
+def test_adapter_answers_over_documents_of_the_base_model(device, model_folder, tmp_path):
     made = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(model("llama"), made).save_pretrained(tmp_path / "adapter")
     store = MemoryStore()
@@ -103,29 +101,31 @@ def test_an_adapter_answers_and_documents_are_the_base_models(device, model_fold
         KVFusionGenerator.from_pretrained(model_folder, adapter=adapter, device=device, store=store, mode="fusion")
         for adapter in (None, tmp_path / "adapter")
     )
-    assert base._engine.model.backbone.device.type == tuned._engine.model.backbone.device.type == device
-    plain, adapted = tokens(base), tokens(tuned)
-    assert plain != adapted
+    assert base._engine.model.device.type == tuned._engine.model.device.type == device
+    assert tokens(base) != tokens(tuned)
     assert {source.origin for source in tuned.answer("who?", DOCUMENTS).sources} == {"memory"}
 
 
 @devices
-@pytest.mark.parametrize("how", ["int8", "float8"])
-def test_weights_in_8_bit(device, how, model_folder):
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_8_bit_weights(device, weights, model_folder):
     pytest.importorskip("torchao")
     from tests.model.test_quantized import FORMATS, load
 
-    made, storeless = (load(model_folder, FORMATS[how], device=device, store=store) for store in (MemoryStore(), None))
+    made, storeless = (
+        load(model_folder, FORMATS[weights], device=device, store=store) for store in (MemoryStore(), None)
+    )
     expected = tokens(made)
     assert tokens(made, DOCUMENTS[::-1]) == expected == tokens(storeless)
 
 
 @devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_step_of_training_lowers_the_loss_of_its_rows(device, dtype):
-    bone = on(device, dtype=dtype, settings=TRAINING)
+def test_training_lowers_the_loss(device, dtype):
+    loaded = on(device, dtype=dtype, settings=TRAINING)
+    bone = loaded.backbone
     bone.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
-    made = Engine(TorchModel(bone), TRAINING, store=None, options=EngineOptions(max_fused_tokens=100_000))
+    made = Engine(loaded, TRAINING, store=None)
     batch = batch_of(made, rows(4))
     weights = [weight for name, weight in bone.model.named_parameters() if "lora_" in name]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
@@ -142,15 +142,15 @@ def test_a_step_of_training_lowers_the_loss_of_its_rows(device, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_other_kernels_of_attention_pass_the_gate_and_keep_the_laws(attention, dtype):
+def test_other_attention_kernels_keep_the_laws(attention, dtype):
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         pytest.skip("flash_attn is not installed")
-    bone = on("cuda", dtype=dtype, head_dim=WIDTH, _attn_implementation=attention)
-    made = KVFusionGenerator(TorchModel(bone), store=MemoryStore())
+    loaded = on("cuda", dtype=dtype, head_dim=HEAD_WIDTH, _attn_implementation=attention)
+    made = KVFusionGenerator(loaded, store=MemoryStore())
     expected, answer = logits_of(made, QUESTIONS[0], DOCUMENTS)
     found, found_answer = logits_of(made, QUESTIONS[0], DOCUMENTS[::-1])
     assert found_answer == answer and found.equal(expected)
-    ordinary = KVFusionGenerator(TorchModel(on("cuda", dtype=dtype, head_dim=WIDTH)), store=None)
+    ordinary = KVFusionGenerator(TorchModel(on("cuda", dtype=dtype, head_dim=HEAD_WIDTH)), store=None)
     first, _ = logits_of(ordinary, QUESTIONS[0], DOCUMENTS, max_new_tokens=1)
     assert (first - expected[:1]).abs().max() < 5e-2 * first.abs().max()
     batch = made.answer_batch(QUESTIONS, [DOCUMENTS] * 3, max_new_tokens=4)
@@ -158,7 +158,7 @@ def test_other_kernels_of_attention_pass_the_gate_and_keep_the_laws(attention, d
 
 
 @pytest.mark.gpu
-def test_memory_that_runs_out_is_one_clear_error_and_the_next_question_is_answered():
+def test_out_of_memory_is_one_error_and_the_next_question_is_answered():
     made = KVFusionGenerator(TorchModel(on("cuda")), store=None, options=EngineOptions(max_fused_tokens=1 << 24))
     expected = tokens(made)
     rng = random.Random(3)
@@ -175,18 +175,18 @@ def test_memory_that_runs_out_is_one_clear_error_and_the_next_question_is_answer
 
 
 @pytest.mark.gpu
-def test_answers_leave_no_memory_behind():
+def test_answers_do_not_leak_memory():
     made = KVFusionGenerator(TorchModel(on("cuda")), store=MemoryStore())
     for number in range(40):
         made.answer_batch(QUESTIONS, [DOCUMENTS] * 3, max_new_tokens=4)
         if number == 4:
-            settled = torch.cuda.memory_allocated()
-    assert torch.cuda.memory_allocated() <= settled
+            before = torch.cuda.memory_allocated()
+    assert torch.cuda.memory_allocated() <= before
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [[], ["--cuda-graphs"], ["--weights", "int8"]], ids=["", "graphs", "int8"])
-def test_the_benchmark_runs(options, capsys):
+@pytest.mark.parametrize("options", [[], ["--weights", "int8"]], ids=["", "int8"])
+def test_benchmark_runs(options, capsys):
     case = ["--shape", "tiny", "--documents", "3", "--document-tokens", "32", "--answer-tokens", "4"]
     assert main(["bench", "answer", *case, "--device", "cuda", "--repeats", "1", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -1,8 +1,8 @@
-"""The support gate: what cannot be fused exactly is refused at load, with the cause."""
+"""The support gate: a model that cannot be fused exactly is rejected at load, with the cause."""
 
 import pytest
 import torch
-from tiny import SIZES, backbone, config, save, tokenizer
+from tiny import ARCHITECTURES, SIZES, backbone, config, save, tokenizer
 from transformers import (
     BertConfig,
     BloomConfig,
@@ -35,8 +35,20 @@ LONGROPE = {
 }
 
 
+def gate(bone):
+    return run_gate(bone, None, range(10, 390), tokens_per_pass=128)
+
+
+def random_backbone(made, name: str) -> Backbone:
+    network = AutoModelForCausalLM.from_config(made)
+    for parameter in network.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return Backbone(network, tokenizer("byte-bpe"), ModelSettings(), model_id=name)
+
+
 @pytest.mark.parametrize(
-    ("refused", "cause"),
+    ("made", "cause"),
     [
         (MistralConfig(sliding_window=4096), "sliding_window=4096"),
         (Gemma2Config(), "sliding-window"),
@@ -52,83 +64,63 @@ LONGROPE = {
     ],
     ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
 )
-def test_refused_from_the_configuration_alone(refused, cause):
+def test_unsupported_configuration_is_rejected(made, cause):
     with pytest.raises(UnsupportedModelError, match=cause):
-        require_supported(refused, "some-model")
+        require_supported(made, "some-model")
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma", "gpt2", "bert"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_supported_configurations(architecture):
     assert all(check.passed for check in configuration_checks(config(architecture)))
 
 
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
-def test_rope_that_does_not_depend_on_length_passes_the_whole_gate(kind):
+def test_rope_that_does_not_depend_on_length_passes_the_gate(kind):
     rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
     if kind != "linear":
         rope["original_max_position_embeddings"] = 256
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    assert run_gate(backbone("llama", rope_parameters=rope), None, range(10, 390), tokens_per_pass=128).passed
+    assert gate(backbone("llama", rope_parameters=rope)).passed
 
 
-def test_a_model_that_biases_attention_by_slot_fails_the_numeric_gate():
-    """Bloom's configuration names no obstacle; its ALiBi bias counts slots and its forward knows no positions."""
-    bloom = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=48, n_layer=2, n_head=4, vocab_size=512))
-    for parameter in bloom.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
-    bone = Backbone(bloom, tokenizer("byte-bpe"), ModelSettings(), model_id="tiny-bloom")
+def test_attention_biased_by_slot_fails_the_numeric_gate():
+    """Bloom's configuration passes, but its ALiBi bias counts slots and its forward ignores positions."""
+    bone = random_backbone(BloomConfig(hidden_size=48, n_layer=2, n_head=4, vocab_size=512), "tiny-bloom")
     with pytest.raises(UnsupportedModelError, match=r"tiny-bloom.*support gate"):
-        run_gate(bone, None, range(10, 390), tokens_per_pass=128)
+        gate(bone)
 
 
-def test_a_prefill_that_leaks_between_documents_fails_the_numeric_gate(monkeypatch):
+def test_inexact_prefill_fails_the_numeric_gate(monkeypatch):
     bone = backbone("llama")
-    honest = bone.prefill
-    monkeypatch.setattr(bone, "prefill", lambda *rows: tuple(t * 1.01 for t in honest(*rows)))
+    exact = bone.prefill
+    monkeypatch.setattr(bone, "prefill", lambda *rows: tuple(t * 1.01 for t in exact(*rows)))
     with pytest.raises(UnsupportedModelError, match="one fused document"):
-        run_gate(bone, None, range(10, 390), tokens_per_pass=128)
+        gate(bone)
 
 
-def test_a_sliding_window_model_loads_once_the_window_is_lifted(tmp_path):
+def test_sliding_window_model_loads_once_the_window_is_removed(tmp_path):
     save(tmp_path, "mistral", sliding_window=64)
     with pytest.raises(UnsupportedModelError, match="sliding_window=64"):
         KVFusionGenerator.from_pretrained(tmp_path)
-    lifted = KVFusionGenerator.from_pretrained(tmp_path, model_kwargs={"sliding_window": None})
-    assert lifted.gate.passed
+    assert KVFusionGenerator.from_pretrained(tmp_path, model_kwargs={"sliding_window": None}).gate.passed
 
 
 @pytest.mark.parametrize("files", [{}, {"config.json": "{}"}, {"config.json": "not json"}])
-def test_a_folder_that_holds_no_model(tmp_path, files):
+def test_folder_without_a_model_is_rejected(tmp_path, files):
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(ModelLoadError, match=tmp_path.name):
         KVFusionGenerator.from_pretrained(tmp_path)
 
 
-def test_a_mixture_of_experts_prefills_each_document_in_a_pass_of_its_own():
-    """Its products have shapes that depend on all tokens of a pass, so beside others a document gets other bits."""
-    experts = Qwen3MoeConfig(
-        **SIZES, head_dim=12, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
-    )
-    network = AutoModelForCausalLM.from_config(experts)
-    for parameter in network.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-    bone = Backbone(network, tokenizer("byte-bpe"), ModelSettings(), model_id="tiny-experts")
-    assert run_gate(bone, None, range(10, 390), tokens_per_pass=128).passed
+def test_mixture_of_experts_prefills_each_document_in_its_own_pass():
+    """The shapes of its products depend on all tokens of a pass, so other documents would change a document's bits."""
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+    bone = random_backbone(Qwen3MoeConfig(**SIZES, **experts, head_dim=12), "tiny-experts")
+    assert gate(bone).passed
     documents = [tuple(range(i, i + 20)) for i in range(10, 40)]
     together = dict(prefill(bone, documents, None, tokens_per_pass=128))
     for index, document in enumerate(documents):
         ((_, alone),) = prefill(bone, [document], None, tokens_per_pass=128)
         assert torch.equal(alone.keys, together[index].keys)
-
-
-def test_a_model_without_a_fast_tokenizer_is_refused():
-    class Slow:
-        pass
-
-    from kvfusion_rag.text.encoder import PlainEncoder
-
-    with pytest.raises(UnsupportedModelError, match="Slow"):
-        PlainEncoder(Slow())  # type: ignore[arg-type]

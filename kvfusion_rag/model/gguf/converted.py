@@ -147,13 +147,12 @@ def _is_intact(path: Path, facts: Facts) -> bool:
     return True
 
 
-def _checksum(path: Path, most: float = float("inf")) -> str:
-    """Return the xxh3-128 in hex of the first ``most`` bytes of a file."""
-    digest = xxhash.xxh3_128()
+def _checksum(path: Path, most: int | None = None) -> str:
+    """Return the xxh3-128 in hex of the first ``most`` bytes of a file, by default of all."""
     with path.open("rb") as stream:
-        while part := stream.read(int(min(HEAD_BYTES, most - stream.tell()))):
-            digest.update(part)
-    return digest.hexdigest()
+        if most is not None:
+            return xxhash.xxh3_128_hexdigest(stream.read(most))
+        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def _sync_folder(folder: Path) -> None:
