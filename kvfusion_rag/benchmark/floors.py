@@ -120,7 +120,7 @@ class Costs:
         )
 
     def _read(self, tokens: int, before: int = 0, *, predict: bool) -> float:
-        """Return the operations of encoded ``tokens`` after ``before`` tokens with causal attention.
+        """Return the operations of reading ``tokens`` after ``before`` tokens with causal attention.
 
         Args:
             predict: whether the token after the last one is needed.

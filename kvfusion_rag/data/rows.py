@@ -156,7 +156,7 @@ def open_text(path: Path, mode: str = "rt") -> IO[str]:
 
 @contextmanager
 def reading_errors(path: Path) -> Iterator[None]:
-    """Turn every way in which encoded a file can fail into an InvalidInputError that names it."""
+    """Turn every way in which reading a file can fail into an InvalidInputError that names it."""
     try:
         yield
     except OSError as error:

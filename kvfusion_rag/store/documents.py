@@ -28,7 +28,7 @@ from .remote import RemoteStore
 from .single_flight import Pending, SingleFlight
 from .tiers import Fetch, FetchedKVs, KVRequest, Tiers
 
-READERS = min(4, os.cpu_count() or 1)  # threads, each of which keeps a processor busy with encoded and checking
+READERS = min(4, os.cpu_count() or 1)  # threads, each of which keeps a processor busy with reading and checking
 MAX_PREFETCHES = 256  # unfinished calls
 
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]

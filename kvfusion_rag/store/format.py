@@ -1,4 +1,4 @@
-"""The file format of one document KV: layout, encoding, encoded and checking.
+"""The file format of one document KV: layout, encoding, reading and checking.
 
 A file is a safetensors file with keys, values and token ids. Apart from a checksum, its header is a function of the
 key and the shape, so a reader compares the header byte for byte and never parses it. Tensors are stored as they lie

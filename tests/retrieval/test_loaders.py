@@ -1,4 +1,4 @@
-"""Finding and encoded files: every file is either read or skipped with a reason."""
+"""Finding and reading files: every file is either read or skipped with a reason."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_failing_disk_changes_no_answer(tmp_path, monkeypatch, caplog, call, cod
     for _ in range(3):
         assert ask(gen, 5).token_ids == expected
     warnings = [record for record in caplog.records if record.name.startswith("kvfusion_rag.store")]
-    assert 1 <= len(warnings) <= 2  # one for encoded, one for writing
+    assert 1 <= len(warnings) <= 2  # one for reading, one for writing
 
 
 def test_tenants_share_no_document_and_one_can_be_cleared(tmp_path):
