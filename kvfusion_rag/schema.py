@@ -1,6 +1,6 @@
 """Plain data types that users pass in and get back: documents, messages, answers and reports.
 
-All are frozen dataclasses. Nothing here imports torch, so creating a document or encoded an answer is cheap.
+All are frozen dataclasses. Nothing here imports torch, so creating a document or reading an answer is cheap.
 """
 
 from __future__ import annotations

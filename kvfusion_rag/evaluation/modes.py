@@ -46,7 +46,7 @@ class ModeResult:
         focus: documents kept; None for all.
         right: share of answers (%) that contain an accepted answer.
         f1: mean word F1 (%) against the accepted answers.
-        first_token: mean seconds until the first token, including encoded the documents.
+        first_token: mean seconds until the first token, including reading the documents.
         total: mean seconds until the end of the answer.
         reason: why the model cannot answer in this mode; the figures are then None.
     """

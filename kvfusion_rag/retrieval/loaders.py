@@ -269,7 +269,7 @@ def _guarded(extract: Callable[[], tuple[str, str]], what: str) -> tuple[str, st
 
 def _missing(what: str, package: str) -> MissingDependencyError:
     return MissingDependencyError(
-        f'encoded {what} needs {package}, which is not installed: pip install "kvfusion-rag[rag]".'
+        f'reading {what} needs {package}, which is not installed: pip install "kvfusion-rag[rag]".'
     )
 
 

@@ -1,6 +1,6 @@
 """Access control: API keys with their namespaces, and protection against requests from web pages.
 
-The ASGI middleware looks only at headers, so it rejects a request before encoded its body.
+The ASGI middleware looks only at headers, so it rejects a request before reading its body.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def test_file_names_that_are_not_unicode_are_skipped(tmp_path):
     assert reasons(skipped) == {"a\ufffd.txt": "its name is not valid Unicode"}
 
 
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose encoded fails")
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reading fails")
 def test_file_that_cannot_be_read_is_skipped(docs):
     (docs / "bad.txt").symlink_to("/proc/self/mem")  # even root cannot read its first byte
     with pytest.raises(UnreadableFileError, match="cannot be read"):
