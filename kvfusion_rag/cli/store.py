@@ -146,10 +146,7 @@ def _estimate(args: argparse.Namespace) -> int:
     if args.json:
         say_json(facts)
         return 0
-    say(
-        f"{facts['documents']:,} documents with {facts['tokens']:,} tokens, {shape.nbytes(1000):,} bytes per 1,000 "
-        "tokens"
-    )
+    say(f"{len(lengths):,} documents, {sum(lengths):,} tokens, {shape.nbytes(1000):,} bytes per 1,000 tokens")
     for codec, size in facts["bytes"].items():
         say(f"  codec {codec}: {size:,} bytes on disk")
     return 0

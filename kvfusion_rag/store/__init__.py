@@ -9,7 +9,7 @@ from .disk import DiskStore, VerifyReport
 from .documents import DocumentStore, Place, as_store, open_store
 from .format import CODECS, Codec
 from .keys import document_key, namespace_key, require_namespace
-from .memory import MemoryStore, StoreStats
+from .memory import MemoryStore
 from .metrics import Miss, StoreEvent, StoreMetrics, Tier
 from .remote import RemoteStore
 from .tiers import FetchedKVs, KVRequest
@@ -27,7 +27,6 @@ __all__ = [
     "RemoteStore",
     "StoreEvent",
     "StoreMetrics",
-    "StoreStats",
     "Tier",
     "VerifyReport",
     "as_store",

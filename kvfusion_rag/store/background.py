@@ -1,4 +1,4 @@
-"""Background work of a remote store, which may hang: a bounded queue of uploads, and calls that are given up.
+"""Background work of a remote store, which may hang: a bounded queue of uploads, and calls with a time limit.
 
 All threads are daemons, so that no process waits for them when it exits.
 """
@@ -6,10 +6,9 @@ All threads are daemons, so that no process waits for them when it exits.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -18,20 +17,16 @@ MAX_QUEUED, MAX_QUEUED_BYTES = 64, 512 << 20
 WORKERS = 4
 
 
-class StalledError(Exception):
-    """A call made no progress for too long."""
-
-
 class Upload(NamedTuple):
     """A file to upload.
 
     Attributes:
-        key: store key of the document.
+        path: path of the file.
         data: contents of the file.
         on_stored: called with the size in bytes once the file is stored.
     """
 
-    key: str
+    path: str
     data: bytes
     on_stored: Callable[[int], None]
 
@@ -107,33 +102,15 @@ def start_daemon(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def call_unless_stalled(work: Callable[[Callable[[], None]], T], stalled_seconds: float) -> T:
-    """Return the result of ``work`` or raise its error, unless it makes no progress for ``stalled_seconds``.
-
-    Args:
-        work: called in a background thread, with a function that it calls after each step.
-        stalled_seconds: time without a step after which the call is given up.
-
-    Raises:
-        StalledError: the call was given up.
-    """
-    working: Future[T] = Future()
-    progress = time.monotonic()
-
-    def note_progress() -> None:
-        nonlocal progress
-        progress = time.monotonic()
+def call(work: Callable[[], T], timeout: float) -> T:
+    """Return the result of ``work`` or raise its error. Raise TimeoutError if it takes ``timeout`` seconds."""
+    result: Future[T] = Future()
 
     def run() -> None:
         try:
-            working.set_result(work(note_progress))
+            result.set_result(work())
         except BaseException as error:
-            working.set_exception(error)
+            result.set_exception(error)
 
     start_daemon(run)
-    while not working.done():
-        left = progress + stalled_seconds - time.monotonic()
-        if left <= 0:
-            raise StalledError
-        wait([working], left)
-    return working.result()
+    return result.result(timeout)

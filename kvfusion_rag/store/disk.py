@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
-from .database import is_locked
+from .caps import Caps, add_up
 from .folder import Folder
 from .format import (
     CODECS,
@@ -39,14 +39,14 @@ from .format import (
     read_file,
     require_codec,
 )
-from .index import SHORT_WAIT, Caps, Entry, Index, add_up
+from .index import SHORT_WAIT, Entry, Index, is_locked
 from .keys import document_key, path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 20 << 30
-PAUSE_SECONDS = 60.0  # without writes, after a write that failed
+PAUSE_SECONDS = 60.0  # to stop writing after a failed write
 REMOVED_AT_ONCE = 256  # files per transaction, so that other processes do not wait long for the index
 
 
@@ -175,10 +175,7 @@ class DiskStore:
         return self.get(key, shape, into) if self._write(self._file(key), [data]) else Miss.UNREADABLE
 
     def forget(self, *keys: str) -> int:
-        """Remove the documents of ``keys`` under every model, also while they are being written.
-
-        Returns:
-            The number of removed files.
+        """Remove the documents of ``keys`` under every model, also while they are written. Return their number.
 
         Raises:
             InvalidInputError: ``keys`` contains an invalid document key.
@@ -187,10 +184,7 @@ class DiskStore:
         return sum(self._remove(path) for path in paths_of_documents(keys))
 
     def clear(self, namespace: str | None = None) -> int:
-        """Remove all documents of a namespace (its key), or all documents, also while they are being written.
-
-        Returns:
-            The number of removed files.
+        """Remove all documents of a namespace (its key), or all, also while they are written. Return their number.
 
         Raises:
             InvalidInputError: ``namespace`` is not a namespace key.
@@ -206,12 +200,13 @@ class DiskStore:
         if self._index is not None:
             with suppress(OSError, sqlite3.Error):
                 return self._index.totals()
-        return add_up((entry.namespace, entry.bytes) for _, entry in self._scan())
+        return add_up((entry.namespace, entry.bytes) for entry in self._scan())
 
     def verify(self) -> VerifyReport:
         """Check every file, remove the damaged ones and repair the index."""
         whole = broken = 0
-        for file, _ in self._scan():
+        for entry in self._scan():
+            file = self.path / entry.name
             try:
                 with file.open("rb") as stream:
                     miss = check(stream, file)
@@ -238,12 +233,8 @@ class DiskStore:
 
     def _open(self, mode: int) -> Index | None:
         try:
-            if self.read_only:
-                self._folder.open_to_read()
-                return None
-            self._folder.open(self._files.name)
-            scan = lambda: [entry for _, entry in self._scan()]  # noqa: E731
-            return Index(self.path / "index.sqlite", scan, self._unlink, mode)
+            self._folder.open(self._files.name, read_only=self.read_only)
+            return None if self.read_only else Index(self.path / "index.sqlite", self._scan, self._unlink, mode)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"the store {str(self.path)!r} cannot be opened for writing ({_cause(error)}); name another folder, "
@@ -256,12 +247,12 @@ class DiskStore:
     def _name(self, file: Path) -> str:
         return str(file.relative_to(self.path))
 
-    def _scan(self, pattern: str = f"*/*/*{SUFFIX}", codecs: Sequence[Codec] = CODECS) -> Iterator[tuple[Path, Entry]]:
+    def _scan(self, pattern: str = f"*/*/*{SUFFIX}", codecs: Sequence[Codec] = CODECS) -> Iterator[Entry]:
         """List the document files whose paths match ``pattern``."""
         for codec in codecs:
             for file in (self.path / f"v{FORMAT_VERSION}-{codec}").glob(pattern):
                 with suppress(FileNotFoundError):
-                    yield file, Entry(self._name(file), file.parts[-3], file.stat().st_size)
+                    yield Entry(self._name(file), file.parts[-3], file.stat().st_size)
 
     def _is_paused(self) -> bool:
         """Return whether writing is paused after a failed write, and count the document as dropped if it is."""
@@ -305,7 +296,7 @@ class DiskStore:
         removed, levels = 0, "*/" * (2 - beginning.count("/"))
         with self._maintenance():
             for codec in CODECS:
-                files = {entry.name for _, entry in self._scan(f"{beginning}{levels}*{SUFFIX}", [codec])}
+                files = {entry.name for entry in self._scan(f"{beginning}{levels}*{SUFFIX}", [codec])}
                 names = sorted(files.union(self._index.names(f"v{FORMAT_VERSION}-{codec}/{beginning}")))
                 for start in range(0, len(names), REMOVED_AT_ONCE):
                     self._index.remove(names[start : start + REMOVED_AT_ONCE])

@@ -10,10 +10,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,8 +31,6 @@ from .tiers import Fetch, FetchedKVs, KVRequest, Tiers
 READERS = min(4, os.cpu_count() or 1)  # threads, each of which keeps a processor busy with reading and checking
 MAX_PREFETCHES = 256  # unfinished calls
 
-T = TypeVar("T")
-R = TypeVar("R")
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]
 
 
@@ -94,7 +92,7 @@ class DocumentStore:
     ) -> FetchedKVs:  # fmt: skip
         """Return all requested documents, from the fastest tier that has them, or computed and then stored.
 
-        Documents that another thread is fetching already are waited for.
+        Wait for documents that another thread is fetching already.
 
         Args:
             requests: documents by store key.
@@ -103,7 +101,7 @@ class DocumentStore:
             compute: prefills the documents of some keys, and yields each as soon as it is ready.
             keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps.
         """
-        fetch = self._tiers.begin(requests, shape, device, keep=keep)
+        fetch = Fetch(requests, shape, device, self._tiers.removals, keep)
         unstored = [key for key, request in requests.items() if not request.stored]
         for key, document in compute(unstored) if unstored else ():
             fetch.take(key, document, "computed")
@@ -126,7 +124,7 @@ class DocumentStore:
         return FetchedKVs(fetch.kvs, fetch.origins, computed)
 
     def prefetch(self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device) -> Future[int]:
-        """Begin to load documents from slower tiers into memory. The future has the number that are in memory then.
+        """Begin to load documents from slower tiers into memory. The future returns how many are there in the end.
 
         Args:
             documents: token ids by store key.
@@ -137,9 +135,7 @@ class DocumentStore:
             OverloadError: too many calls are unfinished.
         """
         if not self._prefetches.acquire(blocking=False):
-            raise OverloadError(
-                f"{MAX_PREFETCHES} calls of prefetch are unfinished, but more are not allowed; retry later."
-            )
+            raise OverloadError(f"{MAX_PREFETCHES} calls of prefetch are unfinished, which is the limit; retry later.")
         loading = self._pool("prefetch").submit(self._prefetch, documents, shape, device)
         loading.add_done_callback(lambda _: self._prefetches.release())
         return loading
@@ -170,7 +166,7 @@ class DocumentStore:
         """
         if self.memory is None or (self.memory.host and device.type != "cpu"):
             return 0
-        held = self.memory.stats.bytes
+        held = self.memory.used_bytes
         self.memory.clear()
         return held
 
@@ -215,7 +211,7 @@ class DocumentStore:
             for key, ids in documents.items()
             if key not in memory and (self.remote is not None or key in disk)
         }
-        fetch = self._tiers.begin(requests, shape, device, keep=False)
+        fetch = Fetch(requests, shape, device, self._tiers.removals, keep=False)
         claimed, pending = self._single_flight.claim(requests)
         try:
             self._from_files(claimed, fetch)
@@ -230,7 +226,7 @@ class DocumentStore:
         """Take the documents that are in memory. Return the keys of the others."""
         left: list[str] = []
         for key in keys:
-            document = self._tiers.get_from_memory(key, fetch.requests[key].token_ids, fetch)
+            document = self._tiers.get_from_memory(key, fetch)
             if document is None:
                 left.append(key)
             else:
@@ -247,7 +243,8 @@ class DocumentStore:
             return document, self._tiers.get_from_files(key, document, fetch)
 
         misses: dict[str, Miss] = {}
-        for key, (document, result) in zip(keys, self._map(read, keys), strict=True):
+        results = map(read, keys) if len(keys) < 2 else self._pool("read").map(read, keys)
+        for key, (document, result) in zip(keys, results, strict=True):
             if isinstance(result, Miss):
                 misses[key] = result
                 continue
@@ -289,10 +286,6 @@ class DocumentStore:
             self._single_flight.resolve(key, document)
             began = time.perf_counter()
         fetch.events.append(StoreEvent("computed", documents=len(keys), tokens=tokens, seconds=seconds))
-
-    def _map(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        """Apply ``function`` to each item, in several threads if there are several items."""
-        return map(function, items) if len(items) < 2 else self._pool("read").map(function, items)
 
     def _pool(self, use: str) -> ThreadPoolExecutor:
         """Return the threads for one use. Prefetches wait for reads, so they must not share threads."""

@@ -34,40 +34,44 @@ class Folder:
         self.path, self._mode, self._fsync = path, mode, fsync
         self._temporary = path / "tmp"
 
-    def open(self, subfolder: str) -> None:
-        """Create the folder and ``subfolder`` in it if needed, and remove documents of an older format.
+    def open(self, subfolder: str, *, read_only: bool) -> None:
+        """Check that the folder is a store of the current format. Unless ``read_only``, create or update it.
 
-        Temporary files of dead processes are removed too.
+        An update removes the documents of an older format and the temporary files of dead processes.
+
+        Args:
+            subfolder: created in the folder if missing.
+            read_only: change nothing.
 
         Raises:
-            StoreError: the folder is not a store, or has a newer format.
+            StoreError: the folder is not a store, or its format cannot be used.
             OSError: the folder cannot be written.
         """
-        self._require_folder()
+        if self.path.exists() and not self.path.is_dir():
+            raise StoreError(f"the store {str(self.path)!r} is a file, but it must be a folder.")
+        version = self._version()
+        if version is None and (read_only or (self.path.exists() and not all(map(_may_be_own, self.path.iterdir())))):
+            raise StoreError(
+                f"the folder {str(self.path)!r} is not a document store, because it has no format.json; name an empty "
+                "or a new folder."
+            )
+        is_old = version is not None and version < FORMAT_VERSION
+        if read_only and is_old:
+            raise StoreError(
+                f"the store {str(self.path)!r} has format {version}, but this version reads format {FORMAT_VERSION}; "
+                "open it once without read_only=True, which removes its documents."
+            )
+        if read_only:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.make(self.path)
-        version = self._version()
-        if version is None and not all(map(_may_be_own, self.path.iterdir())):
-            raise self._foreign()
-        if version is not None and version < FORMAT_VERSION:
+        if is_old:
             self._remove_data(version)
         self.make(self._temporary)
         text = json.dumps({"format": "kvfusion-document-store", "version": FORMAT_VERSION}).encode()
         self.write(self._marker, [text])  # at every opening, because it shows that the folder can be written
         self.make(self.path / subfolder)
         self.sweep()
-
-    def open_to_read(self) -> None:
-        """Raise StoreError or OSError if the folder is not a store of the current format."""
-        self._require_folder()
-        version = self._version()
-        if version is None:
-            raise self._foreign()
-        if version < FORMAT_VERSION:
-            raise StoreError(
-                f"the store {str(self.path)!r} has format {version}, but this version reads format {FORMAT_VERSION}; "
-                "open it once without read_only=True, which removes its documents."
-            )
 
     def sweep(self) -> None:
         """Remove temporary files of processes that died while writing."""
@@ -116,10 +120,6 @@ class Folder:
     def _marker(self) -> Path:
         return self.path / "format.json"
 
-    def _require_folder(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise StoreError(f"the store {str(self.path)!r} is a file, but it must be a folder.")
-
     def _version(self) -> int | None:
         """Return the folder's format version, or None if it has no format.json.
 
@@ -141,8 +141,8 @@ class Folder:
             )
         return version
 
-    def _remove_data(self, version: int) -> None:
-        """Remove everything that older formats have written, except temporary files."""
+    def _remove_data(self, version: int | None) -> None:
+        """Remove everything that older formats have written."""
         removed = 0
         for entry in self.path.iterdir():
             documents = _DOCUMENTS.fullmatch(entry.name)
@@ -152,17 +152,14 @@ class Folder:
                 shutil.rmtree(entry, ignore_errors=True)  # another process may be removing it too
             elif entry.name.startswith(("index.sqlite", "calibration.json")):
                 entry.unlink(missing_ok=True)
+            elif entry.name == "tmp":
+                for file in entry.glob("*~*"):
+                    file.unlink(missing_ok=True)
         logger.warning(
             "the store at %s has format %d, this version writes %d: its %d documents were removed and will be "
             "computed again",
             self.path, version, FORMAT_VERSION, removed,
         )  # fmt: skip
-
-    def _foreign(self) -> StoreError:
-        return StoreError(
-            f"the folder {str(self.path)!r} is not a document store, because it has no format.json; name an empty or "
-            "a new folder."
-        )
 
 
 def _may_be_own(entry: Path) -> bool:

@@ -1,21 +1,26 @@
 """Sizes and last use of the files in a store folder, in a small SQLite file beside the documents.
 
 The index decides which files are evicted when a cap is reached, for all processes together. It is not trusted: a
-document's file is checked whenever it is opened, and a damaged index is rebuilt from the files. Apart from removals,
-every operation touches a bounded number of rows.
+document's file is checked whenever it is opened, and a damaged or missing index is rebuilt from the files. It is
+therefore never synced to the disk. Every transaction opens it by its path, so an index that another process has
+replaced is noticed. Apart from removals, every operation touches a bounded number of rows.
 """
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from ..errors import InvalidInputError
-from .database import Database
+from .caps import Caps
 
+T = TypeVar("T")
 SHORT_WAIT = 0.5  # seconds to wait for a locked index while an answer needs the store
 LONG_WAIT = 10.0  # the same for maintenance
 FLUSH_TOUCHES, FLUSH_SECONDS = 64, 5.0  # uses of documents that are written together
@@ -36,6 +41,12 @@ _TABLES = (
 )
 
 
+# One transaction at a time in this process. A fork waits for it, because a child must not inherit an open connection:
+# SQLite would mistake the parent's locks for the child's.
+_lock = threading.Lock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A file in the index.
@@ -49,48 +60,6 @@ class Entry:
     name: str
     namespace: str
     bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Caps:
-    """Limits of a tier in bytes.
-
-    Attributes:
-        max_bytes: limit on all documents together.
-        namespace_bytes: limit on each namespace, or None if only ``max_bytes`` applies. With this limit, a full tier
-            evicts documents of the writer's own namespace first, and those of others only if none is left.
-
-    Raises:
-        InvalidInputError: a limit is not a whole number from 1.
-    """
-
-    max_bytes: int
-    namespace_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        require_bytes("max_bytes", self.max_bytes)
-        if self.namespace_bytes is not None:
-            require_bytes("namespace_bytes", self.namespace_bytes)
-
-    @property
-    def largest(self) -> int:
-        """Bytes that documents of one namespace may take."""
-        return self.max_bytes if self.namespace_bytes is None else min(self.namespace_bytes, self.max_bytes)
-
-
-def require_bytes(name: str, value: object) -> None:
-    """Raise InvalidInputError if ``value`` is not a whole number from 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number of bytes from 1.")
-
-
-def add_up(sizes: Iterable[tuple[str, int]]) -> dict[str, tuple[int, int]]:
-    """Return bytes and number of documents by namespace, from the namespace and size of each document."""
-    totals: dict[str, tuple[int, int]] = {}
-    for namespace, size in sizes:
-        total, count = totals.get(namespace, (0, 0))
-        totals[namespace] = (total + size, count + 1)
-    return totals
 
 
 class Index:
@@ -110,11 +79,10 @@ class Index:
     def __init__(
         self, path: Path, scan: Callable[[], Iterable[Entry]], unlink: Callable[[str], None], mode: int = 0o600
     ) -> None:
-        self._scan, self._unlink = scan, unlink
+        self._path, self._scan, self._unlink, self._mode = path, scan, unlink, mode
         self._touched: dict[str, None] = {}  # ordered by last use
         self._flushed = time.monotonic()
-        self._database = Database(path, _VERSION, self._fill, mode)
-        self._database.run(lambda database: None, LONG_WAIT)
+        self._run(lambda database: None, LONG_WAIT)
 
     def reserve(self, entry: Entry, caps: Caps) -> int | None:
         """Evict files until ``entry`` fits, and count it before it is written.
@@ -134,7 +102,7 @@ class Index:
             self._insert(database, [entry])
             return evicted
 
-        return self._database.run(work, SHORT_WAIT)
+        return self._run(work, SHORT_WAIT)
 
     def confirm(self, name: str) -> bool:
         """Return whether a file that was just written is still counted, and remove it if not.
@@ -148,7 +116,7 @@ class Index:
                 self._unlink(name)
             return counted
 
-        return self._database.run(work, SHORT_WAIT)
+        return self._run(work, SHORT_WAIT)
 
     def remove(self, names: Iterable[str], *, wait: float = LONG_WAIT) -> None:
         """Remove files together with their rows."""
@@ -159,13 +127,13 @@ class Index:
                 self._unlink(name)
                 self._delete(database, name)
 
-        self._database.run(work, wait)
+        self._run(work, wait)
 
     def names(self, beginning: str) -> list[str]:
         """Return the names of counted files that begin with ``beginning``, including files that are being written."""
         query = "SELECT name FROM documents WHERE name >= ? AND name < ?"
         span = (beginning, beginning + "\U0010ffff")
-        return self._database.run(lambda database: [name for (name,) in database.execute(query, span)], LONG_WAIT)
+        return self._run(lambda database: [name for (name,) in database.execute(query, span)], LONG_WAIT)
 
     def touch(self, name: str) -> None:
         """Record that a file was used. Uses are written in batches and never waited for, so that reads stay cheap."""
@@ -173,16 +141,14 @@ class Index:
         self._touched[name] = None
         if len(self._touched) >= FLUSH_TOUCHES or time.monotonic() - self._flushed > FLUSH_SECONDS:
             try:
-                self._database.run(self._flush, 0.0)
+                self._run(self._flush, 0.0)
             except (OSError, sqlite3.Error):  # only the order of eviction suffers
                 self._flushed = time.monotonic()
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return bytes and number of documents by namespace."""
         query = "SELECT namespace, bytes, entries FROM totals WHERE entries > 0"
-        return self._database.run(
-            lambda database: {row[0]: (row[1], row[2]) for row in database.execute(query)}, LONG_WAIT
-        )
+        return self._run(lambda database: {row[0]: (row[1], row[2]) for row in database.execute(query)}, LONG_WAIT)
 
     def repair(self) -> tuple[int, int]:
         """Count exactly the files that exist. Return how many were not counted, and how many counted ones are gone.
@@ -198,15 +164,55 @@ class Index:
             self._insert(database, [entry for name, entry in existing.items() if name not in counted])
             return len(existing.keys() - counted), len(counted - existing.keys())
 
-        return self._database.run(work, LONG_WAIT)
+        return self._run(work, LONG_WAIT)
 
     def close(self) -> None:
         """Write the recorded uses."""
         try:
             if self._touched:
-                self._database.run(self._flush, SHORT_WAIT)
+                self._run(self._flush, SHORT_WAIT)
         except (OSError, sqlite3.Error):
             pass  # only the order of eviction suffers
+
+    def _run(self, work: Callable[[sqlite3.Connection], T], wait: float) -> T:
+        """Call ``work`` in a transaction. If the index is damaged, rebuild it and call ``work`` on the new one."""
+        if not _lock.acquire(timeout=wait):
+            raise TimeoutError("the index is locked by another thread")
+        try:
+            try:
+                return self._transact(work, wait)
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+            for suffix in ("", "-journal"):
+                Path(f"{self._path}{suffix}").unlink(missing_ok=True)
+            return self._transact(work, wait)
+        finally:
+            _lock.release()
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T], wait: float) -> T:
+        self._create()
+        with closing(sqlite3.connect(self._path, timeout=wait, isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("PRAGMA journal_mode = TRUNCATE")
+            connection.execute("BEGIN IMMEDIATE")  # closing without a commit rolls back
+            if connection.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+                self._fill(connection)  # the file is new, or its creator died before filling it
+                connection.execute(f"PRAGMA user_version = {_VERSION}")
+            result = work(connection)
+            connection.execute("COMMIT")
+            return result
+
+    def _create(self) -> None:
+        """Create an empty file with the right permissions, which SQLite copies to its journal."""
+        try:
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, self._mode)
+        except FileExistsError:
+            return
+        try:
+            os.fchmod(descriptor, self._mode)  # independent of the umask
+        finally:
+            os.close(descriptor)
 
     def _fill(self, database: sqlite3.Connection) -> None:
         for statement in _TABLES:
@@ -253,3 +259,18 @@ class Index:
         """Return a number that grows with every use. A real clock could jump."""
         database.execute("UPDATE clock SET now = now + 1")
         return database.execute("SELECT now FROM clock").fetchone()[0]
+
+
+def is_locked(error: Exception) -> bool:
+    """Return whether another process or thread held the index for too long."""
+    return isinstance(error, TimeoutError) or _code(error) == sqlite3.SQLITE_BUSY
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Return whether the index is damaged, rather than locked, read-only or on a full disk."""
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or type(error) is sqlite3.DatabaseError
+
+
+def _code(error: Exception) -> int:
+    """Return SQLite's primary error code, without the extended code in its higher bits."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -56,7 +56,11 @@ def path_of(key: str) -> str:
     Raises:
         InvalidInputError: ``key`` is not a document key.
     """
-    require_key(key)
+    if not isinstance(key, str) or not _KEY.fullmatch(key):
+        raise InvalidInputError(
+            f"the document key is {key!r}, but it must be 32, 32 and 64 hex digits separated by dashes, as returned "
+            "by document_key(...)."
+        )
     namespace, rest = key.split("-", 1)
     return f"{namespace}/{rest[:2]}/{rest}"
 
@@ -72,9 +76,7 @@ def paths_of_documents(keys: Iterable[str]) -> set[str]:
 
 def require_namespace(namespace: object) -> None:
     """Raise InvalidInputError if ``namespace`` is not a plain name."""
-    if not isinstance(namespace, str):
-        raise InvalidInputError(f"namespace is {namespace!r}, but it must be a string.")
-    if not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
+    if not isinstance(namespace, str) or not _NAMESPACE.fullmatch(namespace) or namespace in (".", ".."):
         raise InvalidInputError(
             f"namespace is {namespace!r}, but it must be up to 128 letters, digits, blanks and _.:@+=- (not a path)."
         )
@@ -85,15 +87,6 @@ def require_namespace_key(text: object) -> None:
     if not isinstance(text, str) or not _NAMESPACE_KEY.fullmatch(text):
         raise InvalidInputError(
             f"the namespace key is {text!r}, but it must be 32 hex digits as returned by namespace_key(name)."
-        )
-
-
-def require_key(key: object) -> None:
-    """Raise InvalidInputError if ``key`` cannot be a result of :func:`document_key`."""
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
-        raise InvalidInputError(
-            f"the document key is {key!r}, but it must be 32, 32 and 64 hex digits separated by dashes, as returned "
-            "by document_key(...)."
         )
 
 

@@ -8,31 +8,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict, defaultdict
-from dataclasses import dataclass
 
 import torch
 
 from ..model.kv import DocumentKV
-from .index import Caps
+from .caps import Caps
 from .keys import document_part, namespace_part
 
 DEFAULT_MAX_BYTES = 1 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """Counts of a memory store.
-
-    Attributes:
-        entries, bytes: current contents.
-        evictions: documents removed to make room.
-        rejected: documents larger than a cap.
-    """
-
-    entries: int
-    bytes: int
-    evictions: int
-    rejected: int
 
 
 class MemoryStore:
@@ -59,10 +42,10 @@ class MemoryStore:
         self._by_namespace: defaultdict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
         self._sizes: defaultdict[str, int] = defaultdict(int)  # bytes by namespace
         self._lock = threading.Lock()
-        self._bytes = self._evictions = self._rejected = 0
+        self.used_bytes = self.evictions = self.rejected = 0
 
     def __repr__(self) -> str:
-        return f"MemoryStore({len(self)} documents, {self._bytes:,} of {self.caps.max_bytes:,} bytes)"
+        return f"MemoryStore({len(self)} documents, {self.used_bytes:,} of {self.caps.max_bytes:,} bytes)"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -88,12 +71,12 @@ class MemoryStore:
         with self._lock:
             self._drop(key)
             if stored.nbytes > self.caps.largest:
-                self._rejected += 1
+                self.rejected += 1
                 return False
             self._make_room(stored.nbytes, namespace)
             self._entries[key] = stored
             self._by_namespace[namespace][key] = None
-            self._bytes += stored.nbytes
+            self.used_bytes += stored.nbytes
             self._sizes[namespace] += stored.nbytes
             return True
 
@@ -109,25 +92,19 @@ class MemoryStore:
             keys = self._entries if namespace_key is None else self._by_namespace.get(namespace_key, ())
             return self._drop_all(list(keys))
 
-    @property
-    def stats(self) -> StoreStats:
-        """Counts since the store was created."""
-        with self._lock:
-            return StoreStats(len(self._entries), self._bytes, self._evictions, self._rejected)
-
     def _make_room(self, size: int, namespace: str) -> None:
         """Evict the least recently used entries until ``size`` bytes fit under the caps, as in a disk store."""
         caps = self.caps
         if caps.namespace_bytes:
             own = self._by_namespace[namespace]
-            while own and (self._bytes + size > caps.max_bytes or self._sizes[namespace] + size > caps.largest):
+            while own and (self.used_bytes + size > caps.max_bytes or self._sizes[namespace] + size > caps.largest):
                 self._evict(next(iter(own)))
-        while self._bytes + size > caps.max_bytes:
+        while self.used_bytes + size > caps.max_bytes:
             self._evict(next(iter(self._entries)))
 
     def _evict(self, key: str) -> None:
         self._drop(key)
-        self._evictions += 1
+        self.evictions += 1
 
     def _drop_all(self, keys: list[str]) -> int:
         for key in keys:
@@ -138,7 +115,7 @@ class MemoryStore:
         old = self._entries.pop(key, None)
         if old is not None:
             namespace = namespace_part(key)
-            self._bytes -= old.nbytes
+            self.used_bytes -= old.nbytes
             self._sizes[namespace] -= old.nbytes
             del self._by_namespace[namespace][key]
             if not self._by_namespace[namespace]:

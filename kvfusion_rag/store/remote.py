@@ -18,7 +18,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
@@ -26,23 +25,24 @@ from typing import Any, Literal, TypeVar
 
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
-from .background import StalledError, Upload, UploadQueue, call_unless_stalled, start_daemon
+from .background import Upload, UploadQueue, call
+from .caps import add_up, require_bytes
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
-from .index import add_up, require_bytes
-from .keys import path_of, paths_of_documents, require_key, require_namespace_key
+from .keys import path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
-WAIT_SECONDS = 2.0  # for one document, which is computed if it has not arrived
-PAUSE_SECONDS = 60.0  # without requests, after an error
-FLUSH_SECONDS = 60.0  # for unfinished uploads, when a store is closed
-EXIT_SECONDS = 5.0  # the same, when a process exits without closing its store
-JOIN_SECONDS = 1.0  # for a thread that has finished its uploads
-STALLED_SECONDS = 30.0  # without progress, after which a removal or listing is given up
+WAIT_SECONDS = 2.0  # to wait for one document before it is computed
+PAUSE_SECONDS = 60.0  # to stop using a store after an error
+FLUSH_SECONDS = 60.0  # to wait for unfinished uploads when a store is closed
+EXIT_SECONDS = 5.0  # to wait for them when a process exits without closing its store
+JOIN_SECONDS = 1.0  # to wait for a thread that has finished its uploads
+STALLED_SECONDS = 30.0  # to wait for one step of maintenance
+ALL_FILES = f"*/*/*/*{SUFFIX}"
 _MAX_DOWNLOADS = 16
-_UPLOADS_PER_CHECK = 64  # of the cap
+_UPLOADS_PER_CHECK = 64  # uploads between two checks of the cap
 _ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
 _TIMES = ("mtime", "LastModified", "last_modified", "created")  # names that file systems give to a file's time
 
@@ -52,6 +52,9 @@ class RemoteStore:
 
     Uploads run in the background. A process that exits without :meth:`close` gives them five more seconds. A file
     system that starts threads for new connections may fail in that time, so close a store that was written to.
+
+    :meth:`forget`, :meth:`clear`, :meth:`verify` and :meth:`totals` raise StoreError if the store fails, does not
+    answer, or is read-only and would have to be changed.
 
     Args:
         url: a folder that only this store uses.
@@ -96,7 +99,7 @@ class RemoteStore:
         self.codec: Codec = codec
         self._max_bytes, self._wait, self._read_only = max_bytes, wait, read_only
         self._uploaded = itertools.count()
-        self._damaged: set[str] = set()  # keys whose files the next upload replaces
+        self._damaged: set[str] = set()  # paths of files that the next upload replaces
         self._paused_until = {"read": 0.0, "write": 0.0}  # a store that cannot be written may still be readable
         self._warned: set[str] = set()
         self.evictions = self.dropped = self.failed_writes = 0
@@ -113,19 +116,18 @@ class RemoteStore:
         Raises:
             InvalidInputError: ``key`` is not a document key.
         """
-        require_key(key)
+        path = self._path(key)
         if self._is_paused("read") or not self._downloads.acquire(blocking=False):
             return Miss.PAUSED
-        downloading: Future[bytes | Miss] = Future()
 
-        def work() -> None:
-            file = self._download(key)
-            self._downloads.release()
-            downloading.set_result(file)
+        def work() -> bytes | Miss:
+            try:
+                return self._download(path)
+            finally:
+                self._downloads.release()
 
-        start_daemon(work)
         try:
-            return downloading.result(self._wait)
+            return call(work, self._wait)
         except TimeoutError:
             self._pause("read", f"takes more than {self._wait:g} s per document")
             return Miss.LATE
@@ -141,24 +143,23 @@ class RemoteStore:
         Raises:
             InvalidInputError: ``key`` is not a document key.
         """
-        require_key(key)
+        path = self._path(key)
         if self._read_only or not is_finite(document.keys, document.values):
             return
         if self._is_paused("write"):
             self.dropped += 1
             return
-        self.dropped += not self._queue.add(Upload(key, b"".join(encode(key, document, self.codec)), on_stored))
+        self.dropped += not self._queue.add(Upload(path, b"".join(encode(key, document, self.codec)), on_stored))
 
     def note_damaged(self, key: str) -> None:
         """Let the next upload of ``key`` replace its file, which was damaged."""
-        self._damaged.add(key)
+        self._damaged.add(self._path(key))
 
     def forget(self, *keys: str) -> int:
         """Remove the documents of ``keys`` under every model. Return the number of removed files.
 
         Raises:
             InvalidInputError: ``keys`` contains an invalid document key.
-            StoreError: the store is read-only, fails or does not answer.
         """
         return sum(self._remove(f"{codec}/{path}*") for path in paths_of_documents(keys) for codec in CODECS)
 
@@ -167,27 +168,25 @@ class RemoteStore:
 
         Raises:
             InvalidInputError: ``namespace`` is not a namespace key.
-            StoreError: the store is read-only, fails or does not answer.
         """
         if namespace is not None:
             require_namespace_key(namespace)
         return self._remove(f"*/{namespace or '*'}/*/*{SUFFIX}*")
 
     def verify(self) -> tuple[int, int]:
-        """Download and check every file, and remove the damaged ones. Return the numbers of intact and damaged files.
-
-        Raises:
-            StoreError: the store fails or does not answer.
-        """
-        return self._maintain(self._verify)
+        """Download and check every file, and remove damaged ones. Return the numbers of intact and damaged files."""
+        counts = [0, 0]
+        for path in self._maintain(self._list, ALL_FILES):
+            is_damaged = self._maintain(self._is_damaged, path)
+            if is_damaged is not None:
+                counts[is_damaged] += 1
+            if is_damaged and not self._read_only:
+                self._maintain(self._remove_file, path)
+        return counts[0], counts[1]
 
     def totals(self) -> dict[str, tuple[int, int]]:
-        """Return bytes and number of documents by namespace key.
-
-        Raises:
-            StoreError: the store fails or does not answer.
-        """
-        files = self._maintain(lambda _: self._list(SUFFIX))
+        """Return bytes and number of documents by namespace key."""
+        files = self._maintain(self._list, ALL_FILES)
         return add_up((path.split("/")[-3], facts["size"]) for path, facts in files.items())
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
@@ -229,9 +228,9 @@ class RemoteStore:
     def _path(self, key: str) -> str:
         return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{path_of(key)}{SUFFIX}"
 
-    def _download(self, key: str) -> bytes | Miss:
+    def _download(self, path: str) -> bytes | Miss:
         try:
-            return self._system.cat_file(self._path(key))
+            return self._system.cat_file(path)
         except FileNotFoundError:
             return Miss.ABSENT
         except Exception as error:  # every file system has its own errors
@@ -242,14 +241,14 @@ class RemoteStore:
         if self._is_paused("write"):
             self.dropped += 1
             return
-        path = self._path(upload.key)
+        path = upload.path
         try:
             self._system.invalidate_cache()  # of listings, because other machines write and remove too
-            if upload.key not in self._damaged and self._system.exists(path):
+            if path not in self._damaged and self._system.exists(path):
                 return
             self._system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             self._write(path, upload.data)
-            self._damaged.discard(upload.key)
+            self._damaged.discard(path)
             upload.on_stored(len(upload.data))  # first, because it removes a document that was forgotten meanwhile
         except Exception as error:
             self.failed_writes += 1
@@ -281,11 +280,11 @@ class RemoteStore:
     def _tidy(self, uploaded: int) -> None:
         """After some uploads, remove temporary files of killed processes and evict files above the cap."""
         if uploaded == 0 and self._is_folder:
-            for path, facts in self._list(f"{SUFFIX}.*.tmp").items():
+            for path, facts in self._list(f"{ALL_FILES}.*.tmp").items():
                 if facts["mtime"] < time.time() - _ORPHANED_SECONDS:
                     self._remove_file(path)
         if uploaded % _UPLOADS_PER_CHECK == 0 and self._max_bytes is not None:
-            files = sorted(self._list(f"{SUFFIX}*").items(), key=lambda item: _time_of(item[1]))
+            files = sorted(self._list(f"{ALL_FILES}*").items(), key=lambda item: _time_of(item[1]))
             used = sum(facts["size"] for _, facts in files)
             for path, facts in files:
                 if used <= self._max_bytes * 0.9:
@@ -294,55 +293,41 @@ class RemoteStore:
                 used -= facts["size"]
                 self.evictions += 1
 
-    def _pattern(self, ending: str) -> str:
-        return f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}"
-
     def _list(self, ending: str) -> dict[str, dict[str, Any]]:
+        """Return facts about the files whose paths end with a pattern, by path."""
         self._system.invalidate_cache()
-        return self._system.glob(self._pattern(f"*/*/*/*{ending}"), detail=True)
+        return self._system.glob(f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}", detail=True)
 
-    def _verify(self, note_progress: Callable[[], None]) -> tuple[int, int]:
-        counts = [0, 0]
-        for path in self._list(SUFFIX):
-            try:
-                stream = io.BytesIO(self._system.cat_file(path))
-            except FileNotFoundError:  # removed by another machine
-                continue
-            is_damaged = check(stream, PurePosixPath(path)) is not None
-            if is_damaged and not self._read_only:
-                self._remove_file(path)
-            counts[is_damaged] += 1
-            note_progress()
-        return counts[0], counts[1]
-
-    def _remove(self, ending: str) -> int:
-        """Remove the files of a pattern, including temporary ones. Return the number of documents."""
-        if self._read_only:
-            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
-
-        def work(note_progress: Callable[[], None]) -> int:
-            self._system.invalidate_cache()
-            paths = self._system.glob(self._pattern(ending))
-            for path in paths:
-                self._remove_file(path)
-                note_progress()
-            return sum(path.endswith(SUFFIX) for path in paths)
-
-        return self._maintain(work)
+    def _is_damaged(self, path: str) -> bool | None:
+        """Return whether a file is damaged, or None if another machine has removed it."""
+        try:
+            stream = io.BytesIO(self._system.cat_file(path))
+        except FileNotFoundError:
+            return None
+        return check(stream, PurePosixPath(path)) is not None
 
     def _remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):  # removed by another machine
             self._system.rm_file(path)
 
-    def _maintain(self, work: Callable[[Callable[[], None]], R]) -> R:
-        """Return the result of ``work``, which is called with a function that notes progress.
+    def _remove(self, ending: str) -> int:
+        """Remove files, including temporary ones. Return the number of documents."""
+        if self._read_only:
+            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
+        paths = self._maintain(self._list, ending)
+        for path in paths:
+            self._maintain(self._remove_file, path)
+        return sum(path.endswith(SUFFIX) for path in paths)
+
+    def _maintain(self, step: Callable[[str], R], argument: str) -> R:
+        """Return the result of one step of maintenance.
 
         Raises:
-            StoreError: ``work`` fails, or makes no progress for some time.
+            StoreError: the step fails or takes too long.
         """
         try:
-            return call_unless_stalled(work, STALLED_SECONDS)
-        except StalledError as error:
+            return call(lambda: step(argument), STALLED_SECONDS)
+        except TimeoutError as error:
             raise StoreError(
                 f"the remote store {self.url!r} has not answered for {STALLED_SECONDS:g} s; check whether it can be "
                 "reached, and try again."

@@ -43,10 +43,6 @@ class SingleFlight:
         for key in keys:
             self._end(key, None)
 
-    def is_idle(self) -> bool:
-        """Return whether no key is being fetched."""
-        return not self._pending
-
     def _end(self, key: str, document: DocumentKV | None) -> None:
         with self._lock:
             pending = self._pending.pop(key, None)

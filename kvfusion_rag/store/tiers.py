@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -98,15 +99,11 @@ class Tiers:
             )
         self.memory, self.disk, self.remote = memory, disk, remote
         self._counters = counters
-        self._removals = 0
+        self.removals = 0  # so far
 
-    def begin(self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, *, keep: bool) -> Fetch:
-        """Return the record of a new fetch."""
-        return Fetch(requests, shape, device, self._removals, keep)
-
-    def get_from_memory(self, key: str, token_ids: tuple[int, ...], fetch: Fetch) -> DocumentKV | None:
+    def get_from_memory(self, key: str, fetch: Fetch) -> DocumentKV | None:
         """Return the document from memory, or None if it is not there."""
-        document = None if self.memory is None else self.memory.get(key, token_ids)
+        document = None if self.memory is None else self.memory.get(key, fetch.requests[key].token_ids)
         if document is not None:
             fetch.events.append(StoreEvent("hit", "memory", tokens=document.num_tokens, bytes=document.nbytes))
         return document
@@ -166,7 +163,7 @@ class Tiers:
         Raises:
             StoreError: a tier cannot remove its documents. The other tiers have removed theirs.
         """
-        self._removals += 1  # calls that began before now keep nothing
+        self.removals += 1  # calls that began before now keep nothing
         removed, failure = 0, None
         for tier in (self.remote, self.disk, self.memory):
             if tier is None:
@@ -197,19 +194,16 @@ class Tiers:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Return the counts that the tiers keep themselves: field of StoreMetrics, tier, count."""
-        counts: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+        counts: defaultdict[str, dict[str, int]] = defaultdict(dict)
         if self.memory is not None:
-            stats = self.memory.stats
-            counts["used_bytes"]["memory"], counts["entries"]["memory"] = stats.bytes, stats.entries
-            counts["evictions"]["memory"], counts["rejected"]["memory"] = stats.evictions, stats.rejected
+            counts["used_bytes"]["memory"], counts["entries"]["memory"] = self.memory.used_bytes, len(self.memory)
         if self.disk is not None:
             totals = self.disk.totals()
             counts["used_bytes"]["disk"] = sum(size for size, _ in totals.values())
             counts["entries"]["disk"] = sum(entries for _, entries in totals.values())
-            counts["rejected"]["disk"] = self.disk.rejected
-        for tier, store in (("disk", self.disk), ("remote", self.remote)):
-            if store is not None:
-                for name in ("evictions", "failed_writes", "dropped"):
+        for tier, store in (("memory", self.memory), ("disk", self.disk), ("remote", self.remote)):
+            for name in ("evictions", "rejected", "failed_writes", "dropped"):
+                if hasattr(store, name):
                     counts[name][tier] = getattr(store, name)
         return counts
 
@@ -221,6 +215,7 @@ class Tiers:
         if isinstance(file, Miss):
             return file
         miss = disk.adopt(key, file, fetch.shape, document)
+        self._undo_if_removed(key, fetch.removals, disk)
         if miss is not None and miss is not Miss.UNREADABLE:
             remote.note_damaged(key)
         return miss
@@ -230,13 +225,13 @@ class Tiers:
         self._undo_if_removed(key, removals, self.remote)
 
     def _undo_if_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
-        """Remove a document that was just stored if any removal began since its call: it may have been meant.
+        """Remove a document that was just stored if a removal began since its request, because it may have been meant.
 
         A removal that begins later finds the document in its place.
         """
-        if self._removals != removals:
-            for tier in tiers:
-                if tier is not None:
+        for tier in tiers if self.removals != removals else ():
+            if tier is not None:
+                with suppress(StoreError):  # a tier that cannot be changed has stored nothing either
                     tier.forget(key)
 
 

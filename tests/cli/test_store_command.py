@@ -115,19 +115,9 @@ def test_questions_find_documents_in_the_codec_of_the_index(run, folder):
     code, _ = run("index", *places(folder), "--store-codec", "v8", "--store-max-bytes", "1GiB")
     assert code == 0 and len(list((folder / "s").glob("v*-v8/*/*/*.safetensors"))) == 4 + 1
     shutil.rmtree(next((folder / "s").glob("v*-raw")))
-    asking = (
-        "ask",
-        "Where is office 2?",
-        "--docs",
-        *places(folder),
-        "--json",
-        "--mode",
-        "fusion",
-        "--max-new-tokens",
-        "2",
-    )
+    asking = ("ask", "Where is office 2?", "--docs", *places(folder), "--json", "--mode", "fusion")
     for options, origin in (((), "computed"), (("--store-codec", "v8"), "disk")):
-        code, found = run(*asking, *options)
+        code, found = run(*asking, "--max-new-tokens", 2, *options)
         assert code == 0 and {source["origin"] for source in found["sources"]} == {origin}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from kvfusion_rag import DiskStore, DocumentStore, MemoryStore, RemoteStore
 from kvfusion_rag.model.kv import DocumentKV, KVShape
 from kvfusion_rag.store import KVRequest, document_key
+from kvfusion_rag.store.documents import Compute
 from kvfusion_rag.store.format import layout
 
 SHAPE = KVShape(2, 3, 8, torch.float32)
 CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -56,10 +60,6 @@ def files_of(store: DiskStore) -> list[Path]:
     return sorted(store.path.glob("v*/*/*/*.safetensors"))
 
 
-def requests_of(numbers: Iterable[int], tokens: int = 5, namespace: str = "") -> dict[str, KVRequest]:
-    return {key_of(n, tokens, namespace): KVRequest(ids_of(n, tokens)) for n in numbers}
-
-
 class Computer:
     """Computes the correct KVs and records the requested keys."""
 
@@ -77,14 +77,24 @@ class Computer:
             yield key, kv_of(*self._documents[key])
 
 
-def fetch(store: DocumentStore, numbers: Iterable[int], compute: Computer | None = None, namespace: str = ""):
+def fetch_kvs(store: DocumentStore, numbers: Iterable[int], compute: Compute, namespace: str = "", into=None):
+    """Fetch documents, into the slots of ``into`` by number if given."""
+    requests = {
+        key_of(number, namespace=namespace): KVRequest(ids_of(number), (into or {}).get(number)) for number in numbers
+    }
+    return store.fetch(requests, SHAPE, CPU, compute)
+
+
+def fetch(store: DocumentStore, numbers: Iterable[int], compute: Compute | None = None, namespace: str = ""):
     """Fetch documents, check their KVs and return their origins."""
-    numbers = list(numbers)
-    compute = compute or Computer(numbers, namespace=namespace)
-    fetched = store.fetch(requests_of(numbers, namespace=namespace), SHAPE, CPU, compute)
     keys = {number: key_of(number, namespace=namespace) for number in numbers}
+    fetched = fetch_kvs(store, keys, compute or Computer(keys, namespace=namespace), namespace)
     assert all(same(fetched.kvs[key], kv_of(number)) for number, key in keys.items())
     return [fetched.origins[key] for key in keys.values()]
+
+
+def prefetch(store: DocumentStore, *numbers: int) -> Future[int]:
+    return store.prefetch({key_of(n): ids_of(n) for n in numbers}, SHAPE, CPU)
 
 
 def layered(folder: Path, **options: Any) -> DocumentStore:
@@ -99,6 +109,16 @@ def failing(error: Exception) -> Callable[..., Any]:
         raise error
 
     return fail
+
+
+def run_forked(work: Callable[[], object]) -> int | None:
+    """Run ``work`` in a forked process and return its exit code, or None if it hangs."""
+    process = FORK.Process(target=work)
+    process.start()
+    process.join(60)
+    code = process.exitcode
+    process.kill()
+    return code
 
 
 def put_all(remote: RemoteStore, *numbers: int) -> None:

@@ -281,13 +281,14 @@ def test_newer_format_is_a_store_error_and_keeps_its_files(store):
 
 
 def older(folder: Path, documents: int) -> Path:
-    """Write a store folder as format 2 left it: with documents, an index, a quarantine and measurements."""
+    """Write a store folder as format 2 left it: with documents, an index and other files."""
     for number in range(documents):
         file = folder / f"v2-{CODECS[number % 2]}" / ("0" * 32) / "ab" / f"{number}.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"old")
-    (folder / "quarantine").mkdir(parents=True)
-    for name in ("quarantine/one.checksum", "index.sqlite", "index.sqlite-wal", "calibration.json"):
+    for name in ("quarantine", "tmp"):
+        (folder / name).mkdir()
+    for name in ("quarantine/one.checksum", "tmp/host~1~1~1", "index.sqlite", "index.sqlite-wal", "calibration.json"):
         (folder / name).write_bytes(b"old")
     (folder / "format.json").write_text(json.dumps({"format": "kvfusion-document-store", "version": 2}))
     return folder

@@ -6,16 +6,16 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
-from stores import SIZE, files_of, key_of, kv_of, put, read, same
+from stores import FORK, SIZE, files_of, key_of, kv_of, put, read, run_forked, same
 
 from kvfusion_rag import DiskStore
 from kvfusion_rag.store import Miss, namespace_key
 from kvfusion_rag.store.folder import ABANDONED_SECONDS
 
-FORK = multiprocessing.get_context("fork")
 SYSTEM_CALLS = ["open", "writev", "replace", "mkdir"]
 SYSTEM_CALLS += [pytest.param(name, marks=pytest.mark.slow) for name in ("fchmod", "close", "fsync")]
 
@@ -56,7 +56,7 @@ def test_process_killed_while_opening_or_writing_leaves_only_complete_files(tmp_
 
     for count in range(1, 60):
         folder = tmp_path / f"store{count}"
-        code = exit_code(start(run_until_killed, name, count, lambda folder=folder: work(folder)))
+        code = run_forked(partial(run_until_killed, name, count, partial(work, folder)))
         for left in folder.glob("tmp/*"):
             os.utime(left, (time.time() - 2 * ABANDONED_SECONDS,) * 2)
         store = DiskStore(folder, max_bytes=SIZE)
@@ -138,7 +138,7 @@ def test_file_evicted_by_another_process_during_a_read_is_read_to_its_end(tmp_pa
     preadv = os.preadv
 
     def evict_and_read(*arguments):
-        assert exit_code(start(lambda: put(DiskStore(store.path, max_bytes=SIZE), 2))) == 0
+        assert run_forked(lambda: put(DiskStore(store.path, max_bytes=SIZE), 2)) == 0
         assert key_of(1) not in store
         return preadv(*arguments)
 

@@ -1,7 +1,6 @@
 """The document store: the fastest tier answers, each document is computed once, and no error shows."""
 
 import asyncio
-import multiprocessing
 import pickle
 import threading
 import time
@@ -12,18 +11,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import CPU, SHAPE, SIZE, Computer, fetch, files_of, ids_of, key_of, kv_of, layered, requests_of, same
-
-from kvfusion_rag import (
-    DiskStore,
-    DocumentStore,
-    InvalidInputError,
-    MemoryStore,
-    OverloadError,
-    StoreError,
-    StoreEvent,
+from stores import (
+    SHAPE,
+    SIZE,
+    Computer,
+    fetch,
+    fetch_kvs,
+    files_of,
+    ids_of,
+    key_of,
+    kv_of,
+    layered,
+    prefetch,
+    run_forked,
+    same,
 )
-from kvfusion_rag.store import KVRequest, as_store, namespace_key
+
+from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStore, OverloadError, StoreError
+from kvfusion_rag.store import StoreEvent, as_store, namespace_key
 
 
 def test_computed_documents_and_those_from_memory_and_disk_are_the_same(tmp_path):
@@ -48,7 +53,7 @@ def test_any_contents_of_the_tiers_give_the_correct_documents(tmp_path_factory, 
         if data.draw(st.booleans()) and files_of(disk):
             data.draw(st.sampled_from(files_of(disk))).write_bytes(data.draw(st.binary(max_size=60)))
         fetch(store, numbers)
-        assert store.memory.stats.bytes <= cap
+        assert store.memory.used_bytes <= cap
         assert len(files_of(disk)) * SIZE <= disk.caps.max_bytes
 
 
@@ -56,8 +61,7 @@ def test_documents_are_written_to_the_requested_slots(tmp_path):
     store = layered(tmp_path)
     for origin in ("computed", "memory", "disk"):
         slots = {n: SHAPE.empty(ids_of(n)) for n in range(3)}
-        requests = {key_of(n): KVRequest(ids_of(n), slots[n]) for n in range(3)}
-        kvs, origins, _ = store.fetch(requests, SHAPE, CPU, Computer(range(3)))
+        kvs, origins, _ = fetch_kvs(store, slots, Computer(slots), into=slots)
         assert set(origins.values()) == {origin} and all(kvs[key_of(n)] is slots[n] for n in range(3))
         assert all(same(slots[n], kv_of(n)) for n in range(3))
         if origin == "memory":
@@ -75,7 +79,7 @@ def test_v8_gives_the_same_document_computed_or_stored(tmp_path):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d", codec="v8"))
     documents = []
     for origin in ("computed", "memory", "disk"):
-        kvs, origins, _ = store.fetch(requests_of([1]), SHAPE, CPU, Computer([1]))
+        kvs, origins, _ = fetch_kvs(store, [1], Computer([1]))
         assert set(origins.values()) == {origin}
         documents.append(kvs[key_of(1)])
         if origin == "memory":
@@ -115,7 +119,7 @@ def test_tasks_and_threads_together_get_the_correct_documents():
         asyncio.run(main())
         for one in running:
             one.result()
-    assert store._single_flight.is_idle()
+    assert not store._single_flight._pending
 
 
 def test_threads_that_wait_for_a_failed_computation_share_the_next_one():
@@ -137,7 +141,7 @@ def test_threads_that_wait_for_a_failed_computation_share_the_next_one():
             first.result(10)
         for one in others:
             one.result(10)
-    assert sorted(compute.computed) == sorted([key_of(1), key_of(2)]) and store._single_flight.is_idle()
+    assert sorted(compute.computed) == sorted([key_of(1), key_of(2)]) and not store._single_flight._pending
 
 
 def test_interrupted_computation_leaves_nothing_pending():
@@ -148,8 +152,8 @@ def test_interrupted_computation_leaves_nothing_pending():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        store.fetch(requests_of([1, 2]), SHAPE, CPU, interrupted)
-    assert store._single_flight.is_idle()
+        fetch_kvs(store, [1, 2], interrupted)
+    assert not store._single_flight._pending
     assert fetch(store, [1, 2]) == ["memory", "computed"]
 
 
@@ -158,12 +162,11 @@ def test_forked_process_can_use_the_store(tmp_path):
     for _ in range(2):
         fetch(store, range(3))  # starts threads
         store.memory.clear()
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    child = context.Process(target=lambda: queue.put(fetch(store, [0, 1, 2, 3])))
-    child.start()
-    assert queue.get(timeout=60) == ["disk", "disk", "disk", "computed"]
-    child.join()
+
+    def child() -> None:
+        assert fetch(store, [0, 1, 2, 3]) == ["disk", "disk", "disk", "computed"]
+
+    assert run_forked(child) == 0
     assert fetch(store, [3]) == ["disk"]
 
 
@@ -173,14 +176,10 @@ def test_process_forked_during_a_computation_does_not_wait_for_it():
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(fetch, store, [1], compute)
         begun.wait(30)
-        child = multiprocessing.get_context("fork").Process(target=fetch, args=(store, [1, 2]))
-        child.start()
-        child.join(30)
-        alive = child.is_alive()
-        child.kill()
+        code = run_forked(lambda: fetch(store, [1, 2]))
         go.set()
         assert first.result(30) == ["computed"]
-    assert not alive and child.exitcode == 0
+    assert code == 0
 
 
 def test_store_cannot_be_pickled(tmp_path):
@@ -194,7 +193,7 @@ def test_store_cannot_be_pickled(tmp_path):
 def test_prefetch_loads_stored_documents_and_computes_nothing(tmp_path):
     fetch(layered(tmp_path), range(3))
     store = layered(tmp_path)
-    loading = store.prefetch({key_of(n): ids_of(n) for n in range(5)}, SHAPE, CPU)
+    loading = prefetch(store, *range(5))
     assert loading.result(10) == 3 == len(store.memory)
     assert not store.metrics.misses
     assert fetch(store, range(4)) == ["memory"] * 3 + ["computed"]
@@ -207,7 +206,7 @@ def test_documents_that_prefetch_does_not_find_are_computed_once(tmp_path, monke
     before = store.metrics.computed
     load = store._from_files
     monkeypatch.setattr(store, "_from_files", lambda *given: go.wait(10) and load(*given))
-    prefetch = store.prefetch({key_of(n): ids_of(n) for n in (1, 2, 3, 9)}, SHAPE, CPU)
+    loading = prefetch(store, 1, 2, 3, 9)
     compute = Computer([1, 2, 3, 9], before=lambda: time.sleep(0.01))
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(fetch, store, [1, 2, 3, 9], compute) for _ in range(4)]
@@ -215,7 +214,7 @@ def test_documents_that_prefetch_does_not_find_are_computed_once(tmp_path, monke
         go.set()
         for one in waiting:
             one.result(10)
-    assert prefetch.result(10) >= 1
+    assert loading.result(10) >= 1
     assert sorted(compute.computed) == sorted(key_of(n) for n in (1, 2, 3))
     assert store.metrics.computed == before + 3
 
@@ -224,12 +223,12 @@ def test_too_many_prefetches_raise_overload_error(tmp_path, monkeypatch):
     monkeypatch.setattr("kvfusion_rag.store.documents.MAX_PREFETCHES", 3)
     store, go = layered(tmp_path), threading.Event()
     monkeypatch.setattr(store, "_prefetch", lambda *_: go.wait(10))
-    waiting = [store.prefetch({}, SHAPE, CPU) for _ in range(3)]
+    waiting = [prefetch(store) for _ in range(3)]
     with pytest.raises(OverloadError, match="3 calls of prefetch are unfinished"):
-        store.prefetch({}, SHAPE, CPU)
+        prefetch(store)
     go.set()
     assert all(one.result(10) for one in waiting)
-    assert store.prefetch({}, SHAPE, CPU).result(10)
+    assert prefetch(store).result(10)
 
 
 # Namespaces and removal
@@ -289,6 +288,28 @@ def test_document_removed_while_it_is_loaded_is_not_kept_in_memory(tmp_path, mon
     monkeypatch.setattr(store.disk, "get", load_and_remove)
     assert fetch(store, [1]) == ["disk"]
     assert key_of(1) not in store
+
+
+def test_document_removed_while_it_is_downloaded_is_not_kept_on_disk(full, monkeypatch):
+    fetch(full, [1])
+    full.flush()
+    full.memory.clear()
+    full.disk.clear()
+    download = full.remote.get
+    monkeypatch.setattr(full.remote, "get", lambda key: (download(key), full.forget([key]))[0])
+    assert fetch(full, [1]) == ["remote"]
+    assert key_of(1) not in full
+
+
+def test_removal_does_not_disturb_a_store_that_is_read_only(tmp_path):
+    layered(tmp_path).close()
+    store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "disk", read_only=True))
+
+    def clear() -> None:
+        with pytest.raises(StoreError, match="read_only=True"):
+            store.clear()
+
+    assert fetch(store, [1], Computer([1], before=clear)) == ["computed"]
 
 
 def test_clear_accepts_only_namespace_keys(tmp_path):

@@ -34,9 +34,8 @@ def test_both_caps_hold_and_bytes_are_counted_correctly(puts, cap_tokens, namesp
             for size in range(1, 10)
             if name in store and store.get(name, tuple(range(size))) is not None
         }
-        stats = store.stats
-        assert stats.entries == len(store) == len(sizes)
-        assert stats.bytes == sum(sizes.values()) <= cap_tokens * 64
+        assert len(store) == len(sizes)
+        assert store.used_bytes == sum(sizes.values()) <= cap_tokens * 64
         for namespace in "ab":
             assert sum(size for name, size in sizes.items() if name[0] == namespace) <= namespace_tokens * 64
 
@@ -48,7 +47,7 @@ def test_least_recently_used_document_is_evicted_first():
     assert store.get("a", (0,)) is not None
     store.put("c", kv(1))
     assert "b" not in store and "a" in store and "c" in store
-    assert store.stats.evictions == 1
+    assert store.evictions == 1
 
 
 def test_one_tenant_cannot_evict_documents_of_another():
@@ -56,7 +55,7 @@ def test_one_tenant_cannot_evict_documents_of_another():
     for name, count in (("b", 4), ("a", 50)):
         for n in range(count):
             store.put(f"{name}-{n}", kv(1))
-    assert present(store, "b") == 4 and store.stats.entries == 8
+    assert present(store, "b") == 4 and len(store) == 8
 
 
 def test_full_store_evicts_documents_of_the_writer_first():
@@ -77,7 +76,7 @@ def test_document_larger_than_the_cap_is_rejected_and_evicts_nothing():
     store = MemoryStore(max_bytes=64)
     store.put("a", kv(1))
     assert not store.put("big", kv(2))
-    assert "a" in store and "big" not in store and store.stats.rejected == 1
+    assert "a" in store and "big" not in store and store.rejected == 1
 
 
 @pytest.mark.parametrize("caps", [{"max_bytes": 0}, {"max_bytes": True}, {"namespace_bytes": -1}])
@@ -89,7 +88,7 @@ def test_wrong_caps_are_rejected(caps):
 def test_clear_empties_the_store():
     store = MemoryStore()
     store.put("a", kv(1))
-    assert store.clear() == 1 and (len(store), store.stats.bytes) == (0, 0)
+    assert store.clear() == 1 and (len(store), store.used_bytes) == (0, 0)
 
 
 def test_counts_are_correct_after_use_by_several_threads():
@@ -106,4 +105,4 @@ def test_counts_are_correct_after_use_by_several_threads():
     for thread in threads:
         thread.join()
     sizes = [size for n in range(37) for size in (1, 2, 3) if store.get(str(n), tuple(range(size))) is not None]
-    assert store.stats.bytes == 64 * sum(sizes) <= 20 * 64 and store.stats.entries == len(sizes)
+    assert store.used_bytes == 64 * sum(sizes) <= 20 * 64 and len(store) == len(sizes)

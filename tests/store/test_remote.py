@@ -2,7 +2,6 @@
 
 import errno
 import itertools
-import multiprocessing
 import os
 import threading
 import time
@@ -12,7 +11,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.asyn import AsyncFileSystem
-from stores import CPU, SHAPE, SIZE, failing, fetch, files_of, key_of, kv_of, put_all, remote_entries, requests_of
+from stores import SIZE, failing, fetch, fetch_kvs, files_of, key_of, kv_of, put_all, remote_entries, run_forked
 
 from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStore, RemoteStore, StoreError
 from kvfusion_rag.store import Miss, open_store
@@ -23,13 +22,6 @@ NO_ROUTE = ConnectionError("no route")
 def behind(remote: RemoteStore, folder: Path) -> DocumentStore:
     """Return a store with a local disk in front of ``remote`` and without memory."""
     return DocumentStore(None, DiskStore(folder), remote)
-
-
-def exit_code_of_fork(work) -> int | None:
-    process = multiprocessing.get_context("fork").Process(target=work)
-    process.start()
-    process.join(30)
-    return process.exitcode
 
 
 # Sharing
@@ -104,7 +96,7 @@ def test_documents_with_nan_are_not_uploaded(tmp_path, shared):
             document.keys[0, 0, 0, 0] = torch.nan
             yield key, document
 
-    store.fetch(requests_of([1]), SHAPE, CPU, compute)
+    fetch_kvs(store, [1], compute)
     store.close()
     assert not shared.totals() and not files_of(store.disk)
 
@@ -221,7 +213,7 @@ def test_forked_process_reads_the_remote_store(tmp_path, shared):
     def child() -> None:
         assert fetch(store, [1]) == ["remote"]
 
-    assert exit_code_of_fork(child) == 0
+    assert run_forked(child) == 0
 
 
 def test_forked_process_reads_a_bucket():
@@ -240,7 +232,7 @@ def test_forked_process_reads_a_bucket():
         assert remote.get(key_of(1)) == b"file"
 
     read()
-    assert exit_code_of_fork(read) == 0
+    assert run_forked(read) == 0
 
 
 # Removal and caps

@@ -1,7 +1,6 @@
 """A generator with a store when memory runs out, streams close early, a process is killed, or many callers ask."""
 
 import asyncio
-import multiprocessing
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from store_generators import DOCUMENTS, ask, over, over_disk
-from stores import failing
+from stores import failing, run_forked
 
 from kvfusion_rag import DiskStore, DocumentStore, MemoryLimitError, MemoryStore
 
@@ -58,7 +57,7 @@ def test_too_little_memory_is_an_error_that_leaves_nothing_pending(monkeypatch, 
         for call in (gen.answer, lambda *a, **k: list(gen.stream(*a, **k))):
             with pytest.raises(MemoryLimitError, match="not enough memory for 1 question"):
                 call("who?", DOCUMENTS, max_new_tokens=4)
-    assert gen.store._single_flight.is_idle()
+    assert not gen.store._single_flight._pending
     assert ask(gen, 4).text is not None
 
 
@@ -77,7 +76,7 @@ def test_stream_closed_at_any_token_leaves_nothing_pending(tmp_path, token):
     with gen.stream("who?", DOCUMENTS, max_new_tokens=8) as stream:
         for _ in range(token):
             next(stream, None)
-    assert gen.store._single_flight.is_idle()
+    assert not gen.store._single_flight._pending
     assert ask(gen, 8).token_ids == expected
 
 
@@ -93,11 +92,7 @@ def test_prefill_resumes_after_a_killed_process(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(DiskStore, "put", dying_put)
-        work = over_disk(tmp_path).prefill
-        process = multiprocessing.get_context("fork").Process(target=work, args=(documents,))
-        process.start()
-        process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+        assert run_forked(lambda: over_disk(tmp_path).prefill(documents)) == -signal.SIGKILL
     found = [source.origin for source in over_disk(tmp_path).prefill(documents)]
     assert (found.count("disk"), found.count("computed")) == (5, 15)  # the first of the six files is the prefix
 

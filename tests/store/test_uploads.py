@@ -56,7 +56,7 @@ def test_process_without_close_exits_and_uploads_what_it_can(tmp_path, hangs):
     script = f"""
 import sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent.parent / "helpers")!r})
-from stores import CPU, SHAPE, Computer, requests_of
+from stores import Computer, fetch_kvs
 from kvfusion_rag import DiskStore, DocumentStore, RemoteStore
 remote = RemoteStore({(tmp_path / "remote").as_uri()!r}, wait=0.2)
 pipe_file = remote._system.pipe_file
@@ -65,7 +65,7 @@ if {hangs}:
     for name in ("cat_file", "exists"):
         setattr(remote._system, name, lambda *_: threading.Event().wait())
 store = DocumentStore(None, DiskStore({str(tmp_path / "d")!r}), remote)
-origins = store.fetch(requests_of(range(6)), SHAPE, CPU, Computer(range(6))).origins
+origins = fetch_kvs(store, range(6), Computer(range(6))).origins
 assert set(origins.values()) == {{"computed"}}
 """
     ended = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True, check=False)
