@@ -2,7 +2,7 @@
 divergence from the base model over the gold passages only.
 
 The documents' KV comes from the frozen prefill decoder Dp and has no gradient. Only the answering decoder Dt is
-trained. Shapes: B batch rows, K fused slots, Q question tokens, N kept columns of Q, A target tokens of the batch, V
+trained. Shapes: B batch rows, K fused slots, Q question tokens, C kept columns of Q, A target tokens of the batch, V
 vocabulary.
 """
 
@@ -97,7 +97,7 @@ def _target_logits(
     trained = batch.labels != -100  # (B, Q)
     kept = trained.any(dim=0).nonzero()[:, 0]  # logits of all question tokens would need too much memory
     logits = batch_logits(engine, batch, kept, kvs, tuned=tuned)
-    return logits[trained[:, kept].to(logits.device)]  # (B, N, V) -> (A, V)
+    return logits[trained[:, kept].to(logits.device)]  # (B, C, V) -> (A, V)
 
 
 def batch_logits(
@@ -108,7 +108,7 @@ def batch_logits(
     *,
     tuned: bool = True,
 ) -> torch.Tensor:
-    """Return the logits (B, N, V) of Dt at the columns ``kept`` (N,), over document KVs of Dp without gradients.
+    """Return the logits (B, C, V) of Dt at the columns ``kept`` (C,), over document KVs of Dp without gradients.
 
     Args:
         kvs: document KVs by key, if they are already computed.

@@ -34,5 +34,5 @@ def test_f1():
     ("prediction", "answers", "right"),
     [("Unanswerable.", (), True), ("", (), True), ("red", (), False), ("Red", ("red",), True), ("", ("red",), False)],
 )
-def test_where_nothing_can_be_answered_abstaining_alone_is_right(prediction, answers, right):
+def test_abstaining_is_right_if_there_is_no_answer(prediction, answers, right):
     assert is_right(prediction, answers) == right

@@ -103,7 +103,7 @@ def test_context_that_contains_or_is_part_of_an_excluded_one_is_found(excluded, 
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_truncated_evaluation_passages_exclude_their_contexts(grouped):
-    """Whether the cut passage is gold there or a negative; and a training context may be the shorter one."""
+    """The passage can be gold or a negative there, and the training context can be the shorter text."""
     sentence = "It has {} hills, two lakes and one road."
     long = [
         Example("t", f"t{n}", f"Where is {name}?", ("inland",),
@@ -175,7 +175,7 @@ def test_given_passages_are_used_before_mined_ones():
 
 
 def test_passage_with_the_answer_in_its_title_is_not_a_negative():
-    """Given, near, or drawn by chance; whether a gold passage answers is judged by its text alone."""
+    """This holds for given, similar and random passages. A gold passage is judged only by its text."""
     asked = Example(
         "x", "x", "Who built the mill of Arda?", ("Edda Marsh",),
         (Passage("She was born in Bree.", "Edda Marsh"), Passage("Edda Marsh built the mill of Arda.", None, True)),

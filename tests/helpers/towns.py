@@ -18,13 +18,13 @@ from kvfusion_rag.data.rows import Passage, QARow
 WORDS = ["mill", "river", "tower", "harbour", "old", "red", "1901", "1902", "Ann", "Ben", "the", "north"]
 sentences = st.lists(st.sampled_from(WORDS), min_size=2, max_size=7).map(lambda words: f"It is {' '.join(words)}.")
 contexts = st.lists(sentences, min_size=1, max_size=4).map(" ".join)
-titles = st.none() | st.sampled_from([*WORDS, "Town"])  # which may hold an answer that the text does not
+titles = st.none() | st.sampled_from([*WORDS, "Town"])  # some contain an answer that the text does not
 passages = st.builds(Passage, contexts, titles)
 
 
 @st.composite
 def examples(draw: st.DrawFn) -> Example:
-    """A question over a context, most of the time with an answer that stands there."""
+    """Draw a question with a context, which mostly contains its answer."""
     context, title = draw(contexts), draw(titles)
     others = tuple(draw(st.lists(passages, max_size=2)))
     question = f"What is {' '.join(draw(st.lists(st.sampled_from(WORDS), max_size=3)))}?"

@@ -142,7 +142,7 @@ def test_folder_that_cannot_be_created_raises_before_the_model_is_loaded(base, t
 
 
 def test_diverging_run_keeps_its_checkpoint(base, tmp_path, capsys):
-    """The first step has a learning rate of 0, where the warm-up begins; the second has not."""
+    """The first step has a learning rate of 0, where the warm-up begins. The second has not."""
     arguments = ("--epochs", "4", "--max-steps", "4", "--warmup", "0.5", "--learning-rate", "1e30", "--eval-every")
     assert run(base, *arguments, "1") == 2
     error = capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_decoder_of_another_base_model_with_the_same_shape_is_rejected(base, tmp
     assert run(base, "--max-steps", "1", *(["--full"] if option == "decoder" else [])) == 0
     tuned = {option: tmp_path / "out" / "best"}
     assert KVFusionGenerator.from_pretrained(base, **tuned)
-    assert KVFusionGenerator.from_pretrained(base, dtype="bfloat16", **tuned)  # another digest, the same model
+    assert KVFusionGenerator.from_pretrained(base, dtype="bfloat16", **tuned)  # the same model with another digest
     assert "was trained on" not in caplog.text
     other = save(tmp_path / "third", settings=SETTINGS, seed=2)
     assert KVFusionGenerator.from_pretrained(other, dtype="bfloat16", **tuned)
@@ -229,7 +229,7 @@ def test_command_makes_an_adapter_that_can_be_loaded(tmp_path, capsys):
     assert done["step"] == 2 and done["config"]["rank"] == 4 and len(done["scores"]) == 1
     gen = KVFusionGenerator.from_pretrained(base, adapter=tmp_path / "out" / "best")
     assert gen.settings.passage_length == SETTINGS.passage_length and gen.identity()["adapter"]
-    assert main(command) == 2  # the output is there already, and nothing of it is lost
+    assert main(command) == 2  # the output exists already
     assert "resume" in capsys.readouterr().err
     assert main([*command, *dev, "--resume", "--max-steps", "2", "--rank", "4", "--batch-size", "4"]) == 0
     assert main(["train", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "x")]) == 2

@@ -109,7 +109,7 @@ def test_resumed_run_can_be_longer_but_not_shorter(tmp_path):
     assert trainer(tmp_path, engine(), rows(8), **short).run().step == 4
     longer = trainer(tmp_path, engine(), rows(8), epochs=3, eval_every=3, batch_size=2).run(resume=True)
     assert longer.step == 12 and len(longer.losses) == 12 and [s for s, _ in longer.seconds] == list(range(1, 13))
-    assert longer.learning_rates[3][1] < 1e-3 < longer.learning_rates[4][1]  # the longer schedule's from here on
+    assert longer.learning_rates[3][1] < 1e-3 < longer.learning_rates[4][1]  # from here on the longer schedule
     assert [seconds for _, seconds in longer.seconds] == sorted(seconds for _, seconds in longer.seconds)
     with pytest.raises(InvalidInputError, match="is at step 12, but this run ends after 8"):
         trainer(tmp_path, engine(), rows(8), epochs=2, batch_size=2).run(resume=True)
@@ -121,7 +121,7 @@ def test_run_killed_between_two_renames_is_resumed(tmp_path, left):
     trainer(tmp_path, engine(), rows(8), max_steps=2).run()
     for suffix in left:
         shutil.copytree(folder, folder.with_name(f"checkpoint.{suffix}"))
-    if left == ("old",):  # killed while the fresh one was being written
+    if left == ("old",):  # killed while the new one was written
         (tmp_path / "run" / "checkpoint.new").mkdir()
     shutil.rmtree(folder)
     recover(folder)
