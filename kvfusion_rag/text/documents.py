@@ -125,8 +125,10 @@ class EncodedDocuments:
 
 
 def _slowest(origins: Collection[Origin]) -> Origin:
-    blank: Origin = "blank"
-    return next((origin for origin in SLOWEST_FIRST if origin in origins), blank)
+    for origin in SLOWEST_FIRST:
+        if origin in origins:
+            return origin
+    return "blank"
 
 
 @dataclass(frozen=True, slots=True)
