@@ -24,7 +24,6 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumps, loads
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import RunnableParallel
 from langchain_routes import (
     PROMPT,
     ROUTES,
@@ -134,49 +133,8 @@ async def test_small_model_answers_in_chains_and_graphs():
         assert await route(model).ainvoke("When was the lamp lit?") == "1874"
 
 
-# What wraps a model
-
-
 def apart(model: Any) -> Any:
     return KVFusionPrompt.from_prompt(PROMPT) | model | StrOutputParser()
-
-
-VARIABLES = {"context": Shelf().invoke(""), "question": "Who?"}
-
-
-async def test_fallbacks_get_ordinary_messages_and_chat_model_can_be_a_fallback():
-    failing = ChatKVFusion(generator=ChatRecorder(error=RuntimeError("no")))
-    seen: list[Any] = []
-    watched = (lambda value: seen.append(value.to_messages()) or value) | FakeListChatModel(responses=["fallback"])
-    chain = apart(failing.with_fallbacks([watched]))
-    assert chain.invoke(VARIABLES) == await chain.ainvoke(VARIABLES) == "fallback"
-    assert seen[0][0].text == f"Answer from this context:\n\n{SHELF['lamp']}\n\n{SHELF['mill']}"
-    fake = ChatRecorder()
-    chain = apart(failing.with_fallbacks([ChatKVFusion(generator=fake)]))
-    assert chain.invoke(VARIABLES) == "in lima"
-    assert fake.calls[0].ids == ["lamp", "mill"]
-
-
-async def test_parallel_branches_receive_the_documents():
-    fake = EchoGenerator()
-    model = ChatKVFusion(generator=fake)
-    chain = RunnableParallel({name: apart(model.bind(temperature=heat)) for name, heat in (("a", 0.1), ("b", 0.2))})
-    expected = {
-        name: f"Who? <- {SHELF['lamp']} + {SHELF['mill']} at {heat}" for name, heat in (("a", 0.1), ("b", 0.2))
-    }
-    assert chain.invoke(VARIABLES) == await chain.ainvoke(VARIABLES) == expected
-
-
-def test_retries_keep_the_documents():
-    class Flaky(ChatRecorder):
-        def step(self) -> None:
-            if len(self.calls) == 1:
-                raise ConnectionError("once")
-
-    fake = Flaky()
-    chain = apart(ChatKVFusion(generator=fake).with_retry(stop_after_attempt=2, wait_exponential_jitter=False))
-    assert chain.invoke(VARIABLES) == "in lima"
-    assert [call.ids for call in fake.calls] == [["lamp", "mill"]] * 2
 
 
 # LangChain's response caches, through whole chains
