@@ -60,7 +60,7 @@ ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
         {},
     ),
 }
-PLACED = {  # the prompts that show where the documents stand; the others are bare questions
+PLACED = {  # prompts with a place for the documents; the others are bare questions
     "frames": [("system", "{documents}"), ("user", "Who?")],
     "KVFusionPrompt": [("user", "{documents}\n\nWho?")],
     "FusedPrompt": [("user", "{documents}\n\nWho?")],

@@ -91,7 +91,7 @@ async def test_answer_is_stopped_after_the_timeout(call):
     fake = ChatRecorder(hold=threading.Event())
     model, recorder = chat(fake, timeout=0.05), Recorder()
     config: Any = {"callbacks": [recorder]}
-    releasing = threading.Timer(0.5, fake.hold.set)  # the fake cannot be cancelled in the midst of a step
+    releasing = threading.Timer(0.5, fake.hold.set)  # the fake cannot be cancelled within a step
     releasing.start()
     begun = time.monotonic()
     with pytest.raises(AnswerTimeoutError, match=r"timeout=0.05 s"):
@@ -120,7 +120,7 @@ def test_stream_is_stopped_between_pieces_after_the_timeout():
     slow_reader = chat(ChatRecorder(), timeout=0.08).stream("q")
     next(slow_reader)
     time.sleep(0.1)
-    assert [piece.text for piece in slow_reader] == [" lima", ""]  # its reader's time is not the model's
+    assert [piece.text for piece in slow_reader] == [" lima", ""]  # the time of the consumer does not count
 
 
 async def test_sync_calls_with_a_timeout_work_inside_an_event_loop():

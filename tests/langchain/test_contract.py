@@ -1,4 +1,4 @@
-"""What LangChain expects of every LLM: batches, callbacks, the ways a stream falls back, caches, parameters."""
+"""What LangChain expects of every model: batches, callbacks, fallbacks of streams, caches and parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from langchain_kvfusion import ChatKVFusion, KVFusionLLM
 
 
 class Watcher(BaseCallbackHandler):
-    """Notes starts, ends and errors of runs by their ids."""
+    """Records starts, ends and errors of runs."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []

@@ -1,4 +1,4 @@
-"""In every kind of LangChain chain, graph and agent documents arrive apart, for the changed lines that are claimed."""
+"""All kinds of LangChain chains, graphs and agents pass on separate documents after a few changed lines."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_original_chains_join_their_documents(route: Route):
     assert answer in ("an answer", "the planner's own words")
     fake = ChatRecorder()
     route.before(ChatKVFusion(generator=fake)).invoke(QUESTION)
-    assert all(not call.documents for call in fake.calls)  # exchanging the model alone is not enough
+    assert all(not call.documents for call in fake.calls)  # replacing only the model is not enough
 
 
 @pytest.mark.parametrize(("route", "make"), CASES)
@@ -66,9 +66,9 @@ async def test_changed_chains_separate_their_documents(route: Route, make: Any):
     fake = ChatRecorder()
     chain = route.after(make(generator=fake))
     answers = [chain.invoke(QUESTION)]
-    if not route.chat_only:  # the scripted planner of the agent speaks once
+    if not route.chat_only:  # the scripted planner of the agent can be used only once
         answers += [await chain.ainvoke(QUESTION), *chain.batch([QUESTION]), *await chain.abatch([QUESTION])]
-    if not route.is_graph:  # graphs stream the states of their nodes
+    if not route.is_graph:  # graphs stream states, not tokens
         answers += ["".join(chain.stream(QUESTION)), "".join([piece async for piece in chain.astream(QUESTION)])]
     assert set(answers) == {"in lima"}
     assert len(fake.calls) == len(answers)
@@ -87,7 +87,7 @@ def test_docs_list_the_number_of_changed_lines():
     assert claimed == {route.name: route.changed_lines for route in ROUTES}
 
 
-# Graphs and agents in more detail
+# Graphs and agents
 
 
 def test_agent_answers_from_the_documents_of_its_tool():
@@ -137,11 +137,11 @@ def apart(model: Any) -> Any:
     return KVFusionPrompt.from_prompt(PROMPT) | model | StrOutputParser()
 
 
-# LangChain's response caches, through whole chains
+# LangChain's response caches with chains
 
 
 class SQLiteCache(BaseCache):
-    """As langchain-community's: keys are the texts of prompt and model, generations are kept as JSON."""
+    """Like the cache of langchain-community: the key consists of two texts, and generations are stored as JSON."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""KVFusionLLM as a LangChain LLM: options, results, callbacks, streams, errors, serialisation."""
+"""KVFusionLLM: prompts, messages, results, streams, errors and callbacks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from langchain_kvfusion.framing import frame
 
 
 class Recorder(BaseCallbackHandler):
-    """Notes what LangChain tells callbacks, in order."""
+    """Records the calls of callbacks."""
 
     def __init__(self) -> None:
         self.starts: list[dict[str, Any]] = []
@@ -47,7 +47,7 @@ class Recorder(BaseCallbackHandler):
 
 
 class AsyncRecorder(AsyncCallbackHandler):
-    """Notes tokens on the event loop."""
+    """Records tokens on the event loop."""
 
     def __init__(self) -> None:
         self.tokens: list[str] = []
@@ -96,7 +96,7 @@ def test_from_model_id_separates_loading_options_from_fields(monkeypatch):
     assert loaded["model"] is None
 
 
-# Documents beside the prompt
+# Documents of a call
 
 
 async def test_documents_of_a_call_are_passed_on_by_all_methods():
@@ -270,12 +270,12 @@ async def test_generator_errors_are_raised_unchanged(after):
         await llm.ainvoke("q")
     with pytest.raises(RuntimeError):
         assert [piece async for piece in llm.astream("q")] == []
-    assert recorder.errors == [error] * 6  # a batch tells each of its runs
+    assert recorder.errors == [error] * 6  # one error for each run of a batch
     assert [stream.closed for stream in fake.streams] == [True, True]
     assert not recorder.ends
 
 
-# What callbacks, traces and files see
+# Callbacks and metadata
 
 
 async def test_runs_record_parameters_and_prompts():
