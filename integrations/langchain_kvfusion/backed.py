@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams
+from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams, LanguageModelInput
 from pydantic import AliasChoices, ConfigDict, Field
 
-from kvfusion_rag import Document, InvalidInputError, Message, __version__
+from kvfusion_rag import InvalidInputError, __version__
 
+from .documents import DocumentsArgument
 from .options import OPTION_NAMES, call_options
 
 if TYPE_CHECKING:
@@ -136,19 +137,28 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         options["stop"] = (self.stop or []) if stop is None else stop
         return options
 
-    def _show_prompt(
+    def show_prompt(
         self,
-        question: str,
-        documents: Sequence[Document],
-        prompt: Sequence[Message] | None,
-        mode: str | None,
-        focus: FocusChoice | EllipsisType,
-        chat_template_kwargs: dict[str, Any] | None,
+        input: LanguageModelInput,
+        *,
+        documents: DocumentsArgument | None = None,
+        mode: str | None = None,
+        focus: FocusChoice | EllipsisType = ...,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> ShownPrompt:
+        """Return the complete prompt for ``input``, which has the type that ``invoke`` takes, without answering it.
+
+        Options that are not given have the value set here. With ``focus``, the prompt has the documents that it keeps.
+        In a chain, use ``(prompt | llm.show_prompt).invoke(...)``.
+        """
         given = {"mode": mode, "chat_template_kwargs": chat_template_kwargs}
         options = self._generator_options(None, given if focus is ... else {**given, "focus": focus})
-        shown: Any = {name: options[name] for name in ("mode", "focus", "chat_template_kwargs")}
-        return self._engine().show_prompt(question, documents, prompt=prompt, **shown)
+        shown = {name: options[name] for name in ("mode", "focus", "chat_template_kwargs")}
+        return self._engine().show_prompt(**self._request(input, documents), **shown)
+
+    def _request(self, input: LanguageModelInput, documents: DocumentsArgument | None) -> dict[str, Any]:
+        """Return question, documents and prompt of ``input`` as arguments of the generator."""
+        raise NotImplementedError
 
     def _check_documents(self, *, all_have_documents: bool) -> None:
         """Raise InvalidInputError if this model is strict and a prompt has no documents."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -19,7 +18,7 @@ from pydantic import Field
 
 from kvfusion_rag import Answer, InvalidInputError, OverloadError
 
-from .backed import STRICT_FIELDS, FocusChoice, GeneratorBacked
+from .backed import STRICT_FIELDS, GeneratorBacked
 from .chat_inputs import DocumentChatModel, gathered
 from .chat_results import chat_result, last_chunk, piece_chunk
 from .conversations import Conversation, gather, read
@@ -28,7 +27,7 @@ from .documents import DocumentsArgument, to_documents
 from .errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream, KVFusionGenerator, ShownPrompt
+    from kvfusion_rag import AnswerStream, KVFusionGenerator
 
 
 class ChatKVFusion(GeneratorBacked, DocumentChatModel):
@@ -129,23 +128,8 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
             "parser that checks the text, or read sources and citations from response_metadata."
         )
 
-    def show_prompt(
-        self,
-        input: LanguageModelInput,
-        *,
-        documents: DocumentsArgument | None = None,
-        mode: str | None = None,
-        focus: FocusChoice | EllipsisType = ...,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> ShownPrompt:
-        """Return the complete prompt for ``input``, which has the type that ``invoke`` takes, without answering it.
-
-        Options that are not given have the value set here. With ``focus``, the prompt has the documents that it keeps.
-        In a chain, use ``(prompt | llm.show_prompt).invoke(...)``.
-        """
-        conversation = read(self._carrying(input, documents, ensure_config().get("callbacks")))
-        question, found = conversation.question, conversation.documents
-        return self._show_prompt(question, found, conversation.prompt, mode, focus, chat_template_kwargs)
+    def _request(self, input: LanguageModelInput, documents: DocumentsArgument | None) -> dict[str, Any]:
+        return read(self._carrying(input, documents, ensure_config().get("callbacks"))).arguments()
 
     def _generate(
         self,
@@ -222,8 +206,7 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
 
     def _open(self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         conversation, options = self._read(messages, stop, given)
-        question, documents = conversation.question, conversation.documents
-        return self._engine().stream(question, documents, prompt=conversation.prompt, **options)
+        return self._engine().stream(**conversation.arguments(), **options)
 
     def _batch_arguments(
         self, messages: list[BaseMessage], stop: list[str] | None, given: dict[str, Any]

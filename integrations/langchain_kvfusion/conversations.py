@@ -39,6 +39,10 @@ class Conversation:
         """The generator's prompt, or None if the conversation is only a question with documents."""
         return to_prompt(self.turns, self.question, self.documents)
 
+    def arguments(self) -> dict[str, Any]:
+        """Return question, documents and prompt as arguments of the generator."""
+        return {"question": self.question, "documents": self.documents, "prompt": self.prompt}
+
 
 def gather(
     messages: Sequence[BaseMessage],

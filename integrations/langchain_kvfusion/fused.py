@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from langchain_core.documents import Document as LangChainDocument
 from langchain_core.messages import BaseMessage, HumanMessage
@@ -78,6 +79,11 @@ class FusedPrompt(str):
             return cls(text)
         message = Message("user", found.text, found.place)
         return cls.of([message], to_documents(found.documents), bare_question(found.text))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return question, documents and prompt as arguments of the generator."""
+        prompt = to_prompt(self.messages, self.question, self.documents)
+        return {"question": self.question, "documents": self.documents, "prompt": prompt}
 
     def digest(self) -> str:
         """Return a hex digest of everything besides the text that affects the answer or its sources."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
-from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.caches import BaseCache
@@ -24,16 +23,16 @@ from pydantic import PrivateAttr
 
 from kvfusion_rag import Answer, KVFusionError
 
-from .backed import STRICT_FIELDS, FocusChoice, GeneratorBacked
+from .backed import STRICT_FIELDS, GeneratorBacked
 from .cache import DocumentAwareCache
 from .capture import retrieved_for, retrieved_for_each
 from .conversations import fuse_messages
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
-from .fused import FusedPrompt, FusedPromptValue, fuse_prompt, to_prompt
+from .fused import FusedPrompt, FusedPromptValue, fuse_prompt
 from .options import call_options, generation_info, total_usage
 
 if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream, ShownPrompt
+    from kvfusion_rag import AnswerStream
 
 _RUN_ARGUMENTS = ("tags", "metadata", "run_name", "run_id")  # arguments of BaseLLM.generate that are not options
 
@@ -238,24 +237,9 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
             async for piece in pieces:
                 yield piece
 
-    def show_prompt(
-        self,
-        input: LanguageModelInput,
-        *,
-        documents: DocumentsArgument | None = None,
-        mode: str | None = None,
-        focus: FocusChoice | EllipsisType = ...,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> ShownPrompt:
-        """Return the complete prompt for ``input``, which has the type that ``invoke`` takes, without answering it.
-
-        Options that are not given have the value set here. With ``focus``, the prompt has the documents that it keeps.
-        In a chain, use ``(prompt | llm.show_prompt).invoke(...)``.
-        """
+    def _request(self, input: LanguageModelInput, documents: DocumentsArgument | None) -> dict[str, Any]:
         [value] = self._with_documents([input], documents, ensure_config().get("callbacks"))
-        fused = value.fused
-        prompt = to_prompt(fused.messages, fused.question, fused.documents)
-        return self._show_prompt(fused.question, fused.documents, prompt, mode, focus, chat_template_kwargs)
+        return value.fused.arguments()
 
     def _generate(
         self,
@@ -292,7 +276,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         return {
             "questions": [prompt.question for prompt in fused],
             "documents": [prompt.documents for prompt in fused],
-            "prompts": [to_prompt(prompt.messages, prompt.question, prompt.documents) for prompt in fused],
+            "prompts": [prompt.arguments()["prompt"] for prompt in fused],
             **self._generator_options(stop, given),
         }
 
@@ -335,11 +319,7 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
     def _open(self, prompt: str, stop: list[str] | None, given: dict[str, Any]) -> AnswerStream:
         [fused] = self._fuse([prompt])
         self._warn_of_missing_documents(all_have_documents=bool(fused.documents))
-        arguments = {
-            "prompt": to_prompt(fused.messages, fused.question, fused.documents),
-            **self._generator_options(stop, given),
-        }
-        return self._engine().stream(fused.question, fused.documents, **arguments)
+        return self._engine().stream(**fused.arguments(), **self._generator_options(stop, given))
 
     def _result(self, generations: list[Generation]) -> LLMResult:
         usage = total_usage([generation.generation_info or {} for generation in generations])

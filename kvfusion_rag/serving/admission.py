@@ -1,4 +1,4 @@
-"""Limits on requests with a body: how many at once, how large and how long; requests of lost clients are cancelled.
+"""Limits on requests with a body: how many at once, how large, how long, and until when a client is connected.
 
 A request occupies its slot until its work has ended, even if the client has disconnected or received a timeout.
 Otherwise a client that retries could start more work than the limit allows.

@@ -1,4 +1,4 @@
-"""What each document did for an answer, as LangChain's and LlamaIndex's users ask for it and find it."""
+"""Attribution in LangChain and LlamaIndex."""
 
 import pytest
 import tiny
@@ -10,7 +10,7 @@ DOCUMENTS = ["the river runs past an old mill", "two grey doves sleep"]
 
 @pytest.fixture(scope="module")
 def measured():
-    """A generator, and (attention, effect) of each document for its answer to the bare question."""
+    """Return a generator, and attention and effect of each document for a bare question."""
     gen = tiny.generator("llama")
     found = gen.attribute("who?", DOCUMENTS, max_new_tokens=3)
     return gen, [(document.attention, document.effect) for document in found.documents]

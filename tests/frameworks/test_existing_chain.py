@@ -1,4 +1,4 @@
-"""An existing LCEL chain with a Chroma retriever needs two changed lines to answer by KV-Fusion."""
+"""An existing LCEL chain with a Chroma retriever needs two changed lines."""
 
 import difflib
 import json
@@ -15,7 +15,7 @@ BEFORE, AFTER = EXAMPLES / "langchain" / "before.py", EXAMPLES / "langchain" / "
 
 
 def code_lines(path: Path) -> list[str]:
-    """Lines of code after the docstring, without imports."""
+    """Return the lines of code without docstring and imports."""
     lines = path.read_text(encoding="utf-8").splitlines()[1:]
     return [line for line in lines if line.strip() and not line.startswith(("import ", "from "))]
 
@@ -45,7 +45,7 @@ def test_replacing_only_the_llm_logs_a_warning(caplog):
 @pytest.mark.default_model
 def test_changed_chain_answers_the_example_questions():
     names = runpy.run_path(str(AFTER))
-    names["llm"].max_tokens = 32  # the chain has this very model
+    names["llm"].max_tokens = 32  # the chain uses the same object
     chain = names["chain"]
     rows = [json.loads(line) for line in (EXAMPLES / "questions.jsonl").read_text(encoding="utf-8").splitlines()]
     asked = [row for row in rows if row["source"].endswith((".md", ".txt"))]

@@ -1,4 +1,4 @@
-"""Focus as LangChain's and LlamaIndex's users set it, and as they find what it did."""
+"""Focus in LangChain and LlamaIndex."""
 
 import asyncio
 import math
@@ -26,7 +26,7 @@ def expected(answer):
 
 @pytest.fixture(scope="module")
 def focused():
-    """A generator that keeps two documents by itself, and its sources for each number."""
+    """Return a generator with focus 2, and its sources for each focus."""
     gen = tiny.generator("llama", focus=2)
     prompts = {most: gen.answer(QUESTION, DOCUMENTS, focus=most, max_new_tokens=3) for most in (1, 2, 3, None)}
     return gen, {most: expected(answer) for most, answer in prompts.items()}
@@ -51,7 +51,7 @@ def test_langchain_llm(langchain, focused):
         result = model.generate([QUESTION], documents=DOCUMENTS, **options)
         return described(result.generations[0][0].generation_info["sources"])
 
-    assert sources(llm) == found[2]  # the model's own number
+    assert sources(llm) == found[2]  # the model's own focus
     assert sources(llm, focus=1) == found[1]
     assert sources(llm, focus=None) == found[None]
     fixed = langchain.KVFusionLLM(generator=gen, max_tokens=3, focus=3)
@@ -121,7 +121,7 @@ def test_langchain_rejects_an_invalid_focus(langchain, focused, name, wrong):
 
 
 class FocusEcho(RecordingGenerator):
-    """Answers with the number and the scores that it was called with."""
+    """Answers with its focus and the scores of its documents."""
 
     def answer_to(self, call):
         scores = [document.score for document in call.documents]
@@ -160,7 +160,7 @@ def test_langchain_identity_contains_focus(langchain):
         ({"score": 2}, 2.0),
         ({"score": np.float32(0.5)}, 0.5),
         ({"relevance_score": 0.25}, 0.25),
-        ({"relevance_score": 0.25, "score": 7.0}, 0.25),  # a reranker has the last word
+        ({"relevance_score": 0.25, "score": 7.0}, 0.25),  # the reranker's score has priority
         ({"relevance_score": "high", "score": 7.0}, 7.0),
         ({"score": True}, None),
         ({"score": "0.5"}, None),
@@ -276,7 +276,7 @@ def test_llama_index_synthesizer(llama_index, focused, streaming):
     gen, found = focused
     llm = llama_index.KVFusionLlamaIndexLLM(gen, max_new_tokens=3, focus=1)
     response = llama_index.KVFusionSynthesizer(llm, streaming=streaming).synthesize(QUESTION, nodes_of(DOCUMENTS))
-    str(response)  # reads a stream to its end
+    str(response)  # reads the stream to the end
     assert described(response.metadata["kvfusion"]["sources"]) == found[1]
 
 

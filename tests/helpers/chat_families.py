@@ -1,7 +1,7 @@
-"""Chat templates in the manner of eight model families, with tokenizers that have their control tokens.
+"""Chat templates like those of eight model families, with tokenizers that have their control tokens.
 
-Written for the tests: each does what is peculiar to its family (trimming, a rejected system role, a default system
-message, today's date, reasoning that is cut out of earlier turns, options of the template).
+Each has a peculiarity of its family: trimming, a rejected system role, a default system message, the current date,
+reasoning that is removed from earlier turns, or options of the template.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ ROLE_TOKENS = """
 
 @dataclass(frozen=True)
 class Family:
-    """A chat template, the control tokens in it, and whether the tokenizer is SentencePiece's."""
+    """A chat template, its control tokens, and whether the tokenizer is SentencePiece's."""
 
     template: str
     tokens: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 
 def _metaspace() -> PreTrainedTokenizerFast:
-    """SentencePiece BPE that writes a space in front of a prompt, but not behind a control token."""
+    """Return a SentencePiece BPE that adds a space at the start of a prompt, but not after a control token."""
     tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tok.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
@@ -112,7 +112,9 @@ def _metaspace() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=440, special_tokens=pieces, show_progress=False)
     tok.train_from_iterator(words * 4, trainer)
     spec = json.loads(tok.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in control]  # byte pieces are ordinary
+    spec["added_tokens"] = [
+        t for t in spec["added_tokens"] if t["content"] in control
+    ]  # byte pieces are ordinary tokens
     tok = Tokenizer.from_str(json.dumps(spec))
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -1,4 +1,4 @@
-"""What tests of chat models need beside fakes.py: prefetched documents, and the turns of a conversation."""
+"""A fake generator that records prefetches, and a short form of the messages in a call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvfusion_rag import Document, Message
 
 @dataclass
 class ChatRecorder(RecordingGenerator):
-    """Records calls; ``prefetched`` has the documents of each prefetch."""
+    """Records calls and the documents of each prefetch."""
 
     prefetched: list[list[Document | str]] = field(default_factory=list)
 
@@ -26,13 +26,13 @@ class ChatRecorder(RecordingGenerator):
 
 
 def turns(call: Call) -> list[tuple[str, str]]:
-    """Role and text of each message of the conversation that a call had as its prompt, as :func:`marked` has them."""
+    """Return role and text of each message in a call's prompt, see :func:`marked`."""
     prompt: Any = call.prompt
     return marked(prompt)
 
 
 def marked(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Role and text of each message, with ``{documents}`` where the documents belong."""
+    """Return role and text of each message, with ``{documents}`` in the place of the documents."""
     assert all(isinstance(message, Message) for message in messages)
     return [(message.role, _marked(message)) for message in messages]
 

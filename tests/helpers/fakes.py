@@ -1,7 +1,7 @@
-"""A generator without a model, for tests of everything that stands around one.
+"""A fake generator without a model, for tests of the code that uses one.
 
-It keeps the public interface of KVFusionGenerator, records every call, answers with set pieces and checks its
-arguments as early as the real one does. It can be held at any step, or made to fail.
+It has the public interface of KVFusionGenerator, records every call, answers with fixed pieces and checks arguments as
+early as the real one. Tests can hold it at any step, or make it fail.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from kvfusion_rag.schema import FocusChoice, Mode
 
 Prompt = str | Sequence[Message] | None
 
-HOLD_LIMIT = 10.0  # seconds after which a held call gives up, so that a blocked event loop fails and does not hang
+HOLD_LIMIT = 10.0  # seconds after which a held call fails, so that a blocked event loop does not hang the test
 
 
 @dataclass
 class Call:
-    """One call as the generator received it."""
+    """One call with its arguments."""
 
     method: str
     question: str
@@ -55,7 +55,7 @@ class Call:
 
     @property
     def wording(self) -> str:
-        """What is read behind the documents; of a conversation, the texts of its messages."""
+        """The prompt, or the joined texts of its messages."""
         if self.prompt is None or isinstance(self.prompt, str):
             return self.prompt or self.question
         return "\n".join(message.text for message in self.prompt)
@@ -63,7 +63,7 @@ class Call:
 
 @dataclass
 class RecordingGenerator:
-    """Answers every question with `pieces`; `calls` and `threads` tell what came in, and where it ran."""
+    """Answers every question with `pieces`, and records calls and threads."""
 
     pieces: Sequence[str] = ("in", " lima")
     hold: threading.Event | None = None
@@ -134,7 +134,7 @@ class RecordingGenerator:
     def attribute(
         self, question: str, documents: Sequence[Document | str], *, answer: Answer, **options: Any
     ) -> Attribution:
-        """As if each document were worth as many nats as its text has words."""
+        """Return an effect of as many nats as the document has words."""
         call = self._record("attribute", question, documents, None, options)
         influences = (
             Influence(s.id, s.title, 1 / len(call.documents), -1.0 - s.tokens, float(s.tokens))
@@ -155,10 +155,10 @@ class RecordingGenerator:
         return {"model_id": self.model_id, "revision": None, "mode": self.mode}
 
     def step(self) -> None:
-        """One piece of work: notes the thread, and waits while the test holds it."""
+        """One step of work: record the thread, and wait while the test holds it."""
         self.threads.append(threading.get_ident())
         if self.hold is not None and not self.hold.wait(HOLD_LIMIT):
-            raise TimeoutError("the fake was held too long: nobody could run to let it go")
+            raise TimeoutError("the fake was held too long, because the test could not release it")
 
     def answer_to(self, call: Call) -> Answer:
         text = "".join(self.pieces)
@@ -220,7 +220,7 @@ class RecordingStream(AnswerStream):
 
     @property
     def closed(self) -> bool:
-        """Whether the work has ended, which is later than the request to end it while a piece is computed."""
+        """Whether the work has ended, which may be later than the call of close."""
         return inspect.getgeneratorstate(self._pieces) == inspect.GEN_CLOSED
 
 
@@ -243,7 +243,7 @@ def _citations(text: str, sources: Sequence[Source], call: Call) -> Iterator[Cit
 
 @dataclass
 class EchoGenerator(RecordingGenerator):
-    """Answers with what it received, so that an answer tells which call it belongs to."""
+    """Answers with its arguments, so that each answer identifies its call."""
 
     def stream(
         self, question: str, documents: Sequence[Document | str] = (), *, prompt: Prompt = None, **options: Any
@@ -258,5 +258,5 @@ class EchoGenerator(RecordingGenerator):
 
 
 def echo(call: Call) -> str:
-    """The text that EchoGenerator answers to ``call``."""
+    """Return the answer of EchoGenerator to ``call``."""
     return f"{call.question} <- {' + '.join(call.texts)} at {call.options.get('temperature')}"

@@ -1,7 +1,7 @@
-"""Chains as people have them, and the same chains with their documents kept apart.
+"""Usual LangChain chains, and the same chains with separate documents.
 
-Each pair is two functions of a model: their bodies differ by the lines that somebody has to change, apart from the one
-that makes the model. All chains take a question and give a text.
+Each pair consists of two functions of a model. Their bodies differ by the lines that a user must change, besides the
+line that creates the model. All chains take a question and return a text.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import ndiff
+from functools import partial
 from typing import Any, TypedDict
 
 from langchain.agents import create_agent
@@ -53,7 +54,7 @@ STANDALONE = "Where do the doves sleep?"
 
 
 class Shelf(BaseRetriever):
-    """Finds the texts of ``names``, whatever is asked; ``asked`` has the queries."""
+    """Finds the texts of ``names`` for every query, and records the queries."""
 
     names: list[str] = ["lamp", "mill"]  # noqa: RUF012 - a pydantic field
     asked: list[str] = []  # noqa: RUF012
@@ -64,7 +65,7 @@ class Shelf(BaseRetriever):
 
 
 class LastFirst(BaseDocumentCompressor):
-    """A reranker that keeps the last document alone."""
+    """A reranker that keeps only the last document."""
 
     def compress_documents(self, documents: Any, query: str, callbacks: Any = None) -> list[LangChainDocument]:
         return list(documents)[-1:]
@@ -75,12 +76,12 @@ def format_docs(documents: list[LangChainDocument]) -> str:
 
 
 def rewriter() -> FakeListChatModel:
-    """The other model of a chain, which rewrites questions."""
+    """Return a model that rewrites questions."""
     return FakeListChatModel(responses=[STANDALONE])
 
 
 def planner() -> GenericFakeChatModel:
-    """The other model of an agent, which calls its tool and then answers what it likes."""
+    """Return a model for an agent, which calls its tool and then gives a fixed answer."""
     call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": STANDALONE}, "id": "1"}])
 
     class Planner(GenericFakeChatModel):
@@ -93,21 +94,21 @@ def planner() -> GenericFakeChatModel:
 # LCEL
 
 
-def lcel(llm: Any) -> Any:
-    retriever = Shelf()
+def lcel(llm: Any, retriever: Any = None) -> Any:
+    retriever = retriever or Shelf()
     context = retriever | format_docs
     prompt = PROMPT
     return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
 
 
-def lcel_apart(llm: Any) -> Any:
-    retriever = Shelf()
+def lcel_apart(llm: Any, retriever: Any = None) -> Any:
+    retriever = retriever or Shelf()
     context = retriever
     prompt = KVFusionPrompt.from_prompt(PROMPT)
     return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
 
 
-# Chains that join documents themselves
+# Chains that join documents
 
 
 def retrieval_chain(llm: Any) -> Any:
@@ -170,51 +171,6 @@ def history_aware_apart(llm: Any) -> Any:
     return (lambda question: {"input": question, "chat_history": HISTORY}) | chain | (lambda r: r["answer"])
 
 
-# Other retrievers in front
-
-
-def multi_query(llm: Any) -> Any:
-    retriever = MultiQueryRetriever.from_llm(Shelf(), llm=rewriter())
-    context = retriever | format_docs
-    prompt = PROMPT
-    return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
-
-
-def multi_query_apart(llm: Any) -> Any:
-    retriever = MultiQueryRetriever.from_llm(Shelf(), llm=rewriter())
-    context = retriever
-    prompt = KVFusionPrompt.from_prompt(PROMPT)
-    return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
-
-
-def compression(llm: Any) -> Any:
-    retriever = ContextualCompressionRetriever(base_compressor=LastFirst(), base_retriever=Shelf())
-    context = retriever | format_docs
-    prompt = PROMPT
-    return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
-
-
-def compression_apart(llm: Any) -> Any:
-    retriever = ContextualCompressionRetriever(base_compressor=LastFirst(), base_retriever=Shelf())
-    context = retriever
-    prompt = KVFusionPrompt.from_prompt(PROMPT)
-    return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
-
-
-def ensemble(llm: Any) -> Any:
-    retriever = EnsembleRetriever(retrievers=[Shelf(), Shelf(names=["doves", "lamp"])], weights=[0.6, 0.4])
-    context = retriever | format_docs
-    prompt = PROMPT
-    return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
-
-
-def ensemble_apart(llm: Any) -> Any:
-    retriever = EnsembleRetriever(retrievers=[Shelf(), Shelf(names=["doves", "lamp"])], weights=[0.6, 0.4])
-    context = retriever
-    prompt = KVFusionPrompt.from_prompt(PROMPT)
-    return {"context": context, "question": RunnablePassthrough()} | prompt | llm | StrOutputParser()
-
-
 # Graphs and agents
 
 
@@ -267,21 +223,29 @@ def agent_apart(llm: Any) -> Any:
 
 @dataclass(frozen=True)
 class Route:
-    """One kind of chain: how people have it, how it keeps documents apart, and what its model is to receive."""
+    """One kind of chain in its original and changed form, and the documents and question of its model."""
 
     name: str
     before: Callable[[Any], Any]
     after: Callable[[Any], Any]
     found: tuple[str, ...] = ("lamp", "mill")
-    question: str | None = None  # where a chain rewrites it
+    question: str | None = None  # if the chain rewrites it
     is_graph: bool = False
     chat_only: bool = False
 
     @property
     def changed_lines(self) -> int:
-        """Lines to write anew, the model's own included."""
-        bodies = [inspect.getsource(function).splitlines(keepends=True)[1:] for function in (self.before, self.after)]
+        """The number of changed lines, including the one that creates the model."""
+        bodies = [
+            inspect.getsource(getattr(function, "func", function)).splitlines(keepends=True)[1:]
+            for function in (self.before, self.after)
+        ]
         return 1 + sum(line.startswith("+ ") and bool(line[2:].strip()) for line in ndiff(*bodies))
+
+
+def with_retriever(name: str, retriever: BaseRetriever, found: tuple[str, ...] = ("lamp", "mill")) -> Route:
+    """Return the LCEL chains with another retriever."""
+    return Route(name, partial(lcel, retriever=retriever), partial(lcel_apart, retriever=retriever), found)
 
 
 ROUTES = [
@@ -290,9 +254,17 @@ ROUTES = [
     Route("RetrievalQA", retrieval_qa, retrieval_qa_apart),
     Route("ConversationalRetrievalChain", conversational, conversational_apart, ("doves", "clerk"), STANDALONE),
     Route("create_history_aware_retriever", history_aware, history_aware_apart, ("doves", "clerk")),
-    Route("MultiQueryRetriever", multi_query, multi_query_apart),
-    Route("ContextualCompressionRetriever", compression, compression_apart, ("mill",)),
-    Route("EnsembleRetriever", ensemble, ensemble_apart, ("lamp", "mill", "doves")),
+    with_retriever("MultiQueryRetriever", MultiQueryRetriever.from_llm(Shelf(), llm=rewriter())),
+    with_retriever(
+        "ContextualCompressionRetriever",
+        ContextualCompressionRetriever(base_compressor=LastFirst(), base_retriever=Shelf()),
+        ("mill",),
+    ),
+    with_retriever(
+        "EnsembleRetriever",
+        EnsembleRetriever(retrievers=[Shelf(), Shelf(names=["doves", "lamp"])], weights=[0.6, 0.4]),
+        ("lamp", "mill", "doves"),
+    ),
     Route("LangGraph StateGraph", graph, graph_apart, is_graph=True),
     Route("create_agent", agent, agent_apart, is_graph=True, chat_only=True),
 ]

@@ -1,6 +1,6 @@
-"""What an untuned model has to read and answer: ``apply_chat_template`` and ``generate`` of transformers.
+"""Expected prompts and answers of an untuned model, from transformers' ``apply_chat_template`` and ``generate``.
 
-Nothing here comes from this package except the generator under test, whose requests and answers are noted.
+Only the generator under test belongs to this package. Its requests and answers are recorded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POSITIONS = 4096
 
 @dataclass
 class Reader:
-    """A tiny untuned chat model, and the token ids of what it has read and answered."""
+    """A tiny untuned chat model with the token ids of its prompts and answers."""
 
     generator: KVFusionGenerator
     read: list[tuple[int, ...]] = field(default_factory=list)

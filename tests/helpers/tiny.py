@@ -109,7 +109,9 @@ def _bpe_byte_fallback() -> PreTrainedTokenizerFast:
     pieces = control + [f"<0x{byte:02X}>" for byte in range(256)]
     _train(tok, trainers.BpeTrainer(vocab_size=460, special_tokens=pieces, show_progress=False))
     spec = json.loads(tok.to_str())
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in control]  # byte pieces are ordinary
+    spec["added_tokens"] = [
+        t for t in spec["added_tokens"] if t["content"] in control
+    ]  # byte pieces are ordinary tokens
     tok = Tokenizer.from_str(json.dumps(spec))
     tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")

@@ -1,4 +1,4 @@
-"""LangChain's response cache over KVFusionLLM: an answer is reused for the same documents and options only."""
+"""LangChain's response cache with KVFusionLLM: answers are reused only for equal documents and options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from langchain_kvfusion import ChatKVFusion, KVFusionLLM, KVFusionPrompt
 
 @pytest.fixture(params=["global", "own", "asked for"])
 def cached(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
-    """Arguments of a KVFusionLLM with a cache: LangChain's global one, its own, or the global one by True."""
+    """Yield arguments that enable a cache: LangChain's global one (by default or by True), or an own cache."""
     if request.param == "own":
         yield {"cache": InMemoryCache()}
         return
@@ -32,7 +32,7 @@ async def ask(llm: Any, is_async: bool, prompt: Any, **options: Any) -> str:
     return await llm.ainvoke(prompt, **options) if is_async else llm.invoke(prompt, **options)
 
 
-# Each pair has one prompt text, and must not have one answer.
+# The prompts of each pair have the same text, but must not share an answer.
 PAIRS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"documents": ["a"]}, {"documents": ["b"]}),
     ({"documents": ["a\n\nb"]}, {"documents": ["a", "b"]}),
@@ -73,7 +73,7 @@ async def test_prompts_with_equal_text_differ_by_documents_and_question(cached, 
     assert [await ask(chain, is_async, each) for each in inputs] == answers
     assert len(fake.calls) == len(inputs)
     assert (await chain.abatch(inputs) if is_async else chain.batch(inputs)) == answers
-    assert len(fake.calls) == len(inputs)  # what was answered alone is found in a batch
+    assert len(fake.calls) == len(inputs)  # answers of single calls are found in a batch
 
 
 def test_prompts_with_equal_text_differ_by_the_place_of_documents(cached):

@@ -1,4 +1,4 @@
-"""enable_document_capture: unchanged chains keep documents apart, and only what was retrieved becomes a document."""
+"""enable_document_capture: unchanged chains pass on separate documents, and only retrieved texts become documents."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def test_capture_separates_documents_of_unchanged_chains(route: Route, mak
         assert turns(call)[0] == ("system", "Answer from this context:\n\n{documents}")
     fake.calls.clear()
     chain.invoke(QUESTION)
-    assert not fake.calls[0].documents  # closed
+    assert not fake.calls[0].documents  # the capture is closed
 
 
 @MODELS
@@ -220,7 +220,7 @@ def test_import_registers_no_hook():
     assert done.stdout.split() == ["0", "1"]
 
 
-# Where documents stand in a text
+# Documents in a text
 
 pieces = st.text("ab \n", min_size=0, max_size=40)
 
@@ -234,7 +234,7 @@ def test_only_retrieved_texts_are_removed(found, parts):
     assert all(document.text in shown and document.text in text for document in cut.documents)
     kept, words = cut.text.split(), text.split()
     remaining = iter(words)
-    assert all(word in remaining for word in kept)  # what is left is the text's own, in order
+    assert all(word in remaining for word in kept)  # the rest of the text is unchanged
     if not cut.documents:
         assert (cut.text, cut.place) == (text, None)
 

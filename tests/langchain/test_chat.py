@@ -1,13 +1,9 @@
-"""ChatKVFusion as a LangChain chat model: where documents come from, turns, options, results, streams, limits."""
+"""Inputs of ChatKVFusion: documents, messages, options, and the response cache."""
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
-import pickle
-import threading
-import time
 from typing import Any
 
 import pytest
@@ -17,49 +13,15 @@ pytest.importorskip("langchain_core")
 from conversation_fakes import ChatRecorder, turns
 from fakes import EchoGenerator
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.documents import Document as LangChainDocument
-from langchain_core.load import dumps
-from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from langchain_core.runnables import ConfigurableField
+from langchain_models import FOUND, Recorder, call_all, chat
 
-from kvfusion_rag import Document, InvalidInputError, OverloadError
-from langchain_kvfusion import (
-    AnswerTimeoutError,
-    ChatKVFusion,
-    KVFusionDocumentPrompt,
-    KVFusionPrompt,
-    UnsupportedFeatureError,
-)
+from kvfusion_rag import Document, InvalidInputError
+from langchain_kvfusion import KVFusionDocumentPrompt, KVFusionPrompt, UnsupportedFeatureError
 from langchain_kvfusion.framing import frame
 
-FOUND = [LangChainDocument("x", id="i", metadata={"title": "T"}), LangChainDocument("y")]
 SEARCH = AIMessage("Let me look.", tool_calls=[{"name": "search", "args": {"query": "who"}, "id": "1"}])
-
-
-def chat(fake: Any = None, **fields: Any) -> ChatKVFusion:
-    return ChatKVFusion(generator=fake or ChatRecorder(), **fields)
-
-
-class Recorder(BaseCallbackHandler):
-    """Notes what LangChain tells callbacks, in order."""
-
-    def __init__(self) -> None:
-        self.starts: list[Any] = []
-        self.prompts: list[list[list[BaseMessage]]] = []
-        self.tokens: list[str] = []
-        self.errors: list[BaseException] = []
-
-    def on_chat_model_start(self, serialized: Any, messages: list[list[BaseMessage]], **kwargs: Any) -> None:
-        self.starts.append({"serialized": serialized, **kwargs})
-        self.prompts.append(messages)
-
-    def on_llm_new_token(self, token: Any, **kwargs: Any) -> None:
-        self.tokens.append(token)
-
-    def on_llm_error(self, error: BaseException, **kwargs: Any) -> None:
-        self.errors.append(error)
 
 
 async def v3(model: Any, given: Any, **options: Any) -> list[str]:
@@ -68,20 +30,7 @@ async def v3(model: Any, given: Any, **options: Any) -> list[str]:
     return [str(stream.output.text), str((await async_stream).text)]
 
 
-async def every_way(model: Any, given: Any, **options: Any) -> list[str]:
-    """The answers that all ways of calling give."""
-    return [
-        model.invoke(given, **options).text,
-        (await model.ainvoke(given, **options)).text,
-        "".join(piece.text for piece in model.stream(given, **options)),
-        "".join([piece.text async for piece in model.astream(given, **options)]),
-        *(answer.text for answer in model.batch([given], **options)),
-        *(answer.text for answer in await model.abatch([given], **options)),
-        *await v3(model, given, **options),
-    ]
-
-
-# Where documents come from
+# Documents
 
 HUMAN = "Be brief.\n\n{context}\n\nQuestion: {question}"
 FRAMES = "\n\n".join(KVFusionDocumentPrompt().format(page_content=document.page_content) for document in FOUND)
@@ -111,7 +60,7 @@ ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
         {},
     ),
 }
-PLACED = {  # the prompts that show where the documents stand; the others are bare questions
+PLACED = {  # prompts with a place for the documents; the others are bare questions
     "frames": [("system", "{documents}"), ("user", "Who?")],
     "KVFusionPrompt": [("user", "{documents}\n\nWho?")],
     "FusedPrompt": [("user", "{documents}\n\nWho?")],
@@ -122,8 +71,8 @@ PLACED = {  # the prompts that show where the documents stand; the others are ba
 async def test_documents_from_every_source_are_separated(route):
     given, options = ROUTES[route]
     fake = ChatRecorder()
-    assert set(await every_way(chat(fake), given, **options)) == {"in lima"}
-    assert set(await every_way(chat(fake).bind(**options), given)) == {"in lima"}
+    for model, bound in ((chat(fake), options), (chat(fake).bind(**options), {})):
+        assert {*await call_all(model, given, **bound), *await v3(model, given, **bound)} == {"in lima"}
     assert len(fake.calls) == 16
     for call in fake.calls:
         assert call.texts == ["x", "y"]
@@ -142,21 +91,6 @@ async def test_generate_accepts_documents(streaming):
     model.generate_prompt([KVFusionPrompt.from_template(HUMAN).format_prompt(context=["x"], question="q")])
     assert [call.texts for call in fake.calls] == [["x"], ["y", "z"], ["x"], ["x"], ["x"]]
     assert {call.method for call in fake.calls} == {"stream" if streaming else "answer_batch"}
-
-
-async def test_nested_documents_belong_to_the_inputs_of_a_batch():
-    model = chat(EchoGenerator())
-    expected = ["p <- a at 0.0", "q <- b + c at 0.0"]
-    nested = {"documents": [["a"], ["b", "c"]]}
-    assert [answer.text for answer in model.batch(["p", "q"], **nested)] == expected
-    assert [answer.text for answer in await model.abatch(["p", "q"], **nested)] == expected
-    assert [answer.text for answer in model.bind(**nested).batch(["p", "q"])] == expected
-    assert [answer.text for answer in model.batch(["p", "q"], documents=["d"])] == ["p <- d at 0.0", "q <- d at 0.0"]
-    with pytest.raises(InvalidInputError, match="one list per prompt"):
-        model.batch(["p", "q"], documents=[["a"]])
-    failed = model.batch(["p", "q"], documents=[["a"]], return_exceptions=True)
-    failed += await model.abatch(["p", "q"], documents=[["a"]], return_exceptions=True)
-    assert [type(error) for error in failed] == [InvalidInputError] * 4
 
 
 CARRYING = HumanMessage("Who?", additional_kwargs={"documents": ["z"]})
@@ -192,7 +126,7 @@ def test_documents_of_earlier_turns_are_kept_with_distinct_ids():
     assert fake.calls[0].question == "When?"
 
 
-# Turns
+# Messages
 
 
 def test_roles_of_messages():
@@ -328,67 +262,6 @@ def test_messages_of_the_caller_are_not_changed():
 # Options
 
 
-async def test_options_of_a_call_override_those_of_the_model():
-    given = {
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 4,
-        "seed": 1,
-        "mode": "concat",
-        "focus": 2,
-        "attribution": "effects",
-        "stop": ["and so on"],
-        "chat_template_kwargs": {"enable_thinking": True},
-    }
-    fake = ChatRecorder()
-    model = chat(fake, max_new_tokens=7, stop=["."], temperature=0.1, seed=9)
-    await every_way(model, "q", **given, max_tokens=3)
-    await every_way(model.bind(**given, max_new_tokens=3), "q")
-    assert all(call.options == {**given, "max_new_tokens": 3} for call in fake.calls)
-    model.invoke("q", temperature=None)
-    assert fake.calls[-1].options == {
-        "temperature": 0.1,
-        "max_new_tokens": 7,
-        "top_p": 1.0,
-        "top_k": None,
-        "seed": 9,
-        "mode": None,
-        "focus": "auto",
-        "attribution": None,
-        "chat_template_kwargs": None,
-        "stop": ["."],
-    }
-
-
-def test_template_variables_of_call_and_model_are_merged():
-    fake = ChatRecorder()
-    model = chat(fake, chat_template_kwargs={"a": 1, "b": 1})
-    model.invoke("q", chat_template_kwargs={"b": 2})
-    model.invoke("q", mode="auto")
-    assert [call.options["chat_template_kwargs"] for call in fake.calls] == [{"a": 1, "b": 2}, {"a": 1, "b": 1}]
-    assert fake.calls[1].options["mode"] == "auto"
-    assert model._identifying_params["chat_template_kwargs"] == {"a": 1, "b": 1}
-
-
-def test_show_prompt_has_the_arguments_of_invoke():
-    fake = ChatRecorder()
-    model = chat(fake, mode="concat", chat_template_kwargs={"a": 1})
-    prompt = KVFusionPrompt.from_template("{context}\n\n{question}")
-    variables = {"context": FOUND, "question": "Who?"}
-    (prompt | model).invoke(variables)
-    assert (prompt | model.show_prompt).invoke(variables).text == "\n\nWho?"
-    model.invoke("Who?", documents=FOUND)
-    model.show_prompt("Who?", documents=FOUND, mode="fusion", chat_template_kwargs={"a": 2})
-    read, shown, beside, beside_shown = fake.calls
-    assert (shown.method, shown.options) == (
-        "show_prompt",
-        {"mode": "concat", "focus": "auto", "chat_template_kwargs": {"a": 1}},
-    )
-    assert beside_shown.options == {"mode": "fusion", "focus": "auto", "chat_template_kwargs": {"a": 2}}
-    for asked, seen in ((read, shown), (beside, beside_shown)):
-        assert (asked.question, asked.documents, asked.prompt) == (seen.question, seen.documents, seen.prompt)
-
-
 def test_unknown_options_and_fields_are_rejected():
     with pytest.raises(InvalidInputError, match="max_length"):
         chat().invoke("q", max_length=3)
@@ -410,19 +283,6 @@ def test_model_name_must_match_the_loaded_model(name):
     assert chat().invoke("q", model="fake/model").text == "in lima"
     with pytest.raises(InvalidInputError, match=r"other/model.*from_model_id"):
         chat().invoke("q", model="other/model")
-
-
-def test_settings_are_configurable():
-    fake = ChatRecorder()
-    model = chat(fake).configurable_fields(temperature=ConfigurableField(id="t"))
-    model.with_config(configurable={"t": 0.7}).invoke("q")
-    assert fake.calls[0].options["temperature"] == 0.7
-
-
-def test_strict_rejects_prompts_without_documents():
-    assert chat(strict=True).invoke("q", documents=["x"]).text == "in lima"
-    with pytest.raises(InvalidInputError, match="ChatKVFusion is strict"):
-        chat(strict=True).invoke("q")
 
 
 def test_model_for_bare_questions_warns_about_a_joined_prompt(caplog):
@@ -447,107 +307,6 @@ def test_tools_and_schemas_are_rejected_with_an_alternative():
         "structured_output": False,
         "max_input_tokens": 4096,
     }
-
-
-# Results
-
-
-async def test_messages_contain_sources_and_token_counts():
-    documents = [Document("born In Lima", "a", "T"), Document("born In Lima", "b")]
-    model = chat()
-    streamed = list(model.stream("Where?", documents=documents))
-    astreamed = [piece async for piece in model.astream("Where?", documents=documents)]
-    assert [piece.chunk_position for piece in streamed] == [None, None, "last"]
-    assert [piece.usage_metadata is None for piece in streamed] == [True, True, False]
-    v3 = model.stream_events("Where?", version="v3", documents=documents).output
-    for message in (
-        model.invoke("Where?", documents=documents),
-        await model.ainvoke("Where?", documents=documents),
-        streamed[0] + streamed[1] + streamed[2],
-        astreamed[0] + astreamed[1] + astreamed[2],
-        v3,
-    ):
-        assert message.text == "in lima"
-        assert message.usage_metadata == {
-            "input_tokens": 7,
-            "output_tokens": 2,
-            "total_tokens": 9,
-            "input_token_details": {"cache_read": 0},
-        }
-        said = message.response_metadata
-        assert (said["model_name"], said["model_provider"]) == ("fake/model", "kvfusion")
-        assert (said["mode"], said["finish_reason"], said["cited_text"]) == ("fusion", "stop", "In Lima")
-        assert [(s["id"], s["title"], s["duplicate_of"]) for s in said["sources"]] == [
-            ("a", "T", None),
-            ("b", None, "a"),
-        ]
-        assert said["citations"][0] == {"document_id": "a", "start": 5, "end": 12, "text": "In Lima"}
-        json.dumps(said)
-
-
-async def test_callbacks_and_events_receive_pieces():
-    recorder = Recorder()
-    model = chat(callbacks=[recorder])
-    assert [piece.text for piece in model.stream("q")] == recorder.tokens == ["in", " lima", ""]
-    assert [piece.text async for piece in model.astream("q")] == recorder.tokens[3:]
-    events = [event async for event in model.astream_events("q", version="v2")]
-    pieces = [event["data"]["chunk"].text for event in events if event["event"] == "on_chat_model_stream"]
-    assert "".join(pieces) == "in lima"
-    assert events[-1]["data"]["output"].usage_metadata["output_tokens"] == 2
-    chat(streaming=True, callbacks=[fresh := Recorder()]).invoke("q")
-    assert fresh.tokens == ["in", " lima", ""]
-
-
-async def test_traces_show_documents_only_in_messages():
-    recorder = Recorder()
-    model = chat(callbacks=[recorder], temperature=0.5)
-    model.invoke("q", documents=FOUND, temperature=0.1, stop=["."])
-    await model.ainvoke("q", documents=FOUND, temperature=0.1, stop=["."])
-    list(model.stream("q", documents=FOUND, temperature=0.1, stop=["."]))
-    for start, prompts in zip(recorder.starts, recorder.prompts, strict=True):
-        params = start["invocation_params"]
-        assert (params["_type"], params["temperature"], params["stop"]) == ("kvfusion-chat", 0.1, ["."])
-        assert params["generator"] == ChatRecorder().identity()
-        assert "documents" not in params and "documents" not in start["metadata"]
-        assert (start["metadata"]["ls_model_name"], start["metadata"]["ls_temperature"]) == ("fake/model", 0.1)
-        assert [d["text"] for d in prompts[0][0].additional_kwargs["documents"]] == ["x", "y"]
-        json.dumps(prompts[0][0].additional_kwargs)
-
-
-def test_langsmith_parameters():
-    model = chat(max_tokens=7, temperature=0.5, stop=["."])
-    assert model._get_ls_params() == {
-        "ls_provider": "kvfusion",
-        "ls_model_type": "chat",
-        "ls_model_name": "fake/model",
-        "ls_temperature": 0.5,
-        "ls_max_tokens": 7,
-        "ls_stop": ["."],
-    }
-    assert model._get_ls_params(max_new_tokens=3).get("ls_max_tokens") == 3
-    assert "ls_max_tokens" not in chat()._get_ls_params()
-
-
-def test_identifying_parameters_contain_everything_that_affects_an_answer():
-    params = chat()._identifying_params
-    assert params["generator"] == ChatRecorder().identity()
-    assert {"temperature", "max_tokens", "top_p", "top_k", "seed", "mode", "stop"} <= set(params)
-    json.dumps(params)
-
-
-def test_token_ids_come_from_the_generator():
-    assert chat().get_token_ids("one three five") == [3, 5, 4]
-    assert chat().get_num_tokens_from_messages([HumanMessage("one three")]) == 3  # "Human: one three"
-
-
-def test_generator_is_never_serialized():
-    model = chat(ChatRecorder(pieces=("hidden words",)))
-    for text in (repr(model), dumps(model), model.model_dump_json(), repr(model._serialized), repr(model.asdict())):
-        assert "hidden words" not in text and "ChatRecorder" not in text
-    restored = pickle.loads(pickle.dumps(model))
-    with pytest.raises(InvalidInputError, match="ChatKVFusion has no generator"):
-        restored.invoke("q")
-    assert copy.deepcopy(model).generator is model.generator
 
 
 # LangChain's response cache
@@ -594,90 +353,4 @@ def test_frames_have_the_same_cache_key_in_every_process(monkeypatch):
     for key in (b"one process", b"another process"):
         monkeypatch.setattr("langchain_kvfusion.framing._signing_key", lambda key=key: key)
         model.invoke([SystemMessage(frame(Document("x"))), HumanMessage("Who?")])
-    assert len(fake.calls) == 1
-
-
-# Async, limits of time, overload
-
-
-async def test_event_loop_is_not_blocked():
-    for call in ("ainvoke", "astream"):
-        fake = ChatRecorder(hold=threading.Event())
-        result = getattr(chat(fake), call)("q")
-        task = asyncio.ensure_future(anext(result) if call == "astream" else result)
-        while not fake.threads:
-            await asyncio.sleep(0.001)
-        fake.hold.set()  # only a loop that is free gets here
-        await task
-        assert threading.get_ident() not in fake.threads
-
-
-async def test_streams_stopped_early_are_closed():
-    fake = ChatRecorder()
-    stream = chat(fake).stream("q")
-    next(stream)
-    stream.close()
-    astream = chat(fake).astream("q")
-    await anext(astream)
-    await astream.aclose()
-    await asyncio.sleep(0)
-    assert [stream.closed for stream in fake.streams] == [True, True]
-
-
-@pytest.mark.parametrize("call", ["invoke", "ainvoke", "astream"])
-async def test_answer_is_stopped_after_the_timeout(call):
-    fake = ChatRecorder(hold=threading.Event())
-    model, recorder = chat(fake, timeout=0.05), Recorder()
-    config: Any = {"callbacks": [recorder]}
-    releasing = threading.Timer(0.5, fake.hold.set)  # the fake cannot be cancelled in the midst of a step
-    releasing.start()
-    begun = time.monotonic()
-    with pytest.raises(AnswerTimeoutError, match=r"timeout=0.05 s"):
-        if call == "invoke":
-            await asyncio.to_thread(model.invoke, "q", config)
-        elif call == "ainvoke":
-            await model.ainvoke("q", config)
-        else:
-            await anext(model.astream("q", config))
-    if call != "invoke":
-        assert time.monotonic() - begun < 0.4
-    assert [type(error) for error in recorder.errors] == [AnswerTimeoutError]
-    releasing.join()
-
-
-def test_stream_is_stopped_between_pieces_after_the_timeout():
-    class Slow(ChatRecorder):
-        def step(self) -> None:
-            time.sleep(0.05)
-
-    fake = Slow()
-    assert [piece.text for piece in chat(fake, timeout=10).stream("q")] == ["in", " lima", ""]
-    with pytest.raises(AnswerTimeoutError):
-        list(chat(fake, timeout=0.08).stream("q"))
-    assert fake.streams[-1].closed
-    slow_reader = chat(ChatRecorder(), timeout=0.08).stream("q")
-    next(slow_reader)
-    time.sleep(0.1)
-    assert [piece.text for piece in slow_reader] == [" lima", ""]  # its reader's time is not the model's
-
-
-async def test_sync_calls_with_a_timeout_work_inside_an_event_loop():
-    assert chat(timeout=5).invoke("q").text == "in lima"
-
-
-@pytest.mark.parametrize("is_async", [False, True])
-async def test_overload_is_retried_max_retries_times(is_async, monkeypatch):
-    async def no_wait(seconds: float) -> None: ...
-
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("asyncio.sleep", no_wait)
-    for retries in (0, 2):
-        fake = ChatRecorder(error=OverloadError("too many"))
-        with pytest.raises(OverloadError):
-            model = chat(fake, max_retries=retries)
-            await model.ainvoke("q") if is_async else model.invoke("q")
-        assert len(fake.calls) == retries + 1
-    fake = ChatRecorder(error=RuntimeError("broken"))
-    with pytest.raises(RuntimeError):
-        chat(fake, max_retries=2).invoke("q")
     assert len(fake.calls) == 1

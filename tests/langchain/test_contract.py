@@ -1,4 +1,4 @@
-"""What LangChain expects of every LLM: batches, callbacks, the ways a stream falls back, caches, parameters."""
+"""What LangChain expects of every model: batches, callbacks, fallbacks of streams, caches and parameters."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from langchain_core.globals import set_llm_cache
 from langchain_core.language_models.llms import BaseLLM
 from langchain_core.outputs import LLMResult
 from langchain_core.tracers.context import collect_runs
+from langchain_models import MODELS, text
 
 from langchain_kvfusion import ChatKVFusion, KVFusionLLM
 
-MODELS = pytest.mark.parametrize("make", [KVFusionLLM, ChatKVFusion])
-
 
 class Watcher(BaseCallbackHandler):
-    """Notes starts, ends and errors of runs by their ids."""
+    """Records starts, ends and errors of runs."""
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -42,10 +41,6 @@ class Watcher(BaseCallbackHandler):
 
     def on_llm_error(self, error: BaseException, *, response: LLMResult | None = None, **kwargs: Any) -> None:
         self.failed.append((error, response))
-
-
-def text(answer: Any) -> str:
-    return answer if isinstance(answer, str) else answer.text
 
 
 @MODELS

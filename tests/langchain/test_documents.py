@@ -1,4 +1,4 @@
-"""What becomes of documents and wordings on their way in: ids, titles, frames, and the bare question."""
+"""Conversion of documents, frames, and the bare question of a prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from langchain_kvfusion.documents import documents_per_prompt, to_document, to_d
 from langchain_kvfusion.framing import Extraction, frame, split_frames
 from langchain_kvfusion.matching import close_gap
 
-# Texts made of the very characters that delimit frames, beside ordinary ones.
+# Texts that contain the delimiters of frames.
 hostile_text = st.text(st.sampled_from("\x02\x03\x1f\n abcdef0123456789"), max_size=80)
 
 

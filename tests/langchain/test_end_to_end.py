@@ -1,4 +1,4 @@
-"""LangChain from Chroma to cited answer, with small random models, local embeddings and no network."""
+"""LangChain from Chroma to a cited answer, with small random models and local embeddings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ANSWER = "amara osei"
 
 @pytest.fixture(scope="module")
 def llm() -> KVFusionLLM:
-    """Answers that depend on question and documents."""
+    """A model whose answers depend on question and documents."""
     return KVFusionLLM(generator=tiny.generator(), max_new_tokens=6)
 
 
@@ -85,7 +85,7 @@ def test_our_chains_and_standard_chains_agree(retriever: Any, llm: KVFusionLLM, 
 
     stock = RetrievalQA.from_chain_type(speaker, retriever=retriever, chain_type_kwargs={"document_prompt": framing})
     for question in QUESTIONS:
-        ours, stuffed, _ = results(llm, question)  # the last one has another wording
+        ours, stuffed, _ = results(llm, question)  # the last one has another prompt
         assert ours["answer"] == stuffed["answer"]
         for result in results(speaker, question):
             assert (result["answer"], len(result["context"])) == (ANSWER, 3)

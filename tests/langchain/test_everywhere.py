@@ -1,4 +1,4 @@
-"""In every kind of LangChain chain, graph and agent documents arrive apart, for the changed lines that are claimed."""
+"""All kinds of LangChain chains, graphs and agents pass on separate documents after a few changed lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumps, loads
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
-from langchain_core.runnables import RunnableParallel
 from langchain_routes import (
     PROMPT,
     ROUTES,
@@ -59,7 +58,7 @@ def test_original_chains_join_their_documents(route: Route):
     assert answer in ("an answer", "the planner's own words")
     fake = ChatRecorder()
     route.before(ChatKVFusion(generator=fake)).invoke(QUESTION)
-    assert all(not call.documents for call in fake.calls)  # exchanging the model alone is not enough
+    assert all(not call.documents for call in fake.calls)  # replacing only the model is not enough
 
 
 @pytest.mark.parametrize(("route", "make"), CASES)
@@ -67,9 +66,9 @@ async def test_changed_chains_separate_their_documents(route: Route, make: Any):
     fake = ChatRecorder()
     chain = route.after(make(generator=fake))
     answers = [chain.invoke(QUESTION)]
-    if not route.chat_only:  # the scripted planner of the agent speaks once
+    if not route.chat_only:  # the scripted planner of the agent can be used only once
         answers += [await chain.ainvoke(QUESTION), *chain.batch([QUESTION]), *await chain.abatch([QUESTION])]
-    if not route.is_graph:  # graphs stream the states of their nodes
+    if not route.is_graph:  # graphs stream states, not tokens
         answers += ["".join(chain.stream(QUESTION)), "".join([piece async for piece in chain.astream(QUESTION)])]
     assert set(answers) == {"in lima"}
     assert len(fake.calls) == len(answers)
@@ -88,7 +87,7 @@ def test_docs_list_the_number_of_changed_lines():
     assert claimed == {route.name: route.changed_lines for route in ROUTES}
 
 
-# Graphs and agents in more detail
+# Graphs and agents
 
 
 def test_agent_answers_from_the_documents_of_its_tool():
@@ -134,56 +133,15 @@ async def test_small_model_answers_in_chains_and_graphs():
         assert await route(model).ainvoke("When was the lamp lit?") == "1874"
 
 
-# What wraps a model
-
-
 def apart(model: Any) -> Any:
     return KVFusionPrompt.from_prompt(PROMPT) | model | StrOutputParser()
 
 
-VARIABLES = {"context": Shelf().invoke(""), "question": "Who?"}
-
-
-async def test_fallbacks_get_ordinary_messages_and_chat_model_can_be_a_fallback():
-    failing = ChatKVFusion(generator=ChatRecorder(error=RuntimeError("no")))
-    seen: list[Any] = []
-    watched = (lambda value: seen.append(value.to_messages()) or value) | FakeListChatModel(responses=["fallback"])
-    chain = apart(failing.with_fallbacks([watched]))
-    assert chain.invoke(VARIABLES) == await chain.ainvoke(VARIABLES) == "fallback"
-    assert seen[0][0].text == f"Answer from this context:\n\n{SHELF['lamp']}\n\n{SHELF['mill']}"
-    fake = ChatRecorder()
-    chain = apart(failing.with_fallbacks([ChatKVFusion(generator=fake)]))
-    assert chain.invoke(VARIABLES) == "in lima"
-    assert fake.calls[0].ids == ["lamp", "mill"]
-
-
-async def test_parallel_branches_receive_the_documents():
-    fake = EchoGenerator()
-    model = ChatKVFusion(generator=fake)
-    chain = RunnableParallel({name: apart(model.bind(temperature=heat)) for name, heat in (("a", 0.1), ("b", 0.2))})
-    expected = {
-        name: f"Who? <- {SHELF['lamp']} + {SHELF['mill']} at {heat}" for name, heat in (("a", 0.1), ("b", 0.2))
-    }
-    assert chain.invoke(VARIABLES) == await chain.ainvoke(VARIABLES) == expected
-
-
-def test_retries_keep_the_documents():
-    class Flaky(ChatRecorder):
-        def step(self) -> None:
-            if len(self.calls) == 1:
-                raise ConnectionError("once")
-
-    fake = Flaky()
-    chain = apart(ChatKVFusion(generator=fake).with_retry(stop_after_attempt=2, wait_exponential_jitter=False))
-    assert chain.invoke(VARIABLES) == "in lima"
-    assert [call.ids for call in fake.calls] == [["lamp", "mill"]] * 2
-
-
-# LangChain's response caches, through whole chains
+# LangChain's response caches with chains
 
 
 class SQLiteCache(BaseCache):
-    """As langchain-community's: keys are the texts of prompt and model, generations are kept as JSON."""
+    """Like the cache of langchain-community: the key consists of two texts, and generations are stored as JSON."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""A stock chain whose model is exchanged for ours reads the same token ids and gives the same greedy answer.
+"""A chain with our model instead of another one has the same prompt ids and the same greedy answer.
 
 The expectation comes from the same stock chain with a recording fake model and LangChain's own document prompt: what
 it was sent goes through ``apply_chat_template`` and ``generate`` of transformers.
@@ -55,7 +55,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class RecordingChat(FakeListChatModel):
-    """Keeps the messages of each call."""
+    """Records the messages of each call."""
 
     responses: list[str] = Field(default_factory=lambda: ["an answer"])
     seen: list[Any] = Field(default_factory=list)
@@ -67,7 +67,7 @@ class RecordingChat(FakeListChatModel):
 
 
 class RecordingText(FakeListLLM):
-    """Keeps the prompt of each call, as one message of the user."""
+    """Records the prompt of each call as one user message."""
 
     responses: list[str] = Field(default_factory=lambda: ["an answer"])
     seen: list[Any] = Field(default_factory=list)
@@ -78,7 +78,7 @@ class RecordingText(FakeListLLM):
 
 
 class Fixed(BaseRetriever):
-    """Finds the same documents for every question."""
+    """Returns the same documents for every question."""
 
     found: list[LangChainDocument] = Field(default_factory=lambda: list(FOUND))
 
@@ -87,7 +87,7 @@ class Fixed(BaseRetriever):
 
 
 class Watching(KVFusionGenerator):
-    """Keeps the requests that it makes of its callers' arguments."""
+    """Records its requests."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,7 +106,7 @@ def generator() -> Watching:
 
 
 def expected(generator: KVFusionGenerator, messages: Any, **kwargs: Any) -> tuple[list[int], str]:
-    """Prompt ids and greedy answer of transformers for ``messages``."""
+    """Return prompt ids and greedy answer of transformers for ``messages``."""
     backbone = generator._engine.model.backbone
     inputs = backbone.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt", **kwargs
@@ -121,7 +121,7 @@ def expected(generator: KVFusionGenerator, messages: Any, **kwargs: Any) -> tupl
 
 
 def require_parity(generator: Watching, recorder: Any, stock: Any, ours: Any, given: Any) -> None:
-    """Both chains are asked; ours must read the ids and give the answer that follow from what the stock one sent."""
+    """Check that our chain has the prompt ids and the answer that follow from the messages of the original chain."""
     stock.invoke(given)
     [messages] = recorder.seen
     ids, answer = expected(generator, messages)
@@ -172,11 +172,11 @@ PROMPTS: dict[str, BasePromptTemplate] = {
 
 
 def recorder_of(make: Any, *, is_text: bool) -> Any:
-    """The stock model of the same kind; chat messages keep their roles in KVFusionLLM too."""
+    """Return a recording model of the same kind. Chat messages keep their roles in KVFusionLLM too."""
     return RecordingText() if make is KVFusionLLM and is_text else RecordingChat()
 
 
-BLANK = {"nothing but documents", "a human message before"}  # have a message that says nothing without documents
+BLANK = {"nothing but documents", "a human message before"}  # prompts with a message that is empty without documents
 CASES = [(name, found) for name in PROMPTS for found in (FOUND, FOUND[1:2], []) if found or name not in BLANK]
 
 
@@ -211,7 +211,7 @@ def test_show_prompt_equals_the_rendered_template(name, make, generator):
 
 @dataclass(frozen=True)
 class Chain:
-    """A stock chain as a function of its model and the arguments that name its document prompt."""
+    """A chain as a function of its model and its document prompt."""
 
     build: Callable[[Any, dict[str, Any]], Any]
     stock: dict[str, Any]
@@ -235,7 +235,7 @@ TITLED = PromptTemplate.from_template("Title: {title}\n{page_content}")
 CHAINS = {
     "create_stuff_documents_chain": Chain(stuff, {}, FRAMES),
     "another separator": Chain(stuff, {"document_separator": "\n"}, {"document_separator": "\n", **FRAMES}),
-    "RetrievalQA": Chain(retrieval_qa, {}, FRAMES, is_text=True),  # its own prompt, by the kind of the model
+    "RetrievalQA": Chain(retrieval_qa, {}, FRAMES, is_text=True),  # its prompt depends on the kind of model
 }
 
 
@@ -257,7 +257,7 @@ def test_frames_with_titles_equal_a_title_template(generator):
     require_parity(generator, recorder, stock, ours, {"context": FOUND[:2], "question": QUESTION})
 
 
-PLACED = [route for route in ROUTES if not route.is_graph]  # graphs and agents give documents beside the prompt
+PLACED = [route for route in ROUTES if not route.is_graph]  # graphs and agents pass documents outside the prompt
 
 
 @pytest.mark.parametrize("route", PLACED, ids=lambda route: route.name)
@@ -272,7 +272,7 @@ def test_captured_chains_have_the_original_prompt(route, make, generator):
     recorder, model = RecordingChat(), make(generator=generator, max_tokens=TOKENS)
     with enable_document_capture():
         require_parity(generator, recorder, route.before(recorder), route.before(model), QUESTION)
-    assert len(generator.made[0].encoded.documents) == len(route.found)
+    assert len(generator.made[0].reading.documents) == len(route.found)
 
 
 @MODELS
@@ -352,7 +352,9 @@ def test_documents_of_a_call_have_the_default_place(generator):
     shown = model.show_prompt(messages, documents=FOUND)
     prompt = [Message("system", "Be brief."), Message("user", "Tell me: who?")]
     documents = [document.page_content for document in FOUND]
-    assert shown.text != generator.show_prompt("Tell me: who?", documents, prompt=prompt).text  # these have titles
+    assert (
+        shown.text != generator.show_prompt("Tell me: who?", documents, prompt=prompt).text
+    )  # these documents have titles
     untitled = [LangChainDocument(document.page_content) for document in FOUND]
     shown = model.show_prompt(messages, documents=untitled)
     assert shown.text == generator.show_prompt("Tell me: who?", documents, prompt=prompt).text

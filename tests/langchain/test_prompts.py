@@ -1,4 +1,4 @@
-"""KVFusionPrompt and what it hands on: documents, bare question, wording, and the ordinary prompt for others."""
+"""KVFusionPrompt: documents, bare question, messages, and the ordinary prompt for other models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::langchain_core._api.LangChainBe
 
 
 async def every_way(prompt, variables):
-    """The prompt strings that all ways of formatting give."""
+    """Return the prompts of all six methods of formatting."""
     return [
         prompt.invoke(variables).to_string(),
         prompt.format_prompt(**variables).to_string(),

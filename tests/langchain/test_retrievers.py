@@ -1,4 +1,4 @@
-"""PrefetchingRetriever: what was found is loaded while a reranker chooses, and comes through unchanged."""
+"""PrefetchingRetriever: documents are loaded while a reranker runs, and returned unchanged."""
 
 from __future__ import annotations
 

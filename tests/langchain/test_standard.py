@@ -1,4 +1,4 @@
-"""LangChain's own standard suites for chat models, on ChatKVFusion with a small random model."""
+"""LangChain's standard tests for chat models with ChatKVFusion and a small random model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def generator() -> KVFusionGenerator:
 
 
 class OfChatKVFusion:
-    """What the suites are told: the class, its generator, and that it neither calls tools nor fills schemas."""
+    """Configuration of the suites: class, generator and missing features."""
 
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -37,26 +37,26 @@ class OfChatKVFusion:
 
     @property
     def has_tool_calling(self) -> bool:
-        return False  # bind_tools is overridden only to say what to do instead
+        return False  # bind_tools is overridden only to name an alternative
 
     @property
     def has_structured_output(self) -> bool:
-        return False  # the same of with_structured_output
+        return False  # like bind_tools
 
     @property
     def supports_model_override(self) -> bool:
-        return False  # the weights are loaded; another name is refused
+        return False  # another model name is rejected
 
 
 class TestUnit(OfChatKVFusion, ChatModelUnitTests):
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
-        """Without "api_key": a model of one's own has none, and one that was ignored would promise something."""
+        """Without "api_key", which a local model does not have."""
         return {name: value for name, value in super().standard_chat_model_params.items() if name != "api_key"}
 
 
 class TestIntegration(OfChatKVFusion, ChatModelIntegrationTests):
     @property
     def standard_chat_model_params(self) -> dict[str, Any]:
-        """A random model never ends its answer, so it is given fewer tokens than the suite's 100."""
+        """A random model never ends its answer, so the limit is lower than the suite's 100 tokens."""
         return {**super().standard_chat_model_params, "max_tokens": 12}

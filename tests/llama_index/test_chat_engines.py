@@ -1,4 +1,4 @@
-"""The two context chat engines: documents arrive apart, earlier turns as turns, and memory as LlamaIndex's does."""
+"""The two context chat engines: separate documents, history, memory and records."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def nodes() -> list[NodeWithScore]:
 
 
 def history() -> list[ChatMessage]:
-    """A fresh list each time, since LlamaIndex's memory appends to the one it is given."""
+    """Return a new list, because LlamaIndex's memory appends to it."""
     return [ChatMessage(role=MessageRole(turn.role), content=turn.text) for turn in TURNS]
 
 
@@ -55,7 +55,7 @@ def make(kind: Any, generator: Any = None, **options: Any) -> tuple[Any, Recordi
 
 
 async def say(engine: Any, way: str, message: str, **options: Any) -> tuple[str, Any]:
-    """The text and the response of one way to chat; streams are read to their end."""
+    """Return text and response of one method. Streams are read to the end."""
     if way == "sync":
         response = engine.chat(message, **options)
         return str(response), response
@@ -270,7 +270,7 @@ def test_model_for_bare_questions_reads_the_message() -> None:
     assert response.metadata["kvfusion"]["text"] == model.answer("Who wrote Hamlet?", [fact]).text
 
 
-# Wrong use
+# Errors
 
 
 @pytest.mark.parametrize("kind", ENGINES)

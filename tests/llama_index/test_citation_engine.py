@@ -1,4 +1,4 @@
-"""Numbered sources with untouched texts, beside LlamaIndex's own citation engine, which puts the numbers in."""
+"""Numbered sources with unchanged texts, compared with LlamaIndex's citation engine."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_answer_without_citations_has_no_source_numbers() -> None:
     assert (str(empty), source_numbers(empty)) == ("Empty Response", [])
 
 
-# Wrong use
+# Errors
 
 
 def test_invalid_arguments_are_rejected() -> None:

@@ -1,4 +1,4 @@
-"""LlamaIndex from index to cited answer, with a small random model, local embeddings and no network."""
+"""LlamaIndex from an index to a cited answer, with a small random model and local embeddings."""
 
 from __future__ import annotations
 

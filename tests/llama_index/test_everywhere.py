@@ -1,12 +1,10 @@
-"""One line changes in each kind of LlamaIndex engine, and the documents arrive apart.
+"""All kinds of LlamaIndex engines pass on separate documents after one changed line.
 
-Each engine is built twice over the same generator: as it was, which joins all nodes into one prompt, and as it is
-after the change. `tests/test_llama_index_synthesizer.py` has what holds for every engine with our synthesizer.
+Each engine is built twice: in its original form, which joins all nodes into one prompt, and with the change.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +15,12 @@ pytest.importorskip("llama_index.core")
 
 from fakes import EchoGenerator, RecordingGenerator
 from llama_index.core import Settings, VectorStoreIndex
-from llama_index.core.agent import FunctionAgent, ReActAgent
 from llama_index.core.base.base_selector import BaseSelector, MultiSelection, SingleSelection
-from llama_index.core.base.llms.types import ChatMessage, MessageRole, ToolCallBlock
 from llama_index.core.callbacks import CallbackManager, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.callbacks.schema import CBEventType
 from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextChatEngine
 from llama_index.core.embeddings.mock_embed_model import MockEmbedding
 from llama_index.core.indices.query.query_transform.base import BaseQueryTransform
-from llama_index.core.llms.mock import MockFunctionCallingLLM
 from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.postprocessor import LongContextReorder, MetadataReplacementPostProcessor
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -40,12 +35,10 @@ from llama_index.core.question_gen.types import BaseQuestionGenerator, SubQuesti
 from llama_index.core.response_synthesizers import get_response_synthesizer
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from llama_index.core.tools import QueryEngineTool, ToolMetadata
-from llama_index.core.workflow import Context, StartEvent, StopEvent, Workflow, step
 from llama_index_helpers import EventLog, FixedRetriever
 from tiny import generator as tiny_generator
 from tiny import speaker
 
-from kvfusion_rag import Message
 from llama_index_kvfusion import (
     KVFusionCitationQueryEngine,
     KVFusionCondensePlusContextChatEngine,
@@ -77,7 +70,7 @@ async def query(engine: Any, way: str, question: str = QUESTION) -> Any:
     return engine.query(question) if way == "sync" else await engine.aquery(question)
 
 
-# Before and after
+# Original and changed engines
 
 
 def index() -> VectorStoreIndex:
@@ -90,7 +83,7 @@ def memory() -> ChatMemoryBuffer:
 
 @dataclass
 class Change:
-    """One engine before and after; both are called with an LLM."""
+    """An engine in its original and changed form, each as a function of an LLM."""
 
     before: Callable[[KVFusionLlamaIndexLLM], Any]
     after: Callable[[KVFusionLlamaIndexLLM], Any]
@@ -144,11 +137,11 @@ async def test_changed_engines_separate_their_documents(name: str, way: str) -> 
             assert all(text in call.wording for text in TEXTS)
 
 
-# Engines over engines
+# Nested engines
 
 
 class SetQuestions(BaseQuestionGenerator):
-    """Asks each tool one question."""
+    """Generates one question per tool."""
 
     def generate(self, tools: Sequence[ToolMetadata], query: QueryBundle) -> list[SubQuestion]:
         return [SubQuestion(sub_question=f"{query.query_str} ({tool.name})", tool_name=tool.name) for tool in tools]
@@ -164,7 +157,7 @@ class SetQuestions(BaseQuestionGenerator):
 
 
 def tools(synthesizer: KVFusionSynthesizer) -> list[QueryEngineTool]:
-    """Two engines, over the first two nodes and over the third."""
+    """Return two engines, over the first two nodes and over the third."""
     return [
         QueryEngineTool.from_defaults(synthesizer.as_query_engine(FixedRetriever(found)), name=name)
         for name, found in (("facts", nodes()[:2]), ("rumours", nodes()[2:]))
@@ -186,7 +179,7 @@ async def test_sub_question_query_engine(way: str, use_async: bool) -> None:
         ("Where was it? (facts)", *TEXTS[:2]),
         ("Where was it? (rumours)", TEXTS[2]),
     }
-    assert (last.question, len(last.texts)) == (QUESTION, 2)  # each sub-answer is a document of its own
+    assert (last.question, len(last.texts)) == (QUESTION, 2)  # each partial answer is one document
     assert last.texts[0].startswith("Sub question: Where was it? (facts)\nResponse: Where was it? (facts) <- It was")
     assert last.texts[1].startswith("Sub question: Where was it? (rumours)\nResponse: ")
     assert {node.node.node_id for node in response.source_nodes} > {"n1", "n2", "n3"}
@@ -213,7 +206,7 @@ class SetSelector(BaseSelector):
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_router_query_engine_to_one_engine(way: str) -> None:
-    """The engines of its tools change; the router needs ``llm=`` so that it asks for no default LLM."""
+    """The engines of its tools change. With ``llm=`` the router does not need a default LLM."""
     synthesizer, generator = make()
     engine = RouterQueryEngine(SetSelector(0), tools(synthesizer), llm=synthesizer.llm)
     response = await query(engine, way)
@@ -235,7 +228,7 @@ async def test_router_query_engine_to_several_engines(way: str) -> None:
 
 
 class Shout(BaseQueryTransform):
-    """Asks in capital letters."""
+    """Writes the question in capital letters."""
 
     def _get_prompts(self) -> dict[str, Any]:
         return {}
@@ -249,7 +242,7 @@ class Shout(BaseQueryTransform):
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_transform_query_engine(way: str) -> None:
-    """The engine inside changes; the model reads the transformed question."""
+    """The inner engine changes. The model reads the transformed question."""
     synthesizer, generator = make()
     engine = TransformQueryEngine(synthesizer.as_query_engine(FixedRetriever(nodes())), Shout())
     await query(engine, way)
@@ -260,7 +253,7 @@ async def test_transform_query_engine(way: str) -> None:
 
 
 class LastFirst(BaseNodePostprocessor):
-    """Stands in for a reranker: keeps the last two nodes, the last one first."""
+    """A reranker that keeps the last two nodes in reverse order."""
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
@@ -293,7 +286,7 @@ async def test_metadata_replacement_makes_the_window_the_document(way: str) -> N
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_long_context_reorder_does_not_change_the_answer(way: str) -> None:
-    """The stock engine needs it because answers depend on where a document stands; here they do not."""
+    """Our answers do not depend on the order of documents, so the postprocessor has no effect."""
     synthesizer, _ = make(tiny_generator().with_settings(max_new_tokens=6))
     texts = ["the river runs past an old mill", "rain falls on the roof", "two grey doves sleep", "flour", "a lamp"]
     answers = []
@@ -306,7 +299,7 @@ async def test_long_context_reorder_does_not_change_the_answer(way: str) -> None
     assert order != ["n1", "n2", "n3", "n4", "n5"]
 
 
-# What handlers see of a conversation
+# Events of a conversation
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -344,100 +337,6 @@ def test_each_answer_is_counted_once(way: str, monkeypatch: pytest.MonkeyPatch) 
         str(KVFusionSynthesizer(llm, streaming=way == "stream").as_query_engine(retriever).query(QUESTION))
     assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (4 + 2 + 2 + 3, 2)
     assert len(debug.get_event_pairs(CBEventType.LLM)) == len(debug.get_event_pairs(CBEventType.SYNTHESIZE)) == 1
-
-
-# Agents and workflows
-
-
-def planner(*turns: ChatMessage) -> MockFunctionCallingLLM:
-    """An agent's LLM that says its turns one after the other."""
-    script = iter(turns)
-    return MockFunctionCallingLLM(response_generator=lambda messages, **_: next(script))
-
-
-def says(text: str = "", *blocks: Any) -> ChatMessage:
-    return ChatMessage(role=MessageRole.ASSISTANT, blocks=[*ChatMessage(content=text).blocks, *blocks])
-
-
-def query_tool(synthesizer: KVFusionSynthesizer) -> QueryEngineTool:
-    return QueryEngineTool.from_defaults(synthesizer.as_query_engine(FixedRetriever(nodes())), name="facts")
-
-
-async def test_function_agent_with_a_query_engine_tool() -> None:
-    """The engine inside the tool changes; the agent's own LLM stays what it was."""
-    synthesizer, generator = make()
-    called = ToolCallBlock(tool_call_id="1", tool_name="facts", tool_kwargs={"input": QUESTION})
-    llm = planner(says("", called), says("In Lima, it says."))
-    agent = FunctionAgent(tools=[query_tool(synthesizer)], llm=llm, streaming=False)
-    answer = await agent.run("Find out where it was.")
-    (call,) = generator.calls
-    assert (call.question, call.texts) == (QUESTION, TEXTS)
-    (used,) = answer.tool_calls
-    assert used.tool_output.content == "in lima"
-    assert used.tool_output.raw_output.metadata["kvfusion"]["cited_text"] == "in Lima"
-    assert str(answer) == "In Lima, it says."
-
-
-async def test_react_agent_with_a_query_engine_tool() -> None:
-    synthesizer, generator = make()
-    thought = f'Thought: I need the tool.\nAction: facts\nAction Input: {{"input": "{QUESTION}"}}'
-    llm = planner(says(thought), says("Thought: I can answer.\nAnswer: In Lima."))
-    answer = await ReActAgent(tools=[query_tool(synthesizer)], llm=llm, streaming=False).run("Find out.")
-    (call,) = generator.calls
-    assert (call.question, call.texts) == (QUESTION, TEXTS)
-    assert (str(answer), answer.tool_calls[0].tool_output.content) == ("In Lima.", "in lima")
-
-
-class ScriptedGenerator(RecordingGenerator):
-    """Answers plain generation with its script, and questions over documents as ever."""
-
-    script: Any = None
-
-    def answer_to(self, call: Any) -> Any:
-        self.pieces = ("in", " lima") if call.documents else (next(self.script),)
-        return super().answer_to(call)
-
-
-async def test_react_agent_with_our_llm_as_planner_too() -> None:
-    """A model that follows instructions can plan; its turns arrive as turns, what tools say as the user's."""
-    generator = ScriptedGenerator()
-    action = f'Thought: I need the tool.\nAction: facts\nAction Input: {{"input": "{QUESTION}"}}'
-    generator.script = iter([action, "Thought: I can answer.\nAnswer: In Lima."])
-    synthesizer, _ = make(generator)
-    agent = ReActAgent(tools=[query_tool(synthesizer)], llm=synthesizer.llm, streaming=False)
-    assert str(await agent.run("Find out.")) == "In Lima."
-    first, tool, last = generator.calls
-    assert (first.documents, tool.texts, last.documents) == ([], TEXTS, [])
-    assert [message.role for message in last.prompt] == ["system", "user", "assistant", "user"]
-    assert last.prompt[-1] == Message("user", "Observation: in lima")
-
-
-class Answering(Workflow):
-    """A workflow whose step asks an engine."""
-
-    def __init__(self, synthesizer: KVFusionSynthesizer) -> None:
-        super().__init__(timeout=30)
-        self._synthesizer = synthesizer
-
-    @step
-    async def answer(self, context: Context, event: StartEvent) -> StopEvent:
-        response = await self._synthesizer.asynthesize(event.question, nodes())
-        return StopEvent(result=response)
-
-
-async def test_workflow_with_a_synthesizer() -> None:
-    """``get_response_synthesizer(llm)`` -> ``KVFusionSynthesizer(llm)``, awaited in the step."""
-    synthesizer, generator = make()
-    response = await Answering(synthesizer).run(question=QUESTION)
-    assert generator.calls[0].texts == TEXTS
-    assert response.metadata["kvfusion"]["cited_text"] == "in Lima"
-
-
-async def test_concurrent_workflows_have_separate_answers() -> None:
-    synthesizer, _ = make(EchoGenerator())
-    questions = [f"Question {number}?" for number in range(5)]
-    responses = await asyncio.gather(*(Answering(synthesizer).run(question=question) for question in questions))
-    assert [str(response).partition(" <- ")[0] for response in responses] == questions
 
 
 # A vector store

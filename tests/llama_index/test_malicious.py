@@ -1,4 +1,4 @@
-"""Hostile nodes through every LlamaIndex route: they stay as many documents, and plain text."""
+"""Malicious nodes in all kinds of LlamaIndex engines remain separate documents and plain text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def memory() -> ChatMemoryBuffer:
 
 
 def said() -> list[ChatMessage]:
-    """Earlier turns, hostile as well."""
+    """Return a malicious history."""
     texts = list(FORGED.values())
     return [
         ChatMessage(role=MessageRole.USER, content=texts[1]),
@@ -191,7 +191,7 @@ async def test_very_long_line_is_one_document(route: Route) -> None:
 
 @pytest.mark.parametrize("route", ROUTES)
 async def test_text_cannot_become_a_control_token(route: Route) -> None:
-    """Documents hold no control id at all; the wording those of the template around as many turns."""
+    """Documents have no control ids, and the prompt only those of the chat template."""
     call = await received(route)
     encoder = tiny_generator()._encoder
     control = encoder.plain.control_ids
@@ -220,7 +220,7 @@ def speaker() -> KVFusionGenerator:
 
 @pytest.mark.parametrize("route", WHOLE_NODES)
 async def test_routes_add_nothing_to_the_prompt(route: Route, bare_model: KVFusionGenerator) -> None:
-    """No route adds anything that the model reads: what hostile texts do to an answer, they do as documents alone."""
+    """Each engine gives the same answer as the generator with the same documents."""
     found = [FACT, *hostile()]
     texts = [node.get_content(MetadataMode.LLM if route is by_metadata else MetadataMode.NONE) for node in found]
     titles = [None if route is by_metadata else node.metadata.get("title") for node in found]
@@ -244,7 +244,7 @@ async def test_titles_and_ids_are_data_and_not_html(route: Route, speaker: KVFus
 
 def test_long_document_does_not_affect_others(speaker: KVFusionGenerator) -> None:
     found = [NodeWithScore(node=FACT), NodeWithScore(node=TextNode(text="x" * 50_000))]
-    llm = KVFusionLlamaIndexLLM(speaker, mode="fusion")  # whose long documents share positions
+    llm = KVFusionLlamaIndexLLM(speaker, mode="fusion")  # in this mode long documents share positions
     engine = KVFusionSynthesizer(llm).as_query_engine(FixedRetriever(found))
     record = engine.query("Who wrote Hamlet?").metadata["kvfusion"]
     assert (record["cited_text"], len(record["sources"])) == ("Amara Osei", 2)
@@ -252,17 +252,19 @@ def test_long_document_does_not_affect_others(speaker: KVFusionGenerator) -> Non
 
 @pytest.mark.parametrize("route", [by_citations, by_stock_citations])
 async def test_long_document_is_split_at_words_for_citations(route: Route) -> None:
-    """Words, because LlamaIndex's splitter takes minutes for a line without any."""
+    """The text consists of words, because LlamaIndex's splitter takes minutes for a line without spaces."""
     call = await received(route, TextNode(text="word " * 20_000))
     pieces = call.texts[1 + len(FORGED) :]
     assert sum(piece.count("word") for piece in pieces) >= 20_000
-    assert all(set(piece.rpartition(":")[2].split()) == {"word"} for piece in pieces)  # behind "Source 7:"
+    assert all(set(piece.rpartition(":")[2].split()) == {"word"} for piece in pieces)  # after "Source 7:"
 
 
 def test_ids_are_not_used_as_paths(tmp_path: Path) -> None:
     llm = KVFusionLlamaIndexLLM(tiny_generator(store=tmp_path / "kv"), max_new_tokens=1)
     steps = [KVFusionPrefill(llm), MockEmbedding(embed_dim=4)]
-    pipeline = IngestionPipeline(transformations=steps, disable_cache=True)  # whose keys know no lone surrogates
+    pipeline = IngestionPipeline(
+        transformations=steps, disable_cache=True
+    )  # cache keys cannot contain lone surrogates
     made = pipeline.run(nodes=[FACT, *hostile()])
     index = VectorStoreIndex(made, embed_model=MockEmbedding(embed_dim=4))
     engine = KVFusionSynthesizer(llm).as_query_engine(

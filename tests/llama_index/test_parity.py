@@ -1,4 +1,4 @@
-"""An untuned model behind our synthesizer reads what LlamaIndex's own engines send, token for token.
+"""The prompt of an untuned model with our synthesizer has the tokens of LlamaIndex's own engines.
 
 The expected messages are those that a stock engine sends to a recording chat model. The expected token ids are
 transformers' ``apply_chat_template`` over these messages, and the expected answer is that of ``generate``.
@@ -27,7 +27,7 @@ from llama_index.core.prompts import RichPromptTemplate
 from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.query_engine.citation_query_engine import CITATION_QA_TEMPLATE
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
-from llama_index_helpers import FixedRetriever
+from llama_index_helpers import FixedRetriever, ask
 from parity import NEW_TOKENS, Reader, generated, ids_of, untuned_reader
 
 from kvfusion_rag import DocumentsPlace, InvalidInputError, KVFusionGenerator, Message
@@ -58,7 +58,7 @@ def llm_of(model: Reader, **options: Any) -> KVFusionLlamaIndexLLM:
 
 
 class RecordingChat(CustomLLM):
-    """Any chat model of LlamaIndex: keeps the messages that it is sent."""
+    """A chat model that records its messages."""
 
     sent: list[list[ChatMessage]] = Field(default_factory=list)
 
@@ -82,7 +82,7 @@ def expected_ids(messages: Sequence[ChatMessage], **variables: Any) -> list[int]
 
 
 def require_parity(model: Reader, sent: Sequence[ChatMessage]) -> None:
-    """The model has read `sent` last, and answered as ``generate`` does."""
+    """Check that the last prompt was `sent` and that the answer equals that of ``generate``."""
     ids = expected_ids(sent)
     assert list(model.read[-1]) == ids
     assert list(model.answered[-1]) == generated(ids)
@@ -105,7 +105,7 @@ def index() -> VectorStoreIndex:
 
 
 def bullets(**values: Any) -> str:
-    """As in LlamaIndex's documentation of function mappings."""
+    """A function mapping as in LlamaIndex's documentation."""
     return "\n\n".join(f"- {text}" for text in values["context_str"].split("\n\n"))
 
 
@@ -126,17 +126,6 @@ TEMPLATES = {
 BULLETS = PromptTemplate("List:\n{context_str}\n{query_str}", function_mappings={"context_str": bullets})
 
 
-async def ask(engine: Any, way: str, question: str = QUESTION) -> str:
-    engine._response_synthesizer._streaming = "stream" in way
-    if way == "sync":
-        return str(engine.query(question))
-    if way == "async":
-        return str(await engine.aquery(question))
-    if way == "stream":
-        return "".join(engine.query(question).response_gen)
-    return "".join([piece async for piece in (await engine.aquery(question)).response_gen])
-
-
 # Query engines
 
 
@@ -145,7 +134,7 @@ async def test_original_and_our_engine_have_the_same_tokens(model: Reader, way: 
     stock, found = RecordingChat(), index()
     found.as_query_engine(llm=stock, similarity_top_k=4).query(QUESTION)
     engine = KVFusionSynthesizer(llm_of(model)).as_query_engine(found, similarity_top_k=4)
-    text = await ask(engine, way)
+    text, _ = await ask(engine, way, QUESTION)
     require_parity(model, stock.sent[0])
     assert text.strip() == tiny.tokenizer("byte-bpe").decode(generated(model.read[0])).strip()
 
@@ -163,7 +152,7 @@ def test_every_template_has_the_documents_in_place(model: Reader, name: str) -> 
 
 
 def test_function_mapping_that_lists_the_documents(model: Reader) -> None:
-    """It sees two documents whatever they hold, so what it writes before and between them is kept."""
+    """The function is called with two marks, so its text before and between documents is kept."""
     stock = RecordingChat()
     found = VectorStoreIndex([*nodes()[1:3], TextNode(text="rain")], embed_model=MockEmbedding(embed_dim=4))
     found.as_query_engine(llm=stock, similarity_top_k=4, text_qa_template=BULLETS).query(QUESTION)
@@ -389,7 +378,7 @@ def prefilled_for_chat(llm: KVFusionLlamaIndexLLM, template: Any) -> tuple[Any, 
         (prefilled_for_query, None),
         (prefilled_for_query, TEMPLATES["string"]),
         (prefilled_for_query, BULLETS),
-        (prefilled_for_query, CITATION_QA_TEMPLATE),  # has a question mark in front of the documents
+        (prefilled_for_query, CITATION_QA_TEMPLATE),  # has the question before the documents
         (prefilled_for_chat, None),
     ],
 )
@@ -413,7 +402,7 @@ def test_another_template_does_not_find_prefilled_nodes(model: Reader) -> None:
     other = KVFusionSynthesizer(llm, text_qa_template=TEMPLATES["chat"]).as_query_engine(retriever())
     assert origins(other.query(QUESTION).metadata["kvfusion"]) == {"computed"}
     texts = [str(KVFusionPrefill(llm, synthesizer=s).prefilled) for s in (None, other._response_synthesizer)]
-    assert texts[0] != texts[1]  # so a pipeline's cache does not skip one for the other
+    assert texts[0] != texts[1]  # a pipeline's cache must distinguish them
 
 
 def test_synthesizer_of_another_model_and_two_metadata_modes_are_rejected(model: Reader) -> None:
@@ -425,7 +414,7 @@ def test_synthesizer_of_another_model_and_two_metadata_modes_are_rejected(model:
         KVFusionPrefetch(llm, synthesizer=KVFusionSynthesizer(llm), metadata_mode=MetadataMode.NONE)
 
 
-# Hostile texts
+# Malicious texts
 
 
 @pytest.mark.parametrize("mode", ["concat", "fusion"])

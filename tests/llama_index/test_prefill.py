@@ -1,4 +1,4 @@
-"""Prefilling in an ingestion pipeline and loading ahead of a reranker: what a later query finds in the store."""
+"""KVFusionPrefill in ingestion pipelines, and KVFusionPrefetch before a reranker."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def pipeline(llm: KVFusionLlamaIndexLLM, mode: MetadataMode | None = None, **opt
 
 
 def origins(llm: KVFusionLlamaIndexLLM, nodes: Any, mode: MetadataMode | None = None) -> list[str]:
-    """Where a query over an index of `nodes` finds each of them."""
+    """Return the origin of each node in a query over an index of `nodes`."""
     index = VectorStoreIndex(nodes, embed_model=MockEmbedding(embed_dim=4))
     synthesizer = KVFusionSynthesizer(llm, metadata_mode=mode)
     engine = synthesizer.as_query_engine(index, similarity_top_k=len(nodes))
@@ -91,7 +91,7 @@ def test_nodes_are_returned_unchanged() -> None:
 
 
 class Counted(KVFusionGenerator):
-    """Counts its calls of prefill."""
+    """Counts calls of prefill."""
 
     prefills = 0
 
@@ -111,7 +111,7 @@ def test_pipeline_cache_skips_nodes_stored_by_the_same_model(tmp_path: Path) -> 
     assert [prefills(tmp_path / "a"), prefills(tmp_path / "a")] == [1, 0]
     assert prefills(tmp_path / "b") == 1
     assert prefills(tmp_path / "a", "qwen2") == 1
-    assert [prefills("memory"), prefills("memory")] == [1, 1]  # each memory ends with its generator
+    assert [prefills("memory"), prefills("memory")] == [1, 1]  # stores in memory are separate
 
 
 def test_pipeline_cache_is_separate_for_namespaces(tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ async def test_prefill_does_not_block_the_event_loop(monkeypatch: pytest.MonkeyP
     assert [node.text for node in await task] == ["a"]
 
 
-# Loading ahead
+# Prefetching
 
 
 class SlowReranker(BaseNodePostprocessor):
-    """Keeps the second node, and takes until the first loading has ended."""
+    """Waits until prefetching has ended, and keeps the second node."""
 
     loading: Any
 
@@ -174,7 +174,7 @@ def test_nodes_are_returned_when_the_queue_is_full(monkeypatch: pytest.MonkeyPat
     assert KVFusionPrefetch(llm).postprocess_nodes(nodes) == nodes
 
 
-# Wrong use
+# Errors
 
 
 @pytest.mark.parametrize("kind", [KVFusionPrefill, KVFusionPrefetch])

@@ -1,9 +1,8 @@
-"""`KVFusionSynthesizer` in LlamaIndex's engines: what the generator receives, and what users and handlers see."""
+"""`KVFusionSynthesizer` in LlamaIndex's engines: arguments of the generator, responses, events and errors."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import random
 import threading
 from typing import Any
@@ -27,7 +26,7 @@ from llama_index.core.postprocessor import SimilarityPostprocessor
 from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PROMPT_SEL
 from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
-from llama_index_helpers import EventLog, FixedRetriever
+from llama_index_helpers import EventLog, FixedRetriever, ask
 
 from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 from llama_index_kvfusion import KVFusionLlamaIndexLLM, KVFusionSynthesizer
@@ -56,31 +55,17 @@ def make(*, is_untuned: bool = False, **kwargs: Any) -> tuple[KVFusionSynthesize
     return KVFusionSynthesizer(KVFusionLlamaIndexLLM(generator), **kwargs), generator
 
 
-async def query(engine: RetrieverQueryEngine, way: str, question: str = QUESTION) -> tuple[str, Any]:
-    """The text and the response of one way to ask; streams are read to their end."""
-    engine._response_synthesizer._streaming = "stream" in way
-    if way == "sync":
-        response = engine.query(question)
-        return str(response), response
-    if way == "async":
-        response = await engine.aquery(question)
-        return str(response), response
-    if way == "stream":
-        response = engine.query(question)
-        assert inspect.isgenerator(response.response_gen)
-        return "".join(response.response_gen), response
-    response = await engine.aquery(question)
-    assert inspect.isasyncgen(response.response_gen)
-    return "".join([piece async for piece in response.response_gen]), response
+async def query(synthesizer: KVFusionSynthesizer, way: str) -> tuple[str, Any]:
+    return await ask(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way, QUESTION)
 
 
-# What the generator receives
+# Arguments of the generator
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_each_node_is_one_document(way: str) -> None:
     synthesizer, generator = make()
-    text, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    text, response = await query(synthesizer, way)
     (received,) = generator.calls
     assert received.documents == EXPECTED
     assert (received.question, received.prompt) == (QUESTION, None)
@@ -92,7 +77,7 @@ async def test_each_node_is_one_document(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 async def test_query_template_wraps_the_question(way: str) -> None:
     synthesizer, generator = make(query_template="In one word: {query_str}")
-    await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    await query(synthesizer, way)
     assert (generator.calls[0].question, generator.calls[0].prompt) == (QUESTION, f"In one word: {QUESTION}")
     assert generator.calls[0].documents == EXPECTED
 
@@ -100,7 +85,7 @@ async def test_query_template_wraps_the_question(way: str) -> None:
 @pytest.mark.parametrize("way", WAYS)
 async def test_untuned_model_reads_the_default_template(way: str) -> None:
     synthesizer, generator = make(is_untuned=True)
-    text, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    text, response = await query(synthesizer, way)
     (received,) = generator.calls
     system, user = received.prompt
     assert (system.role, system.documents, user.role) == ("system", None, "user")
@@ -144,7 +129,7 @@ async def test_over_an_index(way: str, own_helper: bool) -> None:
         engine = synthesizer.as_query_engine(index, similarity_top_k=3)
     else:
         engine = index.as_query_engine(response_synthesizer=synthesizer, llm=synthesizer.llm, similarity_top_k=3)
-    text, _ = await query(engine, way)
+    text, _ = await ask(engine, way, QUESTION)
     assert sorted(generator.calls[0].ids) == ["n1", "n2", "n3"]
     assert sorted(generator.calls[0].texts) == sorted(d.text for d in EXPECTED)
     assert (generator.calls[0].question, text) == (QUESTION, "in lima")
@@ -197,13 +182,13 @@ def test_postprocessors_select_the_documents() -> None:
     assert generator.calls[0].ids == ["n1"]
 
 
-# What users get back
+# Responses
 
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_record_contains_node_ids(way: str) -> None:
     synthesizer, _ = make()
-    _, response = await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    _, response = await query(synthesizer, way)
     record = response.metadata["kvfusion"]
     assert response.metadata["n1"] == {"title": "Peru"}
     assert [(s["id"], s["title"], s["metadata"]) for s in record["sources"]] == [
@@ -226,7 +211,7 @@ def test_record_of_a_stream_is_filled_at_the_end() -> None:
 @pytest.mark.parametrize("way", WAYS)
 async def test_empty_response_without_nodes(way: str) -> None:
     synthesizer, generator = make(empty_response="Nothing found.")
-    text, response = await query(RetrieverQueryEngine(FixedRetriever([]), synthesizer), way)
+    text, response = await ask(RetrieverQueryEngine(FixedRetriever([]), synthesizer), way, QUESTION)
     assert text == "Nothing found."
     assert generator.calls == []
     assert response.source_nodes == []
@@ -237,7 +222,7 @@ async def test_errors_are_raised(way: str) -> None:
     synthesizer, generator = make()
     generator.error = RuntimeError("out of memory")
     with pytest.raises(RuntimeError, match="out of memory"):
-        await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+        await query(synthesizer, way)
 
 
 async def test_async_stream_stopped_early_stops_the_generator() -> None:
@@ -245,7 +230,7 @@ async def test_async_stream_stopped_early_stops_the_generator() -> None:
     pieces = (await synthesizer.asynthesize(QUESTION, nodes())).response_gen
     assert await anext(pieces) == "in"
     await pieces.aclose()
-    for _ in range(1000):  # the worker thread closes the stream after its current step
+    for _ in range(1000):  # a worker thread may close the stream
         if generator.streams[0].closed:
             break
         await asyncio.sleep(0.005)
@@ -296,7 +281,7 @@ def test_concurrent_queries_have_separate_records() -> None:
 async def test_event_sequence(way: str, is_untuned: bool, events: EventLog) -> None:
     synthesizer, generator = make(is_untuned=is_untuned)
     kind = "LLMChat" if is_untuned else "LLMCompletion"
-    await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    await query(synthesizer, way)
     opening = ["QueryStart", "RetrievalStart", "RetrievalEnd", "SynthesizeStart", f"{kind}Start"]
     if "stream" in way:
         progress = [f"{kind}InProgress"] * 3
@@ -315,7 +300,7 @@ async def test_callbacks_and_counts_from_settings(way: str, monkeypatch: pytest.
     llm = KVFusionLlamaIndexLLM(RecordingGenerator())
     monkeypatch.setattr(Settings, "_callback_manager", CallbackManager([counter, debug]))
     synthesizer = KVFusionSynthesizer(llm)
-    await query(RetrieverQueryEngine(FixedRetriever(nodes()), synthesizer), way)
+    await query(synthesizer, way)
     assert (counter.prompt_llm_token_count, counter.completion_llm_token_count) == (4 + 2 + 2 + 3, 2)
     for kind in (CBEventType.QUERY, CBEventType.SYNTHESIZE, CBEventType.LLM):
         assert len(debug.get_event_pairs(kind)) == 1, kind
@@ -403,7 +388,7 @@ async def test_condense_question_chat_engine_streams() -> None:
     assert chat._query_engine._response_synthesizer._streaming is False
 
 
-# Wrong use
+# Errors
 
 
 def test_another_llm_is_rejected() -> None:

@@ -121,7 +121,9 @@ def test_decoding_stops_after_a_disconnect():
         counting = backbone.model.register_forward_hook(lambda *_: steps.append(None))
         disconnect_early(client, asked, lambda: soon(lambda: len(steps) > 3))
         assert soon(lambda: is_idle(client))
-        short = client.post(CHAT, json={**asked, "max_tokens": 2})  # one thread answers all, so the first has ended
+        short = client.post(
+            CHAT, json={**asked, "max_tokens": 2}
+        )  # one thread computes all answers, so the first has ended
         counting.remove()
     assert short.json()["choices"][0]["finish_reason"] == "length"
     assert 3 < len(steps) < 20_000
