@@ -105,11 +105,7 @@ def decode(
         if on_logits is not None:
             on_logits(logits)
         chosen = choose(logits, open_ones)
-        if NO_TOKEN in chosen:
-            raise UnsupportedModelError(
-                f"{backbone.model_id!r} produced NaN or infinite logits in {backbone.dtype}; load it in 'float32' or "
-                "'bfloat16' (dtype)."
-            )
+        _require_tokens(chosen, backbone)
         for i, token in zip(open_ones, chosen, strict=True):
             positions[i] += len(tokens[i])
             tokens[i] = (token,)
@@ -122,6 +118,14 @@ def decode(
             return
         if kept := table.keep(open_ones):
             plan = plan.keep(kept)
+
+
+def _require_tokens(chosen: Sequence[int], backbone: Backbone) -> None:
+    if NO_TOKEN in chosen:
+        raise UnsupportedModelError(
+            f"{backbone.model_id!r} produced NaN or infinite logits in {backbone.dtype}; load it in 'float32' or "
+            "'bfloat16' (dtype)."
+        )
 
 
 @torch.inference_mode()

@@ -18,7 +18,6 @@ from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.positions import block_mask, fused_positions
-from kvfusion_rag.model.tolerance import tolerance_of
 from kvfusion_rag.text.settings import ModelSettings
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, dtypes, logits_of, random_documents
 from tests.test_generator import DOCUMENTS
@@ -86,7 +85,7 @@ def test_neutral_factors_equal_fusion_and_others_do_not(architecture, dtype):
     neutral = gen.with_settings(mode="ape", ape_temperature=1.0, ape_scale=1)
     for documents in (random_documents(random.Random(1)), DOCUMENTS):
         expected, found = (logits_of(g, "who built it?", documents, 1)[0] for g in (gen, neutral))
-        assert float((found - expected).norm() / expected.norm()) < tolerance_of(dtype)
+        assert float((found - expected).norm() / expected.norm()) < (1e-5 if dtype == torch.float32 else 3e-2)
     for name in ("ape_temperature", "ape_scale"):
         changed = logits_of(neutral.with_settings(**{name: 0.7}), "who built it?", DOCUMENTS, 1)[0]
         assert not torch.allclose(changed, expected)
