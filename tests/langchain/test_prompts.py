@@ -201,6 +201,7 @@ def test_framed_variable_keeps_separator_and_titles():
         ({"text": "x"}, ["x"]),
         (f"{frame(Document('x'))}\n\n{frame(Document('y'))}", ["x", "y"]),
     ],
+    ids=["empty list", "empty text", "list", "document", "dict", "framed"],
 )
 def test_documents_may_have_many_types(context, texts, caplog):
     fused = KVFusionPrompt.from_template(TEMPLATE, strict=True).format(context=context, question="?")
@@ -216,7 +217,7 @@ def test_joined_string_is_one_document_with_a_warning(caplog):
     assert "cannot be separated" in caplog.text
 
 
-@pytest.mark.parametrize("context", ["joined", f"{frame(Document('x'))} and more"])
+@pytest.mark.parametrize("context", ["joined", f"{frame(Document('x'))} and more"], ids=["text", "framed"])
 def test_strict_prompt_rejects_a_joined_string(context):
     with pytest.raises(InvalidInputError, match="cannot be separated"):
         KVFusionPrompt.from_template(TEMPLATE, strict=True).format(context=context, question="?")
