@@ -31,7 +31,7 @@ def batch_sizes(gen: KVFusionGenerator, monkeypatch) -> list[tuple[int, int]]:
         seen.append((len(batch.requests), len(batch.rows)))
         return start(batch, *args)
 
-    monkeypatch.setattr(gen._engine, "start", noted)
+    monkeypatch.setattr(gen._engine.runner, "start", noted)
     return seen
 
 

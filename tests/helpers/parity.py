@@ -14,6 +14,7 @@ import tiny
 import torch
 
 from kvfusion_rag import KVFusionGenerator
+from kvfusion_rag.engine.run import Run
 
 NEW_TOKENS = 6
 POSITIONS = 4096
@@ -31,7 +32,7 @@ class Reader:
 def untuned_reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
     found = Reader(tiny.untuned(max_position_embeddings=POSITIONS))
     engine = found.generator._engine
-    request, answer = engine.request, engine.answer
+    request, answer = engine.request, Run.answer
 
     def note_request(*arguments: Any, **named: Any) -> Any:
         made = request(*arguments, **named)
@@ -44,7 +45,7 @@ def untuned_reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
         return made
 
     monkeypatch.setattr(engine, "request", note_request)
-    monkeypatch.setattr(engine, "answer", note_answer)
+    monkeypatch.setattr(Run, "answer", note_answer)
     return found
 
 

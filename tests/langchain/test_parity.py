@@ -31,6 +31,7 @@ from langchain_routes import ROUTES, format_docs
 from pydantic import Field
 
 from kvfusion_rag import KVFusionGenerator, MemoryStore, Message
+from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import default_settings
 from langchain_kvfusion import (
     ChatKVFusion,
@@ -92,17 +93,19 @@ class Watching(KVFusionGenerator):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.made: list[Any] = []
+        request = self._engine.request
 
-    def _requests(self, *args: Any) -> Any:
-        requests, options = super()._requests(*args)
-        self.made += requests
-        return requests, options
+        def record(*arguments: Any, **options: Any) -> Any:
+            self.made.append(request(*arguments, **options))
+            return self.made[-1]
+
+        self._engine.request = record
 
 
 @pytest.fixture(scope="module")
 def generator() -> Watching:
     settings = replace(default_settings(tiny.tokenizer("byte-bpe")), mode="auto")
-    return Watching(tiny.backbone("llama", settings=settings), store=MemoryStore(), gather=False)
+    return Watching(TorchModel(tiny.backbone("llama", settings=settings)), store=MemoryStore(), gather=False)
 
 
 def expected(generator: KVFusionGenerator, messages: Any, **kwargs: Any) -> tuple[list[int], str]:
@@ -128,7 +131,7 @@ def require_parity(generator: Watching, recorder: Any, stock: Any, ours: Any, gi
     generator.made.clear()
     given_answer = ours.invoke(given)
     [request] = generator.made
-    assert request.mode == "concat"
+    assert request.mode.name == "concat"
     assert list(request.question.ids) == ids
     assert given_answer == answer
 
@@ -272,7 +275,7 @@ def test_captured_chains_have_the_original_prompt(route, make, generator):
     recorder, model = RecordingChat(), make(generator=generator, max_tokens=TOKENS)
     with enable_document_capture():
         require_parity(generator, recorder, route.before(recorder), route.before(model), QUESTION)
-    assert len(generator.made[0].reading.documents) == len(route.found)
+    assert len(generator.made[0].encoded.documents) == len(route.found)
 
 
 @MODELS
@@ -299,7 +302,7 @@ def test_model_without_a_chat_template_reads_plain_text(template):
     tokenizer = tiny.tokenizer("bpe-byte-fallback")
     settings = replace(default_settings(tokenizer), mode="auto")
     backbone = tiny.backbone("llama", tokens="bpe-byte-fallback", settings=settings)
-    plain = Watching(backbone, store=MemoryStore(), gather=False)
+    plain = Watching(TorchModel(backbone), store=MemoryStore(), gather=False)
     prompt, recorder = PromptTemplate.from_template(template), RecordingText()
     (prompt | recorder).invoke({"context": format_docs(FOUND), "question": QUESTION})
     chain = KVFusionPrompt.from_prompt(prompt) | KVFusionLLM(generator=plain, max_tokens=1)

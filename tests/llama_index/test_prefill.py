@@ -104,7 +104,7 @@ def test_pipeline_cache_skips_nodes_stored_by_the_same_model(tmp_path: Path) -> 
     cache = IngestionCache()
 
     def prefills(store: Any, architecture: str = "llama") -> int:
-        generator = Counted(backbone(architecture), store=store)
+        generator = Counted(TorchModel(backbone(architecture)), store=store)
         pipeline(KVFusionLlamaIndexLLM(generator), cache=cache).run(documents=documents())
         return generator.prefills
 
