@@ -54,7 +54,7 @@ class KVFusionGenerator(GeneratorFacts):
         options: EngineOptions | None = None,
         gather: bool = True,
     ) -> None:
-        self._engine = Engine(model, settings, store=store, options=options)
+        self._engine: Engine[FusionModel] = Engine(model, settings, store=store, options=options)
         longest = self.settings.passage_length or LENGTH_BUCKET
         self._engine.document_kvs.store.require_room(model.kv_shape, longest)
         self._queue = RequestQueue(self._engine.runner.answer_all) if gather else None
@@ -117,7 +117,7 @@ class KVFusionGenerator(GeneratorFacts):
         """
         return self._sibling(self._engine.sibling(namespace=namespace))
 
-    def _sibling(self, engine: Engine) -> KVFusionGenerator:
+    def _sibling(self, engine: Engine[FusionModel]) -> KVFusionGenerator:
         made = object.__new__(KVFusionGenerator)
         made._engine, made._queue, made.gate = engine, self._queue, self.gate
         return made

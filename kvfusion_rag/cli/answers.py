@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..text.sentences import sentence_spans
 from .console import say, shown_path
 
 if TYPE_CHECKING:
     from .. import Answer, Attribution, Document, InvarianceReport
 
-_SENTENCE_BORDER = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 MAX_SENTENCE_CHARACTERS = 300
 
 
 def sentence_around(text: str, start: int, end: int) -> tuple[int, int]:
     """Return start and end of the sentence or paragraph around ``text[start:end]``, shortened if it is long."""
-    before = [border.end() for border in _SENTENCE_BORDER.finditer(text, 0, start)]
-    after = _SENTENCE_BORDER.search(text, end)
+    spans = sentence_spans(text)
+    first = max(begin for begin, _ in spans if begin <= start)
+    last = first + len(text[first : min(stop for _, stop in spans if stop >= end)].rstrip())
     half = MAX_SENTENCE_CHARACTERS // 2
-    return (max(before[-1] if before else 0, start - half), min(after.start() if after else len(text), end + half))
+    return max(first, start - half), min(max(last, end), end + half)
 
 
 def answer_to_json(

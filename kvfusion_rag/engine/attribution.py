@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, MissingDependencyError
+from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Attributed, Document, Mode
 from .calls import read_call
@@ -111,7 +112,7 @@ class Attribution:
         )
 
 
-def with_attribution(engine: Engine, request: Request, answer: Answer, kind: Attributed) -> Answer:
+def with_attribution(engine: Engine[FusionModel], request: Request, answer: Answer, kind: Attributed) -> Answer:
     """Return ``answer`` whose sources have attention shares and, for "effects", effects.
 
     Raises:
@@ -133,7 +134,7 @@ def with_attribution(engine: Engine, request: Request, answer: Answer, kind: Att
 
 
 def attribute_call(
-    engine: Engine,
+    engine: Engine[FusionModel],
     question: str,
     documents: Sequence[Document | str],
     answer: Answer | str,
@@ -159,7 +160,7 @@ def attribute_call(
     return attribute(engine, call.requests[0], ids, text)
 
 
-def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str) -> Attribution:
+def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[int], text: str) -> Attribution:
     """Measure what each document of ``request`` did for ``answer`` (ids), which reads as ``text``.
 
     Raises:
@@ -190,7 +191,7 @@ def attribute(engine: Engine, request: Request, answer: Sequence[int], text: str
     return Attribution(text, whole, request.mode.name, tuple(influences))
 
 
-def attention_shares(runner: Runner, request: Request, answer: Sequence[int]) -> list[float]:
+def attention_shares(runner: Runner[FusionModel], request: Request, answer: Sequence[int]) -> list[float]:
     """Return each document's mean share, over layers and heads, of the attention that chose the answer's tokens."""
     options = DecodingOptions(max_new_tokens=len(answer))
     request = runner.prepare(request, options)
@@ -209,7 +210,7 @@ def attention_shares(runner: Runner, request: Request, answer: Sequence[int]) ->
         run.release()
 
 
-def _log_probabilities(runner: Runner, requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
+def _log_probabilities(runner: Runner[FusionModel], requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
     """Log-probability of ``answer`` in each request. Requests over nearly the same documents share a row."""
     at_once = max(1, LOGITS_AT_ONCE // (len(answer) * runner.model.vocabulary_size))
     options = DecodingOptions(max_new_tokens=len(answer))
@@ -227,7 +228,7 @@ def _log_probabilities(runner: Runner, requests: Sequence[Request], answer: Sequ
     return [found[number] for number in range(len(requests))]
 
 
-def _row_log_probabilities(runner: Runner, run: Run, answer: Sequence[int]) -> list[float]:
+def _row_log_probabilities(runner: Runner[FusionModel], run: Run, answer: Sequence[int]) -> list[float]:
     try:
         questions = [request.question for request in run.batch.requests]
         with runner.memory_errors(run.batch):

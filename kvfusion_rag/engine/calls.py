@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
 from ..errors import InvalidInputError
+from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt
 from .engine import Engine
@@ -70,14 +71,16 @@ class Call:
             raise
 
 
-def read_call(engine: Engine, question: str, documents: Sequence[Document | str], options: Mapping[str, Any]) -> Call:
+def read_call(
+    engine: Engine[FusionModel], question: str, documents: Sequence[Document | str], options: Mapping[str, Any]
+) -> Call:
     """Encode and check one question; see :func:`read_calls`."""
     rest = {name: value for name, value in options.items() if name != "prompt"}
     return read_calls(engine, [question], [documents], [options.get("prompt")], rest)
 
 
 def read_calls(
-    engine: Engine,
+    engine: Engine[FusionModel],
     questions: Sequence[str],
     documents: Sequence[Sequence[Document | str]],
     prompts: Sequence[Prompt] | None,
@@ -116,7 +119,7 @@ def read_calls(
     return Call(requests, decoding, attribution)
 
 
-def require_attributable(engine: Engine, attribution: object) -> None:
+def require_attributable(engine: Engine[FusionModel], attribution: object) -> None:
     """Reject a wrong ``attribution=``, or a model that cannot measure it."""
     if attribution is None:
         return

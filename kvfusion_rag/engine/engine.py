@@ -21,7 +21,7 @@ from .focus import Focus, needs_choice, scored_question
 from .modes import AnswerMode
 from .prompts import Prompts, require_fit
 from .requests import Request
-from .runner import M, Runner
+from .runner import M_co, Runner
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class EngineOptions:
             )
 
 
-class Engine(Generic[M]):
+class Engine(Generic[M_co]):
     """One model under one set of settings and one namespace.
 
     Args:
@@ -64,27 +64,27 @@ class Engine(Generic[M]):
     """
 
     def __init__(
-        self, model: M, settings: ModelSettings | None = None, *, store: Place, options: EngineOptions | None = None
+        self, model: M_co, settings: ModelSettings | None = None, *, store: Place, options: EngineOptions | None = None
     ) -> None:
         options = options or EngineOptions()
         runner = Runner(model, store=store, max_fused_tokens=options.max_fused_tokens)
         self._set_up(runner, settings or model.settings, options.namespace, set())
 
-    def _set_up(self, runner: Runner[M], settings: ModelSettings, namespace: str, warned: set[str]) -> None:
+    def _set_up(self, runner: Runner[M_co], settings: ModelSettings, namespace: str, warned: set[str]) -> None:
         self.runner, self.namespace, self._warned = runner, namespace, warned
         self.prompts = Prompts(runner.model, settings, runner.plain)
         require_fit(runner.model, self.encoder, settings)
 
-    def sibling(self, *, settings: ModelSettings | None = None, namespace: str | None = None) -> Engine[M]:
+    def sibling(self, *, settings: ModelSettings | None = None, namespace: str | None = None) -> Engine[M_co]:
         """Return an engine over the same runner with other settings or another namespace."""
         namespace = self.namespace if namespace is None else namespace
         require_namespace(namespace)
-        made: Engine[M] = object.__new__(Engine)
+        made: Engine[M_co] = object.__new__(Engine)
         made._set_up(self.runner, settings or self.settings, namespace, self._warned)
         return made
 
     @property
-    def model(self) -> M:
+    def model(self) -> M_co:
         return self.runner.model
 
     @property

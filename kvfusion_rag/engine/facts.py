@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import InvalidInputError
+from ..fusion.interface import FusionModel
 from ..home import HOME_VARIABLE, home
 from ..schema import FocusChoice, Mode, ModeChoice
 from ..store import DocumentStore
@@ -19,7 +20,7 @@ from .engine import Engine
 class GeneratorFacts:
     """Properties of a generator over ``_engine``."""
 
-    _engine: Engine
+    _engine: Engine[FusionModel]
 
     def __repr__(self) -> str:
         return (

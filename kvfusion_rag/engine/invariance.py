@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import InvalidInputError
+from ..fusion.interface import FusionModel
 from ..schema import Document, FocusChoice, InvarianceReport, ModeChoice
 from ..text.documents import require_sequence
 from ..text.settings import is_count
@@ -17,7 +18,7 @@ from .requests import Batch
 
 
 def check_invariance(
-    engine: Engine,
+    engine: Engine[FusionModel],
     question: str,
     documents: Sequence[Document | str],
     *,

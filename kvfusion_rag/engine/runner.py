@@ -33,10 +33,10 @@ from .run import Run, start_run
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-M = TypeVar("M", bound=FusionModel)
+M_co = TypeVar("M_co", bound=FusionModel, covariant=True)
 
 
-class Runner(Generic[M]):
+class Runner(Generic[M_co]):
     """The answering half of an engine, shared by generators over the same weights and store.
 
     Args:
@@ -44,7 +44,7 @@ class Runner(Generic[M]):
         max_fused_tokens: limit of document tokens of one question, and of padded slots of one batch.
     """
 
-    def __init__(self, model: M, *, store: Place, max_fused_tokens: int) -> None:
+    def __init__(self, model: M_co, *, store: Place, max_fused_tokens: int) -> None:
         self.model = model
         self.plain = PlainEncoder(model.tokenizer)
         self.document_kvs = DocumentKVs(model, store=store)

@@ -357,3 +357,30 @@ def test_a_forked_process_answers_while_its_parent_is_answering():
         go_on.set()
         first.result()
     assert len(expected) == 2
+
+
+def test_siblings_share_the_gate_and_the_queue(monkeypatch):
+    gen = generator("llama")
+    gates = []
+    monkeypatch.setattr(type(gen._engine.model), "run_gate", lambda *given: gates.append(given))
+    tenants = [gen.with_namespace(name) for name in "abc"] + [gen.with_settings(max_new_tokens=3)]
+    assert not gates
+    assert all(tenant.gate is gen.gate and tenant._queue is gen._queue for tenant in tenants)
+
+
+def test_tenants_that_wait_are_batched_and_get_their_own_answers():
+    gen = generator("llama")
+    rows = documents(random.Random(15), 3)
+    tenants = [gen.with_namespace(name) for name in "abcd"]
+    expected = [tenant.answer(f"who has {n} sacks?", rows, max_new_tokens=4) for n, tenant in enumerate(tenants)]
+    sizes = gathered(gen)
+
+    async def ask_all():
+        calls = (t.aanswer(f"who has {n} sacks?", rows, max_new_tokens=4) for n, t in enumerate(tenants))
+        return await asyncio.gather(*calls)
+
+    answers = asyncio.run(ask_all())
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    assert max(sizes) > 1  # questions of several tenants in one batch
+    assert {s.origin for answer in answers for s in answer.sources} == {"memory"}
+    assert all(tenant.clear() == len(rows) + 1 for tenant in tenants)  # each tenant has its own KVs and prefix
