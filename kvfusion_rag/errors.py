@@ -6,7 +6,7 @@ likely cause in one sentence. Imports only the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
@@ -59,7 +59,7 @@ class MissingDependencyError(KVFusionError, ImportError):
 
 
 @contextmanager
-def model_load_errors(subject: str) -> Iterator[None]:
+def model_load_errors(subject: str) -> Generator[None, None, None]:
     """Turn any error of a third-party loader into ModelLoadError, because untrusted files can raise anything."""
     try:
         yield

@@ -18,9 +18,9 @@ _TEMPLATE = "Answer the question from these documents, as briefly as you can.\n\
 
 def create_kvfusion_documents_chain(
     llm: LanguageModelLike,
-    prompt: BasePromptTemplate | None = None,
+    prompt: BasePromptTemplate[Any] | None = None,
     *,
-    output_parser: BaseOutputParser | None = None,
+    output_parser: BaseOutputParser[Any] | None = None,
     document_variable_name: str = "context",
 ) -> Runnable[dict[str, Any], Any]:
     """Create a chain that answers from a list of separate documents, for example for ``create_retrieval_chain``.

@@ -89,7 +89,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         strict: whether to reject joined strings.
     """
 
-    prompt: BasePromptTemplate
+    prompt: BasePromptTemplate  # pyright: ignore[reportMissingTypeArgument]  # pydantic checks the class
     documents_key: str = "context"
     question_key: str | None = None
     strict: bool = False
@@ -97,7 +97,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
     @classmethod
     def from_prompt(
         cls,
-        prompt: BasePromptTemplate,
+        prompt: BasePromptTemplate[Any],
         documents_key: str = "context",
         question_key: str | None = None,
         *,

@@ -6,7 +6,7 @@ Only the synthesizer is replaced. Retrieval, condensing, memory and responses ar
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
@@ -217,7 +217,7 @@ class KVFusionCondensePlusContextChatEngine(_SeparateDocuments, CondensePlusCont
 
 
 @contextmanager
-def _fresh_record() -> Iterator[dict[str, Any]]:
+def _fresh_record() -> Generator[dict[str, Any], None, None]:
     record: dict[str, Any] = {}
     token = _record.set(record)
     try:

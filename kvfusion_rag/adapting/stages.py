@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,7 +113,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing_errors(folder: Path) -> Iterator[None]:
+def writing_errors(folder: Path) -> Generator[None, None, None]:
     """Turn a failed write into an InvalidInputError. Complete lines and checkpoints are kept."""
     try:
         yield

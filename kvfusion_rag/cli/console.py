@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -102,7 +102,7 @@ class Interruption:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Generator[None, None, None]:
     """Disable hints and telemetry of other libraries, and print this package's warnings as single lines on stderr.
 
     Environment variables set by the user take precedence. All settings are restored at the end.
@@ -133,7 +133,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def collection_paused() -> Iterator[None]:
+def collection_paused() -> Generator[None, None, None]:
     """Pause Python's garbage collector while libraries and models are loaded, and freeze the loaded objects.
 
     Collections take a fifth of the time of large imports and over a second when a process ends, and find almost
@@ -150,7 +150,7 @@ def collection_paused() -> Iterator[None]:
 
 
 @contextmanager
-def patient_bars() -> Iterator[None]:
+def patient_bars() -> Generator[None, None, None]:
     """Show progress bars of transformers only on a terminal, and only for work that takes more than a second."""
     from transformers.utils.logging import set_tqdm_hook
 

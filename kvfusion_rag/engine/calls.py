@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
@@ -62,7 +62,7 @@ class Call:
             request.cancelled.set()
 
     @contextmanager
-    def cancelled_with_task(self) -> Iterator[None]:
+    def cancelled_with_task(self) -> Generator[None, None, None]:
         """Return a context that cancels the call if its asyncio task is cancelled inside."""
         try:
             yield

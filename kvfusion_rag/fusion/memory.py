@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,7 @@ _SHORTAGE = ("can't allocate memory", "out of memory", "alloc_failed")  # CPU; C
 
 
 @contextmanager
-def memory_errors(device: torch.device, *, questions: int, tokens: int) -> Iterator[None]:
+def memory_errors(device: torch.device, *, questions: int, tokens: int) -> Generator[None, None, None]:
     """Raise MemoryLimitError if memory runs out inside the context.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -279,7 +279,9 @@ class Backbone:
         return self.adapter_digest is not None
 
     @contextmanager
-    def _prepared(self, *, adapter: bool, attention: str | None = None, training: bool = False) -> Iterator[None]:
+    def _prepared(
+        self, *, adapter: bool, attention: str | None = None, training: bool = False
+    ) -> Generator[None, None, None]:
         """Hold the model for one forward pass.
 
         Args:

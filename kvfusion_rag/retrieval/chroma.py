@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +215,7 @@ def _missing(error: ImportError) -> MissingDependencyError:
 
 
 @contextmanager
-def _explained(folder: Path | None) -> Iterator[None]:
+def _explained(folder: Path | None) -> Generator[None, None, None]:
     """Turn errors of Chroma into a RetrievalError that names the remedy."""
     try:
         yield

@@ -6,7 +6,7 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 
 import uvicorn
@@ -69,7 +69,7 @@ def serve(app: FastAPI, listener: socket.socket, on_ready: Callable[[str], None]
 
 
 @contextmanager
-def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Generator[str, None, None]:
     """Serve the app from another thread until the block ends, for notebooks and tests. Yields the base URL.
 
     Raises:

@@ -17,7 +17,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -304,7 +304,7 @@ class DiskStore:
         return removed
 
     @contextmanager
-    def _maintenance(self) -> Iterator[None]:
+    def _maintenance(self) -> Generator[None, None, None]:
         """Raise StoreError for errors of maintenance, whereas errors during an answer are counted misses."""
         try:
             yield

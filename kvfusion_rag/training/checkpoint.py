@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def recover(folder: Path) -> None:
 
 
 @contextmanager
-def _replacing(folder: Path, record: Any) -> Iterator[Path]:
+def _replacing(folder: Path, record: Any) -> Generator[Path, None, None]:
     """Yield a new folder to write into, then add ``record`` and put it in the place of ``folder``."""
     new, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -124,7 +124,7 @@ def _add_end_of_turn(model: PreTrainedModel, header: GGUFHeader) -> None:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def _quiet_libraries() -> Generator[None, None, None]:
     """Suppress progress bars and hints of other libraries.
 
     transformers' progress bar over GGUF tensors has no switch, so this thread's output to stderr is dropped.

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,7 @@ def _digest_file(cache: Path, facts: Facts) -> Path:
 
 
 @contextmanager
-def _read_errors(file: Path) -> Iterator[None]:
+def _read_errors(file: Path) -> Generator[None, None, None]:
     try:
         yield
     except OSError as error:
@@ -214,7 +214,7 @@ def _read_errors(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _cache_write_errors(file: Path, cache: Path) -> Iterator[None]:
+def _cache_write_errors(file: Path, cache: Path) -> Generator[None, None, None]:
     """Turn errors of writing to the cache, which several libraries raise, into ModelLoadError."""
     try:
         yield
