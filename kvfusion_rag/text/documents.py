@@ -177,7 +177,7 @@ def require_sequence(documents: object) -> None:
     """Raise InvalidInputError unless ``documents`` is a sequence that is not itself one document."""
     if isinstance(documents, str | bytes | Document) or not isinstance(documents, Sequence):
         raise InvalidInputError(
-            f"documents is a {type(documents).__name__}, but it must be a sequence of documents: pass a "
+            f"documents is of type {type(documents).__name__}, but it must be a sequence of documents: pass a "
             "list, and split a joined context into its documents."
         )
 

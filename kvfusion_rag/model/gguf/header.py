@@ -83,7 +83,7 @@ class _Parser:
             raise self._error(f"has GGUF version {version}, but only versions {known} (little-endian) can be read")
         tensor_count, field_count = self._number("<Q"), self._number("<Q")
         if tensor_count > MAX_TENSORS:
-            raise self._error(f"claims to contain {tensor_count} tensors, but more than {MAX_TENSORS} are not read")
+            raise self._error(f"claims to contain {tensor_count} tensors, but at most {MAX_TENSORS} can be read")
         metadata: dict[str, Any] = {}
         types: dict[str, int] = {}
         for _ in range(field_count):  # each field takes up bytes, so a false count cannot read beyond the header
@@ -169,7 +169,7 @@ class _Parser:
     def _text(self, longest: int, what: str) -> str:
         length = self._number("<Q")
         if length > longest:
-            raise self._error(f"is damaged: {what} has {length} bytes, but more than {longest} are not read")
+            raise self._error(f"is damaged: {what} has {length} bytes, but at most {longest} can be read")
         start = self._take(length)
         try:
             return self.data[start : start + length].decode()
