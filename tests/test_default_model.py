@@ -40,9 +40,7 @@ def package(tmp_path, monkeypatch) -> Path:
     folder.mkdir()
     tiny_gguf.write_gguf(folder / "SmolLM2.Q4_1.gguf")
     installed(monkeypatch, folder)
-    monkeypatch.setattr(
-        location, "DEFAULT_ADAPTER", tmp_path / "adapters"
-    )  # the real adapter does not fit the tiny model
+    monkeypatch.setattr(location, "DEFAULT_ADAPTER", tmp_path / "adapters")  # the real one does not fit this model
     return folder
 
 
