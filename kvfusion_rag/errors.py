@@ -15,7 +15,7 @@ class KVFusionError(Exception):
 
 
 class InvalidInputError(KVFusionError, ValueError):
-    """An argument, option, document or question is outside what is allowed."""
+    """An argument, option, document or question is invalid."""
 
 
 class ModelLoadError(KVFusionError):

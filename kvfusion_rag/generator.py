@@ -78,20 +78,21 @@ class KVFusionGenerator(GeneratorFacts):
             store: "memory" (1 GiB), a folder or fsspec URL (behind memory), a shared store, or None.
             namespace: separates tenants' documents in a shared store.
             max_fused_tokens: limit of document tokens per question.
-            gather: answer callers that wait at the same time together, which is several times faster. Kernels round
-                differently for other batch shapes, so logits have the same bits in any company only without it.
-            options: what to load (``ModelKwargs``: adapter, device, dtype, ...) and changes of the model's settings
+            gather: answer callers that wait at the same time in one batch, which is several times faster. Kernels
+                round differently for other batch shapes, so turn this off if the bits of logits must not depend on
+                other callers.
+            options: what to load (``ModelKwargs``: adapter, device, dtype, ...) and changes to the model's settings
                 (``SettingsKwargs``: mode, prefix, passage_length, ...).
 
         Raises:
-            ModelLoadError: something cannot be read.
+            ModelLoadError: the model, adapter or decoder cannot be read.
             UnsupportedModelError: fusion is not exact on this architecture; the message gives the reason.
             InvalidInputError: an argument is unknown, or its value is not allowed.
         """
         engine_options = EngineOptions(namespace=namespace, max_fused_tokens=max_fused_tokens)
-        kept = as_store(store)  # arguments are checked before a model is loaded
+        opened = as_store(store)  # arguments are checked before a model is loaded
         loaded, settings = load_torch_model(model, options)
-        return cls(loaded, store=kept, settings=settings, options=engine_options, gather=gather)
+        return cls(loaded, store=opened, settings=settings, options=engine_options, gather=gather)
 
     # Siblings
 
@@ -137,7 +138,7 @@ class KVFusionGenerator(GeneratorFacts):
                 temperature, top_p, top_k, stop, seed (``DecodingOptions``).
 
         Raises:
-            InvalidInputError: a bad argument.
+            InvalidInputError: an argument is invalid.
             ContextLimitError: documents, question and answer are too long.
             ControlTokenError: untrusted text would have become a control token.
         """
@@ -162,7 +163,7 @@ class KVFusionGenerator(GeneratorFacts):
         """Answer several questions together, each from its own documents.
 
         Takes one question, document list and prompt per row; other arguments are those of :meth:`answer`. Questions
-        over the same documents read them once. Nothing is computed if one question is wrong. Questions that exceed
+        over the same documents read them once. Nothing is computed if one question is invalid. Questions that exceed
         ``max_fused_tokens`` together are decoded in several batches, in order.
         """
         call = read_calls(self._engine, questions, documents, prompts, options)
@@ -191,7 +192,7 @@ class KVFusionGenerator(GeneratorFacts):
             return await asyncio.shield(measured)
         except asyncio.CancelledError:
             call.cancel()
-            await asyncio.wait({measured})  # measuring ends at its next pass; until then the call is still at work
+            await asyncio.wait({measured})  # measuring ends at its next pass; until then the call is still running
             if not measured.cancelled():
                 measured.exception()  # retrieved, so that asyncio does not log it
             raise
@@ -206,7 +207,7 @@ class KVFusionGenerator(GeneratorFacts):
 
     def _pieces(self, call: Call) -> Generator[str | Answer, None, None]:
         runner, options = self._engine.runner, call.decoding
-        request = runner.prepare(call.requests[0], options)  # the stream may be read much later than it was made
+        request = runner.prepare(call.requests[0], options)  # the stream may be read long after it was created
         run = runner.start(Batch.of(request), options)
         with closing(runner.decode(run, options)) as steps:
             for _ in steps:
@@ -337,7 +338,7 @@ class KVFusionGenerator(GeneratorFacts):
     def forget(self, documents: Sequence[Document | str]) -> int:
         """Remove the KVs of ``documents`` in this namespace from every tier of the store, for all models.
 
-        Documents are found by the token ids that this model's tokenizer makes of them, with and without their titles,
+        Documents are found by the token ids that this model's tokenizer gives them, with and without their titles,
         in its own templates and in prompts that separate documents by a blank line.
 
         Returns:

@@ -1,4 +1,4 @@
-"""The folder for files that kvfusion makes itself: converted models and measurements."""
+"""The folder for files that kvfusion creates itself: converted models and measurements."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class Answer:
         }
 
     def _repr_html_(self) -> str:
-        """Rich output for notebooks. Documents and answers are untrusted, so their text is escaped."""
+        """Return HTML for notebooks. Documents and answers are untrusted, so their text is escaped."""
         cited = {c.document_id for c in self.citations}
         columns = {
             "cited": lambda s: "✓" * (s.id in cited),

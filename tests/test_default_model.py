@@ -1,4 +1,4 @@
-"""The default model: where it is looked for, its name, its shipped adapter, and answers equal to transformers'."""
+"""The default model: where it is found, its name, its shipped adapter, and answers equal to transformers'."""
 
 import copy
 import json
@@ -28,25 +28,25 @@ DOCUMENTS = ["The lighthouse was built by Amara Osei.", "Two grey doves sleep on
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
-    """Let the package be in these folders, or nowhere."""
+    """Pretend that the package is installed in these folders, or not at all if there are none."""
     found = SimpleNamespace(submodule_search_locations=[str(folder) for folder in folders]) if folders else None
     monkeypatch.setattr(location, "find_spec", lambda name: found)
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> Path:
-    """A package with a tiny GGUF file, which is in place of the real one."""
+    """A package with a tiny GGUF file in place of the real one."""
     folder = tmp_path / "package"
     folder.mkdir()
     tiny_gguf.write_gguf(folder / "SmolLM2.Q4_1.gguf")
     installed(monkeypatch, folder)
-    monkeypatch.setattr(location, "DEFAULT_ADAPTER", tmp_path / "adapters")  # the real one does not fit
+    monkeypatch.setattr(location, "DEFAULT_ADAPTER", tmp_path / "adapters")  # the real one does not fit this model
     return folder
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> dict[str, object]:
-    """Options of loaders that find another tiny model in the hub's cache, and reach no network."""
+    """Options with which loaders find another tiny model in the hub's cache and use no network."""
     repository = tmp_path / "hub" / f"models--{DEFAULT_REPOSITORY.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     (repository / "refs").mkdir(parents=True)
@@ -66,16 +66,16 @@ def make_adapter(folder: Path, **record: object) -> Path:
 
 
 def make_shipped(folder: Path) -> Path:
-    """An adapter with settings of its own."""
+    """Make an adapter with its own settings."""
     make_adapter(folder, same_family=True)
     (folder / FILE_NAME).write_text('{"mode": "fusion", "focus": 1, "passage_length": 99}')
     return folder
 
 
-# Where it is
+# Where it is found
 
 
-def test_the_package_comes_first(package, hub):
+def test_the_installed_package_is_used_first(package, hub):
     found = KVFusionGenerator.from_pretrained(model_kwargs=hub)
     assert found.model_id == DEFAULT_MODEL and found._engine.model.backbone.revision is None
     digest = KVFusionGenerator.from_pretrained(package / "SmolLM2.Q4_1.gguf")._engine.model.backbone.weights_digest
@@ -83,7 +83,7 @@ def test_the_package_comes_first(package, hub):
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT, "main"])
-def test_then_the_hubs_cache(revision, package, hub, monkeypatch):
+def test_the_hub_cache_is_used_without_a_package_or_for_a_revision(revision, package, hub, monkeypatch):
     if revision is None:
         installed(monkeypatch)  # a package has no revisions
     found = KVFusionGenerator.from_pretrained(revision=revision, model_kwargs=hub)
@@ -92,7 +92,7 @@ def test_then_the_hubs_cache(revision, package, hub, monkeypatch):
 
 
 @pytest.mark.parametrize("missing", ["model.safetensors", "tokenizer.json", "everything"])
-def test_without_it_the_error_says_how_to_get_it(missing, hub, monkeypatch, tmp_path):
+def test_a_missing_default_model_is_an_error_with_the_install_commands(missing, hub, monkeypatch, tmp_path):
     installed(monkeypatch)
     if missing == "everything":
         shutil.rmtree(tmp_path / "hub")
@@ -104,7 +104,7 @@ def test_without_it_the_error_says_how_to_get_it(missing, hub, monkeypatch, tmp_
     assert f"'hf download {DEFAULT_REPOSITORY}'" in str(caught.value)
 
 
-def test_a_package_without_the_file_is_no_source(hub, monkeypatch, tmp_path):
+def test_a_package_without_the_file_is_skipped(hub, monkeypatch, tmp_path):
     installed(monkeypatch, tmp_path)
     assert KVFusionGenerator.from_pretrained(model_kwargs=hub)._engine.model.backbone.revision == COMMIT
 
@@ -112,7 +112,7 @@ def test_a_package_without_the_file_is_no_source(hub, monkeypatch, tmp_path):
 # Its adapter
 
 
-def test_the_shipped_adapter_is_the_projects_own_else_the_model_folders(package, tmp_path):
+def test_the_projects_adapter_is_used_before_that_of_the_model_folder(package, tmp_path):
     assert locate_model(None).adapter is None
     beside = make_adapter(package / "adapter")
     assert locate_model(None).adapter == locate_model(package).adapter == beside
@@ -127,7 +127,7 @@ def test_the_shipped_adapter_brings_its_settings(package, tmp_path):
     assert (plain.mode, plain.default_focus(), plain.settings.passage_length) == ("concat", None, None)
 
 
-def test_one_adapter_fits_both_sources(package, hub, tmp_path, caplog):
+def test_one_adapter_fits_the_package_and_the_hub_model(package, hub, tmp_path, caplog):
     digests = [
         KVFusionGenerator.from_pretrained(model_kwargs=hub, revision=revision)._engine.model.backbone.weights_digest
         for revision in (None, COMMIT)
@@ -166,7 +166,7 @@ def test_training_the_default_model_starts_without_the_shipped_adapter(package, 
     assert trained.mode == "fusion" and trained.settings.focus is trained.settings.passage_length is None
 
 
-def test_evaluate_judges_the_shipped_adapter_beside_the_base(package, tmp_path, capsys):
+def test_evaluate_compares_the_shipped_adapter_with_the_base(package, tmp_path, capsys):
     make_shipped(tmp_path / "adapters")
     write_rows(tmp_path / "rows.jsonl", rows(2))
     command = ["evaluate", str(tmp_path / "rows.jsonl"), "--conditions", "original", "--max-new-tokens", "2", "--json"]
@@ -199,7 +199,7 @@ def test_other_weights_need_the_same_name_and_family(record, accepted, weights, 
 
 
 @pytest.mark.parametrize("weights", ["others", ["others", "more"]], ids=["one", "list"])
-def test_a_list_of_digests_judges_weights_in_any_precision(weights, package, tmp_path):
+def test_a_list_of_digests_covers_weights_in_any_precision(weights, package, tmp_path):
     folder = make_adapter(tmp_path / "tuned", base_weights=weights, dtype="bfloat16")
     if isinstance(weights, str):  # a digest in bfloat16 says nothing about weights in float32
         KVFusionGenerator.from_pretrained(adapter=folder, dtype="float32")
@@ -208,9 +208,9 @@ def test_a_list_of_digests_judges_weights_in_any_precision(weights, package, tmp
         KVFusionGenerator.from_pretrained(adapter=folder, dtype="float32")
 
 
-# The real one
+# The real model
 
-LONGEST_FOLDER = 15_000_000  # bytes, so that the wheel stays below 20 MB
+MAX_FOLDER_BYTES = 15_000_000  # bytes, so that the wheel stays below 20 MB
 ISLAND = [
     Document("The ferry has run since 1921. It carries forty cars and three hundred passengers.", id="ferry"),
     Document("The bakery on Mill Street was opened by Tomas Lindqvist in 1987. It closes on Mondays.", id="bakery"),
@@ -230,10 +230,10 @@ def real() -> KVFusionGenerator:
     return KVFusionGenerator.from_pretrained(adapter=None)
 
 
-def test_the_shipped_folder_is_whole_and_small():
+def test_the_shipped_folder_is_complete_and_small():
     files = {path.name: path for path in DEFAULT_ADAPTER.iterdir()}
     assert files.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors", FILE_NAME, RECORD_NAME}
-    assert sum(path.stat().st_size for path in files.values()) <= LONGEST_FOLDER
+    assert sum(path.stat().st_size for path in files.values()) <= MAX_FOLDER_BYTES
     settings = ModelSettings(**json.loads(files[FILE_NAME].read_text(encoding="utf-8")))
     assert settings.mode == "fusion" and settings.focus == 1 and settings.layout == "fixed"
     record = json.loads(files[RECORD_NAME].read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ MAKE_TARGETS = {*re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE), "test-lowes
 
 
 def python_blocks(page: Path) -> list[str]:
-    """Return the Python blocks of a page; of the README only the first, because the others need your own chain."""
+    """Return the Python blocks of a page, but only the first of the README, because the others need your own chain."""
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     return blocks[:1] if page == README else blocks
 

@@ -1,4 +1,4 @@
-"""The facade: what each call returns, and what every kind of bad input raises."""
+"""The facade: what each call returns, and the errors that bad input raises."""
 
 import json
 import logging
@@ -83,7 +83,7 @@ def test_stream_is_the_answer_in_pieces(gen):
         assert stream.answer.token_ids == answer.token_ids and stream.answer.usage.completion_tokens == 12
 
 
-def test_a_call_after_a_closed_stream_is_right(gen):
+def test_a_call_after_a_closed_stream_is_answered(gen):
     stream = gen.stream("who?", DOCUMENTS, max_new_tokens=12)
     next(stream)
     stream.close()
@@ -152,7 +152,7 @@ def test_a_thousand_documents(gen):
         )
 
 
-def test_concat_over_the_window_names_the_numbers(gen):
+def test_concat_over_the_window_reports_the_window(gen):
     with pytest.raises(ContextLimitError, match="has 512"):
         gen.answer("who?", [f"the mill has {i} sacks of flour" for i in range(100)], mode="concat")
 
@@ -205,8 +205,8 @@ def test_html_of_an_answer_escapes_untrusted_text(gen):
         (lambda g: g.answer("who?", "one joined context"), "joined context"),
         (lambda g: g.answer("who?", Document("x")), "sequence of documents"),
         (lambda g: g.answer("who?", [3]), "document 1 is a builtins.int"),
-        (lambda g: g.answer("who?", None), "documents is one NoneType"),
-        (lambda g: g.answer("who?", {"a": "b"}), "documents is one dict"),
+        (lambda g: g.answer("who?", None), "documents is of type NoneType"),
+        (lambda g: g.answer("who?", {"a": "b"}), "documents is of type dict"),
         (lambda g: g.answer("who?", [Document("x", title=3)]), "title of document 1"),
         (lambda g: g.answer("who?", [Document("x", id=3)]), "id of document 1"),
         (lambda g: g.answer("who?", DOCUMENTS, prompt=3), "prompt"),
@@ -217,7 +217,7 @@ def test_html_of_an_answer_escapes_untrusted_text(gen):
         (lambda g: KVFusionGenerator.from_pretrained(3), "model is 3"),
         (lambda g: g.answer("who?", [Document(None)]), "text of document 1"),
         (lambda g: g.answer("who?", DOCUMENTS, mode="fused"), "mode"),
-        (lambda g: g.answer("who?", DOCUMENTS, max_tokens=3), "'max_tokens' is no option"),
+        (lambda g: g.answer("who?", DOCUMENTS, max_tokens=3), "'max_tokens' is not an option"),
         (lambda g: g.answer("who?", DOCUMENTS, max_new_tokens=0), "max_new_tokens"),
         (lambda g: g.answer("who?", DOCUMENTS, stop="END"), "stop"),
         (lambda g: g.answer("who?", DOCUMENTS, max_new_tokens=600), "has 512"),
@@ -279,7 +279,7 @@ def test_prefill_fills_the_store_and_needs_one():
     gen = generator("llama")
     assert [s.origin for s in gen.prefill(DOCUMENTS)] == ["computed"] * 3
     assert [s.origin for s in gen.answer("who?", DOCUMENTS, max_new_tokens=1).sources] == ["memory"] * 3
-    with pytest.raises(InvalidInputError, match="store=None"):
+    with pytest.raises(InvalidInputError, match="store is None"):
         generator("llama", store=None).prefill(DOCUMENTS)
 
 
@@ -366,7 +366,7 @@ def adapter_folder(tmp_path_factory, model_folder):
 
 
 def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
-    """Dp is frozen, so documents have the base model's KVs whatever adapter answers."""
+    """Dp is frozen, so documents have the base model's KVs, whichever adapter answers."""
     store = MemoryStore()
     base = KVFusionGenerator.from_pretrained(model_folder, store=store, mode="fusion")
     tuned = KVFusionGenerator.from_pretrained(model_folder, adapter=adapter_folder, store=store, mode="fusion")
@@ -380,7 +380,7 @@ def test_adapter_answers_but_does_not_prefill(model_folder, adapter_folder):
 
 
 def test_an_adapter_answers_joined_prompts_unless_it_was_trained_on_fused_ones(model_folder, adapter_folder, tmp_path):
-    """An adapter without a record takes part; one that was trained on fused documents only does not."""
+    """An adapter without settings answers joined prompts. One trained only on fused documents does not."""
     recorded = shutil.copytree(adapter_folder, tmp_path / "recorded")
     made = replace(default_settings(tokenizer("byte-bpe")), layout="fixed", mode="fusion")
     (recorded / "kvfusion.json").write_text(json.dumps(made.to_dict()))
@@ -393,7 +393,7 @@ def test_an_adapter_answers_joined_prompts_unless_it_was_trained_on_fused_ones(m
     assert answers[0] == answers[2] != answers[1]
 
 
-def test_a_model_folder_may_carry_its_adapter(model_folder, adapter_folder, tmp_path):
+def test_a_model_folder_may_contain_its_adapter(model_folder, adapter_folder, tmp_path):
     pair = tmp_path / "pair"
     shutil.copytree(model_folder, pair)
     shutil.copytree(adapter_folder, pair / "adapter")
@@ -421,7 +421,7 @@ def test_an_adapter_of_another_base_model_is_rejected(model_folder, tmp_path):
             KVFusionGenerator.from_pretrained(model_folder, adapter=tmp_path / str(layers))
 
 
-def test_identity_differs_whenever_answers_may(model_folder, adapter_folder, tmp_path):
+def test_identity_differs_if_answers_may_differ(model_folder, adapter_folder, tmp_path):
     scaled = tmp_path / "scaled"
     shutil.copytree(adapter_folder, scaled)
     settings = json.loads((scaled / "adapter_config.json").read_text())
@@ -445,7 +445,7 @@ def test_identity_differs_whenever_answers_may(model_folder, adapter_folder, tmp
 
 
 def test_one_changed_weight_changes_the_keys():
-    """A store shared by two models never answers for the wrong one, however small their difference."""
+    """A store shared by two models never answers for the wrong one, however similar they are."""
     store = MemoryStore()
     first = KVFusionGenerator(TorchModel(backbone("llama")), store=store)
     network = model("llama")

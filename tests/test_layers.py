@@ -1,4 +1,4 @@
-"""The shape of the package: who may import whom, and what an import may cost."""
+"""The structure of the package: which modules may import which, and what an import may load."""
 
 import ast
 import subprocess
@@ -10,14 +10,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kvfusion_rag"
-# A module imports from rooms above its own, and never in a circle inside its room.
+# A module imports only from its own room and the rooms above it, and never in a circle.
 ROOMS = [
     "errors", "schema", "home", "text", "model", "fusion", "store", "retrieval", "engine", "generator", "data",
     "evaluation", "training", "adapting", "benchmark", "serving", "cli",
 ]  # fmt: skip
-MOST_MODULES = 14  # of a room, and without its __init__
-MOST_LINES = 400
-MOST_FUNCTION_LINES = 60
+MAX_MODULES = 14  # per room, without its __init__
+MAX_LINES = 400
+MAX_FUNCTION_LINES = 60
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -30,7 +30,7 @@ NAMES = {name_of(path): path for path in MODULES}
 
 
 def lazy_names(stub: Path) -> dict[str, str]:
-    """Module of every name that a lazy ``__init__.pyi`` lists."""
+    """Return the module of every name that a lazy ``__init__.pyi`` lists."""
     tree = ast.parse(stub.read_text(encoding="utf-8"))
     package = name_of(stub)
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
@@ -41,7 +41,7 @@ LAZY = {name_of(stub): lazy_names(stub) for stub in PACKAGE.rglob("__init__.pyi"
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of kvfusion_rag that a file imports, relative or absolute; a public name counts as its module."""
+    """Return the modules of kvfusion_rag that a file imports. A public name counts as its module."""
     parts = name_of(path).split(".")
     package = parts if path.stem == "__init__" else parts[:-1]
     found = set()
@@ -78,16 +78,16 @@ def test_rooms_stay_small():
     assert len([path for path in PACKAGE.glob("*.py") if path.stem != "__init__"]) <= 5
     for room in (path for path in PACKAGE.rglob("*") if path.is_dir()):
         modules = [path.name for path in room.glob("*.py") if path.stem != "__init__"]
-        assert len(modules) <= MOST_MODULES, f"{room.name} has {len(modules)} modules"
+        assert len(modules) <= MAX_MODULES, f"{room.name} has {len(modules)} modules"
 
 
 @pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "integrations").rglob("*.py"))], ids=name_of)
 def test_modules_and_functions_stay_short(path):
     text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= MOST_LINES
+    assert text.count("\n") <= MAX_LINES
     functions = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
     lengths = {function.name: function.end_lineno - function.lineno + 1 for function in functions}
-    assert not {name: length for name, length in lengths.items() if length > MOST_FUNCTION_LINES}
+    assert not {name: length for name, length in lengths.items() if length > MAX_FUNCTION_LINES}
 
 
 @pytest.mark.parametrize("folder", [PACKAGE, ROOT / "integrations"], ids=["kvfusion_rag", "integrations"])
@@ -101,7 +101,7 @@ def test_no_unsafe_loading(folder):
         assert not calls & {"torch.load"}, path
 
 
-def test_integrations_use_public_names_alone():
+def test_integrations_use_only_public_names():
     for path in (ROOT / "integrations").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kvfusion_rag"):

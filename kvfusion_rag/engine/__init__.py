@@ -3,5 +3,5 @@
 ``calls`` and ``engine`` turn arguments into requests, ``queue`` batches callers, ``runner`` answers requests, ``run``
 is one batch while it is decoded, and ``document_kvs`` takes KVs from the store or computes them. ``modes`` decides
 positions and adapter, and ``focus`` chooses documents. The room only sees a model through ``fusion.interface``, and
-must not know files, frameworks or HTTP.
+must not know about files, frameworks or HTTP.
 """

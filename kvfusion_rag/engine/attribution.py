@@ -31,13 +31,13 @@ LOGITS_AT_ONCE = 1 << 27
 
 @dataclass(frozen=True, slots=True)
 class Influence:
-    """What one document did for an answer.
+    """The influence of one document on an answer.
 
     Attributes:
         attention: mean share of attention, over layers and heads, while the answer's tokens were chosen. The rest up
             to 1 went to prefix, question and answer. Duplicates share one value.
         log_probability: log-probability of the answer without this document.
-        effect: how much the document raises the answer's log-probability, in nats. 0 if a duplicate of it stays.
+        effect: how much the document raises the answer's log-probability, in nats. 0 if a duplicate of it remains.
     """
 
     id: str
@@ -49,9 +49,9 @@ class Influence:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Attribution:
-    """An answer, its natural log-probability with all documents, and what each document did for it.
+    """An answer, its natural log-probability with all documents, and the influence of each document.
 
-    ``documents`` are in the caller's order. Effects do not add up if several documents say the same.
+    ``documents`` are in the caller's order. Effects do not add up if several documents contain the same information.
     """
 
     answer: str
@@ -113,7 +113,7 @@ class Attribution:
 
 
 def with_attribution(engine: Engine[FusionModel], request: Request, answer: Answer, kind: Attributed) -> Answer:
-    """Return ``answer`` whose sources have attention shares and, for "effects", effects.
+    """Return ``answer`` with attention shares and, for "effects", effects in its sources.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
@@ -161,7 +161,7 @@ def attribute_call(
 
 
 def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[int], text: str) -> Attribution:
-    """Measure what each document of ``request`` did for ``answer`` (ids), which reads as ``text``.
+    """Measure the influence of each document of ``request`` on ``answer`` (ids), whose text is ``text``.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
@@ -169,24 +169,27 @@ def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[in
     engine.require_explicit_attention()
     runner = engine.runner
     options, began = DecodingOptions(max_new_tokens=len(answer)), time.perf_counter()
-    request = runner.prepare(request, options)  # variants have its keys, so it must be current
+    request = runner.prepare(request, options)  # variants use its keys, so they must be current
     documents = request.encoded.documents
-    # In canonical order: the place of a variant in its batch rounds its numbers.
-    full = sorted((number for number, read in enumerate(documents) if read.pieces), key=lambda n: documents[n].pieces)
-    left = {
+    # In canonical order, because a variant's place in its batch affects rounding.
+    filled = sorted(
+        (number for number, document in enumerate(documents) if document.pieces), key=lambda n: documents[n].pieces
+    )
+    variants = {
         number: runner.request_for(
             request.encoded.without(number), request.layout, request.mode, request.namespace, options, began
         )
-        for number in full
+        for number in filled
     }
-    if request.fused is not None:  # without a document whose duplicate stays, nothing changes
-        left = {number: variant for number, variant in left.items() if variant.fused != request.fused}
-    whole, *without = _log_probabilities(runner, [request, *left.values()], answer)
-    found = dict(zip(left, without, strict=True))
+    if request.fused is not None:  # removing a document whose duplicate remains changes nothing
+        variants = {number: variant for number, variant in variants.items() if variant.fused != request.fused}
+    whole, *others = _log_probabilities(runner, [request, *variants.values()], answer)
+    log_probability_without = dict(zip(variants, others, strict=True))
     shares = attention_shares(runner, request, answer)
     influences = (
-        Influence(read.id, read.document.title, share, found.get(n, whole), whole - found.get(n, whole))
-        for n, (read, share) in enumerate(zip(documents, shares, strict=True))
+        Influence(document.id, document.document.title, share, without, whole - without)
+        for n, (document, share) in enumerate(zip(documents, shares, strict=True))
+        for without in [log_probability_without.get(n, whole)]
     )
     return Attribution(text, whole, request.mode.name, tuple(influences))
 
@@ -211,7 +214,7 @@ def attention_shares(runner: Runner[FusionModel], request: Request, answer: Sequ
 
 
 def _log_probabilities(runner: Runner[FusionModel], requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
-    """Log-probability of ``answer`` in each request. Requests over nearly the same documents share a row."""
+    """Return the log-probability of ``answer`` in each request. Requests over similar documents share a row."""
     at_once = max(1, LOGITS_AT_ONCE // (len(answer) * runner.model.vocabulary_size))
     options = DecodingOptions(max_new_tokens=len(answer))
     found: dict[int, float] = {}
@@ -220,8 +223,8 @@ def _log_probabilities(runner: Runner[FusionModel], requests: Sequence[Request],
         for batch in runner.batches([runner.current(request) for request in requests[start : start + at_once]]):
             for row in batch.rows:  # one row at a time: every row computes logits at the columns of all rows
                 _raise_if_cancelled(requests[0])
-                alone = replace(row, members=tuple(range(len(row.members))))
-                run = runner.start(Batch(tuple(batch.requests[n] for n in row.members), (alone,)), options)
+                only_row = replace(row, members=tuple(range(len(row.members))))
+                run = runner.start(Batch(tuple(batch.requests[n] for n in row.members), (only_row,)), options)
                 numbers = (first + n for n in row.members)
                 found |= zip(numbers, _row_log_probabilities(runner, run, answer), strict=True)
             first += len(batch.requests)
@@ -243,7 +246,7 @@ def _raise_if_cancelled(request: Request) -> None:
 
 
 def _spans(request: Request) -> list[list[tuple[int, int]]]:
-    """Slots (start, end) of the pieces of each of the caller's documents."""
+    """Return the slots (start, end) of the pieces of each of the caller's documents."""
     documents, at = request.encoded.documents, len(request.scope.prefix)
     if request.fused is None:
         return [[span] for span in request.spans]

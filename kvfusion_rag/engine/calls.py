@@ -23,8 +23,8 @@ class WordingKwargs(TypedDict, total=False):
         prompt: the caller's complete wording without the documents, which models that follow instructions read instead
             of the question: a text, or the messages of a conversation that ends with the user. ``Message.documents``
             marks the place of the documents; by default they open the first user message.
-        mode: "fusion"; "concat" (the ordinary joined prompt in the caller's order, where the adapter only takes part
-            if it was trained on joined prompts); "ape" (training-free fusion without adapter, arXiv 2502.05431);
+        mode: "fusion"; "concat" (the ordinary joined prompt in the caller's order, in which the adapter only takes
+            part if it was trained on joined prompts); "ape" (training-free fusion without adapter, arXiv 2502.05431);
             "auto" (``ModelSettings``).
         focus: keep this many documents, those that make the question likeliest (and that the retriever scores highest,
             if the model's ``focus_weight`` is above 0). None keeps all, as in the paper. "auto" is the model's own.
@@ -41,7 +41,7 @@ class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
     """How a question is read and answered.
 
     Attributes:
-        attribution: measure what each document did for the answer (``Answer.sources``). "attention" takes one more
+        attribution: measure each document's influence on the answer (``Answer.sources``). "attention" takes one more
             pass over question and answer. "effects" also measures the answer's probability without each document.
     """
 
@@ -92,7 +92,7 @@ def read_calls(
         options: as :class:`AnswerKwargs`, without ``prompt``.
 
     Raises:
-        InvalidInputError: a bad argument.
+        InvalidInputError: an argument is invalid.
         ContextLimitError: documents, question and answer are too long.
         ControlTokenError: untrusted text would have become a control token.
     """
@@ -113,8 +113,8 @@ def read_calls(
         raise InvalidInputError(f"{unknown[0]!r} is not an option; the options are {', '.join(allowed)}.")
     decoding = decoding_options(wording, max_new_tokens=engine.max_new_tokens)
     requests = [
-        engine.request(question, found, prompt, mode, decoding, template_kwargs, focus=focus)
-        for question, found, prompt in zip(questions, documents, prompts, strict=True)
+        engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus)
+        for question, rows, prompt in zip(questions, documents, prompts, strict=True)
     ]
     return Call(requests, decoding, attribution)
 

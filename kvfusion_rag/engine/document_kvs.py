@@ -21,7 +21,7 @@ from ..model.kv import DocumentKV
 from ..schema import Origin
 from ..store import FetchedKVs, KVRequest, Miss, Place, as_store, document_key
 
-DOCUMENTS_AT_ONCE = 128  # prefilled into the store
+DOCUMENTS_AT_ONCE = 128  # per call when documents are prefilled into the store
 PREFIXES_IN_MEMORY = 32
 
 Ids = tuple[int, ...]
@@ -44,7 +44,7 @@ class DocumentKVs:
     def __init__(self, model: FusionModel, *, store: Place) -> None:
         self.model = model
         self.store = as_store(store)
-        self._prefixes: OrderedDict[str, DocumentKV] = OrderedDict()  # by store key, the last used one last
+        self._prefixes: OrderedDict[str, DocumentKV] = OrderedDict()  # by store key, least recently used first
         self._weights, self._fingerprint = "", ""  # as of the last refresh
         self.refresh()
 
@@ -84,11 +84,11 @@ class DocumentKVs:
         """Return the KV of the scope's prefix at positions 0..p-1, or None if the prefix is empty."""
         if not scope.prefix:
             return None
-        own = Scope((), scope.namespace)  # the prefix is stored like a document without one
-        key = self.key(scope.prefix, own)
+        prefix_scope = Scope((), scope.namespace)  # the prefix is stored like a document without one
+        key = self.key(scope.prefix, prefix_scope)
         kv = self._prefixes.pop(key, None)
         if kv is None:
-            kv = self.fetch({key: KVRequest(scope.prefix)}, None, self.version, own).kvs[key]
+            kv = self.fetch({key: KVRequest(scope.prefix)}, None, self.version, prefix_scope).kvs[key]
         self._prefixes[key] = kv
         while len(self._prefixes) > PREFIXES_IN_MEMORY:
             self._prefixes.popitem(last=False)
@@ -106,14 +106,14 @@ class DocumentKVs:
         """Take documents from the store, or prefill them.
 
         Args:
-            requests: by store key.
+            requests: requested documents by store key.
             starts: position of each document's first token, by store key. Default: right behind the prefix.
             version: :attr:`version` that the keys were made with.
-            scope: of all documents.
+            scope: scope of all documents.
             keep: return the KVs; otherwise they only go to the store.
 
         Raises:
-            InvalidInputError: the weights changed meanwhile. Nothing is stored under a wrong key.
+            InvalidInputError: the weights changed in the meantime. Nothing is stored under a wrong key.
         """
 
         def compute(missing: Sequence[str]) -> Iterator[tuple[str, DocumentKV]]:
@@ -135,7 +135,7 @@ class DocumentKVs:
     def store_all(
         self, keys: Mapping[str, Ids], scope: Scope, *, progress: bool
     ) -> tuple[dict[str, Origin], dict[str, Miss]]:
-        """Compute what no local tier of the store has, and return each document's origin and miss reason.
+        """Compute the documents that no local tier has, and return each document's origin and miss reason.
 
         KVs only go to the store, pass by pass, so the store's caps bound the memory. Few documents are claimed at a
         time, so that a question about one of the others does not wait for all.

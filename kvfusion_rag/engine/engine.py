@@ -25,7 +25,7 @@ from .runner import M_co, Runner
 
 logger = logging.getLogger(__name__)
 
-MAX_FUSED_TOKENS = 200_000  # slots; protects against filling the memory by mistake
+MAX_FUSED_TOKENS = 200_000  # slots; protects against filling memory by mistake
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,9 @@ class Engine(Generic[M_co]):
         """Return an engine over the same runner with other settings or another namespace."""
         namespace = self.namespace if namespace is None else namespace
         require_namespace(namespace)
-        made: Engine[M_co] = object.__new__(Engine)
-        made._set_up(self.runner, settings or self.settings, namespace, self._warned)
-        return made
+        sibling: Engine[M_co] = object.__new__(Engine)
+        sibling._set_up(self.runner, settings or self.settings, namespace, self._warned)
+        return sibling
 
     @property
     def model(self) -> M_co:
@@ -123,8 +123,8 @@ class Engine(Generic[M_co]):
         """Encode and check documents.
 
         Args:
-            layout: of the prompt that shows them. Default: that of a bare question.
-            max_tokens: limit on all together. Default: ``max_fused_tokens``.
+            layout: layout of the prompt that shows the documents. Default: that of a bare question.
+            max_tokens: limit on all documents together. Default: ``max_fused_tokens``.
         """
         layout = layout or self.prompts.fused_layout(None)
         self.document_kvs.refresh()
@@ -165,17 +165,17 @@ class Engine(Generic[M_co]):
         if chosen.ape is not None:
             self.require_explicit_attention()
         if most is not None and needs_choice(encoded, most):
-            made = self._focused(question, documents, encoded, layout, chosen, most, options, began)
+            request = self._focused(question, documents, encoded, layout, chosen, most, options, began)
         else:
-            made = self.runner.request_for(encoded, layout, chosen, self.namespace, options, began)
+            request = self.runner.request_for(encoded, layout, chosen, self.namespace, options, began)
         self._log_mode(chosen, reason)
-        return made
+        return request
 
     def _focused(
         self, question: str, documents: Sequence[Document | str], encoded: EncodedDocuments, layout: Layout,
         mode: AnswerMode, most: int, options: DecodingOptions, began: float,
     ) -> Request:  # fmt: skip
-        """Return a request whose documents are still to be chosen. A joined prompt's are scored apart."""
+        """Return a request whose documents are still to be chosen. They are scored separately in every mode."""
         scored, prefix = encoded, layout.prefix
         if not mode.fuses:
             bare = self.prompts.fused_layout(None)
@@ -183,8 +183,8 @@ class Engine(Generic[M_co]):
         ids, given = scored_question(self.encoder.plain, question)
         scope = Scope(prefix, self.namespace)
         focus = Focus(most, encoded, scored, scope, ids, given, self.prompts.focus_weight)
-        made = self.runner.request_for(focus.longest, layout, mode, self.namespace, options, began)
-        return replace(made, focus=focus)
+        request = self.runner.request_for(focus.longest, layout, mode, self.namespace, options, began)
+        return replace(request, focus=focus)
 
     def require_explicit_attention(self) -> None:
         """Reject a model whose attention cannot be replaced by ours; measured at the first call."""
@@ -218,4 +218,6 @@ def _require_question(question: object, prompt: object) -> None:
     if not isinstance(prompt, str | Sequence | None):
         raise InvalidInputError(f"the prompt is {prompt!r}, but it must be a text, a list of messages or None.")
     if isinstance(prompt, str) and not prompt.strip():
-        raise InvalidInputError(f"the prompt is {prompt!r}, but must not be blank; None asks the question alone.")
+        raise InvalidInputError(
+            f"the prompt is {prompt!r}, but it must not be blank; pass None to ask the question on its own."
+        )

@@ -1,4 +1,4 @@
-"""What a generator is: its model, settings, default mode and identity."""
+"""Facts about a generator: its model, settings, default mode and identity."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class GeneratorFacts:
         except OSError as error:
             raise InvalidInputError(
                 f"the measured mode cannot be saved in {str(home())!r}: {error.strerror or error}; set "
-                f"{HOME_VARIABLE} to a folder that can be written."
+                f"{HOME_VARIABLE} to a writable folder."
             ) from error
 
     @property
@@ -87,7 +87,7 @@ class GeneratorFacts:
 
     @property
     def namespace(self) -> str:
-        """Tenant whose documents these are in a shared store."""
+        """Tenant whose documents this generator reads in a shared store."""
         return self._engine.namespace
 
     @property

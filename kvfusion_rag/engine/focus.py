@@ -23,13 +23,13 @@ LEAD = "Question:"  # in front of the question that is scored; it is read but no
 
 @dataclass(frozen=True, slots=True)
 class Focus:
-    """What choosing documents needs, before anything is computed.
+    """The inputs for choosing documents, before anything is computed.
 
     Attributes:
         most: number of documents to keep.
         encoded: all documents as the answer reads them.
         scored: the same documents with the keys of the KVs over which the question is scored.
-        scope: of ``scored``.
+        scope: scope of ``scored``.
         ids: ids of ``LEAD`` and the question.
         given: number of ids that belong to ``LEAD``.
         weight: weight of the retriever's scores.
@@ -45,7 +45,7 @@ class Focus:
 
     @property
     def longest(self) -> EncodedDocuments:
-        """The ``most`` longest documents. No choice of that many needs more room."""
+        """The ``most`` longest documents. No other choice of this many needs more room."""
         documents = self.encoded.documents
         numbers = sorted(range(len(documents)), key=lambda number: (-documents[number].tokens, number))
         return self.encoded.only(sorted(numbers[: self.most]))
@@ -59,14 +59,14 @@ class Focus:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which documents were kept, with the scores of all.
+    """The documents that were kept, and the scores of all documents.
 
     Attributes:
         scored: all of the caller's documents, with the keys of ``origins`` and ``kvs``.
-        kept: indices of the kept ones.
+        kept: indices of the kept documents.
         scores: score of every document; None for a blank one.
         origins: where each document's KV came from, by key.
-        misses: why the store did not have it, by key.
+        misses: miss reason of each document that the store did not have, by key.
         kvs: KVs of the kept documents, by key.
     """
 
@@ -125,8 +125,8 @@ def document_scores(
     Retrievers use different scales, so their scores are standardized over the question's documents. They count only
     if all documents with text have one.
     """
-    found = [max((of_piece[ids] for ids in read.pieces), default=None) for read in documents]
-    given = [read.document.score for read in documents if read.pieces]
+    found = [max((of_piece[ids] for ids in document.pieces), default=None) for document in documents]
+    given = [document.document.score for document in documents if document.pieces]
     values = [float(score) for score in given if score is not None]
     if not weight or len(values) < len(given):
         return tuple(found)
@@ -145,13 +145,13 @@ def best_documents(encoded: EncodedDocuments, scores: Sequence[float | None], mo
     """Return the indices of the ``most`` best distinct documents and their duplicates, in the caller's order."""
     key_of = {ids: key for key, ids in encoded.keys.items()}
     best: dict[tuple[Ids, ...], float] = {}
-    for read, score in zip(encoded.documents, scores, strict=True):
+    for document, score in zip(encoded.documents, scores, strict=True):
         if score is not None:
-            best[read.pieces] = max(score, best.get(read.pieces, -math.inf))
+            best[document.pieces] = max(score, best.get(document.pieces, -math.inf))
     ranked = sorted(best, key=lambda pieces: (-best[pieces], [key_of[ids] for ids in pieces]))
     kept = set(ranked[:most])
-    return tuple(number for number, read in enumerate(encoded.documents) if read.pieces in kept)
+    return tuple(number for number, document in enumerate(encoded.documents) if document.pieces in kept)
 
 
 def _distinct(encoded: EncodedDocuments) -> set[tuple[Ids, ...]]:
-    return {read.pieces for read in encoded.documents if read.pieces}
+    return {document.pieces for document in encoded.documents if document.pieces}

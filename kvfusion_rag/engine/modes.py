@@ -17,7 +17,7 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class PlacedDocument:
-    """Ids that are prefilled apart, at positions from ``start`` on.
+    """Ids that are prefilled separately, at positions from ``start`` on.
 
     Attributes:
         key: store key of the KV.
@@ -32,11 +32,11 @@ class PlacedDocument:
 
 @dataclass(frozen=True, slots=True)
 class AnswerMode:
-    """A mode with the settings that act in it. Requests of equal modes can be decoded together.
+    """A mode with the settings that apply to it. Requests of equal modes can be decoded together.
 
     Attributes:
         tuned: whether the adapter or the fully tuned decoder answers, if there is one.
-        positions: of fused documents.
+        positions: positions of fused documents.
         passage_length: positions reserved for each document, or None for the longest document's length.
         ape: factors of APE, or None for the model's own attention.
         stop: strings that end an answer besides the caller's.
@@ -68,7 +68,7 @@ class AnswerMode:
 
     @property
     def fuses(self) -> bool:
-        """Whether documents are prefilled apart and fused; otherwise they are part of the question's prompt."""
+        """Whether documents are prefilled separately and fused; otherwise they are part of the question's prompt."""
         return self.name != "concat"
 
     @property
@@ -99,7 +99,7 @@ def room_left(
     """Return the tokens that an answer may have behind ``before`` positions and a question; None if unlimited.
 
     Raises:
-        ContextLimitError: the answer may have fewer than ``new_tokens``.
+        ContextLimitError: fewer than ``new_tokens`` tokens are left.
     """
     window = model.context_window
     if window is None or before + question_tokens + new_tokens <= window:

@@ -38,7 +38,7 @@ class Prompts:
         choice = choice or "auto"
         require_mode(choice)
         if choice != "auto":
-            return choice, "asked for"
+            return choice, "requested"
         if self.settings.mode != "auto":
             return self.settings.mode, "set for this model"
         if self.settings.tuned:
@@ -67,7 +67,7 @@ class Prompts:
 
     @property
     def identity(self) -> Identity:
-        """What a measurement of the best mode is saved under."""
+        """The identity under which a measurement of the best mode is saved."""
         return self.model.weights_digest, str(self.model.kv_shape.dtype), self.model.adapter_digest
 
     def _measured(self) -> Measured | None:
@@ -117,14 +117,14 @@ class Prompts:
             return str(self.model.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
         if request.fused is not None:
-            names = {ids: read.id for read in reversed(request.encoded.documents) for ids in read.pieces}
+            names = {ids: d.id for d in reversed(request.encoded.documents) for ids in d.pieces}
             documents = [PromptPart(text(piece.ids), names[piece.ids]) for piece in request.fused]
             parts = [PromptPart(text(request.scope.prefix)), *documents, PromptPart(text(request.question.ids))]
         else:
             parts, at, ids = [], 0, request.question.ids
-            for read, (start, end) in zip(request.encoded.documents, request.spans, strict=True):
+            for document, (start, end) in zip(request.encoded.documents, request.spans, strict=True):
                 if end > start:
-                    parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), read.id)]
+                    parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), document.id)]
                     at = end
             parts.append(PromptPart(text(ids[at:])))
         return ShownPrompt(request.mode.name, tuple(part for part in parts if part.text))

@@ -27,10 +27,10 @@ class Request:
     """One question with its documents, encoded and checked against the limits.
 
     Attributes:
-        fused: documents that are prefilled apart, in the order in which they are fused; None if all documents are in
-            the question's own prompt.
+        fused: documents that are prefilled separately, in the order in which they are fused. None if all documents are
+            in the question's own prompt.
         layout: the prompt. Its prefix is in front of the fused documents.
-        namespace: tenant whose documents these are.
+        namespace: tenant that the documents belong to.
         version: ``DocumentKVs.version`` that the keys were made with.
         max_tokens: limit of this answer, if the window has less room than the caller's default.
         spans: token spans of each of the caller's documents in a joined prompt.
@@ -73,9 +73,9 @@ class SharedRow:
         pieces: documents by key, in the order in which they are fused.
         scope: the prefix in front of them, and their namespace.
         members: indices of the questions in their batch.
-        tokens: of all documents together.
-        fewest: document tokens of the question that has fewest.
-        question_tokens: of all questions together.
+        tokens: tokens of all documents together.
+        fewest: smallest number of document tokens of one question.
+        question_tokens: tokens of all questions together.
     """
 
     pieces: Mapping[str, PlacedDocument]

@@ -1,4 +1,4 @@
-"""One batch while it is decoded: its fused cache, where documents came from, its answers so far and their times."""
+"""One batch while it is decoded: its fused cache, the origins of its documents, its answers so far and their times."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Run:
     Attributes:
         context: the fused cache, over the memory of ``buffer``.
         plan: how the model answers it (``FusionModel.plan``).
-        origins, misses: where each document's KV came from, and why the store did not have it, by key.
-        answers: so far.
+        origins, misses: origin of each document's KV, and miss reason of each that was computed, by key.
+        answers: answers so far.
         prefilled_at, first_token_at: ``time.perf_counter()`` values.
     """
 
@@ -92,7 +92,7 @@ class Run:
         )
 
     def _origins(self, request: Request) -> dict[str, Origin]:
-        """Origin of each of the request's documents by key."""
+        """Return the origin of each of the request's documents by key."""
         keys = request.encoded.keys
         if not request.mode.fuses:
             return dict.fromkeys(keys, "prompt")
@@ -105,8 +105,8 @@ def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch, new_t
     """Prefill what the store lacks and fuse each row's documents.
 
     Args:
-        new_tokens: maximum tokens of each answer. There is room for that many, but for at most ``SPARE_SLOTS`` of all
-            answers together or half as many as the documents take, since most answers end earlier.
+        new_tokens: maximum tokens of each answer. The buffer gets at most ``SPARE_SLOTS`` free slots for all answers
+            together, or half as many as the documents take if that is more, since most answers end earlier.
 
     Raises:
         InvalidInputError: weights, threads or precision changed since a request was made.

@@ -1,4 +1,4 @@
-"""Answers requests: documents, fusion and decoding in their order, in batches that fit into memory.
+"""Answers requests in batches that fit into memory: gets the documents, fuses them and decodes.
 
 One runner serves all threads, settings and namespaces of a model. Requests carry everything that differs.
 """
@@ -121,8 +121,8 @@ class Runner(Generic[M_co]):
         )
         choice = self._retry(lambda: choose(self.document_kvs, focus), errors)
         chosen = focus.encoded.only(choice.kept)
-        made = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
-        return replace(made, focus=focus, choice=choice, cancelled=request.cancelled)
+        prepared = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
+        return replace(prepared, focus=focus, choice=choice, cancelled=request.cancelled)
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""

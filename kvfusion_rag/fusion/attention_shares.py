@@ -29,13 +29,13 @@ def attention_shares(
     """Return each document's mean share, over layers and heads, of the attention that chose the answer's tokens.
 
     Args:
-        context: fused context of one row; it is used up.
+        context: fused context of one row. It cannot be used again.
         answer: token ids of the answer.
         spans: slots (start, end) of the pieces of each document.
         before_pass: called before each forward pass; it may raise.
     """
     device = plan.decoder.device
-    attention = AttentionSum(max((end for own in spans for _, end in own), default=0), device)
+    attention = AttentionSum(max((end for group in spans for _, end in group), default=0), device)
     ids, first = [*question.ids, *answer[:-1]], len(question.ids) - 1
     fused = context.mask.shape[1]
     step = max(1, WEIGHTS_AT_ONCE // ((fused + len(ids)) * plan.decoder.config.num_attention_heads))

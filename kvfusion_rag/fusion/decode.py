@@ -24,7 +24,7 @@ from .slot_table import SlotTable, StepInputs
 
 @dataclass(frozen=True, slots=True)
 class DecodingPlan:
-    """Which weights answer, with which attention.
+    """The weights and the attention that answer questions.
 
     Attributes:
         decoder: the model that answers.
@@ -74,10 +74,10 @@ def decode(
 ) -> Generator[list[GrowingAnswer], None, None]:
     """Answer every question over ``context`` and yield all answers so far after each step.
 
-    Ended answers are not computed further, and neither are rows of the context without an open answer.
+    Finished answers are not computed further, and neither are rows of the context without an open answer.
 
     Args:
-        context: fused context of R rows; decoding uses it up.
+        context: fused context of R rows. It cannot be used again.
         questions: N encoded questions.
         options: one set for all questions.
         decode_ids: ids -> text.
@@ -123,8 +123,8 @@ def decode(
 def _require_tokens(chosen: Sequence[int], backbone: Backbone) -> None:
     if NO_TOKEN in chosen:
         raise UnsupportedModelError(
-            f"{backbone.model_id!r} produced NaN or infinite logits in {backbone.dtype}; load it in 'float32' or "
-            "'bfloat16' (dtype)."
+            f"{backbone.model_id!r} produced NaN or infinite logits in {backbone.dtype}; load it with "
+            "dtype='float32' or 'bfloat16'."
         )
 
 

@@ -22,7 +22,7 @@ MAX_OVERSIZE = 8  # reuse pooled memory up to this multiple of the needed size
 
 
 class FusedLayer(DynamicLayer):
-    """One layer's slots (B, H_kv, S, d), the first of which are used. New ones are written behind them in place.
+    """One layer's slots (B, H_kv, S, d). The first ones are used, and new tokens are written behind them in place.
 
     If the free slots are used up, everything is copied into larger memory. With gradients on, every update copies,
     because autograd does not allow writing in place.
@@ -49,7 +49,7 @@ class FusedLayer(DynamicLayer):
         return self._show(end)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows. The i-th must be i or above (:meth:`FusedContext.keep`)."""
+        """Keep only these rows. The i-th must be at least i (:meth:`FusedContext.keep`)."""
         for to, row in enumerate(rows):
             if to != row:
                 for memory in self._memory:
@@ -75,7 +75,7 @@ def _larger(used: torch.Tensor, slots: int) -> torch.Tensor:
 
 @dataclass(slots=True)
 class FusedContext:
-    """What a decoder reads before the question: a cache of K slots per row, and the mask (B, K) of the used ones.
+    """The cache that a decoder reads before the question: K slots per row, and the mask (B, K) of the used ones.
 
     Decoding appends to the cache, so a context serves one decoding.
     """
@@ -92,7 +92,7 @@ class FusedContext:
         """Keep only these rows, in this order, moving as few as possible.
 
         Args:
-            rows: distinct rows. The i-th must be i or above, so that no row is overwritten before it has moved.
+            rows: distinct rows. The i-th must be at least i, so that no row is overwritten before it has moved.
         """
         for layer in self.layers:
             layer.keep(rows)
@@ -108,7 +108,7 @@ class FusedBuffer:
         lengths: document slots of each row.
         shape: shape of the model's KVs.
         room: free slots behind the documents, for questions and answers.
-        pool: memory is taken from it, and returned to it by :meth:`release`.
+        pool: source of the memory, to which :meth:`release` returns it.
     """
 
     def __init__(
@@ -149,15 +149,15 @@ class FusedBuffer:
 class BufferPool:
     """Memory of the last fused context, reused for the next one because fresh pages are slow to allocate.
 
-    Keeps one block, on CPUs only: torch pools accelerator memory itself. A deque needs no lock, which a fork or the
-    garbage collector could run into.
+    Keeps one block, on CPUs only: torch pools accelerator memory itself. A deque needs no lock, which could
+    deadlock after a fork or in the garbage collector.
     """
 
     def __init__(self) -> None:
         self._kept: deque[torch.Tensor] = deque(maxlen=1)
 
     def take(self, numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return uninitialised memory (N,) for ``numbers`` numbers or more."""
+        """Return uninitialised memory (N,) for at least ``numbers`` numbers."""
         with suppress(IndexError):
             memory = self._kept.pop()
             if numbers <= len(memory) <= MAX_OVERSIZE * numbers and memory.dtype == dtype:

@@ -1,4 +1,4 @@
-"""The numeric half of the support gate: measures at load that fusion is exact on a model.
+"""The numeric half of the support gate: measures at load time whether fusion is exact on a model.
 
 Five laws are checked on a few random tokens. A model that ignores explicit positions, biases attention by cache slots
 or rotates keys late fails one of them, whatever its configuration says.
@@ -179,14 +179,14 @@ class _Probe:
     def _forward(
         self, ids: list[int], positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, ape: Ape | None = None
     ) -> torch.Tensor:
-        place = self.backbone.device
-        mask = mask.to(place) if mask.dim() == 4 else mask.long().to(place)
+        device = self.backbone.device
+        mask = mask.to(device) if mask.dim() == 4 else mask.long().to(device)
         return self.backbone.forward(
-            torch.tensor([ids], device=place),
-            positions[None].to(place),
+            torch.tensor([ids], device=device),
+            positions[None].to(device),
             mask,
             cache,
-            torch.tensor([len(ids) - 1], device=place),
+            torch.tensor([len(ids) - 1], device=device),
             adapter=False,  # the laws are about the base model; an adapter only changes the decoder
             ape=ape,
         )

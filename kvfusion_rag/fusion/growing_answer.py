@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from ..schema import FinishReason
 
-_INCOMPLETE = "\ufffd"  # decoded instead of a character whose bytes are incomplete
+_INCOMPLETE = "\ufffd"  # what a character with missing bytes is decoded to
 
 
 class GrowingAnswer:
@@ -43,11 +43,11 @@ class GrowingAnswer:
 
     @property
     def text(self) -> str:
-        """The answer so far. It is decoded on access, because decoding takes time in step with the length."""
+        """The answer so far. It is decoded on access, because decoding takes time proportional to the length."""
         return self._text(self._length)
 
     def take(self) -> str:
-        """Return final text that was not returned before.
+        """Return the final text that has not been returned yet.
 
         Incomplete characters, runs of byte tokens and endings that may become a stop string are held back.
         """

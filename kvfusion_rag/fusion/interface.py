@@ -54,7 +54,7 @@ class Capabilities:
 
 
 class FusionModel(Protocol):
-    """A model that reads documents apart and answers over their fused KVs.
+    """A model that reads documents separately and answers over their fused KVs.
 
     The prefill decoder Dp and the answering decoder Dt share their weights up to an adapter, unless Dt was fully
     tuned. Safe from several threads.
@@ -114,12 +114,12 @@ class FusionModel(Protocol):
         """Return digests of everything that changes an answer."""
         ...
 
-    # EncodedDocuments and answering
+    # Documents and answering
 
     def prefill(
         self, documents: Sequence[Ids], prefix: DocumentKV | None, starts: Sequence[int] | None = None
     ) -> Iterator[tuple[int, DocumentKV]]:
-        """Yield (index, KV) of each document, prefilled apart behind ``prefix`` or at its own start position."""
+        """Yield (index, KV) of each document, prefilled separately behind ``prefix`` or at its own start position."""
         ...
 
     def buffer(self, lengths: Sequence[int], *, room: int) -> FusedBuffer:
@@ -129,7 +129,7 @@ class FusionModel(Protocol):
     def plan(
         self, context: FusedContext, prefix_lengths: Sequence[int], *, tuned: bool, ape: ApeFactors | None
     ) -> Any:
-        """Return how ``context`` is answered: by the tuned decoder or the base model, with or without APE."""
+        """Return a plan to answer over ``context`` by the tuned decoder or the base model, with or without APE."""
         ...
 
     def decode(
@@ -190,7 +190,7 @@ class FusionModel(Protocol):
         ...
 
     def require_explicit_attention(self, prefix_ids: Ids, ordinary_ids: Sequence[int]) -> None:
-        """Reject the model if its attention cannot be replaced by one that APE and attribution need."""
+        """Reject the model if its attention cannot be replaced by the one that APE and attribution need."""
         ...
 
     def release_memory(self) -> int:

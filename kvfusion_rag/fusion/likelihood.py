@@ -1,4 +1,4 @@
-"""Scores documents by log p(text | document), each read apart, several per forward pass."""
+"""Scores documents by log p(text | document), each read separately, several per forward pass."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def text_log_probabilities(
 ) -> list[float]:
     """Return log p(``ids[given:]`` | prefix, document, ``ids[:given]``) in nats for each of D documents, adapter off.
 
-    The text is right behind its own document, so a score does not depend on the other documents.
+    The text directly follows its own document, so a score does not depend on the other documents.
 
     Args:
         prefix: KV in front of each document, or None.
         documents: KVs (L, H_kv, T_i, d) with at least one token each.
-        ids: ids of the text, with at least one behind ``given``.
+        ids: ids of the text, with at least one after the first ``given``.
         given: number of leading ids that are read but not scored, at least one.
     """
     scored = len(ids) - given

@@ -1,4 +1,4 @@
-"""Loads a model with its adapter or tuned decoder, and applies the caller's changes of its settings."""
+"""Loads a model with its adapter or tuned decoder, and applies the caller's changes to its settings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .torch_model import TorchModel
 
 
 class ModelKwargs(TypedDict, total=False):
-    """What is loaded, and how.
+    """Options that choose what is loaded, and how.
 
     Attributes:
         gguf_file: name of a GGUF file in the folder or hub repository of the model.
@@ -42,7 +42,7 @@ class ModelKwargs(TypedDict, total=False):
 
 
 class SettingsKwargs(TypedDict, total=False):
-    """Changes of the model's own settings; ``ModelSettings`` describes each. None keeps the model's value.
+    """Changes to the model's own settings, which ``ModelSettings`` describes. None keeps the model's value.
 
     Attributes:
         mode: "auto", "fusion", "concat" or "ape".
@@ -67,10 +67,10 @@ class LoadKwargs(ModelKwargs, SettingsKwargs, total=False):
 
 
 def load_torch_model(model: str | Path | None, options: LoadKwargs) -> tuple[TorchModel, ModelSettings]:
-    """Load a model and return it with its settings, changed as ``options`` say.
+    """Load a model and return it with its settings, including the changes in ``options``.
 
     Raises:
-        ModelLoadError: something cannot be read.
+        ModelLoadError: the model, adapter or decoder cannot be read.
         UnsupportedModelError: fusion is not exact on this architecture.
         InvalidInputError: an option is unknown, or its value is not allowed.
     """

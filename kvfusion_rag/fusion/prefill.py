@@ -28,7 +28,7 @@ def prefill(
     tokens_per_pass: int,
     starts: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, DocumentKV]]:
-    """Prefill each document apart, at the positions behind the prefix (paper section 3.2) or at its own start.
+    """Prefill each document separately, at the positions behind the prefix (paper section 3.2) or at its own start.
 
     Args:
         token_ids: ids (T_i,) of each document, not empty and within the context window.

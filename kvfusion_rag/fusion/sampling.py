@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 from ..errors import InvalidInputError
 from ..text.settings import is_count
 
-GREEDY_BELOW = 1e-4  # temperatures at which logits would overflow and the likeliest token is all but certain
+GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the likeliest token is all but certain
 NO_TOKEN = -1  # the logits are NaN or infinite
 
 

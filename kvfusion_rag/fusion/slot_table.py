@@ -1,4 +1,4 @@
-"""Which question owns which slot of a fused cache, and the inputs of each decoding step.
+"""Records which question owns which slot of a fused cache, and builds the inputs of each decoding step.
 
 Several questions may share a row. Their tokens then lie side by side in it, and a mask keeps them apart.
 """
@@ -21,7 +21,7 @@ class StepInputs:
     Attributes:
         ids, positions: (R, Q).
         mask: (R, K + Q) padding mask, or (R, 1, Q, K + Q) bool.
-        rows, columns: (n,) places in ``ids`` of the n tokens whose next token is wanted.
+        rows, columns: (n,) indices into ``ids`` of the n tokens whose next token is predicted.
     """
 
     ids: torch.Tensor
@@ -51,11 +51,11 @@ class SlotTable:
         positions: list[list[int]] = [[] for _ in range(rows)]
         owners: list[list[int]] = [[] for _ in range(rows)]
         columns: list[int] = []
-        for i, own, start in zip(open_ones, tokens, starts, strict=True):
+        for i, new_tokens, start in zip(open_ones, tokens, starts, strict=True):
             row = self._row_of[i]
-            ids[row] += own
-            positions[row] += range(start, start + len(own))
-            owners[row] += [i] * len(own)
+            ids[row] += new_tokens
+            positions[row] += range(start, start + len(new_tokens))
+            owners[row] += [i] * len(new_tokens)
             columns.append(len(ids[row]) - 1)
         longest = max(map(len, ids))
         for row in range(rows):

@@ -1,4 +1,4 @@
-"""A model on torch and transformers: Dp and Dt, one pair of backbones that share their weights or have their own."""
+"""A model on torch and transformers: Dp and Dt, which share their weights or have their own."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class TorchModel:
     def reset_digest(self) -> None:
         self.backbone.digest_again()
 
-    # EncodedDocuments and answering
+    # Documents and answering
 
     def prefill(
         self, documents: Sequence[Ids], prefix: DocumentKV | None, starts: Sequence[int] | None = None
@@ -176,12 +176,13 @@ def _require_same_kvs(backbone: Backbone, decoder: Backbone) -> None:
     if (decoder.dtype, decoder.device) != (backbone.dtype, backbone.device):
         raise InvalidInputError(
             f"the decoder {decoder.model_id!r} is in {decoder.dtype} on {decoder.device}, but {backbone.model_id!r}, "
-            f"whose keys it reads, is in {backbone.dtype} on {backbone.device}; load both alike."
+            f"whose keys it reads, is in {backbone.dtype} on {backbone.device}; load both with the same dtype and "
+            "device."
         )
 
 
 def _cache_shape(backbone: Backbone) -> tuple[int, ...]:
-    """Return what two models must share for one to read the other's KVs and token ids."""
+    """Return the sizes that must be equal for one model to read the other's KVs and token ids."""
     config = backbone.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return config.num_hidden_layers, heads, config.hidden_size, config.vocab_size

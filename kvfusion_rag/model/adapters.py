@@ -1,6 +1,6 @@
 """LoRA adapters: check the installed libraries, load an adapter onto a model, and check its base model.
 
-Knows peft and the training record, but not how a model is loaded or called.
+It knows about peft and the training record, but not how a model is loaded or called.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def require_adapter_libraries() -> None:
     """Check that transformers accepts the installed peft, and that peft accepts torchao if it is installed.
 
     Raises:
-        MissingDependencyError: they are not compatible. The message lists the versions and the command that installs
-            compatible ones.
+        MissingDependencyError: the libraries are not compatible. The message lists the versions and the command that
+            installs compatible ones.
     """
     try:
         # A version outside the bounds may lack these names.
@@ -50,13 +50,13 @@ def require_adapter_libraries() -> None:
 
 
 def _installed_versions() -> dict[str, str]:
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     for name in ADAPTER_LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:

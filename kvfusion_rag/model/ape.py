@@ -1,4 +1,4 @@
-"""APE, Adaptive Parallel Encoding (arXiv 2502.05431): attention that reads documents sharper and weighs them less.
+"""APE, Adaptive Parallel Encoding (arXiv 2502.05431): attention that is sharper on documents and weighs them less.
 
 For the question and the answer, the logits of the documents' slots are divided by a temperature T, and the log-sum-exp
 (LSE) of these slots is multiplied by a scale S. Both parts are then merged by their log-sum-exps, as in the paper's
@@ -42,9 +42,9 @@ class Ape:
         return replace(self, documents=self.documents[rows])
 
     def adapt(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits (B, H, Q, S) over all slots so far as APE weighs them. Hidden slots are at -inf.
+        """Return the logits (B, H, Q, S) over all slots so far, reweighted by APE. Hidden slots are at -inf.
 
-        One softmax over the result is the merge: document slots at a/T + (S - 1) LSE have the log-sum-exp S LSE.
+        One softmax over the result is the merge: document logits a/T + (S - 1) LSE have the log-sum-exp S LSE.
         """
         slots = pad(self.documents, (0, logits.shape[-1] - self.documents.shape[1]))[:, None, None]  # (B, 1, 1, S)
         tempered = logits / self.temperature

@@ -1,4 +1,4 @@
-"""Attention functions of this package beside those of transformers.
+"""Attention functions that this package adds to those of transformers.
 
 *Grouped*: query heads that share a key/value head become further queries of that head, so the fused cache is not
 copied. transformers' "sdpa" copies it for each query head whenever there is a mask and more than one query.
@@ -9,7 +9,7 @@ computing the layer again would append to it twice. Here the fused cache comes a
 *Explicit*: computes all weights, for APE, which changes them, and for attribution, which sums them.
 
 They are registered under their own names through transformers' public interfaces, and only a model that selected one
-with ``set_attn_implementation`` uses it. Knows neither weights nor text.
+with ``set_attn_implementation`` uses it. This module does not know about weights or text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from ..errors import UnsupportedModelError
 GROUPED = "kvfusion_grouped"
 CONTEXT = "kvfusion_context"
 EXPLICIT = "kvfusion_explicit"
-FOLDED_ON_CPU = 64  # most queries per head for which copying the mask to every head of a group pays off (measured)
+FOLDED_ON_CPU = (
+    64  # largest number of queries per head for which copying the mask to every head of a group pays off (measured)
+)
 
 Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values (B, H_kv, K, d) of each layer
 
@@ -92,8 +94,8 @@ def one_query_attention(
 ) -> torch.Tensor:
     """Compute the attention of one token by matrix products.
 
-    On a CPU in float32 this is up to twice as fast as torch's fused kernel, which cuts keys into blocks for many
-    queries.
+    On a CPU in float32 this is up to twice as fast as torch's fused kernel, whose blocks of keys are
+    sized for many queries.
 
     Args:
         query: (B, H_kv, G, d), the G query heads that share a key head.
@@ -132,7 +134,7 @@ def explicit_attention(
 ) -> tuple[torch.Tensor, None]:
     """Return the output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d).
 
-    The support gate measures whether the model passes on everything that its attention needs.
+    The support gate measures whether the model passes everything that its attention needs to this function.
 
     Args:
         attention_mask: (B, 1, Q, S) bool.
@@ -206,6 +208,6 @@ def context_attention(
         attention_mask: (B, 1, Q, K + Q) bool with a context.
     """
     if context is not None:
-        keys, values = context[module.layer_idx]  # type: ignore[index]  # every attention module has its number
+        keys, values = context[module.layer_idx]  # type: ignore[index]  # every attention module has its layer's number
         key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)  # (B, H_kv, K + Q, d)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -22,4 +22,4 @@ class AttentionSum:
     def shares(self, spans: Sequence[Sequence[tuple[int, int]]]) -> list[float]:
         """Return the mean weight, over layers, heads and queries, of each list of (start, end) spans of slots."""
         mass = self._mass.double() / self._softmaxes
-        return [float(sum(mass[start:end].sum() for start, end in own)) for own in spans]
+        return [float(sum(mass[start:end].sum() for start, end in group)) for group in spans]

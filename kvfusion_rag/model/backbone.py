@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class Backbone:
-    """A causal language model that can prefill documents apart, and decode over a fused cache.
+    """A causal language model that can prefill documents separately, and decode over a fused cache.
 
     Safe to use from several threads: a lock serializes forward passes and the switching of adapter and attention.
 
@@ -44,7 +44,7 @@ class Backbone:
         model_id: name to show.
         revision: commit of a hub model.
         adapter: folder of a LoRA adapter.
-        base_settings: settings without the adapter; by default those with it.
+        base_settings: settings without the adapter. Default: ``settings``.
     """
 
     def __init__(
@@ -182,12 +182,12 @@ class Backbone:
         """Return the logits (B, N, V) of one pass of Dt with gradients, at the N ``columns`` of ``ids``.
 
         The other arguments are those of :meth:`forward`. With ``tuned=False`` the base model answers, without adapter
-        and dropout; the caller turns gradients off.
+        or dropout. The caller turns gradients off.
 
         After :meth:`checkpoint_activations`, the mask must have four dimensions. The backward pass must then come
         before any other use of the model, because it computes the layers again.
         """
-        if mask.dim() == 4 and self.config._attn_implementation == "eager":  # adds a mask to the scores
+        if mask.dim() == 4 and self.config._attn_implementation == "eager":  # it adds the mask to the scores
             mask = additive(mask, self.dtype)
         context: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if self.checkpoints_activations and tuned:
@@ -200,7 +200,7 @@ class Backbone:
         return out.logits
 
     def checkpoint_activations(self) -> None:
-        """Compute layers again in the backward pass, from now on, instead of keeping their activations.
+        """From now on, recompute layers in the backward pass instead of keeping their activations.
 
         Raises:
             UnsupportedModelError: the architecture has no gradient checkpointing, or its attention cannot be replaced.
@@ -227,7 +227,7 @@ class Backbone:
         its digest.
 
         Raises:
-            ModelLoadError: it was trained on another base model.
+            ModelLoadError: the adapter or decoder was trained on another base model.
         """
         if not self.quantized:
             require_trained_on(folder, self.model_id, self.dtype, lambda: self.weights_digest)
@@ -259,7 +259,7 @@ class Backbone:
 
     @property
     def weights_digest(self) -> str:
-        """xxh3-128 of the base weights. It is computed again after torch counts an in-place change of one."""
+        """xxh3-128 of the base weights. It is recomputed when torch has counted an in-place change."""
         versions = [tensor._version for _, tensor in self._base_weights if not tensor.is_inference()]
         if self._digest is None or self._digest[0] != versions:
             self._digest = versions, digest_tensors(self._base_weights)

@@ -1,7 +1,7 @@
 """The cache of one prefill pass, which collects document KVs and ends the pass as soon as it has all of them.
 
 The last layer's keys and values are known before that layer attends and runs its feed-forward block. Ending the pass
-there saves most of one layer and gives the same bits. Knows no model.
+there saves most of one layer and gives the same bits. This module does not know about models.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .kv import DocumentKV
 
 
 class DocumentCache(DynamicCache):
-    """Filled by one forward pass of the decoder over B rows within :meth:`collecting`."""
+    """A cache that one forward pass of the decoder over B rows fills within :meth:`collecting`."""
 
     def __init__(self, config: PretrainedConfig, prefix: DocumentKV | None, rows: int) -> None:
         super().__init__(config=config)  # without a cache, transformers would look for packed sequences
         self._past = 0 if prefix is None else prefix.num_tokens
         if prefix is not None:
             shape = (rows, -1, -1, -1)
-            layers = cast(list[CacheLayerMixin], self.layers)  # their ``update`` does not end the pass
+            layers = cast(list[CacheLayerMixin], self.layers)  # ``update`` of a layer does not end the pass
             for layer, keys, values in zip(layers, prefix.keys, prefix.values, strict=True):
                 layer.update(keys.expand(shape), values.expand(shape))
 

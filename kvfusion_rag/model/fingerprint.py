@@ -1,4 +1,4 @@
-"""A digest of tensors, to tell apart two sets of weights."""
+"""A digest of tensors that distinguishes two sets of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def digest_tensors(tensors: Iterable[tuple[str, torch.Tensor]], facts: str = "") -> str:
-    """Return the xxh3-128 in hex of ``facts`` and of all tensors, sorted by name: names, shapes, dtypes and bytes."""
+    """Return the hexadecimal xxh3-128 of ``facts`` and of all tensors (name, shape, dtype, bytes), sorted by name."""
     digest = xxhash.xxh3_128(facts.encode())
     for name, tensor in (part for named in sorted(tensors, key=lambda one: one[0]) for part in _plain_parts(*named)):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())

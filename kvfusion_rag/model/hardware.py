@@ -1,4 +1,4 @@
-"""Devices and dtypes: choose them by name, and measure which dtypes this processor is fast in. Knows no models."""
+"""Devices and dtypes: choose them by name, and measure which dtypes this processor is fast in."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def choose_device(device: str | None) -> torch.device:
     available = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
     if chosen.type not in available:
         raise InvalidInputError(
-            f"device is {device!r}, but this machine and this torch have only {sorted(available)}."
+            f"device is {device!r}, but this machine and its torch build only have {sorted(available)}."
         )
     return chosen
 

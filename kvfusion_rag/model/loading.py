@@ -1,4 +1,4 @@
-"""Load models: the backbone that prefills documents, and the decoder that answers if it has weights of its own.
+"""Load models: the backbone that prefills documents, and the answering decoder if it has its own weights.
 
 Uses transformers' own loaders. Remote code stays off.
 """
@@ -24,7 +24,7 @@ from .support import require_supported
 
 logger = logging.getLogger(__name__)
 
-# Arguments of from_pretrained with another name here, or that transformers would ignore.
+# Options that are separate arguments here, or that transformers would ignore.
 RESERVED_OPTIONS = ("config", "dtype", "torch_dtype", "revision", "gguf_file")
 
 
@@ -46,7 +46,7 @@ def load_decoders(
     Raises:
         ModelLoadError: a file cannot be read, or the adapter or decoder belongs to another base model.
         UnsupportedModelError: the architecture cannot be fused exactly.
-        InvalidInputError: an argument is outside what is allowed.
+        InvalidInputError: the value of an argument is not allowed.
     """
     hub = {name: value for name, value in (model_kwargs or {}).items() if name in HUB_OPTIONS}
     location = locate_model(model, gguf_file=gguf_file, revision=revision, **hub)

@@ -24,7 +24,7 @@ HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_dow
 
 @dataclass(frozen=True, slots=True)
 class ModelLocation:
-    """Where a model is.
+    """The location of a model.
 
     Attributes:
         path: folder or hub name, as transformers' loaders take it.
@@ -63,7 +63,9 @@ def locate_model(
         raise InvalidInputError(f"gguf_file is {gguf_file!r}, but it must be the name of a file.")
     if model is None:
         if gguf_file is not None:
-            raise InvalidInputError(f"gguf_file is {gguf_file!r}, but the folder or hub name that has it is missing.")
+            raise InvalidInputError(
+                f"gguf_file is {gguf_file!r}, but the folder or hub name that contains it is missing."
+            )
         return _default_model(revision, hub)
     if not isinstance(model, str | Path) or (isinstance(model, str) and not model.strip()):
         raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder, a GGUF file or None.")

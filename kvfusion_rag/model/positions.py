@@ -43,7 +43,7 @@ def fused_positions(
 
 
 def block_mask(prefix_length: int, document_lengths: Sequence[int], question_length: int) -> torch.Tensor:
-    """Return the causal mask (K + Q, K + Q), bool, of the single pass that fusion equals.
+    """Return the causal mask (K + Q, K + Q), bool, of the single pass that fusion is equivalent to.
 
     A document sees the prefix and itself. The question sees everything before it.
     """

@@ -2,7 +2,7 @@
 
 Requests enter as store keys with token ids, together with a function that computes missing documents. Document KVs
 leave, from memory, from disk, from a remote folder or freshly computed, each with its origin and the reason for a
-miss. The room must not know models, text, prompts or the order of documents in an answer.
+miss. The room must not know about models, text, prompts or the order of documents in an answer.
 """
 
 from .disk import DiskStore, VerifyReport

@@ -1,6 +1,6 @@
 """Background work of a remote store, which may hang: a bounded queue of uploads, and calls with a time limit.
 
-All threads are daemons, so that no process waits for them when it exits.
+All threads are daemons, so that a process does not wait for them when it exits.
 """
 
 from __future__ import annotations

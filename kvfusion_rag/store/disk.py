@@ -46,7 +46,7 @@ from .metrics import Miss
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 20 << 30
-PAUSE_SECONDS = 60.0  # to stop writing after a failed write
+PAUSE_SECONDS = 60.0  # during which nothing is written after a failed write
 REMOVED_AT_ONCE = 256  # files per transaction, so that other processes do not wait long for the index
 
 
@@ -78,8 +78,9 @@ class DiskStore:
             first, and those of others only if none is left.
         codec: "raw", or "v8" for values in 8 bits, which changes answers slightly and saves a quarter to three
             eighths of the space.
-        fsync: wait until a document is on the disk. Without it a power cut can lose documents but never damage them.
-        mode: permissions of files. Folders get the same, with the right to enter for those who may read.
+        fsync: wait until a document is on the disk. Without it, a power failure can lose documents but not damage
+            them.
+        mode: permissions of files. Folders also get the right to enter for those who may read.
         read_only: never write, remove or count anything.
 
     Raises:
@@ -175,7 +176,7 @@ class DiskStore:
         return self.get(key, shape, into) if self._write(self._file(key), [data]) else Miss.UNREADABLE
 
     def forget(self, *keys: str) -> int:
-        """Remove the documents of ``keys`` under every model, also while they are written. Return their number.
+        """Remove the documents of ``keys`` under every model, even while they are being written. Return their number.
 
         Raises:
             InvalidInputError: ``keys`` contains an invalid document key.
@@ -184,7 +185,7 @@ class DiskStore:
         return sum(self._remove(path) for path in paths_of_documents(keys))
 
     def clear(self, namespace: str | None = None) -> int:
-        """Remove all documents of a namespace (its key), or all, also while they are written. Return their number.
+        """Remove all documents, or those of one namespace (its key), even while being written. Return their number.
 
         Raises:
             InvalidInputError: ``namespace`` is not a namespace key.
@@ -305,7 +306,7 @@ class DiskStore:
 
     @contextmanager
     def _maintenance(self) -> Generator[None, None, None]:
-        """Raise StoreError for errors of maintenance, whereas errors during an answer are counted misses."""
+        """Raise StoreError for errors of maintenance. Errors during an answer are misses instead."""
         try:
             yield
         except (OSError, sqlite3.Error) as error:

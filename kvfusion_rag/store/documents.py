@@ -1,6 +1,6 @@
 """The document store: documents come from the fastest tier that has them, or are computed once and stored.
 
-It knows neither models nor text. The caller passes a function that computes missing documents.
+It does not know about models or text. The caller passes a function that computes missing documents.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DocumentStore:
         os.register_at_fork(after_in_child=lambda: (reset := in_child()) and reset())
 
     def _reset(self) -> None:
-        """Begin without threads: in a new store, and in a forked process, which has none of its parent's."""
+        """Start without threads, both in a new store and in a forked process, which lacks its parent's."""
         self._single_flight = SingleFlight()
         self._prefetches = threading.BoundedSemaphore(MAX_PREFETCHES)
         self._pools: dict[str, ThreadPoolExecutor] = {}
@@ -143,7 +143,7 @@ class DocumentStore:
     def forget(self, keys: Iterable[str]) -> int:
         """Remove documents, under every model, from every tier. Return the number of removed copies.
 
-        Documents that this store is fetching at the moment are not kept either. Other processes keep what they have
+        Documents that this store is currently fetching are not kept either. Other processes keep what they have
         in memory, and may store again what they are computing.
         """
         return self._tiers.remove(list({document_part(key): key for key in keys}.values()))
@@ -302,7 +302,7 @@ def as_store(place: Place) -> DocumentStore:
     """Return a document store for ``place``: "memory" (1 GiB), a folder, a URL, a tier, a store, or None for no store.
 
     Raises:
-        InvalidInputError: ``place`` is something else.
+        InvalidInputError: ``place`` is none of these.
         StoreError: it cannot be opened.
     """
     match place:

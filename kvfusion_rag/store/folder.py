@@ -26,7 +26,7 @@ class Folder:
 
     Args:
         path: the folder.
-        mode: permissions of its files. Folders get the same, with the right to enter for those who may read.
+        mode: permissions of its files. Folders also get the right to enter for those who may read.
         fsync: wait until written data is on the disk.
     """
 

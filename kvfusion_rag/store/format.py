@@ -33,7 +33,7 @@ _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bit patterns
 _CHECKSUM_FIELD = b'"xxh3_128":"'
 _CHECKSUM_BYTES = 32  # hex digits
-_ALIGNMENT = 64  # bytes, of the tensor data in the file
+_ALIGNMENT = 64  # in bytes, of the tensor data in the file
 _MAX_HEADER_BYTES = 1 << 16
 _PIECE_BYTES = 2 << 20  # read and checked at a time, so that the data is still in the processor's cache
 _MAX_BUFFERS = 1024  # limit of one writev call
@@ -216,7 +216,7 @@ def check(stream: BinaryIO, path: PurePath) -> Miss | None:
 
 
 def _fill(descriptor: int, buffer: Buffer, offset: int) -> bool:
-    """Fill ``buffer`` from ``offset`` of the file. Return False if the file ends before."""
+    """Fill ``buffer`` from ``offset`` of the file. Return False if the file ends earlier."""
     left = memoryview(buffer)
     while len(left):
         count = os.preadv(descriptor, [left], offset)

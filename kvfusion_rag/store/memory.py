@@ -1,7 +1,7 @@
 """The memory tier: document KVs under byte caps, with eviction of the least recently used.
 
-It does not know models or text. It is thread-safe. Apart from evictions, and removals that look at all keys once,
-every operation takes constant time.
+It does not know about models or text. It is thread-safe. Apart from evictions, and removals that look at all keys
+once, every operation takes constant time.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class StoreMetrics:
 
 
 class Counters:
-    """Add up events, and pass each one to a callback."""
+    """Adds up events and passes each one to a callback."""
 
     def __init__(self, on_event: Callable[[StoreEvent], None] | None) -> None:
         self._on_event = on_event

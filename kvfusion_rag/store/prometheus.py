@@ -1,4 +1,4 @@
-"""Expose the counts of a document store to Prometheus, read at each scrape. Needs the extra ``metrics``."""
+"""Exposes the counts of a document store to Prometheus, read at each scrape. Needs the extra ``metrics``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GAUGES = {"used_bytes": "Bytes held, by tier.", "entries": "Documents held, by t
 
 
 class StoreCollector:
-    """Report ``store.metrics`` to a Prometheus registry."""
+    """Reports ``store.metrics`` to a Prometheus registry."""
 
     def __init__(self, store: DocumentStore) -> None:
         self._store = store

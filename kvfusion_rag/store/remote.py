@@ -34,12 +34,12 @@ from .metrics import Miss
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
-WAIT_SECONDS = 2.0  # to wait for one document before it is computed
-PAUSE_SECONDS = 60.0  # to stop using a store after an error
-FLUSH_SECONDS = 60.0  # to wait for unfinished uploads when a store is closed
-EXIT_SECONDS = 5.0  # to wait for them when a process exits without closing its store
-JOIN_SECONDS = 1.0  # to wait for a thread that has finished its uploads
-STALLED_SECONDS = 30.0  # to wait for one step of maintenance
+WAIT_SECONDS = 2.0  # longest wait for one document before it is computed
+PAUSE_SECONDS = 60.0  # during which a store is not used after an error
+FLUSH_SECONDS = 60.0  # longest wait for unfinished uploads when a store is closed
+EXIT_SECONDS = 5.0  # the same when a process exits without closing its store
+JOIN_SECONDS = 1.0  # longest wait for a thread that has finished its uploads
+STALLED_SECONDS = 30.0  # longest wait for one step of maintenance
 ALL_FILES = f"*/*/*/*{SUFFIX}"
 _MAX_DOWNLOADS = 16
 _UPLOADS_PER_CHECK = 64  # uploads between two checks of the cap
@@ -205,7 +205,7 @@ class RemoteStore:
         return False
 
     def _reset(self) -> None:
-        """Begin without threads or connections: in a new store, and in a forked process, which has neither."""
+        """Start without threads or connections, both in a new store and in a forked process, which has neither."""
         self._opened: Any = None
         self._downloads = threading.BoundedSemaphore(_MAX_DOWNLOADS)
         self._queue = UploadQueue(self._upload)
@@ -243,7 +243,7 @@ class RemoteStore:
             return
         path = upload.path
         try:
-            self._system.invalidate_cache()  # of listings, because other machines write and remove too
+            self._system.invalidate_cache()  # listings may be stale, because other machines write and remove too
             if path not in self._damaged and self._system.exists(path):
                 return
             self._system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
@@ -294,7 +294,7 @@ class RemoteStore:
                 self.evictions += 1
 
     def _list(self, ending: str) -> dict[str, dict[str, Any]]:
-        """Return facts about the files whose paths end with a pattern, by path."""
+        """Return facts about the files whose paths end in a pattern, by path."""
         self._system.invalidate_cache()
         return self._system.glob(f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}", detail=True)
 

@@ -1,7 +1,7 @@
 """The tiers of a document store in order of speed: where documents are looked up, stored and removed.
 
-An error in a tier becomes a miss with its reason. A removal also covers documents that are being fetched: what was
-requested before it is not kept.
+An error in a tier becomes a miss with its reason. A removal also covers documents that are being fetched: a
+document requested before it is not kept.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Fetch:
 
     Attributes:
         requests: requested documents by store key.
-        shape, device: of the model's KVs.
+        shape, device: shape and device of the model's KVs.
         kvs, origins, misses: see :class:`FetchedKVs`.
         removals: number of removals from the tiers before the fetch.
         events: passed to callbacks once no thread waits for the call, because a callback may fetch the same documents.
@@ -99,7 +99,7 @@ class Tiers:
             )
         self.memory, self.disk, self.remote = memory, disk, remote
         self._counters = counters
-        self.removals = 0  # so far
+        self.removals = 0  # number of removals so far
 
     def get_from_memory(self, key: str, fetch: Fetch) -> DocumentKV | None:
         """Return the document from memory, or None if it is not there."""
@@ -109,7 +109,7 @@ class Tiers:
         return document
 
     def get_from_files(self, key: str, document: DocumentKV, fetch: Fetch) -> Tier | Miss:
-        """Read the document from disk or the remote tier into CPU tensors. Return its tier, or why it was missed."""
+        """Read the document from disk or the remote tier into CPU tensors. Return its tier, or the miss reason."""
         if self.disk is None:
             return Miss.ABSENT
         began = time.perf_counter()
@@ -163,7 +163,7 @@ class Tiers:
         Raises:
             StoreError: a tier cannot remove its documents. The other tiers have removed theirs.
         """
-        self.removals += 1  # calls that began before now keep nothing
+        self.removals += 1  # fetches that began earlier keep nothing
         removed, failure = 0, None
         for tier in (self.remote, self.disk, self.memory):
             if tier is None:
@@ -225,9 +225,9 @@ class Tiers:
         self._undo_if_removed(key, removals, self.remote)
 
     def _undo_if_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
-        """Remove a document that was just stored if a removal began since its request, because it may have been meant.
+        """Remove a document that was just stored if a removal, which may cover it, began after its request.
 
-        A removal that begins later finds the document in its place.
+        A removal that begins later finds the document and removes it.
         """
         for tier in tiers if self.removals != removals else ():
             if tier is not None:

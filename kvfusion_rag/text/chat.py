@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 TEXT_SEPARATOR = "\n\n"
 DEFAULT_LEAD = "Answer the question from these documents.\n\n"  # before documents that the caller did not place
-# Some templates print today's date, which would change the prefix, and so every key, at midnight. They take a date as
-# an argument (Llama 3), or call a function (SmolLM 3), which is shadowed.
+# Some templates print today's date, which would change the prefix, and therefore every key, at midnight. Llama 3 takes
+# the date as a variable. SmolLM 3 calls a function, which is shadowed here.
 FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
@@ -38,7 +38,7 @@ _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
 class Marks:
-    """Texts that nobody can guess, to find places in a rendered template.
+    """Unguessable texts that mark places in a rendered template.
 
     Args:
         control_tokens: texts that the tokenizer would read as control tokens.
@@ -145,7 +145,7 @@ def with_place(messages: Sequence[Message], *, lead: str) -> list[Message]:
 
 
 def documents_first(messages: Sequence[Message], question: str) -> list[Message]:
-    """Return ``messages`` with nothing in front of the documents that differs between questions.
+    """Return ``messages`` reordered so that the text in front of the documents is the same for all questions.
 
     Fixed text before the documents stays there. Lines that contain the question move behind the documents, and so do
     earlier turns of user and assistant: otherwise every turn would have to read the documents again.
@@ -178,7 +178,7 @@ def without_place(message: Message) -> Message:
 
 
 def close_gap(before: str, after: str) -> str:
-    """Join the texts before and after the documents with the longer of the two white spaces."""
+    """Join the texts before and after the documents with the longer of the two runs of white space between them."""
     left, right = before.rstrip(), after.lstrip()
     if not left or not right:
         return left + right
@@ -220,7 +220,7 @@ def rendered(
         text_of: returns the text of a message, with the documents or a mark in their place.
 
     Raises:
-        InvalidInputError: the template rejects both forms, or its variables. The message contains its reason.
+        InvalidInputError: the template rejects both forms, or its variables. The message contains the reason.
     """
     if tokenizer.chat_template is None:
         return as_text(messages, text_of)

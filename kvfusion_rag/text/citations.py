@@ -1,4 +1,4 @@
-"""Finds an answer in the documents by a normalized match, as SQuAD's metric compares answers.
+"""Finds an answer in the documents by a normalized match, in the way SQuAD's metric compares answers.
 
 Case, accents, punctuation, spaces and leading articles are ignored, but a match begins and ends at word boundaries. A
 citation has the source's spelling, even if the model is uncased. Pure functions on text.
@@ -17,7 +17,7 @@ _LEADING_ARTICLES = re.compile(r"^(?:(?:a|an|the)(?:\s+|$))+", re.IGNORECASE)
 
 
 def find_citations(answer: str, documents: Iterable[tuple[str, Document]]) -> tuple[Citation, ...]:
-    """Return the first place of ``answer`` in each document that contains it.
+    """Return the first occurrence of ``answer`` in each document that contains it.
 
     Args:
         answer: generated text.
@@ -40,9 +40,9 @@ def find_shared_phrases(answer: str, question: str, documents: Iterable[tuple[st
     A phrase has at least two words. At least one of them is new: it is not in the question, and it is a number or has
     four letters or more. Only the documents with the longest phrase of all are returned, in their order.
     """
-    asked = {_normalize(word) for word in _WORD.findall(question)}
+    question_words = {_normalize(word) for word in _WORD.findall(question)}
     words = [_normalize(word) for word in _WORD.findall(answer)]
-    runs = [(document_id, doc.text, _longest_run(words, doc.text, asked)) for document_id, doc in documents]
+    runs = [(document_id, doc.text, _longest_run(words, doc.text, question_words)) for document_id, doc in documents]
     most = max((run[0] for _, _, run in runs), default=0)
     if most < 2:
         return ()
@@ -53,7 +53,7 @@ def find_shared_phrases(answer: str, question: str, documents: Iterable[tuple[st
     )
 
 
-def _longest_run(words: Sequence[str], text: str, asked: Collection[str]) -> tuple[int, int, int]:
+def _longest_run(words: Sequence[str], text: str, question_words: Collection[str]) -> tuple[int, int, int]:
     """Return length, start and end of the longest run of ``words`` in ``text`` with a new word, or zeros."""
     places = [(match.start(), match.end(), _normalize(match[0])) for match in _WORD.finditer(text)]
     best, lengths = (0, 0, 0), [0] * (len(places) + 1)  # lengths of the runs that end at the previous word
@@ -63,20 +63,20 @@ def _longest_run(words: Sequence[str], text: str, asked: Collection[str]) -> tup
             if word == other:
                 length = grown[n + 1] = lengths[n] + 1
                 run = places[n + 1 - length : n + 1]
-                if length > best[0] and any(_is_new(w, asked) for _, _, w in run):
+                if length > best[0] and any(_is_new(w, question_words) for _, _, w in run):
                     best = length, run[0][0], end
         lengths = grown
     return best
 
 
-def _is_new(word: str, asked: Collection[str]) -> bool:
-    return word not in asked and (len(word) >= 4 or word.isdecimal())
+def _is_new(word: str, question_words: Collection[str]) -> bool:
+    return word not in question_words and (len(word) >= 4 or word.isdecimal())
 
 
 def _find(target: str, text: str) -> tuple[int, int] | None:
     """Return the first (start, end) in ``text`` that normalizes to ``target`` between word boundaries."""
     normalized, origins = "", []
-    if target not in _normalize(text):  # most documents end here, before the costly map of origins
+    if target not in _normalize(text):  # most documents do not match, so they skip the costly map of origins
         return None
     for index, char in enumerate(text):
         letters = _normalize(char)

@@ -1,6 +1,6 @@
 """Prepares the documents of one question: checks, encodes and splits them, and removes duplicates.
 
-Knows templates and limits, but neither weights nor tensors.
+It knows about templates and limits, but not about weights or tensors.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class EncodedDocuments:
     keys: dict[str, tuple[int, ...]] = field(repr=False)
 
     def with_keys(self, key_of: Callable[[tuple[int, ...]], str]) -> EncodedDocuments:
-        """Return the same documents with other keys."""
+        """Return the same documents with the keys that ``key_of`` computes."""
         return EncodedDocuments(self.documents, dict(sorted((key_of(ids), ids) for ids in self.keys.values())))
 
     def without(self, number: int) -> EncodedDocuments:
-        """Return all documents except the one with this number. Pieces that another document shares stay."""
+        """Return all documents except the one with this number. Pieces shared with another document are kept."""
         return self.only([n for n in range(len(self.documents)) if n != number])
 
     def only(self, numbers: Iterable[int]) -> EncodedDocuments:
@@ -85,7 +85,7 @@ class EncodedDocuments:
 
     @property
     def cited_order(self) -> list[tuple[str, Document]]:
-        """(id, document) pairs that are not blank, in an order that does not depend on the caller's."""
+        """(id, document) pairs of all documents with text, in an order that does not depend on the caller's."""
         key_of, filled = self._key_of, [d for d in self.documents if d.pieces]
         filled.sort(key=lambda d: (key_of[d.pieces[0]], d.document.text, d.id))
         return [(d.id, d.document) for d in filled]
@@ -141,7 +141,7 @@ class Limits:
 
 
 def limit_of(settings: ModelSettings, window: int | None, prefix_tokens: int) -> int:
-    """Return the most tokens of one document, for a model with ``window`` positions."""
+    """Return the maximum number of tokens of one document, for a model with ``window`` positions."""
     # One position is reserved for the question and one for the answer.
     room = UNLIMITED if window is None else window - prefix_tokens - 2
     longest = settings.max_document_tokens
@@ -158,7 +158,7 @@ def encode_documents(
 
     Raises:
         InvalidInputError: ``documents`` is one string, or contains something that is not a document.
-        ContextLimitError: a document is longer than the model reads, or all documents are more than can be fused.
+        ContextLimitError: a document is longer than the model can read, or all documents together are too long.
     """
     require_sequence(documents)
     encoded = tuple(_encode(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
@@ -177,7 +177,7 @@ def require_sequence(documents: object) -> None:
     """Raise InvalidInputError unless ``documents`` is a sequence that is not itself one document."""
     if isinstance(documents, str | bytes | Document) or not isinstance(documents, Sequence):
         raise InvalidInputError(
-            f"documents is one {type(documents).__name__}, but it must be a sequence of documents: pass a "
+            f"documents is of type {type(documents).__name__}, but it must be a sequence of documents: pass a "
             "list, and split a joined context into its documents."
         )
 
@@ -197,9 +197,9 @@ def _encode(document: Document | str, number: int, encoder: DocumentEncoder, lim
     if isinstance(document, str):
         document = Document(document)
     if not isinstance(document, Document):
-        found = f"{type(document).__module__}.{type(document).__name__}"
+        type_name = f"{type(document).__module__}.{type(document).__name__}"
         raise InvalidInputError(
-            f"document {number} is a {found}, but it must be a string or a kvfusion_rag.Document; make one from "
+            f"document {number} is a {type_name}, but it must be a string or a kvfusion_rag.Document; make one from "
             "its text, id and metadata."
         )
     for name, value in (("text", document.text), ("id", document.id), ("title", document.title)):

@@ -2,7 +2,7 @@
 
 Documents, titles, questions and prompts are untrusted. A second tokenizer without control tokens encodes them, and the
 result is checked before it is returned. Control tokens come only from the model's own templates, as constant ids.
-Knows neither weights nor positions.
+It does not know about weights or positions.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class PlainEncoder:
         return ids
 
     def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
-        """Return the characters (start, end) of ``text`` that each of its ids spells."""
+        """Return the range of characters (start, end) of ``text`` that each of its ids spells."""
         return self._encoding(text, continues=continues).offsets
 
     def cut(self, text: str, max_tokens: int) -> int:
@@ -126,7 +126,7 @@ def _unknown_id(model: Mapping[str, Any]) -> int | None:
 
 
 def _is_ordinary(token: Mapping[str, Any]) -> bool:
-    """Whether an added token is ordinary text: white space (``▁`` is a space), or one character not marked special."""
+    """Whether an added token is ordinary text: white space (``▁`` is a space), or one non-special character."""
     content = token["content"].replace("▁", " ")
     return content.isspace() or (len(content) == 1 and not token["special"])
 
@@ -169,7 +169,7 @@ class Control:
 
 
 class Template:
-    """A template of the model's owner, split into control tokens and plain text with fields."""
+    """A template written by the model's owner, split into control tokens and plain text with fields."""
 
     def __init__(
         self, text: str, tokenizer: PreTrainedTokenizerBase, encoder: PlainEncoder, field: re.Pattern[str] = FIELD
@@ -301,7 +301,8 @@ class PromptEncoder:
     def _chat_template(self, roles: Sequence[str]) -> Template | None:
         """Return the part of the chat template that follows the documents of a conversation.
 
-        It is None if prefix and prompt template are not those of the chat template, or if it changes such turns.
+        Return None if the settings' prefix and prompt template do not come from the chat template, or if the chat
+        template changes the turns.
         """
         if self._tokenizer.chat_template is None:
             return None

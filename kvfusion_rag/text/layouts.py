@@ -2,7 +2,8 @@
 
 An untuned model reads the prompt in its own chat template. A joined prompt has the ids of ``apply_chat_template`` over
 the same messages. A fused prompt has the same text with the documents in the same place. A tuned decoder reads the
-fixed templates that it was trained with. Knows text and ids, but neither weights nor positions.
+fixed templates that it was trained with. It knows about text and ids, but not about weights or
+positions.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class JoinedPrompt:
 
     Attributes:
         ids: token ids of the whole prompt.
-        spans: tokens of each of the caller's documents, or ``(0, 0)`` if the prompt does not contain it.
+        spans: token span of each of the caller's documents, or ``(0, 0)`` if the prompt does not contain it.
     """
 
     ids: Ids
@@ -85,10 +86,10 @@ class FixedLayout:
 
 
 class ChatLayouts:
-    """Makes layouts of prompts in the model's own chat template.
+    """Creates layouts of prompts in the model's own chat template.
 
     Args:
-        settings: contain the variables of the chat template.
+        settings: settings with the variables of the chat template.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder) -> None:
@@ -106,7 +107,7 @@ class ChatLayouts:
         Args:
             question: the bare question.
             prompt: the caller's messages; None puts the question into the default wording.
-            has_documents: there are documents, so the prompt needs a place for them.
+            has_documents: whether there are documents, for which the prompt needs a place.
             kwargs: variables of the chat template for this prompt. Control tokens in them stay plain text.
 
         Raises:
@@ -143,7 +144,7 @@ class ChatLayouts:
         return self._start + rendered(self.tokenizer, messages, text_of, variables, fixed_date=fixed)
 
     def encode(self, text: str, marks: Marks, *, continues: bool = False) -> tuple[Ids, list[Span]]:
-        """Return the ids of a rendered prompt, and the tokens between each start mark and its end mark."""
+        """Return the ids of a rendered prompt, and the span of tokens between each start mark and its end mark."""
         ids: list[int] = []
         spans: list[Span] = []
         for part in split_at_control_tokens(text, self.tokenizer, self.plain.control_ids):
@@ -216,7 +217,7 @@ class ChatLayout:
 
 
 def _without_marks(text: str, marks: Marks) -> tuple[str, list[Span]]:
-    """Return ``text`` without marks, and the characters between each start mark and its end mark."""
+    """Return ``text`` without marks, and the span of characters between each start mark and its end mark."""
     pieces: list[str] = []
     spans: list[Span] = []
     length = start = 0
@@ -232,7 +233,7 @@ def _without_marks(text: str, marks: Marks) -> tuple[str, list[Span]]:
 
 
 def _token_span(offsets: Sequence[Span], start: int, end: int, first_token: int) -> Span:
-    """Return the tokens that spell the characters from ``start`` to ``end``, numbered from ``first_token``."""
+    """Return the span of tokens that spell the characters from ``start`` to ``end``, counted from ``first_token``."""
     touched = [n for n, (first, last) in enumerate(offsets) if first < end and last > start]
     if not touched:
         return first_token, first_token

@@ -35,11 +35,11 @@ class Measured:
 
 
 def measured(identity: Identity) -> Measured | None:
-    """Return what was measured best for a model, or None if nothing was measured."""
+    """Return the best mode and focus measured for a model, or None if nothing was measured."""
     file = _file(identity)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        best = Measured(found["mode"], found["focus"], float(found["focus_weight"]))
+        record = json.loads(file.read_text(encoding="utf-8"))
+        best = Measured(record["mode"], record["focus"], float(record["focus_weight"]))
         valid = best.mode in MODES and (best.focus is None or best.focus >= 1) and 0 <= best.focus_weight < math.inf
         if not valid:
             raise ValueError(f"mode {best.mode!r}, focus {best.focus!r}, weight {best.focus_weight!r}")

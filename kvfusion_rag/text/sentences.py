@@ -1,4 +1,4 @@
-"""Where the sentences of a text begin and end, by the library sentencex (some 300 languages)."""
+"""Splits text into sentences with the library sentencex, which supports some 300 languages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNREADABLE = re.compile("[^\\S\\x00-\\x7f]|[\ud800-\udfff]")
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Return (start, end) of each sentence. The spans are not blank, unless ``text`` is, and cover it without gaps.
+    """Return (start, end) of each sentence. The spans cover ``text`` without gaps, and are not blank unless it is.
 
     Time grows linearly with the length of the text. A sentence longer than ``WINDOW`` is cut.
     """

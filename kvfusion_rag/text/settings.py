@@ -3,8 +3,8 @@
 A model folder may contain these settings as ``kvfusion.json``. Otherwise they are derived from the chat template, or
 from plain text if there is no chat template. This module reads and checks settings. It does not encode text.
 
-Templates are trusted text of the model's owner, so control tokens in them are control tokens. ``encoder.py`` fills the
-fields ``{text}``, ``{title}``, ``{question}``, ``{prompt}`` and ``{answer}`` with untrusted text.
+Templates are trusted text from the model's owner, so control tokens in them are control tokens. ``encoder.py`` fills
+the fields ``{text}``, ``{title}``, ``{question}``, ``{prompt}`` and ``{answer}`` with untrusted text.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ModelSettings:
         prompt_template: the caller's complete wording; field ``{prompt}``. None for a model that was trained on bare
             questions and reads only the question.
         passage_length: number n of document tokens after which the question starts (192 in the paper). None means the
-            length of the longest document, with which one document equals the ordinary joined prompt. Mode "ape"
+            length of the longest document, so that fusing one document equals the ordinary joined prompt. Mode "ape"
             always uses the longest document.
         max_document_tokens: longest document to prefill in one piece. None means what the window allows.
         long_documents: reject or split longer documents.
@@ -270,12 +270,12 @@ ALLOWED_VALUES: dict[str, _Rule] = {
 
 
 def _require_template(name: str, template: object, required: str | None, optional: str | None) -> None:
-    """Raise InvalidInputError unless the template has ``required`` once, ``optional`` at most once, and no others."""
+    """Raise InvalidInputError unless the template has ``required`` once, ``optional`` at most once, and no more."""
     if not isinstance(template, str):
         raise InvalidInputError(f"{name} is {template!r}, but it must be a text.")
     found = FIELD.findall(template)
     is_valid = set(found) <= {required, optional} and len(found) == len(set(found))
     if not is_valid or (required and required not in found):
-        needed = f"contain {required} exactly once" if required else "contain no field"
         allowed = f", {optional} at most once" if optional else ""
-        raise InvalidInputError(f"{name} is {template!r}, but it must {needed}{allowed}, and no other field.")
+        needed = f"contain {required} exactly once{allowed}, and no other field" if required else "not contain a field"
+        raise InvalidInputError(f"{name} is {template!r}, but it must {needed}.")

@@ -15,7 +15,7 @@ _LONGEST_TOKEN = 64  # characters; above the longest vocabulary entry that matte
 def encode_up_to(encoder: DocumentEncoder, document: Document, max_tokens: int) -> tuple[int, ...] | None:
     """Return the ids of a document, or None if it has more than ``max_tokens``.
 
-    Of a long text, only the beginning is encoded.
+    Only the beginning of a long text is encoded.
     """
     beginning = replace(document, text=document.text[: (max_tokens + 1) * _LONGEST_TOKEN])
     ids = encoder.encode_document(beginning)
@@ -25,11 +25,11 @@ def encode_up_to(encoder: DocumentEncoder, document: Document, max_tokens: int) 
 
 
 def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int, most: int) -> list[tuple[int, ...]]:
-    """Return the ids of the pieces of a document that is longer than ``max_tokens``, each in the whole template.
+    """Return the ids of the pieces of a document that is longer than ``max_tokens``, each in the complete template.
 
     Raises:
         ContextLimitError: template and title take more than half of ``max_tokens``, or the distinct pieces have more
-            than ``most`` ids in total. The rest is not encoded then.
+            than ``most`` ids in total. In that case the rest is not encoded.
     """
     frame = len(encoder.encode_document(Document("x", title=document.title)))  # upper bound of the template's share
     room = max_tokens - frame

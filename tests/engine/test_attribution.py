@@ -27,13 +27,13 @@ def dense(architecture, gen, pieces, question, answer):
     network = tiny.model(architecture).requires_grad_(False)
     network.set_attn_implementation("eager")
     prefix, lengths = list(gen._engine.encoder.prefix_ids), [len(ids) for ids in pieces]
-    asked = [*question, *answer[:-1]]
-    ids = [*prefix, *(i for piece in pieces for i in piece), *asked]
+    question_ids = [*question, *answer[:-1]]
+    ids = [*prefix, *(i for piece in pieces for i in piece), *question_ids]
     start = len(prefix) + max([gen.settings.passage_length or 0, *lengths]) if lengths else len(prefix)
     out = network(
         input_ids=torch.tensor([ids]),
-        position_ids=fused_positions(len(prefix), lengths, start, len(asked))[None],
-        attention_mask=additive(block_mask(len(prefix), lengths, len(asked)), torch.float32)[None, None],
+        position_ids=fused_positions(len(prefix), lengths, start, len(question_ids))[None],
+        attention_mask=additive(block_mask(len(prefix), lengths, len(question_ids)), torch.float32)[None, None],
         output_attentions=True,
     )
     weights = torch.stack(out.attentions)[:, 0, :, -len(answer) :].mean(dim=(0, 1, 2))  # (L, H, A, S) -> (S,)
@@ -53,14 +53,14 @@ def test_effects_and_attention_equal_dense_passes(architecture, seed, passage_le
     documents = [*random_documents(rng, most=4), Document("  ", id="blank")]
     question = " ".join(rng.choices(VOCABULARY, k=4))
     answer = gen.answer(question, documents, max_new_tokens=5)
-    asked = gen._engine.encoder.encode_question(question)
+    question_ids = gen._engine.encoder.encode_question(question)
     found = gen.attribute(question, documents, answer=answer)
 
     def pieces(number=None):
         kept = [d for n, d in enumerate(documents) if n != number]
         return list(gen._engine.read(kept).keys.values())
 
-    logits, weights = dense(architecture, gen, pieces(), asked, answer.token_ids)
+    logits, weights = dense(architecture, gen, pieces(), question_ids, answer.token_ids)
     assert found.answer == answer.text and found.mode == "fusion"
     assert found.log_probability == pytest.approx(log_probability(logits, answer.token_ids), rel=1e-3, abs=1e-4)
     places, at = {}, len(gen._engine.encoder.prefix_ids)
@@ -70,7 +70,7 @@ def test_effects_and_attention_equal_dense_passes(architecture, seed, passage_le
     for number, (document, influence) in enumerate(zip(documents, found.documents, strict=True)):
         own = gen._engine.encoder.encode_document(document)
         assert influence.attention == pytest.approx(places.get(own, 0.0), abs=1e-4)
-        without, _ = dense(architecture, gen, pieces(number), asked, answer.token_ids)
+        without, _ = dense(architecture, gen, pieces(number), question_ids, answer.token_ids)
         expected = log_probability(without, answer.token_ids)
         assert influence.log_probability == pytest.approx(expected, rel=1e-3, abs=1e-4)
         assert influence.effect == found.log_probability - influence.log_probability
@@ -122,26 +122,26 @@ async def test_every_call_measures_the_requested_attribution(mode):
     plain = gen.answer("who?", DOCUMENTS, max_new_tokens=5)
     assert all(source.attention is source.effect is None for source in plain.sources)
     expected = gen.attribute("who?", DOCUMENTS, answer=plain).documents
-    for wanted in ("attention", "effects"):
-        stream = gen.stream("who?", DOCUMENTS, attribution=wanted, max_new_tokens=5)
+    for kind in ("attention", "effects"):
+        stream = gen.stream("who?", DOCUMENTS, attribution=kind, max_new_tokens=5)
         assert "".join(stream) == plain.text
         answers = [
-            gen.answer("who?", DOCUMENTS, attribution=wanted, max_new_tokens=5),
-            *gen.answer_batch(["who?"] * 2, [DOCUMENTS] * 2, attribution=wanted, max_new_tokens=5),
-            await gen.aanswer("who?", DOCUMENTS, attribution=wanted, max_new_tokens=5),
+            gen.answer("who?", DOCUMENTS, attribution=kind, max_new_tokens=5),
+            *gen.answer_batch(["who?"] * 2, [DOCUMENTS] * 2, attribution=kind, max_new_tokens=5),
+            await gen.aanswer("who?", DOCUMENTS, attribution=kind, max_new_tokens=5),
             stream.answer,
         ]
         for answer in answers:
             assert answer.token_ids == plain.token_ids
             assert [source.attention for source in answer.sources] == [d.attention for d in expected]
             effects = [source.effect for source in answer.sources]
-            assert effects == ([None] * 3 if wanted == "attention" else [d.effect for d in expected])
+            assert effects == ([None] * 3 if kind == "attention" else [d.effect for d in expected])
         assert 0 < sum(source.attention for source in answers[0].sources) <= 1
         json.dumps(answers[0].to_dict())
-        assert answers[0]._repr_html_().count("<th>") == (6 if wanted == "attention" else 7)
+        assert answers[0]._repr_html_().count("<th>") == (6 if kind == "attention" else 7)
 
 
-def test_unmeasurable_models_are_rejected():
+def test_unknown_attribution_is_rejected():
     gen = tiny.generator("llama")
     for call in (gen.answer, gen.stream):
         with pytest.raises(InvalidInputError, match="'attention', 'effects' or None"):
@@ -153,7 +153,7 @@ def test_attribution_without_documents_is_empty():
     assert found.documents == () and found.log_probability < 0
 
 
-def test_a_text_can_be_judged():
+def test_a_text_can_be_attributed():
     gen = tiny.generator("llama")
     for text in ("the miller", "nobody knows"):
         found = gen.attribute("who?", DOCUMENTS, answer=text)

@@ -178,7 +178,7 @@ def test_the_scale_of_retriever_scores_does_not_matter(values, weight, shift, sc
     moved = ranked([scale * value + shift for value in values])
     assert ranked(values) == pytest.approx(moved, abs=1e-3 * weight) or max(values) - min(values) < 1e-6
     partial = ranked([None, *values[1:]])
-    assert partial == tuple(likelihoods.values())  # some documents have none
+    assert partial == tuple(likelihoods.values())  # one document has no score, so scores are ignored
 
 
 def test_a_heavy_weight_follows_the_retriever():

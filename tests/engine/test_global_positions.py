@@ -1,4 +1,4 @@
-"""``positions="global"``: documents one after another, which still do not attend to each other."""
+"""``positions="global"``: documents are placed one after another, and still do not attend to each other."""
 
 import random
 
@@ -35,13 +35,15 @@ def test_answers_equal_one_block_masked_pass_at_these_positions(architecture, se
     steps, ids = logits_of(gen, question, documents)
     encoder = gen._engine.encoder
     pieces = list(dict.fromkeys(p for d in gen._engine.read(documents).documents for p in d.pieces))
-    asked = [*encoder.encode_question(question), *ids[:-1]]
-    row = [*encoder.prefix_ids, *(i for piece in pieces for i in piece), *asked]
+    question_ids = [*encoder.encode_question(question), *ids[:-1]]
+    row = [*encoder.prefix_ids, *(i for piece in pieces for i in piece), *question_ids]
     expected = (
         tiny.model(architecture)(
             input_ids=torch.tensor([row]),
             position_ids=torch.arange(len(row))[None],
-            attention_mask=block_mask(len(encoder.prefix_ids), [len(p) for p in pieces], len(asked))[None, None],
+            attention_mask=block_mask(len(encoder.prefix_ids), [len(p) for p in pieces], len(question_ids))[
+                None, None
+            ],
         )
         .logits[0, -len(ids) :]
         .detach()
@@ -69,8 +71,10 @@ def test_order_matters_with_global_positions(architecture):
     gen = tiny.generator(architecture)
     moved = gen.with_settings(positions="global")
     assert not moved.check_invariance("who?", DOCUMENTS, permutations=3).identical
-    assert gen.check_invariance("who?", DOCUMENTS, permutations=3).identical  # over the same store
-    assert moved.check_invariance("who?", DOCUMENTS, permutations=3, mode="ape").identical  # of mode fusion only
+    assert gen.check_invariance("who?", DOCUMENTS, permutations=3).identical  # although they share a store
+    assert moved.check_invariance(
+        "who?", DOCUMENTS, permutations=3, mode="ape"
+    ).identical  # the setting affects only mode fusion
 
 
 def test_only_the_first_document_uses_the_store():
@@ -84,7 +88,7 @@ def test_only_the_first_document_uses_the_store():
     assert [s.origin for s in again.sources] == [
         s.origin for s in first.sources
     ] and again.token_ids == first.token_ids
-    assert len(store) == len(DOCUMENTS) + 1  # the prefix too
+    assert len(store) == len(DOCUMENTS) + 1  # the prefix is stored too
     alone = KVFusionGenerator(TorchModel(tiny.backbone("llama")), store=None).with_settings(positions="global")
     assert alone.answer("who?", DOCUMENTS, max_new_tokens=6).token_ids == first.token_ids
 
@@ -108,13 +112,13 @@ def test_batch_equals_singles_with_and_without_documents():
     assert singles[-1].token_ids == gen.answer(questions[-1], [], mode="concat", max_new_tokens=5).token_ids
 
 
-def test_impossible_uses_raise_one_clear_error(tmp_path):
+def test_unsupported_uses_raise_one_clear_error(tmp_path):
     with pytest.raises(InvalidInputError, match="positions is 'local', but it must be 'uniform' or 'global'"):
         ModelSettings(positions="local")  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="cannot know where documents will stand"):
+    with pytest.raises(InvalidInputError, match="position depends on the question's other documents"):
         tiny.generator("llama", positions="global").prefill(DOCUMENTS)
     tiny.save(tmp_path, settings=ModelSettings(positions="global"))
     assert KVFusionGenerator.from_pretrained(tmp_path).settings.positions == "global"
     assert KVFusionGenerator.from_pretrained(tmp_path, positions="uniform").settings.positions == "uniform"
-    with pytest.raises(InvalidInputError, match="training reads documents at uniform positions"):
+    with pytest.raises(InvalidInputError, match="but it must be 'uniform'"):
         train([QARow("1", "who?", ("x",), (Passage("x", gold=True),))], output=tmp_path / "run", model=tmp_path)

@@ -82,7 +82,7 @@ def test_different_options_and_modes_are_separate_batches():
 
 
 def held(gen: KVFusionGenerator):
-    """Block the queue. Returns an event that is set when it starts, and one that lets it continue."""
+    """Block the queue. Return an event that is set when it starts, and one that lets it continue."""
     begun, go_on = threading.Event(), threading.Event()
     answer = gen._queue._answer_all
 
@@ -104,7 +104,7 @@ def test_full_queue_raises_overload_error():
         assert begun.wait(20)
         others = [pool.submit(gen.answer, "where?", max_new_tokens=1) for _ in range(3)]
         until(lambda: len(gen._queue._waiting) == 3)
-        with pytest.raises(OverloadError, match="3 questions wait already") as caught:
+        with pytest.raises(OverloadError, match="3 waiting plus 1 new questions exceed the limit of 3") as caught:
             gen.answer("why?", max_new_tokens=1)
         assert "\n" not in str(caught.value)
         go_on.set()
@@ -245,9 +245,9 @@ def test_an_interrupt_during_retries_loses_no_caller():
 
     def failing(requests, options):
         calls.append(len(requests))
-        if len(calls) == 2:  # the three waiting callers together
+        if len(calls) == 2:  # the three waiting callers in one batch
             raise RuntimeError("no")
-        if len(calls) == 3:  # only the first of them
+        if len(calls) == 3:  # the first of them on its own
             raise KeyboardInterrupt
         return answer(requests, options)
 
@@ -311,7 +311,7 @@ def test_a_failed_batch_is_freed_before_its_callers_are_retried(monkeypatch):
         until(lambda: len(gen._queue._waiting) == 2)
         go_on.set()
         assert all(one.result(20).token_ids for one in asked)
-    assert alive == [0] * 4  # the first, both together, and each alone
+    assert alive == [0] * 4  # the first caller, the other two together, and each of them on its own
 
 
 def test_cancelled_callers_do_not_count_as_waiting():
@@ -351,7 +351,7 @@ def test_a_forked_process_answers_while_its_parent_is_answering():
         if not child:
             signal.alarm(20)
             go_on.set()
-            torch.set_num_threads(1)  # the parent's threads do not exist here
+            torch.set_num_threads(1)  # the parent's threads do not exist in the child
             os._exit(0 if gen._queue._turn.acquire(blocking=False) and not gen._queue._waiting else 1)
         assert os.waitpid(child, 0)[1] == 0
         go_on.set()

@@ -1,4 +1,4 @@
-"""Questions decoded together: which share a row of the fused cache, and that their answers do not change."""
+"""Questions decoded together: which of them share a row of the fused cache, and that their answers do not change."""
 
 import random
 from dataclasses import replace
@@ -93,14 +93,14 @@ def test_joined_prompts_and_padding_only_attention_do_not_share_rows(monkeypatch
     assert sizes == [(2, 2), (2, 2)]
 
 
-wanted = st.lists(
+key_lists = st.lists(
     st.tuples(st.text("abcdefgh", max_size=8).map(lambda t: "".join(sorted(set(t)))), st.integers(1, 40))
 )
 
 
-@given(wanted, st.integers(60, 400))
-def test_batches_contain_every_question_once_within_the_limits(asked, most):
-    requests = [request(keys, tokens) for keys, tokens in asked]
+@given(key_lists, st.integers(60, 400))
+def test_batches_contain_every_question_once_within_the_limits(questions, most):
+    requests = [request(keys, tokens) for keys, tokens in questions]
     found = list(batches(requests, max_slots=most, share=True))
     assert [r for batch in found for r in batch.requests] == requests
     for batch in found:

@@ -94,7 +94,7 @@ def test_an_incomplete_character_is_held_back():
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 @given(data=st.data())
 def test_pieces_of_any_tokens_join_to_the_text(kind, data):
-    """Emitted text never changes, also with byte tokens and broken UTF-8."""
+    """Emitted text never changes, even with byte tokens and invalid UTF-8."""
     tok = tokenizer(kind)
     ids = data.draw(st.lists(st.integers(0, len(tok) - 1), min_size=1, max_size=25))
     unsettling_ids = PlainEncoder(tok).unsettling_ids

@@ -25,7 +25,7 @@ def kv(rng: torch.Generator, rows: int, tokens: int) -> tuple[torch.Tensor, torc
 @settings(deadline=None)
 @given(st.integers(0, 5), st.integers(0, 6), st.lists(st.integers(1, 4), max_size=6), st.data())
 def test_an_in_place_layer_equals_concatenation(used, room, steps, data):
-    """For any number of free slots, and whichever rows are dropped meanwhile."""
+    """This holds for any number of free slots, and when rows are dropped in between."""
     rng = torch.Generator().manual_seed(0)
     rows = 4
     place = kv(rng, rows, used + room)
@@ -64,7 +64,7 @@ def test_memory_is_reused_by_the_next_fused_context():
     second.slots(0, 0, (1, 2)).keys.fill_(1)
     layer = second.context().layers[0]
     assert layer.keys[0, :, :2].eq(1).all() and layer.keys[0, :, 2:].eq(0).all()  # pads are zero, not NaN
-    assert FusedBuffer([2], SHAPE, CPU, pool=pool)._memory.data_ptr() != place  # while the second one uses it
+    assert FusedBuffer([2], SHAPE, CPU, pool=pool)._memory.data_ptr() != place  # because the second buffer is using it
     second.release()
     assert pool.clear() == first._memory.nbytes and pool.clear() == 0
 
@@ -85,7 +85,7 @@ def test_an_answer_longer_than_its_free_slots_is_unchanged(monkeypatch):
 
 
 def test_documents_from_disk_do_not_share_memory_with_reused_slots(tmp_path):
-    """Another thread may read it after its memory was reused for the next question's documents."""
+    """Another thread may still read a document when its slots are reused for the next question."""
     ids = tuple(range(5))
     disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk)
     made = DocumentKV(torch.ones(2, 2, 5, 4), torch.ones(2, 2, 5, 4), ids)
@@ -113,13 +113,13 @@ def test_a_kept_memory_error_does_not_keep_the_cache(monkeypatch):
     try:
         gen.answer("who?", ["the old mill"], max_new_tokens=1)
     except MemoryLimitError as error:
-        assert buffers() == before and "not enough memory" in str(error)
+        assert buffers() == before and "not have enough memory" in str(error)
     else:
         pytest.fail("no error")
 
 
 @pytest.mark.parametrize(
-    ("error", "is_one"),
+    ("error", "is_shortage"),
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (MemoryError(), True),
@@ -130,15 +130,13 @@ def test_a_kept_memory_error_does_not_keep_the_cache(monkeypatch):
         (RuntimeError("expected scalar type Float but found Half"), False),
     ],
 )
-def test_lack_of_memory_is_recognised_by_type_or_message(error, is_one):
-    assert is_out_of_memory(error) is is_one
+def test_lack_of_memory_is_recognised_by_type_or_message(error, is_shortage):
+    assert is_out_of_memory(error) is is_shortage
 
 
 def test_answers_of_a_large_batch_have_free_slots_from_the_start(monkeypatch):
     gen = generator("llama")
-    monkeypatch.setattr(
-        "kvfusion_rag.engine.run.SPARE_SLOTS", 32
-    )  # as little for each of its rows as 4096 are for many more
+    monkeypatch.setattr("kvfusion_rag.engine.run.SPARE_SLOTS", 32)  # as few per row as 4096 are in a much larger batch
     monkeypatch.setattr("kvfusion_rag.fusion.fused_cache._larger", lambda *args: pytest.fail("everything moved"))
     rows = [[" ".join(VOCABULARY[n : n + 4] * 25)] for n in range(8)]
     answers = gen.answer_batch(["who?"] * 8, rows, max_new_tokens=30)

@@ -27,7 +27,7 @@ VOCABULARY = WORDS.split()
 
 
 def random_documents(rng: random.Random, most: int = 7) -> list[Document]:
-    """Between 1 and ``most`` documents of 1 to 40 words, some of them repeated."""
+    """Return between 1 and ``most`` documents of 1 to 40 words, some of them repeated."""
     made = [
         Document(" ".join(rng.choices(VOCABULARY, k=rng.randint(1, 40))), title=rng.choice([None, "Mill", "Lamp"]))
         for _ in range(rng.randint(1, most))
@@ -81,7 +81,7 @@ def test_fused_logits_are_one_block_masked_pass(architecture, documents, questio
 @settings(max_examples=8)
 @given(documents=st.lists(document_ids, min_size=2, max_size=9, unique=True), data=st.data())
 def test_a_document_kv_does_not_depend_on_its_batch(architecture, dtype, documents, data):
-    """Stored = computed, for any subset in the store, filled by any earlier questions."""
+    """A stored KV equals a computed one, whichever documents the store has and whichever questions filled it."""
     bone = backbone(architecture, dtype)
     together = prefilled(bone, documents, None, tokens_per_pass=128)
     order = data.draw(st.permutations(range(len(documents))))
@@ -116,7 +116,7 @@ def logits_of(gen, question, documents, max_new_tokens=5):
     ("architecture", "dtype"), [("llama", torch.float32), ("qwen3", torch.bfloat16), ("bert", torch.float32)]
 )
 def test_any_order_gives_the_same_bits_with_any_store(architecture, dtype):
-    """At least 200 cases of counts, lengths and duplicates. The store has none, some or all of the documents."""
+    """Counts, lengths and duplicates are random. The store has none, some or all of the documents."""
     bone = backbone(architecture, dtype)
     storing, storeless = (KVFusionGenerator(TorchModel(bone), store=store) for store in (MemoryStore(), None))
     rng = random.Random(7)

@@ -167,7 +167,7 @@ def test_out_of_memory_is_one_error_and_the_next_question_is_answered():
     whole = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (64 << 20)) / whole)
     try:
-        with pytest.raises(MemoryLimitError, match="not enough memory for 1 question"):
+        with pytest.raises(MemoryLimitError, match="not have enough memory for 1 question"):
             made.answer("who?", many, max_new_tokens=2)
         assert tokens(made) == expected
     finally:

@@ -133,7 +133,7 @@ def test_verify_reports_and_repairs(store):
 
 
 def test_verify_keeps_the_cap_of_a_store_in_use(tmp_path, monkeypatch):
-    """A document that is written while the index is repaired is counted in the end, or not there."""
+    """A document that is written while the index is repaired is either counted in the end or absent."""
     one, two = (DiskStore(tmp_path / "s", max_bytes=4 * SIZE) for _ in range(2))
     write = one._folder.write
     monkeypatch.setattr(one._folder, "write", lambda *given: (two.verify(), write(*given)))

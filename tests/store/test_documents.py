@@ -1,4 +1,4 @@
-"""The document store: the fastest tier answers, each document is computed once, and no error shows."""
+"""The document store: the fastest tier answers, documents are computed once, and errors of a tier stay inside."""
 
 import asyncio
 import pickle

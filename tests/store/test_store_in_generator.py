@@ -1,4 +1,4 @@
-"""A generator with a store: every tier gives the same answers, and whatever changes the bits changes the key."""
+"""A generator with a store: all tiers give the same answers, and everything that changes the bits changes the key."""
 
 import errno
 import os
@@ -74,7 +74,7 @@ def test_folder_is_accepted_as_a_store(tmp_path):
     assert [origins(ask(second)) for _ in range(2)] == [{"disk"}, {"memory"}]
 
 
-# Whatever changes the bits changes the key
+# Everything that changes the bits changes the key
 
 
 def test_other_weights_dtypes_settings_and_tenants_find_nothing(tmp_path):
@@ -122,7 +122,7 @@ def test_weights_changed_during_a_request_are_an_error_and_nothing_is_stored(mon
     model = backbone("llama")
     gen, prefill = over(DocumentStore(MemoryStore()), model=model), model.prefill
     monkeypatch.setattr(model, "prefill", lambda *given: (change_weights(model), prefill(*given))[1])
-    with pytest.raises(InvalidInputError, match=r"weights .* were changed while it was answering"):
+    with pytest.raises(InvalidInputError, match="changed while it was answering"):
         gen.answer("who?", DOCUMENTS)
     assert not len(gen.store.memory)
 
@@ -131,13 +131,13 @@ def test_bump_epoch_declares_weights_changed_unseen_by_torch(tmp_path):
     model = backbone("llama", seed=4)
     gen = over(tmp_path / "s", model=model)
     ask(gen, 6)
-    model.model.get_input_embeddings().weight.data.mul_(1.5)  # which torch does not count
+    model.model.get_input_embeddings().weight.data.mul_(1.5)  # torch does not count this change
     assert origins(ask(gen, 6)) == {"memory"}
     gen.bump_epoch()
     after = ask(gen, 6)
     assert origins(after) == {"computed"}
     assert after.token_ids == ask(over(DocumentStore(), model=model), 6).token_ids
-    gen.bump_epoch()  # nothing has changed, so nothing is lost
+    gen.bump_epoch()  # nothing has changed, so stored documents are still used
     assert origins(ask(gen, 6)) == {"memory"}
 
 
@@ -167,7 +167,7 @@ def test_tenants_share_no_document_and_one_can_be_cleared(tmp_path):
     one, other = over(store, namespace="one"), over(store, namespace="other")
     one.prefill(DOCUMENTS)
     assert origins(ask(other)) == {"computed"}
-    assert one.clear() == 2 * (len(DOCUMENTS) + 1)  # the prefix too
+    assert one.clear() == 2 * (len(DOCUMENTS) + 1)  # including the prefix
     assert set(store.disk.totals()) == {namespace_key("other")}
     assert origins(ask(one)) == {"computed"} and origins(ask(other)) == {"memory"}
 

@@ -55,7 +55,7 @@ def test_too_little_memory_is_an_error_that_leaves_nothing_pending(monkeypatch, 
     with monkeypatch.context() as patch:
         exhaust_memory(gen, patch, times=10**6)
         for call in (gen.answer, lambda *a, **k: list(gen.stream(*a, **k))):
-            with pytest.raises(MemoryLimitError, match="not enough memory for 1 question"):
+            with pytest.raises(MemoryLimitError, match="not have enough memory for 1 question"):
                 call("who?", DOCUMENTS, max_new_tokens=4)
     assert not gen.store._single_flight._pending
     assert ask(gen, 4).text is not None

@@ -1,4 +1,4 @@
-"""Uploads to a remote tier: they run in the background, in a bounded queue, and never hold up the process."""
+"""Uploads to a remote tier: they run in the background, in a bounded queue, and never delay the exit."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_exit_of_the_process_waits_for_uploads(shared, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("hangs", [True, False])
 def test_process_without_close_exits_and_uploads_what_it_can(tmp_path, hangs):
-    """A real process, because a thread that hangs for ever must not keep it from exiting."""
+    """A real process, because a thread that hangs forever must not keep it from exiting."""
     script = f"""
 import sys, threading, time
 sys.path.insert(0, {str(Path(__file__).parent.parent / "helpers")!r})

@@ -74,7 +74,7 @@ def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     if not is_known:
         logger.warning(
-            "%r names an unknown way to split text (%r): it is split as GPT-2 does, so token ids may differ from "
+            "%r names an unknown way to split text (%r): text is split as in GPT-2, so token ids may differ from "
             "those of the original tokenizer",
             file.name, header.metadata.get(PRE_TOKENIZER),
         )  # fmt: skip
@@ -92,7 +92,7 @@ def _require_enough_tensors(config: PretrainedConfig, header: GGUFHeader, name: 
     needed = sum(parameter.numel() for parameter in model.parameters())
     if needed > header.parameters:
         raise ModelLoadError(
-            f"{name!r} is damaged: its metadata describe a model of {needed} parameters, but it contains "
+            f"{name!r} is damaged: its metadata describes a model of {needed} parameters, but it contains "
             f"{header.parameters}."
         )
 
@@ -100,7 +100,7 @@ def _require_enough_tensors(config: PretrainedConfig, header: GGUFHeader, name: 
 def _set_split(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> bool:
     """Set how text is split before byte-level BPE, and return whether the file's way to split is known.
 
-    transformers splits as GPT-2 does if it does not know the file's own way.
+    transformers falls back to GPT-2's split if it does not know the file's own.
     """
     backend, kind = tokenizer.backend_tokenizer, header.metadata.get(PRE_TOKENIZER, "default")
     is_gpt2 = isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel)

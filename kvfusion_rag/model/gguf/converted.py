@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "v1"  # raise it when the conversion or transformers' major version changes
 MANIFEST = "manifest.json"
-HEAD_BYTES = 8 << 20  # of each file, compared at each use: all of a small file, and the header of a large one
+HEAD_BYTES = 8 << 20  # compared at each use: all of a small file, and the header of a large one
 SPARE_BYTES = 128 << 20  # disk space for tokenizer and configuration
-RECENT_NS = 2_000_000_000  # a younger file may change again within one tick of its file system's clock
+RECENT_NS = 2_000_000_000  # a file changed since then may change again within one tick of its file system's clock
 
 Facts = dict[str, Any]
 
 
 def converted_folder(file: Path) -> Path:
-    """Return the model folder of GGUF ``file``, and convert the file if that was not done before.
+    """Return the model folder of GGUF ``file``, and convert the file if that has not been done yet.
 
     Raises:
         ModelLoadError: the file cannot be read or converted, or the cache cannot be written to.
@@ -75,7 +75,7 @@ def _build(file: Path, header: GGUFHeader, facts: Facts, entry: Path) -> None:
     if free < needed:
         raise ModelLoadError(
             f"converting {file.name!r} needs {needed / 1e9:.1f} GB in {str(entry.parent)!r}, but {free / 1e9:.1f} GB "
-            f"are free; free some, or set {HOME_VARIABLE} to a folder on another disk."
+            f"are free; free some space, or set {HOME_VARIABLE} to a folder on another disk."
         )
     logger.warning("converting %r once; the result is kept in %s", file.name, entry.parent)
     folder = entry.with_suffix(".tmp")
@@ -109,7 +109,7 @@ def _seal(folder: Path) -> None:
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(files, indent=2), encoding="utf-8")
     for name in (*files, MANIFEST):
-        shutil.copymode(folder / MANIFEST, folder / name)  # safetensors makes files that only their owner can read
+        shutil.copymode(folder / MANIFEST, folder / name)  # safetensors creates files that only their owner can read
         with (folder / name).open("rb+") as stream:
             os.fsync(stream.fileno())
     _sync_folder(folder)
@@ -124,7 +124,7 @@ def _describe(path: Path) -> Facts:
 def _damage(entry: Path) -> str | None:
     """Return why an entry cannot be used, or None if it is intact.
 
-    Reads the head of each file, and all of a file only if its modification time differs from the manifest.
+    Only the head of each file is read, unless its modification time differs from the manifest.
     """
     try:
         files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def _is_intact(path: Path, facts: Facts) -> bool:
 
 
 def _checksum(path: Path, most: int | None = None) -> str:
-    """Return the xxh3-128 in hex of the first ``most`` bytes of a file, by default of all."""
+    """Return the hexadecimal xxh3-128 of the first ``most`` bytes of a file, or of the whole file."""
     with path.open("rb") as stream:
         if most is not None:
             return xxhash.xxh3_128_hexdigest(stream.read(most))

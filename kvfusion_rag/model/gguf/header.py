@@ -83,10 +83,10 @@ class _Parser:
             raise self._error(f"has GGUF version {version}, but only versions {known} (little-endian) can be read")
         tensor_count, field_count = self._number("<Q"), self._number("<Q")
         if tensor_count > MAX_TENSORS:
-            raise self._error(f"claims to contain {tensor_count} tensors, but more than {MAX_TENSORS} are not read")
+            raise self._error(f"claims to contain {tensor_count} tensors, but at most {MAX_TENSORS} can be read")
         metadata: dict[str, Any] = {}
         types: dict[str, int] = {}
-        for _ in range(field_count):  # each field takes bytes, so a false count ends with the header
+        for _ in range(field_count):  # each field takes up bytes, so a false count cannot read beyond the header
             key = self._text(MAX_NAME_BYTES, "a metadata key")
             types[key] = self._number("<I")
             metadata[key] = self._value(key, types[key])
@@ -119,8 +119,8 @@ class _Parser:
             begin, end = start + offset, start + offset + size
             if end > len(self.data):
                 raise self._error(
-                    f"is incomplete: tensor {name!r} ends at byte {end}, but the file has {len(self.data)}; get the "
-                    "file again"
+                    f"is incomplete: tensor {name!r} ends at byte {end}, but the file has {len(self.data)}; "
+                    "download the file again"
                 )
             if offset % alignment or begin < previous_end:
                 raise self._error(f"is damaged: tensor {name!r} overlaps another or is not aligned")
@@ -169,7 +169,7 @@ class _Parser:
     def _text(self, longest: int, what: str) -> str:
         length = self._number("<Q")
         if length > longest:
-            raise self._error(f"is damaged: {what} has {length} bytes, but more than {longest} are not read")
+            raise self._error(f"is damaged: {what} has {length} bytes, but at most {longest} can be read")
         start = self._take(length)
         try:
             return self.data[start : start + length].decode()
@@ -182,7 +182,7 @@ class _Parser:
         if start + size > self.end:
             if self.end < len(self.data):
                 raise self._error(f"has a header of more than {MAX_HEADER_BYTES >> 20} MiB, which is not read")
-            raise self._error("is incomplete: it ends within its header; get the file again")
+            raise self._error("is incomplete: it ends within its header; download the file again")
         self.at += size
         return start
 

@@ -14,14 +14,14 @@ from kvfusion_rag.model.gguf.converted import MANIFEST, converted_folder
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """Folder of an empty cache. The first conversion makes it."""
+    """Folder of an empty cache. The first conversion creates it."""
     monkeypatch.setenv("KVFUSION_HOME", str(tmp_path / "home"))
     return tmp_path / "home" / "gguf"
 
 
 @pytest.fixture(scope="session")
 def file(tmp_path_factory) -> Path:
-    """A GGUF file alone in its folder."""
+    """A GGUF file in a folder of its own."""
     return write_gguf(tmp_path_factory.mktemp("model") / "tiny.Q8_0.gguf", kind=GGMLQuantizationType.Q8_0)
 
 
@@ -54,5 +54,5 @@ def conversions(converted, monkeypatch) -> list[str]:
 
 @pytest.fixture
 def names(cache) -> Callable[[], list[str]]:
-    """Lists the cache, without locks and digests."""
+    """Function that lists the cache, without locks and digests."""
     return lambda: sorted(p.name for p in cache.glob("*") if p.suffix != ".lock" and p.name != "digests")

@@ -184,7 +184,7 @@ def test_commands_take_gguf_files(file, entry, capsys):
         ("{}/several", None, ModelLoadError, r"several GGUF files; name one with gguf_file: a.gguf, b.gguf"),
         ("{}/several", "c.gguf", ModelLoadError, "there is no file 'c.gguf' in the folder"),
         ("{}/several/a.gguf", "a.gguf", InvalidInputError, "model is already a file"),
-        (None, "a.gguf", InvalidInputError, "the folder or hub name that has it is missing"),
+        (None, "a.gguf", InvalidInputError, "the folder or hub name that contains it is missing"),
         ("{}/several", 3, InvalidInputError, "gguf_file is 3"),
         ("{}/several/kvfusion.json", None, ModelLoadError, "is not a GGUF file"),
     ],
@@ -217,7 +217,7 @@ def test_model_kwargs_must_not_contain_gguf_file(file, entry):
         ("vocab_size", 4_000_000_000),
     ],
 )
-def test_metadata_of_a_larger_model_are_rejected_before_memory_is_allocated(name, value, names, tmp_path):
+def test_metadata_of_a_larger_model_is_rejected_before_memory_is_allocated(name, value, names, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", metadata={f"llama.{name}": value})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelLoadError, match=r"'m\.gguf'"):

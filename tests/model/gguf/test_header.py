@@ -1,4 +1,4 @@
-"""Headers of GGUF files: truncated and hostile files are rejected in little time and memory."""
+"""Headers of GGUF files: truncated and hostile files are rejected quickly and with little memory."""
 
 import struct
 import tracemalloc
@@ -43,7 +43,7 @@ HOSTILE = {
     "foreign": (b"PK\x03\x04" + b"\0" * 100, "is not a GGUF file"),
     "old version": (header(version=1), "GGUF version 1"),
     "big-endian": (header(version=3 << 24), "GGUF version 50331648"),
-    "tensor count": (header(ARCHITECTURE, counts=(1 << 63, 1)), f"more than {MAX_TENSORS} are not read"),
+    "tensor count": (header(ARCHITECTURE, counts=(1 << 63, 1)), f"at most {MAX_TENSORS} can be read"),
     "field count": (header(ARCHITECTURE, counts=(0, 1 << 63)), "is incomplete|is damaged"),
     "key length": (header(number("<Q", 1 << 60)), "is damaged: a metadata key has"),
     "text length": (header(field("k", 8, number("<Q", 1 << 50))), "is damaged: k has"),
@@ -54,7 +54,7 @@ HOSTILE = {
     "array beyond the end": (header(array(0, 1 << 20)), "is incomplete"),
     "array of arrays": (header(array(9, 1)), "array of type 9"),
     "item length": (
-        header(array(8, 1) + text(b"x" * (MAX_ITEM_BYTES + 1))), f"more than {MAX_ITEM_BYTES} are not read"
+        header(array(8, 1) + text(b"x" * (MAX_ITEM_BYTES + 1))), f"at most {MAX_ITEM_BYTES} can be read"
     ),
     "no architecture": (header(field("k", 0, b"\1")), "does not name its architecture"),
     "layers": (with_fields(field("llama.block_count", 4, number("<I", 1 << 31))), "has a block_count of 2147483648"),
