@@ -122,7 +122,7 @@ class Clock(BaseStreamer):
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Return median, least and most in milliseconds."""
+    """Return the median, minimum and maximum in milliseconds."""
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {name: round(1e3 * figure, 3) for name, figure in figures.items()}
 

@@ -82,7 +82,7 @@ def _longest_first(document: LangChainDocument) -> tuple[int, int]:
 
 
 def _is_separator(gap: str, before: str) -> bool:
-    """Whether ``gap`` could separate any two documents.
+    """Return whether ``gap`` could separate any two documents.
 
     A gap with words must also occur before the first document, because numbers and sources differ by document.
     """
@@ -101,5 +101,5 @@ def _places(text: str, content: str) -> list[int]:
 
 
 def _joins(text: str, position: int) -> bool:
-    """Whether the characters before and at ``position`` belong to one word."""
+    """Return whether the characters before and at ``position`` belong to one word."""
     return 0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum()

@@ -45,7 +45,7 @@ class RowMaker:
 
     Args:
         generator: generator of the untuned model.
-        start: token that its tokenizer puts in front of a text.
+        start: token that the model's tokenizer puts in front of a text.
         given: the user's own questions with their passages, if known; None if the model writes the questions.
     """
 
@@ -166,7 +166,7 @@ class RowMaker:
         return make_row(number, asked.question, answer, gold, negatives, self._options.seed)
 
     def _drop(self, reason: str | None) -> bool:
-        """Count a dropped question, and return whether there is a reason to drop it."""
+        """Return whether there is a ``reason`` to drop a question, and count it if so."""
         if reason is not None:
             self._dropped[reason] += 1
         return reason is not None

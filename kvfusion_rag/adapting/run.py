@@ -41,7 +41,7 @@ FORMAT = 1  # increase it when questions, filters or rows change, since runs wit
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """The model, which is loaded three times: to write and answer questions, to be trained, to be judged."""
+    """The model, which is loaded three times: to write and answer questions, to be trained, and to be judged."""
 
     model: str | Path | None
     gguf_file: str | None

@@ -1,7 +1,7 @@
 """Keeps the state of an adaptation in its output folder, so that a killed run can be resumed.
 
 ``adapt.json`` describes the run. Each stage has a file with a JSON line per chunk of its work. An incomplete last line
-is cut off. A chunk is computed again only as a whole, so that results do not depend on when a run was killed.
+is cut off. A chunk is always computed as a whole, so that results do not depend on when a run was killed.
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
-    """Return what the command line names besides the base model."""
+    """Return the models and adapters on the command line besides the base model."""
     from ..model.location import locate_model
 
     inputs = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
@@ -217,7 +217,7 @@ def _sample(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
 def _ape_search(
     args: argparse.Namespace, chosen: list[str], rows: list[QARow], plan: Plan, models: Models
 ) -> ApeSearch | None:
-    """Do the search of ``--ape-search``, with as many documents per question as are evaluated."""
+    """Run the search of ``--ape-search``, with as many documents per question as in the evaluation."""
     from ..evaluation.ape import require_search_rows, search_ape
     from ..evaluation.orders import ORIGINAL, usable_rows
 

@@ -16,7 +16,7 @@ from .formats import Example
 from .mining import text_key
 
 RUN, STEP = 5, 4  # words per run, and from one indexed run of an excluded context to the next
-SHORTEST = RUN + STEP - 1  # words; any part of an excluded context with this many contains an indexed run
+SHORTEST = RUN + STEP - 1  # words; a part of an excluded context with this many words always contains an indexed run
 
 
 class Exclusion:

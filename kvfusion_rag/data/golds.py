@@ -1,6 +1,6 @@
-"""Finds the gold passage of a question: the one that came with it, or the best one of the corpus with the answer.
+"""Finds the gold passage of a question: the one that came with it, or the best one in the corpus that has the answer.
 
-It is cut to size around the answer, or taken from the pool unchanged for rows that share their passages.
+It is cut to size around the answer. For rows that share their passages, it is taken from the pool unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Gold:
         answers: all accepted answers, those in the passage first.
         span: span of the first answer in the passage, if known.
         number: number of the passage in the pool, if it is from there.
-        found: whether it was searched for, since it did not come with the question.
+        found: whether it was found in the corpus, because it did not come with the question.
     """
 
     passage: Passage
@@ -95,7 +95,7 @@ class GoldFinder:
         """Return as much of the passage around the answer as fits."""
         fits = self._fits(whole.title)
         span = find_answer(whole.text, [answers[0]], start)
-        if span is None:  # only the normalised answer is there
+        if span is None:  # the passage contains the answer only in normalised form
             pieces = split_passage(whole.text, fits)
             text = next((piece for piece in pieces if MatchText.of(piece).holds([match])), None)
         else:

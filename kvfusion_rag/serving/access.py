@@ -124,7 +124,7 @@ class Guard:
         return self._namespace_of_key(headers.get("authorization", ""))
 
     def _is_own_host(self, host: str) -> bool:
-        """Whether the name is this server's. IP addresses are safe, because DNS rebinding needs a name."""
+        """Return whether the name is this server's. IP addresses are safe, because DNS rebinding needs a name."""
         return host in self._hosts or _is_address(host)
 
     def _namespace_of_key(self, authorization: str) -> str | None:
