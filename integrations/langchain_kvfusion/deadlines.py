@@ -60,9 +60,9 @@ async def apieces_within(seconds: float | None, pieces: AsyncIterator[str]) -> A
     spent = 0.0
     while True:
         begun = time.monotonic()
-        left = None if seconds is None else seconds - spent
+        remaining = None if seconds is None else seconds - spent
         try:
-            piece = await aanswer_within(left, anext(pieces))
+            piece = await aanswer_within(remaining, anext(pieces))
         except StopAsyncIteration:
             return
         except AnswerTimeoutError:

@@ -40,7 +40,7 @@ def cut_out(text: str, documents: Sequence[LangChainDocument]) -> Extraction:
         if len(set(gaps)) <= 1 and _is_separator(separator, before):
             place = DocumentsPlace(len(before), separator)
             return Extraction(before + after, tuple(document for *_, document in found), place)
-    mark = "|"  # stands for the documents, so that the white space behind them is kept
+    mark = "|"  # stands for the documents, so that the white space after them is kept
     rest = functools.reduce(close_gap, [*gaps, after], mark).removeprefix(mark)
     distinct = {document.text: document for *_, document in found}
     return Extraction(before + rest, tuple(distinct.values()), DocumentsPlace(len(before)))

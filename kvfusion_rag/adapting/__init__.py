@@ -1,4 +1,4 @@
-"""Adapts a model to fused documents without labels.
+"""Adapts a model to fused documents without labelled data.
 
 A model and a folder of documents come in. An adapter with its card and report goes out. The model writes and answers
 questions about the documents (``questions``, ``filtering``), learns to give the same answers over fused documents

@@ -82,11 +82,11 @@ class Stages:
         if not file.exists():
             return
         content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
             with file.open("r+b") as out:
-                out.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+                out.truncate(len(complete))
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 yield json.loads(line)
             except ValueError as error:

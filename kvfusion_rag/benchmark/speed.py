@@ -1,4 +1,4 @@
-"""Measures answers: transformers' ``generate`` on the joined prompt, and this package without and with a store.
+"""Measures answers: transformers' ``generate`` on the joined prompt, and this package with and without a store.
 
 All figures come from one process with the same weights, documents and questions. Weights are random, since only their
 shape matters. Systems are measured in turn, so that a slow minute of a shared machine affects all of them.

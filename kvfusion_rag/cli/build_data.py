@@ -160,8 +160,8 @@ def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
     say(f"{shown_path(out.resolve())}: {report.kept} rows {shape}, of {report.read} questions read")
     if report.passed_over:
         say(
-            f"{report.passed_over} times a question waited for another group, because two passages of the set contain its "
-            "answer"
+            f"{report.passed_over} times a question waited for another group, because two passages of the set contain "
+            "its answer"
         )
     say(f"{report.pool} distinct passages in the pool, {report.pool_excluded} others excluded")
     say(

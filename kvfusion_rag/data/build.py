@@ -177,15 +177,15 @@ class DataBuilder:
             )
 
     def _make_rankings(self, embedder: Embedder | None) -> dict[str, Ranking]:
-        made: dict[str, Ranking] = {}
+        rankings: dict[str, Ranking] = {}
         for name in self._options.negatives:
             if name == "bm25":
-                made[name] = BM25Ranking(self._pool.passages)
+                rankings[name] = BM25Ranking(self._pool.passages)
             elif name == "dense" and embedder is not None:
-                made[name] = DenseRanking(self._pool.passages, embedder)
+                rankings[name] = DenseRanking(self._pool.passages, embedder)
             else:
-                made[name] = RandomRanking(len(self._pool))
-        return made | {FILLED: RandomRanking(len(self._pool))}
+                rankings[name] = RandomRanking(len(self._pool))
+        return rankings | {FILLED: RandomRanking(len(self._pool))}
 
     # One row
 

@@ -60,8 +60,8 @@ class Exclusion:
         """Return the excluded contexts that share a run of words with a text."""
         runs = _runs(normal, 1)
         first, last = (np.searchsorted(self._hashes, runs, side) for side in ("left", "right"))
-        found = {n for start, end in zip(first, last, strict=True) for n in self._owners[start:end].tolist()}
-        return [self._texts[n] for n in found]
+        numbers = {n for start, end in zip(first, last, strict=True) for n in self._owners[start:end].tolist()}
+        return [self._texts[n] for n in numbers]
 
 
 def _runs(normal: str, step: int) -> list[int]:

@@ -195,10 +195,10 @@ def _read_table(path: Path) -> Iterator[Record]:
 def _listed(cell: str | None) -> str | list[str] | None:
     """Return the list in a table's cell if it is a JSON list of texts, else the cell unchanged."""
     try:
-        found = json.loads(cell) if cell and cell.startswith("[") else None
+        value = json.loads(cell) if cell and cell.startswith("[") else None
     except (ValueError, RecursionError):
         return cell
-    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else cell
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else cell
 
 
 def _read_json(path: Path) -> Iterator[Record]:

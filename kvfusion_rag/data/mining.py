@@ -100,7 +100,7 @@ class Pool:
         self._sources[key] = tuple(dict.fromkeys(self._add_piece(piece) for piece in pieces))
 
     def numbers(self, key: bytes) -> tuple[int, ...]:
-        """Return the numbers of the passages that were cut from the text with ``key``, or () if it is not here."""
+        """Return the numbers of the passages that were cut from the text with ``key``, or () if there are none."""
         return self._sources.get(key, ())
 
     def shows(self, number: int, answers: Sequence[MatchText]) -> bool:

@@ -122,7 +122,7 @@ class DataReport:
         """
         if strict and reason not in HARMLESS:
             raise InvalidInputError(
-                f"{example.where} (id {example.id!r}): {reason}; it would be dropped without strict."
+                f"{example.where} (id {example.id!r}): {reason}; if strict is not set, it is dropped."
             )
         self.dropped[reason] += 1
         self.first_dropped.setdefault(reason, example.where)

@@ -131,8 +131,8 @@ def search_ape(
     predictions = predict(rows, systems, plan, batch_size=batch_size, progress=progress, journal=journal)
     trials = []
     for system in systems:
-        found = predictions[system.name, ORIGINAL]
-        right = sum(score(p, row, ORIGINAL)["em"] for row, p in zip(rows, found, strict=True) if p is not None)
+        answers = predictions[system.name, ORIGINAL]
+        right = sum(score(p, row, ORIGINAL)["em"] for row, p in zip(rows, answers, strict=True) if p is not None)
         settings = system.generator.settings
         trials.append(Trial(settings.ape_temperature, settings.ape_scale, 100 * right / len(rows)))
     return ApeSearch(len(rows), tuple(trials))

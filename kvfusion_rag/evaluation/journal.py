@@ -65,9 +65,9 @@ class Journal:
     def _read(self) -> None:
         self._path.touch()
         content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
+        complete = content[: content.rfind(b"\n") + 1]
         try:
-            for line in map(json.loads, whole.splitlines()):
+            for line in map(json.loads, complete.splitlines()):
                 if "identity" in line:
                     self._identities[line["system"]] = dict(line["identity"])
                 else:
@@ -81,7 +81,7 @@ class Journal:
                 f"{str(self._path)!r} is not a journal of an evaluation ({error!r}); name another file."
             ) from error
         with self._path.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(len(complete))
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         with self._path.open("a", encoding="utf-8") as out:

@@ -92,7 +92,7 @@ class Summary:
 
 
 def main_metric(condition: Condition) -> str:
-    """Return the metric of a condition: abstentions without a gold document, else exact match."""
+    """Return the main metric of a condition: abstentions if there is no gold document, else exact match."""
     return "abstained" if condition == NO_GOLD else "em"
 
 

@@ -220,9 +220,9 @@ class DocumentIndex:
         allowed = None if files is None else frozenset(files)
         while True:
             hits = self._collection.nearest(vector, count)
-            kept = [hit for hit in hits if allowed is None or hit[0].metadata["file"] in allowed]
-            if len(kept) >= top_k or count == total:
-                return [self._document(row, distance) for row, distance in kept[:top_k]]
+            allowed_hits = [hit for hit in hits if allowed is None or hit[0].metadata["file"] in allowed]
+            if len(allowed_hits) >= top_k or count == total:
+                return [self._document(row, distance) for row, distance in allowed_hits[:top_k]]
             count = min(count * 4, total)
 
     def _take(self, path: Path, held: dict[str, HeldFile], done: _Progress) -> None:
@@ -304,9 +304,9 @@ class DocumentIndex:
         others = [] if self.folder is None else self._collection.other_settings()
         if not others:
             return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
-        held = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
+        stored = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
         return RetrievalError(
-            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {held}; index the "
+            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {stored}; index the "
             "files again with these settings."
         )
 

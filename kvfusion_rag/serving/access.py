@@ -129,17 +129,17 @@ class Guard:
 
     def _namespace_of_key(self, authorization: str) -> str | None:
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        sent = _digest(key.strip())
         # Compare every key, so that the time taken does not reveal which one matched.
-        found = [namespace for digest, namespace in self._namespaces.items() if hmac.compare_digest(digest, given)]
-        if scheme.lower() != "bearer" or not found:
+        matches = [namespace for digest, namespace in self._namespaces.items() if hmac.compare_digest(digest, sent)]
+        if scheme.lower() != "bearer" or not matches:
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY.",
                 "invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        return found[0]
+        return matches[0]
 
 
 def _digest(key: str) -> bytes:
