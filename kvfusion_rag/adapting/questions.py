@@ -35,7 +35,7 @@ MAX_QUESTION_TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PassageQuestion:
     """A question, the number of its passage, and whether it is judged and not trained on."""
 
     question: str

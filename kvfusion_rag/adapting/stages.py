@@ -37,7 +37,7 @@ class Stages:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], *, progress: bool = False) -> None:
         self.folder, self._progress = folder, progress
-        current = json.loads(json.dumps(facts))  # as it would be read back
+        current = json.loads(json.dumps(facts))  # as after a round trip through JSON
         file = folder / NAME
         if not file.exists():
             write_atomically(file, json.dumps(current, indent=2) + "\n")

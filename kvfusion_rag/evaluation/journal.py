@@ -88,7 +88,7 @@ class Journal:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _require(self, name: str, identity: Mapping[str, Any]) -> None:
-        current = json.loads(json.dumps(dict(identity), default=str))  # as it would be read back
+        current = json.loads(json.dumps(dict(identity), default=str))  # as after a round trip through JSON
         saved = self._identities.setdefault(name, current)
         if saved is current:
             self._append([{"system": name, "identity": current}])

@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldFile:
+class StoredFile:
     """The stored chunks of one file. ``complete`` is False if an earlier write was interrupted."""
 
     digest: str
@@ -91,14 +91,14 @@ class ChunkCollection:
             self._client.close()
         self._unlock()
 
-    def held_files(self) -> dict[str, HeldFile]:
+    def stored_files(self) -> dict[str, StoredFile]:
         """Return the stored files by name."""
         with _explained(self._folder):
             rows = self._collection.get(include=["metadatas"])
         by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
         for chunk_id, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
             by_file.setdefault(str(metadata["file"]), []).append((chunk_id, metadata))
-        return {file: _held(chunks) for file, chunks in by_file.items()}
+        return {file: _stored_file(chunks) for file, chunks in by_file.items()}
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove chunks by id."""
@@ -152,10 +152,10 @@ class ChunkCollection:
             self._lock.release()
 
 
-def _held(chunks: list[tuple[str, Mapping[str, Any]]]) -> HeldFile:
+def _stored_file(chunks: list[tuple[str, Mapping[str, Any]]]) -> StoredFile:
     digest = str(chunks[0][1]["digest"])
     complete = all(m["digest"] == digest and m["chunks"] == len(chunks) for _, m in chunks)
-    return HeldFile(digest, tuple(chunk_id for chunk_id, _ in chunks), complete)
+    return StoredFile(digest, tuple(chunk_id for chunk_id, _ in chunks), complete)
 
 
 def _lock(folder: Path) -> FileLock:
