@@ -122,9 +122,8 @@ class RowMaker:
         numbers = sorted({number for _, number in placed.values()})
         random.Random(self._options.seed).shuffle(numbers)
         held_out = self._held_out(numbers)
-        return [PassageQuestion(question, number, number in held_out) for question, number in placed.values()], len(
-            given
-        )
+        questions = [PassageQuestion(question, n, n in held_out) for question, n in placed.values()]
+        return questions, len(given)
 
     def _held_out(self, numbers: Sequence[int]) -> set[int]:
         """Return the passages whose questions are judged and not trained on."""
