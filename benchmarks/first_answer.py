@@ -3,7 +3,7 @@
     python benchmarks/first_answer.py MODEL DOCS [--question TEXT] [--repeats 5] [--json results.json]
 
 DOCS is indexed first. Prints medians of wall and CPU seconds. On a busy machine only CPU seconds are reproducible. The
-time of an inner phase does not count for the outer one.
+time of an inner phase is not included in that of the outer one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub name")
     parser.add_argument("docs", help="folder of documents")
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--repeats", type=int, default=5, help="runs, after one that does not count")
+    parser.add_argument("--repeats", type=int, default=5, help="number of runs, after one that does not count")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

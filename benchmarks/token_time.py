@@ -100,12 +100,12 @@ def generated(model: Any, document: DocumentKV, question: list[int], tokens: int
     ids = torch.tensor([[*document.token_ids, *question]])
     clock = Clock()
     model.generation_config.eos_token_id = None
-    made = model.generate(
+    output = model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False,
         pad_token_id=0, streamer=clock,
     )  # fmt: skip
     first, *_, last = clock.tokens[1:]
-    return (last - first) / (tokens - 1), tuple(made[0, ids.shape[1] :].tolist())
+    return (last - first) / (tokens - 1), tuple(output[0, ids.shape[1] :].tolist())
 
 
 class Clock(BaseStreamer):
@@ -122,7 +122,7 @@ class Clock(BaseStreamer):
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
-    """Return median, least and most in milliseconds."""
+    """Return the median, minimum and maximum in milliseconds."""
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {name: round(1e3 * figure, 3) for name, figure in figures.items()}
 

@@ -58,7 +58,7 @@ class DocumentCapture(BaseCallbackHandler):
             _active.reset(self._token)
         except ValueError as error:
             raise InvalidInputError(
-                "a thread or task that did not open the document capture closes it; close it where "
+                "the document capture was closed by a thread or task that did not open it; close it where "
                 "enable_document_capture was called, preferably with a with statement."
             ) from error
         with self._lock:

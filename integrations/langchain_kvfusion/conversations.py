@@ -61,16 +61,18 @@ def gather(
         InvalidInputError: no human message has a text, the last message is not human, documents are given in two
             ways, or a frame is forged.
     """
-    found = _extract_all(messages, () if documents or lifted_documents(messages) else retrieved)
-    human = [number for number, each in enumerate(found) if speaker(messages[number]) == "User" and _has_text(each)]
-    question = _question(messages, found, human)
+    extractions = _extract_all(messages, () if documents or lifted_documents(messages) else retrieved)
+    human = [
+        number for number, each in enumerate(extractions) if speaker(messages[number]) == "User" and _has_text(each)
+    ]
+    question = _question(messages, extractions, human)
     carried = _only_one_way({
         "documents=": to_documents(documents),
-        "KVFusionDocumentPrompt": to_documents([document for each in found for document in each.documents]),
+        "KVFusionDocumentPrompt": to_documents([document for each in extractions for document in each.documents]),
         "the messages": lifted_documents(messages),
     })  # fmt: skip
-    turns = [_turn(message, each) for message, each in zip(messages, found, strict=True)]
-    last = found[human[-1]]
+    turns = [_turn(message, each) for message, each in zip(messages, extractions, strict=True)]
+    last = extractions[human[-1]]
     turns[human[-1]] = attach(HumanMessage(last.text), carried, question, last.place)
     kept = [turn for turn in turns if turn is not None]
     if isinstance(kept[-1], AIMessage | SystemMessage):
@@ -139,13 +141,13 @@ def _extract_all(messages: Sequence[BaseMessage], retrieved: Sequence[LangChainD
     has_place = False
     extractions = []
     for message in messages:
-        found = _extract(message, retrieved)
-        new = tuple(document for document in found.documents if not retrieved or document.text not in seen)
-        seen.update(document.text for document in found.documents)
+        extraction = _extract(message, retrieved)
+        new = tuple(document for document in extraction.documents if not retrieved or document.text not in seen)
+        seen.update(document.text for document in extraction.documents)
         if has_place or isinstance(message, ToolMessage):  # a tool result is not part of the user's prompt
-            found = _without_place(found)
-        has_place = has_place or found.place is not None
-        extractions.append(replace(found, documents=new))
+            extraction = _without_place(extraction)
+        has_place = has_place or extraction.place is not None
+        extractions.append(replace(extraction, documents=new))
     return extractions
 
 
@@ -156,24 +158,24 @@ def _extract(message: BaseMessage, retrieved: Sequence[LangChainDocument]) -> Ex
     return extract(text, () if isinstance(message, AIMessage) else retrieved)  # an AI message may quote a document
 
 
-def _without_place(found: Extraction) -> Extraction:
-    if found.place is None:
-        return found
-    before, after = found.text[: found.place.offset], found.text[found.place.offset :]
-    return Extraction(close_gap(before, after), found.documents)
+def _without_place(extraction: Extraction) -> Extraction:
+    if extraction.place is None:
+        return extraction
+    before, after = extraction.text[: extraction.place.offset], extraction.text[extraction.place.offset :]
+    return Extraction(close_gap(before, after), extraction.documents)
 
 
-def _has_text(found: Extraction) -> bool:
-    return bool(found.text.strip()) or found.place is not None
+def _has_text(extraction: Extraction) -> bool:
+    return bool(extraction.text.strip()) or extraction.place is not None
 
 
-def _question(messages: Sequence[BaseMessage], found: Sequence[Extraction], human: Sequence[int]) -> str:
+def _question(messages: Sequence[BaseMessage], extractions: Sequence[Extraction], human: Sequence[int]) -> str:
     """Return the bare question. ``human`` contains the positions of the human messages."""
     given = messages[human[-1]].additional_kwargs.get("question") if human else None
     if given is not None:
         return given
-    texts = [found[number] for number in human if found[number].text.strip()]
-    question = _question_in(texts[-1]) if texts else bare_question(_joined(found)) if human else ""
+    texts = [extractions[number] for number in human if extractions[number].text.strip()]
+    question = _question_in(texts[-1]) if texts else bare_question(_joined(extractions)) if human else ""
     if not question.strip():
         raise InvalidInputError(
             f"the prompt has {len(messages)} messages but no human message with a text; end it with the user's "
@@ -200,20 +202,20 @@ def _only_one_way(ways: Mapping[str, Sequence[Document]]) -> Sequence[Document]:
     return next(iter(given.values()), ())
 
 
-def _turn(message: BaseMessage, found: Extraction) -> BaseMessage | None:
+def _turn(message: BaseMessage, extraction: Extraction) -> BaseMessage | None:
     """Return ``message`` with the extracted text, or None if it has no text or calls a tool."""
-    if calls_tools(message) or not _has_text(found):
+    if calls_tools(message) or not _has_text(extraction):
         return None
     match speaker(message):
         case "System":
-            turn: BaseMessage = SystemMessage(found.text)
+            turn: BaseMessage = SystemMessage(extraction.text)
         case "Assistant":
-            turn = AIMessage(found.text)
+            turn = AIMessage(extraction.text)
         case "User":
-            turn = HumanMessage(found.text)
+            turn = HumanMessage(extraction.text)
         case other:  # for example a tool result, which the user did not write
-            turn = ChatMessage(content=found.text, role=other.lower())
-    return attach(turn, place=found.place)
+            turn = ChatMessage(content=extraction.text, role=other.lower())
+    return attach(turn, place=extraction.place)
 
 
 def _plain(document: Document) -> dict[str, Any]:

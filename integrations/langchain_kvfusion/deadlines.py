@@ -17,7 +17,7 @@ async def aanswer_within(seconds: float | None, answer: Awaitable[T]) -> T:
     """Await ``answer``, and cancel its task after ``seconds``.
 
     Raises:
-        AnswerTimeoutError: the time is over.
+        AnswerTimeoutError: the time limit was exceeded.
     """
     limit = asyncio.timeout(seconds)
     try:
@@ -36,12 +36,12 @@ def answer_within(seconds: float, ask: Callable[[], Coroutine[Any, Any, T]]) -> 
 
 
 def pieces_within(seconds: float | None, pieces: Iterator[str]) -> Iterator[str]:
-    """Yield the pieces of a stream while computing them has taken at most ``seconds`` in total.
+    """Yield the pieces of a stream as long as computing them has taken at most ``seconds`` in total.
 
     The time is checked between two pieces, because a piece that is being computed cannot be interrupted.
 
     Raises:
-        AnswerTimeoutError: the time is over.
+        AnswerTimeoutError: the time limit was exceeded.
     """
     spent = 0.0
     while True:
@@ -60,9 +60,9 @@ async def apieces_within(seconds: float | None, pieces: AsyncIterator[str]) -> A
     spent = 0.0
     while True:
         begun = time.monotonic()
-        left = None if seconds is None else seconds - spent
+        remaining = None if seconds is None else seconds - spent
         try:
-            piece = await aanswer_within(left, anext(pieces))
+            piece = await aanswer_within(remaining, anext(pieces))
         except StopAsyncIteration:
             return
         except AnswerTimeoutError:

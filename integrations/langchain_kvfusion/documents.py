@@ -80,7 +80,7 @@ def documents_per_prompt(documents: DocumentsArgument | None, prompts: int) -> l
 
 
 def is_nested(documents: object) -> TypeGuard[Sequence[Sequence[DocumentLike]]]:
-    """Whether ``documents`` is a list of lists."""
+    """Return whether ``documents`` is a list of lists."""
     return (
         isinstance(documents, list | tuple)
         and len(documents) > 0

@@ -92,7 +92,7 @@ def frame(document: Document) -> str:
 
 
 def has_frames(text: str) -> bool:
-    """Whether ``text`` contains anything that looks like a frame, even a forged one."""
+    """Return whether ``text`` contains anything that looks like a frame, even a forged one."""
     return _FRAME.search(text) is not None
 
 

@@ -29,20 +29,20 @@ def cut_out(text: str, documents: Sequence[LangChainDocument]) -> Extraction:
     Longer documents are searched first, and matches do not overlap. A document shorter than ``MIN_CHARACTERS``, or
     found only inside a word, is not removed.
     """
-    before, after, found, gaps = text, "", [], []
+    before, after, matches, gaps = text, "", [], []
     for strips in (False, True):
-        found = _find(text, documents, strips=strips)
-        if not found:
+        matches = _find(text, documents, strips=strips)
+        if not matches:
             return Extraction(text)
-        before, after = text[: found[0][0]], text[found[-1][1] :]
-        gaps = [text[end:start] for (_, end, _), (start, _, _) in itertools.pairwise(found)]
+        before, after = text[: matches[0][0]], text[matches[-1][1] :]
+        gaps = [text[end:start] for (_, end, _), (start, _, _) in itertools.pairwise(matches)]
         separator = gaps[0] if gaps else TEXT_SEPARATOR
         if len(set(gaps)) <= 1 and _is_separator(separator, before):
             place = DocumentsPlace(len(before), separator)
-            return Extraction(before + after, tuple(document for *_, document in found), place)
-    mark = "|"  # stands for the documents, so that the white space behind them is kept
+            return Extraction(before + after, tuple(document for *_, document in matches), place)
+    mark = "|"  # stands for the documents, so that the white space after them is kept
     rest = functools.reduce(close_gap, [*gaps, after], mark).removeprefix(mark)
-    distinct = {document.text: document for *_, document in found}
+    distinct = {document.text: document for *_, document in matches}
     return Extraction(before + rest, tuple(distinct.values()), DocumentsPlace(len(before)))
 
 
@@ -60,21 +60,21 @@ def _find(text: str, documents: Sequence[LangChainDocument], *, strips: bool) ->
     Args:
         strips: search only for stripped texts, because some chains strip white space around documents.
     """
-    found: list[Match] = []
+    matches: list[Match] = []
 
     def is_free(start: int, end: int) -> bool:
-        return all(end <= other_start or start >= other_end for other_start, other_end, _ in found)
+        return all(end <= other_start or start >= other_end for other_start, other_end, _ in matches)
 
     for document in sorted(documents, key=_longest_first):
-        whole, content = document.page_content, document.page_content.strip()
-        margin = len(whole) - len(whole.lstrip())
+        original, content = document.page_content, document.page_content.strip()
+        margin = len(original) - len(original.lstrip())
         for place in _places(text, content) if len(content) >= MIN_CHARACTERS else ():
-            for start, shown in ((place - margin, whole), (place, content))[strips:]:
-                end = start + len(shown)
-                if start >= 0 and text.startswith(shown, start) and is_free(start, end):
-                    found.append((start, end, replace(to_document(document), text=shown)))
+            for start, variant in ((place - margin, original), (place, content))[strips:]:
+                end = start + len(variant)
+                if start >= 0 and text.startswith(variant, start) and is_free(start, end):
+                    matches.append((start, end, replace(to_document(document), text=variant)))
                     break
-    return sorted(found, key=lambda place: place[:2])
+    return sorted(matches, key=lambda place: place[:2])
 
 
 def _longest_first(document: LangChainDocument) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def _longest_first(document: LangChainDocument) -> tuple[int, int]:
 
 
 def _is_separator(gap: str, before: str) -> bool:
-    """Whether ``gap`` could separate any two documents.
+    """Return whether ``gap`` could separate any two documents.
 
     A gap with words must also occur before the first document, because numbers and sources differ by document.
     """
@@ -101,5 +101,5 @@ def _places(text: str, content: str) -> list[int]:
 
 
 def _joins(text: str, position: int) -> bool:
-    """Whether the characters before and at ``position`` belong to one word."""
+    """Return whether the characters before and at ``position`` belong to one word."""
     return 0 < position < len(text) and text[position - 1].isalnum() and text[position].isalnum()

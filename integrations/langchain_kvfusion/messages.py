@@ -130,10 +130,10 @@ def speaker(message: BaseMessage) -> str:
 
 
 def role_of(message: BaseMessage) -> Role:
-    """Return the role of ``message`` in a generator's prompt. Other speakers than AI and system are the user."""
+    """Return the role of ``message`` in a generator's prompt. All speakers except AI and system become the user."""
     return _ROLES.get(speaker(message), "user")
 
 
 def calls_tools(message: BaseMessage) -> bool:
-    """Whether ``message`` calls a tool."""
+    """Return whether ``message`` calls a tool."""
     return isinstance(message, AIMessage) and bool(message.tool_calls)

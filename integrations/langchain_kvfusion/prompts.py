@@ -85,7 +85,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
         documents_key: name of the variable with the documents: a list of LangChain documents, Documents, strings or
             mappings with "text". A joined string is used as one document, with a warning.
         question_key: name of the variable with the bare question. By default the first of "question", "input" and
-            "query" that the template has. Without these, the question is searched in the text, see ``bare_question``.
+            "query" that the template has. Without these, the question is taken from the text, see ``bare_question``.
         strict: whether to reject joined strings.
     """
 

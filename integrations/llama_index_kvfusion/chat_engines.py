@@ -90,7 +90,7 @@ class _SeparateDocuments(BaseChatEngine):
         metadata_mode: MetadataMode | None = None,
         **options: Any,
     ) -> None:
-        """Arguments are the parent's, and `metadata_mode` of `KVFusionSynthesizer`."""
+        """Takes the parent's arguments, and `metadata_mode` as in `KVFusionSynthesizer`."""
         require_own_llm(llm, type(self).__name__)
         parent: Any = super()  # LlamaIndex's engine, which type checkers cannot infer
         parent.__init__(retriever, llm, *arguments, **options)

@@ -57,8 +57,8 @@ class KVFusionCitationQueryEngine(CitationQueryEngine):
                 "response_synthesizer=KVFusionSynthesizer(llm, text_qa_template=...)."
             )
         synthesizer = _own_synthesizer(llm, response_synthesizer, streaming=streaming)
-        made: Any = super().from_args(index, llm=synthesizer.llm, response_synthesizer=synthesizer, **options)
-        return made
+        engine: Any = super().from_args(index, llm=synthesizer.llm, response_synthesizer=synthesizer, **options)
+        return engine
 
     def _create_citation_nodes(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
         return [chunk for node in nodes for chunk in self._chunks(node)]

@@ -63,7 +63,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     - ``documents``: a list of `kvfusion_rag.Document`, str or LlamaIndex nodes, one item per document.
     - ``documents_place``: their position. In `complete` it is a `kvfusion_rag.DocumentsPlace` in the prompt. In `chat`
-      it is a pair of a message's index and the place in its text. By default documents are appended to the system
+      it is a pair: the index of a message, and the place in its text. By default documents are appended to the system
       message.
     - ``question``: the bare question, if the prompt contains more than that.
 

@@ -148,7 +148,7 @@ def _synthesizer_of(
         return KVFusionSynthesizer(llm, metadata_mode=metadata_mode)
     if given.llm.generator is not llm.generator:
         raise InvalidInputError(
-            "the synthesizer must have the LLM's generator, otherwise it would not find the nodes."
+            "the synthesizer must have the LLM's generator, because otherwise the prefilled nodes are not found."
         )
     if metadata_mode is not None:
         raise InvalidInputError("metadata_mode and synthesizer are both given; set the mode of the synthesizer only.")

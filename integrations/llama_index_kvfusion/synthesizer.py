@@ -94,7 +94,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
 
     @property
     def metadata_mode(self) -> MetadataMode:
-        """Which metadata the model reads with a node's text."""
+        """The metadata that the model reads with a node's text."""
         if self._metadata_mode is not None:
             return self._metadata_mode
         return MetadataMode.LLM if self._fusion_llm.reads_prompt else MetadataMode.NONE

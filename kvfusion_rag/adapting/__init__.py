@@ -1,6 +1,6 @@
-"""Adapts a model to fused documents without labels.
+"""Adapts a model to fused documents without labelled data.
 
-A model and a folder of documents enter, and an adapter with its card and report leaves. The model writes and answers
+A model and a folder of documents come in. An adapter with its card and report goes out. The model writes and answers
 questions about the documents (``questions``, ``filtering``), learns to give the same answers over fused documents
 (``making``, then the room ``training``), and is judged on held-out questions (``judging``). The adapter is kept only
 if it beats untuned fusion. ``stages`` makes runs resumable. The room must not know how answers are served.

@@ -23,7 +23,7 @@ Use it with `kvfusion ask "..." --docs PATH --adapter DIR`, or
 ## Data
 
 The base model wrote or was given {report.asked} questions and answered them from their passages. The adapter was
-trained on {report.trained} of them and judged on {report.judged} about other passages. Dropped:
+trained on {report.trained} of them and judged on {report.judged} about other passages. Dropped questions:
 
 | reason | questions |
 | --- | --- |

@@ -19,7 +19,7 @@ class Verdict:
     """Figures of one system.
 
     Attributes:
-        right: share of answers (%) that say the gold-passage answer (``filtering.says``).
+        right: share of answers (%) that say the same as the gold-passage answer (``filtering.says``).
         f1: mean word F1 (%) against it.
     """
 
@@ -40,7 +40,7 @@ def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode,
 
 
 def right_answers(rows: Sequence[QARow], answers: Sequence[str]) -> list[bool]:
-    """Return for each answer of one system whether it says the gold-passage answer."""
+    """Return for each answer of one system whether it says the same as the gold-passage answer."""
     return [says(text, row.answers[0], row.question) for text, row in zip(answers, rows, strict=True)]
 
 

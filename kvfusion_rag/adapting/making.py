@@ -16,7 +16,7 @@ from .filtering import answer_fault, question_fault, repeats, whole_sentences
 from .judging import answer_rows
 from .options import AdaptOptions
 from .passages import PassagePool
-from .questions import Asked, answer_from_passage, openings_of, question_writer, write_questions
+from .questions import PassageQuestion, answer_from_passage, openings_of, question_writer, write_questions
 from .rows import NegativeMiner, make_row, number_of_documents
 from .stages import Stages
 
@@ -26,7 +26,7 @@ REPEAT_NEGATIVES = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class AdaptRows:
     """Rows for training and for judging.
 
     Attributes:
@@ -45,7 +45,7 @@ class RowMaker:
 
     Args:
         generator: generator of the untuned model.
-        start: token that its tokenizer puts in front of a text.
+        start: token that the model's tokenizer puts in front of a text.
         given: the user's own questions with their passages, if known; None if the model writes the questions.
     """
 
@@ -68,7 +68,7 @@ class RowMaker:
         self._miner = NegativeMiner(self._passages, options.seed)
         self._dropped: Counter[str] = Counter()
 
-    def make(self) -> Made:
+    def make(self) -> AdaptRows:
         """Return all rows.
 
         Raises:
@@ -85,9 +85,9 @@ class RowMaker:
                     f"{len(rows)} of {total} questions are left for {use}, but at least {least} are needed; increase "
                     f"--passages, name more documents, or give your own --questions (dropped: {reasons or 'none'})."
                 )
-        return Made(trained, judged, total, dict(self._dropped.most_common()))
+        return AdaptRows(trained, judged, total, dict(self._dropped.most_common()))
 
-    def _ask(self) -> tuple[list[Asked], int]:
+    def _ask(self) -> tuple[list[PassageQuestion], int]:
         """Return the model's own useful questions, and how many it wrote."""
         options = self._options
         numbers = self._pool.sample(options.passages, options.seed)
@@ -102,15 +102,15 @@ class RowMaker:
             return write_questions(writer, [(self._passages[number], opening) for number, opening in chunk])
 
         texts = self._stages.work("questions", tasks, QUESTIONS_AT_ONCE, write)
-        useful: list[Asked] = []
+        useful: list[PassageQuestion] = []
         seen: set[str] = set()
         for (number, _), text in zip(tasks, texts, strict=True):
             if not self._drop(question_fault(text, self._passages[number], seen)):
                 seen.add(normalize_answer(text))
-                useful.append(Asked(text, number, number in held_out))
+                useful.append(PassageQuestion(text, number, number in held_out))
         return useful, len(tasks)
 
-    def _place_given(self, given: Sequence[tuple[str, Passage | None]]) -> tuple[list[Asked], int]:
+    def _place_given(self, given: Sequence[tuple[str, Passage | None]]) -> tuple[list[PassageQuestion], int]:
         """Return the user's questions with their passages, and how many were given."""
         placed: dict[str, tuple[str, int]] = {}
         for question, passage in given:
@@ -122,16 +122,17 @@ class RowMaker:
         numbers = sorted({number for _, number in placed.values()})
         random.Random(self._options.seed).shuffle(numbers)
         held_out = self._held_out(numbers)
-        return [Asked(question, number, number in held_out) for question, number in placed.values()], len(given)
+        questions = [PassageQuestion(question, n, n in held_out) for question, n in placed.values()]
+        return questions, len(given)
 
     def _held_out(self, numbers: Sequence[int]) -> set[int]:
         """Return the passages whose questions are judged and not trained on."""
         return set(numbers[: max(1, round(self._options.held_out * len(numbers)))])
 
-    def _answer(self, asked: Sequence[Asked]) -> list[tuple[Asked, str]]:
+    def _answer(self, asked: Sequence[PassageQuestion]) -> list[tuple[PassageQuestion, str]]:
         """Return the questions with useful answers from their passages, and these answers."""
 
-        def answer(chunk: Sequence[Asked]) -> list[str]:
+        def answer(chunk: Sequence[PassageQuestion]) -> list[str]:
             pairs = [(one.question, self._passages[one.passage]) for one in chunk]
             answers = answer_from_passage(self._generator, pairs, self._options.answer_tokens)
             return [whole_sentences(one.text) if one.finish_reason == "length" else one.text for one in answers]
@@ -143,7 +144,7 @@ class RowMaker:
             if not self._drop(answer_fault(text, one.question, self._passages[one.passage]))
         ]
 
-    def _repeated(self, pairs: Sequence[tuple[int, Asked, str]]) -> list[QARow]:
+    def _repeated(self, pairs: Sequence[tuple[int, PassageQuestion, str]]) -> list[QARow]:
         """Return rows of the questions whose answers the model repeats in a joined prompt with a few negatives."""
         small = [self._row(*pair, documents=1 + REPEAT_NEGATIVES) for pair in pairs]
 
@@ -159,14 +160,14 @@ class RowMaker:
                 rows.append(self._row(n, asked, answer, documents=documents))
         return rows
 
-    def _row(self, number: int, asked: Asked, answer: str, *, documents: int | None = None) -> QARow:
+    def _row(self, number: int, asked: PassageQuestion, answer: str, *, documents: int | None = None) -> QARow:
         count = (documents or self._options.documents) - 1
         negatives = self._miner.negatives(asked.question, answer, asked.passage, count)
         gold = self._passages[asked.passage]
         return make_row(number, asked.question, answer, gold, negatives, self._options.seed)
 
     def _drop(self, reason: str | None) -> bool:
-        """Count a dropped question, and return whether there is a reason to drop it."""
+        """Return whether there is a ``reason`` to drop a question, and count it if so."""
         if reason is not None:
             self._dropped[reason] += 1
         return reason is not None

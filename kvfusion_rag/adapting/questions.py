@@ -35,7 +35,7 @@ MAX_QUESTION_TOKENS = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PassageQuestion:
     """A question, the number of its passage, and whether it is judged and not trained on."""
 
     question: str
@@ -49,10 +49,10 @@ def question_writer(generator: KVFusionGenerator, start: str = "") -> KVFusionGe
     Args:
         start: token that the tokenizer puts in front of a text.
     """
-    shown = "".join(f"Text: {t}. {text}\nQuestion: {q}\nAnswer: {a}\n\n" for t, text, q, a in EXAMPLES)
+    shots = "".join(f"Text: {t}. {text}\nQuestion: {q}\nAnswer: {a}\n\n" for t, text, q, a in EXAMPLES)
     return generator.with_settings(
         layout="fixed",
-        prefix=f"{start}Each question asks for one fact of the text above it and names what it is about.\n\n{shown}",
+        prefix=f"{start}Each question asks for one fact of the text above it and names what it is about.\n\n{shots}",
         document_template="Text: {text}\n",
         titled_document_template="Text: {title}. {text}\n",
         question_template="{question}",

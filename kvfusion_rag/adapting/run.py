@@ -29,7 +29,7 @@ from ..training.progress import LOSSES, Progress
 from ..training.run import require_uniform_positions, train
 from .card import card
 from .judging import ADAPTED, CONCAT, UNTUNED, answer_rows, judge, right_answers, wins
-from .making import ROWS_AT_ONCE, Made, RowMaker
+from .making import ROWS_AT_ONCE, AdaptRows, RowMaker
 from .options import DEFAULT_PASSAGE_TOKENS, AdaptOptions
 from .passages import PassagePool, read_passages
 from .questions import read_questions
@@ -41,7 +41,7 @@ FORMAT = 1  # increase it when questions, filters or rows change, since runs wit
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """The model, which is loaded three times: to write and answer questions, to be trained, to be judged."""
+    """The model, which is loaded three times: to write and answer questions, to be trained, and to be judged."""
 
     model: str | Path | None
     gguf_file: str | None
@@ -55,7 +55,7 @@ class _Prepared:
 
     stages: Stages
     pool: PassagePool
-    made: Made
+    rows: AdaptRows
     config: TrainingConfig
     untuned: list[str]
     concat: list[str]
@@ -145,13 +145,13 @@ def _prepare(
         return AdaptReport.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
     note(f"{len(pool.passages)} passages of up to {tokens} tokens in {pool.files} files, {len(pool.skipped)} skipped")
     start = leading_bos(backbone.tokenizer)
-    made = RowMaker(generator, pool, options, stages, start=start, given=given).make()
-    note(f"{len(made.trained)} of {made.asked} questions for training, {len(made.judged)} for judging")
-    for reason, count in made.dropped.items():
+    rows = RowMaker(generator, pool, options, stages, start=start, given=given).make()
+    note(f"{len(rows.trained)} of {rows.asked} questions for training, {len(rows.judged)} for judging")
+    for reason, count in rows.dropped.items():
         note(f"  dropped {count}: {reason}")
-    untuned = _answers(stages, "judged-untuned", generator, made.judged, "fusion", options)
-    concat = _answers(stages, "judged-concat", generator, made.judged, "concat", options)
-    return _Prepared(stages, pool, made, config, untuned, concat, backbone.model_id, precision)
+    untuned = _answers(stages, "judged-untuned", generator, rows.judged, "fusion", options)
+    concat = _answers(stages, "judged-concat", generator, rows.judged, "concat", options)
+    return _Prepared(stages, pool, rows, config, untuned, concat, backbone.model_id, precision)
 
 
 def _answers(
@@ -175,7 +175,7 @@ def _train(prepared: _Prepared, source: _Model, folder: Path, note: Callable[[st
 
     pool = prepared.pool
     return train(
-        prepared.made.trained, output=output, config=prepared.config, resume=True, report=report,
+        prepared.rows.trained, output=output, config=prepared.config, resume=True, report=report,
         files={"documents": {"sha256": pool.digest, "passages": len(pool.passages)}}, **asdict(source),
     )  # fmt: skip
 
@@ -183,7 +183,7 @@ def _train(prepared: _Prepared, source: _Model, folder: Path, note: Callable[[st
 def _judge_adapted(prepared: _Prepared, source: _Model, folder: Path, options: AdaptOptions) -> list[str]:
     adapter = folder / "training" / "best"
     generator = KVFusionGenerator.from_pretrained(adapter=adapter, store=MemoryStore(), gather=False, **asdict(source))
-    return _answers(prepared.stages, "judged-adapted", generator, prepared.made.judged, "fusion", options)
+    return _answers(prepared.stages, "judged-adapted", generator, prepared.rows.judged, "fusion", options)
 
 
 def _report(
@@ -191,7 +191,7 @@ def _report(
     seconds: float,
 ) -> AdaptReport:  # fmt: skip
     """Judge all systems, and decide whether to keep the adapter."""
-    rows = prepared.made.judged
+    rows = prepared.rows.judged
     texts = {UNTUNED: prepared.untuned, ADAPTED: adapted, CONCAT: prepared.concat}
     verdicts = {system: judge(system, rows, answers) for system, answers in texts.items()}
     right = {system: [100.0 * one for one in right_answers(rows, answers)] for system, answers in texts.items()}
@@ -203,9 +203,9 @@ def _report(
         dtype=prepared.dtype,
         files=prepared.pool.files,
         passages=len(prepared.pool.passages),
-        asked=prepared.made.asked,
-        dropped=prepared.made.dropped,
-        trained=len(prepared.made.trained),
+        asked=prepared.rows.asked,
+        dropped=prepared.rows.dropped,
+        trained=len(prepared.rows.trained),
         judged=len(rows),
         documents=options.documents,
         steps=trained.step,

@@ -1,7 +1,7 @@
 """Keeps the state of an adaptation in its output folder, so that a killed run can be resumed.
 
 ``adapt.json`` describes the run. Each stage has a file with a JSON line per chunk of its work. An incomplete last line
-is cut off. A chunk is computed again only as a whole, so that results do not depend on when a run was killed.
+is cut off. A chunk is always computed as a whole, so that results do not depend on when a run was killed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Stages:
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], *, progress: bool = False) -> None:
         self.folder, self._progress = folder, progress
-        current = json.loads(json.dumps(facts))  # as it would be read back
+        current = json.loads(json.dumps(facts))  # as after a round trip through JSON
         file = folder / NAME
         if not file.exists():
             write_atomically(file, json.dumps(current, indent=2) + "\n")
@@ -82,11 +82,11 @@ class Stages:
         if not file.exists():
             return
         content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
             with file.open("r+b") as out:
-                out.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), start=1):
+                out.truncate(len(complete))
+        for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 yield json.loads(line)
             except ValueError as error:

@@ -2,7 +2,7 @@
 machine.
 
 A floor counts matrix products and attention, each weight read once per step, and each document's KV moved once for all
-its questions. If the token after a token is not needed, the last layer only computes its KV. Everything else (norms,
+its questions. For a token whose next token is not needed, the last layer only computes its KV. Everything else (norms,
 rotations, masks, sampling, launches, embeddings) is excluded, so no program can be faster than its floor.
 """
 

@@ -66,7 +66,7 @@ def random_backbone(name: str, dtype: str, device: str, seed: int, weights: str 
     with choose_device(device):  # a CPU draws billions of weights slowly
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     with torch.no_grad():
-        model.get_output_embeddings().weight[END] = 0  # a logit of 0 is never the largest of thousands
+        model.get_output_embeddings().weight[END] = 0  # among thousands of logits, 0 is never the largest
     if weights is not None:
         _quantize(model, weights)
     settings = ModelSettings(document_template="{text}", titled_document_template="{title} {text}",

@@ -1,4 +1,4 @@
-"""Measures answers: transformers' ``generate`` on the joined prompt, and this package without and with a store.
+"""Measures answers: transformers' ``generate`` on the joined prompt, and this package with and without a store.
 
 All figures come from one process with the same weights, documents and questions. Weights are random, since only their
 shape matters. Systems are measured in turn, so that a slow minute of a shared machine affects all of them.
@@ -36,7 +36,7 @@ class AnswerBenchmark:
     """Settings of one run.
 
     Attributes:
-        systems: "generate" (joined prompt), "cold" (documents computed, nothing stored), "memory" and "disk".
+        systems: "generate" (joined prompt), "cold" (documents are computed and not stored), "memory" and "disk".
         warmups: runs of each system and case that do not count.
         generate_up_to: maximum tokens of a joined prompt for "generate", whose time grows with the square.
         weights: precision of the layers' weights: None for ``dtype``, or "int8" or "float8" through torchao.
@@ -54,7 +54,7 @@ class AnswerBenchmark:
 
 
 class _Texts(NamedTuple):
-    """The texts of a case: questions, their documents, and which documents are and are not stored beforehand."""
+    """The texts of a case: questions, their documents, and which documents are stored beforehand and which are not."""
 
     questions: list[str]
     documents: list[list[str]]
@@ -190,7 +190,7 @@ class AnswerRun:
     def _generate(self, case: Case, texts: _Texts) -> _Measured:
         """Answer as a user of transformers would: a batch of prompts with the library's own attention.
 
-        It runs without inference mode.
+        Inference mode is off, as it is for such a user.
         """
         model: Any = self._backbone.model
         ours = model.config._attn_implementation
@@ -300,7 +300,7 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _require_length(case: Case, lengths: Sequence[int]) -> None:
-    """Raise KVFusionError if answers have other lengths, since their times cannot be compared."""
+    """Raise KVFusionError if an answer has another length, since its times cannot be compared."""
     if set(lengths) != {case.answer_tokens}:
         raise KVFusionError(
             f"answers have {sorted(set(lengths))} tokens, but they must have {case.answer_tokens}; an end token came "
@@ -309,11 +309,11 @@ def _require_length(case: Case, lengths: Sequence[int]) -> None:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Return median, least and most of repeated times."""
+    """Return the median, minimum and maximum of repeated times."""
     figures = {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds)}
     return {name: _short(figure) for name, figure in figures.items()}
 
 
 def _short(figure: float) -> float:
-    """Round to four significant digits, more than repeated times agree in."""
+    """Round to four significant digits, which is more than repeated measurements agree on."""
     return float(f"{figure:.4g}")

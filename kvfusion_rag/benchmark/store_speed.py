@@ -47,8 +47,8 @@ class StoreBenchmark:
 def measure_store(options: StoreBenchmark, folder: Path | None = None) -> dict[str, Any]:
     """Return medians, spreads and ratios. The store is created in ``folder``, by default a temporary one.
 
-    Times are seconds to the first token. "disk" reads files from the system's page cache, as for documents in use.
-    "cold disk" drops them from the cache first.
+    Times are seconds to the first token. "disk" reads files that are in the system's page cache, like those of
+    documents in use. "cold disk" drops them from the cache first.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         return _Run(options, Path(place)).measure()
@@ -142,19 +142,19 @@ def _read_raw(files: Sequence[Path]) -> float:
     buffers = [bytearray(file.stat().st_size) for file in files]
     began = time.perf_counter()
     for file, buffer in zip(files, buffers, strict=True):
-        place = os.open(file, os.O_RDONLY)
-        os.preadv(place, [buffer], 0)
-        os.close(place)
+        descriptor = os.open(file, os.O_RDONLY)
+        os.preadv(descriptor, [buffer], 0)
+        os.close(descriptor)
     return time.perf_counter() - began
 
 
 def _drop_pages(folder: Path) -> None:
     """Drop the files of a folder from the page cache, so that they are read from the disk."""
     for file in folder.glob("v*/*/*/*.safetensors"):
-        place = os.open(file, os.O_RDONLY)
-        os.fsync(place)
-        os.posix_fadvise(place, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(place)
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def _rate(size: int, seconds: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """The ``kvfusion`` command, with one module per subcommand.
 
-Command-line arguments come in. Results go to stdout, messages to stderr, and the exit code says how the command ended:
-0 success, 1 a check failed, 2 an error in one line on stderr, 130 interrupted. A command module has
+Command-line arguments come in. Results go to stdout, and messages to stderr. The exit code is 0 after success, 1 if
+a check failed, 2 after an error, which is one line on stderr, and 130 after an interruption. A command module has
 ``add_arguments(parser)`` and ``run(args) -> int``. It must not import torch or models before ``run``, so that
 ``--help`` is fast, and must not contain logic that the Python API lacks.
 """

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--group", type=positive, metavar="N",
-        help="instead of --passages: rows in groups that share one set of N passages, which training reads once",
+        help="build rows in groups that share one set of N passages, which training reads once; replaces --passages",
     )  # fmt: skip
     parser.add_argument(
         "--group-questions", type=positive, default=1, metavar="N",
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-gold", type=_share, default=0.0, metavar="SHARE",
                         help="share of rows without gold passage and answers, 0 to 1 (default: 0)")  # fmt: skip
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="cut passages to N tokens, title included")
-    add_model_name(parser, "model that counts these tokens")
+    add_model_name(parser, "model whose tokenizer counts these tokens")
     parser.add_argument(
         "--embedding-model", metavar="NAME", help="sentence-transformers model for dense (default: offline MiniLM)"
     )
@@ -159,11 +159,14 @@ def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
     shape = f"in {report.groups} groups that share {size} passages" if options.grouped else f"of {size} passages"
     say(f"{shown_path(out.resolve())}: {report.kept} rows {shape}, of {report.read} questions read")
     if report.passed_over:
-        say(f"{report.passed_over} times a question waited for another group, since the set had its answer twice")
+        say(
+            f"{report.passed_over} times a question waited for another group, because two passages of the set contain "
+            "its answer"
+        )
     say(f"{report.pool} distinct passages in the pool, {report.pool_excluded} others excluded")
     say(
         f"{report.evidence} rows with evidence, {report.no_gold} without their gold passage, "
-        f"{report.unanswerable} unanswerable, {report.gold_found} whose gold passage was searched for"
+        f"{report.unanswerable} unanswerable, {report.gold_found} whose gold passage was found in the corpus"
     )
     say("negatives: " + (", ".join(f"{count} {name}" for name, count in sorted(report.negatives.items())) or "none"))
     say(f"{report.dropped.total()} questions dropped")

@@ -107,7 +107,7 @@ def quiet_libraries() -> Generator[None, None, None]:
 
     Environment variables set by the user take precedence. All settings are restored at the end.
     """
-    own = logging.getLogger("kvfusion_rag")
+    package_logger = logging.getLogger("kvfusion_rag")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("kvfusion: %(levelname)s: %(message)s"))
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
@@ -118,14 +118,14 @@ def quiet_libraries() -> Generator[None, None, None]:
     with warnings.catch_warnings():
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        own.addHandler(handler)
+        package_logger.addHandler(handler)
         os.environ.update(added)
         for name in levels:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             yield
         finally:
-            own.removeHandler(handler)
+            package_logger.removeHandler(handler)
             for name in added:
                 os.environ.pop(name, None)
             for name, level in levels.items():

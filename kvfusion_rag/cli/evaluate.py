@@ -109,21 +109,21 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def names(text: str) -> list[str]:
     """Argument type: names separated by commas."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
+    values = [name.strip() for name in text.split(",") if name.strip()]
+    if not values:
         raise argparse.ArgumentTypeError("no name is given")
-    return found
+    return values
 
 
 def weight(text: str) -> float:
     """Argument type: a finite number from 0."""
     try:
-        found = float(text)
+        value = float(text)
     except ValueError:
-        found = -1.0
-    if not 0 <= found < float("inf"):
+        value = -1.0
+    if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
-    return found
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:
-    """Return what the command line names besides the base model."""
+    """Return the models and adapters on the command line besides the base model."""
     from ..model.location import locate_model
 
     inputs = {name: getattr(args, name) for name in ("adapter", "decoder", "sft", "concat_model")}
@@ -217,7 +217,7 @@ def _sample(rows: list[QARow], args: argparse.Namespace) -> list[QARow]:
 def _ape_search(
     args: argparse.Namespace, chosen: list[str], rows: list[QARow], plan: Plan, models: Models
 ) -> ApeSearch | None:
-    """Do the search of ``--ape-search``, with as many documents per question as are evaluated."""
+    """Run the search of ``--ape-search``, with as many documents per question as in the evaluation."""
     from ..evaluation.ape import require_search_rows, search_ape
     from ..evaluation.orders import ORIGINAL, usable_rows
 
@@ -225,20 +225,20 @@ def _ape_search(
         return None
     if "ape" not in chosen:
         raise InvalidInputError("--ape-search is given, but 'ape' is not one of the systems; add it to --systems.")
-    others = _read(Path(args.ape_search))
-    if args.skip_rows and others:
-        others, _ = usable_rows(others, [ORIGINAL.name], plan.documents)
-    others = _sample(others, args)
-    require_search_rows(others, rows, plan.documents)
+    search_rows = _read(Path(args.ape_search))
+    if args.skip_rows and search_rows:
+        search_rows, _ = usable_rows(search_rows, [ORIGINAL.name], plan.documents)
+    search_rows = _sample(search_rows, args)
+    require_search_rows(search_rows, rows, plan.documents)
     file = None if args.resume is None else args.resume.with_name(args.resume.name + SEARCH)
     return search_ape(
-        others,
+        search_rows,
         models.generator("base"),
         documents=plan.documents,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
         progress=True,
-        journal=_journal(file, args, others, plan),
+        journal=_journal(file, args, search_rows, plan),
     )
 
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 ACTIONS = {
     "stats": "show bytes and documents by namespace",
-    "verify": "check every file, also behind a URL, remove damaged ones and repair the index",
+    "verify": "check every file, including those behind a URL, remove damaged ones, and repair the index",
     "clear": "remove all documents of one namespace, or of all",
-    "forget": "remove the documents of files, whatever model stored them",
+    "forget": "remove the documents of files, regardless of the model that stored them",
     "estimate": "show how much space the documents of files would take",
 }
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file")
     add_model_name(parser, "base model")
     parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
-    parser.add_argument("--full", action="store_true", default=None, help="train all weights, not an adapter")
+    parser.add_argument("--full", action="store_true", default=None, help="train all weights instead of an adapter")
     parser.add_argument(
         "--loss", choices=["answer", "distill"],
         help="answer (default): the row's answer; distill: the base model's answer from the gold passages only",
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     processes = PartialState()
     if processes.is_main_process:
         _say_end(args, config, progress)
-    if processes.num_processes > 1:  # otherwise the last ones abort, since their peers are gone
+    if processes.num_processes > 1:  # without waiting, the last processes abort because their peers are gone
         processes.wait_for_everyone()
         processes.destroy_process_group()
     return 0

@@ -27,7 +27,7 @@ def abstains(prediction: str) -> bool:
 
 
 def is_right(prediction: str, answers: Sequence[str]) -> bool:
-    """Return exact match, or whether the prediction abstains if there are no answers."""
+    """Return whether the prediction is an exact match or, if there are no answers, whether it abstains."""
     return exact_match(prediction, answers) if answers else abstains(prediction)
 
 
@@ -38,7 +38,7 @@ def answer_in_text(prediction: str, answers: Sequence[str]) -> bool:
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Return the best word F1 (0 to 1) over the answers. If there are none, an empty prediction has 1.0."""
+    """Return the best word F1 (0 to 1) over the answers. If there are none, an empty prediction scores 1.0."""
     return max(_f1(normalize_answer(prediction).split(), normalize_answer(a).split()) for a in answers or [""])
 
 

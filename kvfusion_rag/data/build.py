@@ -1,4 +1,5 @@
-"""Builds training rows: one gold passage among negatives without an answer, the paper's recipe without its judges.
+"""Builds training rows: one gold passage among negatives without an answer. This is the paper's recipe without its
+judges.
 
 Rows come in the order of their questions, or in groups that share their passages (``groups``). The same input, options
 and seed give the same bytes.
@@ -45,7 +46,7 @@ from .windows import Fits, evidence_of, split_passage
 
 Made = TypeVar("Made")
 
-PREPARED = 256  # questions that a ranking can prepare for together
+PREPARED = 256  # number of questions for which the rankings prepare together
 
 
 class DataBuilder:
@@ -76,10 +77,10 @@ class DataBuilder:
     ) -> None:
         if options.max_tokens is not None and count_tokens is None:
             raise InvalidInputError(
-                "max_tokens is set, but count_tokens is missing, which counts the tokens of a text."
+                "max_tokens is set, but count_tokens is missing; pass a function that counts the tokens of a text."
             )
         if "dense" in options.negatives and embedder is None:
-            raise InvalidInputError("negatives is 'dense', but embedder is missing, which computes the vectors.")
+            raise InvalidInputError("negatives has 'dense', but embedder is missing; pass one to compute vectors.")
         self.report = DataReport()
         self._examples, self._options, self._count_tokens = examples, options, count_tokens
         self._exclusion = Exclusion(exclude)
@@ -118,7 +119,7 @@ class DataBuilder:
                     self.report.drop(example, str(dropped), strict=self._options.strict)
 
     def _prepare(self, examples: list[Example]) -> None:
-        """Announce to the rankings the questions that will be ranked for."""
+        """Let the rankings prepare for the questions that need one."""
         ranked = [e.question for e in examples if e.answers and not (self._options.grouped and e.golds)]
         for ranking in self._rankings.values():
             ranking.prepare(list(dict.fromkeys(ranked)))
@@ -172,19 +173,19 @@ class DataBuilder:
             excluded = self.report.pool_excluded
             raise InvalidInputError(
                 f"passages is {most}, but the corpus has {size} distinct passages"
-                f"{f' besides {excluded} that are excluded' if excluded else ''}; ask for fewer or add a corpus."
+                f"{f' (and {excluded} excluded ones)' if excluded else ''}; ask for fewer or add a corpus."
             )
 
     def _make_rankings(self, embedder: Embedder | None) -> dict[str, Ranking]:
-        made: dict[str, Ranking] = {}
+        rankings: dict[str, Ranking] = {}
         for name in self._options.negatives:
             if name == "bm25":
-                made[name] = BM25Ranking(self._pool.passages)
+                rankings[name] = BM25Ranking(self._pool.passages)
             elif name == "dense" and embedder is not None:
-                made[name] = DenseRanking(self._pool.passages, embedder)
+                rankings[name] = DenseRanking(self._pool.passages, embedder)
             else:
-                made[name] = RandomRanking(len(self._pool))
-        return made | {FILLED: RandomRanking(len(self._pool))}
+                rankings[name] = RandomRanking(len(self._pool))
+        return rankings | {FILLED: RandomRanking(len(self._pool))}
 
     # One row
 
@@ -241,7 +242,7 @@ class DataBuilder:
         keys = set(self._contexts_of.get(text_key(example.question), ())) | ({gold.key} if gold else set())
         given = self._given_negatives(example, answers, count, keys)
         taken = {number for key in keys for number in self._pool.numbers(key)} | set(gold.numbers if gold else ())
-        # Without answers to search for, a similar passage may answer the question, but a random one hardly will.
+        # If no answers are known, a similar passage may answer the question, but a random one is unlikely to.
         names = self._rankings if answers else {"random": self._rankings[FILLED]}
         missing = count - len(given)
         rankings = {name: one.rank(example.question, rng) for name, one in names.items()} if missing else {}

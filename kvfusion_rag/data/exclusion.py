@@ -16,7 +16,7 @@ from .formats import Example
 from .mining import text_key
 
 RUN, STEP = 5, 4  # words per run, and from one indexed run of an excluded context to the next
-SHORTEST = RUN + STEP - 1  # words; any part of an excluded context with this many contains an indexed run
+SHORTEST = RUN + STEP - 1  # words; a part of an excluded context with this many words always contains an indexed run
 
 
 class Exclusion:
@@ -60,8 +60,8 @@ class Exclusion:
         """Return the excluded contexts that share a run of words with a text."""
         runs = _runs(normal, 1)
         first, last = (np.searchsorted(self._hashes, runs, side) for side in ("left", "right"))
-        found = {n for start, end in zip(first, last, strict=True) for n in self._owners[start:end].tolist()}
-        return [self._texts[n] for n in found]
+        numbers = {n for start, end in zip(first, last, strict=True) for n in self._owners[start:end].tolist()}
+        return [self._texts[n] for n in numbers]
 
 
 def _runs(normal: str, step: int) -> list[int]:

@@ -95,8 +95,8 @@ def read_ready_rows(path: str | Path) -> Iterator[QARow]:
         example = parse_example(data, where, number)
         if "ctxs" not in data:
             raise InvalidInputError(
-                f"{where} comes with {'one context' if example.passages else 'no passages'}, but several are needed, "
-                f"the gold one marked; kvfusion build-data makes such rows from {path.name}."
+                f"{where} comes with {'one context' if example.passages else 'no passages'}, but it needs several, "
+                f"with the gold one marked; kvfusion build-data makes such rows from {path.name}."
             )
         yield QARow(example.id, example.question, example.answers, example.passages)
 
@@ -111,7 +111,9 @@ def read_dataset(name: str, config: str | None = None, split: str = "train") -> 
     try:
         from datasets import load_dataset  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise MissingDependencyError(f"the dataset {name!r} needs the library: pip install datasets.") from error
+        raise MissingDependencyError(
+            f"the dataset {name!r} needs the library datasets: pip install datasets."
+        ) from error
     try:
         rows = load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError) as error:
@@ -193,10 +195,10 @@ def _read_table(path: Path) -> Iterator[Record]:
 def _listed(cell: str | None) -> str | list[str] | None:
     """Return the list in a table's cell if it is a JSON list of texts, else the cell unchanged."""
     try:
-        found = json.loads(cell) if cell and cell.startswith("[") else None
+        value = json.loads(cell) if cell and cell.startswith("[") else None
     except (ValueError, RecursionError):
         return cell
-    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else cell
+    return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else cell
 
 
 def _read_json(path: Path) -> Iterator[Record]:

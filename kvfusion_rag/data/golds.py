@@ -1,6 +1,6 @@
-"""Finds the gold passage of a question: the one that came with it, or the best one of the corpus with the answer.
+"""Finds the gold passage of a question: the one that came with it, or the best one in the corpus that has the answer.
 
-It is cut to size around the answer, or taken from the pool unchanged for rows that share their passages.
+It is cut to size around the answer. For rows that share their passages, it is taken from the pool unchanged.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Gold:
         answers: all accepted answers, those in the passage first.
         span: span of the first answer in the passage, if known.
         number: number of the passage in the pool, if it is from there.
-        found: whether it was searched for, since it did not come with the question.
+        found: whether it was found in the corpus, because it did not come with the question.
     """
 
     passage: Passage
@@ -71,23 +71,23 @@ class GoldFinder:
         if not example.golds:
             if example.others:
                 raise DroppedError(NO_GOLD)
-            return self._searched(example, answers, rng)
-        held, start = self._held(example, answers)
-        ordered = _first_come(example.answers, held)
+            return self._search_corpus(example, answers, rng)
+        contained, start = self._contained_answers(example, answers)
+        ordered = _contained_first(example.answers, contained)
         if cut:
-            return self._cut(example.golds[0], ordered, start, answers[held[0]], rng)
-        return self._piece(example.golds[0], ordered, start, answers[held[0]])
+            return self._cut(example.golds[0], ordered, start, answers[contained[0]], rng)
+        return self._piece(example.golds[0], ordered, start, answers[contained[0]])
 
-    def _held(self, example: Example, answers: list[MatchText]) -> tuple[list[int], int | None]:
+    def _contained_answers(self, example: Example, answers: list[MatchText]) -> tuple[list[int], int | None]:
         """Return which answers are in the file's gold passage, and the start of the first one if the file gives it."""
         text, start = example.golds[0].text, example.answer_start
         literal = start is not None and start >= 0 and text.startswith(example.answers[0], start)
         literal = literal and not answers[0].blank
         match = MatchText.of(text)
-        held = [n for n, answer in enumerate(answers) if (n == 0 and literal) or match.holds([answer])]
-        if not held:
+        contained = [n for n, answer in enumerate(answers) if (n == 0 and literal) or match.holds([answer])]
+        if not contained:
             raise DroppedError(NOT_IN_CONTEXT)
-        return held, start if held[0] == 0 else None
+        return contained, start if contained[0] == 0 else None
 
     def _cut(
         self, whole: Passage, answers: tuple[str, ...], start: int | None, match: MatchText, rng: random.Random
@@ -95,7 +95,7 @@ class GoldFinder:
         """Return as much of the passage around the answer as fits."""
         fits = self._fits(whole.title)
         span = find_answer(whole.text, [answers[0]], start)
-        if span is None:  # only the normalised answer is there
+        if span is None:  # the passage contains the answer only in normalised form
             pieces = split_passage(whole.text, fits)
             text = next((piece for piece in pieces if MatchText.of(piece).holds([match])), None)
         else:
@@ -120,7 +120,7 @@ class GoldFinder:
                 return Gold(replace(piece, gold=True), key, numbers, answers, span, number)
         raise DroppedError(BETWEEN_PIECES)
 
-    def _searched(self, example: Example, answers: list[MatchText], rng: random.Random) -> Gold:
+    def _search_corpus(self, example: Example, answers: list[MatchText], rng: random.Random) -> Gold:
         """Return the best passage of the corpus that contains an answer, by the first ranking that reads questions."""
         ranking = next((one for name, one in self._rankings.items() if name in ("bm25", "dense")), None)
         if ranking is None:
@@ -129,9 +129,9 @@ class GoldFinder:
             )
         for number in itertools.islice(ranking.rank(example.question, rng), SEARCHED_FOR_GOLD):
             match = self._pool.matches[number]
-            held = [n for n, answer in enumerate(answers) if match.holds([answer])]
-            if held:
-                found, ordered = self._pool.passages[number], _first_come(example.answers, held)
+            contained = [n for n, answer in enumerate(answers) if match.holds([answer])]
+            if contained:
+                found, ordered = self._pool.passages[number], _contained_first(example.answers, contained)
                 span = find_answer(found.text, [ordered[0]])
                 gold = replace(found, gold=True)
                 return Gold(gold, text_key(found.text), (number,), ordered, span, number, found=True)
@@ -146,6 +146,6 @@ def _place_in(piece: str, whole: str, start: int | None, length: int) -> int | N
     return None if begin < 0 else start - begin
 
 
-def _first_come(answers: tuple[str, ...], held: list[int]) -> tuple[str, ...]:
-    """Return ``answers`` with those numbered in ``held`` first, otherwise in order."""
-    return tuple(answers[n] for n in sorted(range(len(answers)), key=lambda n: (n not in held, n)))
+def _contained_first(answers: tuple[str, ...], contained: list[int]) -> tuple[str, ...]:
+    """Return ``answers`` with those numbered in ``contained`` first, otherwise in order."""
+    return tuple(answers[n] for n in sorted(range(len(answers)), key=lambda n: (n not in contained, n)))

@@ -43,7 +43,7 @@ class Grouping:
     """Builds groups from all questions.
 
     Args:
-        rankings: rankings of the pool by the name of their source, including the random one that fills up.
+        rankings: rankings of the pool by the name of their source, including the random one, which fills up a set.
         report: counts rows, groups and dropped questions.
     """
 
@@ -63,7 +63,7 @@ class Grouping:
     def rows(self) -> Iterator[QARow]:
         """Yield the rows group by group. A question is in one group at most."""
         for number in list(self._waiting):
-            if number in self._waiting:  # unless its questions have all joined another group
+            if number in self._waiting:  # false if all its questions have joined other groups
                 yield from self._group(number)
 
     def _group(self, number: int) -> list[QARow]:

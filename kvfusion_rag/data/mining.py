@@ -54,7 +54,7 @@ class MatchText:
         return not self.normal.strip()
 
     def holds(self, answers: Iterable[MatchText]) -> bool:
-        """Return whether one of ``answers`` is here as whole words, in either form."""
+        """Return whether the text contains one of ``answers`` as whole words, in either form."""
         return any(
             answer.normal in self.normal or (bool(answer.words.strip()) and answer.words in self.words)
             for answer in answers
@@ -100,11 +100,11 @@ class Pool:
         self._sources[key] = tuple(dict.fromkeys(self._add_piece(piece) for piece in pieces))
 
     def numbers(self, key: bytes) -> tuple[int, ...]:
-        """Return the numbers of the passages that were cut from the text with ``key``, or () if it is not here."""
+        """Return the numbers of the passages that were cut from the text with ``key``, or () if there are none."""
         return self._sources.get(key, ())
 
     def shows(self, number: int, answers: Sequence[MatchText]) -> bool:
-        """Return ``shows_answer`` of passage ``number``."""
+        """Return whether passage ``number`` contains an answer, as ``shows_answer`` does."""
         title = self.passages[number].title
         return self.matches[number].holds(answers) or (title is not None and self._titles[title].holds(answers))
 

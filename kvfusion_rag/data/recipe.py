@@ -121,7 +121,9 @@ class DataReport:
             cause.
         """
         if strict and reason not in HARMLESS:
-            raise InvalidInputError(f"{example.where} (id {example.id!r}): {reason}; without strict it is dropped.")
+            raise InvalidInputError(
+                f"{example.where} (id {example.id!r}): {reason}; if strict is not set, it is dropped."
+            )
         self.dropped[reason] += 1
         self.first_dropped.setdefault(reason, example.where)
 

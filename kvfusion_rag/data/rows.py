@@ -107,21 +107,21 @@ def row_from(data: object, where: str, number: int = 0) -> QARow:
     Raises:
         InvalidInputError: a field is missing or wrong. Names ``where`` and the field.
     """
-    row = require_object(data, where, "a row must be an object")
-    question, answers = required_text(row, "question", where), row.get("answers")
-    passages = checked(row, "passages", (list,), "a list of objects", where)
+    fields = require_object(data, where, "a row must be an object")
+    question, answers = required_text(fields, "question", where), fields.get("answers")
+    passages = checked(fields, "passages", (list,), "a list of objects", where)
     if answers is None:
         raise InvalidInputError(f"{where}: answers is missing; write [] if the passages do not answer the question.")
     require_answers(answers, "answers", where)
-    made = QARow(
-        id=str(row.get("id", number)),
+    row = QARow(
+        id=str(fields.get("id", number)),
         question=question,
         answers=tuple(answers),
         passages=tuple(_passage(one, f"{where}: passage {n}") for n, one in enumerate(passages, start=1)),
-        evidence=checked(row, "evidence", (str, NoneType), "a text", where),
+        evidence=checked(fields, "evidence", (str, NoneType), "a text", where),
     )
-    require_marked(made, where)
-    return made
+    require_marked(row, where)
+    return row
 
 
 def require_marked(row: QARow, where: str) -> None:

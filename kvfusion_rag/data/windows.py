@@ -24,8 +24,8 @@ def find_answer(text: str, answers: Sequence[str], start: int | None = None) -> 
     if start is not None and answers and start >= 0 and text.startswith(answers[0], start):
         return start, start + len(answers[0])
     document = Document(text)
-    found = (c for answer in answers for c in find_citations(answer, [("", document)]))
-    return next(((citation.start, citation.end) for citation in found), None)
+    citations = (c for answer in answers for c in find_citations(answer, [("", document)]))
+    return next(((citation.start, citation.end) for citation in citations), None)
 
 
 def evidence_of(text: str, span: Span) -> str:

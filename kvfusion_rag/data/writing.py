@@ -13,7 +13,7 @@ from .rows import QARow, write_rows
 
 
 def make_folder(folder: Path, name: str) -> None:
-    """Create an output folder, before hours of work; raise InvalidInputError if that fails or it cannot be written.
+    """Create an output folder before hours of work. Raise InvalidInputError if that fails or it is not writable.
 
     Args:
         name: name of the argument, for messages.
@@ -52,7 +52,7 @@ def write_atomically(file: Path, text: str) -> None:
 def write_training_rows(path: Path, rows: Iterable[QARow]) -> int:
     """Write rows through a temporary file that is renamed at the end, and return how many.
 
-    Equal rows give equal bytes, also compressed, since no time and name are recorded.
+    Equal rows give equal bytes, also compressed, since neither time nor name is recorded.
 
     Raises:
         InvalidInputError: there are no rows, or the file cannot be written.

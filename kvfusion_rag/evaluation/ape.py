@@ -34,7 +34,7 @@ class Trial:
 
     @property
     def change(self) -> float:
-        """Distance of both from 1, at which APE is plain fusion."""
+        """Distance of temperature and scale from 1. If both are 1, APE equals plain fusion."""
         return abs(self.temperature - 1) + abs(self.scale - 1)
 
 
@@ -87,7 +87,7 @@ def require_search_rows(rows: Sequence[QARow], evaluated: Sequence[QARow], docum
     if shared := sum(row.question in questions for row in rows):
         raise InvalidInputError(
             f"{shared} of the {len(rows)} questions to search temperature and scale on are also evaluated, but the "
-            "search must use others."
+            "search must use different ones."
         )
 
 
@@ -131,8 +131,8 @@ def search_ape(
     predictions = predict(rows, systems, plan, batch_size=batch_size, progress=progress, journal=journal)
     trials = []
     for system in systems:
-        found = predictions[system.name, ORIGINAL]
-        right = sum(score(p, row, ORIGINAL)["em"] for row, p in zip(rows, found, strict=True) if p is not None)
+        answers = predictions[system.name, ORIGINAL]
+        right = sum(score(p, row, ORIGINAL)["em"] for row, p in zip(rows, answers, strict=True) if p is not None)
         settings = system.generator.settings
         trials.append(Trial(settings.ape_temperature, settings.ape_scale, 100 * right / len(rows)))
     return ApeSearch(len(rows), tuple(trials))

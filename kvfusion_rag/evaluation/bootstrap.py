@@ -47,8 +47,8 @@ class Bootstrap:
         if np.ptp(array) == 0:  # the mean of a resample is rounded, so it can differ from equal values
             return Interval(*3 * (float(array[0]),))
         rng = np.random.default_rng([self._seed, len(array)])
-        found = self._bootstrap((array,), np.mean, n_resamples=self._resamples, method="percentile", rng=rng)
-        return Interval(float(array.mean()), *map(float, found.confidence_interval))
+        result = self._bootstrap((array,), np.mean, n_resamples=self._resamples, method="percentile", rng=rng)
+        return Interval(float(array.mean()), *map(float, result.confidence_interval))
 
     def difference(self, first: Values, second: Values) -> Interval:
         """Return the mean of ``first - second`` with its interval. Both have the same questions in order."""

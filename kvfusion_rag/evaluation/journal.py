@@ -65,9 +65,9 @@ class Journal:
     def _read(self) -> None:
         self._path.touch()
         content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
+        complete = content[: content.rfind(b"\n") + 1]
         try:
-            for line in map(json.loads, whole.splitlines()):
+            for line in map(json.loads, complete.splitlines()):
                 if "identity" in line:
                     self._identities[line["system"]] = dict(line["identity"])
                 else:
@@ -81,14 +81,14 @@ class Journal:
                 f"{str(self._path)!r} is not a journal of an evaluation ({error!r}); name another file."
             ) from error
         with self._path.open("r+b") as file:
-            file.truncate(len(whole))
+            file.truncate(len(complete))
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         with self._path.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _require(self, name: str, identity: Mapping[str, Any]) -> None:
-        current = json.loads(json.dumps(dict(identity), default=str))  # as it would be read back
+        current = json.loads(json.dumps(dict(identity), default=str))  # as after a round trip through JSON
         saved = self._identities.setdefault(name, current)
         if saved is current:
             self._append([{"system": name, "identity": current}])

@@ -109,7 +109,7 @@ def best_measured(results: Sequence[ModeResult], weight: float) -> Measured:
 
 
 def best_weight(generator: KVFusionGenerator, questions: Sequence[ModeQuestion]) -> float:
-    """Return the weight of the retriever's score that ranks documents with an answer highest, or 0 without scores."""
+    """Return the weight of the retriever's score that ranks gold documents highest, or 0 if there are no scores."""
     if any(document.score is None for q in questions for document in q.documents):
         return 0.0
     plain = generator.with_settings(focus_weight=0.0)

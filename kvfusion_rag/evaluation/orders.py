@@ -58,7 +58,7 @@ def plan_conditions(rows: Sequence[QARow], names: Sequence[str] | None = None, d
     Args:
         names: ``slots`` (1, 5, 10, 15, 20 and the last), ``slot:N``, ``original``, ``shuffled``, ``top`` (5, 10, 20,
             40), ``top:K``, ``no-gold``; None for all that the rows allow, with notes on the others.
-        documents: documents per question (gold ones and the first others); by default as many as every row has.
+        documents: documents per question (the gold ones and the first others); by default as many as every row has.
 
     Raises:
         InvalidInputError: a name is unknown, or a row does not allow a condition. Names the row.

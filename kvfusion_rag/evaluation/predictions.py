@@ -1,4 +1,4 @@
-"""The record of one answer, and its form in a journal. Knows neither models nor metrics."""
+"""The record of one answer, and its form in a journal. It depends on neither models nor metrics."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def predict(
         batch_size: questions answered together.
         seed: seed of the shuffled order.
         progress: whether to show a progress bar if stderr is a terminal.
-        journal: source of answers that are not asked for again; new ones are recorded there, batch by batch.
+        journal: its answers are not computed again, and new ones are recorded in it batch by batch.
 
     Raises:
         InvalidInputError: two systems have the same name.

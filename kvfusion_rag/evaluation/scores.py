@@ -26,10 +26,10 @@ def similarities(
 ) -> Iterator[list[float]]:
     """Yield the cosine similarities of each question to its own texts. Equal texts are embedded once."""
     distinct = sorted({_text(one) for row in texts for one in row})
-    place = {text: number for number, text in enumerate(distinct)}
+    index = {text: number for number, text in enumerate(distinct)}
     vectors = embedder.embed_documents(distinct)
     for question, row in zip(embedder.embed_questions(questions), texts, strict=True):
-        yield (vectors[[place[_text(one)] for one in row]] @ question).tolist()
+        yield (vectors[[index[_text(one)] for one in row]] @ question).tolist()
 
 
 def _text(one: Passage | Document) -> str:

@@ -92,7 +92,7 @@ class Summary:
 
 
 def main_metric(condition: Condition) -> str:
-    """Return the metric of a condition: abstentions without a gold document, else exact match."""
+    """Return the main metric of a condition: abstentions if there is no gold document, else exact match."""
     return "abstained" if condition == NO_GOLD else "em"
 
 
@@ -132,11 +132,11 @@ def summarize(rows: Sequence[QARow], predictions: Predictions, bootstrap: Bootst
 Array = npt.NDArray[np.float64]  # (rows, metrics); NaN in rows that do not fit
 
 
-def _scores(rows: Sequence[QARow], found: Sequence[Prediction | None], condition: Condition) -> Array:
+def _scores(rows: Sequence[QARow], predictions: Sequence[Prediction | None], condition: Condition) -> Array:
     return np.array(
         [
             [np.nan] * len(METRICS) if one is None else [score(one, row, condition)[metric] for metric in METRICS]
-            for row, one in zip(rows, found, strict=True)
+            for row, one in zip(rows, predictions, strict=True)
         ]
     )
 

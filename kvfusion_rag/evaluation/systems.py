@@ -104,7 +104,7 @@ class Models:
 
     Args:
         load: function that returns a generator for ``model`` (another base model), ``adapter`` and ``decoder``.
-        inputs: names of what is compared besides the base model, or None: ``adapter`` and ``decoder`` (trained on
+        inputs: names of the weights to compare with the base model, or None: ``adapter`` and ``decoder`` (trained on
             fused documents), ``sft`` (an adapter folder or a whole model, trained on joined prompts), and
             ``concat_model`` (another base model for joined prompts).
         max_new_tokens: maximum tokens of an answer; None for the model's own limit.
@@ -237,7 +237,7 @@ def _missing(name: str, inputs: Mapping[str, str | None]) -> str | None:
 
 
 def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
-    """Return how to load a whole model trained on joined prompts. One of ours reads its base's KV."""
+    """Return how to load a whole model trained on joined prompts: as a decoder if this package trained it."""
     from ..text.settings import RECORD_NAME  # imports transformers
 
     return {**joined, "decoder": sft} if _contains(sft, RECORD_NAME) else {"model": sft}

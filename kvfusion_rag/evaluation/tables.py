@@ -79,8 +79,8 @@ def _difference_table(summary: Summary) -> str:
     if not summary.differences:
         return ""
     columns = summary.conditions
-    found = {(one.system, one.condition): one.figure for one in summary.differences}
-    lines = [[name, *(_shown(found[name, column], sign="+") for column in columns)] for name in summary.systems[1:]]
+    figures = {(one.system, one.condition): one.figure for one in summary.differences}
+    lines = [[name, *(_shown(figures[name, column], sign="+") for column in columns)] for name in summary.systems[1:]]
     title = f"Points above {summary.systems[0]} on the same questions (exact match; no-gold: abstained)"
     return titled(title, ["system", *(column.label for column in columns)], lines)
 

@@ -38,7 +38,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldFile:
+class StoredFile:
     """The stored chunks of one file. ``complete`` is False if an earlier write was interrupted."""
 
     digest: str
@@ -91,14 +91,14 @@ class ChunkCollection:
             self._client.close()
         self._unlock()
 
-    def held_files(self) -> dict[str, HeldFile]:
+    def stored_files(self) -> dict[str, StoredFile]:
         """Return the stored files by name."""
         with _explained(self._folder):
             rows = self._collection.get(include=["metadatas"])
         by_file: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
         for chunk_id, metadata in zip(rows["ids"], rows["metadatas"] or [], strict=True):
             by_file.setdefault(str(metadata["file"]), []).append((chunk_id, metadata))
-        return {file: _held(chunks) for file, chunks in by_file.items()}
+        return {file: _stored_file(chunks) for file, chunks in by_file.items()}
 
     def delete(self, ids: Sequence[str]) -> None:
         """Remove chunks by id."""
@@ -120,19 +120,19 @@ class ChunkCollection:
     def rows(self) -> list[Row]:
         """Return all chunks, ordered by file and position."""
         with _explained(self._folder):
-            found = self._collection.get(include=["documents", "metadatas"])
-        columns = (found["ids"], found["documents"] or [], found["metadatas"] or [])
+            result = self._collection.get(include=["documents", "metadatas"])
+        columns = (result["ids"], result["documents"] or [], result["metadatas"] or [])
         rows = [Row(i, text, meta) for i, text, meta in zip(*columns, strict=True)]
         return sorted(rows, key=lambda row: (row.metadata["file"], row.metadata["chunk"]))
 
     def nearest(self, vector: np.ndarray, count: int) -> list[tuple[Row, float]]:
         """Return the ``count`` chunks nearest to ``vector`` with their cosine distances. Ties are ordered by id."""
         with _explained(self._folder):
-            found = self._collection.query(
+            result = self._collection.query(
                 query_embeddings=[vector], n_results=count, include=["documents", "metadatas", "distances"]
             )
-        assert found["documents"] and found["metadatas"] and found["distances"]
-        columns = (found["ids"][0], found["documents"][0], found["metadatas"][0], found["distances"][0])
+        assert result["documents"] and result["metadatas"] and result["distances"]
+        columns = (result["ids"][0], result["documents"][0], result["metadatas"][0], result["distances"][0])
         # Digits after the fifth depend on the batch in which a text was embedded.
         hits = [(Row(i, text, meta), max(0.0, round(far, 5))) for i, text, meta, far in zip(*columns, strict=True)]
         return sorted(hits, key=lambda hit: (hit[1], hit[0].id))
@@ -152,10 +152,10 @@ class ChunkCollection:
             self._lock.release()
 
 
-def _held(chunks: list[tuple[str, Mapping[str, Any]]]) -> HeldFile:
+def _stored_file(chunks: list[tuple[str, Mapping[str, Any]]]) -> StoredFile:
     digest = str(chunks[0][1]["digest"])
     complete = all(m["digest"] == digest and m["chunks"] == len(chunks) for _, m in chunks)
-    return HeldFile(digest, tuple(chunk_id for chunk_id, _ in chunks), complete)
+    return StoredFile(digest, tuple(chunk_id for chunk_id, _ in chunks), complete)
 
 
 def _lock(folder: Path) -> FileLock:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..errors import InvalidInputError, RetrievalError
 from ..schema import Document
-from .chroma import ChunkCollection, HeldFile, Row
+from .chroma import ChunkCollection, Row, StoredFile
 from .embedding import Embedder
 from .loaders import (
     MAX_FILE_BYTES,
@@ -146,7 +146,7 @@ class DocumentIndex:
 
     def files(self) -> tuple[str, ...]:
         """Return the sorted names of all files in the index."""
-        return tuple(sorted(self._collection.held_files()))
+        return tuple(sorted(self._collection.stored_files()))
 
     def update(self, paths: str | Path | Sequence[str | Path]) -> IndexReport:
         """Update the index from files and folders, including subfolders.
@@ -163,16 +163,16 @@ class DocumentIndex:
         files, skipped = find_files(roots, exclude=self.folder)
         if self._base is None:
             self._base = common_folder(roots)
-        held = self._collection.held_files()
+        stored = self._collection.stored_files()
         done = _Progress(skipped=skipped)
         for path in tqdm(
             files, desc="indexing", unit="file", delay=1, leave=False, disable=None if self._progress else True
         ):
-            self._take(path, held, done)
+            self._take(path, stored, done)
             if sum(len(file.chunks) for file in done.pending) >= CHUNKS_PER_WRITE:
-                self._write(done.pending, held)
-        self._write(done.pending, held)
-        removed = self._remove_deleted(roots, held, {*done.added, *done.changed, *done.unchanged})
+                self._write(done.pending, stored)
+        self._write(done.pending, stored)
+        removed = self._remove_deleted(roots, stored, {*done.added, *done.changed, *done.unchanged})
         report = IndexReport(
             tuple(done.added),
             tuple(done.changed),
@@ -220,15 +220,15 @@ class DocumentIndex:
         allowed = None if files is None else frozenset(files)
         while True:
             hits = self._collection.nearest(vector, count)
-            kept = [hit for hit in hits if allowed is None or hit[0].metadata["file"] in allowed]
-            if len(kept) >= top_k or count == total:
-                return [self._document(row, distance) for row, distance in kept[:top_k]]
+            allowed_hits = [hit for hit in hits if allowed is None or hit[0].metadata["file"] in allowed]
+            if len(allowed_hits) >= top_k or count == total:
+                return [self._document(row, distance) for row, distance in allowed_hits[:top_k]]
             count = min(count * 4, total)
 
-    def _take(self, path: Path, held: dict[str, HeldFile], done: _Progress) -> None:
+    def _take(self, path: Path, stored: dict[str, StoredFile], done: _Progress) -> None:
         """Read one file and record it as unchanged, skipped or pending."""
         name = self._name(path)
-        old = held.get(name)
+        old = stored.get(name)
         try:
             data = read_bytes(path, self._max_file_bytes)
             digest = xxhash.xxh3_128_hexdigest(data)
@@ -243,7 +243,7 @@ class DocumentIndex:
         done.pending.append(_SplitFile(name, digest, loaded.title, chunks))
         (done.added if old is None else done.changed).append(name)
 
-    def _write(self, pending: list[_SplitFile], held: dict[str, HeldFile]) -> None:
+    def _write(self, pending: list[_SplitFile], stored: dict[str, StoredFile]) -> None:
         """Embed and write the pending files, delete their old chunks, and clear the list."""
         if not pending:
             return
@@ -251,16 +251,18 @@ class DocumentIndex:
         # The title is embedded too, because later chunks often refer to the subject only as "it".
         vectors = self._embedder.embed_documents([f"{row.metadata['title']}\n{row.text}" for row in rows])
         new_ids = {row.id for row in rows}
-        old_ids = [i for file in pending if file.name in held for i in held[file.name].ids]
+        old_ids = [i for file in pending if file.name in stored for i in stored[file.name].ids]
         self._collection.write(rows, vectors)
         self._collection.delete([i for i in old_ids if i not in new_ids])
         pending.clear()
 
-    def _remove_deleted(self, paths: Sequence[str | Path], held: dict[str, HeldFile], present: set[str]) -> list[str]:
+    def _remove_deleted(
+        self, paths: Sequence[str | Path], stored: dict[str, StoredFile], present: set[str]
+    ) -> list[str]:
         """Remove files that were deleted or can no longer be read under ``paths``, and return their names."""
         roots = [Path(path).expanduser().resolve() for path in paths]
-        deleted = [name for name in sorted(held) if name not in present and self._is_deleted(name, roots)]
-        self._collection.delete([chunk_id for name in deleted for chunk_id in held[name].ids])
+        deleted = [name for name in sorted(stored) if name not in present and self._is_deleted(name, roots)]
+        self._collection.delete([chunk_id for name in deleted for chunk_id in stored[name].ids])
         return deleted
 
     def _is_deleted(self, name: str, roots: list[Path]) -> bool:
@@ -304,9 +306,9 @@ class DocumentIndex:
         others = [] if self.folder is None else self._collection.other_settings()
         if not others:
             return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
-        held = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
+        stored = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
         return RetrievalError(
-            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {held}; index the "
+            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {stored}; index the "
             "files again with these settings."
         )
 

@@ -124,22 +124,22 @@ class Guard:
         return self._namespace_of_key(headers.get("authorization", ""))
 
     def _is_own_host(self, host: str) -> bool:
-        """Whether the name is this server's. IP addresses are safe, because DNS rebinding needs a name."""
+        """Return whether the name is this server's. IP addresses are safe, because DNS rebinding needs a name."""
         return host in self._hosts or _is_address(host)
 
     def _namespace_of_key(self, authorization: str) -> str | None:
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip())
+        sent = _digest(key.strip())
         # Compare every key, so that the time taken does not reveal which one matched.
-        found = [namespace for digest, namespace in self._namespaces.items() if hmac.compare_digest(digest, given)]
-        if scheme.lower() != "bearer" or not found:
+        matches = [namespace for digest, namespace in self._namespaces.items() if hmac.compare_digest(digest, sent)]
+        if scheme.lower() != "bearer" or not matches:
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY.",
                 "invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        return found[0]
+        return matches[0]
 
 
 def _digest(key: str) -> bytes:

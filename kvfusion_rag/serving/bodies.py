@@ -62,7 +62,7 @@ def _joined_parts(content: object) -> object:
 
 
 class ChatMessage(_Body):
-    """One message. Fields besides role and content are accepted, so that answers can be sent back, but ignored."""
+    """One message. Fields besides role and content are accepted but ignored, so that answers can be sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[Text, BeforeValidator(_joined_parts)] = ""

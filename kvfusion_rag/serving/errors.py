@@ -72,7 +72,7 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def is_server_error(error: Exception) -> bool:
-    """Whether ``error`` belongs in the server's log, because its operator must act."""
+    """Return whether ``error`` belongs in the server's log, because the operator must act."""
     return as_api_error(error).status >= 500
 
 

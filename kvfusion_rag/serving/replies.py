@@ -55,7 +55,7 @@ class Completion:
         return self._chunk({"content": text})
 
     def last(self, answer: Answer) -> dict[str, Any]:
-        """Return the chunk behind the last piece, with the finish reason and the ``kvfusion`` object."""
+        """Return the chunk after the last piece, with the finish reason and the ``kvfusion`` object."""
         return {**self._chunk({}, answer.finish_reason), "kvfusion": _extension(answer)}
 
     def usage(self, answer: Answer) -> dict[str, Any]:

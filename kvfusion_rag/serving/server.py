@@ -1,4 +1,4 @@
-"""Runs an app in uvicorn: opens its socket, checks that it is protected, and stops on a signal."""
+"""Runs an app in uvicorn: opens its socket, checks that it is protected, and stops it on a signal."""
 
 from __future__ import annotations
 

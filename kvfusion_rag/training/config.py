@@ -18,8 +18,8 @@ class TrainingConfig:
     Attributes:
         full: whether to train all weights of a second copy (the paper) instead of a LoRA adapter.
         rank, alpha, dropout, targets: settings of LoRA; ``targets`` are module names, or "all-linear".
-        loss: "answer" is the cross entropy of the row's answer (the paper). "distill" is the KL divergence of Dt over
-            all fused passages from the base model over the gold passages only, on the answer's tokens.
+        loss: "answer" is the cross entropy of the row's answer (the paper). "distill" is the KL divergence, on the
+            answer's tokens, of Dt over all fused passages from the base model over the gold passages only.
         layout: "fixed" uses the templates of the settings, "prompt" the question in the model's own chat template.
         epochs: passes over the rows.
         max_steps: maximum number of steps, even if epochs are left.

@@ -204,7 +204,7 @@ def collate(examples: Sequence[Example]) -> Batch:
 def encode_rows(
     rows: Sequence[QARow], encode: Callable[[QARow], Example]
 ) -> tuple[list[Example], list[tuple[QARow, str]]]:
-    """Return all rows that fit, encoded, and the others with the reason."""
+    """Return the encoded rows that fit, and the other rows with the reason."""
     examples: list[Example] = []
     left_out: list[tuple[QARow, str]] = []
     for row in rows:

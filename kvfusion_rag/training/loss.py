@@ -81,7 +81,7 @@ def _members(batch: Batch) -> list[Example]:
 
 
 def _prefilled(engine: Engine[TorchModel], examples: Sequence[Example]) -> dict[str, DocumentKV]:
-    """Return the KVs of all documents of ``examples`` by store key."""
+    """Return the KVs of all documents in ``examples`` by store key."""
     kvs: dict[str, DocumentKV] = {}
     for prefix in dict.fromkeys(example.prefix for example in examples):
         documents = [example.documents for example in examples if example.prefix == prefix]
@@ -144,8 +144,8 @@ def checkpoint_exactly(engine: Engine[TorchModel], example: Example) -> None:
     expected = batch_logits(engine, batch, columns).float()
     decoder.checkpoint_activations()
     try:
-        found = batch_logits(engine, batch, columns).float()
-        error = float((found - expected).norm() / expected.norm())
+        logits = batch_logits(engine, batch, columns).float()
+        error = float((logits - expected).norm() / expected.norm())
         cause = f"logits have a relative error of {error:.1e}, allowed {allowed:.0e}"
     except torch.OutOfMemoryError:
         raise  # not a property of the architecture

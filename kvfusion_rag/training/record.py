@@ -61,7 +61,7 @@ def require_same_run(saved: Mapping[str, Any], current: Mapping[str, Any]) -> No
         ModelLoadError: the checkpoint belongs to another base model, or to the same one in another precision.
         InvalidInputError: the checkpoint has other rows or settings.
     """
-    current = json.loads(json.dumps(current, default=str))  # as it would be read back
+    current = json.loads(json.dumps(current, default=str))  # as after a round trip through JSON
     if saved.get("base_weights") != current["base_weights"]:
         raise ModelLoadError(
             f"the checkpoint belongs to another base model: it was trained on {saved.get('base_model')!r} "

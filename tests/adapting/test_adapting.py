@@ -269,5 +269,5 @@ def test_passages_of_own_questions_are_in_the_pool(base, docs, tmp_path, prepare
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(Killed):
         adapted(base, docs, questions=tmp_path / "q.jsonl", options=options(held_out=0.34))
-    (made,) = [one.made for one in prepared]
+    (made,) = [one.rows for one in prepared]
     assert made.asked == 12 == len(made.trained) + len(made.judged)

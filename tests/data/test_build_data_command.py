@@ -95,7 +95,7 @@ def test_command_writes_rows_and_report(towns, tmp_path, capsys):
 
 def test_command_without_rows_left_reports_the_reasons(towns, tmp_path, capsys):
     assert run(towns, "--out", tmp_path / "out.jsonl", "--exclude", towns, "--passages", "2") == 2
-    assert "0 distinct passages besides 12 that are excluded" in capsys.readouterr().err
+    assert "0 distinct passages (and 12 excluded ones)" in capsys.readouterr().err
     lines = [{"question": f"Where? {n}", "answers": ["Rome"], "context": f"{n} is red."} for n in range(3)]
     write(tmp_path / "none.jsonl", "\n".join(map(json.dumps, lines)))
     assert run(tmp_path / "none.jsonl", "--out", tmp_path / "out.jsonl", "--passages", "2") == 2
