@@ -149,7 +149,7 @@ def _open_store(args: argparse.Namespace) -> DocumentStore | str:
         return "memory"
     from ..store import open_store
 
-    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes", "load")}
+    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
     return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
 
 

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 from ..errors import InvalidInputError
 from ..text.settings import is_count
 
-GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the likeliest token is all but certain
+GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the most likely token is all but certain
 NO_TOKEN = -1  # the logits are NaN or infinite
 
 
@@ -28,8 +28,8 @@ class DecodingOptions:
     Attributes:
         max_new_tokens: limit of an answer, in tokens.
         temperature: 0 for greedy decoding, above 0 for sampling.
-        top_p: keep the likeliest tokens whose probabilities add up to this share.
-        top_k: keep this many of the likeliest tokens; None keeps all.
+        top_p: keep the most likely tokens whose probabilities add up to this share.
+        top_k: keep this many of the most likely tokens; None keeps all.
         stop: strings that end an answer, even inside a token. They are not part of it.
         seed: seed of each answer's random generator, below 2**63; None for a random one.
         may_shorten: the limit is a default, so an answer with less room in the window gets a lower one.
@@ -85,7 +85,7 @@ def sampler(
 ) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
     """Return a function from logits (n, V) and the n answers they belong to, to the next tokens (or ``NO_TOKEN``)."""
     if options.temperature < GREEDY_BELOW:
-        return lambda logits, open_ones: _likeliest(logits)
+        return lambda logits, open_ones: _most likely(logits)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
     if options.top_k is not None:
         warpers.append(TopKLogitsWarper(options.top_k))
@@ -106,12 +106,12 @@ def sampler(
         draws = torch.empty_like(logits)
         for draw, i in zip(draws, open_ones, strict=True):
             draw.exponential_(generator=generators[i])
-        return _likeliest(logits.softmax(dim=-1) / draws)
+        return _most likely(logits.softmax(dim=-1) / draws)
 
     return sample
 
 
-def _likeliest(scores: torch.Tensor) -> list[int]:
+def _most likely(scores: torch.Tensor) -> list[int]:
     """Return the index of the largest score of each row (n, V), or ``NO_TOKEN`` if scores are NaN or infinite."""
     largest, places = scores.max(dim=-1)
     return places.where(largest.isfinite(), NO_TOKEN).tolist()

@@ -67,7 +67,7 @@ class ModelSettings:
         positions: positions of documents in mode "fusion". "uniform": all documents start right after the prefix, so
             their order does not matter. "global": they follow one another in the caller's order, then comes the
             question; this measures the cost of order invariance.
-        focus: number of documents that mode "fusion" keeps by default, those that make the question likeliest. None
+        focus: number of documents that mode "fusion" keeps by default, those that make the question most likely. None
             keeps all.
         focus_weight: weight of the retriever's score, standardized over the documents, next to
             log p(question | document). None means what ``kvfusion doctor --measure`` found best, else 0.
