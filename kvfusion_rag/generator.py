@@ -15,14 +15,14 @@ from .engine.attribution import Attribution, attribute_call, with_attribution
 from .engine.calls import AnswerKwargs, Call, WordingKwargs, read_call, read_calls, require_attributable
 from .engine.document_kvs import Scope
 from .engine.engine import MAX_FUSED_TOKENS, Engine, EngineOptions
-from .engine.facts import GeneratorFacts
+from .engine.generator_facts import GeneratorFacts
 from .engine.invariance import check_invariance
 from .engine.queue import RequestQueue
 from .engine.requests import Batch
 from .engine.streaming import AnswerStream
 from .errors import InvalidInputError
 from .fusion.interface import FusionModel
-from .fusion.loading import LoadKwargs, load_torch_model
+from .fusion.load_options import LoadKwargs, load_torch_model
 from .fusion.prefill import LENGTH_BUCKET
 from .schema import Answer, Document, FocusChoice, InvarianceReport, ModeChoice, Prompt, ShownPrompt, Source
 from .store import Place, as_store, namespace_key

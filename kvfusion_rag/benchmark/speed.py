@@ -23,7 +23,7 @@ from ..errors import KVFusionError, MemoryLimitError
 from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
 from ..store import DiskStore, DocumentStore, MemoryStore
-from .floors import Costs, Work, measure_peaks
+from .hardware_limits import Costs, Work, measure_peaks
 from .shapes import END, random_backbone, random_text, shape_named
 from .workload import SYSTEMS, Case, System
 

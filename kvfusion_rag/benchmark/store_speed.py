@@ -20,7 +20,7 @@ import torch
 
 from ..engine.engine import EngineOptions
 from ..engine.requests import Batch
-from ..engine.run import start_run
+from ..engine.running_batch import start_run
 from ..fusion.sampling import DecodingOptions
 from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator

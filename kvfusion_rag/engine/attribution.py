@@ -20,7 +20,7 @@ from ..schema import Answer, Attributed, Document, Mode
 from .calls import read_call
 from .engine import Engine
 from .requests import Batch, Request
-from .run import Run
+from .running_batch import Run
 from .runner import Runner
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from ..fusion.interface import FusionModel
 from ..schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
 from ..text.encoder import PlainEncoder, PromptEncoder
 from ..text.layouts import ChatLayouts, FixedLayout, Layout
-from ..text.measured import Identity, Measured, measured
+from ..text.measured_mode import Identity, Measured, measured
 from ..text.settings import ModelSettings, require_focus, require_mode
 from .modes import AnswerMode, answers_tuned
 from .requests import Request

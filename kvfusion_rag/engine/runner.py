@@ -28,7 +28,7 @@ from .document_kvs import DocumentKVs, Scope
 from .focus import choose
 from .modes import AnswerMode, room_left
 from .requests import Batch, Request, batches
-from .run import Run, start_run
+from .running_batch import Run, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Runner(Generic[M_co]):
     def decode(
         self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
-        """Decode ``run`` step by step and release its memory at the end.
+        """Decode ``running_batch`` step by step and release its memory at the end.
 
         Raises:
             MemoryLimitError: memory ran out.
@@ -218,7 +218,7 @@ class Runner(Generic[M_co]):
         return memory_errors(self.model.device, questions=len(batch.requests), tokens=tokens)
 
     def _retry(self, run: Callable[[], T], errors: Callable[[], AbstractContextManager[None]]) -> T:
-        """Return the result of ``run``, repeated once inside ``errors()`` if memory runs out."""
+        """Return the result of ``running_batch``, repeated once inside ``errors()`` if memory runs out."""
         try:
             return run()
         except (RuntimeError, MemoryError) as error:

@@ -14,7 +14,7 @@ from ..data.answer_match import answer_in_text, token_f1
 from ..engine.focus import standardized
 from ..errors import UnsupportedModelError
 from ..schema import Document, Mode
-from ..text.measured import Measured
+from ..text.measured_mode import Measured
 from .scores import similarities
 
 if TYPE_CHECKING:

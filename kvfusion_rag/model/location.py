@@ -114,7 +114,7 @@ def _gguf_file_in(folder: Path, name: str | None) -> Path | None:
 
 
 def _converted(file: Path, revision: str | None = None) -> ModelLocation:
-    from .gguf.converted import converted_folder
+    from .gguf.conversion_cache import converted_folder
 
     name = file.name.removesuffix(".gguf")
     home = file.absolute().parent

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
-from .caps import Caps, add_up
+from .size_limits import Caps, add_up
 from .folder import Folder
 from .format import (
     CODECS,

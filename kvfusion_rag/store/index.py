@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from .caps import Caps
+from .size_limits import Caps
 
 T = TypeVar("T")
 SHORT_WAIT = 0.5  # seconds to wait for a locked index while an answer needs the store

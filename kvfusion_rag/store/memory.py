@@ -12,7 +12,7 @@ from collections import OrderedDict, defaultdict
 import torch
 
 from ..model.kv import DocumentKV
-from .caps import Caps
+from .size_limits import Caps
 from .keys import document_part, namespace_part
 
 DEFAULT_MAX_BYTES = 1 << 30

@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
 from .background import Upload, UploadQueue, call
-from .caps import add_up, require_bytes
+from .size_limits import add_up, require_bytes
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
 from .keys import path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss

@@ -10,8 +10,8 @@ import torch
 from transformers import LlamaConfig, Qwen2Config
 
 from kvfusion_rag import KVFusionGenerator
-from kvfusion_rag.benchmark import floors, shapes, speed
-from kvfusion_rag.benchmark.floors import Costs, Peaks, Work
+from kvfusion_rag.benchmark import hardware_limits, shapes, speed
+from kvfusion_rag.benchmark.hardware_limits import Costs, Peaks, Work
 from kvfusion_rag.benchmark.shapes import END, SHAPES, Shape, random_backbone
 from kvfusion_rag.benchmark.speed import AnswerBenchmark, AnswerRun
 from kvfusion_rag.benchmark.workload import SYSTEMS, Case, sweep
@@ -199,7 +199,7 @@ def test_peak_memory_is_that_of_the_measured_time():
 
 
 def test_command_measures_every_system_and_writes_json_and_a_table(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(floors, "TRIES", 1)
+    monkeypatch.setattr(hardware_limits, "TRIES", 1)
     files = ["--output", str(tmp_path / "out.json"), "--markdown", str(tmp_path / "out.md")]
     assert main([*COMMAND, "--threads", "1", "--sweep", "batch=1,2", *files, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

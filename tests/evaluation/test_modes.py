@@ -24,7 +24,7 @@ from kvfusion_rag.evaluation.modes import (
 )
 from kvfusion_rag.home import home
 from kvfusion_rag.schema import Document
-from kvfusion_rag.text.measured import Measured
+from kvfusion_rag.text.measured_mode import Measured
 
 ANSWER = "Amara Osei"
 

@@ -80,7 +80,7 @@ def test_memory_allocated_in_inference_mode_is_usable_outside_it():
 
 def test_an_answer_longer_than_its_free_slots_is_unchanged(monkeypatch):
     expected = generator("llama").answer("who?", ["the old mill"], max_new_tokens=40).token_ids
-    monkeypatch.setattr("kvfusion_rag.engine.run.SPARE_SLOTS", 3)
+    monkeypatch.setattr("kvfusion_rag.engine.running_batch.SPARE_SLOTS", 3)
     assert generator("llama").answer("who?", ["the old mill"], max_new_tokens=40).token_ids == expected
 
 
@@ -136,7 +136,7 @@ def test_lack_of_memory_is_recognised_by_type_or_message(error, is_shortage):
 
 def test_answers_of_a_large_batch_have_free_slots_from_the_start(monkeypatch):
     gen = generator("llama")
-    monkeypatch.setattr("kvfusion_rag.engine.run.SPARE_SLOTS", 32)  # as few per row as 4096 are in a much larger batch
+    monkeypatch.setattr("kvfusion_rag.engine.running_batch.SPARE_SLOTS", 32)  # as few per row as 4096 are in a much larger batch
     monkeypatch.setattr("kvfusion_rag.fusion.fused_cache._larger", lambda *args: pytest.fail("everything moved"))
     rows = [[" ".join(VOCABULARY[n : n + 4] * 25)] for n in range(8)]
     answers = gen.answer_batch(["who?"] * 8, rows, max_new_tokens=30)

@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from kvfusion_rag import KVFusionGenerator
-from kvfusion_rag.engine.run import Run
+from kvfusion_rag.engine.running_batch import Run
 
 NEW_TOKENS = 6
 POSITIONS = 4096

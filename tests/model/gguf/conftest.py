@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType
 from tiny_gguf import write_gguf
 
 from kvfusion_rag.model.gguf import convert as gguf_convert
-from kvfusion_rag.model.gguf.converted import MANIFEST, converted_folder
+from kvfusion_rag.model.gguf.conversion_cache import MANIFEST, converted_folder
 
 
 @pytest.fixture(autouse=True)

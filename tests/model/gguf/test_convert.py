@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, ModelLoadError, cli
 from kvfusion_rag.model.gguf import convert as gguf_convert
-from kvfusion_rag.model.gguf.converted import converted_folder
+from kvfusion_rag.model.gguf.conversion_cache import converted_folder
 from kvfusion_rag.model.location import locate_model
 
 ROOT = Path(__file__).parents[3]

@@ -7,7 +7,7 @@ import pytest
 from tiny_gguf import ARCHITECTURE, field, header, tensor, text
 
 from kvfusion_rag import ModelLoadError
-from kvfusion_rag.model.gguf.converted import converted_folder
+from kvfusion_rag.model.gguf.conversion_cache import converted_folder
 from kvfusion_rag.model.gguf.header import MAX_ARRAY_ITEMS, MAX_ITEM_BYTES, MAX_TENSORS, read_header
 
 

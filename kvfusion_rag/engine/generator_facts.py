@@ -12,7 +12,7 @@ from ..fusion.interface import FusionModel
 from ..home import HOME_VARIABLE, home
 from ..schema import FocusChoice, Mode, ModeChoice
 from ..store import DocumentStore
-from ..text.measured import Measured, keep_measurement
+from ..text.measured_mode import Measured, keep_measurement
 from ..text.settings import ModelSettings
 from .engine import Engine
 
