@@ -28,6 +28,7 @@ from kvfusion_rag import (
     UnsupportedModelError,
 )
 from kvfusion_rag.engine.engine import EngineOptions
+from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.hardware import slowness
@@ -264,7 +265,7 @@ def test_a_batch_over_the_limit_is_decoded_in_several(gen):
     small = KVFusionGenerator(gen._engine.model, store=None, options=EngineOptions(max_fused_tokens=400))
     questions = [f"who has {i} sacks?" for i in range(9)]
     documents = [["the river runs past an old mill " * (1 + i % 3)] for i in range(9)]
-    options = small._options({"max_new_tokens": 3})
+    options = DecodingOptions(3)
     requests = [small._engine.request(q, d, None, None, options) for q, d in zip(questions, documents, strict=True)]
     batches = list(small._engine.runner.batches(requests))
     assert 1 < len(batches) < 9 and [r for batch in batches for r in batch.requests] == requests

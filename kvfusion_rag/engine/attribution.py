@@ -20,8 +20,8 @@ from ..schema import Answer, Attributed, Document, Mode
 from .calls import read_call
 from .engine import Engine
 from .requests import Batch, Request
-from .running_batch import Run
 from .runner import Runner
+from .running_batch import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..errors import ContextLimitError
 from ..fusion.interface import ApeFactors, FusionModel
 from ..model.positions import global_starts, question_start
-from ..schema import Mode
+from ..schema import Mode, ModeChoice
 from ..text.documents import EncodedDocuments
-from ..text.settings import ModelSettings, Positions
+from ..text.measured_mode import Measured
+from ..text.settings import ModelSettings, Positions, require_mode
 
 Ids = tuple[int, ...]
 
@@ -108,6 +109,28 @@ def room_left(
         f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
         f"{new_tokens}, but {model.model_id} has {window}; shorten one of them{mode.window_hint}."
     )
+
+
+def choose_mode(
+    choice: ModeChoice | None, settings: ModelSettings, measured: Callable[[], Measured | None]
+) -> tuple[Mode, str]:
+    """Return the mode that answers, and the reason for it.
+
+    Args:
+        choice: the caller's mode. None and "auto" mean the model's default.
+        measured: returns what ``kvfusion doctor --measure`` found best.
+    """
+    choice = choice or "auto"
+    require_mode(choice)
+    if choice != "auto":
+        return choice, "requested"
+    if settings.mode != "auto":
+        return settings.mode, "set for this model"
+    if settings.tuned:
+        return "fusion", "the weights were trained to read fused documents"
+    if (best := measured()) is not None:
+        return best.mode, "measured best by kvfusion doctor --measure"
+    return "concat", "the model was not trained to read fused documents"
 
 
 def answers_tuned(name: Mode, settings: ModelSettings) -> bool:

@@ -14,8 +14,8 @@ from ..schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart,
 from ..text.encoder import PlainEncoder, PromptEncoder
 from ..text.layouts import ChatLayouts, FixedLayout, Layout
 from ..text.measured_mode import Identity, Measured, measured
-from ..text.settings import ModelSettings, require_focus, require_mode
-from .modes import AnswerMode, answers_tuned
+from ..text.settings import ModelSettings, require_focus
+from .modes import AnswerMode, answers_tuned, choose_mode
 from .requests import Request
 
 
@@ -30,22 +30,9 @@ class Prompts:
 
     def mode(self, choice: ModeChoice | None) -> tuple[AnswerMode, str]:
         """Return the mode that answers, and the reason for it."""
-        name, reason = self._mode_name(choice)
+        name, reason = choose_mode(choice, self.settings, self._measured)
         mark = self.encoder.evidence_mark if self.settings.tuned_evidence else None
         return AnswerMode.of(name, self.settings, mark), reason
-
-    def _mode_name(self, choice: ModeChoice | None) -> tuple[Mode, str]:
-        choice = choice or "auto"
-        require_mode(choice)
-        if choice != "auto":
-            return choice, "requested"
-        if self.settings.mode != "auto":
-            return self.settings.mode, "set for this model"
-        if self.settings.tuned:
-            return "fusion", "the weights were trained to read fused documents"
-        if (found := self._measured()) is not None:
-            return found.mode, "measured best by kvfusion doctor --measure"
-        return "concat", "the model was not trained to read fused documents"
 
     def focus(self, choice: FocusChoice, mode: Mode) -> int | None:
         """Return the number of documents that an answer in ``mode`` keeps, or None for all."""

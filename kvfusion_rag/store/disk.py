@@ -24,7 +24,6 @@ from pathlib import Path
 
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
-from .size_limits import Caps, add_up
 from .folder import Folder
 from .format import (
     CODECS,
@@ -42,6 +41,7 @@ from .format import (
 from .index import SHORT_WAIT, Entry, Index, is_locked
 from .keys import document_key, path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
+from .size_limits import Caps, add_up
 
 logger = logging.getLogger(__name__)
 

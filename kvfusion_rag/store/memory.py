@@ -12,8 +12,8 @@ from collections import OrderedDict, defaultdict
 import torch
 
 from ..model.kv import DocumentKV
-from .size_limits import Caps
 from .keys import document_part, namespace_part
+from .size_limits import Caps
 
 DEFAULT_MAX_BYTES = 1 << 30
 

@@ -26,10 +26,10 @@ from typing import Any, Literal, TypeVar
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
 from .background import Upload, UploadQueue, call
-from .size_limits import add_up, require_bytes
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
 from .keys import path_of, paths_of_documents, require_namespace_key
 from .metrics import Miss
+from .size_limits import add_up, require_bytes
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")

@@ -109,7 +109,7 @@ def test_attribution_in_parts_equals_one_pass(monkeypatch):
     documents = [f"document {n} of the old mill" for n in range(7)]
     whole = gen.attribute("who?", documents, max_new_tokens=6)
     monkeypatch.setattr(attribution, "LOGITS_AT_ONCE", 1)
-    monkeypatch.setattr(attribution, "WEIGHTS_AT_ONCE", 1)
+    monkeypatch.setattr("kvfusion_rag.fusion.attention_shares.WEIGHTS_AT_ONCE", 1)
     parts = gen.attribute("who?", documents, max_new_tokens=6)
     for one, other in zip(whole.documents, parts.documents, strict=True):
         assert one.attention == pytest.approx(other.attention, abs=1e-6)
@@ -266,6 +266,6 @@ def test_running_out_of_memory_while_measuring_raises_our_error(monkeypatch):
     def fails(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(attribution, "log_probabilities", fails)
+    monkeypatch.setattr(gen._engine.model, "answer_likelihoods", fails)
     with pytest.raises(MemoryLimitError):
         gen.answer("who?", DOCUMENTS, attribution="effects", max_new_tokens=2)

@@ -105,9 +105,10 @@ def test_streams_and_tasks_choose_the_same_documents():
 def test_documents_are_computed_once_even_without_a_store(monkeypatch):
     gen, documents = generator(store=None), made_documents(5)
     computed = []
-    fetch = type(gen._supply).fetch
+    kvs = type(gen._engine.document_kvs)
+    fetch = kvs.fetch
     monkeypatch.setattr(
-        type(gen._supply),
+        kvs,
         "fetch",
         lambda self, wanted, *args, **options: computed.extend(wanted) or fetch(self, wanted, *args, **options),
     )

@@ -221,7 +221,7 @@ def test_threads_with_different_torch_thread_counts_answer_for_each_other():
     try:
         with ThreadPoolExecutor(1) as pool:
             made = pool.submit(ask_elsewhere).result()
-        assert made.model != gen._engine.document_kvs.model
+        assert made.version != gen._engine.document_kvs.version
         assert gen._queue.ask([made], options)[0].token_ids == gen.answer("who?", rows, max_new_tokens=2).token_ids
     finally:
         torch.set_num_threads(usual)

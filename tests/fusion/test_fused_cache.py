@@ -94,12 +94,12 @@ def test_documents_from_disk_do_not_share_memory_with_reused_slots(tmp_path):
     key = document_key("m", "", ids)
     disk.disk.put(key, made)
     slots = DocumentKV(torch.empty(2, 2, 5, 4), torch.empty(2, 2, 5, 4), ids)
-    landed = []
-    land = disk._flights.land
-    disk._flights.land = lambda key, document: (landed.append(document), land(key, document))
+    resolved = []
+    resolve = disk._single_flight.resolve
+    disk._single_flight.resolve = lambda key, document: (resolved.append(document), resolve(key, document))
     disk.fetch({key: KVRequest(ids, slots)}, SHAPE, CPU, lambda keys: pytest.fail("computed"))
     assert slots.keys.eq(1).all()
-    assert not landed or landed[0].keys.data_ptr() != slots.keys.data_ptr()
+    assert not resolved or resolved[0].keys.data_ptr() != slots.keys.data_ptr()
 
 
 def test_a_kept_memory_error_does_not_keep_the_cache(monkeypatch):
@@ -136,7 +136,9 @@ def test_lack_of_memory_is_recognised_by_type_or_message(error, is_shortage):
 
 def test_answers_of_a_large_batch_have_free_slots_from_the_start(monkeypatch):
     gen = generator("llama")
-    monkeypatch.setattr("kvfusion_rag.engine.running_batch.SPARE_SLOTS", 32)  # as few per row as 4096 are in a much larger batch
+    monkeypatch.setattr(
+        "kvfusion_rag.engine.running_batch.SPARE_SLOTS", 32
+    )  # as few per row as 4096 are in a much larger batch
     monkeypatch.setattr("kvfusion_rag.fusion.fused_cache._larger", lambda *args: pytest.fail("everything moved"))
     rows = [[" ".join(VOCABULARY[n : n + 4] * 25)] for n in range(8)]
     answers = gen.answer_batch(["who?"] * 8, rows, max_new_tokens=30)

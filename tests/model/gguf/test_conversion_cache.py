@@ -14,8 +14,8 @@ import tiny_gguf
 from tiny_gguf import write_gguf
 
 from kvfusion_rag import ModelLoadError
-from kvfusion_rag.model.gguf import convert as gguf_convert
 from kvfusion_rag.model.gguf import conversion_cache as gguf_cache
+from kvfusion_rag.model.gguf import convert as gguf_convert
 from kvfusion_rag.model.gguf.conversion_cache import MANIFEST, converted_folder
 
 ALWAYS_RECENT, NEVER_RECENT = 1 << 62, -(1 << 62)
