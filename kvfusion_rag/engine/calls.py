@@ -26,8 +26,9 @@ class WordingKwargs(TypedDict, total=False):
         mode: "fusion"; "concat" (the ordinary joined prompt in the caller's order, in which the adapter only takes
             part if it was trained on joined prompts); "ape" (training-free fusion without adapter, arXiv 2502.05431);
             "auto" (``ModelSettings``).
-        focus: keep this many documents, those that make the question most likely (and that the retriever scores highest,
-            if the model's ``focus_weight`` is above 0). None keeps all, as in the paper. "auto" is the model's own.
+        focus: keep this many documents, those that make the question most likely (and that the retriever scores
+            highest, if the model's ``focus_weight`` is above 0). None keeps all, as in the paper. "auto" is the
+            model's own number.
         chat_template_kwargs: variables of the model's chat template for this call.
     """
 

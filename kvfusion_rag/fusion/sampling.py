@@ -85,7 +85,7 @@ def sampler(
 ) -> Callable[[torch.Tensor, Sequence[int]], list[int]]:
     """Return a function from logits (n, V) and the n answers they belong to, to the next tokens (or ``NO_TOKEN``)."""
     if options.temperature < GREEDY_BELOW:
-        return lambda logits, open_ones: _most likely(logits)
+        return lambda logits, open_ones: _likeliest(logits)
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(options.temperature))]
     if options.top_k is not None:
         warpers.append(TopKLogitsWarper(options.top_k))
@@ -106,12 +106,12 @@ def sampler(
         draws = torch.empty_like(logits)
         for draw, i in zip(draws, open_ones, strict=True):
             draw.exponential_(generator=generators[i])
-        return _most likely(logits.softmax(dim=-1) / draws)
+        return _likeliest(logits.softmax(dim=-1) / draws)
 
     return sample
 
 
-def _most likely(scores: torch.Tensor) -> list[int]:
+def _likeliest(scores: torch.Tensor) -> list[int]:
     """Return the index of the largest score of each row (n, V), or ``NO_TOKEN`` if scores are NaN or infinite."""
     largest, places = scores.max(dim=-1)
     return places.where(largest.isfinite(), NO_TOKEN).tolist()
