@@ -193,7 +193,7 @@ async def test_very_long_line_is_one_document(route: Route) -> None:
 async def test_text_cannot_become_a_control_token(route: Route) -> None:
     """Documents have no control ids, and the prompt only those of the chat template."""
     call = await received(route)
-    encoder = tiny_generator()._encoder
+    encoder = tiny_generator()._engine.encoder
     control = encoder.plain.control_ids
     for document in call.documents:
         assert control.isdisjoint(encoder.encode_document(document))

@@ -96,7 +96,7 @@ def test_neutral_factors_equal_fusion_and_others_do_not(architecture, dtype):
 )
 def test_any_order_gives_the_same_bits(architecture, dtype):
     made = TorchModel(tiny.backbone(architecture, dtype))
-    gen = KVFusionGenerator(TorchModel(made), store=None).with_settings(max_new_tokens=8)
+    gen = KVFusionGenerator(made, store=None).with_settings(max_new_tokens=8)
     rng = random.Random(2)
     for _ in range(3):
         report = gen.check_invariance("who?", random_documents(rng), permutations=3, mode="ape")

@@ -66,7 +66,7 @@ def test_any_order_and_any_store_gives_the_same_bits(device, dtype, attention, t
 @devices
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_batch_equals_single_questions(device, architecture):
-    made = KVFusionGenerator(TorchModel(on(device, architecture)), store=MemoryStore())
+    made = KVFusionGenerator(on(device, architecture), store=MemoryStore())
     rng = random.Random(5)
     for documents in ([DOCUMENTS] * 3, [random_documents(rng) for _ in QUESTIONS]):
         batch = made.answer_batch(QUESTIONS, documents, max_new_tokens=8)
@@ -78,9 +78,7 @@ def test_batch_equals_single_questions(device, architecture):
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gpu_and_cpu_give_the_same_answers(architecture):
-    by_cpu, by_gpu = (
-        KVFusionGenerator(TorchModel(on(device, architecture)), store=None) for device in ("cpu", "cuda")
-    )
+    by_cpu, by_gpu = (KVFusionGenerator(on(device, architecture), store=None) for device in ("cpu", "cuda"))
     for mode in ("fusion", "concat", "ape"):
         assert tokens(by_gpu, mode=mode) == tokens(by_cpu, mode=mode)
     in_sequence = [made.with_settings(positions="global") for made in (by_cpu, by_gpu)]
@@ -150,7 +148,7 @@ def test_other_attention_kernels_keep_the_laws(attention, dtype):
     expected, answer = logits_of(made, QUESTIONS[0], DOCUMENTS)
     found, found_answer = logits_of(made, QUESTIONS[0], DOCUMENTS[::-1])
     assert found_answer == answer and found.equal(expected)
-    ordinary = KVFusionGenerator(TorchModel(on("cuda", dtype=dtype, head_dim=HEAD_WIDTH)), store=None)
+    ordinary = KVFusionGenerator(on("cuda", dtype=dtype, head_dim=HEAD_WIDTH), store=None)
     first, _ = logits_of(ordinary, QUESTIONS[0], DOCUMENTS, max_new_tokens=1)
     assert (first - expected[:1]).abs().max() < 5e-2 * first.abs().max()
     batch = made.answer_batch(QUESTIONS, [DOCUMENTS] * 3, max_new_tokens=4)
@@ -159,7 +157,7 @@ def test_other_attention_kernels_keep_the_laws(attention, dtype):
 
 @pytest.mark.gpu
 def test_out_of_memory_is_one_error_and_the_next_question_is_answered():
-    made = KVFusionGenerator(TorchModel(on("cuda")), store=None, options=EngineOptions(max_fused_tokens=1 << 24))
+    made = KVFusionGenerator(on("cuda"), store=None, options=EngineOptions(max_fused_tokens=1 << 24))
     expected = tokens(made)
     rng = random.Random(3)
     many = [Document(" ".join(rng.choices(WORDS.split(), k=40)), id=str(n)) for n in range(3000)]
@@ -176,7 +174,7 @@ def test_out_of_memory_is_one_error_and_the_next_question_is_answered():
 
 @pytest.mark.gpu
 def test_answers_do_not_leak_memory():
-    made = KVFusionGenerator(TorchModel(on("cuda")), store=MemoryStore())
+    made = KVFusionGenerator(on("cuda"), store=MemoryStore())
     for number in range(40):
         made.answer_batch(QUESTIONS, [DOCUMENTS] * 3, max_new_tokens=4)
         if number == 4:

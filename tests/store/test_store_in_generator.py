@@ -85,7 +85,7 @@ def test_other_weights_dtypes_settings_and_tenants_find_nothing(tmp_path):
         over(tmp_path / "s", model=backbone("llama", seed=1)),
         over(tmp_path / "s", model=backbone("llama", rope_parameters={"rope_type": "default", "rope_theta": 500.0})),
         generator("llama", store=tmp_path / "s", prefix="other", document_template="{text}\n\n"),
-        over(tmp_path / "s", namespace="tenant"),
+        over(tmp_path / "s").with_namespace("tenant"),
     ]
     for other in others:
         assert origins(ask(other)) == {"computed"}, other
@@ -164,7 +164,7 @@ def test_failing_disk_changes_no_answer(tmp_path, monkeypatch, caplog, call, cod
 
 def test_tenants_share_no_document_and_one_can_be_cleared(tmp_path):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "s"))
-    one, other = over(store, namespace="one"), over(store, namespace="other")
+    one, other = (over(store).with_namespace(name) for name in ("one", "other"))
     one.prefill(DOCUMENTS)
     assert origins(ask(other)) == {"computed"}
     assert one.clear() == 2 * (len(DOCUMENTS) + 1)  # including the prefix
@@ -196,7 +196,7 @@ def test_documents_at_positions_after_others_are_not_stored():
 
 
 def test_corpus_is_prefilled_in_slices_so_that_questions_do_not_wait_for_all_of_it(monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.STORED_AT_ONCE", 2)
+    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.DOCUMENTS_AT_ONCE", 2)
     gen = over(DocumentStore(MemoryStore()))
     claimed: list[int] = []
     prefill, single_flight = gen._engine.model.backbone.prefill, gen.store._single_flight
