@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvfusion_rag.evaluation.report import run_facts
-from kvfusion_rag.fusion.decode import DecodingPlan, Question, decode
+from kvfusion_rag.fusion.decode import DecodingPlan, decode
 from kvfusion_rag.fusion.fused_cache import FusedBuffer
+from kvfusion_rag.fusion.interface import Question
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.kv import DocumentKV, KVShape

@@ -84,7 +84,7 @@ def reduce_rank(run: Path, output: Path, rank: int) -> float:
 def digests() -> list[str]:
     """Return the digests of the default model's weights in each precision."""
     return [
-        KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)._engine.model.backbone.weights_digest
+        KVFusionGenerator.from_pretrained(adapter=None, dtype=dtype, store=None)._engine.model.weights_digest
         for dtype in ("float32", "bfloat16", "float16")
     ]
 
