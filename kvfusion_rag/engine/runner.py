@@ -161,7 +161,7 @@ class Runner(Generic[M_co]):
             run.context,
             [request.question for request in requests],
             options,
-            self._decode_ids,
+            self.plain.decode,
             row_of=run.batch.row_of,
             visible=run.visible(),
             unsettling_ids=self.plain.unsettling_ids,
@@ -178,10 +178,6 @@ class Runner(Generic[M_co]):
         finally:
             steps.close()
             run.release()
-
-    def _decode_ids(self, token_ids: list[int]) -> str:
-        tokenizer = self.model.tokenizer
-        return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _answer_batch(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
         """Answer one batch, in two halves if it needs more memory than there is."""

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InvalidInputError
-from ..text.settings import is_count
+from ..text.settings import is_count, is_number
 
 GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the most likely token is all but certain
 NO_TOKEN = -1  # the logits are NaN or infinite
@@ -46,9 +46,9 @@ class DecodingOptions:
     def __post_init__(self) -> None:
         _require(is_count(self.max_new_tokens), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
         _require(
-            _is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
+            is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
         )
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k is None or is_count(self.top_k), "top_k", self.top_k, "a whole number from 1, or None")
         is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
         _require(is_list, "stop", self.stop, "a list of strings; put a single one into a list")
@@ -115,10 +115,6 @@ def _likeliest(scores: torch.Tensor) -> list[int]:
     """Return the index of the largest score of each row (n, V), or ``NO_TOKEN`` if scores are NaN or infinite."""
     largest, places = scores.max(dim=-1)
     return places.where(largest.isfinite(), NO_TOKEN).tolist()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -58,6 +58,7 @@ class PlainEncoder:
         self.unsettling_ids = frozenset(byte_ids.union(tokenizer.all_special_ids))
         self.control_tokens = tuple(str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids)
         self.largest_id = max(tokenizer.get_vocab().values())
+        self._decoder = tokenizer
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
         self._continuing = self._tokenizer
         # Some tokenizers put a space in front of a prompt, but not behind a control token inside it.
@@ -66,6 +67,10 @@ class PlainEncoder:
             for part in metaspaces:
                 part["prepend_scheme"] = "never"
             self._continuing = Tokenizer.from_str(json.dumps(spec))
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of generated ids without special tokens."""
+        return str(self._decoder.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Return the token ids of ``text``. Lone surrogates become U+FFFD.
@@ -331,4 +336,4 @@ class PromptEncoder:
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of generated ids without special tokens."""
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self.plain.decode(token_ids)

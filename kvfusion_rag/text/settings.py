@@ -231,7 +231,8 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _is_number(value: object) -> TypeGuard[float]:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -246,13 +247,13 @@ TEMPLATE_FIELDS = (
 )
 _Rule = tuple[Callable[[Any], bool], str]
 _TOKENS: _Rule = (lambda value: is_count(value) or value is None, "a whole number of tokens above 0")
-_FACTOR: _Rule = (lambda value: _is_number(value) and value > 0, "a number above 0")
+_FACTOR: _Rule = (lambda value: is_number(value) and value > 0, "a number above 0")
 _FLAG: _Rule = (lambda value: isinstance(value, bool), "true or false")
 ALLOWED_VALUES: dict[str, _Rule] = {
     "passage_length": _TOKENS,
     "max_document_tokens": _TOKENS,
     "max_new_tokens": _TOKENS,
-    "focus_weight": (lambda value: value is None or (_is_number(value) and value >= 0), "a number from 0, or None"),
+    "focus_weight": (lambda value: value is None or (is_number(value) and value >= 0), "a number from 0, or None"),
     "long_documents": (lambda value: value in ("error", "split"), "'error' or 'split'"),
     "layout": (lambda value: value in ("prompt", "fixed"), "'prompt' or 'fixed'"),
     "chat_template_kwargs": (
