@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.generation.streamers import BaseStreamer
 
+from kvfusion_rag.benchmark.speed import TokenClock
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.fusion.decode import DecodingPlan, decode
 from kvfusion_rag.fusion.fused_cache import FusedBuffer
@@ -99,7 +99,7 @@ def generated(model: Any, document: DocumentKV, question: list[int], tokens: int
     for number, (keys, values) in enumerate(zip(document.keys, document.values, strict=True)):
         cache.update(keys[None].clone(), values[None].clone(), number)
     ids = torch.tensor([[*document.token_ids, *question]])
-    clock = Clock()
+    clock = TokenClock()
     model.generation_config.eos_token_id = None
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=tokens, do_sample=False,
@@ -107,19 +107,6 @@ def generated(model: Any, document: DocumentKV, question: list[int], tokens: int
     )  # fmt: skip
     first, *_, last = clock.tokens[1:]
     return (last - first) / (tokens - 1), tuple(output[0, ids.shape[1] :].tolist())
-
-
-class Clock(BaseStreamer):
-    """Records the times of the prompt (first) and of each token."""
-
-    def __init__(self) -> None:
-        self.tokens: list[float] = []
-
-    def put(self, value: object) -> None:
-        self.tokens.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
 
 
 def spread(seconds: list[float]) -> dict[str, float]:

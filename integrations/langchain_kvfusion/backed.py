@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import EllipsisType
@@ -156,9 +157,9 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         shown = {name: options[name] for name in ("mode", "focus", "chat_template_kwargs")}
         return self._engine().show_prompt(**self._request(input, documents), **shown)
 
+    @abstractmethod
     def _request(self, input: LanguageModelInput, documents: DocumentsArgument | None) -> dict[str, Any]:
         """Return question, documents and prompt of ``input`` as arguments of the generator."""
-        raise NotImplementedError
 
     def _check_documents(self, *, all_have_documents: bool) -> None:
         """Raise InvalidInputError if this model is strict and a prompt has no documents."""

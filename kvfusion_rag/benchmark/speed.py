@@ -201,7 +201,7 @@ class AnswerRun:
             model.set_attn_implementation(ours)
 
     def _generated(self, model: Any, case: Case, texts: _Texts) -> _Measured:
-        clock = _Clock()
+        clock = TokenClock()
         began = time.perf_counter()
         prompts = [" ".join([*d, question]) for question, d in zip(texts.questions, texts.documents, strict=True)]
         ids = torch.tensor(self._backbone.tokenizer(prompts)["input_ids"], device=self._backbone.device)
@@ -240,7 +240,7 @@ class AnswerRun:
         return {"seconds": _short(work.seconds(self._peaks)), **asdict(work)}
 
 
-class _Clock(BaseStreamer):
+class TokenClock(BaseStreamer):
     """Records the times of the prompt (first) and of each token."""
 
     def __init__(self) -> None:

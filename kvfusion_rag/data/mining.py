@@ -10,6 +10,7 @@ import logging
 import random
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -118,19 +119,19 @@ class Pool:
         return number
 
 
-class Ranking:
+class Ranking(ABC):
     """Orders the pool for a question, or for one of its own passages."""
 
-    def prepare(self, questions: Sequence[str]) -> None:
+    def prepare(self, questions: Sequence[str]) -> None:  # noqa: B027 - optional
         """Prepare for the next questions, if that is cheaper for several together."""
 
+    @abstractmethod
     def rank(self, question: str, rng: random.Random) -> Iterator[int]:
         """Yield numbers of passages that are related to the question, the best first, each at most once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def near(self, number: int, rng: random.Random) -> Iterator[int]:
         """Yield numbers of passages, the nearest to passage ``number`` first. It may include ``number`` itself."""
-        raise NotImplementedError
 
 
 class BM25Ranking(Ranking):
