@@ -201,9 +201,6 @@ class Runner(Generic[M_co]):
         run = self.start(batch, options)
         for _ in self.decode(run, options):
             pass
-        for answer in run.answers:
-            if answer.finish_reason in (None, "length"):
-                logger.info("an answer was cut at its limit of %d tokens; see max_new_tokens", len(answer.ids))
         return [run.answer(number) for number in range(len(batch.requests))]
 
     # Memory

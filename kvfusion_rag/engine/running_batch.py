@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from ..store import FetchedKVs, KVRequest, Tier
 from ..text.citations import find_citations
 from .document_kvs import DocumentKVs, Scope
 from .requests import Batch, Request
+
+logger = logging.getLogger(__name__)
 
 SPARE_SLOTS = 4096  # free slots for answers behind all rows together; the buffer grows if they are used up
 
@@ -67,6 +70,8 @@ class Run:
     def answer(self, number: int) -> Answer:
         """Return the answer of question ``number`` once decoding has ended."""
         request, answer = self.batch.requests[number], self.answers[number]
+        if answer.finish_reason in (None, "length"):
+            logger.info("the answer was cut at its limit of %d tokens; max_new_tokens raises it", len(answer.ids))
         encoded, fuses = request.encoded, request.mode.fuses
         origins = self._origins(request)
         sources = encoded.sources(origins, self.misses if fuses else {})
