@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from ..model.attention_weights import AttentionSum
+from ..model.attention.weights import AttentionSum
 from .decode import DecodingPlan
 from .fused_cache import FusedContext
 from .interface import Question, Span

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..errors import UnsupportedModelError
-from ..model.ape import Ape
-from ..model.attention_weights import AttentionSum
+from ..model.attention.ape import Ape
+from ..model.attention.weights import AttentionSum
 from ..model.backbone import Backbone
 from .fused_cache import FusedContext
 from .growing_answer import GrowingAnswer

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from ..errors import UnsupportedModelError
-from ..model.ape import Ape
+from ..model.attention.ape import Ape
 from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
 from ..model.positions import additive, block_mask, fused_positions, question_start

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError, UnsupportedModelError
-from ..model.ape import Ape
+from ..model.attention.ape import Ape
 from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
 from ..schema import GateReport

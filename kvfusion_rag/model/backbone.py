@@ -20,9 +20,9 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from ..text.settings import ModelSettings
 from .adapters import load_adapter, require_adapter_libraries, require_trained_on
-from .ape import Ape
-from .attention import GROUPED, checkpoint_with_context, register_explicit, share_heads
-from .attention_weights import AttentionSum
+from .attention.ape import Ape
+from .attention.functions import GROUPED, checkpoint_with_context, register_explicit, share_heads
+from .attention.weights import AttentionSum
 from .document_cache import DocumentCache
 from .fingerprint import digest_tensors
 from .hardware import device_name

@@ -7,7 +7,7 @@ from tiny_training import ARCHITECTURES, assert_same_gradients, batch_of, engine
 
 from kvfusion_rag import UnsupportedModelError
 from kvfusion_rag.data.rows import QARow
-from kvfusion_rag.model.attention import GROUPED
+from kvfusion_rag.model.attention.functions import GROUPED
 from kvfusion_rag.model.loading import load_backbone
 from kvfusion_rag.model.location import locate_model
 from kvfusion_rag.training.loss import fusion_loss

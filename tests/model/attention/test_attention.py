@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, backbone, generator
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kvfusion_rag.model.attention import FOLDED_ON_CPU, GROUPED, grouped_attention
+from kvfusion_rag.model.attention.functions import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.model.kv import KVShape
 
 SHAPE = KVShape(2, 2, 4, torch.float32)

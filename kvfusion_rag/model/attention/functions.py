@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ..errors import UnsupportedModelError
+from ...errors import UnsupportedModelError
 
 GROUPED = "kvfusion_grouped"
 CONTEXT = "kvfusion_context"

@@ -4,7 +4,7 @@ For the question and the answer, the logits of the documents' slots are divided 
 (LSE) of these slots is multiplied by a scale S. Both parts are then merged by their log-sum-exps, as in the paper's
 pseudo-code (``ape_attention``). The authors' released code multiplies by S times T instead of S, so its S = T = 0.9 is
 S = 0.81 here. Dividing keys by T would give the temperature, but the scale needs a sum that depends on the query. So
-APE runs in explicit attention (``attention.py``), which ``backbone.py`` selects for single passes.
+APE runs in explicit attention (``functions.py``), which ``backbone.py`` selects for single passes.
 """
 
 from __future__ import annotations
