@@ -80,7 +80,7 @@ def decoded(
 ) -> tuple[float, tuple[int, ...]]:
     """Return seconds per token after the first, and the answer's ids, of this package."""
     buffer = FusedBuffer([document.num_tokens], KVShape.of(document), backbone.device, room=len(question) + tokens)
-    document.copy_into(buffer.slots(0, 0, document.token_ids))
+    document.copy_into(buffer.slots(0, 0, document.token_ids, 0))
     steps = decode(
         DecodingPlan(backbone, adapter=False), buffer.context(), [Question(tuple(question), document.num_tokens)],
         DecodingOptions(max_new_tokens=tokens), lambda ids: "",

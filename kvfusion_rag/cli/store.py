@@ -129,7 +129,7 @@ def _forget(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     import torch
 
-    from ..model.support import expected_kv_shape
+    from ..model.document_cache import expected_kv_shape
     from ..store.format import layout
 
     require_paths(args.paths)

@@ -107,7 +107,7 @@ def room_left(
         return None if window is None else window - before - question_tokens
     raise ContextLimitError(
         f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
-        f"{new_tokens}, but {model.model_id} has {window}; shorten one of them{mode.window_hint}."
+        f"{new_tokens}, but {model.model_id} has {model.position_limit}; shorten one of them{mode.window_hint}."
     )
 
 

@@ -132,8 +132,8 @@ def require_fit(model: FusionModel, encoder: PromptEncoder, settings: ModelSetti
     prefix, passage = len(encoder.prefix_ids), settings.passage_length or 1
     if window is not None and prefix + passage + 2 > window:
         raise InvalidInputError(
-            f"the prefix has {prefix} tokens and passage_length is {passage}, but {model.model_id} has {window} "
-            "positions for them, the question and the answer."
+            f"the prefix has {prefix} tokens and passage_length is {passage}, but {model.model_id} has "
+            f"{model.position_limit} positions for them, the question and the answer."
         )
     if encoder.plain.largest_id >= rows:
         raise UnsupportedModelError(

@@ -145,10 +145,10 @@ def _fill_rows(document_kvs: DocumentKVs, batch: Batch, buffer: FusedBuffer, sco
         if shared.scope != scope:
             continue
         if prefix is not None:
-            prefix.copy_into(buffer.slots(row, 0, prefix.token_ids))
+            prefix.copy_into(buffer.slots(row, 0, prefix.token_ids, 0))
         at = len(scope.prefix)
         for piece in shared.pieces.values():
-            slots = buffer.slots(row, at, piece.ids)
+            slots = buffer.slots(row, at, piece.ids, piece.start)
             if piece.key in chosen:
                 chosen[piece.key].copy_into(slots)
             elif piece.key in requests:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..model.document_cache import PositionedCache
 from ..model.kv import DocumentKV, KVShape
 
 MAX_OVERSIZE = 8  # reuse pooled memory up to this multiple of the needed size
@@ -78,15 +78,18 @@ class FusedContext:
     """The cache that a decoder reads before the question: K slots per row, and the mask (B, K) of the used ones.
 
     Decoding appends to the cache, so a context serves one decoding.
+
+    Args:
+        positions: (B, K) positions of the slots.
     """
 
     layers: list[FusedLayer]
     mask: torch.Tensor
-    cache: DynamicCache = field(init=False)
+    positions: InitVar[torch.Tensor]
+    cache: PositionedCache = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.cache = DynamicCache()
-        self.cache.layers.extend(self.layers)
+    def __post_init__(self, positions: torch.Tensor) -> None:
+        self.cache = PositionedCache(positions, self.layers)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order, moving as few as possible.
@@ -96,11 +99,12 @@ class FusedContext:
         """
         for layer in self.layers:
             layer.keep(rows)
+        self.cache.keep_positions(rows)
         self.mask = self.mask[rows]
 
 
 class FusedBuffer:
-    """Slots for the documents of B rows, (L, B, H_kv, K, d) for keys and for values, and free slots behind them.
+    """Slots for the documents of B rows, (L, B, H_kv, K, d) for keys, d_v for values, and free slots behind them.
 
     All rows are as long as the longest. Slots on the right that a row does not need are zero and masked.
 
@@ -121,25 +125,35 @@ class FusedBuffer:
         pool: BufferPool | None = None,
     ) -> None:
         self._slots = max(lengths)
-        size = (shape.layers, len(lengths), shape.heads, self._slots + room, shape.width)
+        grid = (shape.layers, len(lengths), shape.heads, self._slots + room)
+        sizes = [torch.Size((*grid, width)) for width in (shape.key_width, shape.value_width)]
+        numbers = [size.numel() for size in sizes]
         self._pool = pool or BufferPool()
-        self._memory = self._pool.take(2 * torch.Size(size).numel(), shape.dtype, device)
-        self._keys, self._values = self._memory[: 2 * torch.Size(size).numel()].view(2, *size)
+        self._memory = self._pool.take(sum(numbers), shape.dtype, device)
+        parts = self._memory[: sum(numbers)].split(numbers)
+        self._keys, self._values = (part.view(size) for part, size in zip(parts, sizes, strict=True))
         self._mask = torch.zeros(len(lengths), self._slots, dtype=torch.long, device=device)
+        self._positions = torch.zeros_like(self._mask)
         for row, length in enumerate(lengths):
             self._mask[row, :length] = 1
             for part in (self._keys, self._values):
                 part[:, row, :, length : self._slots] = 0
 
-    def slots(self, row: int, start: int, token_ids: tuple[int, ...]) -> DocumentKV:
-        """Return the slots of a document from ``start`` on, as views to be filled."""
+    def slots(self, row: int, start: int, token_ids: tuple[int, ...], position: int) -> DocumentKV:
+        """Return the slots of a document from ``start`` on, as views to be filled.
+
+        Args:
+            position: position of the document's first token.
+        """
         end = start + len(token_ids)
+        self._positions[row, start:end] = torch.arange(position, position + len(token_ids), device=self._mask.device)
         return DocumentKV(self._keys[:, row, :, start:end], self._values[:, row, :, start:end], token_ids)
 
     def context(self) -> FusedContext:
         """Return the filled slots as a cache over views of this buffer."""
         layers = zip(self._keys, self._values, strict=True)
-        return FusedContext([FusedLayer(keys, values, self._slots) for keys, values in layers], self._mask)
+        fused = [FusedLayer(keys, values, self._slots) for keys, values in layers]
+        return FusedContext(fused, self._mask, self._positions)
 
     def release(self) -> None:
         """Return the memory to the pool; views of this buffer must not be used afterwards."""
@@ -177,19 +191,25 @@ class BufferPool:
         return 0
 
 
-def fuse(rows: Sequence[Sequence[DocumentKV]], device: torch.device) -> FusedContext:
-    """Join the document KVs of each row in the given order.
+def fuse(
+    rows: Sequence[Sequence[DocumentKV]], device: torch.device, prefixes: Sequence[DocumentKV | None] | None = None
+) -> FusedContext:
+    """Join the document KVs of each row in the given order, at the positions behind the row's prefix.
 
     Args:
-        rows: B sequences of document KVs, each (L, H_kv, T_i, d). A shared prefix comes first, like a document.
+        rows: B sequences of document KVs, each (L, H_kv, T_i, d).
         device: device of the document KVs.
+        prefixes: KV in front of each row, or None. Default: no prefix.
     """
-    first = next((kv for row in rows for kv in row), None)
-    shape = KVShape(0, 0, 0, torch.float32) if first is None else KVShape.of(first)
-    buffer = FusedBuffer([sum(kv.num_tokens for kv in row) for row in rows], shape, device)
-    for number, row in enumerate(rows):
+    heads = prefixes or [None] * len(rows)
+    joined = [[*([] if head is None else [head]), *row] for head, row in zip(heads, rows, strict=True)]
+    first = next((kv for row in joined for kv in row), None)
+    shape = KVShape(0, 0, 0, 0, torch.float32) if first is None else KVShape.of(first)
+    buffer = FusedBuffer([sum(kv.num_tokens for kv in row) for row in joined], shape, device)
+    for number, (head, row) in enumerate(zip(heads, joined, strict=True)):
         start = 0
         for kv in row:
-            kv.copy_into(buffer.slots(number, start, kv.token_ids))
+            position = 0 if head is None or kv is head else head.num_tokens
+            kv.copy_into(buffer.slots(number, start, kv.token_ids, position))
             start += kv.num_tokens
     return buffer.context()

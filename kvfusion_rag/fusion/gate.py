@@ -1,20 +1,24 @@
 """The numeric half of the support gate: measures at load time whether fusion is exact on a model.
 
-Five laws are checked on a few random tokens. A model that ignores explicit positions, biases attention by cache slots
-or rotates keys late fails one of them, whatever its configuration says.
+Six laws are checked on a few random tokens. A model that ignores explicit positions, counts cache slots or rotates
+keys late fails one of them, whatever its configuration says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from torch.nn.functional import pad
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedModelError
 from ..model.attention.ape import Ape
 from ..model.backbone import Backbone
+from ..model.document_cache import PositionedCache
 from ..model.kv import DocumentKV
 from ..model.positions import additive, block_mask, fused_positions, question_start
 from ..model.support import configuration_checks
@@ -25,12 +29,14 @@ from .prefill import prefill
 
 DOCUMENT_LENGTHS = (11, 7)
 QUESTION_LENGTH = 5
+LEAST_EMPTY_SLOTS = 512  # empty slots of the sixth law; more if the configuration names a longer distance
+DISTANCES = ("sliding_window", "attention_chunk_size", "window_size", "floor_scale")  # of configurations, in tokens
 
 
 def run_gate(
     backbone: Backbone, prefix: DocumentKV | None, ordinary_ids: Sequence[int], *, tokens_per_pass: int
 ) -> GateReport:
-    """Measure the five laws.
+    """Measure the six laws.
 
     Args:
         prefix: KV of the model's shared prefix.
@@ -79,6 +85,7 @@ def _measure(
             probe.two_documents_are_one_block_masked_pass(),
             probe.order_does_not_matter(),
             probe.positions_are_honoured(),
+            probe.empty_slots_do_not_matter(),
         )
 
     return _probed(laws)
@@ -138,7 +145,7 @@ class _Probe:
             p, DOCUMENT_LENGTHS, question_start(p, None, max(DOCUMENT_LENGTHS)), QUESTION_LENGTH
         )
         mask = self._block_mask(DOCUMENT_LENGTHS)
-        single = self._forward(ids, positions, mask, DynamicCache(config=self.backbone.config))
+        single = self._forward(ids, positions, mask, PositionedCache(torch.empty(1, 0, dtype=torch.long)))
         return self._compare("two fused documents = one block-masked pass", self.fused, single)
 
     def order_does_not_matter(self) -> Check:
@@ -148,6 +155,16 @@ class _Probe:
         moved = not torch.equal(self.fused, self._fused(self.kvs, shift=3))
         detail = "the question's position changes the logits" if moved else "the model ignores explicit position ids"
         return Check("explicit positions are honoured", moved, detail)
+
+    def empty_slots_do_not_matter(self) -> Check:
+        config = self.backbone.config
+        count = 1 + max([LEAST_EMPTY_SLOTS, *_distances(config)])
+        context = fuse([self.kvs], self.backbone.device, [self.prefix])
+        layers = [_SpacedLayer(layer.keys, layer.values, count) for layer in context.layers]
+        positions = pad(context.cache.positions, (0, count))
+        mask = pad(context.mask, (0, count))
+        found = self._ask(PositionedCache(positions, layers), mask)
+        return self._compare(f"{count} empty slots before the question change nothing", found, self.fused)
 
     def _block_mask(self, document_lengths: Sequence[int]) -> torch.Tensor:
         mask = block_mask(len(self.prefix_ids), document_lengths, QUESTION_LENGTH)
@@ -168,13 +185,22 @@ class _Probe:
         return [done[index] for index in range(len(documents))]
 
     def _fused(self, kvs: list[DocumentKV], shift: int = 0, ape: tuple[float, float] | None = None) -> torch.Tensor:
-        row = [self.prefix, *kvs] if self.prefix else kvs
-        context = fuse([row], self.backbone.device)
-        start = question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs)) + shift
-        positions = torch.arange(start, start + QUESTION_LENGTH)
-        mask = torch.ones(1, context.mask.shape[1] + QUESTION_LENGTH)
+        context = fuse([kvs], self.backbone.device, [self.prefix])
         weighed = None if ape is None else Ape.over(context.mask, [len(self.prefix_ids)], *ape)
-        return self._forward(self.question, positions, mask, context.cache, weighed)
+        start = self._start(kvs) + shift
+        return self._ask(context.cache, context.mask, start=start, ape=weighed)
+
+    def _start(self, kvs: list[DocumentKV]) -> int:
+        return question_start(len(self.prefix_ids), None, max(kv.num_tokens for kv in kvs))
+
+    def _ask(
+        self, cache: DynamicCache, mask: torch.Tensor, *, start: int | None = None, ape: Ape | None = None
+    ) -> torch.Tensor:
+        """Return the logits of the question over a cache with the mask (1, K)."""
+        start = self._start(self.kvs) if start is None else start
+        positions = torch.arange(start, start + QUESTION_LENGTH)
+        whole = torch.cat([mask, mask.new_ones(1, QUESTION_LENGTH)], dim=1)
+        return self._forward(self.question, positions, whole, cache, ape)
 
     def _forward(
         self, ids: list[int], positions: torch.Tensor, mask: torch.Tensor, cache: DynamicCache, ape: Ape | None = None
@@ -195,3 +221,35 @@ class _Probe:
         error = float((found - expected).norm() / expected.norm())
         passed = error <= self.tolerance  # False for NaN
         return Check(name, passed, f"relative error {error:.1e}, allowed {self.tolerance:.0e}")
+
+
+class _SpacedLayer(DynamicLayer):
+    """One layer of documents, with empty slots between them and what follows. They take memory only while it runs."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, empty: int) -> None:
+        super().__init__()
+        super().update(keys, values)
+        self._documents, self._empty = keys.shape[2], empty
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = super().update(key_states, value_states)
+        return self._spaced(keys), self._spaced(values)
+
+    def get_seq_length(self) -> int:
+        return super().get_seq_length() + self._empty
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def _spaced(self, states: torch.Tensor) -> torch.Tensor:
+        rows, heads, _, width = states.shape
+        empty = states.new_zeros(rows, heads, self._empty, width)
+        return torch.cat([states[:, :, : self._documents], empty, states[:, :, self._documents :]], dim=2)
+
+
+def _distances(config: PretrainedConfig) -> list[int]:
+    """Return the distances in tokens that a configuration names, since empty slots must exceed them."""
+    values = [getattr(config, name, None) for name in DISTANCES]
+    return [value for value in values if isinstance(value, int)]

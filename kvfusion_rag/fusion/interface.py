@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from ..model.kv import DocumentKV, KVShape
+from ..model.rope import PositionLimit
 from ..schema import GateReport
 from ..text.settings import ModelSettings
 from .fused_cache import FusedBuffer, FusedContext
@@ -75,6 +76,11 @@ class FusionModel(Protocol):
     def base_settings(self) -> ModelSettings: ...
     @property
     def context_window(self) -> int | None: ...
+    @property
+    def position_limit(self) -> PositionLimit:
+        """``context_window`` with its reason."""
+        ...
+
     @property
     def vocabulary_size(self) -> int: ...
     @property

@@ -45,8 +45,8 @@ def _of_rows(
     buffer = FusedBuffer(lengths, KVShape.of(documents[0]), device, room=len(read))
     for row, document in enumerate(documents):
         if prefix is not None:
-            prefix.copy_into(buffer.slots(row, 0, prefix.token_ids))
-        document.copy_into(buffer.slots(row, before, document.token_ids))
+            prefix.copy_into(buffer.slots(row, 0, prefix.token_ids, 0))
+        document.copy_into(buffer.slots(row, before, document.token_ids, before))
     context = buffer.context()
     count, scored = len(documents), len(ids) - given
     steps = torch.arange(len(read), device=device)

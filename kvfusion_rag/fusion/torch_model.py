@@ -11,6 +11,7 @@ from ..errors import InvalidInputError, UnsupportedModelError
 from ..model.attention.ape import Ape
 from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
+from ..model.rope import PositionLimit
 from ..schema import GateReport
 from ..text.settings import ModelSettings
 from .attention_shares import attention_shares
@@ -69,6 +70,10 @@ class TorchModel:
     @property
     def context_window(self) -> int | None:
         return self.backbone.context_window
+
+    @property
+    def position_limit(self) -> PositionLimit:
+        return self.backbone.position_limit
 
     @property
     def vocabulary_size(self) -> int:
@@ -181,8 +186,8 @@ def _require_same_kvs(backbone: Backbone, decoder: Backbone) -> None:
         )
 
 
-def _cache_shape(backbone: Backbone) -> tuple[int, ...]:
+def _cache_shape(model: Backbone) -> tuple[int, ...]:
     """Return the sizes that must be equal for one model to read the other's KVs and token ids."""
-    config = backbone.config
+    config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return config.num_hidden_layers, heads, config.hidden_size, config.vocab_size

@@ -18,16 +18,19 @@ import torch
 import transformers
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import UnsupportedModelError
 from ..text.settings import ModelSettings
 from .adapters import load_adapter, require_adapter_libraries, require_trained_on
 from .attention.ape import Ape
 from .attention.functions import GROUPED, checkpoint_with_context, register_explicit, share_heads
 from .attention.weights import AttentionSum
-from .document_cache import DocumentCache
+from .attention.windows import Windows
+from .document_cache import DocumentCache, PositionedCache, num_kv_layers
 from .fingerprint import digest_tensors
 from .hardware import device_name
 from .kv import DocumentKV
 from .positions import additive
+from .rope import PositionLimit
 from .support import require_supported
 
 if TYPE_CHECKING:
@@ -70,7 +73,15 @@ class Backbone:
         self.dtype: torch.dtype = model.dtype
         self.quantized = bool(getattr(model, "is_quantized", False))  # weights have fewer bits than ``dtype``
         self.attention = share_heads(self.model)
-        self.context_window: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.windows = Windows.of(self.config)
+        self.position_limit = PositionLimit.of(self.config)
+        self.num_kv_layers = num_kv_layers(self.config)
+        self.context_window = self.position_limit.positions
+        if self.windows is not None and not self.takes_any_mask:
+            raise UnsupportedModelError(
+                f"{model_id!r} has attention windows, which {self.attention!r} counts in cache slots instead of "
+                "positions; load it with model_kwargs={'attn_implementation': 'sdpa'} or 'eager'."
+            )
         generation = model.generation_config
         self.max_new_tokens: int | None = None if generation is None else generation.max_new_tokens
         self.end_ids = _end_ids(model, tokenizer)
@@ -99,7 +110,7 @@ class Backbone:
                 window gets the window's last position.
 
         Returns:
-            Keys and values, each (L, B, H_kv, T, d), without the prefix.
+            Keys (L, B, H_kv, T, d) and values (L, B, H_kv, T, d_v), without the prefix.
         """
         rows, length = ids.shape
         past = 0 if prefix is None else prefix.num_tokens
@@ -108,12 +119,12 @@ class Backbone:
         if self.context_window is not None:
             positions = positions.clamp(max=self.context_window - 1)
         mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
-        cache = DocumentCache(self.config, prefix, rows)
+        cache = DocumentCache(self.num_kv_layers, prefix, rows, self.device)
         with self._prepared(adapter=False), cache.collecting():
             self.model.get_decoder()(
                 input_ids=ids.to(self.device),
                 position_ids=positions,
-                attention_mask=mask,
+                attention_mask=self._masks(mask, positions, cache),
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -140,7 +151,8 @@ class Backbone:
             positions: (B, Q) positions of the tokens.
             mask: (B, K + Q), 1 for real slots of the cache and of ``ids``; or (B, 1, Q, K + Q) bool if the model
                 :attr:`takes_any_mask`.
-            cache: K slots; grows by Q.
+            cache: K slots; grows by Q. Windows are measured in the positions of a ``PositionedCache``. With another
+                cache, the model makes its own masks, by slots.
             last: (N,) columns of ``ids`` whose next tokens are predicted.
             rows: (N,) rows of these columns; by default one column per row.
             adapter: use the adapter, if one is loaded.
@@ -153,13 +165,12 @@ class Backbone:
         columns, column_of = torch.unique(last, return_inverse=True)
         extra: dict[str, Any] = {} if ape is None else {"adapt": ape.adapt}
         extra |= {} if attention_sum is None else {"note": attention_sum.add}
-        if mask.dim() == 4 and not extra:
-            mask = additive(mask, self.dtype)  # once, not in every layer
+        masks = self._masks(mask, positions, cache, as_bool=bool(extra))
         with self._prepared(adapter=adapter, attention=register_explicit() if extra else None):
             out = self.model(
                 input_ids=ids,
                 position_ids=positions,
-                attention_mask=mask,
+                attention_mask=masks,
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=columns,
@@ -187,15 +198,15 @@ class Backbone:
         After :meth:`checkpoint_activations`, the mask must have four dimensions. The backward pass must then come
         before any other use of the model, because it computes the layers again.
         """
-        if mask.dim() == 4 and self.config._attn_implementation == "eager":  # it adds the mask to the scores
-            mask = additive(mask, self.dtype)
+        adds_mask = self.config._attn_implementation == "eager"
+        masks = self._masks(mask, positions, cache, as_bool=not adds_mask)
         context: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if self.checkpoints_activations and tuned:
             layers = [layer[:2] for layer in cache] if cache.get_seq_length() else None
             context = {"context": layers, "use_cache": False}
         with self._prepared(adapter=tuned, training=tuned and self.model.training):
             out = self.model(
-                input_ids=ids, position_ids=positions, attention_mask=mask, logits_to_keep=columns, **context
+                input_ids=ids, position_ids=positions, attention_mask=masks, logits_to_keep=columns, **context
             )
         return out.logits
 
@@ -277,6 +288,18 @@ class Backbone:
     @property
     def has_adapter(self) -> bool:
         return self.adapter_digest is not None
+
+    def _masks(
+        self, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache, *, as_bool: bool = False
+    ) -> Any:
+        """Return the masks of a pass as the model takes them, and append its positions to the cache if it has windows.
+
+        Additive masks are made here once, instead of in every layer.
+        """
+        if self.windows is None or not isinstance(cache, PositionedCache):
+            return mask if as_bool or mask.dim() == 2 else additive(mask, self.dtype)
+        keys = cache.append_positions(positions)
+        return self.windows.masks(mask, positions, keys, None if as_bool else self.dtype)
 
     @contextmanager
     def _prepared(

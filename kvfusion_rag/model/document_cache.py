@@ -1,4 +1,4 @@
-"""The cache of one prefill pass, which collects document KVs and ends the pass as soon as it has all of them.
+"""Caches that know the position of every slot, and the one that collects document KVs in a prefill pass.
 
 The last layer's keys and values are known before that layer attends and runs its feed-forward block. Ending the pass
 there saves most of one layer and gives the same bits. This module does not know about models.
@@ -6,27 +6,56 @@ there saves most of one layer and gives the same bits. This module does not know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
+from transformers.cache_utils import DummyLayer, DynamicLayer
 
-from .kv import DocumentKV
+from .kv import DocumentKV, KVShape
 
 
-class DocumentCache(DynamicCache):
-    """A cache that one forward pass of the decoder over B rows fills within :meth:`collecting`."""
+class PositionedCache(DynamicCache):
+    """A cache whose layers keep all tokens, whatever their windows, with the position of every slot.
 
-    def __init__(self, config: PretrainedConfig, prefix: DocumentKV | None, rows: int) -> None:
-        super().__init__(config=config)  # without a cache, transformers would look for packed sequences
+    Args:
+        positions: (B, K) positions of the slots that the layers have already.
+        layers: one for each layer of the model. Without them, they are made as the model fills them.
+    """
+
+    def __init__(self, positions: torch.Tensor, layers: Sequence[DynamicLayer] = ()) -> None:
+        super().__init__()
+        self.layers.extend(layers)
+        self.positions = positions
+
+    def append_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """Append the positions (B, Q) of the tokens of a pass, and return those (B, K + Q) of all slots."""
+        self.positions = torch.cat([self.positions, positions], dim=1)
+        return self.positions
+
+    def keep_positions(self, rows: Sequence[int]) -> None:
+        """Keep only the positions of these rows, in this order."""
+        self.positions = self.positions[rows]
+
+
+class DocumentCache(PositionedCache):
+    """A cache that one forward pass of the decoder over B rows fills within :meth:`collecting`.
+
+    Args:
+        num_layers: layers with keys and values.
+        prefix: KV at positions 0..p-1 in front of every row, or None.
+    """
+
+    def __init__(self, num_layers: int, prefix: DocumentKV | None, rows: int, device: torch.device) -> None:
         self._past = 0 if prefix is None else prefix.num_tokens
+        layers = [DynamicLayer() for _ in range(num_layers)]  # without them, transformers seeks packed sequences
+        super().__init__(torch.arange(self._past, device=device).expand(rows, -1), layers)
         if prefix is not None:
             shape = (rows, -1, -1, -1)
-            layers = cast(list[CacheLayerMixin], self.layers)  # ``update`` of a layer does not end the pass
             for layer, keys, values in zip(layers, prefix.keys, prefix.values, strict=True):
-                layer.update(keys.expand(shape), values.expand(shape))
+                layer.update(keys.expand(shape), values.expand(shape))  # unlike the cache's, it does not end the pass
 
     def collecting(self) -> AbstractContextManager[None]:
         """Return the context for the forward pass, which ends once the last layer's keys and values are stored."""
@@ -42,7 +71,7 @@ class DocumentCache(DynamicCache):
         return updated
 
     def collected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values, each (L, B, H_kv, T, d), without the prefix."""
+        """Return keys (L, B, H_kv, T, d) and values (L, B, H_kv, T, d_v), without the prefix."""
         layers = cast(list[tuple[torch.Tensor, ...]], list(self))  # keys and values (B, H_kv, p + T, d) per layer
         keys = torch.stack([layer[0][:, :, self._past :] for layer in layers])
         values = torch.stack([layer[1][:, :, self._past :] for layer in layers])
@@ -51,3 +80,18 @@ class DocumentCache(DynamicCache):
 
 class _Complete(Exception):
     """All keys and values are stored. Only an exception can end a transformers model's pass within a layer."""
+
+
+def num_kv_layers(config: PretrainedConfig) -> int:
+    """Return the number of layers with keys and values of their own. In some models, the last layers share them."""
+    return sum(not isinstance(layer, DummyLayer) for layer in DynamicCache(config=config).layers)
+
+
+def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
+    """Return the shape of a model's document KVs, from its configuration alone: without weights or memory for them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        cache = PositionedCache(torch.empty(1, 0))
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+    keys, values = cast(tuple[torch.Tensor, torch.Tensor], next(iter(cache))[:2])
+    return KVShape(len(cache.layers), keys.shape[1], keys.shape[3], values.shape[3], dtype)

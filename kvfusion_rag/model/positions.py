@@ -59,6 +59,20 @@ def block_mask(prefix_length: int, document_lengths: Sequence[int], question_len
     return causal & (same_block | is_prefix | is_question)  # (K + Q, K + Q)
 
 
+def causal_mask(mask: torch.Tensor, queries: int) -> torch.Tensor:
+    """Return the mask (B, 1, Q, S), bool, of the last Q of S tokens.
+
+    Args:
+        mask: padding mask (B, S), or a mask (B, 1, Q, S), bool or additive, which is complete already.
+        queries: Q.
+    """
+    if mask.dim() == 4:
+        return mask == 0 if mask.is_floating_point() else mask
+    slots = mask.shape[1]
+    causal = torch.ones(queries, slots, dtype=torch.bool, device=mask.device).tril(slots - queries)
+    return mask.bool()[:, None, None, :] & causal
+
+
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Convert a bool mask into one that is added to attention logits, the form that every implementation accepts."""
     if mask.is_floating_point():

@@ -68,12 +68,12 @@ def require_codec(codec: object) -> None:
 def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
     """Return the layout of the file of a document with ``tokens`` tokens."""
     grid = [shape.layers, shape.heads, tokens]
-    key_bytes = shape.nbytes(tokens) // 2
-    values = ("I8", key_bytes // shape.dtype.itemsize) if codec == "v8" else (_NAMES[shape.dtype], key_bytes)
+    value_bytes = shape.value_bytes(tokens)
+    values = ("I8", value_bytes // shape.dtype.itemsize) if codec == "v8" else (_NAMES[shape.dtype], value_bytes)
     scale_bytes = 4 * shape.layers * shape.heads * tokens if codec == "v8" else 0
     parts: list[tuple[str, str, list[int], int]] = [
-        ("keys", _NAMES[shape.dtype], [*grid, shape.width], key_bytes),
-        ("values", values[0], [*grid, shape.width], values[1]),
+        ("keys", _NAMES[shape.dtype], [*grid, shape.key_width], shape.key_bytes(tokens)),
+        ("values", values[0], [*grid, shape.value_width], values[1]),
         ("scales", "F32", grid, scale_bytes),
         ("token_ids", "I32", [tokens], 4 * tokens),
     ]
@@ -151,11 +151,11 @@ def read_file(descriptor: int, plan: Layout, into: DocumentKV, codec: Codec) -> 
         return Miss.HEADER
     compressed = _compressed_like(into.values) if codec == "v8" else None
     digest, offset, finite = xxhash.xxh3_128(header), len(header), True
-    scratch: np.ndarray | None = None  # shared by keys and values, which have the same shape
+    scratch: np.ndarray | None = None
     for tensor in (into.keys, *((into.values,) if compressed is None else compressed)):
         numbers = _bits(tensor)
         layers = max(1, _PIECE_BYTES * len(numbers) // numbers.nbytes)  # per piece
-        if not numbers.flags.c_contiguous and scratch is None:
+        if not numbers.flags.c_contiguous and (scratch is None or scratch.shape[1:] != numbers.shape[1:]):
             scratch = np.empty((min(layers, len(numbers)), *numbers.shape[1:]), numbers.dtype)
         for first in range(0, len(numbers), layers):
             part = numbers[first : first + layers]

@@ -96,7 +96,7 @@ def encode_row(
     if window is not None and example.start + len(example.read) > window:
         raise ContextLimitError(
             f"row {row.id!r} needs {example.start + len(example.read)} positions, but {engine.model.model_id} has "
-            f"{window}."
+            f"{engine.model.position_limit}."
         )
     return example
 

@@ -116,13 +116,11 @@ def batch_logits(
     """
     kvs = _prefilled(engine, _members(batch)) if kvs is None else kvs
     firsts = [group[0] for group in batch.groups]  # all examples of a group have its documents
-    rows: list[list[DocumentKV]] = []
-    for example in firsts:
-        head = None if example.joined else engine.document_kvs.prefix_kv(Scope(example.prefix))
-        rows.append([*([] if head is None else [head]), *(kvs[key] for key in example.documents)])
+    prefixes = [None if first.joined else engine.document_kvs.prefix_kv(Scope(first.prefix)) for first in firsts]
+    rows = [[kvs[key] for key in first.documents] for first in firsts]
     decoder = engine.model.decoder if tuned else engine.model.backbone
     with torch.no_grad():
-        context = fuse(rows, decoder.device)
+        context = fuse(rows, decoder.device, prefixes)
     if batch.packed or decoder.checkpoints_activations:
         mask = packed_mask(context.mask, batch.question_of.to(decoder.device))  # (B, 1, Q, K + Q)
     else:

@@ -17,7 +17,7 @@ from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.kv import KVShape
 
 VOCABULARY = WORDS.split()
-SHAPE = KVShape(2, 2, 4, torch.float32)
+SHAPE = KVShape(2, 2, 4, 4, torch.float32)
 CPU = torch.device("cpu")
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

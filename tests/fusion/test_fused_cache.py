@@ -13,7 +13,7 @@ from kvfusion_rag.fusion.memory import is_out_of_memory
 from kvfusion_rag.model.kv import DocumentKV, KVShape
 
 VOCABULARY = WORDS.split()
-SHAPE = KVShape(2, 2, 4, torch.float32)
+SHAPE = KVShape(2, 2, 4, 6, torch.float32)
 CPU = torch.device("cpu")
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
@@ -61,7 +61,7 @@ def test_memory_is_reused_by_the_next_fused_context():
     first.release()
     second = FusedBuffer([2, 4], SHAPE, CPU, pool=pool)
     assert second._memory.data_ptr() == place
-    second.slots(0, 0, (1, 2)).keys.fill_(1)
+    second.slots(0, 0, (1, 2), 0).keys.fill_(1)
     layer = second.context().layers[0]
     assert layer.keys[0, :, :2].eq(1).all() and layer.keys[0, :, 2:].eq(0).all()  # pads are zero, not NaN
     assert FusedBuffer([2], SHAPE, CPU, pool=pool)._memory.data_ptr() != place  # because the second buffer is using it
@@ -88,12 +88,12 @@ def test_documents_from_disk_do_not_share_memory_with_reused_slots(tmp_path):
     """Another thread may still read a document when its slots are reused for the next question."""
     ids = tuple(range(5))
     disk = DocumentStore(None, generator("llama", store=tmp_path / "s").store.disk)
-    made = DocumentKV(torch.ones(2, 2, 5, 4), torch.ones(2, 2, 5, 4), ids)
+    made = DocumentKV(torch.ones(2, 2, 5, 4), torch.ones(2, 2, 5, 6), ids)
     from kvfusion_rag.store import KVRequest, document_key
 
     key = document_key("m", "", ids)
     disk.disk.put(key, made)
-    slots = DocumentKV(torch.empty(2, 2, 5, 4), torch.empty(2, 2, 5, 4), ids)
+    slots = SHAPE.empty(ids)
     resolved = []
     resolve = disk._single_flight.resolve
     disk._single_flight.resolve = lambda key, document: (resolved.append(document), resolve(key, document))

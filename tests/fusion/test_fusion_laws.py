@@ -43,8 +43,7 @@ def prefilled(bone, documents, prefix, tokens_per_pass):
 
 def fused_logits(bone, prefix, kvs, question, passage_length):
     """Return the logits of ``question`` over the fused ``kvs``."""
-    row = [prefix, *kvs] if prefix else list(kvs)
-    context = fuse([row], bone.device)
+    context = fuse([list(kvs)], bone.device, [prefix])
     start = question_start(prefix.num_tokens if prefix else 0, passage_length, max(kv.num_tokens for kv in kvs))
     positions = torch.arange(start, start + len(question))[None]
     mask = torch.cat([context.mask, torch.ones(1, len(question), dtype=torch.long)], dim=1)
@@ -217,4 +216,4 @@ def test_rows_without_documents_fuse_to_an_empty_cache():
 @dtypes
 def test_the_gate_accepts_exact_models(architecture, dtype):
     report = run_gate(backbone(architecture, dtype), None, range(10, 390), tokens_per_pass=128)
-    assert report.passed and len(report.checks) == 8
+    assert report.passed and len(report.checks) == 9

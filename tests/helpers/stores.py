@@ -16,7 +16,7 @@ from kvfusion_rag.store import KVRequest, document_key
 from kvfusion_rag.store.documents import Compute
 from kvfusion_rag.store.format import layout
 
-SHAPE = KVShape(2, 3, 8, torch.float32)
+SHAPE = KVShape(2, 3, 8, 12, torch.float32)
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -36,8 +36,8 @@ SIZE = layout(key_of(1), 5, SHAPE, "raw").total  # bytes of one document's file
 def kv_of(number: int, tokens: int = 5, shape: KVShape = SHAPE) -> DocumentKV:
     """Return the one correct KV of document ``number``, a function of its token ids."""
     generator = torch.Generator().manual_seed(number)
-    size = (shape.layers, shape.heads, tokens, shape.width)
-    keys, values = (torch.randn(size, generator=generator).to(shape.dtype) for _ in range(2))
+    grid, widths = (shape.layers, shape.heads, tokens), (shape.key_width, shape.value_width)
+    keys, values = (torch.randn(*grid, width, generator=generator).to(shape.dtype) for width in widths)
     return DocumentKV(keys, values, ids_of(number, tokens))
 
 

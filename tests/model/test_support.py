@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, SIZES, backbone, config, save, tokenizer
+from tiny import ARCHITECTURES, SIZES, backbone, config, tokenizer
 from transformers import (
     BertConfig,
     BloomConfig,
     FalconMambaConfig,
-    Gemma2Config,
     Gemma3Config,
-    LlamaConfig,
     LlavaConfig,
-    MistralConfig,
-    Phi3Config,
     Qwen2VLConfig,
     Qwen3MoeConfig,
     T5Config,
@@ -25,14 +21,6 @@ from kvfusion_rag.fusion.prefill import prefill
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.model.support import configuration_checks, require_supported
 from kvfusion_rag.text.settings import ModelSettings
-
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 6,
-    "long_factor": [2.0] * 6,
-    "original_max_position_embeddings": 128,
-}
 
 
 def gate(bone):
@@ -50,11 +38,6 @@ def random_backbone(made, name: str) -> Backbone:
 @pytest.mark.parametrize(
     ("made", "cause"),
     [
-        (MistralConfig(sliding_window=4096), "sliding_window=4096"),
-        (Gemma2Config(), "sliding-window"),
-        (Phi3Config(sliding_window=2047), "sliding-window"),
-        (LlamaConfig(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "dynamic"),
-        (config("phi3", rope_parameters=LONGROPE), "longrope"),
         (T5Config(), "encoder-decoder"),
         (LlavaConfig(), "multimodal"),
         (Qwen2VLConfig(), "multimodal"),
@@ -99,11 +82,12 @@ def test_inexact_prefill_fails_the_numeric_gate(monkeypatch):
         gate(bone)
 
 
-def test_sliding_window_model_loads_once_the_window_is_removed(tmp_path):
-    save(tmp_path, "mistral", sliding_window=64)
-    with pytest.raises(UnsupportedModelError, match="sliding_window=64"):
-        KVFusionGenerator.from_pretrained(tmp_path)
-    assert KVFusionGenerator.from_pretrained(tmp_path, model_kwargs={"sliding_window": None}).gate.passed
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+def test_attention_that_counts_slots_is_rejected_for_a_model_with_windows(attention):
+    network = AutoModelForCausalLM.from_config(config("mistral", sliding_window=64))
+    network.config._attn_implementation = attention
+    with pytest.raises(UnsupportedModelError, match=f"windows.*{attention}.*'sdpa'"):
+        Backbone(network, tokenizer("byte-bpe"), ModelSettings(), model_id="some-model")
 
 
 @pytest.mark.parametrize("files", [{}, {"config.json": "{}"}, {"config.json": "not json"}])

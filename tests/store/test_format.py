@@ -22,7 +22,7 @@ def store(tmp_path) -> DiskStore:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_read_returns_what_was_written(store, dtype):
-    shape = KVShape(2, 3, 8, dtype)
+    shape = KVShape(2, 3, 8, 12, dtype)
     for number, tokens in ((1, 1), (2, 5), (3, 33)):
         assert store.put(key_of(number, tokens), kv_of(number, tokens, shape))
         for reader in (store, DiskStore(store.path)):
@@ -32,12 +32,13 @@ def test_read_returns_what_was_written(store, dtype):
 
 def test_read_writes_straight_into_slots_of_a_larger_buffer(store):
     put(store, 1)
-    buffer = torch.full((2, 4, 3, 20, 8), 7.0)
-    slots = type(kv_of(1))(buffer[:, 1, :, 6:11], buffer[:, 3, :, 6:11], ids_of(1))
+    keys, values = (torch.full((2, 4, 3, 20, width), 7.0) for width in (8, 12))
+    slots = type(kv_of(1))(keys[:, 1, :, 6:11], values[:, 1, :, 6:11], ids_of(1))
     assert store.get(key_of(1), SHAPE, slots) is None
     assert same(slots, kv_of(1))
-    buffer[:, 1, :, 6:11], buffer[:, 3, :, 6:11] = 7.0, 7.0
-    assert (buffer == 7.0).all()
+    for buffer in (keys, values):
+        buffer[:, 1, :, 6:11] = 7.0
+        assert (buffer == 7.0).all()
 
 
 @settings(max_examples=25)
@@ -48,16 +49,16 @@ def test_read_writes_straight_into_slots_of_a_larger_buffer(store):
 def test_pieces_of_any_size_give_the_document_and_detect_a_flipped_bit(
     tmp_path_factory, layers, heads, tokens, dtype, codec, piece, offset
 ):
-    shape = KVShape(layers, heads, 8, dtype)
+    shape = KVShape(layers, heads, 8, 12, dtype)
     store = DiskStore(tmp_path_factory.mktemp("store") / "s", codec=codec)
     store.put(key_of(1, tokens), kv_of(1, tokens, shape))
     expected = read(store, 1, tokens, shape)[1]
-    buffer = torch.full((2, layers, heads, tokens + 2, 8), 7.0, dtype=dtype)
-    slots = type(expected)(buffer[0, :, :, 1:-1], buffer[1, :, :, 1:-1], ids_of(1, tokens))
+    buffers = [torch.full((layers, heads, tokens + 2, width), 7.0, dtype=dtype) for width in (8, 12)]
+    slots = type(expected)(*(buffer[:, :, 1:-1] for buffer in buffers), ids_of(1, tokens))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("kvfusion_rag.store.format._PIECE_BYTES", piece)
         assert store.get(key_of(1, tokens), shape, slots) is None and same(slots, expected)
-        assert (buffer[:, :, :, [0, -1]] == 7.0).all()
+        assert all((buffer[:, :, [0, -1]] == 7.0).all() for buffer in buffers)
         (file,) = files_of(store)
         content = bytearray(file.read_bytes())
         content[offset % len(content)] ^= 1
@@ -68,7 +69,7 @@ def test_pieces_of_any_size_give_the_document_and_detect_a_flipped_bit(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("number", range(3))
 def test_v8_keeps_keys_and_rounds_values_by_at_most_half_a_step(tmp_path, number, dtype):
-    shape = KVShape(2, 3, 8, dtype)
+    shape = KVShape(2, 3, 8, 12, dtype)
     store = DiskStore(tmp_path / "s", codec="v8")
     document = kv_of(number, 4, shape)
     store.put(key_of(number, 4), document)
@@ -118,7 +119,7 @@ def test_damaged_file_is_a_miss_and_is_removed_with_one_warning(tmp_path, caplog
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_flipped_bit_is_ever_read(tmp_path, codec):
     """One flipped bit in every byte of a small file."""
-    shape, store = KVShape(1, 1, 4, torch.float32), DiskStore(tmp_path / "store", codec=codec)
+    shape, store = KVShape(1, 1, 4, 4, torch.float32), DiskStore(tmp_path / "store", codec=codec)
     store.put(key_of(1, 2), kv_of(1, 2, shape))
     (file,) = files_of(store)
     data = file.read_bytes()
@@ -152,7 +153,7 @@ def test_file_of_another_document_model_or_shape_is_a_miss(store):
     for other in (
         encode(key_of(2), kv_of(2), "raw"),
         encode(key_of(1, model="another"), kv_of(1), "raw"),
-        encode(key_of(1), kv_of(1, shape=KVShape(2, 3, 8, torch.bfloat16)), "raw"),
+        encode(key_of(1), kv_of(1, shape=KVShape(2, 3, 8, 12, torch.bfloat16)), "raw"),
     ):
         file.write_bytes(b"".join(other))
         assert read(store, 1)[0] in (Miss.HEADER, Miss.TRUNCATED)
@@ -175,7 +176,7 @@ def test_nan_and_infinity_are_neither_written_nor_read(store, number):
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_largest_finite_numbers_are_stored(tmp_path, dtype, codec):
-    store, shape = DiskStore(tmp_path / "s", codec=codec), KVShape(2, 3, 8, dtype)
+    store, shape = DiskStore(tmp_path / "s", codec=codec), KVShape(2, 3, 8, 12, dtype)
     document = kv_of(1, shape=shape)
     document.keys.fill_(torch.finfo(dtype).max)
     assert store.put(key_of(1), document)

@@ -130,9 +130,11 @@ def explicit_attention(
     scaling: float,
     adapt: Callable[[torch.Tensor], torch.Tensor] | None = None,
     note: Callable[[torch.Tensor], None] | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the output (B, Q, H, d) of queries (B, H, Q, d) over keys and values (B, H_kv, S, d).
+    """Return the output (B, Q, H, d_v) of queries (B, H, Q, d) over keys (B, H_kv, S, d) and values (B, H_kv, S, d_v).
 
     The support gate measures whether the model passes everything that its attention needs to this function.
 
@@ -140,12 +142,19 @@ def explicit_attention(
         attention_mask: (B, 1, Q, S) bool.
         adapt: changes the float32 logits (B, H, Q, S) before the softmax. Hidden slots are at -inf.
         note: receives the weights (B, H, Q, S).
+        softcap: bound of the logits (Gemma 2).
+        s_aux: (H,) logits of sinks, one per head, which take weight from the slots (gpt-oss).
     """
     batch, heads, length, width = query.shape
     grouped = query.reshape(batch, key.shape[1], -1, width)  # (B, H_kv, H / H_kv * Q, d)
     logits = (grouped @ key.transpose(2, 3)).reshape(batch, heads, length, -1).float() * scaling
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
     logits = logits.masked_fill(~attention_mask, float("-inf"))
-    weights = (logits if adapt is None else adapt(logits)).softmax(dim=-1)
+    logits = logits if adapt is None else adapt(logits)
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.float().view(1, -1, 1, 1).expand(batch, -1, length, 1)], dim=-1)
+    weights = logits.softmax(dim=-1)[..., : key.shape[2]]
     if note is not None:
         note(weights)
     out = weights.to(value.dtype).reshape(batch, key.shape[1], -1, key.shape[2]) @ value  # (B, H_kv, H / H_kv * Q, d)

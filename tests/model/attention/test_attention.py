@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from kvfusion_rag.model.attention.functions import FOLDED_ON_CPU, GROUPED, grouped_attention
 from kvfusion_rag.model.kv import KVShape
 
-SHAPE = KVShape(2, 2, 4, torch.float32)
+SHAPE = KVShape(2, 2, 4, 4, torch.float32)
 CPU = torch.device("cpu")
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
