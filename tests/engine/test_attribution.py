@@ -11,11 +11,12 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import block_masks
 
 from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, MemoryLimitError
 from kvfusion_rag.engine import attribution
 from kvfusion_rag.fusion.torch_model import TorchModel
-from kvfusion_rag.model.positions import additive, block_mask, fused_positions
+from kvfusion_rag.model.positions import fused_positions
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, logits_of, random_documents
 from tests.test_generator import DOCUMENTS
 
@@ -30,10 +31,11 @@ def dense(architecture, gen, pieces, question, answer):
     question_ids = [*question, *answer[:-1]]
     ids = [*prefix, *(i for piece in pieces for i in piece), *question_ids]
     start = len(prefix) + max([gen.settings.passage_length or 0, *lengths]) if lengths else len(prefix)
+    positions = fused_positions(len(prefix), lengths, start, len(question_ids))
     out = network(
         input_ids=torch.tensor([ids]),
-        position_ids=fused_positions(len(prefix), lengths, start, len(question_ids))[None],
-        attention_mask=additive(block_mask(len(prefix), lengths, len(question_ids)), torch.float32)[None, None],
+        position_ids=positions[None],
+        attention_mask=block_masks(network.config, len(prefix), lengths, len(question_ids), positions, torch.float32),
         output_attentions=True,
     )
     weights = torch.stack(out.attentions)[:, 0, :, -len(answer) :].mean(dim=(0, 1, 2))  # (L, H, A, S) -> (S,)

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from masks import block_masks
 
 from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator
 from kvfusion_rag.data.rows import Passage, QARow
 from kvfusion_rag.fusion.torch_model import TorchModel
-from kvfusion_rag.model.positions import block_mask, global_starts
+from kvfusion_rag.model.positions import global_starts
 from kvfusion_rag.store import MemoryStore
 from kvfusion_rag.text.settings import ModelSettings
 from kvfusion_rag.training import train
@@ -37,17 +38,12 @@ def test_answers_equal_one_block_masked_pass_at_these_positions(architecture, se
     pieces = list(dict.fromkeys(p for d in gen._engine.read(documents).documents for p in d.pieces))
     question_ids = [*encoder.encode_question(question), *ids[:-1]]
     row = [*encoder.prefix_ids, *(i for piece in pieces for i in piece), *question_ids]
-    expected = (
-        tiny.model(architecture)(
-            input_ids=torch.tensor([row]),
-            position_ids=torch.arange(len(row))[None],
-            attention_mask=block_mask(len(encoder.prefix_ids), [len(p) for p in pieces], len(question_ids))[
-                None, None
-            ],
-        )
-        .logits[0, -len(ids) :]
-        .detach()
+    network, positions = tiny.model(architecture), torch.arange(len(row))
+    masks = block_masks(
+        network.config, len(encoder.prefix_ids), [len(p) for p in pieces], len(question_ids), positions
     )
+    logits = network(input_ids=torch.tensor([row]), position_ids=positions[None], attention_mask=masks).logits
+    expected = logits[0, -len(ids) :].detach()
     difference = (steps - expected).abs().max().item()
     assert difference < 1e-4 * expected.abs().max().item(), f"largest difference {difference}"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import block_masks
 from tiny import ARCHITECTURES, WORDS, backbone, generator, tokenizer
 from transformers import DynamicCache
 
@@ -16,7 +17,7 @@ from kvfusion_rag.fusion.gate import run_gate
 from kvfusion_rag.fusion.prefill import prefill, prefill_prefix
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
-from kvfusion_rag.model.positions import block_mask, fused_positions, question_start
+from kvfusion_rag.model.positions import fused_positions, question_start
 from kvfusion_rag.store import MemoryStore
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -66,10 +67,11 @@ def test_fused_logits_are_one_block_masked_pass(architecture, documents, questio
     lengths = [len(ids) for ids in documents]
     start = question_start(len(prefix_ids), passage_length, max(lengths))
     ids = [*prefix_ids, *(i for document in documents for i in document), *question]
+    positions = fused_positions(len(prefix_ids), lengths, start, len(question))
     single = bone.model(
         input_ids=torch.tensor([ids]),
-        position_ids=fused_positions(len(prefix_ids), lengths, start, len(question))[None],
-        attention_mask=block_mask(len(prefix_ids), lengths, len(question))[None, None],
+        position_ids=positions[None],
+        attention_mask=block_masks(bone.config, len(prefix_ids), lengths, len(question), positions),
     ).logits[:, -1]
     difference = (fused_logits(bone, prefix, kvs, question, passage_length) - single).abs().max().item()
     assert difference < 1e-4 * single.abs().max().item(), f"largest difference {difference}"

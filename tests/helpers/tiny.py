@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import (
@@ -30,9 +31,10 @@ from tokenizers import (
 )
 from transformers import (
     BertConfig,
-    GemmaConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
+    MiniCPM3Config,
     MistralConfig,
     Phi3Config,
     PretrainedConfig,
@@ -148,8 +150,21 @@ CONFIGS: dict[str, type[PretrainedConfig]] = {
     "qwen3": Qwen3Config,
     "mistral": MistralConfig,
     "phi3": Phi3Config,
-    "gemma": GemmaConfig,
+    "gemma3": Gemma3TextConfig,
+    "minicpm3": MiniCPM3Config,
 }
+CHANGES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 9},
+    "qwen3": {"head_dim": 12},
+    "gemma3": {
+        "sliding_window": 7, "head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "minicpm3": {  # latent attention: keys of width 16, values of width 10
+        "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+    },
+}  # fmt: skip
 ARCHITECTURES = (*CONFIGS, "gpt2", "bert")
 
 
@@ -161,9 +176,7 @@ def config(architecture: str, **changes) -> PretrainedConfig:
         sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
         made = BertConfig(**sizes, **ends, is_decoder=True)
     else:
-        extra = {"sliding_window": None} if architecture == "mistral" else {}
-        extra |= {"head_dim": 12} if architecture in ("qwen3", "gemma") else {}
-        made = CONFIGS[architecture](**SIZES, **ends, **extra)
+        made = CONFIGS[architecture](**SIZES | ends | CHANGES.get(architecture, {}))
     for name, value in changes.items():
         setattr(made, name, value)
     return made

@@ -24,7 +24,7 @@ from kvfusion_rag.training.trainer import Trainer
 
 VOCABULARY = WORDS.split()
 SETTINGS = ModelSettings(prefix="<|im_start|>", document_template="{text}\n", passage_length=24, max_new_tokens=8)
-ARCHITECTURES = ("llama", "qwen3", "gpt2", "bert")
+ARCHITECTURES = ("llama", "gemma3", "minicpm3", "gpt2", "bert")
 
 
 def rows(number: int, passages: int = 3, seed: int = 0) -> list[QARow]:

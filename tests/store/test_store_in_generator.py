@@ -60,7 +60,7 @@ def test_rows_of_a_batch_share_documents_from_disk(tmp_path):
     assert gen.store.metrics.hits["disk"] == 2 + 2 + 3  # and once for each document of the batch
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "bert", "gemma"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gpt2", "bert", "gemma3", "minicpm3"])
 def test_kv_shape_follows_from_the_configuration(architecture):
     model = backbone(architecture)
     assert expected_kv_shape(model.config, model.dtype) == kv_shape(model)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from masks import block_masks
 from tiny import tokenizer
 from tiny_training import ARCHITECTURES, SETTINGS, batch_of, engine, gradients, rows, trainer
 from torch.nn.functional import cross_entropy
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from kvfusion_rag import InvalidInputError, MemoryStore
 from kvfusion_rag.data.rows import Passage, QARow
 from kvfusion_rag.engine.document_kvs import Scope
-from kvfusion_rag.model.positions import block_mask, fused_positions
+from kvfusion_rag.model.positions import fused_positions
 from kvfusion_rag.text.encoder import PromptEncoder
 from kvfusion_rag.training.loss import fusion_loss
 
@@ -25,10 +26,11 @@ def test_loss_equals_one_block_masked_pass(architecture):
         documents, read = list(example.documents.values()), list(example.read)
         lengths, prefix = [len(d) for d in documents], list(made.encoder.prefix_ids)
         ids = [*prefix, *(i for d in documents for i in d), *read]
-        logits = made.model.backbone.model(
+        positions, network = fused_positions(len(prefix), lengths, example.start, len(read)), made.model.backbone.model
+        logits = network(
             input_ids=torch.tensor([ids]),
-            position_ids=fused_positions(len(prefix), lengths, example.start, len(read))[None],
-            attention_mask=block_mask(len(prefix), lengths, len(read))[None, None],
+            position_ids=positions[None],
+            attention_mask=block_masks(network.config, len(prefix), lengths, len(read), positions),
         ).logits[0]
         target = torch.tensor(example.target)
         expected = cross_entropy(logits[-len(target) :], target, reduction="sum")

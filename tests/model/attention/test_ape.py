@@ -9,6 +9,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masks import block_masks
 from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, GPTJConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -17,7 +18,7 @@ from kvfusion_rag import ContextLimitError, InvalidInputError, KVFusionGenerator
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
-from kvfusion_rag.model.positions import block_mask, fused_positions
+from kvfusion_rag.model.positions import fused_positions
 from kvfusion_rag.text.settings import ModelSettings
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, dtypes, logits_of, random_documents
 from tests.test_generator import DOCUMENTS
@@ -50,11 +51,12 @@ def dense_logits(network, prefix, documents, question, factors):
     lengths = [len(ids) for ids in documents]
     ids = [*prefix, *(i for document in documents for i in document), *question]
     start = len(prefix) + max(lengths, default=0)
+    positions = fused_positions(len(prefix), lengths, start, len(question))
     network.set_attn_implementation(REFERENCE)
     logits = network(
         input_ids=torch.tensor([ids]),
-        position_ids=fused_positions(len(prefix), lengths, start, len(question))[None],
-        attention_mask=block_mask(len(prefix), lengths, len(question))[None, None],
+        position_ids=positions[None],
+        attention_mask=block_masks(network.config, len(prefix), lengths, len(question), positions),
         blocks=(len(prefix), sum(lengths)),
         factors=factors,
     ).logits
