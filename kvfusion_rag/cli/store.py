@@ -154,12 +154,12 @@ def _estimate(args: argparse.Namespace) -> int:
 
 def _token_ids(args: argparse.Namespace) -> list[tuple[int, ...]]:
     """Return the token ids of the files' distinct documents, split as in ``kvfusion ask`` and ``kvfusion index``."""
+    from ..model.rope import PositionLimit
     from ..store import document_key
     from ..text.documents import UNLIMITED, Limits, encode_documents, limit_of
 
     encoder, settings = load_encoder(args)
-    window = getattr(load_config(args), "max_position_embeddings", None)
-    limit = limit_of(settings, window, len(encoder.prefix_ids))
+    limit = limit_of(settings, PositionLimit.of(load_config(args)).positions, len(encoder.prefix_ids))
     with open_index(args, None, lambda text: len(encoder.plain.encode(text)), settings.passage_length) as index:
         index.update(args.paths)
         documents = index.documents()

@@ -14,7 +14,7 @@ from tiny import WORDS, backbone, generator
 from kvfusion_rag import DiskStore, Document, DocumentStore, InvalidInputError, MemoryStore
 from kvfusion_rag.fusion.prefill import kv_shape
 from kvfusion_rag.model.backbone import Backbone
-from kvfusion_rag.model.support import expected_kv_shape
+from kvfusion_rag.model.document_cache import expected_kv_shape
 from kvfusion_rag.store import namespace_key
 
 VOCABULARY = WORDS.split()
