@@ -13,14 +13,13 @@ from typing import Any
 from langchain_core.callbacks import Callbacks
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
+from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.prompt_values import ChatPromptValue, PromptValue
 from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config
 
-from kvfusion_rag import InvalidInputError
-
+from .batches import DocumentBatches
 from .capture import retrieved_for_each
 from .conversations import carry, gather
 from .documents import DocumentsArgument, documents_per_prompt, is_nested
@@ -28,7 +27,7 @@ from .fused import FusedPrompt, FusedPromptValue
 from .prompts import KVFusionPromptValue
 
 
-class DocumentChatModel(BaseChatModel):
+class DocumentChatModel(DocumentBatches, BaseChatModel):
     """A BaseChatModel whose calls take ``documents=``. ``_generate`` and ``_stream`` receive them in the messages."""
 
     def _convert_input(self, model_input: LanguageModelInput) -> PromptValue:
@@ -79,44 +78,8 @@ class DocumentChatModel(BaseChatModel):
         """Like :meth:`generate`, without blocking the event loop."""
         return await super().agenerate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
 
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        documents: DocumentsArgument | None = None,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Like BaseChatModel.batch. ``documents`` is one list for all inputs, or one list per input."""
-        try:
-            inputs, options = self._distribute(inputs, documents, kwargs)
-        except InvalidInputError as error:
-            if return_exceptions:
-                return [error for _ in inputs]  # pyright: ignore[reportReturnType]
-            raise
-        return super().batch(inputs, config, return_exceptions=return_exceptions, **options)
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        documents: DocumentsArgument | None = None,
-        **kwargs: Any,
-    ) -> list[AIMessage]:
-        """Like :meth:`batch`, without blocking the event loop."""
-        try:
-            inputs, options = self._distribute(inputs, documents, kwargs)
-        except InvalidInputError as error:
-            if return_exceptions:
-                return [error for _ in inputs]  # pyright: ignore[reportReturnType]
-            raise
-        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **options)
-
     def _distribute(
-        self, inputs: list[LanguageModelInput], documents: DocumentsArgument | None, options: dict[str, Any]
+        self, inputs: list[Any], config: Any, documents: DocumentsArgument | None, options: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
         """Attach nested documents to their inputs, or pass a flat list on as an option."""
         if not is_nested(documents):

@@ -71,12 +71,17 @@ def documents_per_prompt(documents: DocumentsArgument | None, prompts: int) -> l
         return [()] * prompts
     if not is_nested(documents):
         return [to_documents(documents)] * prompts  # pyright: ignore[reportArgumentType]
+    require_one_list_each(documents, prompts)
+    return [to_documents(row) for row in documents]
+
+
+def require_one_list_each(documents: Sequence[Sequence[DocumentLike]], prompts: int) -> None:
+    """Raise InvalidInputError if the number of inner lists differs from ``prompts``."""
     if len(documents) != prompts:
         raise InvalidInputError(
             f"documents has {len(documents)} lists, but there are {prompts} prompts; pass one list per prompt, or one "
             "flat list for all prompts."
         )
-    return [to_documents(row) for row in documents]
 
 
 def is_nested(documents: object) -> TypeGuard[Sequence[Sequence[DocumentLike]]]:

@@ -21,9 +21,10 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import ensure_config, get_config_list
 from pydantic import PrivateAttr
 
-from kvfusion_rag import Answer, KVFusionError
+from kvfusion_rag import Answer
 
 from .backed import STRICT_FIELDS, GeneratorBacked
+from .batches import DocumentBatches
 from .cache import DocumentAwareCache
 from .capture import retrieved_for, retrieved_for_each
 from .conversations import fuse_messages
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _RUN_ARGUMENTS = ("tags", "metadata", "run_name", "run_id")  # arguments of BaseLLM.generate that are not options
 
 
-class KVFusionLLM(GeneratorBacked, BaseLLM):
+class KVFusionLLM(GeneratorBacked, DocumentBatches, BaseLLM):
     """An LLM that keeps documents separate. Create it with :meth:`from_model_id` or from a loaded ``generator``.
 
     Documents are part of the prompt (``KVFusionPrompt``, ``create_kvfusion_documents_chain``, chat messages, or
@@ -155,42 +156,6 @@ class KVFusionLLM(GeneratorBacked, BaseLLM):
         call = self.model_copy(update=update)
         call._call_options = options
         return call
-
-    def batch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        documents: DocumentsArgument | None = None,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Like BaseLLM.batch. All prompts are computed together, or in batches of ``max_concurrency``."""
-        try:
-            inputs, options = self._distribute(inputs, config, documents, kwargs)
-        except KVFusionError as error:
-            if return_exceptions:
-                return [error for _ in inputs]  # pyright: ignore[reportReturnType]
-            raise
-        return super().batch(inputs, config, return_exceptions=return_exceptions, **options)
-
-    async def abatch(
-        self,
-        inputs: list[LanguageModelInput],
-        config: RunnableConfig | list[RunnableConfig] | None = None,
-        *,
-        return_exceptions: bool = False,
-        documents: DocumentsArgument | None = None,
-        **kwargs: Any,
-    ) -> list[str]:
-        """Like :meth:`batch`, without blocking the event loop."""
-        try:
-            inputs, options = self._distribute(inputs, config, documents, kwargs)
-        except KVFusionError as error:
-            if return_exceptions:
-                return [error for _ in inputs]  # pyright: ignore[reportReturnType]
-            raise
-        return await super().abatch(inputs, config, return_exceptions=return_exceptions, **options)
 
     def _distribute(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
 from llama_index.core.base.llms.types import (
@@ -130,6 +130,12 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     @classmethod
     def class_name(cls) -> str:
         return "KVFusionLlamaIndexLLM"
+
+    def __getstate__(self) -> NoReturn:
+        raise InvalidInputError(
+            f"this {type(self).__name__} cannot be pickled, because it holds a loaded model; create one in each "
+            "process."
+        )
 
     @property
     def generator(self) -> KVFusionGenerator:

@@ -130,6 +130,12 @@ class KVFusionPrefetch(BaseNodePostprocessor):
             logger.info("nodes were not prefetched: %s", error)
         return nodes
 
+    def __getstate__(self) -> NoReturn:
+        raise InvalidInputError(
+            "KVFusionPrefetch cannot be sent to another process, because that would have to load the model; create "
+            "one in each process."
+        )
+
 
 def _require_store(llm: KVFusionLlamaIndexLLM, user: str) -> DocumentStore:
     require_own_llm(llm, user)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, NoReturn, Self
 
 from .. import __version__
 from ..errors import InvalidInputError
@@ -26,6 +26,18 @@ class GeneratorFacts:
         return (
             f"{type(self).__name__}({self.model_id!r}, mode={self.mode!r}, context_window={self.context_window}, "
             f"store={self.store!r})"
+        )
+
+    def __copy__(self) -> Self:
+        return self  # frameworks copy their components, which share the loaded model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidInputError(
+            f"this {type(self).__name__} cannot be pickled, because it holds a loaded model; load it with "
+            "from_pretrained in each process."
         )
 
     @property

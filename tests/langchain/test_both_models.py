@@ -9,6 +9,7 @@ import pickle
 import threading
 
 import pytest
+import tiny
 
 pytest.importorskip("langchain_core")
 
@@ -19,7 +20,7 @@ from langchain_core.messages import HumanMessage
 from langchain_core.runnables import ConfigurableField
 from langchain_models import ALL_OPTIONS, DEFAULTS, MODELS, call_all, run, text
 
-from kvfusion_rag import Document, InvalidInputError
+from kvfusion_rag import ContextLimitError, Document, InvalidInputError
 from langchain_kvfusion import KVFusionLLM, KVFusionPrompt
 from langchain_kvfusion.framing import frame
 
@@ -135,6 +136,34 @@ async def test_wrong_number_of_document_lists_is_rejected(make):
     failed = model.batch(["p", "q"], documents=[["a"]], return_exceptions=True)
     failed += await model.abatch(["p", "q"], documents=[["a"]], return_exceptions=True)
     assert [type(error) for error in failed] == [InvalidInputError] * 4
+
+
+@MODELS
+@pytest.mark.parametrize("bad", [7, {"title": "no text"}], ids=["not a document", "without text"])
+@pytest.mark.parametrize("config", [{}, {"max_concurrency": 2}], ids=["together", "by twos"])
+async def test_a_bad_input_of_a_batch_fails_alone(make, bad, config):
+    model = make(generator=EchoGenerator())
+    questions, documents = ["p", "q", "r", "s"], [["a"], [bad], ["c"], []]
+    for answers in (
+        model.batch(questions, config, documents=documents, return_exceptions=True),
+        await model.abatch(questions, config, documents=documents, return_exceptions=True),
+    ):
+        assert isinstance(answers.pop(1), InvalidInputError)
+        assert [text(answer) for answer in answers] == ["p <- a at 0.0", "r <- c at 0.0", "s <-  at 0.0"]
+
+
+@MODELS
+async def test_a_question_that_cannot_be_answered_fails_alone(make):
+    """The generator answers a batch in one call, and rejects all of it if one question does not fit."""
+    model = make(generator=tiny.generator("llama"), max_tokens=4)
+    documents = [["the river"], ["the old mill " * 400], ["two grey doves"]]
+    alone = [model.invoke("who built it?", documents=documents[i]) for i in (0, 2)]
+    for answers in (
+        model.batch(["who built it?"] * 3, documents=documents, return_exceptions=True),
+        await model.abatch(["who built it?"] * 3, documents=documents, return_exceptions=True),
+    ):
+        assert isinstance(answers.pop(1), ContextLimitError)
+        assert [text(answer) for answer in answers] == [text(answer) for answer in alone]
 
 
 @MODELS
