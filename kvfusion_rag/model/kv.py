@@ -1,7 +1,7 @@
 """Keys and values of one document, and the shape that all documents of one model share.
 
 Shape letters: L layers, H_kv key/value heads, T document tokens, d width of a key, d_v width of a value. Both widths
-are the head dimension, except in latent attention.
+are the head dimension, except in latent attention, where "keys" are latents and "values" are the rotary part of keys.
 """
 
 from __future__ import annotations

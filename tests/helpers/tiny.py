@@ -160,9 +160,9 @@ CHANGES: dict[str, dict[str, Any]] = {
         "sliding_window": 7, "head_dim": 12,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
-    "minicpm3": {  # latent attention: keys of width 16, values of width 10
+    "minicpm3": {  # latent attention: its cache holds latents of width 16 and rotary keys of width 8
         "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 10,
+        "v_head_dim": 8,
     },
 }  # fmt: skip
 ARCHITECTURES = (*CONFIGS, "gpt2", "bert")

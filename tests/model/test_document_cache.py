@@ -6,19 +6,19 @@ import weakref
 import pytest
 import torch
 from tiny import ARCHITECTURES, backbone
-from transformers import DynamicCache
 
 from kvfusion_rag.fusion.prefill import prefill_prefix
+from kvfusion_rag.model.document_cache import PositionedCache
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 IDS = torch.arange(20, 46).reshape(2, 13)
 
 
 def whole_pass(bone, prefix):
-    """Return keys and values of ``IDS`` from transformers' own cache after all layers."""
-    cache, past = DynamicCache(config=bone.config), 0
+    """Return keys and values of ``IDS`` from transformers' own layers after all layers."""
+    past = 0 if prefix is None else prefix.num_tokens
+    cache = PositionedCache(torch.arange(past).expand(len(IDS), -1))
     if prefix is not None:
-        past = prefix.num_tokens
         for layer in range(len(prefix.keys)):
             two = (len(IDS), -1, -1, -1)
             cache.update(prefix.keys[layer].expand(two), prefix.values[layer].expand(two), layer)
@@ -26,7 +26,11 @@ def whole_pass(bone, prefix):
     mask = torch.ones(len(IDS), past + IDS.shape[1], dtype=torch.long)
     with torch.inference_mode():
         bone.model.get_decoder()(
-            input_ids=IDS, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=IDS,
+            position_ids=positions,
+            attention_mask=bone._masks(mask, positions, cache),
+            past_key_values=cache,
+            use_cache=True,
         )
     return [torch.stack([layer[kind][:, :, past:] for layer in cache]) for kind in (0, 1)]
 
