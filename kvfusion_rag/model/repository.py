@@ -19,7 +19,7 @@ from ..errors import KVFusionError, ModelLoadError, UnsupportedModelError, model
 from ..text.settings import cached_model_file
 from .gguf.header import LFS_POINTER
 from .location import ModelLocation
-from .refusals import INSTEAD
+from .support.refusals import INSTEAD
 
 CONFIG, ADAPTER, PIPELINE, MODULES = "config.json", "adapter_config.json", "model_index.json", "modules.json"
 CHAT_TEMPLATES = ("chat_template.json", "processor_config.json")  # of processors; tokenizers have their own files
@@ -75,32 +75,28 @@ def _explanation(location: ModelLocation, message: str) -> KVFusionError | None:
             f"{pointer!r} of {name} is a Git LFS pointer, not the file itself; run 'git lfs pull' in the model's "
             "folder, or download the model again."
         )
-    config = _json_file(location, CONFIG)
-    if (adapter := _json_file(location, ADAPTER)) is not None and (config is None or _has_no_weights(folder)):
+    config, adapter = _json_file(location, CONFIG), _json_file(location, ADAPTER)
+    if isinstance(adapter, dict) and (config is None or _has_no_weights(folder)):
         base = adapter.get("base_model_name_or_path") or "its base model"
         return ModelLoadError(
             f"{location.path!r} has only an adapter, for {base!r}; load the base model with it: "
             f"from_pretrained({base!r}, adapter={location.path!r}), or --model and --adapter."
         )
-    if config is None:
-        if _json_file(location, PIPELINE) is not None:
-            return UnsupportedModelError(
-                f"{name} is a diffusion pipeline, which writes no text ({PIPELINE}); {INSTEAD}."
-            )
-        if folder.is_dir():
-            return ModelLoadError(
-                f"the folder {location.path!r} has no {CONFIG}, so it is not a model of transformers."
-            )
-        return None
-    if "trust_remote_code" in message or ("auto_map" in config and config.get("model_type") not in CONFIG_MAPPING):
+    if config is None and _json_file(location, PIPELINE) is not None:
+        return UnsupportedModelError(f"{name} is a diffusion pipeline, which writes no text ({PIPELINE}); {INSTEAD}.")
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return ModelLoadError(f"the folder {location.path!r} has no {CONFIG}, so it is not a model of transformers.")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    needs_code = isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING
+    if needs_code or "trust_remote_code" in message:
         return UnsupportedModelError(
             f"{name} needs code from its own repository (auto_map), which is never run because it is untrusted; "
             f"{INSTEAD}."
         )
-    if config.get("model_type") not in CONFIG_MAPPING:
+    if kind is not None and kind not in CONFIG_MAPPING:
         return UnsupportedModelError(
-            f"{name} has the model_type {config.get('model_type')!r} in its {CONFIG}, which transformers "
-            f"{transformers.__version__} does not know; {INSTEAD}."
+            f"{name} has the model_type {kind!r}, which transformers {transformers.__version__} does not know; "
+            f"{INSTEAD}."
         )
     return None
 

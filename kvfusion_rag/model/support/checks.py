@@ -8,23 +8,26 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from ..errors import UnsupportedModelError
-from ..schema import Check
-from .attention.windows import Windows
-from .refusals import counts_slots, no_keys_per_token, other_task, sees_later_tokens, unmeasured_text_part
-from .rope import PositionLimit, rope_settings
-from .text_part import text_part
+from ...errors import UnsupportedModelError
+from ...schema import Check
+from ..attention.windows import Windows
+from ..rope import PositionLimit, rope_settings
+from ..text_part import text_part
+from .refusals import counts_slots, no_keys_per_token, other_cache, other_task, sees_later_tokens, unmeasured_text_part
 
 
 def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
     """Return the checks of a configuration, up to the first that fails. The text part of a multimodal model counts."""
     text = text_part(config)
+    steps = [(_decoder_check, config), (_attention_check, text), (_cache_check, text), (_rope_check, text)]
+    if text is not config:
+        steps.insert(2, (_text_part_check, config))
     checks: list[Check] = []
-    for check in (_decoder_check, _attention_check, _positions_check, _rope_check):
-        checks.append(check(config if check is _decoder_check else text))
+    for check, checked in steps:
+        checks.append(check(checked))
         if not checks[-1].passed:  # later checks read fields that this configuration may lack
-            return tuple(checks)
-    return tuple(checks) if text is config else (*checks, _text_part_check(config))
+            break
+    return tuple(checks)
 
 
 def routes_tokens(config: PretrainedConfig) -> bool:
@@ -56,8 +59,13 @@ def _attention_check(config: PretrainedConfig) -> Check:
     return Check(name, True, f"{config.num_hidden_layers} layers{detail}")
 
 
-def _positions_check(config: PretrainedConfig) -> Check:
-    return _unless(counts_slots(config), "positions given by the caller", "documents can share them")
+def _text_part_check(config: PretrainedConfig) -> Check:
+    return _unless(unmeasured_text_part(config), "text part", f"on text it equals the whole {config.model_type}")
+
+
+def _cache_check(config: PretrainedConfig) -> Check:
+    reason = other_cache(config) or counts_slots(config)
+    return _unless(reason, "cache and positions given by the caller", "documents can be joined and share positions")
 
 
 def _rope_check(config: PretrainedConfig) -> Check:
@@ -69,10 +77,6 @@ def _rope_check(config: PretrainedConfig) -> Check:
     limit = PositionLimit.of(config)
     detail = f"RoPE {', '.join(kinds)}" if kinds else "learned or no rotary positions"
     return Check(name, True, f"{detail}, up to {limit} positions" if limit.reason else detail)
-
-
-def _text_part_check(config: PretrainedConfig) -> Check:
-    return _unless(unmeasured_text_part(config), "text part", f"on text it equals the whole {config.model_type}")
 
 
 def _unless(reason: str | None, name: str, detail: str) -> Check:

@@ -1,6 +1,6 @@
 """The reasons why a model cannot be fused exactly, as far as its configuration shows them.
 
-Each function returns a reason with advice, or None if its reason does not apply. ``support.py`` puts them in order.
+Each function returns a reason with advice, or None if its reason does not apply. ``checks.py`` puts them in order.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedCo
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
-from .attention.windows import CHUNKED, FULL, SLIDING
-from .text_part import MULTIMODAL_TYPES
+from ..attention.windows import CHUNKED, FULL, SLIDING
+from ..text_part import MULTIMODAL_TYPES
 
 INSTEAD = "use a decoder with attention in every layer, such as Qwen3, Llama 3 or SmolLM3"
 
@@ -81,8 +81,13 @@ def no_keys_per_token(config: PretrainedConfig) -> str | None:
         return f"it has several stacks of layers instead of one, whose caches cannot be fused; {INSTEAD}"
     if getattr(config, "global_head_dim", None):
         return f"its keys are wider in layers with full attention than in others, and are not stored so; {INSTEAD}"
+    return None
+
+
+def other_cache(config: PretrainedConfig) -> str | None:
+    """Return the reason if the implementation takes another cache than keys and values of each token."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return f"it is multimodal, and transformers cannot load its text model ({config.model_type}) alone; {INSTEAD}"
+        return f"transformers cannot load it as a text model alone; {INSTEAD}"
     if "past_key_values" not in _arguments(config):
         return f"its implementation in transformers takes no cache of keys and values; {INSTEAD}"
     layers = [layer for layer in DynamicCache(config=config).layers if not isinstance(layer, DummyLayer)]
