@@ -66,30 +66,33 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def config(model_type: str, *, tied: bool = False) -> PretrainedConfig:
-    """Return the default configuration of a type with small sizes."""
+def config(model_type: str, *, tied: bool = False, text: str | None = None) -> PretrainedConfig:
+    """Return the default configuration of a type with small sizes, and with a text model of the type ``text``."""
     kind = CONFIG_MAPPING[model_type]
-    made = kind(**_shrunk(kind(), SPECIAL.get(model_type, {})))
+    values = _shrunk(kind(), SPECIAL.get(model_type, {}))
+    if text is not None:
+        values["text_config"] = {**_shrunk(CONFIG_MAPPING[text](), {}), "model_type": text}
+    made = kind(**values)
     made.tie_word_embeddings = tied
     return made
 
 
-def model(model_type: str, *, tied: bool = False) -> PreTrainedModel:
+def model(model_type: str, *, tied: bool = False, text: str | None = None) -> PreTrainedModel:
     """Return a random multimodal model."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         with mock.patch.object(TimmWrapperModel, "__init__", _empty):  # it needs timm
             kind = getattr(transformers, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model_type])
-            network = kind(config(model_type, tied=tied))
+            network = kind(config(model_type, tied=tied, text=text))
         for parameter in network.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.15)
     return network.eval()
 
 
-def save(folder: Path, model_type: str, *, tied: bool = False) -> PreTrainedModel:
+def save(folder: Path, model_type: str, *, tied: bool = False, text: str | None = None) -> PreTrainedModel:
     """Save a random multimodal model with its tokenizer, and return it."""
-    network = model(model_type, tied=tied)
+    network = model(model_type, tied=tied, text=text)
     network.save_pretrained(folder)
     tiny.tokenizer("byte-bpe").save_pretrained(folder)
     return network

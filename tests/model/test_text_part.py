@@ -60,6 +60,17 @@ def test_text_model_gives_the_logits_of_the_whole_model(model_type, tmp_path):
     assert not text.config.to_dict().get("vision_config")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "text"), [("mistral3", "ministral3"), ("internvl", "qwen3"), ("llava", "mistral")]
+)
+def test_multimodal_types_have_several_text_models(model_type, text, tmp_path):
+    """Ministral 3 has the type of Mistral Small 3.1, and another text model."""
+    whole = multimodal.save(tmp_path, model_type, text=text)
+    generator, found = loaded(tmp_path)
+    assert found.config.model_type == text and generator.gate.passed
+    assert relative_error(logits(found), logits(whole)) < 2e-6
+
+
 @pytest.mark.parametrize("model_type", ["internvl", "mistral3", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
 @torch.no_grad()
 def test_fused_logits_are_one_block_masked_pass_of_the_whole_model(model_type, tmp_path):

@@ -98,11 +98,11 @@ class _Parser:
             types[key] = self._number("<I")
             metadata[key] = self._value(key, types[key])
         self._check_metadata(metadata)
-        if tensor_count == 0:
-            raise self._error("has no weights, only a vocabulary; name the GGUF file of a whole model")
         if types.get("general.alignment", _UINT32) != _UINT32:
             raise self._error("has a general.alignment that is not a 32-bit number")
         parameters = self._check_tensors(tensor_count, metadata.get("general.alignment", 32))
+        if tensor_count == 0:
+            raise self._error("has no weights, only a vocabulary; name the GGUF file of a whole model")
         return GGUFHeader(metadata, parameters)
 
     def _check_metadata(self, metadata: dict[str, Any]) -> None:
