@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container
+from typing import cast
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
@@ -125,4 +126,5 @@ def _layer_kinds(config: PretrainedConfig) -> set[str]:
 
 def _arguments(config: PretrainedConfig) -> Container[str]:
     """Return the names of the arguments that the model's forward declares. It ignores all others."""
-    return inspect.signature(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].forward).parameters
+    model = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
+    return inspect.signature(model.forward).parameters
