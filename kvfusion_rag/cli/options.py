@@ -10,7 +10,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidInputError, RetrievalError, model_load_errors
+from ..errors import InvalidInputError, RetrievalError
 from .console import collection_paused, patient_bars
 
 if TYPE_CHECKING:
@@ -173,28 +173,24 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
 
 def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings]:
     """Load the prompt encoder and settings of the model, without its weights."""
-    from transformers import AutoTokenizer
-
     from ..model.location import locate_model
+    from ..model.repository import read_tokenizer
     from ..text.encoder import PromptEncoder
     from ..text.settings import load_settings
 
     where = locate_model(args.model, gguf_file=args.gguf_file)
-    with model_load_errors(f"the tokenizer of {where.model_id!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(where.path, revision=where.revision)
+    tokenizer = read_tokenizer(where)
     settings = load_settings(where.home, tokenizer, model_id=where.model_id, revision=where.revision)
     return PromptEncoder(tokenizer, settings), settings
 
 
 def load_config(args: argparse.Namespace) -> PretrainedConfig:
     """Load the text configuration of the model, without its weights."""
-    from transformers import AutoConfig
-
     from ..model.location import locate_model
+    from ..model.repository import read_config
+    from ..model.text_part import text_part
 
-    where = locate_model(args.model, gguf_file=args.gguf_file)
-    with model_load_errors(f"the configuration of {where.model_id!r}"):
-        return AutoConfig.from_pretrained(where.path, revision=where.revision).get_text_config()
+    return text_part(read_config(locate_model(args.model, gguf_file=args.gguf_file)))
 
 
 def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], int | None]:

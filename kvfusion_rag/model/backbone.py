@@ -48,6 +48,7 @@ class Backbone:
         revision: commit of a hub model.
         adapter: folder of a LoRA adapter.
         base_settings: settings without the adapter. Default: ``settings``.
+        is_text_part: the model was loaded from a multimodal repository.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Backbone:
         revision: str | None = None,
         adapter: str | Path | None = None,
         base_settings: ModelSettings | None = None,
+        is_text_part: bool = False,
     ) -> None:
         require_supported(model.config, model_id)
         self.model = model.eval()
@@ -67,6 +69,7 @@ class Backbone:
         self.settings = settings
         self.base_settings = base_settings or settings
         self.model_id = model_id
+        self._is_text_part = is_text_part
         self.revision = revision
         self.config: PretrainedConfig = model.config.get_text_config()
         self.device = model.device
@@ -245,7 +248,8 @@ class Backbone:
 
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, or the whole model with its tokenizer if there is no adapter."""
-        self.model.save_pretrained(folder)
+        # The names of the repository that a text part came from do not fit the text model alone.
+        self.model.save_pretrained(folder, save_original_format=not self._is_text_part)
         if not self.has_adapter:
             self.tokenizer.save_pretrained(folder)
 

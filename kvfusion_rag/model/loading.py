@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 from ..text.settings import FILE_NAME, load_settings
@@ -20,12 +21,14 @@ from .adapters import require_adapter_libraries
 from .backbone import Backbone
 from .hardware import SLOW, choose_device, choose_dtype, slowness
 from .location import HUB_OPTIONS, ModelLocation, locate_model
+from .repository import read_config, read_tokenizer, repository_errors
 from .support import require_supported
+from .text_part import TEXT_WEIGHTS, text_part, without_load_report
 
 logger = logging.getLogger(__name__)
 
 # Options that are separate arguments here, or that transformers would ignore.
-RESERVED_OPTIONS = ("config", "dtype", "torch_dtype", "revision", "gguf_file")
+RESERVED_OPTIONS = ("config", "dtype", "torch_dtype", "revision", "gguf_file", "trust_remote_code")
 
 
 def load_decoders(
@@ -98,13 +101,15 @@ def load_backbone(
             f"model_kwargs contains {reserved[0]!r}, but it must not; see KVFusionGenerator.from_pretrained."
         )
     model_id, hub = location.model_id, {"revision": location.revision, **location.hub}
+    whole = read_config(location)
+    require_supported(whole, model_id)  # before gigabytes are read
+    config = text_part(whole)
+    is_text_part = config is not whole
     with model_load_errors(f"the configuration of {model_id!r}"):
-        config = AutoConfig.from_pretrained(location.path, **hub)
         for name in kwargs.keys() & config.to_dict().keys():
             setattr(config, name, kwargs.pop(name))
-    require_supported(config, model_id)  # before gigabytes are read
-    with model_load_errors(f"the tokenizer of {model_id!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(location.path, **hub)
+    require_supported(config, model_id)
+    tokenizer = read_tokenizer(location)
     with model_load_errors(f"the settings of {model_id!r}"):
         settings = base_settings = load_settings(location.home, tokenizer, model_id=model_id, **hub)
         if adapter is not None and (Path(adapter) / FILE_NAME).is_file():
@@ -112,13 +117,14 @@ def load_backbone(
         elif adapter is not None:  # made by other software, so trained on ordinary prompts
             settings = replace(settings, tuned_concat=True)
     return Backbone(
-        _load_weights(location, config, torch_device, torch_dtype, {**hub, **kwargs}),
+        _load_weights(location, config, torch_device, torch_dtype, kwargs, is_text_part=is_text_part),
         tokenizer,
         settings,
         model_id=model_id,
-        revision=getattr(config, "_commit_hash", None) or location.revision,
+        revision=getattr(whole, "_commit_hash", None) or location.revision,
         adapter=adapter,
         base_settings=base_settings,
+        is_text_part=is_text_part,
     )
 
 
@@ -128,10 +134,19 @@ def _load_weights(
     device: torch.device,
     dtype: torch.dtype | str,
     options: Mapping[str, Any],
+    *,
+    is_text_part: bool,
 ) -> PreTrainedModel:
-    with model_load_errors(f"the weights of {location.model_id!r}"):
+    names = {"key_mapping": TEXT_WEIGHTS} if is_text_part else {}
+    report = without_load_report() if is_text_part else nullcontext()
+    with repository_errors(location, "weights"), report:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location.path, config=config, dtype=dtype, output_loading_info=True, **options
+            location.path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            adapter_kwargs={"local_files_only": True},  # no request for an adapter that nobody asked for
+            **{**location.options, **names, **options},
         )
         model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
         if "device_map" not in options:

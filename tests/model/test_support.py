@@ -3,23 +3,14 @@
 import pytest
 import torch
 from tiny import ARCHITECTURES, SIZES, backbone, config, tokenizer
-from transformers import (
-    BertConfig,
-    BloomConfig,
-    FalconMambaConfig,
-    Gemma3Config,
-    LlavaConfig,
-    Qwen2VLConfig,
-    Qwen3MoeConfig,
-    T5Config,
-)
+from transformers import BloomConfig, Qwen3MoeConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from kvfusion_rag import KVFusionGenerator, ModelLoadError, UnsupportedModelError
+from kvfusion_rag import UnsupportedModelError
 from kvfusion_rag.fusion.gate import run_gate
 from kvfusion_rag.fusion.prefill import prefill
 from kvfusion_rag.model.backbone import Backbone
-from kvfusion_rag.model.support import configuration_checks, require_supported
+from kvfusion_rag.model.support import configuration_checks
 from kvfusion_rag.text.settings import ModelSettings
 
 
@@ -33,23 +24,6 @@ def random_backbone(made, name: str) -> Backbone:
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
     return Backbone(network, tokenizer("byte-bpe"), ModelSettings(), model_id=name)
-
-
-@pytest.mark.parametrize(
-    ("made", "cause"),
-    [
-        (T5Config(), "encoder-decoder"),
-        (LlavaConfig(), "multimodal"),
-        (Qwen2VLConfig(), "multimodal"),
-        (Gemma3Config(), "multimodal"),
-        (BertConfig(), "is_decoder is false"),
-        (FalconMambaConfig(num_hidden_layers=2), "without keys and values"),
-    ],
-    ids=lambda value: value.model_type if hasattr(value, "model_type") else None,
-)
-def test_unsupported_configuration_is_rejected(made, cause):
-    with pytest.raises(UnsupportedModelError, match=cause):
-        require_supported(made, "some-model")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -67,8 +41,10 @@ def test_rope_that_does_not_depend_on_length_passes_the_gate(kind):
     assert gate(backbone("llama", rope_parameters=rope)).passed
 
 
-def test_attention_biased_by_slot_fails_the_numeric_gate():
-    """Bloom's configuration passes, but its ALiBi bias counts slots and its forward ignores positions."""
+def test_attention_biased_by_slot_fails_the_numeric_gate(monkeypatch):
+    """Bloom's ALiBi bias counts slots, and its forward ignores positions. Its configuration is not checked here."""
+    monkeypatch.setattr("kvfusion_rag.model.backbone.require_supported", lambda *_: None)
+    monkeypatch.setattr("kvfusion_rag.fusion.gate.configuration_checks", lambda _: ())
     bone = random_backbone(BloomConfig(hidden_size=48, n_layer=2, n_head=4, vocab_size=512), "tiny-bloom")
     with pytest.raises(UnsupportedModelError, match=r"tiny-bloom.*support gate"):
         gate(bone)
@@ -88,14 +64,6 @@ def test_attention_that_counts_slots_is_rejected_for_a_model_with_windows(attent
     network.config._attn_implementation = attention
     with pytest.raises(UnsupportedModelError, match=f"windows.*{attention}.*'sdpa'"):
         Backbone(network, tokenizer("byte-bpe"), ModelSettings(), model_id="some-model")
-
-
-@pytest.mark.parametrize("files", [{}, {"config.json": "{}"}, {"config.json": "not json"}])
-def test_folder_without_a_model_is_rejected(tmp_path, files):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(ModelLoadError, match=tmp_path.name):
-        KVFusionGenerator.from_pretrained(tmp_path)
 
 
 def test_mixture_of_experts_prefills_each_document_in_its_own_pass():

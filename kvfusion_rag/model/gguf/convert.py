@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import torch
+import transformers
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -26,7 +27,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ...errors import ModelLoadError, model_load_errors
+from ...errors import ModelLoadError, UnsupportedModelError, model_load_errors
+from ..support import require_supported
 from .header import GGUFHeader
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(folder), "gguf_file": str(file.absolute())}
     with _quiet_libraries():
         with model_load_errors(f"the configuration of {file.name!r}"):
-            config = AutoConfig.from_pretrained(**source)
+            config = _configuration(source, header, file.name)
+            require_supported(config, file.name)
             _require_enough_tensors(config, header, file.name)
         with model_load_errors(f"the tokenizer of {file.name!r}"):
             # The generic class keeps the tokenizer as the file describes it. A model's own class would rebuild it.
@@ -78,6 +81,18 @@ def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
             "those of the original tokenizer",
             file.name, header.metadata.get(PRE_TOKENIZER),
         )  # fmt: skip
+
+
+def _configuration(source: dict[str, Any], header: GGUFHeader, name: str) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(**source)
+    except ValueError as error:
+        if "is not supported yet" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{name!r} has the architecture {header.metadata['general.architecture']!r}, which transformers "
+            f"{transformers.__version__} cannot convert from GGUF; load the model that the file was made from."
+        ) from error
 
 
 def storage_dtype(header: GGUFHeader) -> torch.dtype:

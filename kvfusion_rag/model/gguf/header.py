@@ -17,6 +17,7 @@ from typing import Any
 from ...errors import ModelLoadError
 
 MAGIC = b"GGUF"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # stands in for a large file that was not downloaded
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 64 << 20
 MAX_ARRAY_ITEMS = 1 << 22  # in all arrays together; Gemma 3 has 1.3 million (vocabulary, scores, types and merges)
@@ -58,7 +59,13 @@ def read_header(file: Path) -> GGUFHeader:
     """
     try:
         with file.open("rb") as stream:
-            if stream.read(len(MAGIC)) != MAGIC:
+            start = stream.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise ModelLoadError(
+                    f"{file.name!r} is a Git LFS pointer, not the file itself; run 'git lfs pull' in its folder, or "
+                    "download the file."
+                )
+            if not start.startswith(MAGIC):
                 raise ModelLoadError(f"{file.name!r} is not a GGUF file: it does not start with the bytes 'GGUF'.")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _Parser(file.name, data).header()
@@ -94,12 +101,23 @@ class _Parser:
         if types.get("general.alignment", _UINT32) != _UINT32:
             raise self._error("has a general.alignment that is not a 32-bit number")
         parameters = self._check_tensors(tensor_count, metadata.get("general.alignment", 32))
+        if tensor_count == 0:
+            raise self._error("has no weights, only a vocabulary; name the GGUF file of a whole model")
         return GGUFHeader(metadata, parameters)
 
     def _check_metadata(self, metadata: dict[str, Any]) -> None:
         parts = metadata.get("split.count", 1)
         if parts != 1:
             raise self._error(f"is one of {parts} parts of a model; join them first with llama-gguf-split --merge")
+        if metadata.get("general.type") == "adapter":
+            raise self._error(
+                "is a LoRA adapter (general.type is 'adapter'), not a model; adapters are read in peft's format, from "
+                "the folder that adapter= names"
+            )
+        if metadata.get("general.type") == "mmproj" or metadata.get("general.architecture") == "clip":
+            raise self._error(
+                "has only the image part of a multimodal model (mmproj); name the GGUF file of its text model"
+            )
         if not isinstance(metadata.get("general.architecture"), str):
             raise self._error("does not name its architecture (general.architecture)")
         for name, most in MAX_COUNTS.items():

@@ -6,20 +6,25 @@ The numeric gate (``fusion/gate.py``) measures what the configuration does not s
 
 from __future__ import annotations
 
-from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PretrainedConfig
 
-from ..errors import UnsupportedModelError
-from ..schema import Check
-from .attention.windows import CHUNKED, FULL, SLIDING, Windows
-from .rope import PositionLimit, rope_settings
+from ...errors import UnsupportedModelError
+from ...schema import Check
+from ..attention.windows import Windows
+from ..rope import PositionLimit, rope_settings
+from ..text_part import text_part
+from .refusals import counts_slots, no_keys_per_token, other_cache, other_task, sees_later_tokens, unmeasured_text_part
 
 
 def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
-    """Return the checks of a configuration, up to the first that fails."""
+    """Return the checks of a configuration, up to the first that fails. The text part of a multimodal model counts."""
+    text = text_part(config)
+    steps = [(_decoder_check, config), (_attention_check, text), (_cache_check, text), (_rope_check, text)]
+    if text is not config:
+        steps.insert(2, (_text_part_check, config))
     checks: list[Check] = []
-    for check in (_decoder_check, _attention_check, _rope_check):
-        checks.append(check(config))
+    for check, checked in steps:
+        checks.append(check(checked))
         if not checks[-1].passed:  # later checks read fields that this configuration may lack
             break
     return tuple(checks)
@@ -27,7 +32,7 @@ def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
 
 def routes_tokens(config: PretrainedConfig) -> bool:
     """Whether the model has experts, so that the shapes of its matrix products depend on all tokens of a pass."""
-    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any((getattr(config, name, None) or 0) > 1 for name in names)
 
 
@@ -39,28 +44,28 @@ def require_supported(config: PretrainedConfig, model_id: str) -> None:
 
 
 def _decoder_check(config: PretrainedConfig) -> Check:
-    name = "text decoder"
-    if config.is_encoder_decoder:
-        return Check(name, False, "it is an encoder-decoder model, but fusion needs a decoder-only one")
-    if config.get_text_config() is not config:
-        return Check(name, False, "it is multimodal, and its positions have several axes; load its text model instead")
-    if config.model_type == "bert" and not config.is_decoder:
-        return Check(name, False, "it is an encoder (is_decoder is false), which attends to later tokens")
-    return Check(name, True, f"{config.model_type}, decoder only")
+    text = text_part(config)
+    reason = other_task(config) or sees_later_tokens(config) or sees_later_tokens(text)
+    return _unless(reason, "text decoder", f"{text.model_type}, decoder only")
 
 
 def _attention_check(config: PretrainedConfig) -> Check:
     name = "keys and values per token in every layer"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    layers = [layer for layer in DynamicCache(config=config).layers if not isinstance(layer, DummyLayer)]
-    if kinds - {FULL, SLIDING, CHUNKED} or any(
-        type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-    ):
-        return Check(name, False, f"it has layers without keys and values ({sorted(kinds)}), which cannot be fused")
+    if (reason := no_keys_per_token(config)) is not None:
+        return Check(name, False, reason)
     windows = Windows.of(config)
     sizes = () if windows is None else sorted({size for size in windows.sizes.values() if size is not None})
     detail = "".join(f", some with a window of {size} positions" for size in sizes)
     return Check(name, True, f"{config.num_hidden_layers} layers{detail}")
+
+
+def _text_part_check(config: PretrainedConfig) -> Check:
+    return _unless(unmeasured_text_part(config), "text part", f"on text it equals the whole {config.model_type}")
+
+
+def _cache_check(config: PretrainedConfig) -> Check:
+    reason = other_cache(config) or counts_slots(config)
+    return _unless(reason, "cache and positions given by the caller", "documents can be joined and share positions")
 
 
 def _rope_check(config: PretrainedConfig) -> Check:
@@ -72,3 +77,8 @@ def _rope_check(config: PretrainedConfig) -> Check:
     limit = PositionLimit.of(config)
     detail = f"RoPE {', '.join(kinds)}" if kinds else "learned or no rotary positions"
     return Check(name, True, f"{detail}, up to {limit} positions" if limit.reason else detail)
+
+
+def _unless(reason: str | None, name: str, detail: str) -> Check:
+    """Return a check that fails for ``reason``, and passes with ``detail`` if there is none."""
+    return Check(name, reason is None, reason or detail)
