@@ -66,7 +66,7 @@ def test_documents_may_reach_the_end_of_the_window(architecture):
 def test_order_matters_with_global_positions(architecture):
     gen = tiny.generator(architecture)
     moved = gen.with_settings(positions="global")
-    assert not moved.check_invariance("who?", DOCUMENTS, permutations=3).identical
+    assert not moved.check_invariance("who?", DOCUMENTS, permutations=8).identical  # some end with another document
     assert gen.check_invariance("who?", DOCUMENTS, permutations=3).identical  # although they share a store
     assert moved.check_invariance(
         "who?", DOCUMENTS, permutations=3, mode="ape"
