@@ -25,7 +25,7 @@ from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 from ..text.settings import FILE_NAME, ModelSettings, load_settings
 from .adapters.base import require_same_base
 from .adapters.libraries import require_adapter_libraries
-from .adapters.location import CONFIG_FILE, find_adapter
+from .adapters.location import CONFIG_FILE, find_adapter, name_of
 from .backbone import Backbone
 from .hardware import SLOW, choose_device, choose_dtype, slowness
 from .location import HUB_OPTIONS, ModelLocation, locate_model
@@ -143,7 +143,7 @@ def _adapter_settings(
     adapter: Path, base_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
 ) -> ModelSettings:
     if (adapter / FILE_NAME).is_file():
-        return load_settings(str(adapter), tokenizer, model_id=adapter.resolve().name)
+        return load_settings(str(adapter), tokenizer, model_id=name_of(adapter))
     return replace(base_settings, tuned_concat=True)  # made by other software, so trained on ordinary prompts
 
 

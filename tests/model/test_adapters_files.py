@@ -124,6 +124,9 @@ def test_an_adapter_is_found_in_the_cache_of_the_hub(base, hub):
         find_adapter("someone/adapters/barge", cache_dir=hub)
     with pytest.raises(ModelLoadError, match="cannot load the adapter 'someone/nothing'"):
         find_adapter("someone/nothing", cache_dir=hub)
+    (snapshot / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match="cannot load the adapter 'someone/adapters' of"):
+        tokens(base, adapter=snapshot)
     options = {"model_kwargs": {"cache_dir": str(hub)}}
     assert tokens(base, adapter="someone/adapters/mill", **options) == tokens(base, adapter=snapshot / "mill")
 
@@ -156,6 +159,17 @@ def test_an_adapter_beside_weights_without_it_is_used_if_it_is_named(base, tmp_p
     adapted.save_pretrained(tmp_path / "both")
     bone = reader(tmp_path / "both", tmp_path / "both")
     assert error(fused(bone), two_steps(load(base), adapted)) < TOLERANCE
+
+
+def test_an_adapter_folder_in_a_models_folder_may_have_names(base, tmp_path):
+    shutil.copytree(base, tmp_path / "both")
+    save_several(base, tmp_path / "both" / "adapter", "mill")
+    named = tokens(base, adapter=tmp_path / "both" / "adapter" / "mill")
+    assert tokens(tmp_path / "both") == named != tokens(tmp_path / "both", adapter=None)
+    shutil.copytree(tmp_path / "both" / "adapter" / "mill", tmp_path / "both" / "adapter" / "ferry")
+    with pytest.raises(ModelLoadError, match=r"has several adapters \(ferry, mill\)"):
+        tokens(tmp_path / "both")
+    assert tokens(tmp_path / "both", adapter=tmp_path / "both" / "adapter" / "mill") == named
 
 
 # Base models
@@ -208,6 +222,12 @@ def test_an_adapter_with_more_tokens_is_refused_with_the_reason(base, tmp_path):
     get_peft_model(network, config).save_pretrained(tmp_path)
     with pytest.raises(ModelLoadError, match=r"has 520 rows, but the base model has 512; .* changed vocabulary"):
         reader(base, tmp_path)
+
+
+def test_embeddings_saved_in_another_precision_are_the_base_models(base, tmp_path):
+    trained(base, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])).half().save_pretrained(tmp_path)
+    expected = fused(reader(base))
+    assert torch.equal(fused(reader(base, tmp_path), adapter=False), expected)
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -16,7 +16,7 @@ from peft.tuners.lora.config import ArrowConfig, BdLoraConfig, KasaConfig, Monte
 from peft.utils.peft_types import PeftType
 from peft_models import document_kvs, error, fused, joined, load, move, one_pass, reader, trained, two_steps
 
-from kvfusion_rag import ModelLoadError
+from kvfusion_rag import KVFusionGenerator, ModelLoadError
 from kvfusion_rag.model.adapters.kinds import ACCEPTED_TYPES
 from kvfusion_rag.model.tolerance import tolerance_of
 
@@ -92,6 +92,7 @@ REFUSED_OPTIONS = {
     "Arrow": ({"arrow_config": ArrowConfig()}, "chooses between other adapters"),
     "block-diagonal": ({"use_bdlora": BdLoraConfig()}, "not tested"),
     "KaSA": ({"kasa_config": KasaConfig()}, "removes parts of the base weights"),
+    "Megatron": ({"megatron_config": {"a": 1}}, "needs layers of Megatron"),
     "more layers": ({"layer_replication": [[0, 2], [1, 3]]}, "adds layers"),
     "classifier": ({"task_type": "SEQ_CLS"}, "for the task SEQ_CLS"),
 }
@@ -174,6 +175,24 @@ def test_converted_adapters_of_a_changed_base_are_read_on_the_true_base(one_base
     move(adapted).save_pretrained(tmp_path / "new", path_initial_model_for_weight_conversion=tmp_path / "initial")
     require_equal_to_peft(one_base, tmp_path / "new")
     assert error(fused(reader(one_base, tmp_path / "new")), two_steps(load(one_base), adapted)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["lm_head"]}, {"use_dora": True}, {"init_lora_weights": "pissa"}]
+)
+def test_joined_prompts_are_answered_as_peft_generates(one_base, tmp_path, options):
+    trained(one_base, LoraConfig(**TARGETS, **options)).save_pretrained(tmp_path)
+    made = KVFusionGenerator.from_pretrained(one_base, adapter=tmp_path, mode="concat", store=None)
+    answer = made.answer("who?", ["the mill"], max_new_tokens=6)
+    ids = tiny.tokenizer("byte-bpe")(made.show_prompt("who?", ["the mill"]).text, add_special_tokens=False)[
+        "input_ids"
+    ]
+    assert answer.usage.prompt_tokens == len(ids)
+    adapted = PeftModel.from_pretrained(load(one_base), tmp_path).eval()
+    asked = torch.tensor([ids])
+    mask = torch.ones_like(asked)
+    found = adapted.generate(input_ids=asked, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert list(answer.token_ids) == found[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("initial", ["pissa", "olora"])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...errors import ModelLoadError, model_load_errors
 from ...text.settings import RECORD_NAME
-from .location import CONFIG_FILE
+from .location import CONFIG_FILE, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def require_trained_on(folder: Path, model_id: str, dtype: torch.dtype, weights_
     Raises:
         ModelLoadError: the record cannot be read, or names another base model.
     """
-    file, trained = folder / RECORD_NAME, folder.resolve().name
+    file, trained = folder / RECORD_NAME, name_of(folder)
     if not file.is_file():
         return
     with model_load_errors(f"the record of {trained!r}"):
@@ -74,7 +74,7 @@ def base_of(folder: Path) -> str | None:
     Raises:
         ModelLoadError: the settings cannot be read.
     """
-    with model_load_errors(f"the adapter {folder.resolve().name!r}"):
+    with model_load_errors(f"the adapter {name_of(folder)!r}"):
         return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path") or None
 
 
@@ -90,7 +90,7 @@ def require_same_base(folder: Path, model: PreTrainedModel, model_id: str, *, ex
     Raises:
         ModelLoadError: the weights differ.
     """
-    named, trained = base_of(folder), folder.resolve().name
+    named, trained = base_of(folder), name_of(folder)
     if named is None or (folder / RECORD_NAME).is_file():
         return
     difference = _difference(Path(named), model)

@@ -1,6 +1,6 @@
 """Decides from an adapter's settings alone whether it can be switched off for documents and on for answers.
 
-``docs/training.md`` has the table of kinds. Tests compare every accepted kind with peft's own model.
+``docs/models.md`` has the table of kinds. Tests compare every accepted kind with peft's own model.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ OPTION_REASONS = {
     "arrow_config": "chooses between other adapters",
     "kasa_config": "removes parts of the base weights, which documents need",
     "layer_replication": "adds layers, for which the documents of the base model have no keys and values",
+    "megatron_config": "needs layers of Megatron",
     "use_bdlora": "has block-diagonal matrices, which are not tested",
 }
 _CONVERT = "save it again with path_initial_model_for_weight_conversion, as an ordinary LoRA"

@@ -21,7 +21,7 @@ from ...errors import ModelLoadError, model_load_errors
 from ..fingerprint import digest_tensors
 from .base import base_of
 from .kinds import changes_base, require_accepted_kind
-from .location import WEIGHT_FILES
+from .location import WEIGHT_FILES, name_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # Imports of peft are inside functions, because they take a second, and are needed only for adapters.
 Weights = dict[str, torch.Tensor]
+SAME = 1e-2  # relative difference of a weight that was saved in another precision
 _PREFIX = "base_model.model."  # of names in peft's files
 
 
@@ -40,7 +41,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:
     """
     from peft import PeftConfig, load_peft_weights
 
-    name, base = folder.resolve().name, base_of(folder)
+    name, base = name_of(folder), base_of(folder)
     subject = f"the adapter {name!r}{f' of {base!r}' if base else ''} onto {model_id!r}"
     with model_load_errors(subject):
         config = PeftConfig.from_pretrained(str(folder))
@@ -122,7 +123,7 @@ def _separate_base_weights(config: PeftConfig, weights: Weights, model: PreTrain
             )
         if any(f".{module}." in f".{name}" for module in replaced) and key == _PREFIX + name:
             continue
-        if torch.equal(weights[key].to(base[name].dtype), base[name].cpu()):
+        if torch.allclose(weights[key].float(), base[name].float().cpu(), rtol=SAME, atol=1e-6):
             del weights[key]
             continue
         module = name.rpartition(".")[0]

@@ -41,6 +41,14 @@ def find_adapter(adapter: str | Path, **hub: Any) -> Path:
     return _downloaded("/".join(parts[:2]), "/".join(parts[2:]), hub)
 
 
+def name_of(folder: Path) -> str:
+    """Return the name to show for an adapter or decoder: the folder's, or the repository's in the hub's cache."""
+    place = folder.resolve()
+    if place.parent.name != "snapshots":
+        return place.name
+    return place.parent.parent.name.removeprefix("models--").replace("--", "/")
+
+
 def _one_in(folder: Path, shown: str) -> Path:
     if (folder / CONFIG_FILE).is_file():
         return folder
