@@ -186,7 +186,8 @@ def test_an_adapter_of_other_weights_of_the_same_shape_is_refused(base, tmp_path
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 2}, {"num_hidden_layers": 5}, {"hidden_size": 32}])
 def test_an_adapter_of_other_shapes_is_refused_with_both_names(base, tmp_path, changes):
-    adapted = get_peft_model(tiny.model("llama", layer_types=None, **changes), LoraConfig(**LORA))
+    replaced = {"modules_to_save": ["embed_tokens", "input_layernorm"]}
+    adapted = get_peft_model(tiny.model("llama", layer_types=None, **changes), LoraConfig(**LORA, **replaced))
     adapted.peft_config["default"].base_model_name_or_path = "someone/other-model"
     adapted.save_pretrained(tmp_path)
     with pytest.raises(
@@ -220,7 +221,9 @@ def test_an_adapter_with_more_tokens_is_refused_with_the_reason(base, tmp_path):
     network.resize_token_embeddings(520)
     config = LoraConfig(**LORA, modules_to_save=["embed_tokens", "lm_head"])
     get_peft_model(network, config).save_pretrained(tmp_path)
-    with pytest.raises(ModelLoadError, match=r"has 520 rows, but the base model has 512; .* changed vocabulary"):
+    with pytest.raises(
+        ModelLoadError, match=r"has 520 rows, but the base model has 512 tokens; .* changed vocabulary"
+    ):
         reader(base, tmp_path)
 
 

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:
     name, base = name_of(folder), base_of(folder)
     subject = f"the adapter {name!r}{f' of {base!r}' if base else ''} onto {model_id!r}"
     with model_load_errors(subject):
-        config = PeftConfig.from_pretrained(str(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder))
         require_accepted_kind(config, name)
         if not any((folder / file).is_file() for file in WEIGHT_FILES):
             raise ModelLoadError(f"cannot load {subject}: {WEIGHT_FILES[0]} is missing in {str(folder)!r}.")
@@ -87,7 +87,10 @@ def _attach(model: PreTrainedModel, config: PeftConfig, weights: Weights) -> tup
     with warnings.catch_warnings():  # about training, about other versions, and about sizes, which are checked here
         warnings.simplefilter("ignore")
         adapted = PeftModel(model, config, autocast_adapter_dtype=False)
-        result = set_peft_model_state_dict(adapted, weights, ignore_mismatched_sizes=True)
+        try:
+            result = set_peft_model_state_dict(adapted, weights, ignore_mismatched_sizes=True)
+        except KeyError as error:  # the file lacks a module to save
+            return {}, [str(error.args[0])]
     missed = set(result.missing_keys)
     loaded = {tensor.data_ptr() for name, tensor in adapted.state_dict().items() if name not in missed}
     # The model's own method would ask the hub for the configuration of the base model.
@@ -103,7 +106,7 @@ def _base_name(key: str) -> str:
     return ".".join(part for part in parts if part not in ("base_layer", "original_module", "token_adapter"))
 
 
-def _separate_base_weights(config: PeftConfig, weights: Weights, model: PreTrainedModel, subject: str) -> None:
+def _separate_base_weights(config: Any, weights: Weights, model: PreTrainedModel, subject: str) -> None:
     """Remove base weights from an adapter's file, since peft would load them into the base model.
 
     Files contain whole embeddings if the adapter changes them, or if the caller of peft wanted so. Changed ones become
@@ -112,17 +115,18 @@ def _separate_base_weights(config: PeftConfig, weights: Weights, model: PreTrain
     Raises:
         ModelLoadError: the file has changed base weights that cannot be switched off.
     """
-    base = model.state_dict()
-    replaced = list(getattr(config, "modules_to_save", None) or ())
+    base, vocabulary = model.state_dict(), model.config.get_text_config().vocab_size
+    replaced: list[str] = list(getattr(config, "modules_to_save", None) or ())
     for key in [key for key in weights if _base_name(key) in base]:
         name = _base_name(key)
-        if weights[key].shape[1:] == base[name].shape[1:] and len(weights[key]) != len(base[name]):
+        rows, same_width = len(weights[key]), weights[key].shape[1:] == base[name].shape[1:]
+        if same_width and rows != len(base[name]) == vocabulary:
             raise ModelLoadError(
-                f"cannot load {subject}: its {name!r} has {len(weights[key])} rows, but the base model has "
-                f"{len(base[name])}; adapters with a changed vocabulary are not supported."
+                f"cannot load {subject}: its {name!r} has {rows} rows, but the base model has {vocabulary} tokens; "
+                "adapters with a changed vocabulary are not supported."
             )
-        if any(f".{module}." in f".{name}" for module in replaced) and key == _PREFIX + name:
-            continue
+        if not same_width or (any(f".{module}." in f".{name}" for module in replaced) and key == _PREFIX + name):
+            continue  # weights of another width are reported with the other weights that do not fit
         if torch.allclose(weights[key].float(), base[name].float().cpu(), rtol=SAME, atol=1e-6):
             del weights[key]
             continue
@@ -145,7 +149,8 @@ def _subtract_initial_weights(model: PreTrainedModel, initial: str) -> None:
     rank, [B, -B0] [A; A0] has the same effect on W.
     """
     for layer, name in _lora_layers(model):
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a: Any = layer.lora_A[name].weight
+        b: Any = layer.lora_B[name].weight
         trained_a, trained_b = a.data, b.data
         base = layer.base_layer
         layer.base_layer = copy.deepcopy(base)  # which peft changes
