@@ -18,7 +18,7 @@ from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
-from ..model.adapters import require_adapter_libraries
+from ..model.adapters.libraries import require_adapter_libraries
 from ..model.loading import load_backbone
 from ..model.location import locate_model
 from ..store import MemoryStore

@@ -77,10 +77,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the answering model: adapter, decoder, device and precision."""
     parser.add_argument(
         "--adapter",
-        metavar="DIR",
+        metavar="NAME",
         type=lambda text: None if text == "none" else text,
         default="shipped",
-        help="LoRA adapter of the tuned decoder, or none (default: the adapter in the model's folder, if any)",
+        help="folder or hub name of an adapter (peft), or none (default: the adapter in the model's folder, if any)",
     )
     parser.add_argument("--decoder", metavar="NAME", help="tuned decoder with its own weights (default: none)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)")

@@ -21,8 +21,8 @@ class ModelKwargs(TypedDict, total=False):
     Attributes:
         gguf_file: name of a GGUF file in the folder or hub repository of the model.
         revision: branch, tag or commit of a hub model.
-        adapter: LoRA adapter (peft) of the answering decoder. Documents are prefilled without it. "shipped" (the
-            default) is the one that comes with the model.
+        adapter: folder or hub name of an adapter (peft) of the answering decoder. Documents are prefilled without it.
+            "shipped" (the default) is the one that comes with the model.
         decoder: folder or hub name of an answering decoder with its own weights (full fine-tuning, as in the paper),
             instead of an adapter.
         device: "cpu", "cuda", ... Default: an accelerator if there is one.

@@ -20,7 +20,9 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from ..errors import UnsupportedModelError
 from ..text.settings import ModelSettings
-from .adapters import load_adapter, require_adapter_libraries, require_trained_on
+from .adapters.base import require_trained_on
+from .adapters.libraries import require_adapter_libraries
+from .adapters.loading import load_adapter, switch_adapter
 from .attention.ape import Ape
 from .attention.functions import GROUPED, checkpoint_with_context, register_explicit, share_heads
 from .attention.weights import AttentionSum
@@ -46,7 +48,7 @@ class Backbone:
         settings: settings with the adapter.
         model_id: name to show.
         revision: commit of a hub model.
-        adapter: folder of a LoRA adapter.
+        adapter: folder of an adapter.
         base_settings: settings without the adapter. Default: ``settings``.
         is_text_part: the model was loaded from a multimodal repository.
     """
@@ -320,7 +322,7 @@ class Backbone:
         with self._lock, torch.autocast(self.device.type, enabled=False):
             use_adapter = adapter and self.has_adapter
             if use_adapter != self._adapter_on:
-                self.model.enable_adapters() if use_adapter else self.model.disable_adapters()
+                switch_adapter(self.model, use_adapter)
                 self._adapter_on = use_adapter
             usual_attention = cast(str, self.config._attn_implementation)
             suspend_training = self.model.training and not training

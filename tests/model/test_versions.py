@@ -18,7 +18,7 @@ from tiny_training import rows
 from kvfusion_rag import KVFusionGenerator, MissingDependencyError, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
-from kvfusion_rag.model.adapters import ADAPTER_LIBRARIES, require_adapter_libraries
+from kvfusion_rag.model.adapters.libraries import ADAPTER_LIBRARIES, require_adapter_libraries
 from kvfusion_rag.training import TrainingConfig, train
 
 ROOT = Path(__file__).parent.parent.parent
