@@ -218,7 +218,7 @@ class KVFusionGenerator(GeneratorFacts):
     def _pieces(self, call: Call) -> Generator[AnswerPiece | Answer, None, None]:
         runner, options = self._engine.runner, call.decoding
         request = runner.prepare(call.requests[0], options)  # the stream may be read long after it was created
-        run = runner.start(Batch.of(request), options)
+        run = runner.start(Batch.of(request))
         with closing(runner.decode(run, options)) as steps:
             for _ in steps:
                 if piece := run.answers[0].take_reasoning():

@@ -131,12 +131,13 @@ def token_limits(
     answer, budget = options.max_new_tokens, options.max_reasoning_tokens
     if reasoning is None or budget is None:
         needed = 1 if options.may_shorten else answer
-        room = _room_left(model, mode, before=before, question_tokens=question_tokens, new_tokens=needed)
+        room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=("the answer", needed))
         return TokenLimits(answer if room is None else min(answer, room))
     marks = reasoning.overhead
     fixed = 0 if options.may_shorten_reasoning else budget
     needed = marks + fixed + (1 if options.may_shorten else answer)
-    room = _room_left(model, mode, before=before, question_tokens=question_tokens, new_tokens=needed)
+    parts = "reasoning and answer", needed
+    room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=parts)
     if room is None:
         return TokenLimits(answer, budget, marks)
     room -= marks
@@ -147,18 +148,21 @@ def token_limits(
 
 
 def _room_left(
-    model: FusionModel, mode: AnswerMode, *, before: int, question_tokens: int, new_tokens: int
+    model: FusionModel, mode: AnswerMode, *, before: int, question_tokens: int, answer: tuple[str, int]
 ) -> int | None:
-    """Return the tokens that an answer may have behind ``before`` positions and a question; None if unlimited.
+    """Return the tokens that are left behind ``before`` positions and a question; None if unlimited.
+
+    Args:
+        answer: what the tokens are for, and how many it needs.
 
     Raises:
-        ContextLimitError: fewer than ``new_tokens`` tokens are left.
+        ContextLimitError: fewer tokens are left.
     """
-    window = model.context_window
+    window, (name, new_tokens) = model.context_window, answer
     if window is None or before + question_tokens + new_tokens <= window:
         return None if window is None else window - before - question_tokens
     raise ContextLimitError(
-        f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
+        f"prefix and documents take {before} positions, the question {question_tokens} and {name} up to "
         f"{new_tokens}, but {model.model_id} has {model.position_limit}; shorten one of them{mode.window_hint}."
     )
 

@@ -130,7 +130,7 @@ class Runner(Generic[M_co]):
         requests = [self.prepare(request, options) for request in requests]
         return [answer for batch in self.batches(requests) for answer in self._answer_batch(batch, options)]
 
-    def start(self, batch: Batch, options: DecodingOptions) -> Run:
+    def start(self, batch: Batch) -> Run:
         """Prefill what is missing and fuse each row's documents, in canonical order if positions are uniform.
 
         If memory runs out, pooled memory is freed and the pass is repeated once.
@@ -201,7 +201,7 @@ class Runner(Generic[M_co]):
         ]
 
     def _answers(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
-        run = self.start(batch, options)
+        run = self.start(batch)
         for _ in self.decode(run, options):
             pass
         return [run.answer(number) for number in range(len(batch.requests))]

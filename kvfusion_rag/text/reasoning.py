@@ -134,6 +134,10 @@ class ReasoningStart:
     def reader(self) -> Reader:
         return self.format.reader(self.prompt, self.spelling)
 
+    def closing(self) -> Ids:
+        """Return the tokens that end the reasoning right here, if the prompt has opened it."""
+        return self.spelling.spell(self.format.closing_text(self.prompt))
+
 
 @dataclass(frozen=True, slots=True)
 class Tags:

@@ -28,6 +28,7 @@ ALL_OPTIONS = {
 DEFAULTS = {
     "temperature": 0.0,
     "max_new_tokens": None,
+    "max_reasoning_tokens": None,
     "top_p": 1.0,
     "top_k": None,
     "seed": None,

@@ -22,6 +22,7 @@ from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 DEFAULT_OPTIONS = {
     "temperature": 0.0,
     "max_new_tokens": None,
+    "max_reasoning_tokens": None,
     "top_p": 1.0,
     "top_k": None,
     "stop": (),
