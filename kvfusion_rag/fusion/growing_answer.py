@@ -125,19 +125,20 @@ class GrowingAnswer:
         Args:
             is_end: whether the model's token is an end token.
         """
-        is_closing = bool(self._closing)
+        reader, is_closing = self._reader, bool(self._closing)
         if is_closing:
-            token, is_end = self._closing.pop(0), False
+            token = self._closing.pop(0)
         self.ids.append(token)
-        if is_end or token in self._ends:
+        if not is_closing and (is_end or token in self._ends):
             self._end()
-        elif self._reader is not None:
-            self.reasoning_tokens += 1
-            self._read(self._reader, token)
-        elif is_closing:
-            self.reasoning_tokens += 1
-        else:
+        elif reader is None:
             self._answer.add([token])
+        else:
+            self.reasoning_tokens += 1
+            if not is_closing:
+                self._read(reader, token)
+            elif not self._closing:
+                self._begin(reader)
         if self._reader is None and self.finish_reason is None:
             self._finish_if_full()
         return token
@@ -169,7 +170,7 @@ class GrowingAnswer:
             self._close_if_used_up(reader)
 
     def _close_if_used_up(self, reader: Reader) -> None:
-        if reader.stage == "reasoning" and self._left <= 0 and not self._closing:
+        if reader.stage == "reasoning" and self._left <= 0:
             self._closing = list(reader.closing())
 
     def _begin(self, reader: Reader) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError
 from ..schema import Document, Message, Prompt
-from .chat import DEFAULT_LEAD, REASONING_TAGS, Marks, documents_first, messages_of, rendered, with_place
+from .chat import DEFAULT_LEAD, Marks, documents_first, messages_of, rendered, with_place
 from .documents import EncodedDocuments
 from .encoder import (
     Control,
@@ -29,7 +29,7 @@ from .encoder import (
     document_text,
     split_at_control_tokens,
 )
-from .reasoning import ReasoningStart, Spelling, find_format
+from .reasoning import ReasoningStart, Spelling, Tags, find_format
 from .settings import ModelSettings, leading_bos
 
 Ids = tuple[int, ...]
@@ -106,6 +106,9 @@ class ChatLayouts:
         self._documents: dict[tuple[str, bool, bool], TextDocuments] = {}
         self._format = find_format(tokenizer, settings.reasoning)
         marks = () if self._format is None else self._format.marks
+        # The template cuts the reasoning between these tags out of earlier answers.
+        is_stripped = isinstance(self._format, Tags) and self._format.closing in (tokenizer.chat_template or "")
+        self._stripped = marks if is_stripped else ()
         self._spelling = Spelling.of(tokenizer, marks, partial(plain.encode, continues=True), plain.decode)
 
     def of(
@@ -149,7 +152,7 @@ class ChatLayouts:
 
         def text_of(message: Message) -> str:
             if message.documents is None:
-                return marks.disarm(message.text, spare=REASONING_TAGS if message.role == "assistant" else ())
+                return marks.disarm(message.text, spare=self._stripped if message.role == "assistant" else ())
             at = message.documents.offset
             return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
 

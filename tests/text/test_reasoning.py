@@ -265,3 +265,16 @@ def test_the_fixed_layout_begins_behind_the_reasoning(name):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
     shown = render_answered(tok, turns, {"enable_thinking": False})
     assert shown.endswith(made.prompt_template.partition("{prompt}")[2])
+
+
+def test_reasoning_is_closed_even_if_the_tokenizer_cannot_spell_the_tag():
+    tok = tokenizer("unigram")
+    plain = PlainEncoder(tok)
+    spelling = Spelling.of(tok, ("<a>", "</a>"), plain.encode, plain.decode)
+    reader = Tags("<a>", "</a>").reader("<a>", spelling)
+    row = GrowingAnswer(plain.decode, (), limit=2, reader=reader, reasoning_limit=1)
+    ids = plain.encode("the river runs past an old mill and the miller")
+    for token in ids:
+        if row.finish_reason is None:
+            row.push(token, is_end=False)
+    assert row.finish_reason == "length" and len(row.ids) == row.reasoning_tokens + 2
