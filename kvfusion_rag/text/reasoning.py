@@ -160,9 +160,8 @@ class Tags:
 
     def reader(self, prompt: str, spelling: Spelling) -> Reader:
         end = prompt.rstrip()
-        stages: dict[str, Stage] = {self.opening: "reasoning", self.closing: "answer"}
-        stage = next((stage for tag, stage in stages.items() if end.endswith(tag)), "before")
-        return _TagReader(self, spelling, stage)
+        stage: Stage = "reasoning" if end.endswith(self.opening) else "before"
+        return _TagReader(self, spelling, "answer" if end.endswith(self.closing) else stage)
 
     def most_closing(self, spelling: Spelling) -> int:
         return MAX_HELD + len(spelling.spell(self.closing + self.space))

@@ -53,7 +53,7 @@ def test_an_ending_that_may_become_a_stop_string_is_held_back():
 
 def test_white_space_in_front_of_a_stop_string_is_held_back():
     row, pieces = GrowingAnswer("".join, ["##END"], limit=9), []
-    for token in ("one", " #", "#E", "ND"):
+    for token in ("one", " #", "#EN", "D"):
         row.push(token, is_end=False)
         pieces.append(row.take())
     assert "".join(pieces) == row.text == "one"

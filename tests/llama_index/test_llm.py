@@ -252,6 +252,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "Where?",
         temperature=0.0,
         max_tokens=9,
+        max_reasoning_tokens=6,
         stop=["\n", "."],
         top_p=0.9,
         seed=1,
@@ -266,6 +267,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
     assert second == {
         "temperature": 0.0,
         "max_new_tokens": 9,
+        "max_reasoning_tokens": 6,
         "top_p": 0.9,
         "top_k": 4,
         "stop": ["\n", "."],
