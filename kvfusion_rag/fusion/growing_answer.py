@@ -8,6 +8,7 @@ from ..schema import FinishReason
 from ..text.reasoning import Reader
 
 _INCOMPLETE = "\ufffd"  # what a character with missing bytes is decoded to
+_PIECES_PER_LENGTH = 256  # a stream decodes its whole text for each piece, so pieces grow with the text
 
 
 class GrowingText:
@@ -23,6 +24,7 @@ class GrowingText:
         self._stop = stop
         self._unsettling_ids = unsettling_ids
         self._emitted = 0  # characters
+        self._taken = 0  # number of tokens when the last piece was taken
         self._settled = 0  # number of tokens whose text is final
         self._spelt = 0, ""  # number of tokens, and their text
         self._lead = ""
@@ -52,8 +54,12 @@ class GrowingText:
     def take(self, *, is_complete: bool) -> str:
         """Return the final text that has not been returned yet.
 
-        Incomplete characters, runs of byte tokens and endings that may become a stop string are held back.
+        Incomplete characters, runs of byte tokens and endings that may become a stop string are held back. Of a long
+        text, several tokens become one piece.
         """
+        if not is_complete and len(self.ids) - self._taken < len(self.ids) // _PIECES_PER_LENGTH:
+            return ""
+        self._taken = len(self.ids)
         text = self.text
         ready = len(text) if is_complete else len(text) - self._uncertain()
         piece = text[self._emitted : max(ready, self._emitted)]

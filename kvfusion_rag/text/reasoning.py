@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from ..errors import InvalidInputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -47,9 +49,8 @@ class Spelling:
         encode: Callable[[str], list[int]],
         decode: Callable[[list[int]], str],
     ) -> Spelling:
-        found = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
-        ids = {mark: i for mark, i in found.items() if isinstance(i, int) and tokenizer.decode([i]) == mark}
-        return cls(ids, encode, decode)
+        found = ((mark, _token_id(tokenizer, mark)) for mark in marks)
+        return cls({mark: i for mark, i in found if i is not None}, encode, decode)
 
     def spell(self, text: str) -> Ids:
         """Return the ids of trusted text, with the ids of the marks in it."""
@@ -286,22 +287,37 @@ def find_format(tokenizer: PreTrainedTokenizerBase, choice: Reasoning = "auto") 
 
     Args:
         choice: what the model's settings say. "auto" looks into the chat template, then at the tokenizer's own tokens.
+
+    Raises:
+        InvalidInputError: the settings name channels that the tokenizer does not have.
     """
     if choice == "none" or (choice == "auto" and tokenizer.chat_template is None):
         return None
+    has_channels = all(_token_id(tokenizer, mark) is not None for mark in _HARMONY)
     if choice == "harmony":
+        if not has_channels:
+            raise InvalidInputError(
+                f"reasoning is 'harmony', but the tokenizer lacks one of the tokens {', '.join(_HARMONY)}; use 'auto' "
+                "for a model that does not write in channels."
+            )
         return Harmony()
     if choice != "auto":
         opening, closing = choice
         return Tags(opening, closing.rstrip(), closing[len(closing.rstrip()) :] or "\n\n")
     template = tokenizer.get_chat_template()
-    if all(mark in template for mark in (_START, _CHANNEL, _MESSAGE)):
+    if has_channels and all(mark in template for mark in (_START, _CHANNEL, _MESSAGE)):
         return Harmony()
     tokens = " ".join(str(token) for token in tokenizer.added_tokens_decoder.values())
     for text in (template, tokens):
         if (found := _CLOSING_TAG.search(text)) is not None:
             return Tags(found[1] + found[2] + found[3], found[0], _space_behind(found[0], text))
     return None
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
+    """Return the id of the token that is exactly ``text``, or None if there is none."""
+    found = tokenizer.convert_tokens_to_ids(text)
+    return found if isinstance(found, int) and tokenizer.decode([found]) == text else None
 
 
 def _space_behind(closing: str, template: str) -> str:

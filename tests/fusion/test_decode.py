@@ -67,6 +67,19 @@ def test_an_answer_without_stop_strings_is_decoded_on_access():
     assert not calls and row.text == row.text == "abcdef" and calls == [6]
 
 
+def test_a_long_stream_is_decoded_in_time_proportional_to_its_length():
+    def decoded(length: int) -> int:
+        calls, pieces = [], []
+        row = GrowingAnswer(lambda ids: calls.append(len(ids)) or "".join(ids), [], limit=length)
+        for _ in range(length):
+            row.push("x", is_end=False)
+            pieces.append(row.take())
+        assert "".join(pieces) == row.text == "x" * length and all(pieces[:512])
+        return sum(calls)
+
+    assert decoded(8192) < 2.1 * decoded(4096)
+
+
 def test_the_callers_list_of_stop_strings_may_change():
     stop = ["END"]
     options = DecodingOptions(4, stop=stop)

@@ -97,6 +97,10 @@ def test_settings_override_what_the_template_says():
     for wrong in ("think", ["<a>"], ["<a>", ""], None):
         with pytest.raises(InvalidInputError, match=r"reasoning is .* but it must be 'auto', 'none', 'harmony'"):
             ModelSettings(reasoning=wrong)
+    with pytest.raises(InvalidInputError, match="reasoning is 'harmony', but the tokenizer lacks one of the tokens"):
+        find_format(tok, "harmony")
+    assert isinstance(find_format(family_tokenizer(CHANNELS), "harmony"), Harmony)
+    assert find_format(tok, "auto") == Tags("<think>", "</think>")  # as the message advises
     with pytest.raises(InvalidInputError, match="max_reasoning_tokens is -1"):
         ModelSettings(max_reasoning_tokens=-1)
 
