@@ -22,6 +22,7 @@ from kvfusion_rag.benchmark.speed import TokenClock
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.fusion.decode import DecodingPlan, decode
 from kvfusion_rag.fusion.fused_cache import FusedBuffer
+from kvfusion_rag.fusion.growing_answer import GrowingAnswer
 from kvfusion_rag.fusion.interface import Question
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.model.backbone import Backbone
@@ -81,16 +82,13 @@ def decoded(
     """Return seconds per token after the first, and the answer's ids, of this package."""
     buffer = FusedBuffer([document.num_tokens], KVShape.of(document), backbone.device, room=len(question) + tokens)
     document.copy_into(buffer.slots(0, 0, document.token_ids, 0))
+    answer = GrowingAnswer(lambda ids: "", limit=tokens)
     steps = decode(
         DecodingPlan(backbone, adapter=False), buffer.context(), [Question(tuple(question), document.num_tokens)],
-        DecodingOptions(max_new_tokens=tokens), lambda ids: "",
+        [answer], DecodingOptions(max_new_tokens=tokens),
     )  # fmt: skip
-    times: list[float] = []
-    ids: tuple[int, ...] = ()
-    for (row,) in steps:
-        times.append(time.perf_counter())
-        ids = tuple(row.ids)
-    return (times[-1] - times[0]) / (tokens - 1), ids
+    times = [time.perf_counter() for _ in steps]
+    return (times[-1] - times[0]) / (tokens - 1), tuple(answer.ids)
 
 
 def generated(model: Any, document: DocumentKV, question: list[int], tokens: int) -> tuple[float, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from .errors import UnsupportedModelError as UnsupportedModelError
 from .generator import KVFusionGenerator as KVFusionGenerator
 from .retrieval import DocumentIndex as DocumentIndex
 from .schema import Answer as Answer
+from .schema import AnswerPiece as AnswerPiece
 from .schema import Check as Check
 from .schema import Citation as Citation
 from .schema import Document as Document

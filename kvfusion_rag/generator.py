@@ -24,7 +24,17 @@ from .errors import InvalidInputError
 from .fusion.interface import FusionModel
 from .fusion.load_options import LoadKwargs, load_torch_model
 from .fusion.prefill import LENGTH_BUCKET
-from .schema import Answer, Document, FocusChoice, InvarianceReport, ModeChoice, Prompt, ShownPrompt, Source
+from .schema import (
+    Answer,
+    AnswerPiece,
+    Document,
+    FocusChoice,
+    InvarianceReport,
+    ModeChoice,
+    Prompt,
+    ShownPrompt,
+    Source,
+)
 from .store import Place, as_store, namespace_key
 from .text.documents import UNLIMITED
 from .text.settings import ModelSettings
@@ -135,7 +145,7 @@ class KVFusionGenerator(GeneratorFacts):
             documents: retrieved documents. Strings are documents without id and title. Blank ones are skipped and
                 repeated ones are fused once. Without documents this is plain generation.
             options: prompt, mode, focus, attribution, chat_template_kwargs (``AnswerKwargs``), max_new_tokens,
-                temperature, top_p, top_k, stop, seed (``DecodingOptions``).
+                max_reasoning_tokens, temperature, top_p, top_k, stop, seed (``DecodingOptions``).
 
         Raises:
             InvalidInputError: an argument is invalid.
@@ -205,14 +215,16 @@ class KVFusionGenerator(GeneratorFacts):
         require_attributable(self._engine, call.attribution)
         return AnswerStream(self._pieces(call), call.requests[0].cancelled)
 
-    def _pieces(self, call: Call) -> Generator[str | Answer, None, None]:
+    def _pieces(self, call: Call) -> Generator[AnswerPiece | Answer, None, None]:
         runner, options = self._engine.runner, call.decoding
         request = runner.prepare(call.requests[0], options)  # the stream may be read long after it was created
-        run = runner.start(Batch.of(request), options)
+        run = runner.start(Batch.of(request))
         with closing(runner.decode(run, options)) as steps:
             for _ in steps:
+                if piece := run.answers[0].take_reasoning():
+                    yield AnswerPiece(piece, is_reasoning=True)
                 if piece := run.answers[0].take():
-                    yield piece
+                    yield AnswerPiece(piece)
         yield self._attributed(replace(call, requests=[request]), [run.answer(0)])[0]
 
     def _attributed(self, call: Call, answers: list[Answer]) -> list[Answer]:

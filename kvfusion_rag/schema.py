@@ -151,12 +151,17 @@ class Citation:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts. ``prompt_tokens`` counts everything that the model read, including the documents."""
+    """Token counts.
+
+    ``prompt_tokens`` counts everything that the model read, including the documents. ``completion_tokens`` counts
+    everything that it wrote, including its reasoning.
+    """
 
     prompt_tokens: int
     document_tokens: int
     cached_document_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
 
     @property
     def total_tokens(self) -> int:
@@ -178,7 +183,12 @@ class Timings:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Answer:
-    """An answer with its sources, citations, token counts and timings."""
+    """An answer with its sources, citations, token counts and timings.
+
+    Attributes:
+        token_ids: everything that the model wrote, with its reasoning.
+        reasoning: what a reasoning model wrote in front of the answer, which is not part of ``text``; None if nothing.
+    """
 
     text: str
     mode: Mode
@@ -188,6 +198,7 @@ class Answer:
     timings: Timings
     finish_reason: FinishReason
     token_ids: tuple[int, ...] = ()
+    reasoning: str | None = None
 
     @property
     def cited_text(self) -> str:
@@ -202,6 +213,7 @@ class Answer:
         """Return plain data for JSON. The documents' metadata is included unchanged."""
         return {
             "text": self.text,
+            "reasoning": self.reasoning,
             "cited_text": self.cited_text,
             "mode": self.mode,
             "finish_reason": self.finish_reason,
@@ -233,6 +245,14 @@ class Answer:
             f"<table><tr>{''.join(f'<th>{name}</th>' for name in columns)}</tr>"
             f"{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPiece:
+    """A piece of a streamed answer, or of the reasoning in front of it."""
+
+    text: str
+    is_reasoning: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,10 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         validation_alias=AliasChoices("max_tokens", "max_new_tokens"),
         description="Maximum tokens of an answer. None: the generator's default.",
     )
+    max_reasoning_tokens: int | None = Field(
+        default=None,
+        description="Maximum tokens of the reasoning in front of an answer. None: the generator's default.",
+    )
     top_p: float = Field(default=1.0, description="Nucleus sampling for temperatures above 0.")
     top_k: int | None = Field(default=None, description="Sample from the k most likely tokens.")
     stop: list[str] | None = Field(default=None, description="Strings that end the answer and are removed from it.")

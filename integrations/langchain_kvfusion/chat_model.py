@@ -43,12 +43,14 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     All other messages are the conversation. Its last human message is answered. An untuned model reads the
     conversation in its own chat template, with the documents in their place. :meth:`show_prompt` returns the prompt.
 
-    Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
-    ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the value set here, except
-    that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
+    Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``max_reasoning_tokens``,
+    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the
+    value set here, except that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
 
     ``usage_metadata`` contains token counts, and ``response_metadata`` mode, sources and citations. Streams have both
-    on the last chunk. Concurrent calls and calls of a batch are computed together.
+    on the last chunk. What a reasoning model writes in front of its answer is
+    ``additional_kwargs["reasoning_content"]`` and the first of the ``content_blocks``. Concurrent calls and calls of a
+    batch are computed together.
     """
 
     timeout: float | None = Field(
@@ -176,10 +178,10 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         with self._open(messages, stop, kwargs) as stream:
-            for piece in pieces_within(self.timeout, stream):
+            for piece in pieces_within(self.timeout, stream.pieces):
                 chunk = piece_chunk(piece)
                 if run_manager is not None:
-                    run_manager.on_llm_new_token(piece, chunk=chunk)
+                    run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
             last = last_chunk(stream.answer, self.model_id)
             if run_manager is not None:
@@ -194,10 +196,10 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         async with await asyncio.to_thread(self._open, messages, stop, kwargs) as stream:
-            async for piece in apieces_within(self.timeout, stream):
+            async for piece in apieces_within(self.timeout, stream.pieces):
                 chunk = piece_chunk(piece)
                 if run_manager is not None:
-                    await run_manager.on_llm_new_token(piece, chunk=chunk)
+                    await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
                 yield chunk
             last = last_chunk(stream.answer, self.model_id)
             if run_manager is not None:

@@ -5,27 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from langchain_core.messages import AIMessage, AIMessageChunk
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails, UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 
-from kvfusion_rag import Answer
+from kvfusion_rag import Answer, AnswerPiece
 
 from .options import generation_info
 
 PROVIDER = "kvfusion"
+REASONING = "reasoning_content"  # LangChain makes a content block of type "reasoning" of it
 
 
 def chat_result(answer: Answer, model_id: str) -> ChatResult:
     """Return a complete answer as a chat result."""
     message = AIMessage(
-        content=answer.text, usage_metadata=_usage(answer), response_metadata=_metadata(answer, model_id)
+        content=answer.text,
+        additional_kwargs={} if answer.reasoning is None else {REASONING: answer.reasoning},
+        usage_metadata=_usage(answer),
+        response_metadata=_metadata(answer, model_id),
     )
     return ChatResult(generations=[ChatGeneration(message=message)])
 
 
-def piece_chunk(piece: str) -> ChatGenerationChunk:
-    """Return one piece of a streamed answer as a chunk."""
-    return ChatGenerationChunk(message=AIMessageChunk(content=piece))
+def piece_chunk(piece: AnswerPiece) -> ChatGenerationChunk:
+    """Return one piece of a streamed answer or of its reasoning as a chunk."""
+    if piece.is_reasoning:
+        message = AIMessageChunk(content="", additional_kwargs={REASONING: piece.text})
+    else:
+        message = AIMessageChunk(content=piece.text)
+    return ChatGenerationChunk(message=message)
 
 
 def last_chunk(answer: Answer | None, model_id: str) -> ChatGenerationChunk:
@@ -45,8 +53,11 @@ def _usage(answer: Answer) -> UsageMetadata:
         output_tokens=usage.completion_tokens,
         total_tokens=usage.total_tokens,
         input_token_details=InputTokenDetails(cache_read=usage.cached_document_tokens),
+        output_token_details=OutputTokenDetails(reasoning=usage.reasoning_tokens),
     )
 
 
 def _metadata(answer: Answer, model_id: str) -> dict[str, Any]:
-    return {"model_name": model_id, "model_provider": PROVIDER, **generation_info(answer)}
+    info = generation_info(answer)
+    del info["reasoning"]  # it is in the message
+    return {"model_name": model_id, "model_provider": PROVIDER, **info}

@@ -35,7 +35,7 @@ def answer_within(seconds: float, ask: Callable[[], Coroutine[Any, Any, T]]) -> 
         return worker.submit(lambda: asyncio.run(aanswer_within(seconds, ask()))).result()
 
 
-def pieces_within(seconds: float | None, pieces: Iterator[str]) -> Iterator[str]:
+def pieces_within(seconds: float | None, pieces: Iterator[T]) -> Iterator[T]:
     """Yield the pieces of a stream as long as computing them has taken at most ``seconds`` in total.
 
     The time is checked between two pieces, because a piece that is being computed cannot be interrupted.
@@ -55,7 +55,7 @@ def pieces_within(seconds: float | None, pieces: Iterator[str]) -> Iterator[str]
         yield piece
 
 
-async def apieces_within(seconds: float | None, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+async def apieces_within(seconds: float | None, pieces: AsyncIterator[T]) -> AsyncIterator[T]:
     """Like :func:`pieces_within`, but the time limit also interrupts the wait for a piece."""
     spent = 0.0
     while True:

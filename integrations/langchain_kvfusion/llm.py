@@ -49,12 +49,12 @@ class KVFusionLLM(GeneratorBacked, DocumentBatches, BaseLLM):
     chat template, or plain text if the model has no chat template. Chat messages remain messages. :meth:`show_prompt`
     returns the prompt.
 
-    Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``top_p``, ``top_k``,
-    ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the value set here, except
-    that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
+    Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``max_reasoning_tokens``,
+    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the
+    value set here, except that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
 
-    ``generation_info`` contains token counts, sources and citations. Streams have it on the last chunk. Traces and
-    callbacks show the prompt with the documents, as for any other model.
+    ``generation_info`` contains token counts, sources, citations and reasoning. Streams have it on the last chunk.
+    Traces and callbacks show the prompt with the documents, as for any other model.
     """
 
     model_config = STRICT_FIELDS

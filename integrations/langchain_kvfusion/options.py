@@ -11,6 +11,7 @@ from kvfusion_rag import Answer, InvalidInputError
 OPTION_NAMES = (
     "temperature",
     "max_tokens",
+    "max_reasoning_tokens",
     "top_p",
     "top_k",
     "seed",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _OPTIONS = (
     "temperature",
     "max_new_tokens",
+    "max_reasoning_tokens",
     "top_p",
     "top_k",
     "stop",
@@ -68,8 +69,10 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     - ``question``: the bare question, if the prompt contains more than that.
 
     An option that is None keeps the value set here, except that ``focus=None`` keeps all documents. An unknown option
-    raises InvalidInputError. `additional_kwargs` contains token counts, and `raw` sources and citations. Streams have
-    both on the last chunk. LlamaIndex's events contain the documents in full.
+    raises InvalidInputError. `additional_kwargs` contains token counts, and `raw` sources, citations and reasoning.
+    Streams have both on the last chunk. In `chat`, the reasoning in front of an answer is a `ThinkingBlock` of the
+    message, and streams have its pieces in `additional_kwargs["thinking_delta"]`. LlamaIndex's events contain the
+    documents in full.
 
     An untuned model reads prompts and messages unchanged in its own chat template, a prompt as one user message. If
     `messages_to_prompt` is set, its text replaces the messages. A tuned model with fixed templates reads a bare
@@ -79,6 +82,10 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     temperature: float = Field(default=0.0, description="Sampling temperature; 0 is greedy decoding.")
     max_new_tokens: int | None = Field(
         default=None, description="Maximum tokens of an answer. None: the generator's default."
+    )
+    max_reasoning_tokens: int | None = Field(
+        default=None,
+        description="Maximum tokens of the reasoning in front of an answer. None: the generator's default.",
     )
     top_p: float = Field(default=1.0, description="Nucleus sampling for temperatures above 0.")
     top_k: int | None = Field(default=None, description="Sample from the k most likely tokens.")
@@ -223,24 +230,24 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer the last user message of a conversation. For `kwargs` see the class."""
         request = self._chat_request(messages, kwargs)
-        return chat_response(completion_response(self._generator.answer(**request)))
+        return chat_response(self._generator.answer(**request))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Like `chat`, in pieces."""
-        return chat_chunks(completion_chunks(self._generator.stream(**self._chat_request(messages, kwargs))))
+        return chat_chunks(self._generator.stream(**self._chat_request(messages, kwargs)))
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Like `chat`, without blocking the event loop. Concurrent calls are computed together."""
         request = self._chat_request(messages, kwargs)
-        return chat_response(completion_response(await self._generator.aanswer(**request)))
+        return chat_response(await self._generator.aanswer(**request))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """Like `stream_chat`, without blocking the event loop."""
         request = self._chat_request(messages, kwargs)
-        return achat_chunks(acompletion_chunks(await asyncio.to_thread(self._generator.stream, **request)))
+        return achat_chunks(await asyncio.to_thread(self._generator.stream, **request))
 
     @property
     def _keeps_messages(self) -> bool:

@@ -6,9 +6,9 @@ import json
 from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole, ThinkingBlock
 
-from kvfusion_rag import Answer, AnswerStream
+from kvfusion_rag import Answer, AnswerPiece, AnswerStream
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
@@ -22,20 +22,21 @@ def answer_record(answer: Answer) -> dict[str, Any]:
 
 def completion_response(answer: Answer, delta: str | None = None) -> CompletionResponse:
     """Return a complete answer, with token counts in `additional_kwargs` and its record in `raw`."""
-    counts = {name: getattr(answer.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-    return CompletionResponse(text=answer.text, delta=delta, additional_kwargs=counts, raw=answer_record(answer))
+    return CompletionResponse(
+        text=answer.text, delta=delta, additional_kwargs=_counts(answer), raw=answer_record(answer)
+    )
 
 
-def chat_response(completion: CompletionResponse) -> ChatResponse:
-    """Convert a completion into an assistant message.
+def chat_response(answer: Answer, delta: str | None = None) -> ChatResponse:
+    """Return a complete answer as an assistant message, with its reasoning in a block of its own.
 
     Token counts are not added to the message, because LlamaIndex would write them into the prompt of the next turn.
     """
     return ChatResponse(
-        message=ChatMessage(role=MessageRole.ASSISTANT, content=completion.text),
-        delta=completion.delta,
-        raw=completion.raw,
-        additional_kwargs=completion.additional_kwargs,
+        message=_message(answer.text, answer.reasoning),
+        delta=delta,
+        raw=answer_record(answer),
+        additional_kwargs=_counts(answer),
     )
 
 
@@ -46,7 +47,7 @@ def completion_chunks(stream: AnswerStream) -> Generator[CompletionResponse, Non
         for piece in stream:
             text += piece
             yield CompletionResponse(text=text, delta=piece)
-    yield _last_chunk(stream)
+    yield completion_response(_answer(stream), delta="")
 
 
 async def acompletion_chunks(stream: AnswerStream) -> AsyncGenerator[CompletionResponse, None]:
@@ -56,25 +57,57 @@ async def acompletion_chunks(stream: AnswerStream) -> AsyncGenerator[CompletionR
         async for piece in stream:
             text += piece
             yield CompletionResponse(text=text, delta=piece)
-    yield _last_chunk(stream)
+    yield completion_response(_answer(stream), delta="")
 
 
-def chat_chunks(chunks: Generator[CompletionResponse, None, None]) -> Generator[ChatResponse, None, None]:
-    """Convert completion chunks into chat chunks."""
-    for chunk in chunks:
-        yield chat_response(chunk)
+def chat_chunks(stream: AnswerStream) -> Generator[ChatResponse, None, None]:
+    """Yield the pieces of reasoning and answer, and then a chunk that has the token counts and `raw`."""
+    growing = _GrowingMessage()
+    with stream:
+        for piece in stream.pieces:
+            yield growing.chunk(piece)
+    yield chat_response(_answer(stream), delta="")
 
 
-async def achat_chunks(chunks: AsyncGenerator[CompletionResponse, None]) -> AsyncGenerator[ChatResponse, None]:
-    """Convert completion chunks into chat chunks."""
-    async for chunk in chunks:
-        yield chat_response(chunk)
+async def achat_chunks(stream: AnswerStream) -> AsyncGenerator[ChatResponse, None]:
+    """Like `chat_chunks`, without blocking the event loop. Closing it stops decoding at the next token."""
+    growing = _GrowingMessage()
+    async with stream:
+        async for piece in stream.pieces:
+            yield growing.chunk(piece)
+    yield chat_response(_answer(stream), delta="")
 
 
-def _last_chunk(stream: AnswerStream) -> CompletionResponse:
-    answer = stream.answer
-    assert answer is not None  # the stream is exhausted
-    return completion_response(answer, delta="")
+class _GrowingMessage:
+    """The message of a stream so far."""
+
+    def __init__(self) -> None:
+        self._text, self._reasoning = "", ""
+
+    def chunk(self, piece: AnswerPiece) -> ChatResponse:
+        """Add a piece and return its chunk."""
+        if piece.is_reasoning:
+            self._reasoning += piece.text
+            message = _message(self._text, self._reasoning)
+            return ChatResponse(message=message, delta="", additional_kwargs={"thinking_delta": piece.text})
+        self._text += piece.text
+        return ChatResponse(message=_message(self._text, self._reasoning), delta=piece.text)
+
+
+def _message(text: str, reasoning: str | None) -> ChatMessage:
+    message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+    if reasoning:
+        message.blocks.insert(0, ThinkingBlock(content=reasoning))
+    return message
+
+
+def _counts(answer: Answer) -> dict[str, int]:
+    return {name: getattr(answer.usage, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+
+
+def _answer(stream: AnswerStream) -> Answer:
+    assert stream.answer is not None  # the stream is exhausted
+    return stream.answer
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ def answer_rows(generator: KVFusionGenerator, rows: Sequence[QARow], mode: Mode,
         [[passage.document(str(number)) for number, passage in enumerate(row.passages)] for row in rows],
         mode=mode,
         max_new_tokens=answer_tokens,
+        max_reasoning_tokens=0,
     )
     return [answer.text for answer in answers]
 

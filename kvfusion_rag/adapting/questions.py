@@ -88,6 +88,7 @@ def answer_from_passage(
         [[passage.document("1")] for _, passage in asked],
         mode="concat",
         max_new_tokens=answer_tokens,
+        max_reasoning_tokens=0,  # the adapter learns answers without reasoning
     )
 
 

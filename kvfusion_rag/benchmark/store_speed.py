@@ -114,7 +114,7 @@ class _Run:
         engine = generator._engine
         request = engine.request(self.question, self.documents, None, "fusion", DecodingOptions(1))
         began = time.perf_counter()
-        start_run(engine.model, engine.document_kvs, Batch.of(request), 1).release()
+        start_run(engine.model, engine.document_kvs, Batch.of(request)).release()
         return time.perf_counter() - began
 
     def _writes(self) -> list[float]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..text.sentences import sentence_spans
 from .console import say, shown_path
 
 if TYPE_CHECKING:
-    from .. import Answer, Attribution, Document, InvarianceReport
+    from .. import Answer, AnswerPiece, Attribution, Document, InvarianceReport
 
 MAX_SENTENCE_CHARACTERS = 300
 
@@ -48,6 +48,25 @@ def say_answer(answer: Answer) -> None:
     say(answer.cited_text.strip() or "(no answer)")
     if answer.cited_text.strip() != answer.text.strip():
         say(f"  in the model's words: {answer.text.strip()}")
+
+
+def say_reasoning(answer: Answer) -> None:
+    """Print what the model wrote in front of its answer, and a blank line."""
+    if answer.reasoning is not None:
+        say(f"{answer.reasoning}\n")
+
+
+def say_pieces(pieces: Iterable[AnswerPiece], *, show_reasoning: bool) -> None:
+    """Print a streamed answer while it is computed, with or without its reasoning, which ends with a blank line."""
+    is_open = False  # the line has reasoning on it
+    for piece in pieces:
+        if piece.is_reasoning and not show_reasoning:
+            continue
+        if is_open and not piece.is_reasoning:
+            say("\n")
+        is_open = piece.is_reasoning
+        say(piece.text, end="")
+    say()
 
 
 def say_spelling(answer: Answer) -> None:
@@ -93,13 +112,15 @@ def say_facts(answer: Answer) -> None:
     used = sum(source.used for source in answer.sources)
     of = "" if used == count else f"{used} of "
     say()
+    thought = f" · {usage.reasoning_tokens} tokens of reasoning" if usage.reasoning_tokens else ""
     say(
         f"mode {answer.mode} · {of}{count} document{'s' * (count != 1)} ({usage.document_tokens} tokens, "
-        f"{usage.cached_document_tokens} from the store) · prefill {timings.prefill:.2f} s, "
+        f"{usage.cached_document_tokens} from the store){thought} · prefill {timings.prefill:.2f} s, "
         f"first token {timings.first_token:.2f} s, total {timings.total:.2f} s"
     )
     if answer.finish_reason == "length":
-        say(f"the answer was cut off at {usage.completion_tokens} tokens; raise the limit with --max-new-tokens")
+        length = usage.completion_tokens - usage.reasoning_tokens
+        say(f"the answer was cut off at {length} tokens; raise the limit with --max-new-tokens")
 
 
 def say_attribution(attribution: Attribution) -> None:

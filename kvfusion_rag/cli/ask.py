@@ -16,6 +16,8 @@ from .answers import (
     say_answer,
     say_attribution,
     say_facts,
+    say_pieces,
+    say_reasoning,
     say_shuffle_check,
     say_sources,
     say_spelling,
@@ -27,6 +29,7 @@ from .options import (
     add_index_arguments,
     add_model_arguments,
     add_model_name,
+    add_reasoning_limit,
     add_store_arguments,
     folder_of,
     load_generator,
@@ -66,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=positive, metavar="N", help="maximum tokens of the answer (default: the model's own)"
     )
+    add_reasoning_limit(parser)
+    parser.add_argument("--show-reasoning", action="store_true", help="print the model's reasoning before its answer")
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, the most likely token)"
     )
@@ -121,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         )
         return 0
     if not args.stream:
+        if args.show_reasoning:
+            say_reasoning(answer)
         say_answer(answer)
     say_sources(answer, args.question, documents)
     say_facts(answer)
@@ -175,9 +182,7 @@ def _answer(
     if not args.stream:
         return generator.answer(args.question, documents, **options, **decoding)
     stream = generator.stream(args.question, documents, **options, **decoding)
-    for piece in stream:
-        say(piece, end="")
-    say()
+    say_pieces(stream.pieces, show_reasoning=args.show_reasoning)
     assert stream.answer is not None  # the stream is exhausted
     say_spelling(stream.answer)
     return stream.answer

@@ -91,6 +91,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reasoning_limit(parser: argparse.ArgumentParser, scope: str = "") -> None:
+    """Add ``--max-reasoning-tokens``. ``scope`` says to which requests the option applies."""
+    parser.add_argument(
+        "--max-reasoning-tokens",
+        type=count,
+        metavar="N",
+        help=f"maximum tokens of the reasoning in front of an answer{scope}, 0 for none (default: the model's own)",
+    )
+
+
 def add_focus(parser: argparse.ArgumentParser, scope: str = "") -> None:
     """Add ``--focus``. ``scope`` says to which requests the option applies."""
     parser.add_argument(
@@ -166,6 +176,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
             decoder=args.decoder,
             device=args.device,
             dtype=args.dtype,
+            max_reasoning_tokens=getattr(args, "max_reasoning_tokens", None),
             store=_open_store(args) if store is None else store,
             namespace=getattr(args, "namespace", ""),
         )

@@ -16,6 +16,7 @@ from .options import (
     add_focus,
     add_model_arguments,
     add_model_name,
+    add_reasoning_limit,
     add_store_arguments,
     count,
     load_generator,
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mode of requests that do not set one (default: the model's own)",
     )
     add_focus(parser, " for requests that do not set focus")
+    add_reasoning_limit(parser, " for requests that do not set it")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )

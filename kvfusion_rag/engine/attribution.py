@@ -156,8 +156,10 @@ def attribute_call(
         raise InvalidInputError(f"the answer is {answer!r}, but it must be an Answer, a text or None.")
     if not ids:
         raise InvalidInputError("the answer has no tokens, so no document can have caused it.")
-    call = read_call(engine, question, documents, {**options, "max_new_tokens": len(ids)})
-    return attribute(engine, call.requests[0], ids, text)
+    [request] = read_call(engine, question, documents, {**options, "max_new_tokens": len(ids)}).requests
+    if isinstance(answer, str) and (start := request.layout.reasoning) is not None:
+        ids = (*start.closing(), *ids)  # a text is an answer, not the beginning of reasoning
+    return attribute(engine, request, ids, text)
 
 
 def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[int], text: str) -> Attribution:
@@ -196,9 +198,8 @@ def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[in
 
 def attention_shares(runner: Runner[FusionModel], request: Request, answer: Sequence[int]) -> list[float]:
     """Return each document's mean share, over layers and heads, of the attention that chose the answer's tokens."""
-    options = DecodingOptions(max_new_tokens=len(answer))
-    request = runner.prepare(request, options)
-    run = runner.start(Batch.of(request), options)
+    request = runner.prepare(request, DecodingOptions(max_new_tokens=len(answer)))
+    run = runner.start(Batch.of(request))
     try:
         with runner.memory_errors(run.batch):
             return runner.model.attention_shares(
@@ -216,7 +217,6 @@ def attention_shares(runner: Runner[FusionModel], request: Request, answer: Sequ
 def _log_probabilities(runner: Runner[FusionModel], requests: Sequence[Request], answer: Sequence[int]) -> list[float]:
     """Return the log-probability of ``answer`` in each request. Requests over similar documents share a row."""
     at_once = max(1, LOGITS_AT_ONCE // (len(answer) * runner.model.vocabulary_size))
-    options = DecodingOptions(max_new_tokens=len(answer))
     found: dict[int, float] = {}
     for start in range(0, len(requests), at_once):
         first = start
@@ -224,7 +224,7 @@ def _log_probabilities(runner: Runner[FusionModel], requests: Sequence[Request],
             for row in batch.rows:  # one row at a time: every row computes logits at the columns of all rows
                 _raise_if_cancelled(requests[0])
                 only_row = replace(row, members=tuple(range(len(row.members))))
-                run = runner.start(Batch(tuple(batch.requests[n] for n in row.members), (only_row,)), options)
+                run = runner.start(Batch(tuple(batch.requests[n] for n in row.members), (only_row,)))
                 numbers = (first + n for n in row.members)
                 found |= zip(numbers, _row_log_probabilities(runner, run, answer), strict=True)
             first += len(batch.requests)

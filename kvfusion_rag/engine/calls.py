@@ -112,7 +112,9 @@ def read_calls(
     if unknown := sorted(wording.keys() - DecodingKwargs.__annotations__.keys()):
         allowed = sorted(AnswerKwargs.__annotations__.keys() - {"prompt"})
         raise InvalidInputError(f"{unknown[0]!r} is not an option; the options are {', '.join(allowed)}.")
-    decoding = decoding_options(wording, max_new_tokens=engine.max_new_tokens)
+    decoding = decoding_options(
+        wording, max_new_tokens=engine.max_new_tokens, max_reasoning_tokens=engine.max_reasoning_tokens
+    )
     requests = [
         engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus)
         for question, rows, prompt in zip(questions, documents, prompts, strict=True)

@@ -15,7 +15,7 @@ from ..store import Place, require_namespace
 from ..text.documents import EncodedDocuments, Limits, encode_documents, is_filled, limit_of, require_sequence
 from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
-from ..text.settings import DEFAULT_MAX_NEW_TOKENS, ModelSettings, is_count
+from ..text.settings import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_REASONING_TOKENS, ModelSettings, is_count
 from .document_kvs import DocumentKVs, Scope
 from .focus import Focus, needs_choice, scored_question
 from .modes import AnswerMode
@@ -108,6 +108,12 @@ class Engine(Generic[M_co]):
     def max_new_tokens(self) -> int:
         """Default limit of an answer: the settings', else the generation config's, else 512."""
         return self.settings.max_new_tokens or self.model.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
+
+    @property
+    def max_reasoning_tokens(self) -> int:
+        """Default limit of the reasoning in front of an answer."""
+        limit = self.settings.max_reasoning_tokens
+        return DEFAULT_MAX_REASONING_TOKENS if limit is None else limit
 
     def ordinary_ids(self) -> list[int]:
         """Return all vocabulary ids except control tokens."""

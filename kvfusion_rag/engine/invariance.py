@@ -39,7 +39,7 @@ def check_invariance(
         logits: list[torch.Tensor] = []
         call = read_call(engine, question, shuffled, {"mode": mode, "focus": focus})
         request = engine.runner.prepare(call.requests[0], call.decoding)
-        run = engine.runner.start(Batch.of(request), call.decoding)
+        run = engine.runner.start(Batch.of(request))
         for _ in engine.runner.decode(run, call.decoding, on_logits=logits.append):
             pass
         expected = expected or logits

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from ..errors import ContextLimitError
 from ..fusion.interface import ApeFactors, FusionModel
+from ..fusion.sampling import DecodingOptions
 from ..model.positions import global_starts, question_start
 from ..schema import Mode, ModeChoice
 from ..text.documents import EncodedDocuments
 from ..text.measured_mode import Measured
+from ..text.reasoning import ReasoningStart
 from ..text.settings import ModelSettings, Positions, require_mode
 
 Ids = tuple[int, ...]
@@ -94,19 +96,73 @@ class AnswerMode:
         return placed, question_start(prefix_tokens, self.passage_length, encoded.longest)
 
 
-def room_left(
-    model: FusionModel, mode: AnswerMode, *, before: int, question_tokens: int, new_tokens: int
-) -> int | None:
-    """Return the tokens that an answer may have behind ``before`` positions and a question; None if unlimited.
+@dataclass(frozen=True, slots=True)
+class TokenLimits:
+    """Maximum tokens of one answer, of the reasoning in front of it, and of the marks around the reasoning."""
+
+    answer: int
+    reasoning: int = 0
+    marks: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.answer + self.reasoning + self.marks
+
+
+def token_limits(
+    model: FusionModel,
+    mode: AnswerMode,
+    options: DecodingOptions,
+    reasoning: ReasoningStart | None,
+    *,
+    before: int,
+    question_tokens: int,
+) -> TokenLimits:
+    """Return the limits of an answer behind ``before`` positions and a question.
+
+    Limits that are defaults are lowered to the room that the window has; if both are, each gets at least half of it.
+
+    Args:
+        reasoning: the answer's reasoning, or None if it has none.
 
     Raises:
-        ContextLimitError: fewer than ``new_tokens`` tokens are left.
+        ContextLimitError: the window has no room for the limits that the caller set.
     """
-    window = model.context_window
+    answer, budget = options.max_new_tokens, options.max_reasoning_tokens
+    if reasoning is None or budget is None:
+        needed = 1 if options.may_shorten else answer
+        room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=("the answer", needed))
+        return TokenLimits(answer if room is None else min(answer, room))
+    marks = reasoning.overhead
+    fixed = 0 if options.may_shorten_reasoning else budget
+    needed = marks + fixed + (1 if options.may_shorten else answer)
+    parts = "reasoning and answer", needed
+    room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=parts)
+    if room is None:
+        return TokenLimits(answer, budget, marks)
+    room -= marks
+    if options.may_shorten:
+        half = max(1, room // 2, room - budget) if options.may_shorten_reasoning else room - budget
+        answer = min(answer, half)
+    return TokenLimits(answer, min(budget, room - answer), marks)
+
+
+def _room_left(
+    model: FusionModel, mode: AnswerMode, *, before: int, question_tokens: int, answer: tuple[str, int]
+) -> int | None:
+    """Return the tokens that are left behind ``before`` positions and a question; None if unlimited.
+
+    Args:
+        answer: what the tokens are for, and how many it needs.
+
+    Raises:
+        ContextLimitError: fewer tokens are left.
+    """
+    window, (name, new_tokens) = model.context_window, answer
     if window is None or before + question_tokens + new_tokens <= window:
         return None if window is None else window - before - question_tokens
     raise ContextLimitError(
-        f"prefix and documents take {before} positions, the question {question_tokens} and the answer up to "
+        f"prefix and documents take {before} positions, the question {question_tokens} and {name} up to "
         f"{new_tokens}, but {model.model_id} has {model.position_limit}; shorten one of them{mode.window_hint}."
     )
 

@@ -15,7 +15,7 @@ from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from .document_kvs import Scope
 from .focus import Choice, Focus
-from .modes import AnswerMode, PlacedDocument
+from .modes import AnswerMode, PlacedDocument, TokenLimits
 
 MAX_BATCH = 32  # questions; the first step computes logits for every row at every distinct question length
 MAX_ROW_TOKENS = 2048  # tokens of all questions of one row, since each is compared with all of them
@@ -32,7 +32,7 @@ class Request:
         layout: the prompt. Its prefix is in front of the fused documents.
         namespace: tenant that the documents belong to.
         version: ``DocumentKVs.version`` that the keys were made with.
-        max_tokens: limit of this answer, if the window has less room than the caller's default.
+        limits: maximum tokens of the answer and of its reasoning.
         spans: token spans of each of the caller's documents in a joined prompt.
         focus: how to choose among more documents; until then ``encoded`` holds the longest ones.
         choice: the result of focus; ``encoded`` then holds the chosen documents.
@@ -47,7 +47,7 @@ class Request:
     layout: Layout
     namespace: str
     version: str
-    max_tokens: int | None = None
+    limits: TokenLimits
     spans: tuple[tuple[int, int], ...] = ()
     focus: Focus | None = None
     choice: Choice | None = None

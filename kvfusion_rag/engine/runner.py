@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 import torch
 
 from ..errors import MemoryLimitError
+from ..fusion.growing_answer import GrowingAnswer
 from ..fusion.interface import FusionModel, Question
 from ..fusion.memory import is_out_of_memory, memory_errors
 from ..fusion.sampling import DecodingOptions
@@ -26,7 +27,7 @@ from ..text.encoder import PlainEncoder
 from ..text.layouts import Layout
 from .document_kvs import DocumentKVs, Scope
 from .focus import choose
-from .modes import AnswerMode, room_left
+from .modes import AnswerMode, token_limits
 from .requests import Batch, Request, batches
 from .running_batch import Run, start_run
 
@@ -71,13 +72,7 @@ class Runner(Generic[M_co]):
         if fused is None:
             joined = layout.joined(encoded)
             ids, spans = joined.ids, joined.spans
-        room = room_left(
-            self.model,
-            mode,
-            before=start,
-            question_tokens=len(ids),
-            new_tokens=1 if options.may_shorten else options.max_new_tokens,
-        )
+        limits = token_limits(self.model, mode, options, layout.reasoning, before=start, question_tokens=len(ids))
         return Request(
             encoded,
             Question(ids, start),
@@ -86,7 +81,7 @@ class Runner(Generic[M_co]):
             layout,
             namespace,
             self.document_kvs.version,
-            max_tokens=room if room is not None and room < options.max_new_tokens else None,
+            limits=limits,
             spans=spans,
             began=began,
         )
@@ -135,7 +130,7 @@ class Runner(Generic[M_co]):
         requests = [self.prepare(request, options) for request in requests]
         return [answer for batch in self.batches(requests) for answer in self._answer_batch(batch, options)]
 
-    def start(self, batch: Batch, options: DecodingOptions) -> Run:
+    def start(self, batch: Batch) -> Run:
         """Prefill what is missing and fuse each row's documents, in canonical order if positions are uniform.
 
         If memory runs out, pooled memory is freed and the pass is repeated once.
@@ -143,7 +138,7 @@ class Runner(Generic[M_co]):
         Raises:
             MemoryLimitError: memory ran out again.
         """
-        run = partial(start_run, self.model, self.document_kvs, batch, options.max_new_tokens)
+        run = partial(start_run, self.model, self.document_kvs, batch)
         return self._retry(run, lambda: self.memory_errors(batch))
 
     def decode(
@@ -155,29 +150,37 @@ class Runner(Generic[M_co]):
             MemoryLimitError: memory ran out.
         """
         requests = run.batch.requests
-        options = replace(options, stop=(*options.stop, *requests[0].mode.stop))
+        run.answers = [self._empty_answer(request, options) for request in requests]
         steps = self.model.decode(
             run.plan,
             run.context,
             [request.question for request in requests],
+            run.answers,
             options,
-            self.plain.decode,
             row_of=run.batch.row_of,
             visible=run.visible(),
-            unsettling_ids=self.plain.unsettling_ids,
             on_logits=on_logits,
             is_cancelled=lambda number: requests[number].cancelled.is_set(),
-            limits=[request.max_tokens or options.max_new_tokens for request in requests],
         )
         try:
             with self.memory_errors(run.batch):
-                for answers in steps:
+                for _ in steps:
                     run.first_token_at = run.first_token_at or time.perf_counter()
-                    run.answers = answers
                     yield
         finally:
             steps.close()
             run.release()
+
+    def _empty_answer(self, request: Request, options: DecodingOptions) -> GrowingAnswer:
+        reasoning = None if options.max_reasoning_tokens is None else request.layout.reasoning
+        return GrowingAnswer(
+            self.plain.decode,
+            (*options.stop, *request.mode.stop),
+            self.plain.unsettling_ids,
+            limit=request.limits.answer,
+            reader=None if reasoning is None else reasoning.reader(),
+            reasoning_limit=request.limits.reasoning,
+        )
 
     def _answer_batch(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
         """Answer one batch, in two halves if it needs more memory than there is."""
@@ -198,7 +201,7 @@ class Runner(Generic[M_co]):
         ]
 
     def _answers(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
-        run = self.start(batch, options)
+        run = self.start(batch)
         for _ in self.decode(run, options):
             pass
         return [run.answer(number) for number in range(len(batch.requests))]

@@ -71,7 +71,8 @@ class Run:
         """Return the answer of question ``number`` once decoding has ended."""
         request, answer = self.batch.requests[number], self.answers[number]
         if answer.finish_reason in (None, "length"):
-            logger.info("the answer was cut at its limit of %d tokens; max_new_tokens raises it", len(answer.ids))
+            limit = request.limits.answer
+            logger.info("the answer was cut at its limit of %d tokens; max_new_tokens raises it", limit)
         encoded, fuses = request.encoded, request.mode.fuses
         origins = self._origins(request)
         sources = encoded.sources(origins, self.misses if fuses else {})
@@ -88,12 +89,14 @@ class Run:
                 document_tokens=encoded.tokens if fuses else sum(end - start for start, end in request.spans),
                 cached_document_tokens=cached,
                 completion_tokens=len(answer.ids),
+                reasoning_tokens=answer.reasoning_tokens,
             ),
             timings=Timings(
                 *(at - request.began for at in (self.prefilled_at, self.first_token_at, time.perf_counter()))
             ),
             finish_reason=answer.finish_reason or "length",
             token_ids=tuple(answer.ids),
+            reasoning=answer.reasoning or None,
         )
 
     def _origins(self, request: Request) -> dict[str, Origin]:
@@ -106,12 +109,11 @@ class Run:
         return {key: found[ids] for key, ids in keys.items()}
 
 
-def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch, new_tokens: int) -> Run:
+def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> Run:
     """Prefill what the store lacks and fuse each row's documents.
 
-    Args:
-        new_tokens: maximum tokens of each answer. The buffer gets at most ``SPARE_SLOTS`` free slots for all answers
-            together, or half as many as the documents take if that is more, since most answers end earlier.
+    The buffer gets at most ``SPARE_SLOTS`` free slots for all answers together, or half as many as the documents take
+    if that is more, since most answers end before their limits.
 
     Raises:
         InvalidInputError: weights, threads or precision changed since a request was made.
@@ -120,7 +122,7 @@ def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch, new_t
         document_kvs.require_version(request.version)
     lengths = [row.tokens + len(row.scope.prefix) for row in batch.rows]
     spare = max(SPARE_SLOTS // len(batch.rows), max(lengths) // 2)
-    answers = new_tokens * max(len(row.members) for row in batch.rows)
+    answers = max(sum(batch.requests[number].limits.total for number in row.members) for row in batch.rows)
     room = max(row.question_tokens for row in batch.rows) + min(spare, answers)
     buffer = model.buffer(lengths, room=room)
     fetched = FetchedKVs({}, {}, {})

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator
 from typing import Self
 
-from ..schema import Answer
+from ..schema import Answer, AnswerPiece
 
 
 class AnswerStream(Iterator[str], AsyncIterator[str]):
     """Iterate over the pieces of one answer with ``for`` or ``async for``. Joined, they are ``answer.text``.
 
-    ``answer`` is ``None`` until the stream is exhausted. Different threads may read and close a stream. Use it as a
-    context manager, or close it, to stop decoding early.
+    ``pieces`` iterates over the pieces of the reasoning too, if the model reasons before it answers. ``answer`` is
+    ``None`` until the stream is exhausted. Different threads may read and close a stream. Use it as a context manager,
+    or close it, to stop decoding early.
     """
 
-    def __init__(self, pieces: Generator[str | Answer, None, None], cancelled: threading.Event) -> None:
+    def __init__(self, pieces: Generator[AnswerPiece | Answer, None, None], cancelled: threading.Event) -> None:
         self._pieces, self._cancelled = pieces, cancelled
         self._lock = threading.RLock()  # only one thread at a time may run the generator
         self.answer: Answer | None = None
 
+    @property
+    def pieces(self) -> AnswerPieces:
+        """The rest of the stream, with each piece marked as part of the reasoning or of the answer."""
+        return AnswerPieces(self._next_piece, self._anext_piece)
+
     def __next__(self) -> str:
-        with self._lock:
-            for piece in self._pieces:
-                if isinstance(piece, str):
-                    return piece
-                self.answer = piece
-        raise StopIteration
+        return next(piece.text for piece in self.pieces if not piece.is_reasoning)
 
     async def __anext__(self) -> str:
         """Compute the next piece in a worker thread. Cancelling the task that waits for it closes the stream."""
-        try:
-            piece = await asyncio.to_thread(self._next_unless_closed)
-        except asyncio.CancelledError:
-            await self.aclose()  # the piece is lost, so the rest must not be read as if it were there
-            raise
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
+        async for piece in self.pieces:
+            if not piece.is_reasoning:
+                return piece.text
+        raise StopAsyncIteration
 
     def __enter__(self) -> Self:
         return self
@@ -68,9 +65,43 @@ class AnswerStream(Iterator[str], AsyncIterator[str]):
             finally:
                 self._lock.release()
 
-    def _next_unless_closed(self) -> str | None:
+    def _next_piece(self) -> AnswerPiece | None:
+        with self._lock:
+            for piece in self._pieces:
+                if isinstance(piece, AnswerPiece):
+                    return piece
+                self.answer = piece
+        return None
+
+    async def _anext_piece(self) -> AnswerPiece | None:
         try:
-            return next(self, None)
+            return await asyncio.to_thread(self._next_unless_closed)
+        except asyncio.CancelledError:
+            await self.aclose()  # the piece is lost, so the rest must not be read as if it were there
+            raise
+
+    def _next_unless_closed(self) -> AnswerPiece | None:
+        try:
+            return self._next_piece()
         finally:
             if self._cancelled.is_set():  # aclose was called while this thread held the lock
                 self.close()
+
+
+class AnswerPieces(Iterator[AnswerPiece], AsyncIterator[AnswerPiece]):
+    """The pieces of a stream; see ``AnswerStream.pieces``."""
+
+    def __init__(
+        self, read: Callable[[], AnswerPiece | None], aread: Callable[[], Awaitable[AnswerPiece | None]]
+    ) -> None:
+        self._read, self._aread = read, aread
+
+    def __next__(self) -> AnswerPiece:
+        if (piece := self._read()) is None:
+            raise StopIteration
+        return piece
+
+    async def __anext__(self) -> AnswerPiece:
+        if (piece := await self._aread()) is None:
+            raise StopAsyncIteration
+        return piece

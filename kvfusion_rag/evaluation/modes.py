@@ -115,7 +115,8 @@ def best_weight(generator: KVFusionGenerator, questions: Sequence[ModeQuestion])
     plain = generator.with_settings(focus_weight=0.0)
     ranked: list[tuple[list[float], list[float], list[bool]]] = []
     for q in questions:
-        sources = plain.answer(q.question, q.documents, mode="fusion", focus=1, max_new_tokens=1).sources
+        options = {"mode": "fusion", "focus": 1, "max_new_tokens": 1, "max_reasoning_tokens": 0}
+        sources = plain.answer(q.question, q.documents, **options).sources
         likelihoods = [source.focus_score for source in sources if source.focus_score is not None]
         if len(likelihoods) < len(sources):  # nothing was ranked
             continue
@@ -136,7 +137,7 @@ def _measure(
     generator: KVFusionGenerator, mode: Mode, focus: int | None, questions: Sequence[ModeQuestion], *, progress: bool
 ) -> ModeResult:
     name = mode if focus is None else f"{mode} {focus}"
-    options = {"mode": mode, "focus": focus, "max_new_tokens": MAX_ANSWER_TOKENS}
+    options = {"mode": mode, "focus": focus, "max_new_tokens": MAX_ANSWER_TOKENS, "max_reasoning_tokens": 0}
     try:
         bar = tqdm(questions, desc=name, unit="question", delay=1, leave=False, disable=not progress)
         answers = [generator.answer(q.question, q.documents, **options) for q in bar]

@@ -62,44 +62,38 @@ def decode(
     plan: DecodingPlan,
     context: FusedContext,
     questions: Sequence[Question],
+    answers: Sequence[GrowingAnswer],
     options: DecodingOptions,
-    decode_ids: Callable[[list[int]], str],
     *,
     row_of: Sequence[int] | None = None,
     visible: torch.Tensor | None = None,
-    unsettling_ids: frozenset[int] = frozenset(),
     on_logits: Callable[[torch.Tensor], None] | None = None,
     is_cancelled: Callable[[int], bool] = lambda number: False,
-    limits: Sequence[int] | None = None,
-) -> Generator[list[GrowingAnswer], None, None]:
-    """Answer every question over ``context`` and yield all answers so far after each step.
+) -> Generator[None, None, None]:
+    """Answer every question over ``context``, and yield after each step, in which each open answer grows by a token.
 
     Finished answers are not computed further, and neither are rows of the context without an open answer.
 
     Args:
         context: fused context of R rows. It cannot be used again.
         questions: N encoded questions.
-        options: one set for all questions.
-        decode_ids: ids -> text.
+        answers: N empty answers. Each says itself when it has ended.
+        options: how tokens are chosen, one set for all questions.
         row_of: (N,) row of each question; questions may share a row. Default: one row per question.
         visible: (N, K) bool, the slots that each question may attend to. Default: all slots of its row.
-        unsettling_ids: tokens after which the text so far may still change.
         on_logits: called with the logits (n, V) of the n open questions at each step.
         is_cancelled: called at each step; True ends the question's answer.
-        limits: (N,) maximum tokens of each answer. Default: ``options.max_new_tokens``.
 
     Raises:
         UnsupportedModelError: the logits are NaN or infinite.
     """
-    answers = [GrowingAnswer(decode_ids, options.stop, unsettling_ids) for _ in questions]
     backbone = plan.decoder
     choose = sampler(options, len(answers), backbone.device)
     table = SlotTable(context, list(range(len(questions))) if row_of is None else row_of, visible)
     open_ones = list(range(len(answers)))
     tokens: list[Sequence[int]] = [question.ids for question in questions]  # input of each question's next step
     positions = [question.start for question in questions]
-    limits = [options.max_new_tokens] * len(answers) if limits is None else limits
-    for step in range(max(limits)):
+    while open_ones:
         inputs = table.add(open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones])
         logits = plan.logits(context, inputs)
         if on_logits is not None:
@@ -108,15 +102,12 @@ def decode(
         _require_tokens(chosen, backbone)
         for i, token in zip(open_ones, chosen, strict=True):
             positions[i] += len(tokens[i])
-            tokens[i] = (token,)
-            answers[i].push(token, is_end=token in backbone.end_ids, is_last=step + 1 == limits[i])
+            tokens[i] = (answers[i].push(token, is_end=token in backbone.end_ids),)
             if answers[i].finish_reason is None and is_cancelled(i):
                 answers[i].finish_reason = "cancelled"
-        yield answers
+        yield
         open_ones = [i for i in open_ones if answers[i].finish_reason is None]
-        if not open_ones:
-            return
-        if kept := table.keep(open_ones):
+        if open_ones and (kept := table.keep(open_ones)):
             plan = plan.keep(kept)
 
 

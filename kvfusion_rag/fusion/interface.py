@@ -143,16 +143,14 @@ class FusionModel(Protocol):
         plan: Any,
         context: FusedContext,
         questions: Sequence[Question],
+        answers: Sequence[GrowingAnswer],
         options: DecodingOptions,
-        decode_ids: Callable[[list[int]], str],
         *,
         row_of: Sequence[int] | None = None,
         visible: torch.Tensor | None = None,
-        unsettling_ids: frozenset[int] = frozenset(),
         on_logits: Callable[[torch.Tensor], None] | None = None,
         is_cancelled: Callable[[int], bool] = lambda number: False,
-        limits: Sequence[int] | None = None,
-    ) -> Generator[list[GrowingAnswer], None, None]:
+    ) -> Generator[None, None, None]:
         """Decode all questions, one token of every open answer per step (``decode.decode``)."""
         ...
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict
 from ..errors import InvalidInputError
 from ..model.loading import load_decoders
 from ..schema import ModeChoice
+from ..text.reasoning import Reasoning
 from ..text.settings import LongDocuments, ModelSettings, Positions, is_count
 from .torch_model import TorchModel
 
@@ -49,6 +50,8 @@ class SettingsKwargs(TypedDict, total=False):
         prefix: text in front of the documents. It implies the fixed layout.
         chat_template_kwargs: variables of the model's chat template, such as ``enable_thinking``.
         max_new_tokens: default limit of an answer.
+        reasoning: marks of the model's reasoning, if they cannot be found in its chat template.
+        max_reasoning_tokens: default limit of the reasoning in front of an answer.
     """
 
     mode: ModeChoice | None
@@ -60,6 +63,8 @@ class SettingsKwargs(TypedDict, total=False):
     ape_scale: float | None
     chat_template_kwargs: Mapping[str, Any] | None
     max_new_tokens: int | None
+    reasoning: Reasoning | None
+    max_reasoning_tokens: int | None
 
 
 class LoadKwargs(ModelKwargs, SettingsKwargs, total=False):

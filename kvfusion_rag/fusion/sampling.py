@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InvalidInputError
-from ..text.settings import is_count, is_number
+from ..text.settings import is_count, is_number, is_whole
 
 GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the most likely token is all but certain
 NO_TOKEN = -1  # the logits are NaN or infinite
@@ -26,25 +26,31 @@ class DecodingOptions:
     """How tokens are chosen and when an answer ends.
 
     Attributes:
-        max_new_tokens: limit of an answer, in tokens.
+        max_new_tokens: limit of an answer, in tokens, without its reasoning.
+        max_reasoning_tokens: limit of the reasoning in front of an answer, in tokens. Then it is closed with the
+            model's own tokens, and the answer begins. None: reasoning is not told apart from the answer.
         temperature: 0 for greedy decoding, above 0 for sampling.
         top_p: keep the most likely tokens whose probabilities add up to this share.
         top_k: keep this many of the most likely tokens; None keeps all.
         stop: strings that end an answer, even inside a token. They are not part of it.
         seed: seed of each answer's random generator, below 2**63; None for a random one.
-        may_shorten: the limit is a default, so an answer with less room in the window gets a lower one.
+        may_shorten, may_shorten_reasoning: the limit is a default, so it is lowered if the window has less room.
     """
 
     max_new_tokens: int
+    max_reasoning_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int | None = None
     stop: Sequence[str] = ()
     seed: int | None = None
     may_shorten: bool = False
+    may_shorten_reasoning: bool = False
 
     def __post_init__(self) -> None:
         _require(is_count(self.max_new_tokens), "max_new_tokens", self.max_new_tokens, "a whole number from 1")
+        reasoning, allowed = self.max_reasoning_tokens, "a whole number from 0, or None"
+        _require(reasoning is None or is_whole(reasoning), "max_reasoning_tokens", reasoning, allowed)
         _require(
             is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a number from 0"
         )
@@ -62,6 +68,7 @@ class DecodingKwargs(TypedDict, total=False):
     """Options of one call; :class:`DecodingOptions` describes them."""
 
     max_new_tokens: int | None
+    max_reasoning_tokens: int | None
     temperature: float
     top_p: float
     top_k: int | None
@@ -69,15 +76,20 @@ class DecodingKwargs(TypedDict, total=False):
     seed: int | None
 
 
-def decoding_options(given: Mapping[str, Any], *, max_new_tokens: int) -> DecodingOptions:
+def decoding_options(given: Mapping[str, Any], *, max_new_tokens: int, max_reasoning_tokens: int) -> DecodingOptions:
     """Return the caller's options (``DecodingKwargs``) with defaults for the others.
 
     Raises:
         InvalidInputError: a value is not allowed.
     """
-    limit = given.get("max_new_tokens")
-    limits = {"max_new_tokens": max_new_tokens, "may_shorten": True} if limit is None else {"max_new_tokens": limit}
-    return DecodingOptions(**{**given, **limits, "stop": given.get("stop") or ()})
+    defaults = {"max_new_tokens": max_new_tokens, "max_reasoning_tokens": max_reasoning_tokens}
+    limits: dict[str, Any] = {name: given.get(name) for name in defaults}
+    limits = {name: defaults[name] if limit is None else limit for name, limit in limits.items()}
+    return DecodingOptions(
+        **{**given, **limits, "stop": given.get("stop") or ()},
+        may_shorten=given.get("max_new_tokens") is None,
+        may_shorten_reasoning=given.get("max_reasoning_tokens") is None,
+    )
 
 
 def sampler(

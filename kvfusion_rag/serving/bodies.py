@@ -69,6 +69,8 @@ class ChatMessage(_Body):
     name: Text | None = None
     refusal: Text | None = None
     annotations: list[Any] | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
 
     def to_message(self) -> Message:
         return Message("system" if self.role == "developer" else self.role, self.content)
@@ -172,7 +174,7 @@ class PrefillRequest(DocumentsRequest):
 
 
 class ChatRequest(_WithDocuments):
-    """A request for a chat completion: OpenAI's fields, and documents, mode, focus, attribution and top_k."""
+    """A request for a chat completion: OpenAI's fields, and those of KV-Fusion (documents, mode, focus, ...)."""
 
     NULLABLE: ClassVar[frozenset[str]] = frozenset({"focus"})
 
@@ -193,6 +195,7 @@ class ChatRequest(_WithDocuments):
     top_k: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    max_reasoning_tokens: int | None = None
     stop: Annotated[
         list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
         Field(max_length=MAX_STOPS),
@@ -234,6 +237,7 @@ class ChatRequest(_WithDocuments):
             "documents": self.to_documents(),
             "prompt": [message.to_message() for message in self.messages],
             "max_new_tokens": max_new_tokens,
+            "max_reasoning_tokens": self.max_reasoning_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ..schema import Answer, Source
+from ..schema import Answer, AnswerPiece, Source
 
 LAST_EVENT = b"data: [DONE]\n\n"
 
@@ -37,6 +37,8 @@ class Completion:
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the complete answer as one object."""
         message = {"role": "assistant", "content": answer.text}
+        if answer.reasoning is not None:
+            message["reasoning_content"] = answer.reasoning
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
         return {
             **self._common,
@@ -50,9 +52,9 @@ class Completion:
         """Return the first chunk of a stream, which has the role but no text."""
         return self._chunk({"role": "assistant", "content": ""})
 
-    def piece(self, text: str) -> dict[str, Any]:
-        """Return a chunk with one piece of the answer."""
-        return self._chunk({"content": text})
+    def piece(self, piece: AnswerPiece) -> dict[str, Any]:
+        """Return a chunk with one piece of the answer or of its reasoning."""
+        return self._chunk({"reasoning_content" if piece.is_reasoning else "content": piece.text})
 
     def last(self, answer: Answer) -> dict[str, Any]:
         """Return the chunk after the last piece, with the finish reason and the ``kvfusion`` object."""
@@ -74,6 +76,7 @@ def _usage(answer: Answer) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_document_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 

@@ -14,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from ..engine.streaming import AnswerStream
 from ..generator import KVFusionGenerator
+from ..schema import AnswerPiece
 from .errors import as_api_error, is_server_error
 from .replies import LAST_EVENT, Completion, event
 
@@ -66,7 +67,7 @@ async def answer_events(
     """
     stream = await in_thread(partial(generator.stream, **arguments))
     try:
-        first = await anext(stream, None)
+        first = await anext(stream.pieces, None)
     except BaseException:  # including cancellation
         await in_thread(stream.close)
         raise
@@ -74,13 +75,13 @@ async def answer_events(
 
 
 async def _events(
-    stream: AnswerStream, piece: str | None, completion: Completion, include_usage: bool
+    stream: AnswerStream, piece: AnswerPiece | None, completion: Completion, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
     try:
         yield event(completion.first())
         while piece is not None:
             yield event(completion.piece(piece))
-            piece = await anext(stream, None)
+            piece = await anext(stream.pieces, None)
         assert stream.answer is not None  # the stream is exhausted
         yield event(completion.last(stream.answer))
         if include_usage:

@@ -30,7 +30,6 @@ DEFAULT_LEAD = "Answer the question from these documents.\n\n"  # before documen
 FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
-REASONING_TAGS = ("<think>", "</think>")  # templates cut the reasoning between them out of earlier answers
 # A variable of the wrong type fails inside the template with one of Python's own errors.
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 

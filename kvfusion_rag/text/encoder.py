@@ -21,8 +21,17 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ControlTokenError, UnsupportedModelError
 from ..schema import Document, Message, Prompt
-from .chat import alternating, as_text, messages_of, render, without_place
-from .settings import DOCUMENTS_MARK, FIELD, MARK, ModelSettings, documents_turn, mark, template_kwargs
+from .chat import alternating, as_text, messages_of, without_place
+from .settings import (
+    DOCUMENTS_MARK,
+    FIELD,
+    MARK,
+    ModelSettings,
+    documents_turn,
+    mark,
+    render_answered,
+    template_kwargs,
+)
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -315,7 +324,7 @@ class PromptEncoder:
         texts = [documents_turn(marks[0]), *marks[1:]]
         turns = list(zip(roles, texts, strict=True))
         try:
-            text = render(self._tokenizer, turns, template_kwargs(self._settings), fixed_date=True)
+            text = render_answered(self._tokenizer, turns, template_kwargs(self._settings))
         except TemplateError:
             return None
         prefix, _, rest = text.partition(DOCUMENTS_MARK)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError
 from ..schema import Document, Message, Prompt
-from .chat import DEFAULT_LEAD, REASONING_TAGS, Marks, documents_first, messages_of, rendered, with_place
+from .chat import DEFAULT_LEAD, Marks, documents_first, messages_of, rendered, with_place
 from .documents import EncodedDocuments
 from .encoder import (
     Control,
@@ -28,6 +29,7 @@ from .encoder import (
     document_text,
     split_at_control_tokens,
 )
+from .reasoning import ReasoningStart, Spelling, Tags, find_format
 from .settings import ModelSettings, leading_bos
 
 Ids = tuple[int, ...]
@@ -50,7 +52,8 @@ class JoinedPrompt:
 class Layout(Protocol):
     """The layout of one question's prompt.
 
-    In a fused prompt, ``prefix`` precedes the documents and ``question`` follows them.
+    In a fused prompt, ``prefix`` precedes the documents and ``question`` follows them. ``reasoning`` is None if the
+    answer follows without reasoning.
     """
 
     @property
@@ -59,6 +62,8 @@ class Layout(Protocol):
     def question(self) -> Ids: ...
     @property
     def documents(self) -> DocumentEncoder: ...
+    @property
+    def reasoning(self) -> ReasoningStart | None: ...
     def joined(self, encoded: EncodedDocuments) -> JoinedPrompt: ...
 
 
@@ -69,6 +74,7 @@ class FixedLayout:
     prefix: Ids
     question: Ids
     documents: DocumentEncoder
+    reasoning: ReasoningStart | None = None
 
     @classmethod
     def of(cls, encoder: PromptEncoder, question: str, prompt: Prompt) -> FixedLayout:
@@ -98,6 +104,12 @@ class ChatLayouts:
         self._has_template = tokenizer.chat_template is not None
         self._start = "" if self._has_template else leading_bos(tokenizer)
         self._documents: dict[tuple[str, bool, bool], TextDocuments] = {}
+        self._format = find_format(tokenizer, settings.reasoning)
+        marks = () if self._format is None else self._format.marks
+        # The template cuts the reasoning between these tags out of earlier answers.
+        is_stripped = isinstance(self._format, Tags) and self._format.closing in (tokenizer.chat_template or "")
+        self._stripped = marks if is_stripped else ()
+        self._spelling = Spelling.of(tokenizer, marks, partial(plain.encode, continues=True), plain.decode)
 
     def of(
         self, question: str, prompt: Prompt, *, has_documents: bool, kwargs: Mapping[str, Any] | None = None
@@ -121,6 +133,10 @@ class ChatLayouts:
     def _bare_prompt(self, question: str) -> str:
         return question if self._has_template else f"Question: {question}\nAnswer:"
 
+    def reasoning(self, prompt: str) -> ReasoningStart | None:
+        """Return the reasoning of the answer to ``prompt``, a rendered template, or None if there is none."""
+        return ReasoningStart.of(self._format, prompt, self._spelling)
+
     def text_documents(self, separator: str, titles: bool, continues: bool) -> TextDocuments:
         """Return the document encoder with these options, which all prompts share."""
         key = separator, titles, continues
@@ -136,7 +152,7 @@ class ChatLayouts:
 
         def text_of(message: Message) -> str:
             if message.documents is None:
-                return marks.disarm(message.text, spare=REASONING_TAGS if message.role == "assistant" else ())
+                return marks.disarm(message.text, spare=self._stripped if message.role == "assistant" else ())
             at = message.documents.offset
             return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
 
@@ -173,10 +189,13 @@ class ChatLayout:
         marks = Marks(layouts.plain.control_tokens)
         if place is None:
             self.prefix: Ids = ()
-            self.question = layouts.encode(layouts.render(marks, messages, "", kwargs, False), marks)[0]
+            text = layouts.render(marks, messages, "", kwargs, False)
+            self.question = layouts.encode(text, marks)[0]
+            self.reasoning = layouts.reasoning(text)
             self.documents: DocumentEncoder = layouts.text_documents("\n\n", False, False)
             return
         text = layouts.render(marks, documents_first(messages, question), marks.documents, kwargs, True)
+        self.reasoning = layouts.reasoning(text)
         before, mark, after = text.partition(marks.documents)
         if not mark or marks.documents in after:
             raise InvalidInputError(

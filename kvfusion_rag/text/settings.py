@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
@@ -22,6 +22,7 @@ from jinja2 import TemplateError
 from ..errors import InvalidInputError, ModelLoadError
 from ..schema import MODES, ModeChoice
 from .chat import render
+from .reasoning import Reasoning, find_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,6 +38,7 @@ Layout = Literal["prompt", "fixed"]
 
 DEFAULT_INSTRUCTION = "Answer the question from the documents above, in as few words as possible."
 DEFAULT_MAX_NEW_TOKENS = 512
+DEFAULT_MAX_REASONING_TOKENS = 4096
 TUNED_MAX_NEW_TOKENS = 48  # for a decoder that was trained on short answers
 
 
@@ -62,6 +64,11 @@ class ModelSettings:
         answer_template: answers in training, including white space; field ``{answer}``.
         evidence_separator: text between an answer and its evidence, for a model that was trained on both.
         max_new_tokens: default limit of an answer in tokens. None means the model's generation config, else 512.
+        reasoning: marks of the reasoning that the model writes in front of its answers. "auto" finds them in the chat
+            template and tokenizer; "none" leaves everything in the answer; "harmony" are the channels of gpt-oss; a
+            pair has the opening and the closing tag. In the fixed layout answers have no reasoning.
+        max_reasoning_tokens: default limit of the reasoning in tokens. None means 4096, or what the window has room
+            for.
         mode: default mode. "auto" is "fusion" for a model that was trained for it, else the best mode that
             ``kvfusion doctor --measure`` found, else "concat".
         positions: positions of documents in mode "fusion". "uniform": all documents start right after the prefix, so
@@ -93,6 +100,8 @@ class ModelSettings:
     max_document_tokens: int | None = None
     long_documents: LongDocuments = "error"
     max_new_tokens: int | None = None
+    reasoning: Reasoning = "auto"
+    max_reasoning_tokens: int | None = None
     mode: ModeChoice = "auto"
     positions: Positions = "uniform"
     focus: int | None = None
@@ -115,6 +124,8 @@ class ModelSettings:
         for name, (is_allowed, allowed) in ALLOWED_VALUES.items():
             if not is_allowed(value := getattr(self, name)):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be {allowed}.")
+        if isinstance(self.reasoning, list):  # JSON has no tuples
+            object.__setattr__(self, "reasoning", tuple(self.reasoning))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -174,9 +185,7 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
         return ModelSettings(layout="prompt", prefix=leading_bos(tokenizer))
     request = mark("request")
     try:
-        text = render(
-            tokenizer, [("user", documents_turn(request))], template_kwargs(ModelSettings()), fixed_date=True
-        )
+        text = render_answered(tokenizer, [("user", documents_turn(request))], template_kwargs(ModelSettings()))
     except TemplateError as error:
         raise ModelLoadError(
             f"the model's chat template fails for a single user message ({error}); write a {FILE_NAME} beside it."
@@ -195,6 +204,15 @@ def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
         prompt_template=f"{{prompt}}{suffix}",
         answer_template="{answer}",
     )
+
+
+def render_answered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[tuple[str, str]], kwargs: Mapping[str, Any]
+) -> str:
+    """Return the chat template around ``messages`` (role, text), up to where the answer begins without reasoning."""
+    text = render(tokenizer, messages, kwargs, fixed_date=True)
+    form = find_format(tokenizer)
+    return text if form is None else text + form.closing_text(text)
 
 
 def documents_turn(text: str) -> str:
@@ -236,6 +254,11 @@ def is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def is_whole(value: object) -> bool:
+    """Whether ``value`` is a whole number from 0."""
+    return is_count(value) or (type(value) is int and value == 0)
+
+
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -258,6 +281,8 @@ ALLOWED_VALUES: dict[str, _Rule] = {
     "passage_length": _TOKENS,
     "max_document_tokens": _TOKENS,
     "max_new_tokens": _TOKENS,
+    "max_reasoning_tokens": (lambda value: value is None or is_whole(value), "a whole number of tokens from 0"),
+    "reasoning": (lambda value: _is_reasoning(value), "'auto', 'none', 'harmony', or an opening and a closing tag"),
     "focus_weight": (lambda value: value is None or (is_number(value) and value >= 0), "a number from 0, or None"),
     "long_documents": (lambda value: value in ("error", "split"), "'error' or 'split'"),
     "layout": (lambda value: value in ("prompt", "fixed"), "'prompt' or 'fixed'"),
@@ -273,6 +298,12 @@ ALLOWED_VALUES: dict[str, _Rule] = {
     "tuned_concat": _FLAG,
     "tuned_evidence": _FLAG,
 }
+
+
+def _is_reasoning(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) == 2 and all(isinstance(tag, str) and tag.strip() for tag in value)
+    return value in ("auto", "none", "harmony")
 
 
 def _require_template(name: str, template: object, required: str | None, optional: str | None) -> None:

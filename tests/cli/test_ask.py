@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from indexes import LIGHTHOUSE, WordEmbedder, load_minilm
 
-from kvfusion_rag import InvarianceReport
+from kvfusion_rag import InvalidInputError, InvarianceReport
 from kvfusion_rag.cli import ask
 from kvfusion_rag.cli.answers import MAX_SENTENCE_CHARACTERS, sentence_around
 from kvfusion_rag.cli.console import printable
@@ -119,11 +119,11 @@ def test_ask_marks_documents_that_focus_dropped(capsys, monkeypatch, docs):
 
 def test_ask_streams_piece_by_piece(capsys, generator, docs, monkeypatch):
     flushed = []
-    monkeypatch.setattr(ask, "say", lambda text="", end="\n": flushed.append(text + end))
-    code, out, _ = run(capsys, "ask", "Where is the office?", "--docs", docs, "--stream")
+    monkeypatch.setattr("kvfusion_rag.cli.answers.say", lambda text="", end="\n": flushed.append(text + end))
+    code, *_ = run(capsys, "ask", "Where is the office?", "--docs", docs, "--stream")
     assert code == 0
-    assert flushed == ["in", " lima", "\n"]
-    assert out.startswith("  in the source's spelling: In Lima\n\nsources")
+    assert flushed[:3] == ["in", " lima", "\n"]
+    assert "".join(flushed[3:]).startswith("  in the source's spelling: In Lima\n\nsources")
 
 
 def test_answer_without_citations(capsys, generator, docs):
@@ -237,3 +237,26 @@ def test_stream_with_a_model(capsys, real):
     assert code == 0
     assert out.startswith("thomas grant\n  in the source's spelling: Thomas Grant\n")
     assert "mode fusion · 1 document (" in out
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_reasoning_is_shown_only_on_request_and_counted(capsys, generator, docs, stream):
+    generator.thoughts = ("the hill", " it is")
+    asked = ["ask", "Where is the office?", "--docs", docs, *stream]
+    hidden, shown = (run(capsys, *asked, *options)[1] for options in ((), ("--show-reasoning",)))
+    assert "hill it" not in hidden and shown == f"the hill it is\n\n{hidden}"
+    assert " · 2 tokens of reasoning · prefill" in hidden
+    assert json.loads(run(capsys, *asked[:4], "--json")[1])["reasoning"] == "the hill it is"
+
+
+def test_the_budget_of_reasoning_becomes_the_models_own(monkeypatch, capsys, docs):
+    given: list[object] = []
+
+    def load(*args: object, **options: object) -> object:
+        given.append(options["max_reasoning_tokens"])
+        raise InvalidInputError("stop here.")
+
+    monkeypatch.setattr("kvfusion_rag.KVFusionGenerator.from_pretrained", load)
+    for options in ((), ("--max-reasoning-tokens", 0), ("--max-reasoning-tokens", 9)):
+        assert run(capsys, "ask", "Where?", "--docs", docs, *options)[0] != 0
+    assert given == [None, 0, 9]

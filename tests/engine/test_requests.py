@@ -68,7 +68,7 @@ def test_a_batch_has_the_same_bits_for_any_document_order(dtype):
         rows = [rng.sample(row, len(row)) for row in rows]
         requests = [gen._engine.request(f"who has {n} sacks?", row, None, None, options) for n, row in enumerate(rows)]
         (batch,) = gen._engine.runner.batches(requests)
-        run = gen._engine.runner.start(batch, options)
+        run = gen._engine.runner.start(batch)
         for _ in gen._engine.runner.decode(run, options, on_logits=logits.append):
             pass
         found.append(logits)

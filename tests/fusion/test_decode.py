@@ -22,9 +22,9 @@ def grow(text: str, stop: list[str], size: int) -> tuple[GrowingAnswer, list[str
     """Feed ``text`` token by token and take pieces every ``size`` tokens."""
     tok = tokenizer("byte-bpe")
     ids = tok(text, add_special_tokens=False)["input_ids"]
-    row, pieces = GrowingAnswer(lambda ids: tok.decode(ids), stop), []
+    row, pieces = GrowingAnswer(lambda ids: tok.decode(ids), stop, limit=len(ids)), []
     for number, token in enumerate(ids, start=1):
-        row.push(token, is_end=False, is_last=number == len(ids))
+        row.push(token, is_end=False)
         if number % size == 0 or row.finish_reason:
             pieces.append(row.take())
         if row.finish_reason:
@@ -43,20 +43,41 @@ def test_streamed_pieces_join_to_the_text_without_stop_strings(text, stop, size)
 
 
 def test_an_ending_that_may_become_a_stop_string_is_held_back():
-    row = GrowingAnswer("".join, ["##END"])
+    row = GrowingAnswer("".join, ["##END"], limit=9)
     for token in ("one", " #", "#E"):
-        row.push(token, is_end=False, is_last=False)
-    assert row.take() == "one "
-    row.push("x", is_end=False, is_last=False)
-    assert row.take() == "##Ex"
+        row.push(token, is_end=False)
+    assert row.take() == "one"
+    row.push("x", is_end=False)
+    assert row.take() == " ##Ex"
+
+
+def test_white_space_in_front_of_a_stop_string_is_held_back():
+    row, pieces = GrowingAnswer("".join, ["##END"], limit=9), []
+    for token in ("one", " #", "#EN", "D"):
+        row.push(token, is_end=False)
+        pieces.append(row.take())
+    assert "".join(pieces) == row.text == "one"
 
 
 def test_an_answer_without_stop_strings_is_decoded_on_access():
     calls = []
-    row = GrowingAnswer(lambda ids: calls.append(len(ids)) or "".join(ids), [])
+    row = GrowingAnswer(lambda ids: calls.append(len(ids)) or "".join(ids), [], limit=6)
     for token in "abcdef":
-        row.push(token, is_end=False, is_last=token == "f")
+        row.push(token, is_end=False)
     assert not calls and row.text == row.text == "abcdef" and calls == [6]
+
+
+def test_a_long_stream_is_decoded_in_time_proportional_to_its_length():
+    def decoded(length: int) -> int:
+        calls, pieces = [], []
+        row = GrowingAnswer(lambda ids: calls.append(len(ids)) or "".join(ids), [], limit=length)
+        for _ in range(length):
+            row.push("x", is_end=False)
+            pieces.append(row.take())
+        assert "".join(pieces) == row.text == "x" * length and all(pieces[:511])
+        return sum(calls)
+
+    assert decoded(8192) < 2.1 * decoded(4096)
 
 
 def test_the_callers_list_of_stop_strings_may_change():
@@ -98,12 +119,10 @@ def test_pieces_of_any_tokens_join_to_the_text(kind, data):
     tok = tokenizer(kind)
     ids = data.draw(st.lists(st.integers(0, len(tok) - 1), min_size=1, max_size=25))
     unsettling_ids = PlainEncoder(tok).unsettling_ids
-    row, pieces = (
-        GrowingAnswer(lambda ids: tok.decode(ids, skip_special_tokens=True), data.draw(STOPS), unsettling_ids),
-        [],
-    )
-    for number, token in enumerate(ids, start=1):
-        row.push(token, is_end=False, is_last=number == len(ids))
+    stop, pieces = data.draw(STOPS), []
+    row = GrowingAnswer(lambda ids: tok.decode(ids, skip_special_tokens=True), stop, unsettling_ids, limit=len(ids))
+    for token in ids:
+        row.push(token, is_end=False)
         pieces.append(row.take())
         if row.finish_reason:
             break

@@ -107,7 +107,7 @@ def logits_of(gen, question, documents, max_new_tokens=5):
     kept: list[torch.Tensor] = []
     options = DecodingOptions(max_new_tokens)
     request = gen._engine.request(question, documents, None, None, options)
-    run = gen._engine.runner.start(Batch.of(request), options)
+    run = gen._engine.runner.start(Batch.of(request))
     for _ in gen._engine.runner.decode(run, options, on_logits=kept.append):
         pass
     return torch.cat(kept), run.answers[0].ids

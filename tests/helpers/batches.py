@@ -6,7 +6,7 @@ import random
 from tiny import WORDS
 
 from kvfusion_rag import Document
-from kvfusion_rag.engine.modes import AnswerMode, PlacedDocument
+from kvfusion_rag.engine.modes import AnswerMode, PlacedDocument, TokenLimits
 from kvfusion_rag.engine.requests import Request
 from kvfusion_rag.fusion.fused_cache import FusedBuffer
 from kvfusion_rag.fusion.interface import Question
@@ -24,7 +24,8 @@ def request(keys: str, question_tokens: int = 4, size: int = 10) -> Request:
     pieces = tuple(PlacedDocument(key, tuple(range(size)), 0) for key in sorted(keys))
     layout = FixedLayout((1, 2), tuple(range(question_tokens)), None)
     mode = AnswerMode("fusion", tuned=True)
-    return Request(EncodedDocuments((), {}), Question(layout.question, size), mode, pieces, layout, "", "")
+    question, limits = Question(layout.question, size), TokenLimits(1)
+    return Request(EncodedDocuments((), {}), question, mode, pieces, layout, "", "", limits)
 
 
 def buffers() -> int:

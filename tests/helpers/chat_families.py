@@ -1,4 +1,4 @@
-"""Chat templates like those of eight model families, with tokenizers that have their control tokens.
+"""Chat templates like those of ten model families, with tokenizers that have their control tokens.
 
 Each has a peculiarity of its family: trimming, a rejected system role, a default system message, the current date,
 reasoning that is removed from earlier turns, or options of the template.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from tiny import WORDS, byte_bpe
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 CHATML_DEFAULT_SYSTEM = """
@@ -26,6 +26,25 @@ THINKING = """
 {{- '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
 {%- if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+
+OPENED_THINKING = """
+{{- bos_token }}{% for m in messages if m.role == 'system' %}{{ m.content }}{% endfor %}
+{%- for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% elif m.role == 'assistant' %}
+{%- set text = m.content.split('</think>')[-1] if '</think>' in m.content else m.content %}
+{{- '<|Assistant|>' + text + eos_token }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"""
+
+CHANNELS = """
+{{- '<|start|>system<|message|>You are a language model.\nCurrent date: ' + strftime_now('%Y-%m-%d') }}
+{{- '\n\nReasoning: ' + (reasoning_effort if reasoning_effort is defined else 'medium') }}
+{{- '\n\n# Valid channels: analysis, commentary, final.<|end|>' }}
+{%- if messages[0].role == 'system' %}
+{{- '<|start|>developer<|message|># Instructions\n\n' + messages[0].content + '\n\n<|end|>' }}
+{%- set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}
+{%- for m in rest %}{% if m.role == 'assistant' %}
+{{- '<|start|>assistant<|channel|>final<|message|>' + m.content + '<|end|>' }}
+{%- else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
 HEADERS = """
 {{- bos_token }}{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}
@@ -70,16 +89,23 @@ ROLE_TOKENS = """
 
 @dataclass(frozen=True)
 class Family:
-    """A chat template, its control tokens, and whether the tokenizer is SentencePiece's."""
+    """A chat template, its control tokens, those not marked as special, and whether it is SentencePiece's."""
 
     template: str
     tokens: tuple[str, ...] = ()
+    ordinary: tuple[str, ...] = ()
     sentencepiece: bool = False
 
 
 FAMILIES = {
     "chatml with a default system message": Family(CHATML_DEFAULT_SYSTEM),
     "chatml with reasoning": Family(THINKING, ("<think>", "</think>")),
+    "reasoning that the prompt opens": Family(
+        OPENED_THINKING, ("<|User|>", "<|Assistant|>"), ordinary=("<think>", "</think>")
+    ),
+    "channels": Family(
+        CHANNELS, ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>", "<|return|>", "<|call|>")
+    ),
     "header tokens and a date": Family(HEADERS, ("<|head|>", "<|/head|>", "<|eot|>")),
     "turns without a system role": Family(TURNS_WITHOUT_SYSTEM, ("<start_of_turn>", "<end_of_turn>")),
     "inst tokens": Family(INST, ("[INST]", "[/INST]"), sentencepiece=True),
@@ -97,6 +123,7 @@ def family_tokenizer(name: str) -> PreTrainedTokenizerFast:
         tok.add_special_tokens({"bos_token": "<|begin|>"})
     if family.tokens:
         tok.add_special_tokens({"additional_special_tokens": list(family.tokens)})
+    tok.add_tokens([AddedToken(token, special=False) for token in family.ordinary])
     tok.chat_template = family.template
     return tok
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from kvfusion_rag import (
     Answer,
+    AnswerPiece,
     AnswerStream,
     Attribution,
     Citation,
@@ -63,9 +64,10 @@ class Call:
 
 @dataclass
 class RecordingGenerator:
-    """Answers every question with `pieces`, and records calls and threads."""
+    """Answers every question with `pieces` after reasoning with `thoughts`, and records calls and threads."""
 
     pieces: Sequence[str] = ("in", " lima")
+    thoughts: Sequence[str] = ()
     hold: threading.Event | None = None
     error: Exception | None = None
     fail_after: int = 0
@@ -173,10 +175,12 @@ class RecordingGenerator:
                 prompt_tokens=document_tokens + self.count_tokens(call.wording),
                 document_tokens=document_tokens,
                 cached_document_tokens=0,
-                completion_tokens=len(self.pieces),
+                completion_tokens=len(self.thoughts) + len(self.pieces),
+                reasoning_tokens=len(self.thoughts),
             ),
             timings=Timings(prefill=0.1, first_token=0.2, total=0.3),
             finish_reason="stop",
+            reasoning="".join(self.thoughts) or None,
         )
 
     def _record(
@@ -224,8 +228,9 @@ class RecordingStream(AnswerStream):
         return inspect.getgeneratorstate(self._pieces) == inspect.GEN_CLOSED
 
 
-def _pieces(generator: RecordingGenerator, call: Call) -> Generator[str | Answer, None, None]:
-    for number, piece in enumerate([*generator.pieces, None]):
+def _pieces(generator: RecordingGenerator, call: Call) -> Generator[AnswerPiece | Answer, None, None]:
+    pieces = [*(AnswerPiece(p, is_reasoning=True) for p in generator.thoughts), *map(AnswerPiece, generator.pieces)]
+    for number, piece in enumerate([*pieces, None]):
         generator.step()
         if generator.error is not None and number == generator.fail_after:
             raise generator.error

@@ -16,6 +16,7 @@ MODELS = pytest.mark.parametrize("make", [KVFusionLLM, ChatKVFusion])
 FOUND = [LangChainDocument("x", id="i", metadata={"title": "T"}), LangChainDocument("y")]
 ALL_OPTIONS = {
     "temperature": 0.5,
+    "max_reasoning_tokens": 6,
     "top_p": 0.9,
     "top_k": 4,
     "seed": 1,
@@ -28,6 +29,7 @@ ALL_OPTIONS = {
 DEFAULTS = {
     "temperature": 0.0,
     "max_new_tokens": None,
+    "max_reasoning_tokens": None,
     "top_p": 1.0,
     "top_k": None,
     "seed": None,

@@ -250,10 +250,14 @@ def save_speaker(folder: Path, answer: str) -> Path:
 def _speaking_model(answer: str) -> PreTrainedModel:
     """Make embeddings outweigh attention, and map each token of the answer to the next in the output layer."""
     tok = tokenizer("byte-bpe")
-    network = model("llama", max_position_embeddings=2048)
     before = tok(default_settings(tok).question_template, add_special_tokens=False)["input_ids"][-1]
-    chain = [before, *tok(answer, add_special_tokens=False)["input_ids"], tok.eos_token_id]
-    assert len(set(chain)) == len(chain), f"{answer!r} has a token twice, but each token can have only one successor"
+    return chained_model([before, *tok(answer, add_special_tokens=False)["input_ids"], tok.eos_token_id])
+
+
+def chained_model(chain: list[int]) -> PreTrainedModel:
+    """Return a model whose most likely token behind each token of ``chain`` is the next one."""
+    assert len(set(chain)) == len(chain), f"{chain} has a token twice, but each token can have only one successor"
+    network = model("llama", max_position_embeddings=2048)
     with torch.no_grad():
         embeddings, output = network.get_input_embeddings().weight, network.get_output_embeddings().weight
         embeddings.mul_(20)

@@ -42,6 +42,7 @@ async def test_messages_contain_sources_and_token_counts():
             "output_tokens": 2,
             "total_tokens": 9,
             "input_token_details": {"cache_read": 0},
+            "output_token_details": {"reasoning": 0},
         }
         said = message.response_metadata
         assert (said["model_name"], said["model_provider"]) == ("fake/model", "kvfusion")

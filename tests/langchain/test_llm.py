@@ -201,6 +201,7 @@ async def test_results_contain_usage_sources_and_citations():
         "total_tokens": 9,
         "document_tokens": 6,
         "cached_document_tokens": 0,
+        "reasoning_tokens": 0,
     }
     for result in (
         llm.generate(["Where?"], documents=documents),

@@ -22,6 +22,7 @@ from kvfusion_rag import Document, DocumentsPlace, InvalidInputError, Message
 DEFAULT_OPTIONS = {
     "temperature": 0.0,
     "max_new_tokens": None,
+    "max_reasoning_tokens": None,
     "top_p": 1.0,
     "top_k": None,
     "stop": (),
@@ -251,6 +252,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "Where?",
         temperature=0.0,
         max_tokens=9,
+        max_reasoning_tokens=6,
         stop=["\n", "."],
         top_p=0.9,
         seed=1,
@@ -265,6 +267,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
     assert second == {
         "temperature": 0.0,
         "max_new_tokens": 9,
+        "max_reasoning_tokens": 6,
         "top_p": 0.9,
         "top_k": 4,
         "stop": ["\n", "."],

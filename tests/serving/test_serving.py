@@ -77,6 +77,7 @@ def test_decoding_options_reach_the_generator(client, generator):
         "top_p": 0.9,
         "top_k": 7,
         "max_completion_tokens": 5,
+        "max_reasoning_tokens": 6,
         "seed": 3,
         "mode": "ape",
         "focus": 2,
@@ -198,6 +199,7 @@ def test_complete_reply(client):
         "completion_tokens": 2,
         "total_tokens": 8,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     facts = found["kvfusion"]
     assert facts["mode"] == "fusion" and facts["cited_text"] == "In Lima"
