@@ -114,13 +114,8 @@ def load_backbone(
         )
     model_id, hub = location.model_id, {"revision": location.revision, **location.hub}
     whole = read_config(location)
-    require_supported(whole, model_id)  # before gigabytes are read
-    config = text_part(whole)
+    config = _text_config(whole, kwargs, model_id)  # checked before gigabytes are read
     is_text_part = config is not whole
-    with model_load_errors(f"the configuration of {model_id!r}"):
-        for name in kwargs.keys() & config.to_dict().keys():
-            setattr(config, name, kwargs.pop(name))
-    require_supported(config, model_id)
     tokenizer = read_tokenizer(location)
     with model_load_errors(f"the settings of {model_id!r}"):
         base_settings = load_settings(location.home, tokenizer, model_id=model_id, **hub)
@@ -138,6 +133,17 @@ def load_backbone(
         base_settings=base_settings,
         is_text_part=is_text_part,
     )
+
+
+def _text_config(whole: PretrainedConfig, kwargs: dict[str, Any], model_id: str) -> PretrainedConfig:
+    """Return the configuration of the text model, with the fields that are among ``kwargs``, which lose them."""
+    require_supported(whole, model_id)
+    config = text_part(whole)
+    with model_load_errors(f"the configuration of {model_id!r}"):
+        for name in kwargs.keys() & config.to_dict().keys():
+            setattr(config, name, kwargs.pop(name))
+    require_supported(config, model_id)
+    return config
 
 
 def _adapter_settings(
