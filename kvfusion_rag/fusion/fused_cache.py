@@ -48,6 +48,11 @@ class FusedLayer(DynamicLayer):
             memory[:, :, used:end] = states
         return self._show(end)
 
+    @property
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the used slots."""
+        return self._show(self._used)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows. The i-th must be at least i (:meth:`FusedContext.keep`)."""
         for to, row in enumerate(rows):

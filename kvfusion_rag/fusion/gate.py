@@ -160,7 +160,7 @@ class _Probe:
         config = self.backbone.config
         count = 1 + max([LEAST_EMPTY_SLOTS, *_distances(config)])
         context = fuse([self.kvs], self.backbone.device, [self.prefix])
-        layers = [_SpacedLayer(layer.keys, layer.values, count) for layer in context.layers]
+        layers = [_SpacedLayer(*layer.states, count) for layer in context.layers]
         positions = pad(context.cache.positions, (0, count))
         mask = pad(context.mask, (0, count))
         found = self._ask(PositionedCache(positions, layers), mask)

@@ -172,7 +172,8 @@ class _TagReader:
     """Reads tags that are one token each by their ids, so that text which only looks like a tag is none."""
 
     def __init__(self, tags: Tags, spelling: Spelling, stage: Stage) -> None:
-        self._tags, self._spelling, self.stage = tags, spelling, stage
+        self._tags, self._spelling = tags, spelling
+        self.stage: Stage = stage
         self._opening_id, self._closing_id = (spelling.ids.get(tag) for tag in tags.marks)
         self._recent: list[int] = []
         self.held: list[int] = []
