@@ -1,6 +1,6 @@
 """Dense decoders with full attention in every layer."""
 
-from .shape import ABSENT, Family, rope
+from .shape import ABSENT, NTK, Family, rope
 
 LLAMA3 = rope(
     "llama3", 500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
@@ -39,7 +39,6 @@ DENSE = (
     Family("OLMo 2", "olmo2", "allenai/OLMo-2-1124-7B-Instruct", {"num_key_value_heads": 4, "rope_parameters": rope(theta=5e5)}),
     Family("Command R", "cohere", "CohereLabs/c4ai-command-r-v01", {"logit_scale": 0.0625, "num_key_value_heads": 4}),
     Family("Command R+", "cohere", "CohereLabs/c4ai-command-r-plus", {"logit_scale": 0.833, "use_qk_norm": True}),
-    Family("StarCoder2 (15B, window of all positions)", "starcoder2", "bigcode/starcoder2-15b", {"sliding_window": 1024}),
     Family("StableLM 2", "stablelm", "stabilityai/stablelm-2-1_6b-chat",
            {"num_key_value_heads": 4, "use_qkv_bias": True, "rope_parameters": rope(partial_rotary_factor=0.25)}),
     Family("StableLM 2 12B", "stablelm", "stabilityai/stablelm-2-12b-chat",
@@ -58,10 +57,10 @@ DENSE = (
     Family("GLM-4-0414", "glm4", "THUDM/GLM-4-9B-0414",
            {"head_dim": 16, "attention_bias": False, "rope_parameters": rope(partial_rotary_factor=0.5)}),
     Family("InternLM3 (dynamic NTK)", "internlm3", "internlm/internlm3-8b-instruct",
-           {"head_dim": 16, "qkv_bias": False, "rope_parameters": rope("dynamic", 5e7, factor=6.0)}),
+           {"head_dim": 16, "qkv_bias": False, "rope_parameters": rope("dynamic", 5e7, factor=6.0)}, NTK),
     Family("Hunyuan dense (dynamic NTK)", "hunyuan_v1_dense", "tencent/Hunyuan-1.8B-Instruct",
            {"head_dim": 16, "tie_word_embeddings": True,
-            "rope_parameters": rope("dynamic", 10_000.0, factor=1.0, alpha=1000.0)}),
+            "rope_parameters": rope("dynamic", 10_000.0, factor=1.0, alpha=1000.0)}, NTK),
     Family("ERNIE 4.5 dense", "ernie4_5", "baidu/ERNIE-4.5-0.3B-PT", {"head_dim": 32, "rope_parameters": rope(theta=5e5)}),
     Family("Nemotron", "nemotron", "nvidia/Minitron-8B-Base",
            {"head_dim": 16, "hidden_act": "relu2", "rope_parameters": rope(partial_rotary_factor=0.5)}),

@@ -1,6 +1,6 @@
 """Decoders with mixtures of experts and full attention."""
 
-from .shape import ABSENT, Family, rope
+from .shape import ABSENT, LONGROPE, NTK, Family, rope
 
 EXPERTS = (
     Family("Qwen1.5 and Qwen2 MoE", "qwen2_moe", "Qwen/Qwen1.5-MoE-A2.7B-Chat",
@@ -37,7 +37,7 @@ EXPERTS = (
            {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "intermediate_size": 32}),
     Family("Hunyuan MoE", "hunyuan_v1_moe", "tencent/Hunyuan-A13B-Instruct",
            {"num_experts": 4, "moe_topk": 2, "head_dim": 16,
-            "rope_parameters": rope("dynamic", 10_000.0, factor=1.0, alpha=1000.0)}),
+            "rope_parameters": rope("dynamic", 10_000.0, factor=1.0, alpha=1000.0)}, NTK),
     Family("Solar Open", "solar_open", "upstage/Solar-Open-100B",
            {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
             "head_dim": 16}),
@@ -45,7 +45,7 @@ EXPERTS = (
            {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 1024, "attention_bias": True,
             "lm_head_bias": True, "original_max_position_embeddings": 512,
             "rope_parameters": rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0] * 8, short_mscale=1.24,
-                                    long_mscale=1.24, original_max_position_embeddings=512)}),
+                                    long_mscale=1.24, original_max_position_embeddings=512)}, LONGROPE),
     Family("DBRX", "dbrx", "databricks/dbrx-instruct",
            {"hidden_size": ABSENT, "num_attention_heads": ABSENT, "num_hidden_layers": ABSENT, "intermediate_size": ABSENT,
             "num_key_value_heads": ABSENT, "max_position_embeddings": ABSENT, "d_model": 64, "n_heads": 4, "n_layers": 4,

@@ -1,6 +1,6 @@
 """Decoders with latent attention, sparse indexers, or keys shared between layers."""
 
-from .shape import ABSENT, WINDOW, Family, layers, rope
+from .shape import ABSENT, LONGROPE, WINDOW, Family, layers, rope
 
 RANKS = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,
          "num_key_value_heads": 4}  # fmt: skip
@@ -21,7 +21,7 @@ LATENT = (
     Family("MiniCPM3", "minicpm3", "openbmb/MiniCPM3-4B",
            {**RANKS, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "head_dim": None,
             "tie_word_embeddings": False, "rope_parameters": rope(
-                "longrope", short_factor=[1.1] * 4, long_factor=[1.9] * 4, original_max_position_embeddings=512)}),
+                "longrope", short_factor=[1.1] * 4, long_factor=[1.9] * 4, original_max_position_embeddings=512)}, LONGROPE),
     Family("Youtu-LLM", "youtu", "tencent/Youtu-LLM-2B", {**RANKS, "rope_parameters": rope(theta=1.6e6)}),
     Family("LongCat-Flash", "longcat_flash", "meituan-longcat/LongCat-Flash-Chat",
            {**RANKS, "head_dim": 8, "num_hidden_layers": ABSENT, "num_layers": 2, "intermediate_size": ABSENT, "ffn_hidden_size": 96,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tiny import tokenizer
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -23,6 +24,9 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 2,
 }
 WINDOW = 16  # tokens of a sliding window; the documents of the tests are longer
+ENDS = (0, 1, 2)
+LONGROPE = "positions below `original_max_position_embeddings`"
+NTK = "positions below `max_position_embeddings`"
 ABSENT: Any = object()  # as a flag: the configuration has no such size
 
 
@@ -57,11 +61,14 @@ class Family:
             with torch.no_grad():
                 for name, parameter in network.named_parameters():
                     if parameter.dim() > 1:
-                        parameter.normal_(std=0.12)
+                        parameter.normal_(std=0.1)
                     elif "norm" in name:
                         parameter.add_(0.1 * torch.randn_like(parameter))
                     else:
                         parameter.normal_(std=0.3)
+                output = network.get_output_embeddings()
+                for parameter in output.parameters():  # the logits of end tokens are 0, so no answer ends early
+                    parameter[[*ENDS, tokenizer("byte-bpe").eos_token_id]] = 0
         return network.eval()
 
 

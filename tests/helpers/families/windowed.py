@@ -1,6 +1,6 @@
 """Decoders with sliding or chunked attention, or a RoPE with two lengths."""
 
-from .shape import ABSENT, WINDOW, Family, layers, rope
+from .shape import ABSENT, LONGROPE, WINDOW, Family, layers, rope
 
 LONGROPE_16 = rope(
     "longrope", short_factor=[1.0 + 0.1 * i for i in range(8)], long_factor=[1.0 + i for i in range(8)],
@@ -36,10 +36,10 @@ WINDOWED = (
            {"sliding_window": WINDOW, "num_key_value_heads": 4, "original_max_position_embeddings": 1024}),
     Family("Phi-3.5 mini (longrope)", "phi3", "microsoft/Phi-3.5-mini-instruct",
            {"sliding_window": 2048, "num_key_value_heads": 4, "original_max_position_embeddings": 512,
-            "rope_parameters": LONGROPE_16}),
+            "rope_parameters": LONGROPE_16}, LONGROPE),
     Family("Phi-4 mini (longrope)", "phi3", "microsoft/Phi-4-mini-instruct",
            {"sliding_window": 2048, "tie_word_embeddings": True, "original_max_position_embeddings": 512,
-            "rope_parameters": LONGROPE_12}),
+            "rope_parameters": LONGROPE_12}, LONGROPE),
     Family("StarCoder2", "starcoder2", "bigcode/starcoder2-3b", {"sliding_window": WINDOW, "use_bias": True}),
     Family("OLMo 3", "olmo3", "allenai/Olmo-3-7B-Instruct",
            {"sliding_window": WINDOW, "num_key_value_heads": 4, "layer_types": layers("sliding", "sliding", "sliding", "full"),
