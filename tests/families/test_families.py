@@ -86,7 +86,7 @@ def test_saved_models_get_the_same_verdict(family, tmp_path):
     """A user loads files; the other tests build models in memory."""
     tokenizer("byte-bpe").save_pretrained(tmp_path)
     row = ROWS[family.name]
-    if row.accepted or row.reason is not None and "gate" in row.reason:
+    if row.accepted or (row.reason is not None and "gate" in row.reason):
         family.network().save_pretrained(tmp_path)
     else:
         family.config().save_pretrained(tmp_path)
@@ -118,7 +118,14 @@ def test_reference_notices_a_window_that_is_off_by_one(family):
 def test_owners_and_positions_decide_who_sees_whom():
     row = Row.of([7], [[1, 2], [3]], [1, 1], [4, 5], 3)
     assert row.positions.tolist() == [0, 1, 2, 1, 3, 4] and row.context == 4
-    full = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1] * 6]
+    full = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 0, 0, 1, 0, 0],
+        [1, 1, 1, 1, 1, 0],
+        [1] * 6,
+    ]
     assert row.sees("full_attention", None).int().tolist() == full
     assert row.sees("sliding_attention", 2).int().tolist()[-2:] == [[0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 1, 1]]
     assert row.sees("chunked_attention", 3).int().tolist()[-2:] == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1]]

@@ -31,9 +31,9 @@ INTRODUCTION = """\
 # Compatibility
 
 Each row is a small random model with the structure of a real one: the same layer kinds, windows, position encodings,
-norms, soft caps, sinks, experts and latent ranks, and a few hundred thousand weights. It is judged by attention that the
-tests write out by hand (`tests/helpers/reference_attention.py`), not by the code under test, over texts that are longer
-than its windows. `kvfusion doctor MODEL --config-only` prints the row of any model from its `config.json`.
+norms, soft caps, sinks, experts and latent ranks, and a few hundred thousand weights. It is judged by attention that
+the tests write out by hand (`tests/helpers/reference_attention.py`), not by the code under test, over texts that are
+longer than its windows. `kvfusion doctor MODEL --config-only` prints the row of any model from its `config.json`.
 
 The figures are the largest relative errors of logits in float32 over one answer. Rounding alone causes up to 2e-06.
 
@@ -58,7 +58,7 @@ The reason is the error's. Numbers in it are those of the small model.
 | family | type | layers and positions | example | reason |
 | --- | --- | --- | --- | --- |
 """
-NOTE = "\nRandom models show whether fusion is exact, not whether answers are good. `make families` measures the tables.\n"
+NOTE = "\nRandom models show whether fusion is exact, not whether answers are good. `make families` measures them.\n"
 
 
 def verdict(family: Family, folder: Path) -> tuple[Subject | None, str | None]:
@@ -72,9 +72,17 @@ def verdict(family: Family, folder: Path) -> tuple[Subject | None, str | None]:
         subject = Subject(family, folder)
         _ = subject.generator
     except UnsupportedModelError as error:
-        reason = str(error).split(": ", 1)[1].removesuffix(".")
-        return None, FIGURE.sub(" too large", reason)
+        return None, _reason(str(error))
     return subject, None
+
+
+def _reason(message: str) -> str:
+    """Return what an error says about the family, without the model's name or figures, which are rounding."""
+    name, _, reason = message.removesuffix(".").partition(": ")
+    if name.endswith("failed the support gate"):
+        law, _, detail = reason.partition(": ")
+        return f"the support gate measures that a law does not hold: {law if FIGURE.search(detail) else reason}"
+    return reason if name.endswith("cannot be fused exactly") else message.removesuffix(".")
 
 
 def measured(family: Family, folder: Path) -> FamilyRow:

@@ -6,7 +6,8 @@ HEADS = {"num_key_value_heads": ABSENT, "intermediate_size": ABSENT}
 
 OTHER = (
     Family("BLOOM", "bloom", "bigscience/bloom-1b7", {**HEADS, "max_position_embeddings": ABSENT}),
-    Family("MPT", "mpt", "mosaicml/mpt-7b-instruct", {**HEADS, "max_position_embeddings": ABSENT, "max_seq_len": 1024}),
+    Family("MPT", "mpt", "mosaicml/mpt-7b-instruct",
+           {**HEADS, "max_position_embeddings": ABSENT, "max_seq_len": 1024}),
     Family("Falcon RW (ALiBi)", "falcon", "tiiuae/falcon-rw-1b",
            {**HEADS, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}),
     Family("GPT", "openai-gpt", "openai-community/openai-gpt", HEADS),

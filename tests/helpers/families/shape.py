@@ -78,6 +78,7 @@ def rope(kind: str = "default", theta: float = 10_000.0, **parameters: Any) -> d
 
 
 def layers(*kinds: str) -> list[str]:
-    """Return the kinds of layers: ``full``, ``sliding`` or ``chunked`` attention, or another kind by its own name."""
+    """Return the kinds of layers: ``full``, ``sliding`` or ``chunked`` attention,
+    or another kind by its own name."""
     attention = {"full", "sliding", "chunked", "linear"}
     return [f"{kind}_attention" if kind in attention else kind for kind in kinds]
