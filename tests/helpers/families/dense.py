@@ -56,7 +56,7 @@ DENSE = (
            {"sliding_window": None, "sliding_window_pattern": None, "layer_types": ["full_attention"] * 4,
             "rope_parameters": rope("llama3", 1e6, factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0,
                                     original_max_position_embeddings=64)}),
-    Family("GLM-4 (0414 before)", "glm", "THUDM/glm-4-9b-chat-hf",
+    Family("GLM-4 (before 0414)", "glm", "THUDM/glm-4-9b-chat-hf",
            {"head_dim": 16, "attention_bias": True, "rope_parameters": rope(partial_rotary_factor=0.5)}),
     Family("GLM-4-0414", "glm4", "THUDM/GLM-4-9B-0414",
            {"head_dim": 16, "attention_bias": False, "rope_parameters": rope(partial_rotary_factor=0.5)}),

@@ -10,6 +10,8 @@ LONGROPE_12 = {
     **LONGROPE_16, "short_factor": LONGROPE_16["short_factor"][:6], "long_factor": LONGROPE_16["long_factor"][:6],
     "partial_rotary_factor": 0.75,
 }  # fmt: skip
+LLAMA3 = rope("llama3", 1e6, factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)  # fmt: skip
 TWO_ROPES = {"sliding_attention": rope(theta=1e4), "full_attention": rope("linear", 1e6, factor=8.0)}
 
 WINDOWED = (
@@ -23,9 +25,13 @@ WINDOWED = (
     Family("Gemma 2", "gemma2", "google/gemma-2-2b-it",
            {"sliding_window": WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 50.0,
             "final_logit_softcapping": 30.0, "layer_types": layers("sliding", "full", "sliding", "full")}),
-    Family("Gemma 3 (text)", "gemma3_text", "google/gemma-3-1b-it",
+    Family("Gemma 3 (270M, 1B)", "gemma3_text", "google/gemma-3-1b-it",
            {"sliding_window": WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "num_key_value_heads": 1,
-            "rope_parameters": TWO_ROPES, "layer_types": layers("sliding", "sliding", "sliding", "full")}),
+            "rope_parameters": {"sliding_attention": rope(theta=1e4), "full_attention": rope(theta=1e6)},
+            "layer_types": layers("sliding", "sliding", "sliding", "full")}),
+    Family("Gemma 3 (text part, from 4B up)", "gemma3_text", "google/gemma-3-4b-it",
+           {"sliding_window": WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "rope_parameters": TWO_ROPES,
+            "layer_types": layers("sliding", "sliding", "sliding", "full")}),
     Family("VaultGemma", "vaultgemma", "google/vaultgemma-1b",
            {"sliding_window": WINDOW, "head_dim": 32, "query_pre_attn_scalar": 32, "num_key_value_heads": 4,
             "layer_types": layers("sliding", "full", "sliding", "full")}),
@@ -54,7 +60,7 @@ WINDOWED = (
            {"sliding_window": WINDOW, "head_dim": 16, "logit_scale": 0.25,
             "layer_types": layers("sliding", "sliding", "sliding", "full")}),
     Family("EXAONE 4 (32B)", "exaone4", "LGAI-EXAONE/EXAONE-4.0-32B",
-           {"sliding_window": WINDOW, "sliding_window_pattern": "LLLG", "head_dim": 16,
+           {"sliding_window": WINDOW, "sliding_window_pattern": "LLLG", "head_dim": 16, "rope_parameters": LLAMA3,
             "layer_types": layers("sliding", "sliding", "sliding", "full")}),
     Family("K-EXAONE", "exaone_moe", "LGAI-EXAONE/K-EXAONE-236B-A23B",
            {"sliding_window": WINDOW, "sliding_window_pattern": "LLLG", "head_dim": 16, "num_experts": 4,
@@ -74,8 +80,7 @@ WINDOWED = (
             "layer_types": layers("sliding", "sliding", "sliding", "full")}),
     Family("Code World Model", "cwm", "facebook/cwm",
            {"sliding_window": WINDOW, "head_dim": 16, "layer_types": layers("full", "sliding", "sliding", "sliding"),
-            "rope_parameters": rope("llama3", 1e6, factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                    original_max_position_embeddings=64)}),
+            "rope_parameters": LLAMA3}),
     Family("MiMo V2 Flash", "mimo_v2_flash", "XiaomiMiMo/MiMo-V2-Flash",
            {"sliding_window": WINDOW, "head_dim": 24, "v_head_dim": 16, "n_routed_experts": 4,
             "num_experts_per_tok": 2,
@@ -98,7 +103,8 @@ WINDOWED = (
     Family("Llama 4 (text)", "llama4_text", "meta-llama/Llama-4-Scout-17B-16E-Instruct",
            {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "num_experts_per_tok": 1,
             "attention_chunk_size": WINDOW, "no_rope_layers": [1, 1, 1, 0], "floor_scale": 32, "attn_scale": 0.1,
-            "attn_temperature_tuning": True, "layer_types": layers("chunked", "chunked", "chunked", "full")}),
+            "attn_temperature_tuning": True, "rope_parameters": LLAMA3,
+            "layer_types": layers("chunked", "chunked", "chunked", "full")}),
     Family("GPT-Neo", "gpt_neo", "EleutherAI/gpt-neo-1.3B",
            {"num_key_value_heads": ABSENT, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW}),
 )  # fmt: skip
