@@ -77,8 +77,8 @@ def verdict(family: Family, folder: Path) -> tuple[Subject | None, str | None]:
 
 
 def _reason(message: str) -> str:
-    """Return what an error says about the family, without the model's name or figures, which are rounding."""
-    name, _, reason = message.removesuffix(".").partition(": ")
+    """Return what an error says about the family: no model name, no figures, which are rounding, and no advice."""
+    name, _, reason = message.removesuffix(".").partition("; use ")[0].partition(": ")
     if name.endswith("failed the support gate"):
         law, _, detail = reason.partition(": ")
         return f"the support gate measures that a law does not hold: {law if FIGURE.search(detail) else reason}"
