@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 import torch
 from compatibility_table import PAGE, page, verdict
 from families import FAMILIES, Family
-from families.shape import WINDOW
 from family_laws import ALLOWED, LAWS, LONG, QUICK, SAME_BITS, Subject, relative_error
-from reference_attention import Row, run, use_reference
+from reference_attention import Row, run
 from tiny import tokenizer
 
 from kvfusion_rag import KVFusionGenerator, UnsupportedModelError
@@ -38,14 +36,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     found, reason = verdict(request.param, tmp_path_factory.mktemp("family"))
     assert found is not None, f"the table says accepted, but it is refused: {reason}"
     return found
-
-
-def plain_logits(family: Family) -> torch.Tensor:
-    """Return the logits (S, V) of one text by transformers' own attention and masks."""
-    network = family.network()
-    network.set_attn_implementation("eager")
-    with torch.no_grad():
-        return network(input_ids=IDS, use_cache=False).logits[0].float()
 
 
 # The table
@@ -101,18 +91,17 @@ def test_saved_models_get_the_same_verdict(family, tmp_path):
 
 
 def test_reference_is_the_models_own_attention_on_one_text(subject):
-    """Also beyond the window, where the model's masks count slots, which are positions here."""
-    found = run(subject.reference, Row.contiguous(IDS[0].tolist()))
-    assert relative_error(found, plain_logits(subject.family)) < ALLOWED
-
-
-@pytest.mark.parametrize(
-    "family", [f for f in ACCEPTED if f.flags.get("sliding_window") == WINDOW], ids=name_of
-)  # fmt: skip
-def test_reference_notices_a_window_that_is_off_by_one(family):
-    network = use_reference(replace(family, flags={**family.flags, "sliding_window": WINDOW + 1}).network())
-    found = run(network, Row.contiguous(IDS[0].tolist()))
-    assert relative_error(found, plain_logits(family)) > 100 * ALLOWED
+    """Also beyond the window, where the model's masks count slots, which are positions here. A wrong window shows."""
+    row, config = Row.contiguous(IDS[0].tolist()), subject.reference.config
+    with torch.no_grad():
+        expected = subject.plain(input_ids=IDS, use_cache=False).logits[0].float()
+    assert relative_error(run(subject.reference, row), expected) < ALLOWED
+    if "sliding" in structure_of(config):
+        window = config.sliding_window
+        config.sliding_window = window + 1
+        wrong = run(subject.reference, row)
+        config.sliding_window = window
+        assert relative_error(wrong, expected) > 100 * ALLOWED
 
 
 def test_owners_and_positions_decide_who_sees_whom():
