@@ -342,7 +342,7 @@ class Backbone:
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its head. In some models, ``decoder`` is the name of the head itself."""
     decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    return cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
