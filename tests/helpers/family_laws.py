@@ -105,7 +105,7 @@ def _answers(generator: KVFusionGenerator, requests: Sequence[Request]) -> list[
     steps: list[torch.Tensor] = []
     options, runner = DecodingOptions(max_new_tokens=STEPS), generator._engine.runner
     (batch,) = runner.batches(requests)
-    running = runner.start(batch, options)
+    running = runner.start(batch)
     for _ in runner.decode(running, options, on_logits=lambda logits: steps.append(logits.clone())):
         pass
     assert all(len(logits) == len(requests) for logits in steps), "an answer ended early; take another seed"
