@@ -4,6 +4,7 @@ VENV ?= .venv
 VENVS ?= .venvs
 BIN := $(VENV)/bin
 QUESTION ?= Who was the last keeper of the Harrow Point Lighthouse?
+FAMILIES ?=
 NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
@@ -19,7 +20,7 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks docs check format \
+.PHONY: help demo test nightly test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks families docs check format \
 	build test-wheel clean
 
 help: ## print this list
@@ -58,6 +59,9 @@ $(VENVS)/%/.ready: tests/versions/%.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --constraint $< --editable ".[test]"
 	touch $@
+
+families: $(READY) ## measure the compatibility table and write docs/compatibility.md (FAMILIES="llama ..." for some)
+	PYTHONPATH=.:tests/helpers $(BIN)/python -m compatibility_table $(FAMILIES)
 
 notebooks: $(READY) ## execute the notebooks and save their outputs (NOTEBOOKS="..." for some)
 	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c '$(EXECUTE)' $(NOTEBOOKS)

@@ -1,21 +1,27 @@
 """Check whether a model can read fused documents exactly, and measure in which mode it answers best.
 
-The exit code is 0 if all checks passed, and 1 if the model is not supported.
+The checks of the configuration come first, with the rows of the compatibility table. They need only config.json. The
+exit code is 0 if all checks passed, and 1 if the model is not supported.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError, UnsupportedModelError
 from .console import print_error, say, say_json
-from .options import add_gguf_file, add_model_arguments, load_generator
+from .options import add_gguf_file, add_model_arguments, load_generator, load_whole_config
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from ..evaluation.modes import ModeResult
     from ..generator import KVFusionGenerator
+    from ..schema import Check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_gguf_file(parser)
     add_model_arguments(parser)
     parser.add_argument(
+        "--config-only",
+        action="store_true",
+        help="read only the model's configuration: print its row of the compatibility table, and load no weights",
+    )
+    parser.add_argument(
         "--measure",
         action="store_true",
         help="answer 40 questions in each mode, print the table, and make the best mode this model's default",
@@ -31,11 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..model.families.table import rows_of, structure_of
+    from ..model.text_part import text_part
+
+    config = load_whole_config(args)
+    text = text_part(config)
+    rows = rows_of(config) or rows_of(text)
+    if not args.json:
+        for row in rows:
+            say(f"small models of {row.family} ({row.model_type}, {row.structure}): {row.verdict}")
+        if not rows:
+            say(f"not measured: {text.model_type} ({structure_of(text)})")
+    listed = [row.to_dict() for row in rows]
+    if args.config_only:
+        return _report_configuration(args, config, listed)
     try:
         generator = load_generator(args)
     except UnsupportedModelError as error:
         if args.json:
-            say_json({"model": args.model, "passed": False, "checks": [], "error": str(error)})
+            say_json({"model": args.model, "passed": False, "checks": [], "error": str(error), "table": listed})
         print_error(str(error))
         return 1
     results = _measure(generator, progress=not args.json) if args.measure else None
@@ -47,13 +72,12 @@ def run(args: argparse.Namespace) -> int:
             "model": gate.model_id,
             "passed": gate.passed,
             "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in gate.checks],
-            "error": None, "mode": mode, "mode_reason": reason, "focus": focus,
+            "error": None, "table": listed, "mode": mode, "mode_reason": reason, "focus": focus,
             "measured": None if results is None else [result.to_dict() for result in results],
         })  # fmt: skip
         return 0
     say(gate.model_id)
-    for check in gate.checks:
-        say(f"  {'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
+    _say_checks(gate.checks)
     say("passed: documents can be fused exactly")
     if results is not None:
         _say_table(results)
@@ -61,6 +85,32 @@ def run(args: argparse.Namespace) -> int:
     if results is None:
         say("These checks do not measure the quality of answers; --measure answers 40 questions in each mode.")
     return 0
+
+
+def _report_configuration(args: argparse.Namespace, config: PretrainedConfig, rows: Sequence[dict[str, Any]]) -> int:
+    from ..model.support import configuration_checks
+
+    checks = configuration_checks(config)
+    error = None if checks[-1].passed else checks[-1].detail
+    if error is None and rows and not any(row["accepted"] for row in rows):
+        error = rows[0]["reason"]  # measured, because the configuration does not show it
+    if args.json:
+        say_json({
+            "model": args.model, "passed": error is None, "checks": [asdict(check) for check in checks],
+            "error": error, "table": rows,
+        })  # fmt: skip
+        return 0 if error is None else 1
+    _say_checks(checks)
+    if error is None:
+        say(
+            "passed: nothing in the configuration prevents fusion; without --config-only, the model itself is measured"
+        )
+    return 0 if error is None else 1
+
+
+def _say_checks(checks: Sequence[Check]) -> None:
+    for check in checks:
+        say(f"  {'pass' if check.passed else 'FAIL'}  {check.name}: {check.detail}")
 
 
 def _measure(generator: KVFusionGenerator, *, progress: bool) -> list[ModeResult]:

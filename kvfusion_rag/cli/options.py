@@ -197,11 +197,18 @@ def load_encoder(args: argparse.Namespace) -> tuple[PromptEncoder, ModelSettings
 
 def load_config(args: argparse.Namespace) -> PretrainedConfig:
     """Load the text configuration of the model, without its weights."""
-    from ..model.location import locate_model
-    from ..model.repository import read_config
     from ..model.text_part import text_part
 
-    return text_part(read_config(locate_model(args.model, gguf_file=args.gguf_file)))
+    return text_part(load_whole_config(args))
+
+
+def load_whole_config(args: argparse.Namespace) -> PretrainedConfig:
+    """Load the configuration of the model with all its parts, without its weights."""
+    from ..model.location import locate_model
+    from ..model.repository import read_config
+
+    with patient_bars():
+        return read_config(locate_model(args.model, gguf_file=args.gguf_file))
 
 
 def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], int | None]:

@@ -126,7 +126,7 @@ class Backbone:
         mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
         cache = DocumentCache(self.num_kv_layers, prefix, rows, self.device)
         with self._prepared(adapter=False), cache.collecting():
-            self.model.get_decoder()(
+            _decoder(self.model)(
                 input_ids=ids.to(self.device),
                 position_ids=positions,
                 attention_mask=self._masks(mask, positions, cache),
@@ -337,6 +337,12 @@ class Backbone:
                     self.model.set_attn_implementation(usual_attention)
                 if suspend_training:
                     self.model.train()
+
+
+def _decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without its head. In some models, ``decoder`` is the name of the head itself."""
+    decoder = model.get_decoder()
+    return cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer
 
+from ..errors import UnsupportedModelError
 from .kv import DocumentKV, KVShape
 
 
@@ -71,8 +72,18 @@ class DocumentCache(PositionedCache):
         return updated
 
     def collected(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys (L, B, H_kv, T, d) and values (L, B, H_kv, T, d_v), without the prefix."""
+        """Return keys (L, B, H_kv, T, d) and values (L, B, H_kv, T, d_v), without the prefix.
+
+        Raises:
+            UnsupportedModelError: layers have different numbers of heads, or widths.
+        """
         layers = cast(list[tuple[torch.Tensor, ...]], list(self))  # keys and values (B, H_kv, p + T, d) per layer
+        shapes = sorted({(layer[0].shape[1], layer[0].shape[3], layer[1].shape[3]) for layer in layers})
+        if len(shapes) > 1:
+            raise UnsupportedModelError(
+                f"heads and widths of keys and values differ between the model's layers: {shapes}, but all layers of "
+                "a document's KV have one shape."
+            )
         keys = torch.stack([layer[0][:, :, self._past :] for layer in layers])
         values = torch.stack([layer[1][:, :, self._past :] for layer in layers])
         return keys, values

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from commands import CommandGenerator
 from indexes import WordEmbedder
+from tiny import config
 
 from kvfusion_rag.cli import ask, doctor
 
@@ -17,6 +18,7 @@ def generator(monkeypatch) -> CommandGenerator:
     fake = CommandGenerator()
     monkeypatch.setattr(ask, "load_generator", lambda args: fake)
     monkeypatch.setattr(doctor, "load_generator", lambda args: fake)
+    monkeypatch.setattr(doctor, "load_whole_config", lambda args: config("llama"))
     monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
     return fake
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from commands import run
 from indexes import LIGHTHOUSE, reasons
+from tiny import config
+from transformers import GPTNeoConfig, MambaConfig
 
 from kvfusion_rag import UnsupportedModelError, __version__
 from kvfusion_rag.cli import ask, doctor, main
@@ -144,8 +146,12 @@ def test_long_report_is_shortened(capsys, generator, docs, model_folder):
 def test_doctor_prints_every_check(capsys, generator):
     code, out, err = run(capsys, "doctor")
     assert (code, err) == (0, "")
-    assert out.splitlines()[:2] == ["fake/model", "  pass  full attention: 2 layers"]
-    assert json.loads(run(capsys, "doctor", "--json")[1]) == {
+    row, *lines = out.splitlines()
+    assert row.startswith("small models of Llama 2 (llama, full; RoPE default): accepted, largest deviation ")
+    assert lines[1:3] == ["fake/model", "  pass  full attention: 2 layers"]
+    printed = json.loads(run(capsys, "doctor", "--json")[1])
+    assert len(printed.pop("table")) == 2
+    assert printed == {
         "model": "fake/model",
         "passed": True,
         "checks": [{"name": "full attention", "passed": True, "detail": "2 layers"}],
@@ -162,11 +168,43 @@ def test_doctor_reports_the_cause(capsys, monkeypatch):
         raise UnsupportedModelError("'x' has sliding-window attention,\nwhich cannot be fused.")
 
     monkeypatch.setattr(doctor, "load_generator", refuse)
+    monkeypatch.setattr(doctor, "load_whole_config", lambda args: config("llama", model_type="other"))
     line = "kvfusion: error: 'x' has sliding-window attention, which cannot be fused.\n"
-    assert run(capsys, "doctor", "x") == (1, "", line)
+    assert run(capsys, "doctor", "x") == (1, "not measured: other (full; RoPE default)\n", line)
     code, out, err = run(capsys, "doctor", "x", "--json")
     assert (code, err) == (1, line)
     assert json.loads(out)["passed"] is False
+
+
+def test_doctor_reads_only_the_configuration(capsys, tmp_path):
+    """There are no weights and no tokenizer."""
+    config("llama").save_pretrained(tmp_path / "llama")
+    code, out, err = run(capsys, "doctor", tmp_path / "llama", "--config-only")
+    assert (code, err) == (0, "")
+    assert out.startswith("small models of Llama 2 (llama, full; RoPE default): accepted")
+    assert "  pass  text decoder: llama, decoder only" in out and "FAIL" not in out
+    MambaConfig().save_pretrained(tmp_path / "mamba")
+    code, out, err = run(capsys, "doctor", tmp_path / "mamba", "--config-only")
+    assert code == 1 and out.startswith("small models of Mamba (mamba, linear): refused, because ")
+    assert out.splitlines()[-1].startswith("  FAIL  ")
+    assert run(capsys, "doctor", tmp_path / "mamba")[0] == 1
+    code, out, err = run(capsys, "doctor", tmp_path / "mamba", "--config-only", "--json")
+    assert (code, json.loads(out)["passed"], len(json.loads(out)["table"])) == (1, False, 1)
+
+
+def test_doctor_knows_what_the_configuration_does_not_show(capsys, tmp_path):
+    GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]).save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "doctor", tmp_path, "--config-only")
+    assert code == 1 and "FAIL" not in out
+    assert out.startswith("small models of GPT-Neo (gpt_neo, full): refused, because the support gate measures")
+
+
+def test_doctor_says_what_was_not_measured(capsys, tmp_path):
+    config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}).save_pretrained(
+        tmp_path
+    )
+    out = run(capsys, "doctor", tmp_path, "--config-only")[1]
+    assert out.startswith("not measured: llama (full; RoPE dynamic)\n")
 
 
 # Processes

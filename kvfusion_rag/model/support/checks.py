@@ -33,7 +33,8 @@ def configuration_checks(config: PretrainedConfig) -> tuple[Check, ...]:
 def routes_tokens(config: PretrainedConfig) -> bool:
     """Whether the model has experts, so that the shapes of its matrix products depend on all tokens of a pass."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any((getattr(config, name, None) or 0) > 1 for name in names)
+    parts = (config, getattr(config, "ffn_config", None))  # DBRX has a part of its own for them
+    return any((getattr(part, name, None) or 0) > 1 for part in parts for name in names)
 
 
 def require_supported(config: PretrainedConfig, model_id: str) -> None:

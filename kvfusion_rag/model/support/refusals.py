@@ -20,6 +20,7 @@ INSTEAD = "use a decoder with attention in every layer, such as Qwen3, Llama 3 o
 
 ATTENTION_LAYERS = {FULL, SLIDING, CHUNKED, "attention"}
 SPARSE_LAYERS = {"indexed_attention", "compressed_sparse_attention", "heavily_compressed_attention"}
+KV_SIZES = {"head_dim", "num_key_value_heads", "v_head_dim"}
 STATELESS_LAYERS = {"mlp", "moe"}
 RECURRENT_TYPES = {"rwkv", "xlstm"}  # their configurations do not list kinds of layers
 ALIBI_TYPES = {"bloom", "mpt"}  # falcon has a flag
@@ -80,8 +81,8 @@ def no_keys_per_token(config: PretrainedConfig) -> str | None:
         return f"some of its layers attend to an image (cross-attention) and have no keys of the text; {INSTEAD}"
     if not hasattr(config, "num_hidden_layers"):
         return f"it has several stacks of layers instead of one, whose caches cannot be fused; {INSTEAD}"
-    if getattr(config, "global_head_dim", None):
-        return f"its keys are wider in layers with full attention than in others, and are not stored so; {INSTEAD}"
+    if getattr(config, "global_head_dim", None) or KV_SIZES & set(getattr(config, "per_layer_attributes", None) or ()):
+        return f"number or width of its keys differ between layers, but a document's KV has one shape; {INSTEAD}"
     return None
 
 

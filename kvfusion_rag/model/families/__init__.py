@@ -1,0 +1,1 @@
+"""The compatibility table: what was measured on a small random model of each family."""
