@@ -236,6 +236,9 @@ class ChunkCollection:
             self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
             try:
                 self._database.executescript(_TABLES)
+                (problem,) = self._database.execute("PRAGMA quick_check(1)").fetchone()  # of pages and their order
+                if problem != "ok":
+                    raise DamagedIndexError(self._folder, problem)
                 self._load()
             except BaseException:
                 self._database.close()
@@ -294,7 +297,7 @@ class _Rows:
         self.tally = tally
 
     def insert(self, table: str, *values: Any) -> None:
-        check = _check(table, values)
+        check = _check(table, (self._collection, *values))
         marks = ", ".join("?" * (len(values) + 2))
         self._database.execute(f"INSERT INTO {table} VALUES ({marks})", (self._collection, *values, check))
         self.tally = (self.tally[0] + 1, self.tally[1] + check)
@@ -309,20 +312,14 @@ class _Rows:
         """Yield the values of all rows in a table, and count them.
 
         Raises:
-            sqlite3.DatabaseError: a row has another checksum than when it was written, or is in the wrong place.
+            sqlite3.DatabaseError: a row has another checksum than when it was written.
         """
-        keys = ", ".join(_KEYS[table])
-        select = f"SELECT {keys}, * FROM {table} WHERE collection = ? ORDER BY {keys}"
-        width = len(_KEYS[table])
-        previous: tuple[Any, ...] | None = None
-        for row in self._database.execute(select, (self._collection,)):
-            key, values, check = row[:width], row[width + 1 : -1], row[-1]
-            # SQLite would not find a row that is out of order.
-            if check != _check(table, values) or (previous is not None and key <= previous):
+        select = f"SELECT * FROM {table} WHERE collection = ? ORDER BY {', '.join(_KEYS[table])}"
+        for *row, check in self._database.execute(select, (self._collection,)):
+            if check != _check(table, row):
                 raise sqlite3.DatabaseError(f"a row of {table}s has changed")
-            previous = key
             self.tally = (self.tally[0] + 1, self.tally[1] + check)
-            yield values
+            yield tuple(row[1:])
 
 
 def _check(table: str, values: Sequence[Any]) -> int:

@@ -123,7 +123,9 @@ class DocumentIndex:
         self._damage = self._collection.damage
         if self._damage is not None:
             logger.warning(
-                "the index %r was damaged (%s), so it was emptied; index its files again.", str(folder), self._damage
+                "the index %r was damaged (%s), and is empty until its files are indexed again.",
+                str(self.folder),
+                self._damage,
             )
 
     def __enter__(self) -> Self:

@@ -7,12 +7,14 @@ a table with one long cell becomes a text whose size grows with the square of th
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 from turbohtml import Document, Element, Namespace, Node, Text, parse
 
 from .charsets import decode_page
 
 MAX_ROOTS = 100  # tags <html> and <body> of one page
+MAX_OPEN_STYLES = 50  # tags such as <b> that are open at once
 
 _HIDDEN = frozenset({
     "annotation", "annotation-xml", "audio", "canvas", "datalist", "desc", "head", "iframe", "nav", "noembed",
@@ -27,6 +29,9 @@ _BLOCKS = frozenset({
 _SPACES = re.compile(r"\s+")
 _NOT_DISPLAYED = re.compile(r"display\s*:\s*none", re.IGNORECASE)
 _ROOT_TAG = re.compile(r"<(?:html|body)(?=[\s/>])", re.IGNORECASE)
+_STYLE_TAG = re.compile(
+    r"<(/?)(a|b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)(?=[\s/>])[^<>]*>?", re.IGNORECASE
+)
 _SELF_CLOSING = re.compile(r"<(?!br\b)([A-Za-z][\w:-]*+)([^<>]*)/>", re.IGNORECASE)
 
 
@@ -41,14 +46,34 @@ def read_page(data: bytes) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _parsable(source: str) -> str:
+    """Return the source without tags that would make the tree far larger than the page, or HTML misread XHTML."""
     roots = [tag.start() for tag in _ROOT_TAG.finditer(source)]
     if len(roots) > MAX_ROOTS:
         # Repeated roots only add attributes to the first, in time that grows with the square of their number.
         first = roots[MAX_ROOTS]
         source = source[:first] + _ROOT_TAG.sub("<wbr", source[first:])
+    if _has_many_open_styles(source):
+        source = _STYLE_TAG.sub("", source)  # each block would repeat all open styles
     if source.lstrip("\ufeff \t\r\n").startswith("<?xml"):
         source = _SELF_CLOSING.sub(r"<\1\2></\1>", source)  # HTML would read <script/> as a start without an end
     return source
+
+
+def _has_many_open_styles(source: str) -> bool:
+    """Return whether more than MAX_OPEN_STYLES tags of text styles are open somewhere."""
+    open_styles: Counter[str] = Counter()
+    total = 0
+    for tag in _STYLE_TAG.finditer(source):
+        name = tag[2].lower()
+        if not tag[1]:
+            open_styles[name] += 1
+            total += 1
+        elif open_styles[name]:
+            open_styles[name] -= 1
+            total -= 1
+        if total > MAX_OPEN_STYLES:
+            return True
+    return False
 
 
 def _pieces(root: Node) -> list[str]:
