@@ -66,17 +66,17 @@ def decode_text(data: bytes, declared: str | None = None) -> DecodedText:
         if data.startswith(mark):
             text = data.decode(encoding, errors="replace")
             return DecodedText(text, encoding.removesuffix("-sig").upper(), _invalid(text, data))
-    escapes = b"\x1b$" in data or b"\x1b(" in data  # ISO-2022-JP is ASCII with escape sequences
-    if data.isascii() and not escapes:
-        return DecodedText(data.decode("ascii"), "ASCII")
+    if data.isascii():
+        escapes = b"\x1b$" in data or b"\x1b(" in data  # ISO-2022-JP is ASCII with escape sequences
+        return _as_detected(data, 0) if escapes else DecodedText(data.decode("ascii"), "ASCII")
     utf8 = _as_utf8(data)
-    if utf8 is not None and not escapes:
+    if utf8 is not None:
         return utf8
     outside_ascii = len(data.translate(None, _ASCII))
     stated = _as_declared(data, declared) if declared else None
     if stated is not None and stated.invalid <= WRONG_SHARE * outside_ascii:
         return stated
-    likely = _as_detected(_DECLARATION.sub(b"", data), outside_ascii)
+    likely = _as_detected(data, outside_ascii)
     return stated if stated is not None and stated.invalid <= likely.invalid else likely
 
 
@@ -102,7 +102,7 @@ def _as_declared(data: bytes, label: str) -> DecodedText | None:
 
 
 def _as_detected(data: bytes, outside_ascii: int) -> DecodedText:
-    match = detect(data)
+    match = detect(_DECLARATION.sub(b"", data))  # a declaration would be believed
     assert match.codec is not None  # only of empty bytes
     text = data.decode(match.codec, errors="replace")
     known = match.confidence > 0 or outside_ascii <= BINARY_SHARE * len(data)

@@ -15,6 +15,7 @@ MIN_RUN = 1_000  # characters without white space; the longest web addresses are
 MIN_DATA_LINES = 8
 MIN_CODE_LINE = 1_000  # characters
 CODE_SPACES = 0.07  # prose has more than 0.12 white space, and minified code less than 0.05
+CODE_SIGNS = 0.08  # prose has less than 0.05 of these, and minified code more than 0.12
 MAX_OUTSIDE_ASCII = 0.1  # share of a line of minified code; languages without spaces are above
 
 _DATA_URI = re.compile(r"data:[\w/+.;=-]{0,100};base64,[A-Za-z0-9+/=%_-]{100,}+")
@@ -24,6 +25,7 @@ _ADDRESS = re.compile(r"\s*+(?:0x[0-9A-Fa-f]{4,16}|[0-9A-Fa-f]{7,16})[:\s]\s*+")
 _HEX_GROUPS = re.compile(r"(?:(?:0x|\\x)?(?:[0-9A-Fa-f]{2}){1,8}(?:[\s,;:|]++|$|(?=\\))){8,}+")
 _HEX_LETTER = re.compile(r"[A-Fa-fx]")
 _SPACE = re.compile(r"\s")
+_CODE_SIGN = re.compile(r"[][(){}<>;:,=\"'|&+*/]")
 
 Span = tuple[int, int, str]  # start and end in the text, and what is there
 
@@ -101,4 +103,8 @@ def _inside_line(line: str, start: int) -> Iterator[Span]:
 
 def _is_minified(line: str) -> bool:
     outside = len(line) - len(line.encode("ascii", "ignore"))
-    return outside <= MAX_OUTSIDE_ASCII * len(line) and len(_SPACE.findall(line)) <= CODE_SPACES * len(line)
+    return (
+        outside <= MAX_OUTSIDE_ASCII * len(line)
+        and len(_SPACE.findall(line)) <= CODE_SPACES * len(line)
+        and len(_CODE_SIGN.findall(line)) >= CODE_SIGNS * len(line)
+    )

@@ -113,13 +113,13 @@ def _walk(root: Path, exclude: Path | None, found: dict[Path, None], skipped: li
                 continue
             if entry.name.startswith("."):
                 skipped.append(SkippedFile(printable_path(path), "hidden"))
-            elif not os.path.isdir(path):  # unlike DirEntry.is_dir, it is False for a link to itself
-                _take(path, found, skipped)
-            elif entry.is_symlink():
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif os.path.isdir(path):  # unlike DirEntry.is_dir, it is False for a link to itself
                 reason = "link to a folder; name the folder itself to index it"
                 skipped.append(SkippedFile(printable_path(path), reason))
             else:
-                folders.append(path)
+                _take(path, found, skipped)
 
 
 def _take(path: Path, found: dict[Path, None], skipped: list[SkippedFile]) -> None:
@@ -183,11 +183,12 @@ def read_document(path: Path, data: bytes | None = None) -> LoadedText:
         raise UnreadableFileError(f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}")
     text, title, notes = _guarded(kind, read_bytes(path) if data is None else data)
     text, junk = without_junk(_LONE_SURROGATE.sub("\ufffd", text))
+    left_out = (*notes, *junk)
     if not text.strip():
-        only = f" except {', '.join(junk)}" if junk else ""
-        raise UnreadableFileError(f"contains no text{only or (' (a scan?)' if kind == 'pdf' else '')}")
+        only = f" except {', '.join(left_out)}" if left_out else " (a scan?)" if kind == "pdf" else ""
+        raise UnreadableFileError(f"contains no text{only}")
     title = _SPACES.sub(" ", _LONE_SURROGATE.sub("\ufffd", title)).strip()
-    return LoadedText(text, title[:MAX_TITLE_CHARACTERS].rstrip() or path.stem, kind, (*notes, *junk))
+    return LoadedText(text, title[:MAX_TITLE_CHARACTERS].rstrip() or path.stem, kind, left_out)
 
 
 def _read_text(data: bytes) -> Reading:

@@ -38,7 +38,7 @@ _SELF_CLOSING = re.compile(r"<(?!br\b)([A-Za-z][\w:-]*+)([^<>]*)/>", re.IGNORECA
 def read_page(data: bytes) -> tuple[str, str, tuple[str, ...]]:
     """Return the visible text with a blank line between blocks, the title or first heading, and what is missing."""
     decoded = decode_page(data)
-    tree = parse(_parsable(decoded.text), positions=False)
+    tree = parse(_parsable(decoded.text), positions=False, scripting=True)
     titles = [one for one in tree.select("title") if one.namespace is Namespace.HTML]
     heading = titles[0] if titles else tree.select_one("h1")
     text = _tidy_lines("".join(_pieces(tree)))
