@@ -30,7 +30,7 @@ from kvfusion_rag.cli import main as command
 from kvfusion_rag.cli.console import collection_paused
 
 QUESTION = "Who was the last keeper of the Harrow Point Lighthouse?"
-IMPORTED = ("torch", "transformers.modeling_utils", "kvfusion_rag.generator", "sentence_transformers", "chromadb")
+IMPORTED = ("torch", "transformers.modeling_utils", "kvfusion_rag.generator", "sentence_transformers")
 TIMED = (  # phase, module, class or "", function
     ("tokenizer", "transformers", "AutoTokenizer", "from_pretrained"),
     ("tokenizer without control tokens", "kvfusion_rag.text.encoder", "PlainEncoder", "__init__"),

@@ -22,7 +22,7 @@ from .answers import (
     say_sources,
     say_spelling,
 )
-from .console import say, say_json, shown_path
+from .console import say, say_json, say_left_out, shown_path
 from .options import (
     INDEX_FOLDER,
     add_focus,
@@ -135,6 +135,8 @@ def run(args: argparse.Namespace) -> int:
         say_attribution(attribution)
     if shuffle_check is not None:
         say_shuffle_check(shuffle_check)
+    if report is not None:
+        say_left_out(report, heading="\nnot searched")
     return 0
 
 

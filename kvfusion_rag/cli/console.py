@@ -19,14 +19,17 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from ..retrieval import IndexReport
 
 MAX_LISTED_ITEMS = 20
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _NOISY_LOGGERS = (
-    "chromadb",
     "huggingface_hub",
+    "pypdf",  # warns about each oddity of a file
     "sentence_transformers",
     "torch.utils._pytree",  # warns about types that torchao registers
     "torchao",
@@ -62,6 +65,14 @@ def say_list(mark: str, items: list[str]) -> None:
         say(f"  {mark} {item}")
     if len(items) > MAX_LISTED_ITEMS:
         say(f"  {mark} ... and {len(items) - MAX_LISTED_ITEMS} more (--json lists all)")
+
+
+def say_left_out(report: IndexReport, *, heading: str | None = None) -> None:
+    """Print each skipped file and each part of a file that was left out, with the reason, if there are any."""
+    if heading is not None and (report.skipped or report.left_out):
+        say(heading)
+    say_list("!", [f"{shown_path(one.path)}: {one.reason}" for one in report.skipped])
+    say_list("!", [f"{shown_path(one.path)}: without {one.reason}" for one in report.left_out])
 
 
 def print_error(message: str) -> None:

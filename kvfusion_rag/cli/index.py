@@ -1,8 +1,8 @@
 """Index files and folders for later questions.
 
-Only new and changed files are read and embedded, and deleted files are removed from the index. Skipped files are
-listed with the reason. With ``--store``, the KV of each chunk that is not stored yet is computed too. An interrupted
-run can be repeated and then continues.
+Only new and changed files are read and embedded, and deleted files are removed from the index. Skipped files, and data
+in files that is left out (such as images in base64), are listed with the reason. With ``--store``, the KV of each
+chunk that is not stored yet is computed too. An interrupted run can be repeated and then continues.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .console import say, say_json, say_list, shown_path
+from .console import say, say_json, say_left_out, say_list, shown_path
 from .options import (
     INDEX_FOLDER,
     add_index_arguments,
@@ -81,4 +81,4 @@ def _say_report(report: IndexReport, folder: Path, chunk_tokens: int) -> None:
     say_list("+", list(report.added))
     say_list("~", list(report.changed))
     say_list("-", list(report.removed))
-    say_list("!", [f"{shown_path(one.path)}: {one.reason}" for one in report.skipped])
+    say_left_out(report)

@@ -7,7 +7,6 @@ raises one error that names file, place and field. Whether a row is useful is de
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import re
@@ -31,6 +30,7 @@ from .rows import (
     required_text,
     row_from,
 )
+from .tables import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -186,16 +186,15 @@ def _read_records(path: Path) -> Iterator[Record]:
 
 def _read_table(path: Path) -> Iterator[Record]:
     with open_text(path) as lines:
-        rows = csv.DictReader(lines, delimiter="\t")
-        for row in rows:
+        for row, number in read_table(lines, path.name):
             answers = {name: _listed(row[name]) for name in _ANSWER_FIELDS if name in row}
-            yield row | answers, f"{path.name}, line {rows.line_num}", rows.line_num
+            yield row | answers, f"{path.name}, line {number}", number
 
 
-def _listed(cell: str | None) -> str | list[str] | None:
+def _listed(cell: str) -> str | list[str]:
     """Return the list in a table's cell if it is a JSON list of texts, else the cell unchanged."""
     try:
-        value = json.loads(cell) if cell and cell.startswith("[") else None
+        value = json.loads(cell) if cell.startswith("[") else None
     except (ValueError, RecursionError):
         return cell
     return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else cell

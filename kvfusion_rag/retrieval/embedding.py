@@ -66,6 +66,7 @@ class SentenceTransformerEmbedder:
         self._name = DEFAULT_MODEL if model is None else str(model)
         self._model = _load(model, device)
         self._fingerprint = _digest(self._model)
+        self._warned_of_long_texts = False
 
     @property
     def name(self) -> str:
@@ -95,12 +96,14 @@ class SentenceTransformerEmbedder:
         return np.asarray(vectors, dtype=np.float32)
 
     def _warn_of_long_texts(self, texts: Sequence[str]) -> None:
+        """Warn once, because an index embeds its texts in small steps."""
         limit = self._model.max_seq_length
-        if limit is None:
+        if limit is None or self._warned_of_long_texts:
             return
         lengths = map(len, self._model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"])
         too_long = sum(length > limit for length in lengths)
         if too_long:
+            self._warned_of_long_texts = True
             logger.warning(
                 "%d of %d chunks are longer than the %d tokens that the embedding model %r reads, so only their "
                 "beginnings can be found.", too_long, len(texts), limit, self._name,

@@ -7,34 +7,27 @@ indexes with different settings can share a folder without mixing.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import xxhash
-from tqdm import tqdm
 
 from ..errors import InvalidInputError, RetrievalError
 from ..schema import Document
-from .chroma import ChunkCollection, Row, StoredFile
+from .collection import ChunkCollection, Place
 from .embedding import Embedder
-from .loaders import (
-    MAX_FILE_BYTES,
-    SkippedFile,
-    UnreadableFileError,
-    common_folder,
-    find_files,
-    printable_path,
-    read_bytes,
-    read_document,
-)
-from .splitting import Chunk, check_chunk_tokens, split_text
+from .loaders import MAX_FILE_BYTES, SkippedFile, common_folder, find_files, printable_path
+from .splitting import check_chunk_tokens, split_text
+from .updating import Updater
 
-FORMAT = 1  # increase it when chunks, ids, metadata or embedded texts change
-CHUNKS_PER_WRITE = 512
-SEARCH_MARGIN = 10  # extra results, so that equal distances around the last result are ordered by id
+logger = logging.getLogger(__name__)
+
+FORMAT = 2  # increase it when chunks, ids, metadata or embedded texts change
 # Tokenizers that give the same lengths for all of these texts are assumed to split texts in the same way.
 TOKENIZER_PROBES = (
     "The lighthouse keeper wrote 1,874 letters, and nobody ever answered them.",
@@ -48,7 +41,14 @@ TOKENIZER_PROBES = (
 
 @dataclass(frozen=True, slots=True)
 class IndexReport:
-    """The result of one update. Files have the names used in document ids. ``chunks`` is the size of the index."""
+    """The result of one update. Files have the names used in document ids.
+
+    Attributes:
+        skipped: files and folders that are not in the index, with the reason.
+        chunks: number of chunks in the index.
+        left_out: parts of files that are not in the index, such as images in base64.
+        damage: why an existing index was discarded and built again; ``None`` if it was sound.
+    """
 
     added: tuple[str, ...]
     changed: tuple[str, ...]
@@ -56,6 +56,8 @@ class IndexReport:
     unchanged: tuple[str, ...]
     skipped: tuple[SkippedFile, ...]
     chunks: int
+    left_out: tuple[SkippedFile, ...] = ()
+    damage: str | None = None
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -67,25 +69,13 @@ class IndexReport:
         return asdict(self)
 
 
-@dataclass(frozen=True, slots=True)
-class _SplitFile:
-    """One file split into chunks that are not embedded yet."""
+@dataclass(frozen=True, slots=True, order=True)
+class _Hit:
+    """A chunk that a search found. Equal distances are ordered by id."""
 
-    name: str
-    digest: str
-    title: str
-    chunks: list[Chunk]
-
-
-@dataclass(slots=True)
-class _Progress:
-    """The state of an update. ``pending`` files are split but not written."""
-
-    added: list[str] = field(default_factory=list)
-    changed: list[str] = field(default_factory=list)
-    unchanged: list[str] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    pending: list[_SplitFile] = field(default_factory=list)
+    distance: float
+    id: str
+    place: Place
 
 
 class DocumentIndex:
@@ -99,12 +89,13 @@ class DocumentIndex:
         base: folder to which file names in ids are relative. By default the parent folder of the index, so that
             documents and index can be moved together; in memory the deepest folder that contains the first paths.
         max_file_bytes: size in bytes above which files are skipped.
-        progress: whether ``update`` shows a progress bar on stderr if it takes more than a second.
+        progress: whether ``update`` shows chunks and remaining time on stderr if it takes more than a second.
+
+    A damaged index is emptied with a warning, and the next update builds it again.
 
     Raises:
         RetrievalError: the folder is not an index, cannot be written, or is in use by another process.
         InvalidInputError: ``chunk_tokens`` is too small.
-        MissingDependencyError: chromadb is not installed.
     """
 
     def __init__(
@@ -129,6 +120,13 @@ class DocumentIndex:
         self._base = None if base is None else Path(base).expanduser().resolve()
         settings = {"embedding_model": embedder.name, "chunk_tokens": chunk_tokens}
         self._collection = ChunkCollection(self.folder, self._collection_name(), settings)
+        self._damage = self._collection.damage
+        if self._damage is not None:
+            logger.warning(
+                "the index %r was damaged (%s), and is empty until its files are indexed again.",
+                str(self.folder),
+                self._damage,
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -146,7 +144,7 @@ class DocumentIndex:
 
     def files(self) -> tuple[str, ...]:
         """Return the sorted names of all files in the index."""
-        return tuple(sorted(self._collection.stored_files()))
+        return tuple(sorted(self._collection.files))
 
     def update(self, paths: str | Path | Sequence[str | Path]) -> IndexReport:
         """Update the index from files and folders, including subfolders.
@@ -163,36 +161,47 @@ class DocumentIndex:
         files, skipped = find_files(roots, exclude=self.folder)
         if self._base is None:
             self._base = common_folder(roots)
-        stored = self._collection.stored_files()
-        done = _Progress(skipped=skipped)
-        for path in tqdm(
-            files, desc="indexing", unit="file", delay=1, leave=False, disable=None if self._progress else True
-        ):
-            self._take(path, stored, done)
-            if sum(len(file.chunks) for file in done.pending) >= CHUNKS_PER_WRITE:
-                self._write(done.pending, stored)
-        self._write(done.pending, stored)
-        removed = self._remove_deleted(roots, stored, {*done.added, *done.changed, *done.unchanged})
+        updater = Updater(
+            self._collection,
+            self._embedder,
+            lambda loaded: split_text(loaded.text, loaded.kind, self.chunk_tokens, self._count_tokens),
+            self._name,
+            max_file_bytes=self._max_file_bytes,
+            progress=self._progress,
+        )
+        done = updater.update(files)
+        removed = self._deleted(roots, done.present())
+        updater.remove(removed)
         report = IndexReport(
             tuple(done.added),
             tuple(done.changed),
             tuple(removed),
             tuple(done.unchanged),
-            tuple(done.skipped),
+            tuple(sorted((*skipped, *done.skipped), key=lambda one: one.path)),
             chunks=len(self),
+            left_out=self._left_out(done.present()),
+            damage=self._damage,
         )
         if not report.files:
-            raise _nothing_indexed(roots, done.skipped)
+            raise _nothing_indexed(roots, report.skipped)
+        self._damage = None
         return report
 
     def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
         """Return all chunks, or those of some files, as :meth:`search` does, but without distance and score."""
         allowed = None if files is None else frozenset(files)
-        rows = self._collection.rows()
-        return [self._document(row, None) for row in rows if allowed is None or row.metadata["file"] in allowed]
+        return [
+            self._document(place, None)
+            for name, file in sorted(self._collection.files.items())
+            if allowed is None or name in allowed
+            for place in file.places
+        ]
 
     def search(self, question: str, top_k: int = 5, *, files: Collection[str] | None = None) -> list[Document]:
         """Return the chunks nearest to ``question``, nearest first.
+
+        A text that several files contain is returned once, from the first of them. Only if there are fewer than
+        ``top_k`` different texts, the list is filled up with the others.
 
         Args:
             question: any text.
@@ -212,71 +221,49 @@ class DocumentIndex:
             raise InvalidInputError(f"top_k is {top_k}, but it must be at least 1.")
         if not question.strip():
             raise InvalidInputError("the question is blank, but it must contain text.")
-        total = len(self)
-        if total == 0:
+        if not len(self):
             raise self._empty_index()
-        vector = self._embedder.embed_question(question)
-        count = min(top_k + SEARCH_MARGIN, total)
+        keys, distances = self._collection.distances(self._embedder.embed_question(question))
         allowed = None if files is None else frozenset(files)
-        while True:
-            hits = self._collection.nearest(vector, count)
-            allowed_hits = [hit for hit in hits if allowed is None or hit[0].metadata["file"] in allowed]
-            if len(allowed_hits) >= top_k or count == total:
-                return [self._document(row, distance) for row, distance in allowed_hits[:top_k]]
-            count = min(count * 4, total)
+        first: list[_Hit] = []
+        copies: list[_Hit] = []
+        for number in np.argsort(distances, kind="stable"):
+            distance = float(distances[number])
+            if len(first) >= top_k and distance > first[-1].distance:
+                break
+            places = self._collection.places(keys[number])
+            hits = [_Hit(distance, self._id(p), p) for p in places if allowed is None or p.file in allowed]
+            first += hits[:1]
+            copies += hits[1:]
+        if len(first) < top_k:
+            first += sorted(copies)[: top_k - len(first)]
+        return [self._document(hit.place, hit.distance) for hit in sorted(first)[:top_k]]
 
-    def _take(self, path: Path, stored: dict[str, StoredFile], done: _Progress) -> None:
-        """Read one file and record it as unchanged, skipped or pending."""
-        name = self._name(path)
-        old = stored.get(name)
-        try:
-            data = read_bytes(path, self._max_file_bytes)
-            digest = xxhash.xxh3_128_hexdigest(data)
-            if old is not None and old.complete and old.digest == digest:
-                done.unchanged.append(name)
-                return
-            loaded = read_document(path, data)
-        except UnreadableFileError as error:
-            done.skipped.append(SkippedFile(printable_path(path), str(error)))
-            return
-        chunks = split_text(loaded.text, loaded.kind, self.chunk_tokens, self._count_tokens)
-        done.pending.append(_SplitFile(name, digest, loaded.title, chunks))
-        (done.added if old is None else done.changed).append(name)
-
-    def _write(self, pending: list[_SplitFile], stored: dict[str, StoredFile]) -> None:
-        """Embed and write the pending files, delete their old chunks, and clear the list."""
-        if not pending:
-            return
-        rows = [row for file in pending for row in _rows(file)]
-        # The title is embedded too, because later chunks often refer to the subject only as "it".
-        vectors = self._embedder.embed_documents([f"{row.metadata['title']}\n{row.text}" for row in rows])
-        new_ids = {row.id for row in rows}
-        old_ids = [i for file in pending if file.name in stored for i in stored[file.name].ids]
-        self._collection.write(rows, vectors)
-        self._collection.delete([i for i in old_ids if i not in new_ids])
-        pending.clear()
-
-    def _remove_deleted(
-        self, paths: Sequence[str | Path], stored: dict[str, StoredFile], present: set[str]
-    ) -> list[str]:
-        """Remove files that were deleted or can no longer be read under ``paths``, and return their names."""
+    def _deleted(self, paths: Sequence[str | Path], present: set[str]) -> list[str]:
+        """Return the files in the index that were deleted or can no longer be read under ``paths``."""
         roots = [Path(path).expanduser().resolve() for path in paths]
-        deleted = [name for name in sorted(stored) if name not in present and self._is_deleted(name, roots)]
-        self._collection.delete([chunk_id for name in deleted for chunk_id in stored[name].ids])
-        return deleted
+        return [name for name in self.files() if name not in present and self._is_deleted(name, roots)]
 
     def _is_deleted(self, name: str, roots: list[Path]) -> bool:
         path = self._path(name)
         return not os.path.exists(path) or any(path.is_relative_to(root) for root in roots)
 
-    def _document(self, row: Row, distance: float | None) -> Document:
-        metadata = {key: row.metadata[key] for key in ("file", "chunk", "start", "end")}
+    def _left_out(self, names: set[str]) -> tuple[SkippedFile, ...]:
+        files = [self._collection.files[name] for name in sorted(names)]
+        return tuple(SkippedFile(str(self._path(file.name)), what) for file in files for what in file.left_out)
+
+    @staticmethod
+    def _id(place: Place) -> str:
+        return f"{place.file}#{place.number}"
+
+    def _document(self, place: Place, distance: float | None) -> Document:
+        metadata = {"file": place.file, "chunk": place.number, "start": place.start, "end": place.end}
         metadata |= {} if distance is None else {"distance": distance}
         return Document(
-            row.text,
-            id=row.id,
-            title=str(row.metadata["title"]),
-            metadata={"source": str(self._path(row.metadata["file"])), **metadata},
+            self._collection.text(place.key),
+            id=self._id(place),
+            title=self._collection.files[place.file].title,
+            metadata={"source": str(self._path(place.file)), **metadata},
             score=None if distance is None else round(1 - distance, 5),
         )
 
@@ -303,6 +290,10 @@ class DocumentIndex:
 
     def _empty_index(self) -> RetrievalError:
         settings = f"chunks of {self.chunk_tokens} tokens and the embedding model {self._embedder.name!r}"
+        if self._damage is not None:
+            return RetrievalError(
+                f"the index {str(self.folder)!r} was damaged ({self._damage}), so it is empty; index its files again."
+            )
         others = [] if self.folder is None else self._collection.other_settings()
         if not others:
             return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
@@ -313,15 +304,7 @@ class DocumentIndex:
         )
 
 
-def _rows(file: _SplitFile) -> list[Row]:
-    common = {"file": file.name, "digest": file.digest, "title": file.title, "chunks": len(file.chunks)}
-    return [
-        Row(f"{file.name}#{n}", chunk.text, {**common, "chunk": n, "start": chunk.start, "end": chunk.end})
-        for n, chunk in enumerate(file.chunks, start=1)
-    ]
-
-
-def _nothing_indexed(paths: Sequence[str | Path], skipped: list[SkippedFile]) -> RetrievalError:
+def _nothing_indexed(paths: Sequence[str | Path], skipped: Sequence[SkippedFile]) -> RetrievalError:
     where = ", ".join(repr(printable_path(Path(path))) for path in paths)
     if not skipped:
         return RetrievalError(f"there are no files to index in {where}.")

@@ -6,15 +6,19 @@ that cannot be read is skipped with a reason; exceptions of parsers never escape
 
 from __future__ import annotations
 
-import io
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import MissingDependencyError, RetrievalError
+from .junk import without_junk
+
+if TYPE_CHECKING:
+    from .charsets import DecodedText
 
 Kind = Literal["text", "markdown", "html", "pdf"]
 
@@ -37,19 +41,15 @@ BINARY_SHARE = 0.2
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACES = re.compile(r"\s+")
-_ATX_HEADING = re.compile(r" {0,3}#{1,6}\s+(.*?)\s*#*\s*$")
+_ATX_HEADING = re.compile(r" {0,3}#{1,6}(?=\s|$)")
 _FENCE = re.compile(r" {0,3}(```|~~~)")
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_BLOCKS = (
-    *("address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt"),
-    *("fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr"),
-    *("li", "main", "ol", "p", "pre", "section", "summary", "table", "tr", "ul"),
-)
+
+Reading = tuple[str, str, tuple[str, ...]]  # text, title, and what is missing
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedFile:
-    """A file or folder that was skipped, and the reason."""
+    """A file or folder that was skipped, or a part of a file that was left out, and the reason."""
 
     path: str
     reason: str
@@ -57,11 +57,18 @@ class SkippedFile:
 
 @dataclass(frozen=True, slots=True)
 class LoadedText:
-    """The text of one file. ``title`` is its own title or first heading, or else the file's name."""
+    """The text of one file.
+
+    Attributes:
+        text: the text without embedded data, such as images in base64.
+        title: its own title or first heading, or else the file's name.
+        left_out: what the text lacks, in words: embedded data, bytes that cannot be decoded, pages of a PDF.
+    """
 
     text: str
     title: str
     kind: Kind
+    left_out: tuple[str, ...] = ()
 
 
 class UnreadableFileError(RetrievalError):
@@ -90,44 +97,54 @@ def find_files(paths: Iterable[str | Path], *, exclude: Path | None = None) -> t
     return sorted(found), sorted(skipped, key=lambda one: one.path)
 
 
-def _walk(folder: Path, exclude: Path | None, found: dict[Path, None], skipped: list[SkippedFile]) -> None:
-    """Collect the files of ``folder`` and its subfolders, ordered by name."""
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        skipped.append(SkippedFile(printable_path(folder), f"folder cannot be read: {error.strerror}"))
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if entry.name == INDEX_FOLDER or path == exclude:
+def _walk(root: Path, exclude: Path | None, found: dict[Path, None], skipped: list[SkippedFile]) -> None:
+    """Collect the files of ``root`` and its subfolders, at any depth."""
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            skipped.append(SkippedFile(printable_path(folder), f"folder cannot be read: {error.strerror}"))
             continue
-        if entry.name.startswith("."):
-            skipped.append(SkippedFile(printable_path(path), "hidden"))
-        elif entry.is_symlink() and entry.is_dir():
-            skipped.append(SkippedFile(printable_path(path), "link to a folder; name the folder itself to index it"))
-        elif entry.is_dir():
-            _walk(path, exclude, found, skipped)
-        else:
-            _take(path, found, skipped)
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name == INDEX_FOLDER or path == exclude:
+                continue
+            if entry.name.startswith("."):
+                skipped.append(SkippedFile(printable_path(path), "hidden"))
+            elif entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif os.path.isdir(path):  # unlike DirEntry.is_dir, it is False for a link to itself
+                reason = "link to a folder; name the folder itself to index it"
+                skipped.append(SkippedFile(printable_path(path), reason))
+            else:
+                _take(path, found, skipped)
 
 
 def _take(path: Path, found: dict[Path, None], skipped: list[SkippedFile]) -> None:
     """Add ``path`` to the files, or to the skipped files with the reason."""
-    reason = None
-    if path.suffix.lower() not in KINDS:
-        reason = f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}"
-    elif not os.path.exists(path):
-        reason = "broken link"
-    elif not os.path.isfile(path):
-        reason = "not a regular file"
-    elif path.resolve().suffix.lower() not in KINDS:
-        reason = "link to a file of unknown type"
-    elif not _is_unicode(str(path.resolve())):
-        reason = "its name is not valid Unicode"
+    reason = _reason_to_skip(path)
     if reason is None:
         found[path.resolve()] = None
     else:
         skipped.append(SkippedFile(printable_path(path), reason))
+
+
+def _reason_to_skip(path: Path) -> str | None:
+    if path.suffix.lower() not in KINDS:
+        return f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}"
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "broken link"
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    if not stat.S_ISREG(mode):
+        return "not a regular file"
+    if path.resolve().suffix.lower() not in KINDS:
+        return "link to a file of unknown type"
+    return None if _is_unicode(str(path.resolve())) else "its name is not valid Unicode"
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
@@ -136,10 +153,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     Raises:
         UnreadableFileError: the file cannot be read, is empty, or is larger than ``max_bytes``.
     """
-    if not os.path.isfile(path):
-        raise UnreadableFileError("not a regular file")
     try:
-        with path.open("rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # a pipe would block otherwise
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableFileError("not a regular file")
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise UnreadableFileError(f"cannot be read: {error.strerror}") from error
@@ -164,34 +181,36 @@ def read_document(path: Path, data: bytes | None = None) -> LoadedText:
     kind = KINDS.get(path.suffix.lower())
     if kind is None:
         raise UnreadableFileError(f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}")
-    text, title = _READERS[kind](read_bytes(path) if data is None else data)
-    text = _LONE_SURROGATE.sub("\ufffd", text)
+    text, title, notes = _guarded(kind, read_bytes(path) if data is None else data)
+    text, junk = without_junk(_LONE_SURROGATE.sub("\ufffd", text))
+    left_out = (*notes, *junk)
     if not text.strip():
-        raise UnreadableFileError("contains no text (a scan?)" if kind == "pdf" else "contains no text")
+        only = f" except {', '.join(left_out)}" if left_out else " (a scan?)" if kind == "pdf" else ""
+        raise UnreadableFileError(f"contains no text{only}")
     title = _SPACES.sub(" ", _LONE_SURROGATE.sub("\ufffd", title)).strip()
-    return LoadedText(text, title[:MAX_TITLE_CHARACTERS] or path.stem, kind)
+    return LoadedText(text, title[:MAX_TITLE_CHARACTERS].rstrip() or path.stem, kind, left_out)
 
 
-def _read_text(data: bytes) -> tuple[str, str]:
-    return _decode(data), ""
+def _read_text(data: bytes) -> Reading:
+    decoded = _decode(data)
+    return decoded.text, "", decoded.note()
 
 
-def _read_markdown(data: bytes) -> tuple[str, str]:
-    text = _decode(data)
-    return text, _first_heading(text)
+def _read_markdown(data: bytes) -> Reading:
+    decoded = _decode(data)
+    return decoded.text, _first_heading(decoded.text), decoded.note()
 
 
-def _decode(data: bytes) -> str:
-    """Decode UTF-8, or UTF-16 with a byte order mark. Invalid bytes become U+FFFD, and line ends are unchanged."""
-    if data.startswith(_UTF16_MARKS):
-        text = data.decode("utf-16", errors="replace")
-    else:
-        if b"\x00" in data:
-            raise UnreadableFileError("binary, not text")
-        text = data.decode("utf-8-sig", errors="replace")
-    if len(_NOT_TEXT.findall(text)) > BINARY_SHARE * len(text):
-        raise UnreadableFileError("neither UTF-8 nor UTF-16 with a byte order mark")
-    return text
+def _decode(data: bytes) -> DecodedText:
+    """Decode a text in any encoding; line ends are unchanged."""
+    from .charsets import decode_text, has_mark
+
+    if b"\x00" in data and not has_mark(data):
+        raise UnreadableFileError("binary, not text")
+    decoded = decode_text(data)
+    if not decoded.known or len(_NOT_TEXT.findall(decoded.text)) > BINARY_SHARE * len(decoded.text):
+        raise UnreadableFileError("neither UTF-8 nor another known encoding")
+    return decoded
 
 
 def _first_heading(text: str) -> str:
@@ -201,84 +220,49 @@ def _first_heading(text: str) -> str:
         if mark and fence in ("", mark[1]):
             fence = "" if fence else mark[1]
         heading = None if fence else _ATX_HEADING.match(line)
-        if heading and heading[1]:
-            return heading[1]
+        title = line[heading.end() :].strip().rstrip("#").rstrip() if heading else ""
+        if title:
+            return title
     return ""
 
 
-def _read_html(data: bytes) -> tuple[str, str]:
-    """Return the visible text with a blank line between blocks, and ``<title>`` or the first heading."""
-    try:
-        from bs4 import BeautifulSoup
-        from bs4.element import NavigableString
-    except ImportError as error:
-        raise _missing("HTML", "beautifulsoup4") from error
-    if b"\x00" in data and not data.startswith(_UTF16_MARKS):
+def _read_html(data: bytes) -> Reading:
+    from .charsets import has_mark
+    from .page import read_page
+
+    if b"\x00" in data and not has_mark(data):
         raise UnreadableFileError("binary, not HTML")
-
-    def extract() -> tuple[str, str]:
-        soup = BeautifulSoup(data, "html.parser")
-        heading = soup.title or soup.find("h1")
-        title = heading.get_text() if heading else ""
-        for hidden in soup(["head", "nav", "script", "style", "noscript", "template"]):
-            hidden.decompose()
-        for string in soup.find_all(string=True):
-            if type(string) is NavigableString and not string.find_parent("pre"):
-                string.replace_with(_SPACES.sub(" ", string))
-        for block in soup.find_all(_BLOCKS):
-            block.insert_before("\n\n")
-            block.insert_after("\n\n")
-        for cell in soup.find_all(["td", "th"]):
-            cell.insert_after(" ")
-        for line_break in soup.find_all("br"):
-            line_break.replace_with("\n")
-        return _tidy_lines(soup.get_text()), title
-
-    return _guarded(extract, "HTML")
+    return read_page(data)
 
 
-def _tidy_lines(text: str) -> str:
-    """Strip the ends of lines, and reduce several blank lines to one."""
-    text = "\n".join(line.rstrip() for line in text.splitlines())
-    text = re.sub(r"\n{3,}", "\n\n", text)
-    return re.sub(r"(?m)^ (?=\S)", "", text).strip()
+def _read_pdf(data: bytes) -> Reading:
+    from .pdf import read_pdf
+
+    return read_pdf(data)
 
 
-def _read_pdf(data: bytes) -> tuple[str, str]:
-    """Return the text of all pages with a blank line between them, and the title in the PDF's metadata."""
+_READERS: dict[Kind, tuple[Callable[[bytes], Reading], str]] = {
+    "text": (_read_text, "text"),
+    "markdown": (_read_markdown, "Markdown"),
+    "html": (_read_html, "HTML"),
+    "pdf": (_read_pdf, "PDF"),
+}
+
+
+def _guarded(kind: Kind, data: bytes) -> Reading:
+    """Call the reader of ``kind``, and turn every exception of its parser into a reason."""
+    reader, what = _READERS[kind]
     try:
-        from pypdf import PdfReader
+        return reader(data)
+    except UnreadableFileError:
+        raise
     except ImportError as error:
-        raise _missing("PDF", "pypdf") from error
-
-    def extract() -> tuple[str, str]:
-        reader = PdfReader(io.BytesIO(data))
-        text = "\n\n".join(page.extract_text().strip() for page in reader.pages)
-        return text, (reader.metadata.title if reader.metadata else None) or ""
-
-    return _guarded(extract, "PDF")
-
-
-def _guarded(extract: Callable[[], tuple[str, str]], what: str) -> tuple[str, str]:
-    try:
-        return extract()
+        raise MissingDependencyError(
+            f'reading {what} needs {error.name}, which is not installed: pip install "kvfusion-rag[rag]".'
+        ) from error
     except Exception as error:  # parsers raise any exception for untrusted files, from KeyError to RecursionError
         cause = _SPACES.sub(" ", str(error))[:200] or type(error).__name__
         raise UnreadableFileError(f"cannot be read as {what}: {cause}") from error
-
-
-def _missing(what: str, package: str) -> MissingDependencyError:
-    return MissingDependencyError(
-        f'reading {what} needs {package}, which is not installed: pip install "kvfusion-rag[rag]".'
-    )
-
-
-_READERS: dict[Kind, Callable[[bytes], tuple[str, str]]] = {
-    "text": _read_text,
-    "markdown": _read_markdown,
-    "html": _read_html,
-    "pdf": _read_pdf,
-}
 
 
 def printable_path(path: Path) -> str:

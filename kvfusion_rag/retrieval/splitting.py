@@ -1,7 +1,8 @@
 """Splits a text into chunks at paragraphs and sentences, with semantic-text-splitter.
 
 The caller's function counts tokens, because the splitter's own tokenizer mode also counts special tokens, which
-documents do not have.
+documents do not have. It reads a text in windows, because the splitter counts the rest of an unbroken text again for
+each chunk, in time that grows with the square of the text.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from ..errors import InvalidInputError, MissingDependencyError
 from .loaders import Kind
 
 MIN_CHUNK_TOKENS = 8  # the splitter does not split characters, and a character has up to four byte-level tokens
+MAX_CHUNK_TOKENS = 2**31  # more does not fit the splitter's numbers
+WINDOW_CHARACTERS = 32  # for each token of a chunk; ordinary tokens have up to 8
+MIN_WINDOW = 2_000  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +36,25 @@ def check_chunk_tokens(chunk_tokens: int) -> int:
 
 
 def split_text(text: str, kind: Kind, chunk_tokens: int, count_tokens: Callable[[str], int]) -> list[Chunk]:
-    """Split ``text`` into chunks of at most ``chunk_tokens`` tokens, without overlap. Blank chunks are dropped."""
+    """Split ``text`` into chunks of at most ``chunk_tokens`` tokens, without overlap. Blank chunks are dropped.
+
+    Time grows linearly with the length of the text. No chunk is longer than a window.
+    """
     try:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter
     except ImportError as error:
         raise MissingDependencyError(
             'splitting texts needs semantic-text-splitter: pip install "kvfusion-rag[rag]".'
         ) from error
-    splitter = MarkdownSplitter if kind == "markdown" else TextSplitter
-    pieces = splitter.from_callback(count_tokens, chunk_tokens).chunk_indices(text)
-    return [Chunk(piece, start, start + len(piece)) for start, piece in pieces if piece.strip()]
+    kind_of_splitter = MarkdownSplitter if kind == "markdown" else TextSplitter
+    splitter = kind_of_splitter.from_callback(count_tokens, min(chunk_tokens, MAX_CHUNK_TOKENS))
+    window = max(MIN_WINDOW, WINDOW_CHARACTERS * chunk_tokens)
+    chunks: list[Chunk] = []
+    start = 0
+    while start < len(text):
+        pieces = splitter.chunk_indices(text[start : start + window])
+        if start + window < len(text) and len(pieces) > 1:
+            pieces.pop()  # this chunk may continue after the window
+        chunks += [Chunk(piece, start + at, start + at + len(piece)) for at, piece in pieces if piece.strip()]
+        start += window if not pieces or start + window >= len(text) else pieces[-1][0] + len(pieces[-1][1])
+    return chunks

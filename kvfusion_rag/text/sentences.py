@@ -6,7 +6,7 @@ import re
 
 from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue]
 
-WINDOW = 20_000  # characters; the library's time grows with the square of what it reads at once
+WINDOW = 5_000  # characters; the library's time grows with the square of what it reads at once
 # The library fails on lone surrogates and on white space outside ASCII.
 _UNREADABLE = re.compile("[^\\S\\x00-\\x7f]|[\ud800-\udfff]")
 

@@ -16,6 +16,7 @@ from kvfusion_rag import InvalidInputError, InvarianceReport
 from kvfusion_rag.cli import ask
 from kvfusion_rag.cli.answers import MAX_SENTENCE_CHARACTERS, sentence_around
 from kvfusion_rag.cli.console import printable
+from kvfusion_rag.retrieval.loaders import KINDS
 
 
 def test_ask_passes_all_options_on(capsys, generator, docs):
@@ -42,14 +43,33 @@ def test_ask_prints_answer_sources_and_timings(capsys, generator, docs):
         "",
         "mode fusion · 2 documents (20 tokens, 0 from the store) · prefill 0.10 s, first token 0.20 s, total 0.30 s",
         "shuffle check: 3 other orders of the documents, identical answers, identical logits",
+        "",
+        "not searched",
+        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {', '.join(KINDS)}",
     ]
     assert generator.checked == ("Where is the office?", 2, 3, None, "auto")
+
+
+def test_ask_names_what_it_did_not_search(capsys, generator, docs):
+    (docs / "map.md").write_text("The map is blue. ![m](data:image/png;base64," + "iVBORw0KGgo" * 100 + ")")
+    (docs / "empty.txt").touch()
+    argv = ["ask", "Where is the office?", "--docs", docs]
+    out = run(capsys, *argv)[1]
+    assert out.splitlines()[-4:] == [
+        "not searched",
+        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {', '.join(KINDS)}",
+        f"  ! {docs / 'empty.txt'}: empty",
+        f"  ! {docs / 'map.md'}: without embedded base64 data (1,122 characters)",
+    ]
+    update = json.loads(run(capsys, *argv, "--json")[1])["update"]
+    assert [Path(one["path"]).name for one in update["skipped"]] == ["data.bin", "empty.txt"]
+    assert [Path(one["path"]).name for one in update["left_out"]] == ["map.md"]
 
 
 def test_shuffle_check_reports_a_difference(capsys, generator, docs):
     generator.report = InvarianceReport("concat", 1, ("in lima", "in\x1b[31m rome"), 0.25)
     out = run(capsys, "ask", "Where is the office?", "--docs", docs, "--shuffle-check", 1)[1]
-    assert out.splitlines()[-3:] == [
+    assert out.splitlines()[-6:-3] == [
         "shuffle check: 1 other order of the documents, different answers, different logits (by up to 0.25)",
         "  - in lima",
         "  - in\ufffd[31m rome",
@@ -58,7 +78,7 @@ def test_shuffle_check_reports_a_difference(capsys, generator, docs):
 
 def test_attribution_lists_the_largest_effect_first(capsys, generator, docs):
     out = run(capsys, "ask", "Where is the office?", "--docs", docs, "--attribute")[1]
-    assert out.splitlines()[-3:] == [
+    assert out.splitlines()[-6:-3] == [
         "attribution (the answer's log-probability is -1.00)",
         "   +16.00   50.0% of attention  Peru",
         "    +4.00   50.0% of attention  rice",

@@ -22,6 +22,7 @@ from kvfusion_rag import UnsupportedModelError, __version__
 from kvfusion_rag.cli import ask, doctor, main
 from kvfusion_rag.cli.console import collection_paused
 from kvfusion_rag.retrieval import SkippedFile
+from kvfusion_rag.retrieval.collection import DATABASE_FILE
 from kvfusion_rag.retrieval.loaders import KINDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -130,6 +131,20 @@ def test_index_reports_its_changes(capsys, generator, docs, model_folder):
     assert (result["index"], result["chunk_tokens"], result["chunks"]) == (str(docs / ".kvfusion"), 200, 1)
     assert (result["removed"], result["unchanged"]) == (["rice.txt"], ["peru.md"])
     assert reasons([SkippedFile(**one) for one in result["skipped"]]).keys() == {"data.bin"}
+
+
+def test_index_reports_a_damaged_index_and_builds_it_again(capsys, generator, docs, model_folder):
+    run(capsys, "index", docs, "--model", model_folder)
+    (docs / ".kvfusion" / DATABASE_FILE).write_bytes(b"garbage" * 1000)
+    code, out, err = run(capsys, "ask", "Who?", "--index", docs / ".kvfusion")
+    assert (code, out) == (2, "")
+    assert "was damaged (file is not a database), so it is empty; index its files again." in err
+    (docs / ".kvfusion" / DATABASE_FILE).write_bytes(b"garbage" * 1000)
+    code, out, err = run(capsys, "index", docs, "--json", "--model", model_folder)
+    assert code == 0
+    assert "was damaged (file is not a database)" in err
+    result = json.loads(out)
+    assert (result["added"], result["damage"]) == (["peru.md", "rice.txt"], "file is not a database")
 
 
 def test_long_report_is_shortened(capsys, generator, docs, model_folder):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import sys
 from types import ModuleType
 
 import pytest
+from growth import growth_of_time
 from towns import write
 
 from kvfusion_rag import InvalidInputError, MissingDependencyError
 from kvfusion_rag.data import Example, read_corpus, read_dataset, read_examples, read_ready_rows
 from kvfusion_rag.data.rows import Passage, QARow
+from kvfusion_rag.data.tables import read_table
 
 CONTEXT = "The mill of Arda was built in 1900."
 GOLD = Passage(CONTEXT, "Arda", True)
@@ -208,6 +211,45 @@ def test_byte_order_mark_is_skipped(tmp_path):
     for name, text in rows.items():
         (example,) = read_examples(write(tmp_path / name, "\ufeff" + text))
         assert (example.question, example.answers) == ("Q?", ("a",))
+
+
+CELLS = ['6" pipe', '"yes', '5"', '"Gull"', '""', '"', 'say "x" now', "plain", "'", '"a" and "b"']
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_table_with_any_quotes_has_one_row_for_each_line(tmp_path, end):
+    lines = ["question\tanswer\tcontext", *(f"Q{n}?\t{cell}\t{cell} c" for n, cell in enumerate(CELLS))]
+    (tmp_path / "a.tsv").write_bytes((end.join(lines) + end).encode())
+    examples = list(read_examples(tmp_path / "a.tsv"))
+    assert [(e.question, e.answers[0], e.golds[0].text) for e in examples] == [
+        (f"Q{n}?", cell, f"{cell} c") for n, cell in enumerate(CELLS)
+    ]
+    assert [e.where for e in examples][-1] == f"a.tsv, line {len(CELLS) + 1}"
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_table_of_a_program_is_read_as_it_was_written(tmp_path, quoting):
+    cells = [*CELLS, "two\nlines", "a\ttab", 'both "\n\tx', "two\n\nlines"]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=quoting, lineterminator="\n")
+        writer.writerows([["question", "answer", "context"], *([f"Q{n}?", c, "x"] for n, c in enumerate(cells))])
+    examples = list(read_examples(tmp_path / "a.tsv"))
+    assert [(e.question, e.answers) for e in examples] == [(f"Q{n}?", (c,)) for n, c in enumerate(cells)]
+
+
+def test_row_with_too_many_cells_is_an_error(tmp_path):
+    path = write(tmp_path / "a.tsv", "question\tanswer\nQ?\ta\t\nQ?\ta\tb\n")
+    rows = read_examples(path)
+    assert next(rows).answers == ("a",)
+    with pytest.raises(InvalidInputError, match=r"a\.tsv, line 3 has 3 cells, but the header has 2"):
+        next(rows)
+
+
+def test_time_of_tables_grows_in_step_with_their_lines(tmp_path):
+    def run(lines: int) -> None:
+        list(read_table(['"a\tb\tc', *['x"\t"y', 'x\t"y'] * lines], "a.tsv"))
+
+    assert growth_of_time(run, 1_000) < 10
 
 
 def test_table_cell_can_be_a_list_of_answers(tmp_path):

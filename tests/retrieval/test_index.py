@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 from indexes import WordEmbedder, count_words, open_index, reasons
 
 from kvfusion_rag import Document, InvalidInputError, RetrievalError
 from kvfusion_rag.retrieval import DocumentIndex, IndexReport
+from kvfusion_rag.retrieval.collection import DATABASE_FILE
 
 
 def text_of(path: Path) -> str:
@@ -115,19 +119,38 @@ def test_files_outside_the_updated_paths_remain_until_deleted(tmp_path, docs):
         assert index.update(other).removed == ("docs/lamps.txt",)
 
 
-def test_interrupted_write_is_repaired(docs):
+@pytest.mark.parametrize("folder", [None, ".kvfusion"])
+def test_interrupted_update_leaves_whole_files_and_is_continued(docs, folder):
     embedder = WordEmbedder()
-    with open_index(docs / ".kvfusion", embedder) as index:
+    with open_index(folder and docs / folder, embedder, base=docs) as index:
         embedder.failure = RuntimeError("out of memory")
         with pytest.raises(RuntimeError):
             index.update(docs)
+        assert (len(index), index.files()) == (0, ())
         embedder.failure = None
-        assert len(index.update(docs).added) == 3
-        whole = snapshot(index)
-        index._collection.delete(["lamps.txt#2"])  # as if the process had been killed between two writes
+        index.update(docs / "lamps.txt")
         embedder.texts.clear()
+        assert index.update(docs).added == ("keepers.md", "sea/whales.txt")
+        assert not any(text.startswith("lamps\n") for text in embedder.texts)
+
+
+def test_failed_write_changes_nothing(docs):
+    with open_index(docs / ".kvfusion") as index:
+        index.update(docs)
+        before = snapshot(index)
+        (docs / "lamps.txt").write_text("New lamps.")
+        index._collection._database.execute(
+            "CREATE TEMP TRIGGER full BEFORE INSERT ON chunk BEGIN SELECT RAISE(ABORT, 'full'); END"
+        )
+        with pytest.raises(RetrievalError):
+            index.update(docs)
+        assert snapshot(index) == before
+        index._collection._database.execute("DROP TRIGGER full")
         assert index.update(docs).changed == ("lamps.txt",)
-        assert snapshot(index) == whole
+        after = snapshot(index)
+    with open_index(docs / ".kvfusion") as index:
+        assert index.update(docs).damage is None
+        assert snapshot(index) == after
 
 
 def test_documents_and_index_can_be_moved_together(tmp_path, docs):
@@ -257,25 +280,27 @@ def test_search_with_missing_settings_names_the_existing_ones(tmp_path, docs):
 
 
 def test_indexes_in_memory_are_separate(docs):
-    import chromadb
-
-    others = chromadb.EphemeralClient()  # like another library in the same process
-    others.get_or_create_collection("notes", embedding_function=None)
-    before = {c.name for c in others.list_collections()}
     with open_index() as one, open_index() as other:
         one.update(docs / "lamps.txt")
         other.update(docs / "sea")
         assert (one.files(), other.files()) == (("lamps.txt",), ("whales.txt",))
-        assert len(others.list_collections()) == len(before) + 2
-    assert {c.name for c in others.list_collections()} == before
     with open_index() as again:
         assert len(again) == 0
-    others.delete_collection("notes")
-    others.close()
+
+
+def test_index_works_beside_any_client_of_chroma(docs):
+    chromadb = pytest.importorskip("chromadb")
+    client = chromadb.EphemeralClient(chromadb.config.Settings(allow_reset=True, anonymized_telemetry=False))
+    client.get_or_create_collection("notes", embedding_function=None)
+    with open_index() as index:
+        index.update(docs)
+        assert [collection.name for collection in client.list_collections()] == ["notes"]
+    client.delete_collection("notes")
+    client.close()
 
 
 def test_folder_can_be_opened_only_once_at_a_time(tmp_path, docs, monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.retrieval.chroma.LOCK_SECONDS", 0.01)
+    monkeypatch.setattr("kvfusion_rag.retrieval.collection.LOCK_SECONDS", 0.01)
     with open_index(tmp_path / "index"), pytest.raises(RetrievalError, match="in use"):
         open_index(tmp_path / "index")
     with open_index(tmp_path / "index") as index:
@@ -291,12 +316,177 @@ def test_other_folders_are_not_changed(tmp_path, docs):
         open_index(docs / "lamps.txt")
 
 
-def test_broken_database_raises_an_error_with_a_remedy(tmp_path, docs):
+def damaged_copies(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Yield the bytes of a database after every kind of damage."""
+    yield "garbage", b"garbage" * 1000
+    yield "empty", b""
+    yield "zeros", bytes(len(data))
+    for share in (0.1, 0.5, 0.9, 0.999):
+        yield f"cut at {share}", data[: int(len(data) * share)]
+        yield f"zeros after {share}", data[: int(len(data) * share)] + bytes(len(data) - int(len(data) * share))
+    numbers = random.Random(1)
+    for _ in range(60):
+        start = numbers.randrange(len(data))
+        length = numbers.choice([1, 1, 16, 700])
+        noise = bytes(numbers.randrange(256) for _ in range(length))
+        yield f"noise at {start}", (data[:start] + noise + data[start + length :])[: len(data)]
+
+
+def test_damaged_index_is_rebuilt_or_unharmed(tmp_path, docs, caplog):
     with open_index(tmp_path / "index") as index:
         index.update(docs)
-    (tmp_path / "index" / "chroma.sqlite3").write_bytes(b"garbage" * 1000)
-    with pytest.raises(RetrievalError, match="delete the folder to rebuild it"):
-        open_index(tmp_path / "index")
-    shutil.rmtree(tmp_path / "index")  # it is no longer locked
+        right = snapshot(index)
+    path = tmp_path / "index" / DATABASE_FILE
+    data = path.read_bytes()
+    rebuilt = 0
+    for name, damaged in damaged_copies(data):
+        path.write_bytes(damaged)
+        caplog.clear()
+        with open_index(tmp_path / "index") as index:
+            report = index.update(docs)
+            assert snapshot(index) == right, name
+            assert (report.damage is None) == (not caplog.messages), name
+            assert len(report.added) == (0 if report.damage is None else 3), name
+        rebuilt += report.damage is not None
+    assert rebuilt > 15  # the other damages are in unused bytes
+
+
+def test_search_in_a_damaged_index_says_so(tmp_path, docs, caplog):
+    with open_index(tmp_path / "index") as index:
+        index.update(docs)
+    (tmp_path / "index" / DATABASE_FILE).write_bytes(b"garbage" * 1000)
+    with (
+        open_index(tmp_path / "index") as index,
+        pytest.raises(RetrievalError, match=r"was damaged .* index its files"),
+    ):
+        index.search("lamp")
+    assert "was damaged" in caplog.text
     with open_index(tmp_path / "index") as index:
         assert len(index.update(docs).added) == 3
+
+
+def test_index_can_replace_one_of_version_0_1(tmp_path, docs):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "chroma.sqlite3").write_bytes(b"SQLite format 3")
+    with open_index(tmp_path / "index") as index:
+        assert len(index.update(docs).added) == 3
+
+
+# Identical texts
+
+
+def copies(folder: Path, count: int) -> None:
+    """Write many pages with one text, and three pages that answer questions."""
+    folder.mkdir()
+    for n in range(count):
+        (folder / f"page{n:03}.txt").write_text("This lamp page is not available. Lamp.")
+    (folder / "fee.txt").write_text("The lamp fee is nine crowns.")
+    (folder / "height.txt").write_text("The lamp is thirty metres high.")
+    (folder / "year.txt").write_text("The lamp was lit in 1870.")
+
+
+def test_identical_texts_are_embedded_once_and_do_not_crowd_out_others(tmp_path):
+    copies(tmp_path / "docs", 300)
+    embedder = WordEmbedder()
+    with open_index(embedder=embedder) as index:
+        assert len(index.update(tmp_path / "docs").added) == 303
+        assert len(embedder.texts) == 4
+        found = [document.metadata["file"] for document in index.search("lamp", 4)]
+        assert set(found) == {"page000.txt", "fee.txt", "height.txt", "year.txt"}
+        more = [document.metadata["file"] for document in index.search("lamp", 7)]
+        assert set(found) < set(more)
+        assert len(more) == len(set(more)) == 7
+        assert len(index.search("lamp", 1000)) == len(index) == 303
+        (one,) = index.search("lamp", 1, files={"page250.txt"})
+        assert one.metadata["file"] == "page250.txt"
+
+
+def test_shared_text_lives_as_long_as_one_file_contains_it(tmp_path):
+    copies(tmp_path / "docs", 3)
+    with open_index(tmp_path / "index") as index:
+        index.update(tmp_path / "docs")
+        for n in range(2):
+            (tmp_path / "docs" / f"page{n:03}.txt").unlink()
+            index.update(tmp_path / "docs")
+            assert index.search("not available", 1)[0].id.endswith(f"page{n + 1:03}.txt#1")
+        changed = snapshot(index)
+        (tmp_path / "docs" / "page002.txt").write_text("Something else.")
+        index.update(tmp_path / "docs")
+        assert not any("available" in document.text for document in index.search("available", 10))
+    with open_index(base=tmp_path) as fresh:
+        (tmp_path / "docs" / "page002.txt").write_text("This lamp page is not available. Lamp.")
+        fresh.update(tmp_path / "docs")
+        assert snapshot(fresh) == changed
+
+
+def test_every_text_is_found_by_itself_among_many_similar_ones(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for n in range(400):
+        (folder / f"{n}.txt").write_text(f"Page {n} of 400 is not available.")
+    (folder / "real.txt").write_text("A keeper feeds whales.")
+    with open_index() as index:
+        index.update(folder)
+        assert index.search("keeper whales", 1)[0].text == "A keeper feeds whales."
+        assert len(index.search("page", 390)) == 390
+        assert len(index.search("page", 5, files=["7.txt", "real.txt"])) == 2
+
+
+# Progress and reports
+
+
+class Bar:
+    """Records what a progress bar is told."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.total = options["total"]
+        self.states: list[tuple[int, int | None]] = []
+        self.n = 0
+        self.made.append(self)
+
+    def update(self, n: int) -> None:
+        self.n += n
+        self.states.append((self.n, self.total))
+
+    def refresh(self) -> None:
+        self.states.append((self.n, self.total))
+
+    def close(self) -> None:
+        pass
+
+
+def test_progress_counts_chunks_while_they_are_embedded(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.retrieval.updating.tqdm", Bar)
+    Bar.made.clear()
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for n in range(4):
+        (folder / f"{n}.txt").write_text(" ".join(f"word{n}x{i}." for i in range(12 * 200)))
+    with open_index(progress=True) as index:
+        chunks = index.update(folder).chunks
+    (bar,) = Bar.made
+    assert bar.options["unit"] == "chunk"
+    assert bar.states[-1] == (chunks, chunks)
+    assert len({done for done, _ in bar.states}) > chunks / 100  # a file of hundreds of chunks takes several steps
+    assert all(abs(total - chunks) <= 0.05 * chunks for _, total in bar.states)  # estimated from the first file on
+
+
+def test_report_names_parts_that_were_left_out(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.md").write_text(
+        "# Map\n\n![m](data:image/png;base64," + "iVBORw0KGgo" * 100 + ")\n\nThe map is blue."
+    )
+    (folder / "b.txt").write_bytes("Brücke für 7 €. ".encode() + b"\xff")
+    with open_index() as index:
+        for _ in range(2):  # also if the files are unchanged
+            report = index.update(folder)
+            assert {Path(one.path).name: one.reason for one in report.left_out} == {
+                "a.md": "embedded base64 data (1,122 characters)",
+                "b.txt": "1 bytes that are not UTF-8",
+            }
+        assert "base64" not in "".join(document.text for document in index.documents())
+        assert report.to_dict()["left_out"][0]["path"] == str(folder / "a.md")

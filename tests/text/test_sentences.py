@@ -33,7 +33,7 @@ def test_a_sentence_across_two_windows_is_not_cut(monkeypatch):
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("unit", [".", "\n", '." ', "« a. "])
+@pytest.mark.parametrize("unit", [".", "\n", '." ', "« a. ", "灯塔守护人", "a", "Dr. "])
 def test_a_megabyte_of_repeated_marks_takes_seconds(unit):
     text = unit * (1_000_000 // len(unit))
     assert sentence_spans(text)[-1][1] == len(text)
