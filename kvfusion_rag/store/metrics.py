@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
+
+from ..model.forks import fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ class Counters:
 
     def __init__(self, on_event: Callable[[StoreEvent], None] | None) -> None:
         self._on_event = on_event
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         # Both are keyed by the names of StoreMetrics' fields.
         self._totals: defaultdict[str, Any] = defaultdict(int)
         self._labelled: defaultdict[str, defaultdict[str, Any]] = defaultdict(lambda: defaultdict(int))

@@ -1,11 +1,11 @@
 """The document store: the fastest tier answers, documents are computed once, and errors of a tier stay inside."""
 
 import asyncio
+import os
 import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -296,7 +296,7 @@ def test_document_removed_while_it_is_downloaded_is_not_kept_on_disk(full, monke
     full.memory.clear()
     full.disk.clear()
     download = full.remote.get
-    monkeypatch.setattr(full.remote, "get", lambda key: (download(key), full.forget([key]))[0])
+    monkeypatch.setattr(full.remote, "get", lambda key, size: (download(key, size), full.forget([key]))[0])
     assert fetch(full, [1]) == ["remote"]
     assert key_of(1) not in full
 
@@ -336,10 +336,10 @@ def test_forget_and_clear_remove_from_every_tier(full):
 def test_forget_looks_only_at_files_of_the_document(tmp_path, monkeypatch):
     store = DocumentStore(None, DiskStore(tmp_path / "d"))
     fetch(store, range(30))
-    seen, stat = [], Path.stat
-    monkeypatch.setattr(Path, "stat", lambda self, **options: (seen.append(self.suffix), stat(self, **options))[1])
+    seen, look = [], os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path: (seen.append(str(path)), look(path))[1])
     assert store.forget([key_of(3)]) == 1
-    assert seen.count(".safetensors") <= 2
+    assert 0 < len({path for path in seen if path.endswith(".safetensors")}) <= 2
 
 
 @pytest.mark.parametrize(("host", "device", "left"), [(True, "cuda", 3), (False, "cuda", 0), (True, "cpu", 0)])
