@@ -137,8 +137,13 @@ class Database:
 
     def _damage(self, wait: float) -> str | None:
         """Return what is wrong with the file, or None if it is sound."""
+
+        def check_and_write(connection: sqlite3.Connection) -> None:
+            self._check(connection)
+            connection.execute("PRAGMA user_version = 1")  # a damaged header can make the file read-only
+
         try:
-            self._transact(self._check, wait)
+            self._transact(check_and_write, wait)
         except Exception as error:
             if _is_outside(error):
                 raise
