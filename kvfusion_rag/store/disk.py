@@ -6,7 +6,7 @@ result is a miss with its reason, and a damaged file is removed. Files are never
 finish what it has opened.
 
     FOLDER/format.json             format version of this folder
-    FOLDER/index.sqlite            sizes and last use, for eviction (index.py)
+    FOLDER/index.sqlite            sizes and last use, for eviction (index/)
     FOLDER/v3-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
     FOLDER/tmp/                    files that are being written
 """
@@ -74,7 +74,8 @@ class DiskStore:
     Args:
         path: the folder. It is created if missing, and must otherwise be empty or a store. The documents of a store
             with an older format are removed.
-        max_bytes: cap on all documents together.
+        max_bytes: cap on all documents together. While another process holds the index, each may exceed it by a
+            sixteenth.
         namespace_bytes: cap on each namespace. With it, a full store evicts documents of the writer's own namespace
             first, and those of others only if none is left.
         codec: "raw", or "v8" for values in 8 bits, which changes answers slightly and saves a quarter to three

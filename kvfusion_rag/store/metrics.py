@@ -65,7 +65,7 @@ class StoreMetrics:
         stored_bytes, store_seconds: cost of the writes. Remote writes run in the background.
         used_bytes, entries: current contents.
         evictions: documents removed to make room.
-        rejected: documents that did not fit: larger than a cap, or the disk's index was locked by another process.
+        rejected: documents that did not fit: larger than a cap, or too many while another process held the index.
         failed_writes: writes that failed, for example on a full disk.
         dropped: writes that were not tried: shortly after a failed write, or because the remote queue was full.
     """

@@ -28,7 +28,7 @@ from stores import (
 )
 
 from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStore, OverloadError, StoreError
-from kvfusion_rag.store import StoreEvent, as_store, namespace_key
+from kvfusion_rag.store import StoreEvent, as_store, namespace_key, open_store
 
 
 def test_computed_documents_and_those_from_memory_and_disk_are_the_same(tmp_path):
@@ -366,6 +366,13 @@ def test_as_store_accepts_names_folders_tiers_and_stores(tmp_path):
             as_store(wrong)
     with pytest.raises(StoreError, match="cannot be opened"):
         as_store("nosuchprotocol://x")
+
+
+def test_local_disk_of_a_url_is_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVFUSION_HOME", str(tmp_path / "home"))
+    stores = [open_store(f"memory://{tmp_path.name}{number}") for number in (1, 1, 2)]
+    paths = [store.disk.path for store in stores]
+    assert paths[0] == paths[1] != paths[2] and {path.parent for path in paths} == {tmp_path / "home" / "store"}
 
 
 def test_cap_smaller_than_one_document_is_rejected(tmp_path):
