@@ -50,6 +50,10 @@ class OverloadError(KVFusionError):
     """The queue is full; try again later."""
 
 
+class ForkedProcessError(KVFusionError):
+    """A process was forked from one that computes with several threads, which it does not have."""
+
+
 class RetrievalError(KVFusionError):
     """A file, folder or index cannot be read, split, embedded or searched."""
 

@@ -7,8 +7,8 @@ tier and what is behind the URL.
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
@@ -64,7 +64,7 @@ def _open(args: argparse.Namespace) -> DocumentStore:
     """Open the store that the arguments name, which must exist."""
     from ..store import open_store
 
-    if "://" not in args.store and not (Path(args.store).expanduser() / "format.json").is_file():
+    if "://" not in args.store and not os.path.isfile(os.path.join(os.path.expanduser(args.store), "format.json")):
         raise InvalidInputError(f"there is no document store in {args.store!r}.")
     return open_store(args.store)
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..errors import InvalidInputError
 from ..fusion.interface import FusionModel
+from ..model.forks import ForkGuard
 from ..model.kv import DocumentKV
 from ..schema import Origin
 from ..store import FetchedKVs, KVRequest, Miss, Place, as_store, document_key
@@ -46,10 +47,16 @@ class DocumentKVs:
         self.store = as_store(store)
         self._prefixes: OrderedDict[str, DocumentKV] = OrderedDict()  # by store key, least recently used first
         self._weights, self._fingerprint = "", ""  # as of the last refresh
+        self._fork_guard = ForkGuard()
         self.refresh()
 
     def refresh(self) -> None:
-        """Notice weights that were changed in place: documents then get other keys and are prefilled again."""
+        """Notice weights that were changed in place: documents then get other keys and are prefilled again.
+
+        Raises:
+            ForkedProcessError: this process was forked and would hang.
+        """
+        self._fork_guard.require_threads()
         digest = self.model.weights_digest
         if digest == self._weights:
             return

@@ -103,6 +103,7 @@ def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         cache = PositionedCache(torch.empty(1, 0))
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        one = torch.ones(1, 1, dtype=torch.long)
+        model(input_ids=one, attention_mask=one, past_key_values=cache, use_cache=True)
     keys, values = cast(tuple[torch.Tensor, torch.Tensor], next(iter(cache))[:2])
     return KVShape(len(cache.layers), keys.shape[1], keys.shape[3], values.shape[3], dtype)

@@ -6,7 +6,7 @@ result is a miss with its reason, and a damaged file is removed. Files are never
 finish what it has opened.
 
     FOLDER/format.json             format version of this folder
-    FOLDER/index.sqlite            sizes and last use, for eviction (index.py)
+    FOLDER/index.sqlite            sizes and last use, for eviction (index/)
     FOLDER/v3-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
     FOLDER/tmp/                    files that are being written
 """
@@ -17,29 +17,30 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
-from .folder import Folder
+from .folder import Entry, Folder, ForeignFileError
 from .format import (
     CODECS,
     FORMAT_VERSION,
-    SUFFIX,
     Buffer,
     Codec,
     check,
     encode,
+    file_name,
     is_finite,
     layout,
+    namespace_of,
     read_file,
     require_codec,
 )
-from .index import SHORT_WAIT, Entry, Index, is_locked
-from .keys import document_key, path_of, paths_of_documents, require_namespace_key
+from .index import Index, is_locked
+from .keys import document_key, paths_of_documents, require_namespace_key
 from .metrics import Miss
 from .size_limits import Caps, add_up
 
@@ -73,7 +74,8 @@ class DiskStore:
     Args:
         path: the folder. It is created if missing, and must otherwise be empty or a store. The documents of a store
             with an older format are removed.
-        max_bytes: cap on all documents together.
+        max_bytes: cap on all documents together. While another process holds the index, each may exceed it by a
+            sixteenth.
         namespace_bytes: cap on each namespace. With it, a full store evicts documents of the writer's own namespace
             first, and those of others only if none is left.
         codec: "raw", or "v8" for values in 8 bits, which changes answers slightly and saves a quarter to three
@@ -105,15 +107,19 @@ class DiskStore:
                 "and write."
             )
         require_codec(codec)
-        self.path, self.caps = Path(path).expanduser(), Caps(max_bytes, namespace_bytes)
+        self.path, self.caps = _expand(path), Caps(max_bytes, namespace_bytes)
         self.codec: Codec = codec
         self.read_only = read_only
         self._folder = Folder(self.path, mode, fsync)
-        self._files = self.path / f"v{FORMAT_VERSION}-{codec}"
         self._paused_until = 0.0
         self._warned: set[str] = set()
         self._index = self._open(mode)
-        self.evictions = self.rejected = self.dropped = self.failed_writes = 0
+        self.rejected = self.dropped = self.failed_writes = 0
+
+    @property
+    def evictions(self) -> int:
+        """Number of documents that were removed to make room."""
+        return 0 if self._index is None else self._index.evictions
 
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, codec={self.codec!r}, max_bytes={self.caps.max_bytes:,})"
@@ -124,10 +130,7 @@ class DiskStore:
 
     def __contains__(self, key: str) -> bool:
         """Return whether ``key`` has a file. This does not count as a use."""
-        try:
-            return self._file(key).exists()
-        except OSError:  # for example, a network folder that is gone
-            return False
+        return self._folder.has(self._name(key))
 
     def get(self, key: str, shape: KVShape, into: DocumentKV) -> Miss | None:
         """Read the document ``into.token_ids`` straight into the CPU tensors of ``into``.
@@ -136,9 +139,9 @@ class DiskStore:
             None after a hit, otherwise the reason for the miss. After a miss the contents of ``into`` are undefined.
         """
         plan = layout(key, into.num_tokens, shape, self.codec)
-        file = self._file(key)
+        name = self._name(key)
         try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._folder.open_file(name)
             try:
                 miss = read_file(descriptor, plan, into, self.codec)
             finally:
@@ -149,9 +152,9 @@ class DiskStore:
             self._warn(f"stored documents cannot be read ({_cause(error)}); they are computed again")
             return Miss.UNREADABLE
         if miss is not None:
-            self._remove_damaged(file, miss)
+            self._remove_damaged(name, miss)
         elif self._index is not None:
-            self._index.touch(self._name(file))
+            self._index.touch(name)
         return miss
 
     def put(self, key: str, document: DocumentKV) -> bool:
@@ -165,7 +168,7 @@ class DiskStore:
         if not is_finite(document.keys, document.values):
             self._warn("a document's keys or values contain NaN or infinity; it is not stored")
             return False
-        return self._write(self._file(key), encode(key, document, self.codec))
+        return self._write(self._name(key), encode(key, document, self.codec))
 
     def adopt(self, key: str, data: bytes, shape: KVShape, into: DocumentKV) -> Miss | None:
         """Store a file that another machine wrote for ``key``, and read it like :meth:`get`."""
@@ -173,7 +176,7 @@ class DiskStore:
             return Miss.UNREADABLE
         if len(data) != layout(key, into.num_tokens, shape, self.codec).total:
             return Miss.TRUNCATED
-        return self.get(key, shape, into) if self._write(self._file(key), [data]) else Miss.UNREADABLE
+        return self.get(key, shape, into) if self._write(self._name(key), [data]) else Miss.UNREADABLE
 
     def forget(self, *keys: str) -> int:
         """Remove the documents of ``keys`` under every model, even while they are being written. Return their number.
@@ -201,17 +204,16 @@ class DiskStore:
         if self._index is not None:
             with suppress(OSError, sqlite3.Error):
                 return self._index.totals()
-        return add_up((entry.namespace, entry.bytes) for entry in self._scan())
+        return add_up((entry.namespace, entry.bytes) for entry in self._folder.scan())
 
     def verify(self) -> VerifyReport:
-        """Check every file, remove the damaged ones and repair the index."""
+        """Check every file, remove the damaged ones and correct the index. Skip whatever is not a document's file."""
         whole = broken = 0
-        for entry in self._scan():
-            file = self.path / entry.name
+        for entry in self._folder.scan():
             try:
-                with file.open("rb") as stream:
-                    miss = check(stream, file)
-            except FileNotFoundError:  # removed or evicted meanwhile
+                with open(self._folder.open_file(entry.name), "rb") as stream:
+                    miss = check(stream, entry.bytes, PurePath(entry.name))
+            except (FileNotFoundError, ForeignFileError):  # removed, evicted or replaced meanwhile
                 continue
             except OSError:
                 miss = Miss.UNREADABLE
@@ -219,12 +221,12 @@ class DiskStore:
                 whole += 1
             else:
                 broken += 1
-                self._remove_damaged(file, miss)
+                self._remove_damaged(entry.name, miss)
         uncounted = missing = 0
         if self._index is not None:
             with self._maintenance():
                 self._folder.sweep()
-                uncounted, missing = self._index.repair()
+                uncounted, missing = self._index.recount()
         return VerifyReport(whole, broken, uncounted, missing)
 
     def close(self) -> None:
@@ -234,26 +236,16 @@ class DiskStore:
 
     def _open(self, mode: int) -> Index | None:
         try:
-            self._folder.open(self._files.name, read_only=self.read_only)
-            return None if self.read_only else Index(self.path / "index.sqlite", self._scan, self._unlink, mode)
+            self._folder.open(f"v{FORMAT_VERSION}-{self.codec}", read_only=self.read_only)
+            return None if self.read_only else Index(self.path / "index.sqlite", self._folder, self.caps, mode)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"the store {str(self.path)!r} cannot be opened for writing ({_cause(error)}); name another folder, "
                 "or open it with read_only=True."
             ) from error
 
-    def _file(self, key: str) -> Path:
-        return self._files / f"{path_of(key)}{SUFFIX}"
-
-    def _name(self, file: Path) -> str:
-        return str(file.relative_to(self.path))
-
-    def _scan(self, pattern: str = f"*/*/*{SUFFIX}", codecs: Sequence[Codec] = CODECS) -> Iterator[Entry]:
-        """List the document files whose paths match ``pattern``."""
-        for codec in codecs:
-            for file in (self.path / f"v{FORMAT_VERSION}-{codec}").glob(pattern):
-                with suppress(FileNotFoundError):
-                    yield Entry(self._name(file), file.parts[-3], file.stat().st_size)
+    def _name(self, key: str) -> str:
+        return file_name(key, self.codec)
 
     def _is_paused(self) -> bool:
         """Return whether writing is paused after a failed write, and count the document as dropped if it is."""
@@ -261,43 +253,44 @@ class DiskStore:
         self.dropped += paused
         return paused
 
-    def _write(self, file: Path, buffers: Sequence[Buffer]) -> bool:
+    def _write(self, name: str, buffers: Sequence[Buffer]) -> bool:
         """Make room for a document's file, count it and write it. Return whether it is there now."""
         if self._index is None:
             return False
-        entry = Entry(self._name(file), file.parts[-3], sum(len(part) for part in buffers))
+        entry = Entry(name, str(namespace_of(name)), sum(len(part) for part in buffers))
+        if entry.bytes > self.caps.largest:
+            self.rejected += 1
+            return False
         try:
-            evicted = self._index.reserve(entry, self.caps)
-            if evicted is None:
-                self.rejected += 1
-                return False
-            self.evictions += evicted
-            self._folder.write(file, buffers)
-            return self._index.confirm(entry.name)  # False if another process has evicted or removed it meanwhile
+            is_counted = self._index.reserve(entry)
+            self._folder.write_file(name, buffers)
+            if is_counted:
+                return self._index.confirm(entry)  # False if another process has evicted or removed it meanwhile
+            self._index.count_later(entry)
+            return True
         except (OSError, sqlite3.Error) as error:
             if is_locked(error):  # another process is busy, which is not an error
                 self.rejected += 1
-                with suppress(OSError):
-                    self._unlink(entry.name)
                 return False
-            self.failed_writes += 1
-            self._paused_until = time.monotonic() + PAUSE_SECONDS
-            self._warn(f"documents cannot be stored for now ({_cause(error)}); answers are not affected")
+            if isinstance(error, ForeignFileError):
+                self.rejected += 1
+                self._warn(f"a document cannot be stored ({_cause(error)}); remove what is there")
+            else:
+                self.failed_writes += 1
+                self._paused_until = time.monotonic() + PAUSE_SECONDS
+                self._warn(f"documents cannot be stored for now ({_cause(error)}); answers are not affected")
             with suppress(OSError, sqlite3.Error):
-                self._index.remove([entry.name], wait=0.0)
+                self._index.remove([name], soon=True)
             return False
-
-    def _unlink(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
 
     def _remove(self, beginning: str) -> int:
         """Remove all documents whose paths begin with ``beginning``. Return the number of removed files."""
         if self._index is None:
             raise StoreError(f"the store {str(self.path)!r} was opened with read_only=True; nothing can be removed.")
-        removed, levels = 0, "*/" * (2 - beginning.count("/"))
+        removed = 0
         with self._maintenance():
             for codec in CODECS:
-                files = {entry.name for entry in self._scan(f"{beginning}{levels}*{SUFFIX}", [codec])}
+                files = {entry.name for entry in self._folder.scan(beginning, [codec])}
                 names = sorted(files.union(self._index.names(f"v{FORMAT_VERSION}-{codec}/{beginning}")))
                 for start in range(0, len(names), REMOVED_AT_ONCE):
                     self._index.remove(names[start : start + REMOVED_AT_ONCE])
@@ -315,13 +308,15 @@ class DiskStore:
                 "read-only or locked by another process."
             ) from error
 
-    def _remove_damaged(self, file: Path, reason: Miss) -> None:
+    def _remove_damaged(self, name: str, reason: Miss) -> None:
         outcome = "it is computed again"
         if self._index is not None:
             try:
-                self._index.remove([self._name(file)], wait=SHORT_WAIT)
+                self._folder.remove(name)  # even if the index is locked, so that the document can be stored again
                 outcome = "it was removed and is computed again"
-            except (OSError, sqlite3.Error) as error:
+                with suppress(OSError, sqlite3.Error):  # the document's next file replaces its row
+                    self._index.remove([name], soon=True)
+            except OSError as error:
                 outcome = f"it cannot be removed ({_cause(error)}) and is computed again"
         self._warn(f"a stored document is damaged ({reason}); {outcome}")
 
@@ -333,3 +328,10 @@ class DiskStore:
 
 def _cause(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _expand(path: str | os.PathLike[str]) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise StoreError(f"the store {os.fspath(path)!r} begins with the name of an unknown user.") from error

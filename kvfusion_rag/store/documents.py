@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 import torch
 
 from ..errors import InvalidInputError, OverloadError
+from ..home import home
+from ..model.forks import ForkGuard
 from ..model.kv import DocumentKV, KVShape
 from .disk import DiskStore
 from .format import Codec
@@ -59,6 +61,7 @@ class DocumentStore:
         self._counters = Counters(on_event)
         self._tiers = Tiers(memory, disk, remote, self._counters)
         self._reset()
+        self._fork_guard = ForkGuard()
         in_child = weakref.WeakMethod(self._reset)
         os.register_at_fork(after_in_child=lambda: (reset := in_child()) and reset())
 
@@ -100,7 +103,11 @@ class DocumentStore:
             device: device of the model's KVs.
             compute: prefills the documents of some keys, and yields each as soon as it is ready.
             keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps.
+
+        Raises:
+            ForkedProcessError: this process was forked from one that used the store, and would hang.
         """
+        self._fork_guard.require_threads()
         fetch = Fetch(requests, shape, device, self._tiers.removals, keep)
         unstored = [key for key, request in requests.items() if not request.stored]
         for key, document in compute(unstored) if unstored else ():
@@ -133,7 +140,9 @@ class DocumentStore:
 
         Raises:
             OverloadError: too many calls are unfinished.
+            ForkedProcessError: this process was forked from one that used the store, and would hang.
         """
+        self._fork_guard.require_threads()
         if not self._prefetches.acquire(blocking=False):
             raise OverloadError(f"{MAX_PREFETCHES} calls of prefetch are unfinished, which is the limit; retry later.")
         loading = self._pool("prefetch").submit(self._prefetch, documents, shape, device)
@@ -337,7 +346,7 @@ def open_store(
     Args:
         place: a folder, or an fsspec URL (``s3://bucket/folder``), which gets a local disk tier in front.
         memory: the memory tier (default: 1 GiB).
-        local: folder of the local disk tier of a URL (default: a folder of its own in the user's cache folder).
+        local: folder of the local disk tier of a URL (default: a folder of its own in ``KVFUSION_HOME``).
         remote: options of :class:`RemoteStore` for a URL: max_bytes, wait, and what fsspec takes (credentials). They
             override ``read_only`` and ``codec``.
         read_only: never write to the folder or the URL. The local disk tier of a URL is still written.
@@ -361,5 +370,4 @@ def open_store(
 
 
 def _cache_folder(url: str) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "kvfusion" / "store" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    return home() / "store" / hashlib.sha256(url.encode()).hexdigest()[:16]

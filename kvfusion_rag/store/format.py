@@ -1,4 +1,4 @@
-"""The file format of one document KV: layout, encoding, reading and checking.
+"""The file format of one document KV: name, layout, encoding, reading and checking.
 
 A file is a safetensors file with keys, values and token ids. Apart from a checksum, its header is a function of the
 key and the shape, so a reader compares the header byte for byte and never parses it. Tensors are stored as they lie
@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -21,6 +22,7 @@ import xxhash
 
 from ..errors import InvalidInputError
 from ..model.kv import DocumentKV, KVShape
+from .keys import PATH_PATTERN, path_of
 from .metrics import Miss
 
 FORMAT_VERSION = 3
@@ -29,6 +31,7 @@ Codec = Literal["raw", "v8"]
 CODECS: tuple[Codec, ...] = ("raw", "v8")
 Buffer = memoryview | bytes | bytearray
 
+_FILE_NAME = re.compile(rf"v{FORMAT_VERSION}-(?:{'|'.join(CODECS)})/{PATH_PATTERN}{re.escape(SUFFIX)}")
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bit patterns
 _CHECKSUM_FIELD = b'"xxh3_128":"'
@@ -63,6 +66,24 @@ def require_codec(codec: object) -> None:
     """Raise InvalidInputError if ``codec`` is unknown."""
     if codec not in CODECS:
         raise InvalidInputError(f"codec is {codec!r}, but it must be one of {list(CODECS)}.")
+
+
+def file_name(key: str, codec: Codec) -> str:
+    """Return the name of a document's file, which is its path below the folder of a store.
+
+    Raises:
+        InvalidInputError: ``key`` is not a document key.
+    """
+    return f"v{FORMAT_VERSION}-{codec}/{path_of(key)}{SUFFIX}"
+
+
+def namespace_of(name: object) -> str | None:
+    """Return the namespace key in the name of a document's file, or None if :func:`file_name` returns no such name.
+
+    Names from an index or a listing are checked with this before they become paths.
+    """
+    found = _FILE_NAME.fullmatch(name) if isinstance(name, str) else None
+    return None if found is None else found["namespace"]
 
 
 def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
@@ -195,19 +216,30 @@ def write_all(descriptor: int, buffers: Sequence[Buffer]) -> None:
             left[0] = left[0][count:]
 
 
-def check(stream: BinaryIO, path: PurePath) -> Miss | None:
-    """Check a file's checksum, and that its key is that of ``path``. Return None if both are correct."""
+def check(stream: BinaryIO, size: int | None, path: PurePath) -> Miss | None:
+    """Check a file's size and checksum, and that its key is that of ``path``. Return None if they are correct.
+
+    If its header names another size, only the header is read.
+
+    Args:
+        stream: the open file.
+        size: its size in bytes, or None if it is unknown.
+        path: its path, of which the last three parts count.
+    """
     try:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= _MAX_HEADER_BYTES:
             return Miss.HEADER
         header = bytearray(length.to_bytes(8, "little") + stream.read(length))
-        facts = json.loads(header[8:])["__metadata__"]
+        described = json.loads(header[8:])
+        facts = described.pop("__metadata__")
         if facts["key"] != f"{path.parts[-3]}-{path.name.removesuffix(SUFFIX)}":
             return Miss.HEADER
+        if size is not None and size != len(header) + max(part["data_offsets"][1] for part in described.values()):
+            return Miss.TRUNCATED
         begin = header.index(_CHECKSUM_FIELD + facts["xxh3_128"].encode() + b'"') + len(_CHECKSUM_FIELD)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not JSON, or not one of our headers
-        return Miss.HEADER
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return Miss.HEADER  # not JSON, or not one of our headers
     header[begin : begin + _CHECKSUM_BYTES] = b"0" * _CHECKSUM_BYTES
     digest = xxhash.xxh3_128(header)
     while part := stream.read(1 << 20):

@@ -18,6 +18,7 @@ _SCHEMA = 2
 _NAMESPACE = re.compile(r"[A-Za-z0-9 _.:@+=-]{0,128}")
 _NAMESPACE_KEY = re.compile(r"[0-9a-f]{32}")
 _KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9a-f]{64}")
+PATH_PATTERN = r"(?P<namespace>[0-9a-f]{32})/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{64}"  # of a result of path_of
 
 
 def document_key(fingerprint: str, namespace: str, token_ids: Sequence[int]) -> str:

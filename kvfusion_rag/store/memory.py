@@ -6,11 +6,11 @@ once, every operation takes constant time.
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict, defaultdict
 
 import torch
 
+from ..model.forks import fork_safe_lock
 from ..model.kv import DocumentKV
 from .keys import document_part, namespace_part
 from .size_limits import Caps
@@ -41,7 +41,7 @@ class MemoryStore:
         self._entries: OrderedDict[str, DocumentKV] = OrderedDict()
         self._by_namespace: defaultdict[str, OrderedDict[str, None]] = defaultdict(OrderedDict)
         self._sizes: defaultdict[str, int] = defaultdict(int)  # bytes by namespace
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         self.used_bytes = self.evictions = self.rejected = 0
 
     def __repr__(self) -> str:

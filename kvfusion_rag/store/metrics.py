@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
+
+from ..model.forks import fork_safe_lock
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class StoreMetrics:
         stored_bytes, store_seconds: cost of the writes. Remote writes run in the background.
         used_bytes, entries: current contents.
         evictions: documents removed to make room.
-        rejected: documents that did not fit: larger than a cap, or the disk's index was locked by another process.
+        rejected: documents that did not fit: larger than a cap, or too many while another process held the index.
         failed_writes: writes that failed, for example on a full disk.
         dropped: writes that were not tried: shortly after a failed write, or because the remote queue was full.
     """
@@ -102,7 +103,7 @@ class Counters:
 
     def __init__(self, on_event: Callable[[StoreEvent], None] | None) -> None:
         self._on_event = on_event
-        self._lock = threading.Lock()
+        self._lock = fork_safe_lock()
         # Both are keyed by the names of StoreMetrics' fields.
         self._totals: defaultdict[str, Any] = defaultdict(int)
         self._labelled: defaultdict[str, defaultdict[str, Any]] = defaultdict(lambda: defaultdict(int))

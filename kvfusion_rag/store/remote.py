@@ -1,18 +1,19 @@
 """The remote tier: whole document files in a shared folder or bucket (an fsspec URL), behind a local disk tier.
 
-Nothing from a remote store is trusted: its files are written to the local disk tier and checked there. A remote store
-that is slow, unreachable or full costs one bounded wait and is then not used for a while. It never costs an answer.
+Nothing from a remote store is trusted: names are checked before they are used, no more than the expected bytes are
+read, and files are written to the local disk tier and checked there. A remote store that is slow, unreachable or full
+costs one bounded wait and is then not used for a while. It never costs an answer.
 """
 
 from __future__ import annotations
 
 import atexit
 import glob
-import io
 import itertools
 import logging
 import math
 import os
+import re
 import threading
 import time
 import uuid
@@ -26,8 +27,19 @@ from typing import Any, Literal, TypeVar
 from ..errors import InvalidInputError, MissingDependencyError, StoreError
 from ..model.kv import DocumentKV
 from .background import Upload, UploadQueue, call
-from .format import CODECS, FORMAT_VERSION, SUFFIX, Codec, check, encode, is_finite, require_codec
-from .keys import path_of, paths_of_documents, require_namespace_key
+from .format import (
+    CODECS,
+    FORMAT_VERSION,
+    SUFFIX,
+    Codec,
+    check,
+    encode,
+    file_name,
+    is_finite,
+    namespace_of,
+    require_codec,
+)
+from .keys import paths_of_documents, require_namespace_key
 from .metrics import Miss
 from .size_limits import add_up, require_bytes
 
@@ -44,6 +56,7 @@ ALL_FILES = f"*/*/*/*{SUFFIX}"
 _MAX_DOWNLOADS = 16
 _UPLOADS_PER_CHECK = 64  # uploads between two checks of the cap
 _ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
+_TEMPORARY = re.compile(rf"(?<={re.escape(SUFFIX)})\.[^/]*\.tmp$")  # ending of a file that is being written
 _TIMES = ("mtime", "LastModified", "last_modified", "created")  # names that file systems give to a file's time
 
 
@@ -110,8 +123,12 @@ class RemoteStore:
     def __repr__(self) -> str:
         return f"RemoteStore({self.url!r})"
 
-    def get(self, key: str) -> bytes | Miss:
+    def get(self, key: str, size: int) -> bytes | Miss:
         """Return the file of ``key``, or the reason for the miss.
+
+        Args:
+            key: store key of the document.
+            size: bytes that the file must have.
 
         Raises:
             InvalidInputError: ``key`` is not a document key.
@@ -122,7 +139,7 @@ class RemoteStore:
 
         def work() -> bytes | Miss:
             try:
-                return self._download(path)
+                return self._download(path, size)
             finally:
                 self._downloads.release()
 
@@ -226,12 +243,21 @@ class RemoteStore:
         return self._opened
 
     def _path(self, key: str) -> str:
-        return f"{self._root}/v{FORMAT_VERSION}-{self.codec}/{path_of(key)}{SUFFIX}"
+        return f"{self._root}/{file_name(key, self.codec)}"
 
-    def _download(self, path: str) -> bytes | Miss:
+    def _download(self, path: str, size: int) -> bytes | Miss:
+        """Return a file with ``size`` bytes. No more is read of any other."""
+        if not self._is_plain(path):
+            return Miss.UNREADABLE
         try:
-            return self._system.cat_file(path)
-        except FileNotFoundError:
+            with self._system.open(path, "rb") as stream:
+                is_expected = getattr(stream, "size", None) in (size, None)  # some systems do not know it
+                data = stream.read(size + 1) if is_expected else b""
+            if len(data) == size:
+                return data
+            self._damaged.add(path)
+            return Miss.TRUNCATED
+        except (FileNotFoundError, IsADirectoryError):
             return Miss.ABSENT
         except Exception as error:  # every file system has its own errors
             self._pause("read", f"cannot be read ({type(error).__name__}: {error})")
@@ -242,6 +268,9 @@ class RemoteStore:
             self.dropped += 1
             return
         path = upload.path
+        if not self._is_plain(path):
+            self.dropped += 1
+            return
         try:
             self._system.invalidate_cache()  # listings may be stale, because other machines write and remove too
             if path not in self._damaged and self._system.exists(path):
@@ -294,17 +323,34 @@ class RemoteStore:
                 self.evictions += 1
 
     def _list(self, ending: str) -> dict[str, dict[str, Any]]:
-        """Return facts about the files whose paths end in a pattern, by path."""
+        """Return facts about the documents' files, also temporary ones, whose paths end in a pattern, by path."""
         self._system.invalidate_cache()
-        return self._system.glob(f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}", detail=True)
+        found = self._system.glob(f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}", detail=True)
+        return {path: facts for path, facts in found.items() if self._is_own(path) and self._is_plain(path)}
+
+    def _is_own(self, path: str) -> bool:
+        """Return whether a listed path is that of a document's file, or of a temporary one, in this store."""
+        name = path.removeprefix(f"{self._root}/")
+        return name != path and namespace_of(_TEMPORARY.sub("", name)) is not None
+
+    def _is_plain(self, path: str) -> bool:
+        """Return whether a path in a shared folder is absent or a file, and no link leads from the folder elsewhere.
+
+        Buckets have neither links nor pipes.
+        """
+        if not self._is_folder:
+            return True
+        if os.path.realpath(path) != os.path.realpath(self._root) + path.removeprefix(self._root):
+            return False
+        return os.path.isfile(path) or not os.path.lexists(path)
 
     def _is_damaged(self, path: str) -> bool | None:
         """Return whether a file is damaged, or None if another machine has removed it."""
         try:
-            stream = io.BytesIO(self._system.cat_file(path))
+            with self._system.open(path, "rb") as stream:
+                return check(stream, getattr(stream, "size", None), PurePosixPath(path)) is not None
         except FileNotFoundError:
             return None
-        return check(stream, PurePosixPath(path)) is not None
 
     def _remove_file(self, path: str) -> None:
         with suppress(FileNotFoundError):  # removed by another machine

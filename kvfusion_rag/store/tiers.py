@@ -211,7 +211,7 @@ class Tiers:
         self, remote: RemoteStore, disk: DiskStore, key: str, document: DocumentKV, fetch: Fetch
     ) -> Miss | None:
         """Copy a file to the local disk and read it there, where it is checked."""
-        file = remote.get(key)
+        file = remote.get(key, disk.file_bytes(fetch.shape, document.num_tokens))
         if isinstance(file, Miss):
             return file
         miss = disk.adopt(key, file, fetch.shape, document)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from places import ANSWER, PLACES, place
-from tiny import save, save_speaker
+from tiny import save, save_speaker, tokenizer
 from tiny_training import contents
+from transformers import AutoModelForCausalLM, BloomConfig
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, RetrievalError, UnsupportedModelError
 from kvfusion_rag.adapting import AdaptOptions, adapt, making
@@ -239,9 +240,11 @@ def test_missing_or_too_few_documents_raise(base, docs, tmp_path, capsys):
 
 
 def test_unsupported_model_is_rejected(docs, tmp_path):
-    model = save(tmp_path / "windowed", "mistral", sliding_window=8)
-    with pytest.raises(UnsupportedModelError):
-        adapted(model, docs)
+    made = BloomConfig(hidden_size=48, n_layer=2, n_head=4, vocab_size=512)
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path / "alibi")
+    tokenizer("byte-bpe").save_pretrained(tmp_path / "alibi")
+    with pytest.raises(UnsupportedModelError, match="ALiBi"):
+        adapted(tmp_path / "alibi", docs)
 
 
 def test_useless_answers_end_the_run_with_reasons(docs, tmp_path):

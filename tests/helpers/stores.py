@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +122,28 @@ def run_forked(work: Callable[[], object]) -> int | None:
     code = process.exitcode
     process.kill()
     return code
+
+
+def make_socket(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # because the path of a socket is short
+    try:
+        with closing(socket.socket(socket.AF_UNIX)) as one:
+            one.bind(path.name[:100])
+    finally:
+        os.chdir(here)
+    os.rename(path.parent / path.name[:100], path)
+
+
+# What can lie in the place of a file, by name
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "socket": make_socket,
+    "folder": lambda path: (path / "inside").mkdir(parents=True),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link to nothing": lambda path: path.symlink_to(path.with_name("nothing")),
+    "link to itself": lambda path: path.symlink_to(path),
+}
 
 
 def put_all(remote: RemoteStore, *numbers: int) -> None:

@@ -78,7 +78,7 @@ def test_document_larger_than_the_cap_is_rejected(tmp_path):
 
 
 def test_read_by_one_process_protects_from_eviction_by_another(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.store.index.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("kvfusion_rag.store.index.index.FLUSH_SECONDS", 0.0)
     reader, writer = (DiskStore(tmp_path / "s", max_bytes=2 * SIZE) for _ in range(2))
     put(writer, 1, 2)
     for number in (1, 2, 1, 1):
@@ -135,8 +135,8 @@ def test_verify_reports_and_repairs(store):
 def test_verify_keeps_the_cap_of_a_store_in_use(tmp_path, monkeypatch):
     """A document that is written while the index is repaired is either counted in the end or absent."""
     one, two = (DiskStore(tmp_path / "s", max_bytes=4 * SIZE) for _ in range(2))
-    write = one._folder.write
-    monkeypatch.setattr(one._folder, "write", lambda *given: (two.verify(), write(*given)))
+    write = one._folder.write_file
+    monkeypatch.setattr(one._folder, "write_file", lambda *given: (two.verify(), write(*given)))
     for number in range(8):
         one.put(key_of(number), kv_of(number))
         two.put(key_of(100 + number), kv_of(100 + number))
@@ -147,14 +147,14 @@ def test_verify_keeps_the_cap_of_a_store_in_use(tmp_path, monkeypatch):
 
 def test_verify_does_not_report_a_removed_file_as_damaged(store, monkeypatch):
     put(store, 1)
-    scan = store._scan
+    scan = store._folder.scan
 
     def remove_first(*given):
         for found in list(scan(*given)):
             store.forget(key_of(1)) if not given else None
             yield found
 
-    monkeypatch.setattr(store, "_scan", remove_first)
+    monkeypatch.setattr(store._folder, "scan", remove_first)
     assert store.verify() == VerifyReport(0, 0, 0, 0)
 
 
@@ -177,14 +177,14 @@ def test_clear_of_a_namespace_leaves_the_others(store):
 
 @pytest.mark.parametrize("remove", ["forget", "clear", "clear all", "clear by another process"])
 def test_document_that_is_being_written_is_removed_too(store, monkeypatch, remove):
-    write, other = store._folder.write, DiskStore(store.path)
+    write, other = store._folder.write_file, DiskStore(store.path)
     removals = {
         "forget": lambda: store.forget(key_of(1)),
         "clear": lambda: store.clear(namespace_key("")),
         "clear all": store.clear,
         "clear by another process": other.clear,
     }
-    monkeypatch.setattr(store._folder, "write", lambda *given: (removals[remove](), write(*given)))
+    monkeypatch.setattr(store._folder, "write_file", lambda *given: (removals[remove](), write(*given)))
     assert not store.put(key_of(1), kv_of(1))
     assert not files_of(store) and not store.totals()
 
@@ -228,8 +228,8 @@ def test_unreadable_files_are_misses_with_one_warning(store, monkeypatch, caplog
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
 def test_unreachable_folder_contains_nothing(store, monkeypatch, code):
     refuse = failing(OSError(code, os.strerror(code)))
-    monkeypatch.setattr(Path, "stat", refuse)
-    monkeypatch.setattr(os, "open", refuse)
+    for name in ("lstat", "open"):
+        monkeypatch.setattr(os, name, refuse)
     assert key_of(1) not in store and not store.put(key_of(1), kv_of(1))
 
 

@@ -1,6 +1,7 @@
 """The remote tier: a shared folder or bucket that may be slow, damaged, unreachable or full."""
 
 import errno
+import io
 import itertools
 import os
 import threading
@@ -11,6 +12,7 @@ import fsspec
 import pytest
 import torch
 from fsspec.asyn import AsyncFileSystem
+from fsspec.spec import AbstractBufferedFile
 from stores import SIZE, failing, fetch, fetch_kvs, files_of, key_of, kv_of, put_all, remote_entries, run_forked
 
 from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStore, RemoteStore, StoreError
@@ -79,7 +81,7 @@ def test_wait_must_be_a_finite_number_of_seconds(tmp_path, wait):
 
 @pytest.mark.parametrize("wrong", [None, 3, "", "../x", key_of(1) + "/..", key_of(1)[:-1] + "*"])
 def test_only_document_keys_reach_a_remote_store(shared, wrong):
-    for use in (shared.get, shared.forget, lambda key: shared.put(key, kv_of(1))):
+    for use in (lambda key: shared.get(key, SIZE), shared.forget, lambda key: shared.put(key, kv_of(1))):
         with pytest.raises(InvalidInputError, match=r"the document key is .* must be 32, 32 and 64 hex digits"):
             use(wrong)
     if wrong is not None:
@@ -140,7 +142,10 @@ def test_verify_removes_damaged_files(tmp_path, shared):
 def test_slow_store_costs_one_bounded_wait(tmp_path, monkeypatch, caplog, go):
     remote = RemoteStore(f"memory://{tmp_path.name}", wait=0.1)
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote)
-    monkeypatch.setattr(remote._system, "cat_file", lambda path: go.wait(10) and b"")
+    real = remote._system.open
+    monkeypatch.setattr(
+        remote._system, "open", lambda path, mode, **given: (mode == "rb" and go.wait(10)) or real(path, mode, **given)
+    )
     began = time.monotonic()
     assert fetch(store, [1]) == ["computed"]
     assert fetch(store, range(2, 6)) == ["computed"] * 4  # the remote store is not used for a while
@@ -149,7 +154,7 @@ def test_slow_store_costs_one_bounded_wait(tmp_path, monkeypatch, caplog, go):
 
 
 def test_unreachable_store_causes_one_warning_each_for_reading_and_writing(tmp_path, bucket, monkeypatch, caplog):
-    for name in ("cat_file", "pipe_file", "exists", "makedirs"):
+    for name in ("open", "pipe_file", "exists", "makedirs"):
         monkeypatch.setattr(bucket._system, name, failing(NO_ROUTE))
     store = behind(bucket, tmp_path / "d")
     assert fetch(store, range(4)) == ["computed"] * 4
@@ -190,15 +195,15 @@ def test_hung_store_does_not_block_removal_elsewhere(tmp_path, bucket, monkeypat
 def test_number_of_hanging_downloads_is_bounded(tmp_path, monkeypatch, go):
     monkeypatch.setattr("kvfusion_rag.store.remote.PAUSE_SECONDS", 0.0)
     remote = RemoteStore(f"memory://{tmp_path.name}", wait=0.01)
-    monkeypatch.setattr(remote._system, "cat_file", lambda path: go.wait(30) and b"file")
-    misses = [remote.get(key_of(1)) for _ in range(20)]
+    monkeypatch.setattr(remote._system, "open", lambda *given: go.wait(30) and io.BytesIO(b"file"))
+    misses = [remote.get(key_of(1), 4) for _ in range(20)]
     hanging = [thread for thread in threading.enumerate() if thread.name == "kvfusion-remote"]
     assert misses == [Miss.LATE] * 16 + [Miss.PAUSED] * 4 and len(hanging) == 16
     go.set()
     for thread in hanging:
         thread.join(10)
     remote._wait = 5.0
-    assert remote.get(key_of(1)) == b"file"
+    assert remote.get(key_of(1), 4) == b"file"
 
 
 # Forks
@@ -222,14 +227,24 @@ def test_forked_process_reads_a_bucket():
     class Bucket(AsyncFileSystem):
         protocol = "forked"
 
+        async def _info(self, path, **_):
+            return {"name": path, "size": 4, "type": "file"}
+
         async def _cat_file(self, path, start=None, end=None, **_):
-            return b"file"
+            return b"file"[start:end]
+
+        def _open(self, path, mode="rb", **options):
+            return BucketFile(self, path, mode, **options)
+
+    class BucketFile(AbstractBufferedFile):
+        def _fetch_range(self, start, end):
+            return self.fs.cat_file(self.path, start, end)
 
     fsspec.register_implementation("forked", Bucket, clobber=True)
     remote = RemoteStore("forked://bucket/kv")
 
     def read() -> None:
-        assert remote.get(key_of(1)) == b"file"
+        assert remote.get(key_of(1), 4) == b"file"
 
     read()
     assert run_forked(read) == 0

@@ -62,7 +62,7 @@ remote = RemoteStore({(tmp_path / "remote").as_uri()!r}, wait=0.2)
 pipe_file = remote._system.pipe_file
 remote._system.pipe_file = lambda *given: (time.sleep(0.3), pipe_file(*given))
 if {hangs}:
-    for name in ("cat_file", "exists"):
+    for name in ("open", "exists"):
         setattr(remote._system, name, lambda *_: threading.Event().wait())
 store = DocumentStore(None, DiskStore({str(tmp_path / "d")!r}), remote)
 origins = fetch_kvs(store, range(6), Computer(range(6))).origins
