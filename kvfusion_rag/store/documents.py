@@ -101,7 +101,7 @@ class DocumentStore:
             compute: prefills the documents of some keys, and yields each as soon as it is ready.
             keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps.
         """
-        fetch = Fetch(requests, shape, device, self._tiers.removals, keep)
+        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), keep)
         unstored = [key for key, request in requests.items() if not request.stored]
         for key, document in compute(unstored) if unstored else ():
             fetch.take(key, document, "computed")
@@ -211,7 +211,7 @@ class DocumentStore:
             for key, ids in documents.items()
             if key not in memory and (self.remote is not None or key in disk)
         }
-        fetch = Fetch(requests, shape, device, self._tiers.removals, keep=False)
+        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), keep=False)
         claimed, pending = self._single_flight.claim(requests)
         try:
             self._from_files(claimed, fetch)
