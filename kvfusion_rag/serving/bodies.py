@@ -15,7 +15,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
 from ..text.settings import require_focus
 
+MAX_FIELDS = 64  # of one object
 MAX_MESSAGES = 1000
+MAX_ID_CHARACTERS = 256  # an id is repeated in the reply by every duplicate of its document
+MAX_TITLE_CHARACTERS = 1000
+MAX_METADATA = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 500
 MAX_VARIABLES = 16
@@ -44,6 +48,8 @@ class _Body(BaseModel):
     def _without_nulls(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:  # each unknown field would be an error of its own
+            raise ValueError(f"an object has {len(value)} fields, but at most {MAX_FIELDS} are allowed")
         return {k: v for k, v in value.items() if v is not None or k in cls.NULLABLE}
 
 
@@ -80,9 +86,9 @@ class DocumentBody(_Body):
     """One document, with the fields of ``kvfusion_rag.Document``."""
 
     text: Text
-    id: Text | None = None
-    title: Text | None = None
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    id: Annotated[Text, Field(max_length=MAX_ID_CHARACTERS)] | None = None
+    title: Annotated[Text, Field(max_length=MAX_TITLE_CHARACTERS)] | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict, max_length=MAX_METADATA)
     score: float | None = Field(None, description="Score of the retriever, higher for a better document.")
 
     @model_validator(mode="before")
@@ -99,8 +105,12 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False  # accepted, but no padding is sent
 
 
+# One error is reported, whatever the number of documents.
+Documents = Annotated[list[DocumentBody], Field(fail_fast=True)]
+
+
 class _WithDocuments(_Body):
-    documents: list[DocumentBody] = Field(default_factory=list)
+    documents: Documents = Field(default_factory=list)
 
     def to_documents(self) -> list[Document]:
         return [body.to_document() for body in self.documents]
@@ -146,14 +156,16 @@ def _focus(value: object) -> object:
     return value
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_ends_with_user)]
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), AfterValidator(_ends_with_user)
+]
 Variables = Annotated[dict[Text, Any], Field(max_length=MAX_VARIABLES), AfterValidator(_scalars)]
 
 
 class DocumentsRequest(_WithDocuments):
     """A request to remove documents from the store."""
 
-    documents: list[DocumentBody] = Field(min_length=1)
+    documents: Documents = Field(min_length=1)
 
 
 class PrefillRequest(DocumentsRequest):
@@ -198,7 +210,7 @@ class ChatRequest(_WithDocuments):
     max_reasoning_tokens: int | None = None
     stop: Annotated[
         list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        Field(max_length=MAX_STOPS),
+        Field(max_length=MAX_STOPS, fail_fast=True),
         BeforeValidator(_one_or_many),
     ] = Field(default_factory=list)
     seed: int | None = None
