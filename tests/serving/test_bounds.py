@@ -19,7 +19,7 @@ from kvfusion_rag.text.encoder import LONGEST_TOKEN, PlainEncoder
 from tests.serving.test_untrusted import ANY_JSON
 
 JSON = {"content-type": "application/json"}
-MANY = 200_000
+MANY = 100_000
 
 
 def parts_of(value: object) -> int:
