@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
+    PositiveInt,
     WithJsonSchema,
     model_validator,
 )
@@ -252,8 +253,7 @@ class ChatRequest(_WithDocuments):
     messages: Messages
     mode: ModeChoice | None = None
     focus: Annotated[
-        FocusChoice,
-        BeforeValidator(_focus, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["auto"] | None),
+        FocusChoice, BeforeValidator(_focus, json_schema_input_type=PositiveInt | Literal["auto"] | None)
     ] = Field(
         "auto",
         description="Keep the n documents that make the question most likely. null keeps all documents, 'auto' uses "

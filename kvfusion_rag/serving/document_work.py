@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from .admission import Load
@@ -41,7 +42,7 @@ class DocumentWork:
             while True:
                 async with self._turn_of_tenant[tenant], self._turn:
                     began = time.perf_counter()
-                    result = await in_thread(_next, steps, pool=self._thread)
+                    result: tuple[T] | None = await in_thread(partial(_next, steps), pool=self._thread)
                     if result is not None:
                         return result[0]
                     if self._load.total > self._requests:
