@@ -269,7 +269,7 @@ class ChatRequest(_WithDocuments):
     top_k: int | None = Field(None, json_schema_extra={"minimum": 1})
     max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
     max_completion_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
-    max_reasoning_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    max_reasoning_tokens: int | None = Field(None, json_schema_extra={"minimum": 0})
     stop: Annotated[Stops, BeforeValidator(_one_or_many, json_schema_input_type=Stop | Stops)] = Field(
         default_factory=list
     )
