@@ -147,7 +147,7 @@ class _WithDocuments(_Body):
         return [body.to_document() for body in self.documents]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # otherwise Annotated would take the one with 0 and the one with False for equal
 class _Only:
     """Validates an unsupported field, which may only have values that have no effect."""
 
