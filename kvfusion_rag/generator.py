@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -38,6 +38,7 @@ from .schema import (
 from .store import Place, as_store, namespace_key
 from .text.documents import UNLIMITED
 from .text.settings import ModelSettings
+from .text.steps import finish
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +218,11 @@ class KVFusionGenerator(GeneratorFacts):
 
     def _pieces(self, call: Call) -> Generator[AnswerPiece | Answer, None, None]:
         runner, options = self._engine.runner, call.decoding
-        request = runner.prepare(call.requests[0], options)  # the stream may be read long after it was created
-        run = runner.start(Batch.of(request))
+        try:
+            request = runner.prepare(call.requests[0], options)  # the stream may be read long after it was created
+            run = runner.start(Batch.of(request))
+        except CancelledError:  # the stream was closed while its documents were prefilled
+            return
         with closing(runner.decode(run, options)) as steps:
             for _ in steps:
                 if piece := run.answers[0].take_reasoning():
@@ -310,6 +314,21 @@ class KVFusionGenerator(GeneratorFacts):
         Raises:
             InvalidInputError: the generator has no store, or ``positions`` is "global".
         """
+        return finish(self.prefill_steps(documents, prompt, question, chat_template_kwargs, progress=progress))
+
+    def prefill_steps(
+        self,
+        documents: Sequence[Document | str],
+        prompt: Prompt = None,
+        question: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        *,
+        progress: bool = False,
+    ) -> Generator[None, None, list[Source]]:
+        """Like :meth:`prefill`, as a generator that pauses after every few passes and returns the sources.
+
+        Close it to stop early. What has been computed until then stays in the store.
+        """
         if self.store is None:
             raise InvalidInputError(
                 "store is None, but prefill keeps document KVs in a store; give the generator one."
@@ -320,9 +339,10 @@ class KVFusionGenerator(GeneratorFacts):
                 "positions='uniform' to prefill."
             )
         layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
-        encoded = self._engine.read(documents, layout, max_tokens=UNLIMITED)
+        encoded = yield from self._engine.reading_steps(documents, layout, max_tokens=UNLIMITED)
         scope = Scope(layout.prefix, self.namespace)
-        origins, misses = self._engine.document_kvs.store_all(encoded.keys, scope, progress=progress)
+        store_steps = self._engine.document_kvs.store_steps
+        origins, misses = yield from store_steps(encoded.keys, scope, progress=progress)
         if lost := sum(key not in self.store for key in encoded.keys):
             logger.warning(
                 "the store is too small: %d of %d documents were computed but not kept", lost, len(encoded.keys)
@@ -356,9 +376,14 @@ class KVFusionGenerator(GeneratorFacts):
         Returns:
             The number of removed copies.
         """
-        layouts = self._engine.prompts.every_layout()
-        keys = (self._engine.read(documents, layout, max_tokens=UNLIMITED).keys for layout in layouts)
-        return self._engine.document_kvs.store.forget({key: ids for found in keys for key, ids in found.items()})
+        return finish(self.forget_steps(documents))
+
+    def forget_steps(self, documents: Sequence[Document | str]) -> Generator[None, None, int]:
+        """Like :meth:`forget`, as a generator that pauses while it encodes. Nothing is removed before its end."""
+        keys: set[str] = set()
+        for layout in self._engine.prompts.every_layout():
+            keys.update((yield from self._engine.reading_steps(documents, layout, max_tokens=UNLIMITED)).keys)
+        return self._engine.document_kvs.store.forget(keys)
 
     def clear(self) -> int:
         """Remove all document KVs of this namespace from every tier, and return the number of removed copies."""

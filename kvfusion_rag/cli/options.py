@@ -155,12 +155,20 @@ def require_store(args: argparse.Namespace) -> None:
 
 def _open_store(args: argparse.Namespace) -> DocumentStore | str:
     """Return the store in ``--store``, or "memory"."""
-    if not getattr(args, "store", None):
+    share: int | None = getattr(args, "store_namespace_bytes", None)  # only of servers
+    if not getattr(args, "store", None) and share is None:
         return "memory"
-    from ..store import open_store
+    from ..store import DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, MemoryStore, as_store, open_store
 
+    if not args.store:
+        return as_store(MemoryStore(namespace_bytes=share))
     options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
-    return open_store(args.store, **{name: value for name, value in options.items() if value is not None})
+    options = {name: value for name, value in options.items() if value is not None}
+    if share is None:
+        return open_store(args.store, **options)
+    of_memory = max(1, DEFAULT_MEMORY_BYTES * share // options.get("max_bytes", DEFAULT_DISK_BYTES))
+    memory = MemoryStore(namespace_bytes=of_memory)  # the same share of memory as of the disk
+    return open_store(args.store, memory=memory, namespace_bytes=share, **options)
 
 
 @collection_paused()

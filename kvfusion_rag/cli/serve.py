@@ -1,13 +1,16 @@
 """Serve answers over HTTP with OpenAI's chat completions API.
 
 By default only this machine can send requests. With another ``--host``, clients need an API key. The server stops on
-SIGTERM (exit code 0) or Ctrl-C, after requests in progress have finished.
+SIGTERM (exit code 0) or Ctrl-C within ten seconds. Requests in progress have five of them to finish.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
@@ -18,6 +21,7 @@ from .options import (
     add_model_name,
     add_reasoning_limit,
     add_store_arguments,
+    byte_count,
     count,
     load_generator,
     positive,
@@ -26,6 +30,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..serving import Access
+
+STOP_SECONDS = 9.0  # after a signal, the process ends even if a pass of the model or an upload has not ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option, action="append", default=[], metavar=metavar, help=f"{text}; may be repeated (default: none)"
         )
+    parser.add_argument(
+        "--store-namespace-bytes",
+        type=byte_count,
+        metavar="SIZE",
+        help="maximum size of one namespace in the store, such as 2GiB; with it, a tenant cannot evict the documents "
+        "of another (default: no limit)",
+    )
+    parser.add_argument(
+        "--tenant-concurrency",
+        type=positive,
+        metavar="N",
+        help="maximum number of requests in progress in one namespace (default: half of --max-concurrency if the keys "
+        "have several namespaces)",
+    )
     for option, default, metavar, text in (
         ("--max-concurrency", 64, "N", "maximum number of requests in progress"),
         ("--max-body-mib", 4, "N", "maximum size of a request body in MiB"),
@@ -82,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         mode=args.mode,
         focus=args.focus,
         max_concurrency=args.max_concurrency,
+        tenant_concurrency=args.tenant_concurrency,
         max_body_bytes=args.max_body_mib << 20,
         max_documents=args.max_documents,
         timeout=args.timeout,
@@ -91,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         generator = load_generator(args)
         try:
             app = create_app(generator, access=access, options=options)
-            serve(app, listener, lambda url: _say_ready(args, url, generator.model_id))
+            serve(app, listener, lambda url: _say_ready(args, url, generator.model_id), _end_soon)
         finally:
             if generator.store is not None:
                 generator.store.close()  # finishes uploads and saves when documents were last used
@@ -108,8 +129,28 @@ def _access(args: argparse.Namespace) -> Access:
             raise InvalidInputError(
                 f"the environment variable {args.api_key_env!r} is not set; set it to the API key."
             )
+        if key in keys:
+            raise InvalidInputError(
+                f"the key of the environment variable {args.api_key_env!r} is also in {args.api_keys_file!r}, so its "
+                "namespace is not clear; remove it from one of them."
+            )
         keys[key] = None
     return Access(keys, hosts=args.allowed_host, origins=args.allowed_origin)
+
+
+def _end_soon(number: int) -> None:
+    """End the process in ``STOP_SECONDS``, whatever its threads are computing.
+
+    The store stays whole: a document that is being written is complete afterwards or absent.
+    """
+
+    def end() -> None:
+        print(f"stopped after {STOP_SECONDS:g} s; work in progress was not finished", file=sys.stderr, flush=True)
+        os._exit(0 if number == signal.SIGTERM else 130)
+
+    timer = threading.Timer(STOP_SECONDS, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _say_ready(args: argparse.Namespace, url: str, model_id: str) -> None:

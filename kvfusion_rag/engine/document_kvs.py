@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from ..model.kv import DocumentKV
 from ..schema import Origin
 from ..store import FetchedKVs, KVRequest, Miss, Place, as_store, document_key
 
-DOCUMENTS_AT_ONCE = 128  # per call when documents are prefilled into the store
+PASSES_AT_ONCE = 4  # full passes between two pauses when documents are prefilled into the store
 PREFIXES_IN_MEMORY = 32
 
 Ids = tuple[int, ...]
@@ -109,6 +109,7 @@ class DocumentKVs:
         scope: Scope,
         *,
         keep: bool = True,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> FetchedKVs:
         """Take documents from the store, or prefill them.
 
@@ -118,8 +119,10 @@ class DocumentKVs:
             version: :attr:`version` that the keys were made with.
             scope: scope of all documents.
             keep: return the KVs; otherwise they only go to the store.
+            is_cancelled: asked after each pass.
 
         Raises:
+            CancelledError: ``is_cancelled`` returned True. What was computed until then is stored.
             InvalidInputError: the weights changed in the meantime. Nothing is stored under a wrong key.
         """
 
@@ -132,6 +135,8 @@ class DocumentKVs:
             for index, kv in computed:
                 self.require_version(version)
                 yield missing[index], kv
+                if is_cancelled():
+                    raise CancelledError
 
         return self.store.fetch(requests, self.model.kv_shape, self.model.device, compute, keep=keep)
 
@@ -139,28 +144,41 @@ class DocumentKVs:
         """Return the KV of every key, from the store or computed now (and then stored)."""
         return self.fetch({key: KVRequest(ids) for key, ids in keys.items()}, None, self.version, scope).kvs
 
-    def store_all(
+    def store_steps(
         self, keys: Mapping[str, Ids], scope: Scope, *, progress: bool
-    ) -> tuple[dict[str, Origin], dict[str, Miss]]:
+    ) -> Generator[None, None, tuple[dict[str, Origin], dict[str, Miss]]]:
         """Compute the documents that no local tier has, and return each document's origin and miss reason.
 
-        KVs only go to the store, pass by pass, so the store's caps bound the memory. Few documents are claimed at a
-        time, so that a question about one of the others does not wait for all.
+        KVs only go to the store, pass by pass, so the store's caps bound the memory. A step computes a few passes or
+        one long document. Few documents are claimed at a time, so that a question about one of the others does not
+        wait for all.
         """
         misses: dict[str, Miss] = {}
         origins: dict[str, Origin] = {key: tier for key in keys if (tier := self.store.tier_of(key)) is not None}
-        absent = sorted((key for key in keys if key not in origins), key=lambda key: len(keys[key]))
         version = self.version
         with tqdm(
             total=len(keys), initial=len(origins), desc="prefill", unit="doc", delay=1, disable=not progress
         ) as bar:
-            for start in range(0, len(absent), DOCUMENTS_AT_ONCE):
-                part = {key: KVRequest(keys[key]) for key in absent[start : start + DOCUMENTS_AT_ONCE]}
+            for part in self._parts({key: ids for key, ids in keys.items() if key not in origins}):
                 fetched = self.fetch(part, None, version, scope, keep=False)
                 origins |= fetched.origins
                 misses |= fetched.misses
                 bar.update(len(part))
+                yield
         return origins, misses
+
+    def _parts(self, keys: Mapping[str, Ids]) -> Iterator[dict[str, KVRequest]]:
+        """Yield documents of similar length together, at most ``PASSES_AT_ONCE`` passes of them."""
+        part: dict[str, KVRequest] = {}
+        tokens, most = 0, PASSES_AT_ONCE * self.model.tokens_per_pass
+        for key, ids in sorted(keys.items(), key=lambda item: len(item[1])):
+            if part and tokens + len(ids) > most:
+                yield part
+                part, tokens = {}, 0
+            part[key] = KVRequest(ids)
+            tokens += len(ids)
+        if part:
+            yield part
 
     def prefetch(self, keys: Mapping[str, Ids]) -> Future[int]:
         """Start loading stored documents into memory; the future's result is the number of documents there."""

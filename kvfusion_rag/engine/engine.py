@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic
 
 from ..errors import InvalidInputError
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Document, FocusChoice, ModeChoice, Prompt
 from ..store import Place, require_namespace
-from ..text.documents import EncodedDocuments, Limits, encode_documents, is_filled, limit_of, require_sequence
+from ..text.documents import EncodedDocuments, Limits, encoding_steps, is_filled, limit_of, require_sequence
 from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
 from ..text.settings import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_REASONING_TOKENS, ModelSettings, is_count
+from ..text.steps import finish
 from .document_kvs import DocumentKVs, Scope
 from .focus import Focus, needs_choice, scored_question
 from .modes import AnswerMode
@@ -132,6 +134,12 @@ class Engine(Generic[M_co]):
             layout: layout of the prompt that shows the documents. Default: that of a bare question.
             max_tokens: limit on all documents together. Default: ``max_fused_tokens``.
         """
+        return finish(self.reading_steps(documents, layout, max_tokens=max_tokens))
+
+    def reading_steps(
+        self, documents: Sequence[Document | str], layout: Layout | None = None, *, max_tokens: int | None = None
+    ) -> Generator[None, None, EncodedDocuments]:
+        """Like :meth:`read`, with a pause after each document and each piece of a long one."""
         layout = layout or self.prompts.fused_layout(None)
         self.document_kvs.refresh()
         limits = Limits(
@@ -140,7 +148,8 @@ class Engine(Generic[M_co]):
             long_documents=self.settings.long_documents,
         )
         scope = Scope(layout.prefix, self.namespace)
-        return encode_documents(documents, layout.documents, limits, lambda ids: self.document_kvs.key(ids, scope))
+        key_of = partial(self.document_kvs.key, scope=scope)
+        return (yield from encoding_steps(documents, layout.documents, limits, key_of))
 
     def request(
         self,

@@ -7,7 +7,7 @@ The question is read over each document's own cache. Documents are ranked by log
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..model.kv import DocumentKV
@@ -97,7 +97,7 @@ def scored_question(encoder: PlainEncoder, question: str) -> tuple[Ids, int]:
     return tuple(ids), max(given, 1)
 
 
-def choose(document_kvs: DocumentKVs, focus: Focus) -> Choice:
+def choose(document_kvs: DocumentKVs, focus: Focus, is_cancelled: Callable[[], bool]) -> Choice:
     """Score every document by the model without its adapter, and keep the best.
 
     An adapter that was trained on answers is worse at judging questions (docs/focus.md). Documents are computed in
@@ -105,7 +105,7 @@ def choose(document_kvs: DocumentKVs, focus: Focus) -> Choice:
     """
     encoded, scope = focus.scored, focus.scope
     requests = {key: KVRequest(ids) for key, ids in encoded.keys.items()}
-    fetched = document_kvs.fetch(requests, None, document_kvs.version, scope)
+    fetched = document_kvs.fetch(requests, None, document_kvs.version, scope, is_cancelled=is_cancelled)
     likelihoods = document_kvs.model.question_likelihoods(
         document_kvs.prefix_kv(scope), [fetched.kvs[key] for key in encoded.keys], focus.ids, given=focus.given
     )

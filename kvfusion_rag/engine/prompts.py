@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InvalidInputError, UnsupportedModelError
+from ..errors import ContextLimitError, InvalidInputError, UnsupportedModelError
 from ..fusion.interface import FusionModel
 from ..schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
 from ..text.encoder import PlainEncoder, PromptEncoder
@@ -69,7 +69,12 @@ class Prompts:
         has_documents: bool,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Layout:
-        """Return how the prompt of one question is read in ``mode``."""
+        """Return how the prompt of one question is read in ``mode``.
+
+        Raises:
+            ContextLimitError: question or prompt are much longer than the context window.
+        """
+        self._require_short(question, prompt)
         if not self.reads_prompt(mode):
             encoder = self.encoder if self._uses_own_settings(mode) else self._base_encoder
             return FixedLayout.of(encoder, question, prompt)
@@ -115,6 +120,19 @@ class Prompts:
                     at = end
             parts.append(PromptPart(text(ids[at:])))
         return ShownPrompt(request.mode.name, tuple(part for part in parts if part.text))
+
+    def _require_short(self, question: str, prompt: Prompt) -> None:
+        """Reject texts that cannot fit before they are encoded as a whole, which takes long."""
+        window = self.model.context_window
+        messages = [] if prompt is None or isinstance(prompt, str) else prompt
+        texts = [m.text for m in messages if isinstance(m, Message) and isinstance(m.text, str)]  # checked later
+        wording = prompt if isinstance(prompt, str) else "\n".join(texts)
+        for name, text in (("question", question), ("prompt", wording)):
+            if window is not None and self.encoder.plain.exceeds(text, window):
+                raise ContextLimitError(
+                    f"the {name} has {len(text)} characters, but {self.model.model_id} reads at most {window} tokens; "
+                    "shorten it."
+                )
 
     def _uses_own_settings(self, mode: Mode) -> bool:
         """Whether ``mode`` reads prompts by ``self.settings`` instead of the untuned model's settings."""

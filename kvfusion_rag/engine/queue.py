@@ -36,6 +36,10 @@ class _Job:
         """The next questions, at most one batch, so that other callers are served between two parts."""
         return self.requests[len(self.answers) :][:MAX_BATCH]
 
+    @property
+    def namespace(self) -> str:
+        return self.requests[0].namespace
+
     def can_join(self, other: _Job) -> bool:
         return (self.options, self.requests[0].mode) == (other.options, other.requests[0].mode)
 
@@ -79,6 +83,8 @@ class RequestQueue:
         self._turn = threading.RLock()  # held by the answering thread; a store callback may ask again inside it
         self._waiting: list[_Job] = []
         self._worker: ThreadPoolExecutor | None = None  # one thread for all tasks
+        self._turns = 0  # number of batches so far
+        self._last_turn: dict[str, int] = {}  # last batch of each namespace
 
     def ask(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
         """Return answers in order. An interrupt cancels the caller's questions.
@@ -135,19 +141,21 @@ class RequestQueue:
                     self._answer_next(job)
 
     def _answer_next(self, own: _Job) -> None:
-        """Answer the job that has waited longest, and those that can join it."""
+        """Answer the oldest job of the namespace that was served longest ago, and those that can join it."""
         taken: list[_Job] = []
         try:
             with self._lock:
                 if own not in self._waiting:  # the thread that had taken it was interrupted
                     self._waiting.append(own)
                 self._waiting = [job for job in self._waiting if not job.future.done()]
-                questions = 0
-                for job in self._waiting:
+                questions, waiting = 0, sorted(self._waiting, key=lambda job: self._last_turn.get(job.namespace, 0))
+                for job in waiting:
                     if not taken or (job.can_join(taken[0]) and questions + len(job.next_part) <= MAX_BATCH):
                         taken.append(job)
                         questions += len(job.next_part)
                 self._waiting = [job for job in self._waiting if job not in taken]
+                self._turns += 1
+                self._last_turn |= dict.fromkeys((job.namespace for job in taken), self._turns)
             self._answer(taken)
         finally:  # some have parts left, or this thread was interrupted and another one resumes
             unfinished = [job for job in taken if not job.future.done()]

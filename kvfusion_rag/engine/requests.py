@@ -37,7 +37,7 @@ class Request:
         focus: how to choose among more documents; until then ``encoded`` holds the longest ones.
         choice: the result of focus; ``encoded`` then holds the chosen documents.
         began: ``time.perf_counter()`` at the caller's call.
-        cancelled: once set, the answer ends at its next token.
+        cancelled: once set, prefill ends at its next pass, and the answer at its next token.
     """
 
     encoded: EncodedDocuments
@@ -121,6 +121,10 @@ class Batch:
         """Row of each request."""
         found = {number: row for row, shared in enumerate(self.rows) for number in shared.members}
         return [found[number] for number in range(len(self.requests))]
+
+    def is_cancelled(self) -> bool:
+        """Return whether nobody waits for any of the answers."""
+        return all(request.cancelled.is_set() for request in self.requests)
 
     @property
     def has_foreign(self) -> bool:

@@ -114,7 +114,7 @@ class Runner(Generic[M_co]):
         errors = partial(
             memory_errors, self.model.device, questions=len(focus.scored.keys), tokens=focus.scored.longest
         )
-        choice = self._retry(lambda: choose(self.document_kvs, focus), errors)
+        choice = self._retry(lambda: choose(self.document_kvs, focus, request.cancelled.is_set), errors)
         chosen = focus.encoded.only(choice.kept)
         prepared = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
         return replace(prepared, focus=focus, choice=choice, cancelled=request.cancelled)

@@ -117,6 +117,7 @@ def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> Ru
 
     Raises:
         InvalidInputError: weights, threads or precision changed since a request was made.
+        CancelledError: all requests were cancelled meanwhile.
     """
     for request in batch.requests:
         document_kvs.require_version(request.version)
@@ -159,7 +160,7 @@ def _fill_rows(document_kvs: DocumentKVs, batch: Batch, buffer: FusedBuffer, sco
                 requests[piece.key] = KVRequest(piece.ids, slots, piece.stored)
                 starts[piece.key] = piece.start
             at += len(piece.ids)
-    fetched = document_kvs.fetch(requests, starts, batch.requests[0].version, scope)
+    fetched = document_kvs.fetch(requests, starts, batch.requests[0].version, scope, is_cancelled=batch.is_cancelled)
     for key, slots in copies:
         fetched.kvs[key].copy_into(slots)
     return fetched

@@ -103,7 +103,7 @@ def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         cache = PositionedCache(torch.empty(1, 0))
-        one = torch.ones(1, 1, dtype=torch.long)
-        model(input_ids=one, attention_mask=one, past_key_values=cache, use_cache=True)
+        token, mask = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 1, 1, dtype=dtype)  # a complete mask
+        model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
     keys, values = cast(tuple[torch.Tensor, torch.Tensor], next(iter(cache))[:2])
     return KVShape(len(cache.layers), keys.shape[1], keys.shape[3], values.shape[3], dtype)

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,11 @@ from .errors import ApiError
 from .incoming import Incoming
 
 MIN_KEY_CHARACTERS = 16
+MAX_HEADERS = 100
 PATHS_WITHOUT_KEY = ("/health",)
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Access:
         origins: origins of web pages that may send requests (CORS), such as ``https://app.example``. Default: none.
 
     Raises:
-        InvalidInputError: a key is too short or contains spaces, a namespace is invalid, or hosts or origins is a
-            string instead of a list.
+        InvalidInputError: a key is too short or contains spaces, a namespace is invalid, hosts or origins is a string
+            instead of a list, or contains a value that no browser ever sends.
     """
 
     keys: Mapping[str, str | None] = field(default_factory=dict, repr=False)
@@ -50,6 +55,10 @@ class Access:
         for name in ("hosts", "origins"):
             if isinstance(getattr(self, name), str):
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a list of names.")
+        for host in self.hosts:
+            _require_host(host)
+        for origin in self.origins:
+            _require_origin(origin)
         for key, namespace in self.keys.items():
             if len(key) < MIN_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
                 raise InvalidInputError(
@@ -69,20 +78,66 @@ def read_keys(path: str | Path) -> dict[str, str | None]:
     """Read API keys from a JSON file: ``{"key": "namespace", ...}``, with null for the server's own namespace.
 
     Raises:
-        InvalidInputError: the file cannot be read or has another form. The message does not quote the file, because
-            it may contain keys.
+        InvalidInputError: the file cannot be read, has another form, or contains a key twice. The message does not
+            quote the file, because it may contain keys.
     """
     try:
-        keys = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        keys = json.loads(text, object_pairs_hook=lambda pairs: _Twice() if _repeats(pairs) else dict(pairs))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise InvalidInputError(f"the API key file {str(path)!r} cannot be read: {reason}.") from None
+    if isinstance(keys, _Twice):
+        raise InvalidInputError(
+            f"the API key file {str(path)!r} contains a key twice, so its namespace is not clear; remove one of them."
+        )
     if not isinstance(keys, dict) or not keys or not all(isinstance(v, str | None) for v in keys.values()):
         raise InvalidInputError(
             f"the API key file {str(path)!r} must contain a JSON object with at least one key: "
             '{"key": "namespace", ...}.'
         )
     return keys
+
+
+class _Twice:
+    """Stands for a JSON object with a repeated key."""
+
+
+def _repeats(pairs: Sequence[tuple[str, object]]) -> bool:
+    return len({name for name, _ in pairs}) < len(pairs)
+
+
+def _require_host(host: str) -> None:
+    """Raise InvalidInputError if ``host`` is not what a Host header names, apart from its port."""
+    if not _HOST.fullmatch(host):
+        advice = (
+            f"; write {found!r}" if (found := _host_of(host.rpartition("//")[2])) and _HOST.fullmatch(found) else ""
+        )
+        raise InvalidInputError(
+            f"the allowed host is {host!r}, but it must be a host name without scheme, port, path and wildcards"
+            f"{advice}."
+        )
+
+
+def _require_origin(origin: str) -> None:
+    """Raise InvalidInputError if no browser sends ``origin`` in exactly this form."""
+    if origin == "null":
+        return
+    try:
+        parts = urlsplit(origin)
+        host, port = (parts.hostname or "").lower(), parts.port
+    except ValueError:
+        parts, host, port = urlsplit(""), "", None
+    name = f"[{host}]" if ":" in host else host
+    shown = "" if port in (None, DEFAULT_PORTS.get(parts.scheme)) else f":{port}"
+    usual = f"{parts.scheme}://{name}{shown}"
+    is_host = bool(_HOST.fullmatch(host)) or _is_address(host)
+    if origin != usual or not parts.scheme or not is_host:
+        advice = f"; write {usual!r}" if parts.scheme and is_host and not parts.username else ""
+        raise InvalidInputError(
+            f"the allowed origin is {origin!r}, but it must be scheme://host or scheme://host:port in lower case, as "
+            f"browsers send it, without path and wildcards{advice}."
+        )
 
 
 class Guard:
@@ -106,6 +161,8 @@ class Guard:
 
     def _namespace(self, path: str, headers: Headers) -> str | None:
         """Return the namespace for a request, or raise ApiError if the request is not allowed."""
+        if len(headers.raw) > MAX_HEADERS:
+            raise ApiError(431, f"the request has more than {MAX_HEADERS} headers.", "too_many_headers")
         if not self._any_host and not self._is_own_host(_host_of(headers.get("host", ""))):
             raise ApiError(
                 403,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
@@ -17,54 +18,78 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import RETRY_AFTER, ApiError, error_reply
 from .incoming import Incoming, Replay
 from .options import ServingOptions
-from .replies import event
+from .replies import LAST_EVENT, event
 
 logger = logging.getLogger(__name__)
 
 FINAL_EVENT_TIMEOUT = 5.0  # seconds to deliver the final event of a stream
+STOPPING_TIMEOUT = 1.0  # the same while the server stops
+
+
+class Load:
+    """The requests with a body that are in progress, by namespace."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.of_tenant: Counter[str | None] = Counter()
+
+    def add(self, tenant: str | None) -> Callable[[], None]:
+        """Count one request more. Return a function that undoes it."""
+        self.total += 1
+        self.of_tenant[tenant] += 1
+
+        def remove() -> None:
+            self.total -= 1
+            self.of_tenant[tenant] -= 1
+
+        return remove
 
 
 class AdmissionControl:
-    """ASGI middleware that allows at most ``max_concurrency`` requests with a body at once.
+    """ASGI middleware that limits the requests with a body that are in progress at once.
 
     Requests without a body are not limited.
+
+    Args:
+        load: shared with others who need to know how busy the server is.
+        max_of_tenant: limit for one namespace.
     """
 
-    def __init__(self, app: ASGIApp, options: ServingOptions) -> None:
+    def __init__(self, app: ASGIApp, options: ServingOptions, load: Load, max_of_tenant: int) -> None:
         self._app = app
         self._options = options
-        self._running = 0
+        self._load, self._max_of_tenant = load, max_of_tenant
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self._app(scope, receive, send)
-        if self._running >= self._options.max_concurrency:
+        tenant = scope["state"]["namespace"]
+        load, most = self._load, self._options.max_concurrency
+        of_server = load.total >= most
+        if of_server or load.of_tenant[tenant] >= self._max_of_tenant:
+            who, count = ("server", load.total) if of_server else ("tenant", load.of_tenant[tenant])
             error = ApiError(
-                429,
-                f"the server is already answering {self._running} requests, its limit; retry later.",
-                "overloaded",
+                429, f"{count} requests of this {who} are in progress, the limit; retry later.", "overloaded",
                 headers=RETRY_AFTER,
-            )
+            )  # fmt: skip
             return await Incoming(scope, receive).reject(error, scope, send)
-        self._running += 1
         with ExitStack() as slot:
-            slot.callback(self._release)
+            slot.callback(load.add(tenant))
             await self._answer(scope, Incoming(scope, receive), send, slot.close)
-
-    def _release(self) -> None:
-        self._running -= 1
 
     async def _answer(self, scope: Scope, incoming: Incoming, send: Send, release: Callable[[], None]) -> None:
         began = asyncio.get_running_loop().time()
+        response = _Response(send, release)
         try:
             async with asyncio.timeout(self._options.timeout):
-                body = await incoming.read(self._options.max_body_bytes)
+                body = await incoming.read(self._options.max_body_bytes, self._options.max_parts)
         except (TimeoutError, ApiError) as error:
             release()  # the rest of the body is discarded, so it needs no slot
             return await incoming.reject(error if isinstance(error, ApiError) else self._timeout(), scope, send)
+        except asyncio.CancelledError:
+            return await self._end(response, _stopping(), scope, send, STOPPING_TIMEOUT)
         if body is None:
             return
-        response = _Response(send, release)
         work = asyncio.ensure_future(self._app(scope, Replay(body), response.send))
         disconnect = asyncio.create_task(incoming.wait_for_disconnect())
         seconds_left = self._options.timeout - (asyncio.get_running_loop().time() - began)
@@ -74,31 +99,47 @@ class AdmissionControl:
                 response.close()
                 work.cancel()
                 if not disconnect.done():
-                    await self._send_timeout(response, scope, send)
+                    await self._end(response, self._timeout(), scope, send, FINAL_EVENT_TIMEOUT)
             await asyncio.wait({work})
-        finally:  # also reached when the server stops
+        except asyncio.CancelledError:
+            response.close()
+            await self._end(response, _stopping(), scope, send, STOPPING_TIMEOUT)
+        finally:
             disconnect.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-        if work.cancelled() or (error := work.exception()) is None:
+            await _ended(work)
+        if response.is_closed or work.cancelled() or (error := work.exception()) is None:
             return
         if response.has_begun or not isinstance(error, Exception):
             raise error
         logger.error("a request failed", exc_info=error)  # raising it would close the connection without a reply
         await error_reply(error)(scope, Replay(b""), send)
 
-    async def _send_timeout(self, response: _Response, scope: Scope, send: Send) -> None:
-        error = self._timeout()
-        with suppress(TimeoutError):  # the client does not read
-            async with asyncio.timeout(FINAL_EVENT_TIMEOUT):
+    async def _end(self, response: _Response, error: ApiError, scope: Scope, send: Send, seconds: float) -> None:
+        """Send the error, in a stream as its last event."""
+        with suppress(TimeoutError, asyncio.CancelledError):  # the client does not read
+            async with asyncio.timeout(seconds):
                 if not response.has_begun:
                     await error_reply(error)(scope, Replay(b""), send)
                 elif response.is_stream and not response.is_complete:
-                    await send({"type": "http.response.body", "body": event(error.to_dict())})
+                    await send({"type": "http.response.body", "body": event(error.to_dict()) + LAST_EVENT})
 
     def _timeout(self) -> ApiError:
         return ApiError(504, f"the request took more than {self._options.timeout:g} s and was cancelled.", "timeout")
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "the server is stopping.", "stopping", headers=RETRY_AFTER)
+
+
+async def _ended(work: asyncio.Future[None]) -> None:
+    """Cancel ``work`` and wait for its end, even if the waiting task is cancelled too.
+
+    A request stays in progress until then.
+    """
+    while not work.done():
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({work})
 
 
 class _Response:
@@ -110,11 +151,11 @@ class _Response:
 
     def __init__(self, send: Send, on_end: Callable[[], None]) -> None:
         self._send, self._on_end = send, on_end
-        self._closed = False
+        self.is_closed = False
         self.has_begun = self.is_stream = self.is_complete = False
 
     async def send(self, message: Message) -> None:
-        if self._closed:
+        if self.is_closed:
             return
         if message["type"] == "http.response.start":
             self.has_begun = True
@@ -125,4 +166,4 @@ class _Response:
         await self._send(message)
 
     def close(self) -> None:
-        self._closed = True
+        self.is_closed = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from dataclasses import replace
-from functools import partial
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -15,18 +17,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import KVFusionError
 from ..generator import KVFusionGenerator
-from ..schema import Document, Source
 from .access import Access, Guard
-from .admission import AdmissionControl
+from .admission import AdmissionControl, Load
+from .api_schema import REPLIES, set_schema
 from .bodies import ChatRequest, DocumentsRequest, PrefillRequest
+from .document_work import DocumentWork
 from .errors import ApiError, Reply, error_reply, is_server_error, of_validation
 from .options import ServingOptions
 from .replies import Completion, source_list
-from .streams import answer_events, in_thread
+from .streams import answer_events
 
 logger = logging.getLogger(__name__)
-
-PREFILL_BATCH = 16  # documents; a prefill request can be cancelled between two batches
 
 
 def create_app(
@@ -43,14 +44,18 @@ def create_app(
         MissingDependencyError: metrics are enabled, but prometheus-client is not installed.
     """
     access, options = access or Access(), options or ServingOptions()
-    app = FastAPI(title="kvfusion-rag", docs_url=None, redoc_url=None)
+    load = Load()
+    lifespan = _with_threads(options.max_concurrency)
+    app = FastAPI(title="kvfusion-rag", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
     _add_models(app, generator, options)
-    _add_answers(app, _Tenants(generator, access), options)
-    app.add_middleware(AdmissionControl, options=options)
+    tenants = _Tenants(generator, access)
+    _add_answers(app, tenants, options)
+    _add_documents(app, tenants, options, DocumentWork(load))
+    app.add_middleware(AdmissionControl, options=options, load=load, max_of_tenant=_max_of_tenant(access, options))
     app.add_middleware(Guard, access=access)
     if options.metrics:
         from .metrics import add_metrics
@@ -63,7 +68,26 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
+    set_schema(app)
     return app
+
+
+def _with_threads(number: int) -> Any:
+    """Return a lifespan in which every request in progress can have a thread, so that none waits for the others."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(number, thread_name_prefix="kvfusion-http"))
+        yield
+
+    return lifespan
+
+
+def _max_of_tenant(access: Access, options: ServingOptions) -> int:
+    if options.tenant_concurrency is not None:
+        return options.tenant_concurrency
+    is_shared = len(set(access.keys.values())) > 1
+    return max(1, options.max_concurrency // 2) if is_shared else options.max_concurrency
 
 
 class _Tenants:
@@ -94,35 +118,26 @@ def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOpti
         },
     }
 
-    @app.get("/health")
+    @app.get("/health", responses=REPLIES["health"])
     async def health() -> Response:
         return Reply({"status": "ok"})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=REPLIES["models"])
     async def models() -> Response:
         return Reply({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses=REPLIES["model"])
     async def model_named(name: str) -> Response:
         _require_model(name, generator.model_id)
         return Reply(model)
 
 
 def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> None:
-    def check_count(documents: list[Any]) -> None:
-        if len(documents) > options.max_documents:
-            raise ApiError(
-                400,
-                f"the request has {len(documents)} documents, but at most {options.max_documents} are allowed.",
-                "too_many_documents",
-                "documents",
-            )
-
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=REPLIES["answer"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         generator = tenants.of(request)
         _require_model(body.model, generator.model_id)
-        check_count(body.documents)
+        _require_count(body.documents, options)
         focus = body.focus if "focus" in body.model_fields_set else options.focus
         arguments = {**body.to_arguments(), "mode": body.mode or options.mode, "focus": focus}
         if body.stream:
@@ -130,30 +145,30 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
         answer = await generator.aanswer(**arguments)
         return Reply(Completion(generator.model_id).whole(answer))
 
-    @app.post("/v1/documents")
+
+def _add_documents(app: FastAPI, tenants: _Tenants, options: ServingOptions, work: DocumentWork) -> None:
+    @app.post("/v1/documents", responses=REPLIES["work"])
     async def prefill(body: PrefillRequest, request: Request) -> Response:
-        check_count(body.documents)
-        sources = await _prefill(tenants.of(request), _numbered(body.to_documents()), body.prefill_arguments())
+        _require_count(body.documents, options)
+        steps = tenants.of(request).prefill_steps(body.to_documents(), **body.prefill_arguments())
+        sources = await work.run(request.state.namespace, steps)
         return Reply({"object": "list", "data": source_list(sources)})
 
-    @app.post("/v1/documents/forget")
+    @app.post("/v1/documents/forget", responses=REPLIES["work"])
     async def forget(body: DocumentsRequest, request: Request) -> Response:
-        check_count(body.documents)
-        removed = await in_thread(tenants.of(request).forget, body.to_documents())
+        _require_count(body.documents, options)
+        removed = await work.run(request.state.namespace, tenants.of(request).forget_steps(body.to_documents()))
         return Reply({"object": "documents.forgotten", "removed": removed})
 
 
-async def _prefill(generator: KVFusionGenerator, documents: list[Document], arguments: dict[str, Any]) -> list[Source]:
-    prefill = partial(generator.prefill, **arguments)
-    sources: list[Source] = []
-    for start in range(0, len(documents), PREFILL_BATCH):
-        sources += await in_thread(prefill, documents[start : start + PREFILL_BATCH])
-    return sources
-
-
-def _numbered(documents: list[Document]) -> list[Document]:
-    """Give documents without an id their position in the request, as a single call of ``prefill`` would."""
-    return [replace(d, id=str(n)) if d.id is None else d for n, d in enumerate(documents, start=1)]
+def _require_count(documents: list[Any], options: ServingOptions) -> None:
+    if len(documents) > options.max_documents:
+        raise ApiError(
+            400,
+            f"the request has {len(documents)} documents, but at most {options.max_documents} are allowed.",
+            "too_many_documents",
+            "documents",
+        )
 
 
 def _require_model(name: str, served: str) -> None:

@@ -7,15 +7,32 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import CoreSchema, core_schema
 
 from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
 from ..text.settings import require_focus
 
+MAX_FIELDS = 64  # of one object
 MAX_MESSAGES = 1000
+MAX_ID_CHARACTERS = 256  # an id is repeated in the reply by every duplicate of its document
+MAX_TITLE_CHARACTERS = 1000
+MAX_METADATA = 256
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 500
 MAX_VARIABLES = 16
@@ -44,7 +61,27 @@ class _Body(BaseModel):
     def _without_nulls(cls, value: object) -> object:
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:  # each unknown field would be an error of its own
+            raise ValueError(f"an object has {len(value)} fields, but at most {MAX_FIELDS} are allowed")
         return {k: v for k, v in value.items() if v is not None or k in cls.NULLABLE}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema that clients see, in which every optional field may be null."""
+        shown = handler(schema)
+        fields = handler.resolve_ref_schema(shown)
+        for name in fields["properties"].keys() - set(fields.get("required", ())):
+            field = fields["properties"][name]
+            if {"type": "null"} not in field.get("anyOf", ()):
+                fields["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        return shown
+
+
+class TextPart(BaseModel):
+    """A part of a message, for the schema."""
+
+    type: Literal["text"]
+    text: str
 
 
 def _joined_parts(content: object) -> object:
@@ -65,7 +102,7 @@ class ChatMessage(_Body):
     """One message. Fields besides role and content are accepted but ignored, so that answers can be sent back."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_joined_parts)] = ""
+    content: Annotated[Text, BeforeValidator(_joined_parts, json_schema_input_type=str | list[TextPart])] = ""
     name: Text | None = None
     refusal: Text | None = None
     annotations: list[Any] | None = None
@@ -80,15 +117,10 @@ class DocumentBody(_Body):
     """One document, with the fields of ``kvfusion_rag.Document``."""
 
     text: Text
-    id: Text | None = None
-    title: Text | None = None
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    id: Annotated[Text, Field(max_length=MAX_ID_CHARACTERS)] | None = None
+    title: Annotated[Text, Field(max_length=MAX_TITLE_CHARACTERS)] | None = None
+    metadata: dict[str, Any] = Field(default_factory=dict, max_length=MAX_METADATA)
     score: float | None = Field(None, description="Score of the retriever, higher for a better document.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_string(cls, value: object) -> object:
-        return {"text": value} if isinstance(value, str) else value
 
     def to_document(self) -> Document:
         return Document(self.text, self.id, self.title, self.metadata, self.score)
@@ -99,22 +131,42 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False  # accepted, but no padding is sent
 
 
+def _of_string(value: object) -> object:
+    return {"text": value} if isinstance(value, str) else value
+
+
+OneDocument = Annotated[DocumentBody, BeforeValidator(_of_string, json_schema_input_type=DocumentBody | str)]
+# One error is reported, whatever the number of documents.
+Documents = Annotated[list[OneDocument], Field(fail_fast=True)]
+
+
 class _WithDocuments(_Body):
-    documents: list[DocumentBody] = Field(default_factory=list)
+    documents: Documents = Field(default_factory=list)
 
     def to_documents(self) -> list[Document]:
         return [body.to_document() for body in self.documents]
 
 
-def _only(*allowed: Any) -> AfterValidator:
-    """Validate an unsupported field, which may only have values that have no effect."""
+@dataclass(frozen=True, eq=False)  # otherwise Annotated would take the one with 0 and the one with False for equal
+class _Only:
+    """Validates an unsupported field, which may only have values that have no effect."""
 
-    def check(value: Any) -> Any:
-        if value not in allowed:
-            raise ValueError(f"this is not supported; omit it or set it to {' or '.join(map(repr, allowed))}")
+    allowed: tuple[Any, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.allowed)}
+
+    def _check(self, value: Any) -> Any:
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in self.allowed):
+            raise ValueError(f"this is not supported; omit it or set it to {' or '.join(map(repr, self.allowed))}")
         return value
 
-    return AfterValidator(check)
+
+def _only(*allowed: Any) -> _Only:
+    return _Only(allowed)
 
 
 def _one_or_many(value: object) -> object:
@@ -146,14 +198,33 @@ def _focus(value: object) -> object:
     return value
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_ends_with_user)]
-Variables = Annotated[dict[Text, Any], Field(max_length=MAX_VARIABLES), AfterValidator(_scalars)]
+Messages = Annotated[
+    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), AfterValidator(_ends_with_user)
+]
+Variables = Annotated[
+    dict[Text, Any],
+    Field(max_length=MAX_VARIABLES),
+    AfterValidator(_scalars),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "maxProperties": MAX_VARIABLES,
+            "propertyNames": {"minLength": 1, "maxLength": MAX_NAME_CHARACTERS},
+            "additionalProperties": {
+                "type": ["string", "number", "boolean", "null"],
+                "maxLength": MAX_VALUE_CHARACTERS,
+            },
+        }
+    ),
+]
+Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 
 
 class DocumentsRequest(_WithDocuments):
     """A request to remove documents from the store."""
 
-    documents: list[DocumentBody] = Field(min_length=1)
+    documents: Documents = Field(min_length=1)
 
 
 class PrefillRequest(DocumentsRequest):
@@ -181,7 +252,9 @@ class ChatRequest(_WithDocuments):
     model: Text
     messages: Messages
     mode: ModeChoice | None = None
-    focus: Annotated[FocusChoice, BeforeValidator(_focus)] = Field(
+    focus: Annotated[
+        FocusChoice, BeforeValidator(_focus, json_schema_input_type=PositiveInt | Literal["auto"] | None)
+    ] = Field(
         "auto",
         description="Keep the n documents that make the question most likely. null keeps all documents, 'auto' uses "
         "the model's own number. Default: the server's setting.",
@@ -190,18 +263,17 @@ class ChatRequest(_WithDocuments):
     attribution: Attributed | None = None
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    max_reasoning_tokens: int | None = None
-    stop: Annotated[
-        list[Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        Field(max_length=MAX_STOPS),
-        BeforeValidator(_one_or_many),
-    ] = Field(default_factory=list)
-    seed: int | None = None
+    # The generator checks these ranges; here they are only shown.
+    temperature: float = Field(0.0, json_schema_extra={"minimum": 0})
+    top_p: float = Field(1.0, json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})
+    top_k: int | None = Field(None, json_schema_extra={"minimum": 1})
+    max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    max_completion_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    max_reasoning_tokens: int | None = Field(None, json_schema_extra={"minimum": 0})
+    stop: Annotated[Stops, BeforeValidator(_one_or_many, json_schema_input_type=Stop | Stops)] = Field(
+        default_factory=list
+    )
+    seed: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 2**63 - 1})
 
     # Ignored: the answer is the same without them.
     user: Any = None

@@ -1,8 +1,9 @@
-"""Reads the body of a request up to a limit, or discards it when the request is rejected."""
+"""Reads the body of a request up to its limits, or discards it when the request is rejected."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -11,6 +12,8 @@ from starlette.types import Message, Receive, Scope, Send
 from .errors import ApiError, error_reply
 
 DRAIN_SECONDS = 1.0  # most clients read a reply only after they have sent their whole body
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # also one that does not end, so time is linear
 
 
 class Incoming:
@@ -21,11 +24,16 @@ class Incoming:
         self._receive = receive
         self._has_ended = False
 
-    async def read(self, max_bytes: int) -> bytes | None:
+    async def read(self, max_bytes: int, max_parts: int) -> bytes | None:
         """Return the whole body, or ``None`` if the client has disconnected.
 
+        Args:
+            max_bytes: limit on the body.
+            max_parts: limit on the strings, list items, fields and objects of its JSON together. Each takes much more
+                memory and time than its bytes.
+
         Raises:
-            ApiError: the body, or its content-length header, is longer than ``max_bytes``. The rest is not read.
+            ApiError: the body, or its content-length header, exceeds a limit. The rest is not read.
         """
         length = self._headers.get("content-length", "")
         if length.isdecimal() and (len(length) > 20 or int(length) > max_bytes):
@@ -39,7 +47,15 @@ class Incoming:
             size += len(part)
             if size > max_bytes:
                 raise _too_large(max_bytes)
-        return b"".join(parts)
+        body = b"".join(parts)
+        if has_more_parts(body, max_parts):
+            raise ApiError(
+                400,
+                f"the body has more than {max_parts} strings, list items, fields and objects, the limit of this "
+                "server; send fewer documents or less metadata.",
+                "body_too_complex",
+            )
+        return body
 
     async def reject(self, error: ApiError, scope: Scope, send: Send) -> None:
         """Send ``error`` to the client. Closes the connection if its body does not end soon."""
@@ -76,6 +92,22 @@ class Replay:
         if body is None:
             await asyncio.Event().wait()
         return {"type": "http.request", "body": body, "more_body": False}
+
+
+def has_more_parts(body: bytes, limit: int) -> bool:
+    """Return whether JSON has more than ``limit`` strings, commas and openings of objects and lists.
+
+    It is counted without parsing the JSON, in time that grows in step with its length.
+    """
+    if sum(body.count(sign) for sign in (b'"', b",", b"[", b"{")) <= limit:
+        return False
+    count = at = 0
+    for string in _STRING.finditer(body):
+        count += 1 + sum(body.count(sign, at, string.start()) for sign in (b",", b"[", b"{"))
+        if count > limit:
+            return True
+        at = string.end()
+    return count + sum(body.count(sign, at) for sign in (b",", b"[", b"{")) > limit
 
 
 def _too_large(max_bytes: int) -> ApiError:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import MissingDependencyError
 from ..store import DocumentStore
+from .api_schema import METRICS_REPLIES
 
 try:
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Summary, generate_latest
@@ -26,7 +27,7 @@ def add_metrics(app: FastAPI, store: DocumentStore | None) -> None:
     if store is not None:
         register(store, registry)
 
-    @app.get("/metrics")
+    @app.get("/metrics", responses=METRICS_REPLIES)
     def metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 

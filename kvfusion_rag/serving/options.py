@@ -19,6 +19,8 @@ class ServingOptions:
         focus: focus of requests that do not set one: a number of documents to keep, ``None`` for all documents, or
             "auto" for the model's own number.
         max_concurrency: number of requests in progress at once. Further ones are rejected with status 429.
+        tenant_concurrency: number of requests in progress at once in one namespace. ``None`` means half of
+            ``max_concurrency`` if keys have several namespaces, so that no tenant can lock out the others.
         max_body_bytes: maximum size of a request's body.
         max_documents: maximum number of documents in a request.
         timeout: seconds after which a request is cancelled, including the time to read its body.
@@ -28,6 +30,7 @@ class ServingOptions:
     mode: ModeChoice | None = None
     focus: FocusChoice = "auto"
     max_concurrency: int = 64
+    tenant_concurrency: int | None = None
     max_body_bytes: int = 4 << 20
     max_documents: int = 256
     timeout: float = 600.0
@@ -41,5 +44,14 @@ class ServingOptions:
         for name in ("max_concurrency", "max_body_bytes", "max_documents"):
             if not is_count(value := getattr(self, name)):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be a whole number from 1.")
+        if self.tenant_concurrency is not None and not is_count(self.tenant_concurrency):
+            raise InvalidInputError(
+                f"tenant_concurrency is {self.tenant_concurrency!r}, but it must be a whole number from 1 or None."
+            )
         if not 0 < self.timeout < math.inf:
             raise InvalidInputError(f"timeout is {self.timeout!r}, but it must be a number of seconds above 0.")
+
+    @property
+    def max_parts(self) -> int:
+        """Limit on strings, list items, fields and objects of a body: 100 for each document, and for the rest."""
+        return 10_000 + 100 * self.max_documents

@@ -8,14 +8,17 @@ import socket
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import InvalidInputError, KVFusionError
 from .access import Access
 
-SHUTDOWN_SECONDS = 30  # time for requests in progress to finish
+SHUTDOWN_SECONDS = 5  # for requests in progress to finish
+HEADER_BYTES = 16 << 10  # of the request line and all headers
 
 
 def require_guarded(host: str, access: Access) -> None:
@@ -51,16 +54,24 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: FastAPI, listener: socket.socket, on_ready: Callable[[str], None]) -> None:
-    """Serve requests until SIGTERM or Ctrl-C, and then give those in progress 30 seconds to finish.
+def serve(
+    app: FastAPI,
+    listener: socket.socket,
+    on_ready: Callable[[str], None],
+    on_signal: Callable[[int], None] = lambda number: None,
+) -> None:
+    """Serve requests until SIGTERM or Ctrl-C, and then give those in progress ``SHUTDOWN_SECONDS`` to finish.
+
+    The others end with an error. Returns when their work has ended, too: a pass of the model cannot be interrupted.
 
     Args:
         on_ready: called with the base URL when the server accepts requests.
+        on_signal: called with the number of the signal that stops the server.
 
     Raises:
         KeyboardInterrupt: the server was stopped with Ctrl-C.
     """
-    server = _Server(app, lambda: on_ready(url_of(listener)))
+    server = _Server(app, lambda: on_ready(url_of(listener)), on_signal)
     former = signal.signal(signal.SIGTERM, server.handle_exit)  # uvicorn raises the signal again when it has stopped
     try:
         server.run(sockets=[listener])
@@ -103,7 +114,9 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Generato
 class _Server(uvicorn.Server):
     """A uvicorn server that logs only warnings and reports when it is ready."""
 
-    def __init__(self, app: FastAPI, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, app: FastAPI, on_ready: Callable[[], None], on_signal: Callable[[int], None] = lambda number: None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -112,16 +125,35 @@ class _Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
+                http=_Protocol,
+                h11_max_incomplete_event_size=HEADER_BYTES,
                 ws="none",
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             )
         )
-        self._on_ready = on_ready
+        self._on_ready, self._on_signal = on_ready, on_signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self._on_signal(sig)
+        super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 with a limit on the request line and headers. httptools, uvicorn's other parser, has none.
+
+    h11 checks its limit after each read, so it gets no more than that at once.
+    """
+
+    def data_received(self, data: bytes) -> None:
+        for start in range(0, len(data), HEADER_BYTES):
+            if not self.transport.is_closing():
+                super().data_received(data[start : start + HEADER_BYTES])
 
 
 def _is_loopback(host: str) -> bool:

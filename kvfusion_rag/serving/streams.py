@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Executor
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -22,12 +23,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-async def in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Like ``asyncio.to_thread``, but a cancelled call still waits for the thread to finish.
+async def in_thread(function: Callable[..., T], *args: Any, pool: Executor | None = None) -> T:
+    """Call ``function`` in a thread of ``pool`` or of the event loop. A cancelled call still waits for its end.
 
     A request must occupy its slot until its work has ended.
     """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *args))
+    work = asyncio.get_running_loop().run_in_executor(pool, partial(function, *args))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -91,3 +92,4 @@ async def _events(
         if is_server_error(error):
             logger.exception("a stream failed")
         yield event(as_api_error(error).to_dict())
+        yield LAST_EVENT

@@ -5,10 +5,12 @@ leave, from memory, from disk, from a remote folder or freshly computed, each wi
 miss. The room must not know about models, text, prompts or the order of documents in an answer.
 """
 
+from .disk import DEFAULT_MAX_BYTES as DEFAULT_DISK_BYTES
 from .disk import DiskStore, VerifyReport
 from .documents import DocumentStore, Place, as_store, open_store
 from .format import CODECS, Codec
 from .keys import document_key, namespace_key, require_namespace
+from .memory import DEFAULT_MAX_BYTES as DEFAULT_MEMORY_BYTES
 from .memory import MemoryStore
 from .metrics import Miss, StoreEvent, StoreMetrics, Tier
 from .remote import RemoteStore
@@ -16,6 +18,8 @@ from .tiers import FetchedKVs, KVRequest
 
 __all__ = [
     "CODECS",
+    "DEFAULT_DISK_BYTES",
+    "DEFAULT_MEMORY_BYTES",
     "Codec",
     "DiskStore",
     "DocumentStore",

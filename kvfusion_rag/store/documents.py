@@ -108,7 +108,7 @@ class DocumentStore:
             ForkedProcessError: this process was forked from one that used the store, and would hang.
         """
         self._fork_guard.require_threads()
-        fetch = Fetch(requests, shape, device, self._tiers.removals, keep)
+        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), keep)
         unstored = [key for key, request in requests.items() if not request.stored]
         for key, document in compute(unstored) if unstored else ():
             fetch.take(key, document, "computed")
@@ -220,7 +220,7 @@ class DocumentStore:
             for key, ids in documents.items()
             if key not in memory and (self.remote is not None or key in disk)
         }
-        fetch = Fetch(requests, shape, device, self._tiers.removals, keep=False)
+        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), keep=False)
         claimed, pending = self._single_flight.claim(requests)
         try:
             self._from_files(claimed, fetch)

@@ -1,7 +1,7 @@
 """The memory tier: document KVs under byte caps, with eviction of the least recently used.
 
 It does not know about models or text. It is thread-safe. Apart from evictions, and removals that look at all keys
-once, every operation takes constant time.
+of a namespace once, every operation takes constant time.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ class MemoryStore:
     def forget(self, *keys: str) -> int:
         """Remove the documents of ``keys`` under every model. Return the number of removed entries."""
         documents = {document_part(key) for key in keys}
+        namespaces = {namespace_part(document) for document in documents}
         with self._lock:
-            return self._drop_all([key for key in self._entries if document_part(key) in documents])
+            own = [key for namespace in namespaces for key in self._by_namespace.get(namespace, ())]
+            return self._drop_all([key for key in own if document_part(key) in documents])
 
     def clear(self, namespace_key: str | None = None) -> int:
         """Remove all entries, or those of one namespace (its key). Return the number of removed entries."""

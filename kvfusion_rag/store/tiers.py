@@ -7,8 +7,9 @@ document requested before it is not kept.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from ..model.kv import DocumentKV, KVShape
 from ..schema import Origin
 from .disk import DiskStore
 from .format import compress, expand
+from .keys import document_part, namespace_part
 from .memory import MemoryStore
 from .metrics import Counters, Miss, StoreEvent, Tier
 from .remote import RemoteStore
@@ -54,6 +56,24 @@ class FetchedKVs(NamedTuple):
     misses: dict[str, Miss]
 
 
+class Watch:
+    """The documents of one fetch, and which of them were removed from the tiers since it began."""
+
+    def __init__(self, keys: Collection[str]) -> None:
+        self._keys = tuple(keys)
+        self.removed: set[str] = set()
+
+    def note_removal(self, documents: Collection[str] | None, namespace_key: str | None) -> None:
+        """Note the removal of some documents (their ``document_part``), of a namespace, or of everything."""
+        for key in self._keys:
+            if document_part(key) in documents if documents is not None else _belongs(key, namespace_key):
+                self.removed.add(key)
+
+
+def _belongs(key: str, namespace_key: str | None) -> bool:
+    return namespace_key is None or namespace_part(key) == namespace_key
+
+
 class Fetch:
     """The documents of one call of :meth:`DocumentStore.fetch`, and its view of the tiers.
 
@@ -61,15 +81,15 @@ class Fetch:
         requests: requested documents by store key.
         shape, device: shape and device of the model's KVs.
         kvs, origins, misses: see :class:`FetchedKVs`.
-        removals: number of removals from the tiers before the fetch.
+        watch: which of the documents are removed while the fetch runs.
         events: passed to callbacks once no thread waits for the call, because a callback may fetch the same documents.
     """
 
     def __init__(
-        self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, removals: int, keep: bool
+        self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, watch: Watch, keep: bool
     ) -> None:
         self.requests, self.shape, self.device = requests, shape, device
-        self.removals, self._keep = removals, keep
+        self.watch, self._keep = watch, keep
         self.kvs: dict[str, DocumentKV] = {}
         self.origins: dict[str, Origin] = {}
         self.misses: dict[str, Miss] = {}
@@ -99,7 +119,14 @@ class Tiers:
             )
         self.memory, self.disk, self.remote = memory, disk, remote
         self._counters = counters
-        self.removals = 0  # number of removals so far
+        # Only set operations that Python does in one step, so it needs no lock that a forked process would inherit.
+        self._watches: set[weakref.ref[Watch]] = set()
+
+    def watch(self, keys: Collection[str]) -> Watch:
+        """Return an object that notes the removal of any of ``keys`` as long as it exists."""
+        watch = Watch(keys)
+        self._watches.add(weakref.ref(watch, self._watches.discard))
+        return watch
 
     def get_from_memory(self, key: str, fetch: Fetch) -> DocumentKV | None:
         """Return the document from memory, or None if it is not there."""
@@ -132,7 +159,7 @@ class Tiers:
             if not self.memory.host and document.keys.device != fetch.device:
                 document = document.to(fetch.device)
             self.memory.put(key, document)
-            self._undo_if_removed(key, fetch.removals, self.memory)
+            self._undo_if_removed(key, fetch.watch, self.memory)
         return document
 
     def put(self, key: str, document: DocumentKV, fetch: Fetch) -> None:
@@ -144,8 +171,9 @@ class Tiers:
             seconds, size = time.perf_counter() - began, self.disk.file_bytes(fetch.shape, document.num_tokens)
             fetch.events.append(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
         if self.remote is not None:
-            self.remote.put(key, document, lambda size: self._note_uploaded(key, size, fetch.removals))
-        self._undo_if_removed(key, fetch.removals, self.disk, self.memory)
+            watch = fetch.watch  # an upload that is waiting must not hold the KVs of the whole fetch
+            self.remote.put(key, document, lambda size: self._note_uploaded(key, size, watch))
+        self._undo_if_removed(key, fetch.watch, self.disk, self.memory)
 
     def as_stored(self, document: DocumentKV) -> DocumentKV:
         """Return what a reader of the stored document would get, so that answers do not depend on the store."""
@@ -163,7 +191,10 @@ class Tiers:
         Raises:
             StoreError: a tier cannot remove its documents. The other tiers have removed theirs.
         """
-        self.removals += 1  # fetches that began earlier keep nothing
+        documents = None if keys is None else {document_part(key) for key in keys}
+        for reference in list(self._watches):  # fetches that began earlier do not keep these documents
+            if (watch := reference()) is not None:
+                watch.note_removal(documents, namespace_key)
         removed, failure = 0, None
         for tier in (self.remote, self.disk, self.memory):
             if tier is None:
@@ -215,21 +246,21 @@ class Tiers:
         if isinstance(file, Miss):
             return file
         miss = disk.adopt(key, file, fetch.shape, document)
-        self._undo_if_removed(key, fetch.removals, disk)
+        self._undo_if_removed(key, fetch.watch, disk)
         if miss is not None and miss is not Miss.UNREADABLE:
             remote.note_damaged(key)
         return miss
 
-    def _note_uploaded(self, key: str, size: int, removals: int) -> None:
+    def _note_uploaded(self, key: str, size: int, watch: Watch) -> None:
         self._counters.note(StoreEvent("stored", "remote", bytes=size))
-        self._undo_if_removed(key, removals, self.remote)
+        self._undo_if_removed(key, watch, self.remote)
 
-    def _undo_if_removed(self, key: str, removals: int, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
-        """Remove a document that was just stored if a removal, which may cover it, began after its request.
+    def _undo_if_removed(self, key: str, watch: Watch, *tiers: MemoryStore | DiskStore | RemoteStore | None) -> None:
+        """Remove a document that was just stored if its removal began after its request.
 
         A removal that begins later finds the document and removes it.
         """
-        for tier in tiers if self.removals != removals else ():
+        for tier in tiers if key in watch.removed else ():
             if tier is not None:
                 with suppress(StoreError):  # a tier that cannot be changed has stored nothing either
                     tier.forget(key)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import ContextLimitError, InvalidInputError
 from ..schema import Document, Origin, Source
-from .encoder import DocumentEncoder
+from .encoder import LONGEST_TOKEN, DocumentEncoder
 from .settings import LongDocuments, ModelSettings
 from .splitting import encode_up_to, split_document
+from .steps import finish
 
 UNLIMITED = 1 << 62
 SLOWEST_FIRST: tuple[Origin, ...] = ("prompt", "computed", "remote", "disk", "memory")
@@ -160,8 +161,22 @@ def encode_documents(
         InvalidInputError: ``documents`` is one string, or contains something that is not a document.
         ContextLimitError: a document is longer than the model can read, or all documents together are too long.
     """
+    return finish(encoding_steps(documents, encoder, limits, key_of))
+
+
+def encoding_steps(
+    documents: Sequence[Document | str],
+    encoder: DocumentEncoder,
+    limits: Limits,
+    key_of: Callable[[tuple[int, ...]], str],
+) -> Generator[None, None, EncodedDocuments]:
+    """Like :func:`encode_documents`, with a pause after each document and each piece of a long one."""
     require_sequence(documents)
-    encoded = tuple(_encode(document, number, encoder, limits) for number, document in enumerate(documents, start=1))
+    each: list[EncodedDocument] = []
+    for number, document in enumerate(documents, start=1):
+        each.append((yield from _encode(document, number, encoder, limits)))
+        yield
+    encoded = tuple(each)
     if blank := [one.id for one in encoded if not one.pieces]:
         logger.warning("skipped %d blank document(s): %s", len(blank), ", ".join(map(repr, blank[:5])))
     result = EncodedDocuments(encoded, dict(sorted((key_of(piece), piece) for one in encoded for piece in one.pieces)))
@@ -193,7 +208,43 @@ def is_score(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
-def _encode(document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits) -> EncodedDocument:
+def _encode(
+    document: Document | str, number: int, encoder: DocumentEncoder, limits: Limits
+) -> Generator[None, None, EncodedDocument]:
+    document = _checked(document, number)
+    document_id = document.id if document.id is not None else str(number)
+    if not document.text.strip():
+        return EncodedDocument(document, document_id, ())
+    if document.title and encoder.plain.exceeds(document.title, limits.document):
+        raise ContextLimitError(
+            f"the title of document {document_id!r} has {len(document.title)} characters, but the model reads at "
+            f"most {limits.document} tokens in one document; shorten the title."
+        )
+    if len(document.text) > LONGEST_TOKEN * limits.total:  # before a tokenizer spends minutes on it
+        raise ContextLimitError(
+            f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens can be "
+            "fused; shorten it."
+        )
+    ids = encode_up_to(encoder, document, limits.document)
+    if ids is not None:
+        return EncodedDocument(document, document_id, (ids,) if ids else ())
+    if limits.long_documents != "split":
+        raise ContextLimitError(
+            f"document {document_id!r} has {len(document.text)} characters, but the model reads at most "
+            f"{limits.document} tokens in one document; split it, or pass long_documents='split'."
+        )
+    pieces: list[tuple[int, ...]] = []
+    try:
+        for piece in split_document(encoder, document, limits.document, limits.total):
+            pieces.append(piece)
+            yield
+    except ContextLimitError as error:
+        raise ContextLimitError(f"in document {document_id!r}, {error}") from error
+    return EncodedDocument(document, document_id, tuple(pieces))
+
+
+def _checked(document: Document | str, number: int) -> Document:
+    """Return ``document`` as a Document, or raise InvalidInputError if it is not one."""
     if isinstance(document, str):
         document = Document(document)
     if not isinstance(document, Document):
@@ -213,24 +264,4 @@ def _encode(document: Document | str, number: int, encoder: DocumentEncoder, lim
         raise InvalidInputError(
             f"the metadata of document {number} is {document.metadata!r:.100}, but it must be a dict."
         )
-    document_id = document.id if document.id is not None else str(number)
-    if not document.text.strip():
-        return EncodedDocument(document, document_id, ())
-    if len(document.text) > 64 * limits.total:  # before a tokenizer spends minutes on it
-        raise ContextLimitError(
-            f"document {document_id!r} has {len(document.text)} characters, but at most {limits.total} tokens can be "
-            "fused; shorten it."
-        )
-    ids = encode_up_to(encoder, document, limits.document)
-    if ids is not None:
-        return EncodedDocument(document, document_id, (ids,) if ids else ())
-    if limits.long_documents == "split":
-        try:
-            pieces = split_document(encoder, document, limits.document, limits.total)
-            return EncodedDocument(document, document_id, tuple(pieces))
-        except ContextLimitError as error:
-            raise ContextLimitError(f"in document {document_id!r}, {error}") from error
-    raise ContextLimitError(
-        f"document {document_id!r} has {len(document.text)} characters, but the model reads at most {limits.document} "
-        "tokens in one document; split it, or pass long_documents='split'."
-    )
+    return document

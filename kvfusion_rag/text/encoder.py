@@ -33,6 +33,9 @@ from .settings import (
     template_kwargs,
 )
 
+USUAL_TOKEN = 8  # characters; above the average token of ordinary text
+LONGEST_TOKEN = 64  # characters; above the longest vocabulary entry that matters for a limit
+
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 _BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
@@ -98,6 +101,17 @@ class PlainEncoder:
                 "the model, because its tokenizer cannot be made safe for this text."
             )
         return ids
+
+    def exceeds(self, text: str, max_tokens: int) -> bool:
+        """Return whether ``text`` is clearly longer than ``max_tokens`` ids. Only its beginning is encoded.
+
+        False does not mean that it fits, but that it is short enough to be encoded and counted.
+        """
+        if len(text) <= max_tokens * USUAL_TOKEN:
+            return False
+        if len(text) > max_tokens * LONGEST_TOKEN:
+            return True
+        return len(self._encoding(text[: max_tokens * USUAL_TOKEN]).ids) > max_tokens
 
     def offsets(self, text: str, *, continues: bool = False) -> list[tuple[int, int]]:
         """Return the range of characters (start, end) of ``text`` that each of its ids spells."""

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..errors import ContextLimitError
 from ..schema import Document
-from .encoder import DocumentEncoder
-
-_USUAL_TOKEN = 8  # characters; above the average token of ordinary text
-_LONGEST_TOKEN = 64  # characters; above the longest vocabulary entry that matters for a cut
+from .encoder import LONGEST_TOKEN, USUAL_TOKEN, DocumentEncoder
 
 
 def encode_up_to(encoder: DocumentEncoder, document: Document, max_tokens: int) -> tuple[int, ...] | None:
     """Return the ids of a document, or None if it has more than ``max_tokens``.
 
-    Only the beginning of a long text is encoded.
+    Only the beginning of a text that is much longer is encoded.
     """
-    beginning = replace(document, text=document.text[: (max_tokens + 1) * _LONGEST_TOKEN])
-    ids = encoder.encode_document(beginning)
-    if len(ids) <= max_tokens and len(beginning.text) < len(document.text):
-        ids = encoder.encode_document(document)
+    if encoder.plain.exceeds(document.text, max_tokens):
+        return None
+    ids = encoder.encode_document(document)
     return ids if len(ids) <= max_tokens else None
 
 
-def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int, most: int) -> list[tuple[int, ...]]:
-    """Return the ids of the pieces of a document that is longer than ``max_tokens``, each in the complete template.
+def split_document(
+    encoder: DocumentEncoder, document: Document, max_tokens: int, most: int
+) -> Iterator[tuple[int, ...]]:
+    """Yield the ids of the pieces of a document that is longer than ``max_tokens``, each in the complete template.
 
     Raises:
         ContextLimitError: template and title take more than half of ``max_tokens``, or the distinct pieces have more
@@ -38,7 +37,6 @@ def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int
             f"template and title take {frame} tokens, more than half of the {max_tokens} that the model reads in "
             "one document, so it cannot be split; shorten the title."
         )
-    pieces: list[tuple[int, ...]] = []
     distinct: set[tuple[int, ...]] = set()
     text, start, tokens = document.text, 0, 0
     while start < len(text):
@@ -48,8 +46,6 @@ def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int
             cut = cut * 3 // 4
             piece = encoder.encode_document(replace(document, text=text[start : start + cut].strip()))
         start += cut
-        if piece:
-            pieces.append(piece)
         tokens += 0 if piece in distinct else len(piece)
         distinct.add(piece)
         if tokens > most:
@@ -57,12 +53,13 @@ def split_document(encoder: DocumentEncoder, document: Document, max_tokens: int
                 f"the first {start} of {len(text)} characters have {tokens} tokens, but at most {most} can be fused; "
                 "shorten it."
             )
-    return pieces
+        if piece:
+            yield piece
 
 
 def _cut(encoder: DocumentEncoder, text: str, start: int, max_tokens: int) -> int:
     """Return the number of characters from ``start`` that make a piece of at most ``max_tokens`` ids."""
-    for characters in (_USUAL_TOKEN, _LONGEST_TOKEN):
+    for characters in (USUAL_TOKEN, LONGEST_TOKEN):
         window = text[start : start + max_tokens * characters]
         cut = encoder.plain.cut(window, max_tokens)
         if cut < len(window):

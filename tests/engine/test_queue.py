@@ -15,6 +15,7 @@ from batches import buffers, documents, request
 from tiny import ARCHITECTURES, WORDS, backbone, generator
 
 from kvfusion_rag import DiskStore, DocumentStore, KVFusionGenerator, MemoryStore, OverloadError
+from kvfusion_rag.engine.queue import RequestQueue
 from kvfusion_rag.engine.requests import MAX_BATCH
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
@@ -338,6 +339,61 @@ def test_a_caller_with_many_questions_does_not_block_others():
         [f"who has {n}?" for n in range(MAX_BATCH + 5)], [[]] * (MAX_BATCH + 5), max_new_tokens=1
     )
     assert seen == [MAX_BATCH, 5] and len(answers) == MAX_BATCH + 5
+
+
+@pytest.mark.parametrize("jobs", [1, 3, 20])
+def test_tenants_that_wait_take_turns(jobs):
+    served: list[str] = []
+
+    def answer(requests, options):
+        served.append(requests[0].namespace)
+        return [None] * len(requests)
+
+    queue = RequestQueue(answer)
+    waiting = [
+        queue._submit([replace(request("a"), namespace=name)], DecodingOptions(number + 1))
+        for number, name in enumerate("a" * jobs + "bc")
+    ]
+    for job in waiting:
+        queue._finish(job)
+    assert len(served) == len(waiting) and set(served[:3]) == set("abc")
+    assert [served.index(name) for name in "abc"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options", [{}, {"focus": 1}], ids=["all", "focus"])
+@pytest.mark.parametrize("kind", ["answer", "stream"])
+def test_prefill_ends_at_its_next_pass_when_nobody_waits(monkeypatch, kind, options):
+    gen, rows = generator("llama"), documents(random.Random(16), 40)
+    begun, go_on, passes = threading.Event(), threading.Event(), []
+    prefill = gen._engine.model.backbone.prefill
+
+    def held_prefill(ids, prefix, starts=None):
+        passes.append(ids)
+        begun.set()
+        assert go_on.wait(20)
+        return prefill(ids, prefix, starts)
+
+    async def ask_and_leave():
+        stream = gen.stream("who?", rows, max_new_tokens=2, **options) if kind == "stream" else None
+        asked = anext(stream, None) if stream else gen.aanswer("who?", rows, max_new_tokens=2, **options)
+        task = asyncio.ensure_future(asked)
+        await asyncio.to_thread(begun.wait, 20)
+        task.cancel()
+        await asyncio.sleep(0.01)
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    gen.answer("who?", ["the old mill"], max_new_tokens=1)  # keeps the prefix
+    with monkeypatch.context() as patched:
+        patched.setattr(gen._engine.model.backbone, "prefill", held_prefill)
+        asyncio.run(ask_and_leave())
+        gen.answer("who?", ["the old mill"], max_new_tokens=1)  # after the cancelled one
+        assert len(passes) <= 2
+    assert (
+        gen.answer("who?", rows, max_new_tokens=2).token_ids
+        == generator("llama").answer("who?", rows, max_new_tokens=2).token_ids
+    )
 
 
 def test_a_forked_process_answers_while_its_parent_is_answering():

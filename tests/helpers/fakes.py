@@ -147,6 +147,17 @@ class RecordingGenerator:
     def prefill(self, documents: Sequence[Document | str], **wording: Any) -> list[Source]:
         return list(self._sources(list(documents)))
 
+    def prefill_steps(
+        self, documents: Sequence[Document | str], **wording: Any
+    ) -> Generator[None, None, list[Source]]:
+        for _ in documents:
+            yield
+        return self.prefill(documents, **wording)
+
+    def forget_steps(self, documents: Sequence[Document | str]) -> Generator[None, None, int]:
+        yield
+        return len(documents)
+
     def encode_text(self, text: str) -> list[int]:
         return [len(word) for word in text.split()]
 

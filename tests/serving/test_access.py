@@ -11,6 +11,7 @@ from fakes import RecordingGenerator
 from serving_client import CHAT, client_of, request
 
 from kvfusion_rag import InvalidInputError, KVFusionError, KVFusionGenerator
+from kvfusion_rag.cli import main
 from kvfusion_rag.serving import Access, bind, create_app, read_keys, require_guarded, running
 
 KEY, OTHER = "key-of-the-first-tenant", "key-of-the-other-tenant"
@@ -185,6 +186,74 @@ def test_address_in_use_raises_an_error():
 def test_string_instead_of_a_list_is_rejected(name):
     with pytest.raises(InvalidInputError, match=f"{name} is 'https://app.example'"):
         Access(**{name: "https://app.example"})
+
+
+@pytest.mark.parametrize(
+    ("origin", "advice"),
+    [
+        ("*", None),
+        ("https://*.example", None),
+        ("app.example", None),
+        ("app.example:8080", None),
+        ("https://", None),
+        ("https://user@app.example", None),
+        ("https://app.example:port", None),
+        ("https://app.example, https://other.example", None),
+        ("", None),
+        ("https://app.example/", "https://app.example"),
+        ("https://app.example/path?x=1", "https://app.example"),
+        ("https://App.example", "https://app.example"),
+        ("HTTP://app.example:80", "http://app.example"),
+        ("https://app.example:443", "https://app.example"),
+        ("http://[::1]:3000/", "http://[::1]:3000"),
+    ],
+)
+def test_origins_that_no_browser_sends_are_rejected_with_the_correct_form(origin, advice):
+    with pytest.raises(InvalidInputError, match="allowed origin") as rejected:
+        Access(origins=[origin])
+    assert ("write" in str(rejected.value)) == (advice is not None)
+    if advice:
+        assert f"write {advice!r}" in str(rejected.value)
+        Access(origins=[advice])
+
+
+@pytest.mark.parametrize("origin", ["null", "http://localhost:3000", "tauri://localhost", "chrome-extension://abcdef"])
+def test_origins_of_browsers_are_accepted(origin):
+    assert Access(origins=[origin]).origins == [origin]
+
+
+@pytest.mark.parametrize(
+    ("host", "advice"),
+    [
+        ("*", None),
+        ("*.example", None),
+        ("", None),
+        ("rag internal", None),
+        ("rag.internal.", None),
+        ("rag.internal:8000", "rag.internal"),
+        ("http://rag.internal:8000/v1", "rag.internal"),
+        ("rag.internal/", "rag.internal"),
+    ],
+)
+def test_hosts_that_match_no_request_are_rejected_with_the_correct_form(host, advice):
+    with pytest.raises(InvalidInputError, match="allowed host") as rejected:
+        Access(hosts=[host])
+    if advice:
+        assert f"write {advice!r}" in str(rejected.value)
+        Access(hosts=[advice])
+
+
+def test_repeated_key_is_rejected_without_quoting_it(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "keys.json"
+    path.write_text(f'{{"{KEY}": "a", "{OTHER}": "b", "{KEY}": "c"}}')
+    with pytest.raises(InvalidInputError, match="a key twice") as rejected:
+        read_keys(path)
+    assert KEY not in str(rejected.value)
+    path.write_text(f'{{"{KEY}": "a"}}')
+    monkeypatch.setenv("RAG_KEY", KEY)
+    assert main(["serve", "--api-keys-file", str(path), "--api-key-env", "RAG_KEY"]) == 2
+    err = capsys.readouterr().err
+    assert "is also in" in err and KEY not in err
 
 
 def test_app_that_fails_to_start_does_not_hang():

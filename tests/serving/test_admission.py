@@ -19,7 +19,7 @@ from serving_client import CHAT, request
 
 from kvfusion_rag import Answer, KVFusionGenerator, MemoryStore
 from kvfusion_rag.fusion.torch_model import TorchModel
-from kvfusion_rag.serving import ServingOptions, create_app, running
+from kvfusion_rag.serving import Access, ServingOptions, create_app, running, server
 
 
 class NeverAnswers(RecordingGenerator):
@@ -63,11 +63,13 @@ def soon(condition: Callable[[], bool]) -> bool:
     return found
 
 
-def disconnect_early(client: httpx.Client, body: dict[str, Any], ready: Callable[[], object]) -> None:
+def disconnect_early(
+    client: httpx.Client, body: dict[str, Any], ready: Callable[[], object], *, path: str = CHAT
+) -> None:
     """Send a request and disconnect once ``ready`` returns."""
     data = json.dumps(body).encode()
     with connection(client) as sock:
-        sock.sendall(head(len(data)) + data)
+        sock.sendall(head(len(data)).replace(CHAT.encode(), path.encode()) + data)
         ready()
 
 
@@ -75,8 +77,9 @@ def connection(client: httpx.Client) -> socket.socket:
     return socket.create_connection((client.base_url.host, client.base_url.port or 0), timeout=10)
 
 
-def head(length: object) -> bytes:
+def head(length: object, *headers: str) -> bytes:
     lines = [f"POST {CHAT} HTTP/1.1", "host: localhost", "content-type: application/json", f"content-length: {length}"]
+    lines += headers
     return "\r\n".join([*lines, "", ""]).encode()
 
 
@@ -100,6 +103,23 @@ def test_requests_above_the_limit_are_rejected():
             assert rejected.json()["error"]["type"] == "rate_limit_error"
             assert client.get("/health").status_code == client.get("/v1/models").status_code == 200
         assert soon(lambda: is_idle(client))
+
+
+def test_tenant_cannot_take_the_places_of_others():
+    keys = {f"key-of-the-tenant-{name}": name for name in "ab"}
+    generator = NeverAnswers()
+    generator.with_namespace = lambda name: generator if name == "a" else RecordingGenerator()  # type: ignore[attr-defined]
+    app = create_app(generator, access=Access(keys), options=ServingOptions(max_concurrency=2))  # type: ignore[arg-type]
+    first, other = ({"authorization": f"Bearer {key}"} for key in keys)
+    with running(app) as url, httpx.Client(base_url=url, timeout=20) as client:
+        with connection(client) as sock:
+            data = json.dumps(request()).encode()
+            sock.sendall(head(len(data), f"authorization: {first['authorization']}") + data)
+            assert generator.started.wait(10)
+            rejected = client.post(CHAT, json=request(), headers=first)
+            assert rejected.status_code == 429 and "1 requests of this tenant" in rejected.text
+            assert client.post(CHAT, json=request(), headers=other).status_code == 200
+        assert generator.cancelled.wait(10)
 
 
 # Disconnects
@@ -163,8 +183,8 @@ def test_stream_ends_with_an_error_after_the_timeout():
     generator = StallsAfterOnePiece(hold=threading.Event())
     with served(generator, timeout=0.5, max_concurrency=1) as client:
         late = client.post(CHAT, json=request(stream=True))
-        *pieces, last, rest = late.text.split("\n\n")
-        assert late.status_code == 200 and len(pieces) == 2 and rest == ""
+        *pieces, last, done, rest = late.text.split("\n\n")
+        assert late.status_code == 200 and len(pieces) == 2 and (done, rest) == ("data: [DONE]", "")
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
         assert not is_idle(client)
         generator.hold.set()
@@ -220,3 +240,61 @@ def test_connection_with_an_endless_body_is_closed(headers):
             found = client.post(CHAT, content=endless(), headers={"content-type": "application/json", **headers})
             assert found.status_code in (413, 403)
         assert soon(lambda: is_idle(client))
+
+
+# Headers
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([f"x-{n}: {n}" for n in range(90)], b"200"),
+        ([f"x-{n}: {n}" for n in range(200)], b"431"),
+        ([f"x-{n}: {n}" for n in range(20_000)], b"400"),
+        (["x: " + "x" * 40_000], b"400"),
+    ],
+    ids=["usual", "many", "very many", "long"],
+)
+def test_headers_are_limited(headers, status):
+    data = json.dumps(request()).encode()
+    with served(RecordingGenerator()) as client, connection(client) as sock:
+        with suppress(ConnectionError):  # closed while the client writes
+            sock.sendall(head(len(data), *headers) + data)
+        assert sock.recv(4096).split(b" ")[1] == status
+
+
+def test_endless_headers_close_the_connection():
+    with served(RecordingGenerator()) as client, connection(client) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        with pytest.raises(ConnectionError):
+            for _ in range(1000):
+                sock.sendall(b"x: y\r\n" * 1000)
+                time.sleep(0.01)
+        assert client.get("/health").status_code == 200
+
+
+# Stopping
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_open_requests_end_with_an_error_when_the_server_stops(monkeypatch, stream):
+    monkeypatch.setattr(server, "SHUTDOWN_SECONDS", 0.2)
+    generator = StallsAfterOnePiece(hold=threading.Event()) if stream else NeverAnswers()
+    found: list[httpx.Response] = []
+
+    def ask() -> None:
+        found.append(httpx.post(f"{url}{CHAT}", json=request(stream=stream), timeout=20))
+        if generator.hold is not None:
+            generator.hold.set()
+
+    thread = threading.Thread(target=ask)
+    with running(create_app(generator)) as url:
+        thread.start()
+        assert soon(lambda: len(generator.threads) > 1) if stream else generator.started.wait(10)
+    thread.join()
+    assert found[0].status_code == (200 if stream else 503)
+    last = found[0].text
+    if stream:
+        *_, last, done, rest = last.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stopping"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -11,9 +12,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from serving_client import request
 
 from kvfusion_rag.cli import main
+from kvfusion_rag.cli import serve as serve_command
+from kvfusion_rag.cli.options import _open_store
 from kvfusion_rag.serving import ServingOptions
+from kvfusion_rag.store import as_store
 
 ROOT = Path(__file__).parent.parent.parent
 KEY = "key-of-the-first-tenant"
@@ -33,6 +38,10 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--focus", "some"], "not a number of documents from 1, auto or none"),
         (["--store-codec", "v8"], "without --store"),
         (["--namespace", "../up", "--port", "0"], "namespace is"),
+        (["--allowed-origin", "*"], "the allowed origin is '*'"),
+        (["--allowed-host", "rag.internal:8000"], "the allowed host is 'rag.internal:8000'"),
+        (["--tenant-concurrency", "0"], "not a whole number from 1"),
+        (["--store-namespace-bytes", "much"], "is not a size"),
     ],
 )
 def test_invalid_options_are_reported_in_one_line_before_loading(capsys, argv, message):
@@ -62,6 +71,7 @@ def test_missing_package_is_reported_with_the_command_to_install_it(capsys, monk
         {"mode": "sideways"},
         {"focus": 0},
         {"max_concurrency": 0},
+        {"tenant_concurrency": 0},
         {"max_body_bytes": 1.5},
         {"max_documents": True},
         {"timeout": 0},
@@ -72,6 +82,65 @@ def test_missing_package_is_reported_with_the_command_to_install_it(capsys, monk
 def test_options_are_checked(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         ServingOptions(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "disk", "memory"),
+    [
+        (["--store", "kv"], None, None),
+        (["--store", "kv", "--store-namespace-bytes", "5GiB"], 5 << 30, 256 << 20),
+        (["--store", "kv", "--store-namespace-bytes", "1GiB", "--store-max-bytes", "2GiB"], 1 << 30, 512 << 20),
+        (["--store-namespace-bytes", "64MiB"], None, 64 << 20),
+    ],
+)
+def test_namespaces_can_be_capped_on_disk_and_in_memory(tmp_path, monkeypatch, options, disk, memory):
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    serve_command.add_arguments(parser)
+    store = as_store(_open_store(parser.parse_args(options)))
+    assert store.memory.caps.namespace_bytes == memory
+    assert (store.disk and store.disk.caps.namespace_bytes) == disk
+
+
+STUCK = """
+import sys, threading
+from fakes import RecordingGenerator
+from kvfusion_rag.cli import serve as command
+from kvfusion_rag.serving import bind, create_app, serve, server
+
+class Stuck(RecordingGenerator):
+    def step(self):
+        self.threads.append(0)
+        if len(self.threads) > 1:
+            threading.Event().wait()  # a pass that does not end
+
+server.SHUTDOWN_SECONDS, command.STOP_SECONDS = 0.2, 1.5
+with bind("127.0.0.1", 0) as listener:
+    serve(create_app(Stuck()), listener, lambda url: print(url, flush=True), command._end_soon)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_process_ends_although_a_pass_does_not(number, code):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "helpers")])
+    server = subprocess.Popen(
+        [sys.executable, "-c", STUCK],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=request(stream=True), timeout=60) as response:
+            lines = response.iter_lines()
+            next(lines)
+            server.send_signal(number)
+            rest = "\n".join(lines)
+        _, err = server.communicate(timeout=60)
+    finally:
+        server.kill()
+        server.wait()
+    assert '"stopping"' in rest and rest.rstrip().endswith("data: [DONE]")
+    assert server.returncode == code and "work in progress was not finished" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -275,8 +275,8 @@ def test_errors_have_a_status_and_openais_format(stream, error, status, kind, co
 def test_error_within_a_stream_is_its_last_event(caplog):
     generator = RecordingGenerator(error=RuntimeError("in /home/me/model.py"), fail_after=1)
     found = client_of(generator).post(CHAT, json=request(stream=True))
-    *_, last, rest = found.text.split("\n\n")
-    assert found.status_code == 200 and rest == ""
+    *_, last, done, rest = found.text.split("\n\n")
+    assert found.status_code == 200 and (done, rest) == ("data: [DONE]", "")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
     assert "/home" not in found.text and "/home" in caplog.text  # only the log may contain the cause
     assert generator.streams[0].closed

@@ -274,6 +274,32 @@ def test_document_removed_while_it_is_computed_is_not_kept(full, remove):
     assert fetch(full, [1]) == ["computed"] and key_of(1) in full  # later requests are kept
 
 
+@pytest.mark.parametrize("remove", ["forget", "forget of others", "clear"])
+def test_removals_do_not_disturb_other_documents_that_are_being_computed(full, remove):
+    def remove_others() -> None:
+        if remove == "clear":
+            full.clear(namespace_key("other"))
+        else:
+            others = [key_of(n, namespace="other") for n in range(3)]
+            full.forget(others if remove == "forget" else [key_of(2)])
+
+    assert fetch(full, [0, 1], Computer([0, 1], before=remove_others)) == ["computed"] * 2
+    full.flush()
+    full.memory.clear()
+    assert fetch(full, [0, 1]) == ["disk"] * 2 and full.remote.totals()[namespace_key("")][1] == 2
+
+
+def test_document_removed_before_its_upload_ends_is_not_kept(full, monkeypatch):
+    upload, waiting = full.remote.put, []
+    monkeypatch.setattr(full.remote, "put", lambda *given: waiting.append(given))
+    assert fetch(full, [1, 2]) == ["computed"] * 2
+    full.forget([key_of(1)])
+    for upload_arguments in waiting:
+        upload(*upload_arguments)
+    full.flush()
+    assert full.remote.totals()[namespace_key("")][1] == 1
+
+
 def test_document_removed_while_it_is_loaded_is_not_kept_in_memory(tmp_path, monkeypatch):
     store = layered(tmp_path)
     fetch(store, [1])

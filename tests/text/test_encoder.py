@@ -274,7 +274,7 @@ def test_invalid_conversations_are_rejected():
 def test_title_that_leaves_no_room_is_rejected():
     encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings())
     with pytest.raises(ContextLimitError, match="title"):
-        split_document(encoder, Document("the old mill", title="a long title " * 30), 40, 1000)
+        next(split_document(encoder, Document("the old mill", title="a long title " * 30), 40, 1000))
 
 
 @settings(max_examples=30)
@@ -282,7 +282,7 @@ def test_title_that_leaves_no_room_is_rejected():
 def test_pieces_fit_the_limit_and_lose_nothing(words, limit):
     made = ModelSettings(document_template="{text}", titled_document_template="{title}: {text}")
     encoder = PromptEncoder(tokenizer("byte-bpe"), made)
-    pieces = split_document(encoder, Document(" ".join(words)), limit, 10_000)
+    pieces = list(split_document(encoder, Document(" ".join(words)), limit, 10_000))
     assert all(len(piece) <= limit for piece in pieces)
     assert " ".join(encoder.decode(list(piece)) for piece in pieces).replace(" ", "") == "".join(words)
 
@@ -291,7 +291,7 @@ def test_documents_are_split_at_sentence_ends():
     encoder = PromptEncoder(tokenizer("byte-bpe"), ModelSettings(document_template="{text}"))
     sentence = "the river runs past an old mill."
     tokens = len(encoder.plain.encode(sentence))
-    pieces = split_document(encoder, Document(" ".join([sentence] * 4)), 2 * tokens + 6, 1000)
+    pieces = list(split_document(encoder, Document(" ".join([sentence] * 4)), 2 * tokens + 6, 1000))
     assert [encoder.decode(list(p)) for p in pieces] == [f"{sentence} {sentence}"] * 2
 
 
