@@ -162,7 +162,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "minicpm3": {  # latent attention: its cache holds latents of width 16 and rotary keys of width 8
         "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
+        "v_head_dim": 8, "scale_emb": 1,
     },
 }  # fmt: skip
 ARCHITECTURES = (*CONFIGS, "gpt2", "bert")

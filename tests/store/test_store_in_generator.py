@@ -196,7 +196,7 @@ def test_documents_at_positions_after_others_are_not_stored():
 
 
 def test_corpus_is_prefilled_in_slices_so_that_questions_do_not_wait_for_all_of_it(monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.DOCUMENTS_AT_ONCE", 2)
+    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.PASSES_AT_ONCE", 0.1)  # 12 tokens
     gen = over(DocumentStore(MemoryStore()))
     claimed: list[int] = []
     prefill, single_flight = gen._engine.model.backbone.prefill, gen.store._single_flight
@@ -207,7 +207,7 @@ def test_corpus_is_prefilled_in_slices_so_that_questions_do_not_wait_for_all_of_
     )
     corpus = [f"the mill {word}" for word in VOCABULARY[:7]]
     assert {source.origin for source in gen.prefill(corpus)} == {"computed"}
-    assert max(claimed) <= 2 + 1  # the prefix is computed with the first slice
+    assert max(claimed) <= 4 + 1  # the prefix is computed with the first slice
     claimed.clear()
     assert {source.origin for source in gen.prefill(corpus)} == {"memory"} and not claimed
 
