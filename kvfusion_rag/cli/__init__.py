@@ -58,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if interruption.happened:
                 return 130
+            if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
+                print_error(f"{error.filename!r} cannot be used: {error.strerror}.")
+                return 2
             if not isinstance(error, KVFusionError | UsageError):
                 raise
             print_error(str(error))

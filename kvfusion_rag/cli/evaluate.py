@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -270,10 +271,9 @@ def _require_outputs(args: argparse.Namespace) -> None:
     from ..data import check_output
     from ..evaluation.plots import require_plotting
 
-    resumed = [] if args.resume is None else [args.resume.resolve()]
-    named = (args.output, args.markdown, args.plot, args.predictions)
-    outputs = [*(path.resolve() for path in named if path is not None), *resumed]
-    inputs = [Path(path).resolve() for path in (args.rows, args.ape_search) if path is not None]
+    resumed = _resolved(args.resume)
+    outputs = [*_resolved(args.output, args.markdown, args.plot, args.predictions), *resumed]
+    inputs = _resolved(args.rows, args.ape_search)
     if len(inputs) != len(set(inputs)):
         raise InvalidInputError(f"--ape-search is {inputs[0].name}, but it must name rows that are not evaluated.")
     for number, path in enumerate(outputs):
@@ -282,6 +282,11 @@ def _require_outputs(args: argparse.Namespace) -> None:
         check_output(path, force=args.force or path in resumed, inputs=inputs)
     if args.plot is not None:
         require_plotting(args.plot)
+
+
+def _resolved(*paths: str | Path | None) -> list[Path]:
+    """Return the absolute paths of those that are given. Unlike ``Path.resolve``, loops of links are no error here."""
+    return [Path(os.path.realpath(path)) for path in paths if path is not None]
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

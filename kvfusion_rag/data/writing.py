@@ -36,7 +36,7 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> Non
         raise InvalidInputError(f"the folder of {str(path)!r} cannot be written to.")
     if path.is_dir():
         raise InvalidInputError(f"{str(path)!r} is a folder, but it must be a file.")
-    if path.resolve() in {one.resolve() for one in inputs}:
+    if os.path.realpath(path) in map(os.path.realpath, inputs):  # which accepts loops of links
         raise InvalidInputError(f"{str(path)!r} is also an input, so it cannot be the output.")
     if path.exists() and not force:
         raise InvalidInputError(f"{str(path)!r} already exists; name another file or replace it with --force.")
