@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +18,11 @@ Configs = RunnableConfig | list[RunnableConfig] | None
 class DocumentBatches(Runnable[LanguageModelInput, Any]):
     """``batch`` and ``abatch`` of a model, in front of LangChain's own class of models."""
 
+    @abstractmethod
     def _distribute(
         self, inputs: list[Any], config: Configs, documents: DocumentsArgument | None, options: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return inputs with their documents attached, and the options of the call."""
-        raise NotImplementedError
 
     def batch(
         self,
