@@ -2,7 +2,7 @@
 
 The marks are found in the model's chat template and tokenizer: a pair of tags such as ``<think>`` and ``</think>``,
 or the channels of gpt-oss, of which ``final`` is the answer. A :class:`Reader` follows the tokens of one answer. It
-knows nothing of budgets or of how text is streamed.
+does not know about budgets or streams.
 """
 
 from __future__ import annotations
