@@ -7,20 +7,22 @@ miss. The room must not know about models, text, prompts or the order of documen
 
 from .disk import DEFAULT_MAX_BYTES as DEFAULT_DISK_BYTES
 from .disk import DiskStore, VerifyReport
-from .documents import DocumentStore, Place, as_store, open_store
+from .documents import DocumentStore
 from .format import CODECS, Codec
 from .keys import document_key, namespace_key, require_namespace
 from .memory import DEFAULT_MAX_BYTES as DEFAULT_MEMORY_BYTES
 from .memory import MemoryStore
-from .metrics import Miss, StoreEvent, StoreMetrics, Tier
+from .metrics import Miss, StoreEvent, StoreMetrics, Tier, UploadReport
+from .opening import Place, as_store, open_store
 from .remote import RemoteStore
-from .tiers import FetchedKVs, KVRequest
+from .tiers import Computing, FetchedKVs, KVRequest
 
 __all__ = [
     "CODECS",
     "DEFAULT_DISK_BYTES",
     "DEFAULT_MEMORY_BYTES",
     "Codec",
+    "Computing",
     "DiskStore",
     "DocumentStore",
     "FetchedKVs",
@@ -32,6 +34,7 @@ __all__ = [
     "StoreEvent",
     "StoreMetrics",
     "Tier",
+    "UploadReport",
     "VerifyReport",
     "as_store",
     "document_key",

@@ -7,7 +7,7 @@ finish what it has opened.
 
     FOLDER/format.json             format version of this folder
     FOLDER/index.sqlite            sizes and last use, for eviction (index/)
-    FOLDER/v3-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
+    FOLDER/v4-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
     FOLDER/tmp/                    files that are being written
 """
 
@@ -28,6 +28,8 @@ from .folder import Entry, Folder, ForeignFileError
 from .format import (
     CODECS,
     FORMAT_VERSION,
+    NO_ENVIRONMENT,
+    Accepts,
     Buffer,
     Codec,
     check,
@@ -132,8 +134,14 @@ class DiskStore:
         """Return whether ``key`` has a file. This does not count as a use."""
         return self._folder.has(self._name(key))
 
-    def get(self, key: str, shape: KVShape, into: DocumentKV) -> Miss | None:
+    def get(self, key: str, shape: KVShape, into: DocumentKV, accepts: Accepts | None = None) -> Miss | None:
         """Read the document ``into.token_ids`` straight into the CPU tensors of ``into``.
+
+        Args:
+            key: store key of the document.
+            shape: shape of the model's KVs.
+            into: where to write them.
+            accepts: whether a file from the environment with some digest may be read (default: any).
 
         Returns:
             None after a hit, otherwise the reason for the miss. After a miss the contents of ``into`` are undefined.
@@ -143,7 +151,7 @@ class DiskStore:
         try:
             descriptor = self._folder.open_file(name)
             try:
-                miss = read_file(descriptor, plan, into, self.codec)
+                miss = read_file(descriptor, plan, into, self.codec, accepts)
             finally:
                 os.close(descriptor)
         except FileNotFoundError:
@@ -151,14 +159,17 @@ class DiskStore:
         except OSError as error:
             self._warn(f"stored documents cannot be read ({_cause(error)}); they are computed again")
             return Miss.UNREADABLE
-        if miss is not None:
+        if miss is not None and miss is not Miss.ENVIRONMENT:
             self._remove_damaged(name, miss)
         elif self._index is not None:
             self._index.touch(name)
         return miss
 
-    def put(self, key: str, document: DocumentKV) -> bool:
-        """Write ``document`` and return whether it is stored now. Errors are counted and logged once."""
+    def put(self, key: str, document: DocumentKV, environment: str = NO_ENVIRONMENT) -> bool:
+        """Write ``document`` and return whether it is stored now. Errors are counted and logged once.
+
+        ``environment`` is the digest of the environment that computed it.
+        """
         if self._index is None:
             return False
         if key in self:
@@ -168,15 +179,25 @@ class DiskStore:
         if not is_finite(document.keys, document.values):
             self._warn("a document's keys or values contain NaN or infinity; it is not stored")
             return False
-        return self._write(self._name(key), encode(key, document, self.codec))
+        return self._write(self._name(key), encode(key, document, self.codec, environment))
 
-    def adopt(self, key: str, data: bytes, shape: KVShape, into: DocumentKV) -> Miss | None:
+    def read(self, key: str) -> bytes | None:
+        """Return the file of ``key`` as it is, or None if it cannot be read."""
+        try:
+            with open(self._folder.open_file(self._name(key)), "rb") as stream:
+                return stream.read()
+        except OSError:
+            return None
+
+    def adopt(
+        self, key: str, data: bytes, shape: KVShape, into: DocumentKV, accepts: Accepts | None = None
+    ) -> Miss | None:
         """Store a file that another machine wrote for ``key``, and read it like :meth:`get`."""
         if self._is_paused():
             return Miss.UNREADABLE
         if len(data) != layout(key, into.num_tokens, shape, self.codec).total:
             return Miss.TRUNCATED
-        return self.get(key, shape, into) if self._write(self._name(key), [data]) else Miss.UNREADABLE
+        return self.get(key, shape, into, accepts) if self._write(self._name(key), [data]) else Miss.UNREADABLE
 
     def forget(self, *keys: str) -> int:
         """Remove the documents of ``keys`` under every model, even while they are being written. Return their number.

@@ -5,33 +5,33 @@ It does not know about models or text. The caller passes a function that compute
 
 from __future__ import annotations
 
-import hashlib
+import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
-from ..errors import InvalidInputError, OverloadError
-from ..home import home
+from ..errors import OverloadError, StoreError
 from ..model.forks import ForkGuard
 from ..model.kv import DocumentKV, KVShape
 from .disk import DiskStore
-from .format import Codec
 from .keys import document_part, require_namespace_key
 from .memory import MemoryStore
-from .metrics import Counters, Miss, StoreEvent, StoreMetrics, Tier
+from .metrics import Counters, Miss, StoreEvent, StoreMetrics, Tier, UploadReport
 from .remote import RemoteStore
 from .single_flight import Pending, SingleFlight
-from .tiers import Fetch, FetchedKVs, KVRequest, Tiers
+from .tiers import Computing, Fetch, FetchedKVs, KVRequest, Tiers
 
 READERS = min(4, os.cpu_count() or 1)  # threads, each of which keeps a processor busy with reading and checking
 MAX_PREFETCHES = 256  # unfinished calls
+UPLOAD_PAUSES = (0.0, 1.0, 4.0)  # seconds before each attempt to store documents durably
+
+logger = logging.getLogger(__name__)
 
 Compute = Callable[[Sequence[str]], Iterable[tuple[str, DocumentKV]]]
 
@@ -91,7 +91,7 @@ class DocumentStore:
 
     def fetch(
         self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, compute: Compute,
-        *, keep: bool = True,
+        *, keep: bool = True, computing: Computing | None = None,
     ) -> FetchedKVs:  # fmt: skip
         """Return all requested documents, from the fastest tier that has them, or computed and then stored.
 
@@ -102,13 +102,15 @@ class DocumentStore:
             shape: shape of the model's KVs.
             device: device of the model's KVs.
             compute: prefills the documents of some keys, and yields each as soon as it is ready.
-            keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps.
+            keep: return the KVs. If False they only go to the tiers, so that memory is bounded by their caps, and the
+                call waits while the queue of uploads is full.
+            computing: where the documents are computed, and which computed elsewhere are accepted (default: all).
 
         Raises:
             ForkedProcessError: this process was forked from one that used the store, and would hang.
         """
         self._fork_guard.require_threads()
-        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), keep)
+        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), computing or Computing(), keep)
         unstored = [key for key, request in requests.items() if not request.stored]
         for key, document in compute(unstored) if unstored else ():
             fetch.take(key, document, "computed")
@@ -130,13 +132,17 @@ class DocumentStore:
         computed = {key: miss for key, miss in fetch.misses.items() if fetch.origins[key] == "computed"}
         return FetchedKVs(fetch.kvs, fetch.origins, computed)
 
-    def prefetch(self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device) -> Future[int]:
+    def prefetch(
+        self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device,
+        computing: Computing | None = None,
+    ) -> Future[int]:  # fmt: skip
         """Begin to load documents from slower tiers into memory. The future returns how many are there in the end.
 
         Args:
             documents: token ids by store key.
             shape: shape of the model's KVs.
             device: device of the model's KVs.
+            computing: which documents computed elsewhere are accepted (default: all).
 
         Raises:
             OverloadError: too many calls are unfinished.
@@ -145,7 +151,7 @@ class DocumentStore:
         self._fork_guard.require_threads()
         if not self._prefetches.acquire(blocking=False):
             raise OverloadError(f"{MAX_PREFETCHES} calls of prefetch are unfinished, which is the limit; retry later.")
-        loading = self._pool("prefetch").submit(self._prefetch, documents, shape, device)
+        loading = self._pool("prefetch").submit(self._prefetch, documents, shape, device, computing or Computing())
         loading.add_done_callback(lambda _: self._prefetches.release())
         return loading
 
@@ -193,12 +199,65 @@ class DocumentStore:
         """Counts since the store was opened."""
         return self._counters.snapshot(self._tiers.counts())
 
-    def flush(self) -> bool:
-        """Wait at most a minute for unfinished uploads to the remote tier. Return whether all have ended.
+    def flush(self) -> UploadReport:
+        """Wait at most a minute for unfinished uploads to the remote tier. Return what has become of the uploads since
+        the last report; it is true if all documents are stored."""
+        return UploadReport() if self.remote is None else self.remote.flush()
 
-        Failed uploads are counted in the metrics.
+    @property
+    def last_tier(self) -> DiskStore | RemoteStore | None:
+        """The slowest tier that keeps documents for other processes, or None if it is read-only or there is none."""
+        tier = self.disk if self.remote is None else self.remote
+        return None if tier is None or tier.read_only else tier
+
+    def missing(self, keys: Collection[str]) -> list[str]:
+        """Return those of ``keys`` whose documents are not in the slowest tier now. Faster tiers do not count.
+
+        Raises:
+            StoreError: the remote tier fails or does not answer.
         """
-        return self.remote is None or self.remote.flush()
+        if self.remote is not None:
+            return self.remote.missing(keys)
+        return [key for key in keys if self.disk is None or key not in self.disk]
+
+    def refill(self, documents: Mapping[str, tuple[int, ...]], environment: str) -> None:
+        """Upload documents that a local tier has and the remote tier has lost. Skip them while it cannot be used.
+
+        Args:
+            documents: token ids by store key.
+            environment: digest of the environment that computed those which are only in memory.
+        """
+        if self.remote is None or self.remote.read_only or not documents:
+            return
+        try:
+            missing = self.remote.missing(documents)
+        except StoreError as error:
+            logger.warning("documents that the remote store may have lost are not uploaded again: %s", error)
+            return
+        for key in missing:
+            self._tiers.upload_again(key, documents[key], environment)
+
+    def settle(self, documents: Mapping[str, tuple[int, ...]], environment: str) -> dict[str, str]:
+        """Wait until the slowest tier has all documents, and try failed uploads again. Return why it lacks some.
+
+        Arguments are those of :meth:`refill`.
+
+        Returns:
+            The reason for each document that could not be stored, by store key.
+
+        Raises:
+            StoreError: the remote tier fails or does not answer.
+        """
+        reasons: dict[str, str] = {}
+        for pause in UPLOAD_PAUSES:
+            time.sleep(pause)
+            if pause and self.remote is not None:
+                self.refill({key: documents[key] for key in reasons}, environment)
+            lost = {} if self.remote is None else self.remote.drain().lost
+            reasons = {key: lost.get(key, "a cap is too small, or a write failed") for key in self.missing(documents)}
+            if not reasons or self.remote is None:
+                break
+        return reasons
 
     def close(self) -> None:
         """Finish uploads within a minute, and release files and threads."""
@@ -211,7 +270,9 @@ class DocumentStore:
         if self.disk is not None:
             self.disk.close()
 
-    def _prefetch(self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device) -> int:
+    def _prefetch(
+        self, documents: Mapping[str, tuple[int, ...]], shape: KVShape, device: torch.device, computing: Computing
+    ) -> int:
         memory, disk = self.memory, self.disk
         if memory is None or disk is None:
             return 0
@@ -220,7 +281,7 @@ class DocumentStore:
             for key, ids in documents.items()
             if key not in memory and (self.remote is not None or key in disk)
         }
-        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), keep=False)
+        fetch = Fetch(requests, shape, device, self._tiers.watch(requests), computing, keep=False)
         claimed, pending = self._single_flight.claim(requests)
         try:
             self._from_files(claimed, fetch)
@@ -302,72 +363,3 @@ class DocumentStore:
             if use not in self._pools:
                 self._pools[use] = ThreadPoolExecutor(READERS, thread_name_prefix=f"kvfusion-{use}")
             return self._pools[use]
-
-
-Place = DocumentStore | MemoryStore | DiskStore | str | os.PathLike[str] | None
-
-
-def as_store(place: Place) -> DocumentStore:
-    """Return a document store for ``place``: "memory" (1 GiB), a folder, a URL, a tier, a store, or None for no store.
-
-    Raises:
-        InvalidInputError: ``place`` is none of these.
-        StoreError: it cannot be opened.
-    """
-    match place:
-        case DocumentStore():
-            return place
-        case None:
-            return DocumentStore()
-        case "memory" | MemoryStore():
-            return DocumentStore(MemoryStore() if place == "memory" else place)
-        case DiskStore():
-            return DocumentStore(MemoryStore(), place)
-        case str() | os.PathLike():
-            return open_store(place)
-    raise InvalidInputError(
-        f"store is {place!r}, but it must be 'memory', a folder, a URL, a MemoryStore, DiskStore or DocumentStore, or "
-        "None."
-    )
-
-
-def open_store(
-    place: str | os.PathLike[str],
-    *,
-    memory: MemoryStore | None = None,
-    local: str | os.PathLike[str] | None = None,
-    remote: Mapping[str, Any] | None = None,
-    read_only: bool = False,
-    codec: Codec = "raw",
-    **options: Any,
-) -> DocumentStore:
-    """Open the store in a folder or behind a URL, with a memory tier in front.
-
-    Args:
-        place: a folder, or an fsspec URL (``s3://bucket/folder``), which gets a local disk tier in front.
-        memory: the memory tier (default: 1 GiB).
-        local: folder of the local disk tier of a URL (default: a folder of its own in ``KVFUSION_HOME``).
-        remote: options of :class:`RemoteStore` for a URL: max_bytes, wait, and what fsspec takes (credentials). They
-            override ``read_only`` and ``codec``.
-        read_only: never write to the folder or the URL. The local disk tier of a URL is still written.
-        codec: codec of all files.
-        options: passed to :class:`DiskStore`.
-
-    Raises:
-        InvalidInputError: an option is not allowed.
-        StoreError: a tier cannot be opened.
-    """
-    memory = MemoryStore() if memory is None else memory
-    text = os.fspath(place)
-    if "://" not in text:
-        if remote is not None:
-            raise InvalidInputError(
-                f"remote is given, but {text!r} is a folder; use it only with a URL such as s3://bucket/folder."
-            )
-        return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options))
-    tier = RemoteStore(text, **{"codec": codec, "read_only": read_only, **(remote or {})})
-    return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier)
-
-
-def _cache_folder(url: str) -> Path:
-    return home() / "store" / hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -123,7 +123,7 @@ class Folder:
                 continue
             for folder, subfolders, files in os.walk(self.path / top / known):
                 parent = os.path.relpath(folder, self.path)
-                if parent.count("/") == 2:  # v3-raw/namespace/xx
+                if parent.count("/") == 2:  # v4-raw/namespace/xx
                     subfolders.clear()
                 for name in (f"{parent}/{file}" for file in files):
                     namespace = namespace_of(name)

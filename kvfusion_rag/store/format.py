@@ -1,8 +1,8 @@
 """The file format of one document KV: name, layout, encoding, reading and checking.
 
-A file is a safetensors file with keys, values and token ids. Apart from a checksum, its header is a function of the
-key and the shape, so a reader compares the header byte for byte and never parses it. Tensors are stored as they lie
-in memory, (L, H_kv, T, d), so that several layers can be read at once.
+A file is a safetensors file with keys, values and token ids. Apart from a checksum and the digest of the environment
+that computed it, its header is a function of the key and the shape, so a reader compares the header byte for byte and
+never parses it. Tensors are stored as they lie in memory, (L, H_kv, T, d), so that several layers can be read at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import BinaryIO, Literal
@@ -25,17 +25,22 @@ from ..model.kv import DocumentKV, KVShape
 from .keys import PATH_PATTERN, path_of
 from .metrics import Miss
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 SUFFIX = ".safetensors"
 Codec = Literal["raw", "v8"]
 CODECS: tuple[Codec, ...] = ("raw", "v8")
 Buffer = memoryview | bytes | bytearray
+Accepts = Callable[[str], bool]  # whether a KV from the environment with this digest may be used
 
 _FILE_NAME = re.compile(rf"v{FORMAT_VERSION}-(?:{'|'.join(CODECS)})/{PATH_PATTERN}{re.escape(SUFFIX)}")
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bit patterns
+NO_ENVIRONMENT = "0" * 16  # digest of an unknown environment
 _CHECKSUM_FIELD = b'"xxh3_128":"'
 _CHECKSUM_BYTES = 32  # hex digits
+_ENVIRONMENT_FIELD = b'"environment":"'
+_ENVIRONMENT_BYTES = len(NO_ENVIRONMENT)
+_ENVIRONMENT = re.compile(rb"[0-9a-f]{16}")
 _ALIGNMENT = 64  # in bytes, of the tensor data in the file
 _MAX_HEADER_BYTES = 1 << 16
 _PIECE_BYTES = 2 << 20  # read and checked at a time, so that the data is still in the processor's cache
@@ -47,13 +52,14 @@ class Layout:
     """Positions and sizes of the parts of a document's file.
 
     Attributes:
-        header: bytes of the header, with zeros as the checksum.
-        checksum_at: offset of the checksum in the header.
+        header: bytes of the header, with zeros as the checksum and as the environment's digest.
+        checksum_at, environment_at: slices of the header with these two.
         sizes: bytes of keys, values, scales (codec "v8" only) and token ids, in file order.
     """
 
     header: bytes
-    checksum_at: int
+    checksum_at: slice
+    environment_at: slice
     sizes: tuple[int, int, int, int]
 
     @property
@@ -99,7 +105,8 @@ def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
         ("token_ids", "I32", [tokens], 4 * tokens),
     ]
     checksum = "0" * _CHECKSUM_BYTES
-    facts = {"format": f"kvfusion-document-kv/{FORMAT_VERSION}", "codec": codec, "key": key, "xxh3_128": checksum}
+    facts = {"format": f"kvfusion-document-kv/{FORMAT_VERSION}", "codec": codec, "key": key,
+             "environment": NO_ENVIRONMENT, "xxh3_128": checksum}  # fmt: skip
     described: dict[str, object] = {"__metadata__": facts}
     begin = 0
     for name, dtype, dimensions, size in parts:
@@ -110,26 +117,35 @@ def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     header = len(text).to_bytes(8, "little") + text
     sizes = (parts[0][3], parts[1][3], parts[2][3], parts[3][3])
-    return Layout(header, header.index(_CHECKSUM_FIELD) + len(_CHECKSUM_FIELD), sizes)
+    checksum_at = _behind(header, _CHECKSUM_FIELD, _CHECKSUM_BYTES)
+    return Layout(header, checksum_at, _behind(header, _ENVIRONMENT_FIELD, _ENVIRONMENT_BYTES), sizes)
 
 
-def encode(key: str, document: DocumentKV, codec: Codec) -> list[Buffer]:
+def _behind(header: bytes, field: bytes, length: int) -> slice:
+    """Return the slice of the ``length`` bytes behind ``field``."""
+    begin = header.index(field) + len(field)
+    return slice(begin, begin + length)
+
+
+def encode(key: str, document: DocumentKV, codec: Codec, environment: str = NO_ENVIRONMENT) -> list[Buffer]:
     """Return the contents of a document's file as buffers to be written one after another.
 
     Args:
         key: store key of the document.
         document: keys and values, all finite, on any device.
         codec: form of the values.
+        environment: digest of the environment that computed the document, 16 hex digits.
     """
     keys, values = document.keys.cpu().contiguous(), document.values.cpu().contiguous()
     plan = layout(key, document.num_tokens, KVShape.of(document), codec)
     tensors = [keys, *(compress(values) if codec == "v8" else [values])]
     data: list[Buffer] = [*map(_as_bytes, tensors), _token_bytes(document.token_ids)]
-    digest = xxhash.xxh3_128(plan.header)
+    header = bytearray(plan.header)
+    header[plan.environment_at] = environment.encode()
+    digest = xxhash.xxh3_128(header)
     for part in data:
         digest.update(part)
-    header = bytearray(plan.header)
-    header[plan.checksum_at : plan.checksum_at + _CHECKSUM_BYTES] = digest.hexdigest().encode()
+    header[plan.checksum_at] = digest.hexdigest().encode()
     return [header, *data]
 
 
@@ -154,8 +170,12 @@ def is_finite(*tensors: torch.Tensor) -> bool:
     )
 
 
-def read_file(descriptor: int, plan: Layout, into: DocumentKV, codec: Codec) -> Miss | None:
+def read_file(
+    descriptor: int, plan: Layout, into: DocumentKV, codec: Codec, accepts: Accepts | None = None
+) -> Miss | None:
     """Read an open file into ``into`` and check it. Return None if it is correct.
+
+    If ``accepts`` is given, the file is read only if it accepts the digest of the environment that computed it.
 
     The file is read in pieces that are checked while they are in the processor's cache. Only numpy is used, because
     a call of torch costs as much as the work on one piece. Each piece is read into one buffer even if its destination
@@ -163,15 +183,19 @@ def read_file(descriptor: int, plan: Layout, into: DocumentKV, codec: Codec) -> 
     """
     if os.fstat(descriptor).st_size != plan.total:
         return Miss.TRUNCATED
-    header, checksum_end = bytearray(len(plan.header)), plan.checksum_at + _CHECKSUM_BYTES
+    header = bytearray(len(plan.header))
     if not _fill(descriptor, header, 0):
         return Miss.TRUNCATED
-    checksum = bytes(header[plan.checksum_at : checksum_end])
-    header[plan.checksum_at : checksum_end] = plan.header[plan.checksum_at : checksum_end]
-    if header != plan.header:
+    checksum, environment = bytes(header[plan.checksum_at]), bytes(header[plan.environment_at])
+    header[plan.checksum_at] = plan.header[plan.checksum_at]
+    digest = xxhash.xxh3_128(header)
+    header[plan.environment_at] = plan.header[plan.environment_at]
+    if header != plan.header or not _ENVIRONMENT.fullmatch(environment):
         return Miss.HEADER
+    if accepts is not None and not accepts(environment.decode()):
+        return Miss.ENVIRONMENT
     compressed = _compressed_like(into.values) if codec == "v8" else None
-    digest, offset, finite = xxhash.xxh3_128(header), len(header), True
+    offset, finite = len(header), True
     scratch: np.ndarray | None = None
     for tensor in (into.keys, *((into.values,) if compressed is None else compressed)):
         numbers = _bits(tensor)
@@ -237,10 +261,12 @@ def check(stream: BinaryIO, size: int | None, path: PurePath) -> Miss | None:
             return Miss.HEADER
         if size is not None and size != len(header) + max(part["data_offsets"][1] for part in described.values()):
             return Miss.TRUNCATED
-        begin = header.index(_CHECKSUM_FIELD + facts["xxh3_128"].encode() + b'"') + len(_CHECKSUM_FIELD)
+        checksum_at = _behind(header, _CHECKSUM_FIELD, _CHECKSUM_BYTES)
+        if header[checksum_at] != facts["xxh3_128"].encode():
+            return Miss.HEADER
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return Miss.HEADER  # not JSON, or not one of our headers
-    header[begin : begin + _CHECKSUM_BYTES] = b"0" * _CHECKSUM_BYTES
+    header[checksum_at] = b"0" * _CHECKSUM_BYTES
     digest = xxhash.xxh3_128(header)
     while part := stream.read(1 << 20):
         digest.update(part)

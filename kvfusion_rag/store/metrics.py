@@ -27,6 +27,7 @@ class Miss(StrEnum):
     NUMBERS = "numbers"  # infinite or NaN
     UNREADABLE = "unreadable"  # the system reported an error
     LATE = "late"  # the remote store took too long
+    ENVIRONMENT = "environment"  # computed in an environment whose KVs differ from this one's by more than rounding
     PAUSED = "paused"  # the remote store is not used for a while after an error
 
 
@@ -96,6 +97,22 @@ class StoreMetrics:
     def to_dict(self) -> dict[str, Any]:
         """Return all counts and the hit rate as plain data."""
         return {**asdict(self), "hit_rate": self.hit_rate}
+
+
+@dataclass(frozen=True, slots=True)
+class UploadReport:
+    """What has become of uploads to a remote store since the last report. It is true if all documents are stored.
+
+    Attributes:
+        unfinished: documents whose upload has not ended.
+        lost: the reason for each document that was not uploaded, by store key. At most 10,000 are named.
+    """
+
+    unfinished: int = 0
+    lost: Mapping[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return not self.unfinished and not self.lost
 
 
 class Counters:

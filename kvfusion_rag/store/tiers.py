@@ -20,7 +20,7 @@ from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
 from ..schema import Origin
 from .disk import DiskStore
-from .format import compress, expand
+from .format import NO_ENVIRONMENT, Accepts, compress, encode, expand
 from .keys import document_part, namespace_part
 from .memory import MemoryStore
 from .metrics import Counters, Miss, StoreEvent, Tier
@@ -74,6 +74,18 @@ def _belongs(key: str, namespace_key: str | None) -> bool:
     return namespace_key is None or namespace_part(key) == namespace_key
 
 
+class Computing(NamedTuple):
+    """How the documents of one fetch are computed, and which computed elsewhere may take their place.
+
+    Attributes:
+        environment: digest of this environment, stored beside each document.
+        accepts: whether a document that the environment with some digest computed may be used (default: any).
+    """
+
+    environment: str = NO_ENVIRONMENT
+    accepts: Accepts | None = None
+
+
 class Fetch:
     """The documents of one call of :meth:`DocumentStore.fetch`, and its view of the tiers.
 
@@ -82,14 +94,17 @@ class Fetch:
         shape, device: shape and device of the model's KVs.
         kvs, origins, misses: see :class:`FetchedKVs`.
         watch: which of the documents are removed while the fetch runs.
+        computing: how they are computed.
+        keep: whether the KVs are returned. If not, the caller fills the store, and waits while its uploads do.
         events: passed to callbacks once no thread waits for the call, because a callback may fetch the same documents.
     """
 
     def __init__(
-        self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, watch: Watch, keep: bool
-    ) -> None:
+        self, requests: Mapping[str, KVRequest], shape: KVShape, device: torch.device, watch: Watch,
+        computing: Computing, keep: bool,
+    ) -> None:  # fmt: skip
         self.requests, self.shape, self.device = requests, shape, device
-        self.watch, self._keep = watch, keep
+        self.watch, self.computing, self.keep = watch, computing, keep
         self.kvs: dict[str, DocumentKV] = {}
         self.origins: dict[str, Origin] = {}
         self.misses: dict[str, Miss] = {}
@@ -102,7 +117,7 @@ class Fetch:
         if into is not None and into is not document:
             document.copy_into(into)
             document = into
-        if self._keep:
+        if self.keep:
             self.kvs[key] = document if document.keys.device == self.device else document.to(self.device)
 
 
@@ -140,7 +155,7 @@ class Tiers:
         if self.disk is None:
             return Miss.ABSENT
         began = time.perf_counter()
-        tier, miss = "disk", self.disk.get(key, fetch.shape, document)
+        tier, miss = "disk", self.disk.get(key, fetch.shape, document, fetch.computing.accepts)
         if miss is not None and self.remote is not None:
             _note_fault(fetch, "disk", miss)
             tier, miss = "remote", self._get_from_remote(self.remote, self.disk, key, document, fetch)
@@ -166,14 +181,20 @@ class Tiers:
         """Store a computed document in every tier."""
         if self.memory is not None and self.memory.put(key, document):
             fetch.events.append(StoreEvent("stored", "memory", bytes=document.nbytes))
-        began = time.perf_counter()
-        if self.disk is not None and key not in self.disk and self.disk.put(key, document):
+        began, environment = time.perf_counter(), fetch.computing.environment
+        if self.disk is not None and key not in self.disk and self.disk.put(key, document, environment):
             seconds, size = time.perf_counter() - began, self.disk.file_bytes(fetch.shape, document.num_tokens)
             fetch.events.append(StoreEvent("stored", "disk", bytes=size, seconds=seconds))
         if self.remote is not None:
             watch = fetch.watch  # an upload that is waiting must not hold the KVs of the whole fetch
-            self.remote.put(key, document, lambda size: self._note_uploaded(key, size, watch))
+            self.remote.put(key, document, lambda size: self._note_uploaded(key, size, watch),
+                            environment=environment, patient=not fetch.keep)  # fmt: skip
         self._undo_if_removed(key, fetch.watch, self.disk, self.memory)
+
+    def upload_again(self, key: str, token_ids: tuple[int, ...], environment: str) -> None:
+        """Upload a document that a local tier has, unless the remote tier has it. Wait while the queue is full."""
+        if self.remote is not None:
+            self.remote.put_again(key, lambda: self._file_of(key, token_ids, environment))
 
     def as_stored(self, document: DocumentKV) -> DocumentKV:
         """Return what a reader of the stored document would get, so that answers do not depend on the store."""
@@ -245,11 +266,20 @@ class Tiers:
         file = remote.get(key, disk.file_bytes(fetch.shape, document.num_tokens))
         if isinstance(file, Miss):
             return file
-        miss = disk.adopt(key, file, fetch.shape, document)
+        miss = disk.adopt(key, file, fetch.shape, document, fetch.computing.accepts)
         self._undo_if_removed(key, fetch.watch, disk)
-        if miss is not None and miss is not Miss.UNREADABLE:
+        if miss not in (None, Miss.UNREADABLE, Miss.ENVIRONMENT):
             remote.note_damaged(key)
         return miss
+
+    def _file_of(self, key: str, token_ids: tuple[int, ...], environment: str) -> bytes | None:
+        """Return the document's file from disk, or made from memory, or None if neither has the document."""
+        data = None if self.disk is None else self.disk.read(key)
+        if data is None and self.memory is not None and self.disk is not None:
+            document = self.memory.get(key, token_ids)
+            if document is not None:
+                data = b"".join(encode(key, document, self.disk.codec, environment))
+        return data
 
     def _note_uploaded(self, key: str, size: int, watch: Watch) -> None:
         self._counters.note(StoreEvent("stored", "remote", bytes=size))

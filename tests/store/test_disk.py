@@ -302,7 +302,7 @@ def test_documents_of_an_older_format_are_removed_with_one_log_line(tmp_path, ca
         "will be computed again"
     ]
     assert not any(file.read_bytes() == b"old" for file in folder.rglob("*") if file.is_file())
-    assert {path.name for path in folder.iterdir() if "sqlite" not in path.name} == {"format.json", "tmp", "v3-raw"}
+    assert {path.name for path in folder.iterdir() if "sqlite" not in path.name} == {"format.json", "tmp", "v4-raw"}
     put(store, 1)
     store.close()
     again = DiskStore(folder)

@@ -73,7 +73,7 @@ def test_process_killed_while_opening_or_writing_leaves_only_complete_files(tmp_
     raise AssertionError(f"{name} is called more often than this test counts")
 
 
-@pytest.mark.parametrize("existing", [["tmp"], ["tmp", "v3-raw"]])
+@pytest.mark.parametrize("existing", [["tmp"], ["tmp", "v4-raw"]])
 def test_folder_whose_first_opening_was_killed_can_be_opened(tmp_path, existing):
     for name in existing:
         (tmp_path / "s" / name).mkdir(parents=True)

@@ -291,11 +291,11 @@ def test_removals_do_not_disturb_other_documents_that_are_being_computed(full, r
 
 def test_document_removed_before_its_upload_ends_is_not_kept(full, monkeypatch):
     upload, waiting = full.remote.put, []
-    monkeypatch.setattr(full.remote, "put", lambda *given: waiting.append(given))
+    monkeypatch.setattr(full.remote, "put", lambda *given, **options: waiting.append((given, options)))
     assert fetch(full, [1, 2]) == ["computed"] * 2
     full.forget([key_of(1)])
-    for upload_arguments in waiting:
-        upload(*upload_arguments)
+    for given, options in waiting:
+        upload(*given, **options)
     full.flush()
     assert full.remote.totals()[namespace_key("")][1] == 1
 

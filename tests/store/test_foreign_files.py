@@ -43,7 +43,7 @@ def test_entry_in_the_place_of_a_document_is_skipped(store, kind, caplog):
 
 @pytest.mark.parametrize("kind", FOREIGN)
 @pytest.mark.parametrize(
-    "place", ["{name}.safetensors", "v3-raw/{name}", "v3-raw/" + "0" * 32 + "/ab/{name}", "tmp/{name}.part"]
+    "place", ["{name}.safetensors", "v4-raw/{name}", "v4-raw/" + "0" * 32 + "/ab/{name}", "tmp/{name}.part"]
 )
 def test_other_entries_in_the_folder_are_skipped(store, kind, place):
     path = store.path / place
@@ -56,7 +56,7 @@ def test_other_entries_in_the_folder_are_skipped(store, kind, place):
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-@pytest.mark.parametrize("name", ["format.json", "tmp", "v3-raw"])
+@pytest.mark.parametrize("name", ["format.json", "tmp", "v4-raw"])
 def test_store_without_its_own_entries_cannot_be_opened(store, kind, name):
     if kind == "folder" and name != "format.json":
         pytest.skip("these are folders")
@@ -86,7 +86,7 @@ def test_linked_folders_are_not_followed(store, depth):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "x", "../outside", "/etc/passwd", "v3-raw/../x", "v3-raw", f"../{file_name(key_of(1), 'raw')}",
+    "name", ["", "x", "../outside", "/etc/passwd", "v4-raw/../x", "v4-raw", f"../{file_name(key_of(1), 'raw')}",
              file_name(key_of(1), "raw") + "\n", file_name(key_of(1), "raw").upper(), b"x", None, 3],
     ids=repr,
 )  # fmt: skip
@@ -111,7 +111,7 @@ def test_entry_in_a_shared_folder_is_skipped(tmp_path, shared, kind):
     shared.flush()
     replace(remote_file(shared, 1), kind)
     store = DocumentStore(None, DiskStore(tmp_path / "d"), shared)
-    assert fetch(store, [1, 2]) == ["computed", "remote"] and store.flush()
+    assert fetch(store, [1, 2]) == ["computed", "remote"] and not store.flush().unfinished
     assert shared.verify() == (1, 0) and remote_entries(shared) == 1
     assert shared.forget(key_of(1)) == 0 and shared.clear() == 1 and os.path.lexists(remote_file(shared, 1))
 
@@ -123,7 +123,7 @@ def test_links_in_a_shared_folder_are_not_followed(tmp_path, shared):
     folder.rename(elsewhere)
     folder.symlink_to(elsewhere)
     store = DocumentStore(None, DiskStore(tmp_path / "d"), shared)
-    assert fetch(store, [1]) == ["computed"] and store.flush()
+    assert fetch(store, [1]) == ["computed"] and not store.flush().unfinished
     assert shared.clear() == 0 == remote_entries(shared) and len(list(elsewhere.iterdir())) == 1
 
 
@@ -133,10 +133,10 @@ def test_listed_names_are_checked(bucket, monkeypatch):
     bucket.flush()
     removed, facts = [], {"size": 1, "type": "file"}
     own = bucket._path(key_of(1))
-    names = [own, "/etc/passwd", f"{bucket._root}/../x/y/z/m.safetensors", f"{bucket._root}/v3-raw/a/b/c.safetensors",
+    names = [own, "/etc/passwd", f"{bucket._folder.root}/../x/y/z/m.safetensors", f"{bucket._folder.root}/v4-raw/a/b/c.safetensors",
              f"/else{own}", f"{own}.tmp/x"]  # fmt: skip
-    monkeypatch.setattr(bucket._system, "glob", lambda *_, **__: dict.fromkeys(names, facts))
-    monkeypatch.setattr(bucket._system, "rm_file", removed.append)
+    monkeypatch.setattr(bucket._folder.system, "glob", lambda *_, **__: dict.fromkeys(names, facts))
+    monkeypatch.setattr(bucket._folder.system, "rm_file", removed.append)
     assert bucket.totals() == {namespace_key(""): (1, 1)} and bucket.clear() == 1 and removed == [own]
 
 
@@ -167,7 +167,7 @@ def test_remote_file_that_grows_while_it_is_read_is_cut_off(bucket, monkeypatch)
             asked.append(count)
             return bytes(count)
 
-    monkeypatch.setattr(bucket._system, "open", lambda *given: Endless())
+    monkeypatch.setattr(bucket._folder.system, "open", lambda *given: Endless())
     assert bucket.get(key_of(1), SIZE) is Miss.TRUNCATED and asked == [SIZE + 1]
 
 

@@ -153,7 +153,7 @@ TOTALS = {
 ROWS = {
     "name outside": "UPDATE documents SET name = '../outside' WHERE name = (SELECT MIN(name) FROM documents)",
     "name absolute": "UPDATE documents SET name = '/etc/none' WHERE name = (SELECT MIN(name) FROM documents)",
-    "name below": "UPDATE documents SET name = 'v3-raw/../../outside' WHERE name = (SELECT MIN(name) FROM documents)",
+    "name below": "UPDATE documents SET name = 'v4-raw/../../outside' WHERE name = (SELECT MIN(name) FROM documents)",
     "name not text": "UPDATE documents SET name = CAST(x'ff' AS TEXT) WHERE name = (SELECT MIN(name) FROM documents)",
     "name of bytes": "PRAGMA ignore_check_constraints = 1; UPDATE documents SET name = x'ff' || name",
     "rows gone": "DELETE FROM documents WHERE name IN (SELECT name FROM documents LIMIT 2)",

@@ -38,7 +38,7 @@ def test_documents_that_no_tier_accepted_are_counted_by_tier(tmp_path, monkeypat
     assert store.metrics.rejected == {"memory": 1, "disk": 0} and not any(store.metrics.failed_writes.values())
     full = failing(OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(os, "writev", full)
-    monkeypatch.setattr(remote._system, "pipe_file", full)
+    monkeypatch.setattr(remote._folder.system, "pipe_file", full)
     for number in range(1, 4):  # the first write fails, and the tiers are then not used for a while
         fetch(store, [number])
         store.flush()

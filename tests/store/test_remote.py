@@ -142,9 +142,9 @@ def test_verify_removes_damaged_files(tmp_path, shared):
 def test_slow_store_costs_one_bounded_wait(tmp_path, monkeypatch, caplog, go):
     remote = RemoteStore(f"memory://{tmp_path.name}", wait=0.1)
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote)
-    real = remote._system.open
+    real = remote._folder.system.open
     monkeypatch.setattr(
-        remote._system, "open", lambda path, mode, **given: (mode == "rb" and go.wait(10)) or real(path, mode, **given)
+        remote._folder.system, "open", lambda path, mode, **given: (mode == "rb" and go.wait(10)) or real(path, mode, **given)
     )
     began = time.monotonic()
     assert fetch(store, [1]) == ["computed"]
@@ -155,7 +155,7 @@ def test_slow_store_costs_one_bounded_wait(tmp_path, monkeypatch, caplog, go):
 
 def test_unreachable_store_causes_one_warning_each_for_reading_and_writing(tmp_path, bucket, monkeypatch, caplog):
     for name in ("open", "pipe_file", "exists", "makedirs"):
-        monkeypatch.setattr(bucket._system, name, failing(NO_ROUTE))
+        monkeypatch.setattr(bucket._folder.system, name, failing(NO_ROUTE))
     store = behind(bucket, tmp_path / "d")
     assert fetch(store, range(4)) == ["computed"] * 4
     store.close()
@@ -167,14 +167,14 @@ def test_store_that_cannot_be_written_is_still_read(tmp_path, bucket, monkeypatc
     fetch(first, range(3))
     first.close()
     second = behind(bucket, tmp_path / "b")
-    monkeypatch.setattr(bucket._system, "pipe_file", failing(PermissionError("read-only credentials")))
+    monkeypatch.setattr(bucket._folder.system, "pipe_file", failing(PermissionError("read-only credentials")))
     assert fetch(second, [9]) == ["computed"]
     second.flush()
     assert fetch(second, range(3)) == ["remote"] * 3
 
 
 def test_store_that_cannot_be_listed_is_a_store_error(bucket, monkeypatch):
-    monkeypatch.setattr(bucket._system, "glob", failing(NO_ROUTE))
+    monkeypatch.setattr(bucket._folder.system, "glob", failing(NO_ROUTE))
     for use in (bucket.totals, bucket.clear, lambda: bucket.forget(key_of(1))):
         with pytest.raises(StoreError, match=r"fails .ConnectionError: no route"):
             use()
@@ -182,20 +182,20 @@ def test_store_that_cannot_be_listed_is_a_store_error(bucket, monkeypatch):
 
 @pytest.mark.parametrize("remove", ["forget", "clear"])
 def test_hung_store_does_not_block_removal_elsewhere(tmp_path, bucket, monkeypatch, go, remove):
-    monkeypatch.setattr("kvfusion_rag.store.remote.STALLED_SECONDS", 0.1)
+    monkeypatch.setattr("kvfusion_rag.store.remote.store.STALLED_SECONDS", 0.1)
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), bucket)
     fetch(store, [1, 2])
     assert store.flush()
-    monkeypatch.setattr(bucket._system, "glob", lambda *given, **options: go.wait(30) and [])
+    monkeypatch.setattr(bucket._folder.system, "glob", lambda *given, **options: go.wait(30) and [])
     with pytest.raises(StoreError, match=r"has not answered for 0.1 s"):
         store.forget([key_of(1), key_of(2)]) if remove == "forget" else store.clear()
     assert not len(store.memory) and not files_of(store.disk)
 
 
 def test_number_of_hanging_downloads_is_bounded(tmp_path, monkeypatch, go):
-    monkeypatch.setattr("kvfusion_rag.store.remote.PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("kvfusion_rag.store.remote.store.PAUSE_SECONDS", 0.0)
     remote = RemoteStore(f"memory://{tmp_path.name}", wait=0.01)
-    monkeypatch.setattr(remote._system, "open", lambda *given: go.wait(30) and io.BytesIO(b"file"))
+    monkeypatch.setattr(remote._folder.system, "open", lambda *given: go.wait(30) and io.BytesIO(b"file"))
     misses = [remote.get(key_of(1), 4) for _ in range(20)]
     hanging = [thread for thread in threading.enumerate() if thread.name == "kvfusion-remote"]
     assert misses == [Miss.LATE] * 16 + [Miss.PAUSED] * 4 and len(hanging) == 16
@@ -262,11 +262,11 @@ def test_forget_works_in_a_folder_whose_name_contains_wildcards(tmp_path):
 
 
 def test_forget_finds_what_other_machines_stored_since_the_last_listing(bucket, monkeypatch):
-    glob, cache = bucket._system.glob, {}
+    glob, cache = bucket._folder.system.glob, {}
     monkeypatch.setattr(
-        bucket._system, "glob", lambda path, **given: cache.setdefault((path, *given), glob(path, **given))
+        bucket._folder.system, "glob", lambda path, **given: cache.setdefault((path, *given), glob(path, **given))
     )
-    monkeypatch.setattr(bucket._system, "invalidate_cache", lambda path=None: cache.clear())
+    monkeypatch.setattr(bucket._folder.system, "invalidate_cache", lambda path=None: cache.clear())
     assert bucket.forget(key_of(1)) == bucket.clear() == 0 and not bucket.totals()
     other = RemoteStore(bucket.url)
     put_all(other, 0, 1)
@@ -276,8 +276,8 @@ def test_forget_finds_what_other_machines_stored_since_the_last_listing(bucket, 
 
 def test_file_removed_by_another_machine_does_not_stop_uploads(tmp_path, monkeypatch, caplog):
     remote = RemoteStore((tmp_path / "remote").as_uri(), max_bytes=1)
-    remove = remote._system.rm_file
-    monkeypatch.setattr(remote._system, "rm_file", lambda name: (Path(name).unlink(), remove(name)))
+    remove = remote._folder.system.rm_file
+    monkeypatch.setattr(remote._folder.system, "rm_file", lambda name: (Path(name).unlink(), remove(name)))
     put_all(remote, 1)
     assert remote.flush() and not remote.failed_writes and remote.evictions == 1 and not caplog.records
 
@@ -285,7 +285,7 @@ def test_file_removed_by_another_machine_does_not_stop_uploads(tmp_path, monkeyp
 def test_on_stored_is_called_even_if_the_cap_cannot_be_kept(tmp_path, monkeypatch):
     """Otherwise a document that was forgotten during its upload would stay."""
     remote, sizes = RemoteStore(f"memory://{tmp_path.name}", max_bytes=1), []
-    monkeypatch.setattr(remote._system, "glob", failing(PermissionError("no listing")))
+    monkeypatch.setattr(remote._folder.system, "glob", failing(PermissionError("no listing")))
     remote.put(key_of(1), kv_of(1), sizes.append)
     assert remote.flush() and sizes == [SIZE]
 
@@ -297,12 +297,12 @@ def test_cap_evicts_the_oldest_files(tmp_path):
         remote._uploaded = itertools.count()  # checks the cap at each upload
         fetch(store, [number])
         store.flush()
-    assert sorted(remote._system.find(remote._root)) == sorted(remote._path(key_of(number)) for number in (0, 1))
+    assert sorted(remote._folder.system.find(remote._folder.root)) == sorted(remote._path(key_of(number)) for number in (0, 1))
     assert store.metrics.evictions == {"disk": 0, "remote": 2} and not store.metrics.failed_writes["remote"]
 
 
 def test_cap_is_kept_in_the_long_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.store.remote._UPLOADS_PER_CHECK", 4)
+    monkeypatch.setattr("kvfusion_rag.store.remote.store._UPLOADS_PER_CHECK", 4)
     remote = RemoteStore((tmp_path / "remote").as_uri(), max_bytes=6 * SIZE)
     for number in range(24):
         put_all(remote, number)
@@ -312,15 +312,16 @@ def test_cap_is_kept_in_the_long_run(tmp_path, monkeypatch):
 
 def test_incomplete_files_are_removed(tmp_path, monkeypatch):
     remote = RemoteStore((tmp_path / "remote").as_uri())
-    write = remote._system.pipe_file
+    write = remote._folder.system.pipe_file
 
     def fill_up(path, data):
         write(path, data[:10])
         raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(remote._system, "pipe_file", fill_up)
+    monkeypatch.setattr(remote._folder.system, "pipe_file", fill_up)
     put_all(remote, 1)
-    assert remote.flush() and not list(tmp_path.rglob("*.tmp"))
+    assert list(remote.flush().lost.values()) == ["OSError: [Errno 28] full"]
+    assert not list(tmp_path.rglob("*.tmp"))
     monkeypatch.undo()
     file = Path(remote._path(key_of(1)))
     orphan, fresh = (file.with_name(f"{file.name}.{name}.tmp") for name in ("killed", "running"))

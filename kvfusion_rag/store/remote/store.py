@@ -1,47 +1,31 @@
 """The remote tier: whole document files in a shared folder or bucket (an fsspec URL), behind a local disk tier.
 
-Nothing from a remote store is trusted: names are checked before they are used, no more than the expected bytes are
-read, and files are written to the local disk tier and checked there. A remote store that is slow, unreachable or full
-costs one bounded wait and is then not used for a while. It never costs an answer.
+Nothing from a remote store is trusted: files are written to the local disk tier and checked there. A remote store that
+is slow, unreachable or full costs one bounded wait and is then not used for a while. It never costs an answer.
 """
 
 from __future__ import annotations
 
 import atexit
-import glob
 import itertools
 import logging
 import math
 import os
-import re
 import threading
 import time
-import uuid
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
-from pathlib import PurePosixPath
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from ..errors import InvalidInputError, MissingDependencyError, StoreError
-from ..model.kv import DocumentKV
-from .background import Upload, UploadQueue, call
-from .format import (
-    CODECS,
-    FORMAT_VERSION,
-    SUFFIX,
-    Codec,
-    check,
-    encode,
-    file_name,
-    is_finite,
-    namespace_of,
-    require_codec,
-)
-from .keys import paths_of_documents, require_namespace_key
-from .metrics import Miss
-from .size_limits import add_up, require_bytes
+from ...errors import InvalidInputError, StoreError
+from ...model.kv import DocumentKV
+from ..format import CODECS, NO_ENVIRONMENT, SUFFIX, Codec, encode, file_name, is_finite, require_codec
+from ..keys import paths_of_documents, require_namespace_key
+from ..metrics import Miss, UploadReport
+from ..size_limits import add_up, require_bytes
+from .folder import ALL_FILES, RemoteFolder
+from .uploads import Upload, UploadQueue, call
 
 logger = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -51,13 +35,10 @@ PAUSE_SECONDS = 60.0  # during which a store is not used after an error
 FLUSH_SECONDS = 60.0  # longest wait for unfinished uploads when a store is closed
 EXIT_SECONDS = 5.0  # the same when a process exits without closing its store
 JOIN_SECONDS = 1.0  # longest wait for a thread that has finished its uploads
-STALLED_SECONDS = 30.0  # longest wait for one step of maintenance
-ALL_FILES = f"*/*/*/*{SUFFIX}"
+STALLED_SECONDS = 30.0  # longest wait for one step of maintenance, or for one upload to end
 _MAX_DOWNLOADS = 16
 _UPLOADS_PER_CHECK = 64  # uploads between two checks of the cap
-_ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
-_TEMPORARY = re.compile(rf"(?<={re.escape(SUFFIX)})\.[^/]*\.tmp$")  # ending of a file that is being written
-_TIMES = ("mtime", "LastModified", "last_modified", "created")  # names that file systems give to a file's time
+_MAX_REPORTED = 10_000  # lost documents that a report names
 
 
 class RemoteStore:
@@ -98,23 +79,16 @@ class RemoteStore:
         if not isinstance(wait, int | float) or not 0 < wait < math.inf:
             raise InvalidInputError(f"wait is {wait!r}, but it must be a number of seconds above 0.")
         require_codec(codec)
-        try:
-            from fsspec.core import url_to_fs
-        except ImportError as error:
-            raise MissingDependencyError("a remote store needs fsspec: pip install fsspec.") from error
-        self._open = partial(url_to_fs, url, **options)
+        self._folder = RemoteFolder(url, options)
         self._reset()
-        try:
-            self._opened, self._root = self._open()
-        except (ImportError, ValueError) as error:
-            raise StoreError(f"the remote store {url!r} cannot be opened: {error}") from error
         self.url = url
         self.codec: Codec = codec
-        self._max_bytes, self._wait, self._read_only = max_bytes, wait, read_only
+        self._max_bytes, self._wait, self.read_only = max_bytes, wait, read_only
         self._uploaded = itertools.count()
         self._damaged: set[str] = set()  # paths of files that the next upload replaces
         self._paused_until = {"read": 0.0, "write": 0.0}  # a store that cannot be written may still be readable
         self._warned: set[str] = set()
+        self._lost: dict[str, str] = {}  # since the last report, reason by store key
         self.evictions = self.dropped = self.failed_writes = 0
         at_exit, in_child = weakref.WeakMethod(self._finish), weakref.WeakMethod(self._reset)
         atexit.register(lambda: (finish := at_exit()) and finish())
@@ -149,24 +123,61 @@ class RemoteStore:
             self._pause("read", f"takes more than {self._wait:g} s per document")
             return Miss.LATE
 
-    def put(self, key: str, document: DocumentKV, on_stored: Callable[[int], None] = lambda size: None) -> None:
+    def put(
+        self,
+        key: str,
+        document: DocumentKV,
+        on_stored: Callable[[int], None] = lambda size: None,
+        *,
+        environment: str = NO_ENVIRONMENT,
+        patient: bool = False,
+    ) -> None:
         """Upload ``document`` in the background, or count it as dropped if uploads are paused or the queue is full.
 
         Args:
             key: store key of the document.
             document: its KV, which is not uploaded if it contains NaN or infinity.
             on_stored: called with the file's size once it is stored.
+            environment: digest of the environment that computed it.
+            patient: wait while the queue is full, unless no upload ends for half a minute.
 
         Raises:
             InvalidInputError: ``key`` is not a document key.
         """
         path = self._path(key)
-        if self._read_only or not is_finite(document.keys, document.values):
+        if self.read_only or not is_finite(document.keys, document.values):
             return
         if self._is_paused("write"):
-            self.dropped += 1
+            self._lose(key, "uploads are paused after an error")
             return
-        self.dropped += not self._queue.add(Upload(path, b"".join(encode(key, document, self.codec)), on_stored))
+        data = b"".join(encode(key, document, self.codec, environment))
+        self._add(Upload(key, path, len(data), lambda: data, on_stored), patient)
+
+    def put_again(self, key: str, read: Callable[[], bytes | None]) -> None:
+        """Upload the file of a document that other tiers have, unless it is there. Wait while the queue is full.
+
+        Args:
+            key: store key of the document.
+            read: returns the file, or None if the other tiers have lost it.
+
+        Raises:
+            InvalidInputError: ``key`` is not a document key.
+        """
+        path = self._path(key)
+        if not self.read_only:
+            self._add(Upload(key, path, 0, read, lambda size: None), patient=True)
+
+    def missing(self, keys: Collection[str]) -> list[str]:
+        """Return those of ``keys`` whose documents are not in the store now.
+
+        Raises:
+            InvalidInputError: ``keys`` contains an invalid document key.
+            StoreError: the store fails or does not answer.
+        """
+        paths = [self._path(key) for key in keys]
+        with ThreadPoolExecutor(min(_MAX_DOWNLOADS, max(1, len(paths)))) as pool:
+            found = pool.map(lambda path: self._maintain(self._folder.exists, path), paths)
+            return [key for key, exists in zip(keys, found, strict=True) if not exists]
 
     def note_damaged(self, key: str) -> None:
         """Let the next upload of ``key`` replace its file, which was damaged."""
@@ -193,37 +204,59 @@ class RemoteStore:
     def verify(self) -> tuple[int, int]:
         """Download and check every file, and remove damaged ones. Return the numbers of intact and damaged files."""
         counts = [0, 0]
-        for path in self._maintain(self._list, ALL_FILES):
-            is_damaged = self._maintain(self._is_damaged, path)
+        for path in self._maintain(self._folder.list, ALL_FILES):
+            is_damaged = self._maintain(self._folder.is_damaged, path)
             if is_damaged is not None:
                 counts[is_damaged] += 1
-            if is_damaged and not self._read_only:
-                self._maintain(self._remove_file, path)
+            if is_damaged and not self.read_only:
+                self._maintain(self._folder.remove, path)
         return counts[0], counts[1]
 
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return bytes and number of documents by namespace key."""
-        files = self._maintain(self._list, ALL_FILES)
+        files = self._maintain(self._folder.list, ALL_FILES)
         return add_up((path.split("/")[-3], facts["size"]) for path, facts in files.items())
 
-    def flush(self, timeout: float = FLUSH_SECONDS) -> bool:
-        """Wait at most ``timeout`` seconds for unfinished uploads. Return whether all have ended."""
-        return self._queue.flush(timeout)
+    def flush(self, timeout: float = FLUSH_SECONDS) -> UploadReport:
+        """Wait at most ``timeout`` seconds for unfinished uploads. Return what has become of the uploads since the
+        last report; it is true if all documents are stored."""
+        return self._report(self._queue.flush(timeout))
 
-    def close(self, timeout: float = FLUSH_SECONDS) -> bool:
-        """Flush, then drop the uploads that have not begun. Return whether none was dropped.
+    def drain(self) -> UploadReport:
+        """Like :meth:`flush`, but wait as long as an upload ends every half minute. End the pause after an error."""
+        self._paused_until["write"] = 0.0
+        return self._report(self._queue.drain(STALLED_SECONDS))
+
+    def close(self, timeout: float = FLUSH_SECONDS) -> UploadReport:
+        """Flush, then drop the uploads that have not begun.
 
         The store can still be used afterwards.
         """
-        if self.flush(timeout):
-            return True
-        self._pause("write", f"has not taken all documents within {timeout:g} s")
-        self.dropped += self._queue.cancel()
-        return False
+        if self._queue.flush(timeout):
+            self._pause("write", f"has not taken all documents within {timeout:g} s")
+            for upload in self._queue.cancel():
+                self._lose(upload.key, "the store was closed")
+        return self._report(self._queue.flush(0))
+
+    def _report(self, unfinished: int) -> UploadReport:
+        lost, self._lost = self._lost, {}
+        return UploadReport(unfinished, lost)
+
+    def _add(self, upload: Upload, patient: bool) -> None:
+        if not self._queue.add(upload, STALLED_SECONDS if patient else 0.0):
+            self._lose(upload.key, "the queue of uploads was full")
+
+    def _lose(self, key: str, reason: str) -> None:
+        self.dropped += 1
+        self._note_lost(key, reason)
+
+    def _note_lost(self, key: str, reason: str) -> None:
+        if len(self._lost) < _MAX_REPORTED:
+            self._lost[key] = reason
 
     def _reset(self) -> None:
         """Start without threads or connections, both in a new store and in a forked process, which has neither."""
-        self._opened: Any = None
+        self._folder.reset()
         self._downloads = threading.BoundedSemaphore(_MAX_DOWNLOADS)
         self._queue = UploadQueue(self._upload)
 
@@ -232,55 +265,48 @@ class RemoteStore:
 
         A thread that is still releasing its data when the interpreter ends would crash the process.
         """
-        if self.close(EXIT_SECONDS):
+        if not self.close(EXIT_SECONDS).unfinished:
             self._queue.join(JOIN_SECONDS)
 
-    @property
-    def _system(self) -> Any:
-        """The file system, opened again in a forked process, because those of buckets refuse to work in one."""
-        if self._opened is None:
-            self._opened, _ = self._open()
-        return self._opened
-
     def _path(self, key: str) -> str:
-        return f"{self._root}/{file_name(key, self.codec)}"
+        return self._folder.path(file_name(key, self.codec))
 
     def _download(self, path: str, size: int) -> bytes | Miss:
-        """Return a file with ``size`` bytes. No more is read of any other."""
-        if not self._is_plain(path):
+        if not self._folder.is_plain(path):
             return Miss.UNREADABLE
         try:
-            with self._system.open(path, "rb") as stream:
-                is_expected = getattr(stream, "size", None) in (size, None)  # some systems do not know it
-                data = stream.read(size + 1) if is_expected else b""
-            if len(data) == size:
-                return data
-            self._damaged.add(path)
-            return Miss.TRUNCATED
+            data = self._folder.read(path, size)
         except (FileNotFoundError, IsADirectoryError):
             return Miss.ABSENT
         except Exception as error:  # every file system has its own errors
             self._pause("read", f"cannot be read ({type(error).__name__}: {error})")
             return Miss.UNREADABLE
+        if data is None:
+            self._damaged.add(path)
+            return Miss.TRUNCATED
+        return data
 
     def _upload(self, upload: Upload) -> None:
         if self._is_paused("write"):
-            self.dropped += 1
+            self._lose(upload.key, "uploads are paused after an error")
             return
         path = upload.path
-        if not self._is_plain(path):
-            self.dropped += 1
+        if not self._folder.is_plain(path):
+            self._lose(upload.key, "something else is in the place of the document's file")
             return
         try:
-            self._system.invalidate_cache()  # listings may be stale, because other machines write and remove too
-            if path not in self._damaged and self._system.exists(path):
+            if path not in self._damaged and self._folder.exists(path):
                 return
-            self._system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._write(path, upload.data)
+            data = upload.read()
+            if data is None:
+                self._lose(upload.key, "the local disk has lost the document")
+                return
+            self._folder.write(path, data)
             self._damaged.discard(path)
-            upload.on_stored(len(upload.data))  # first, because it removes a document that was forgotten meanwhile
+            upload.on_stored(len(data))  # first, because it removes a document that was forgotten meanwhile
         except Exception as error:
             self.failed_writes += 1
+            self._note_lost(upload.key, f"{type(error).__name__}: {error}")
             self._pause("write", f"cannot be written ({type(error).__name__}: {error})")
             return
         try:
@@ -288,81 +314,20 @@ class RemoteStore:
         except Exception as error:
             self._pause("write", f"cannot be kept under its cap ({type(error).__name__}: {error})")
 
-    @property
-    def _is_folder(self) -> bool:
-        """Whether files are visible before they are complete, unlike those of a bucket."""
-        return self._system.protocol in ("file", ("file", "local"))
-
-    def _write(self, path: str, data: bytes) -> None:
-        if not self._is_folder:
-            self._system.pipe_file(path, data)
-            return
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            self._system.pipe_file(temporary, data)
-            self._system.mv(temporary, path)
-        except OSError:
-            with suppress(OSError):
-                self._system.rm_file(temporary)
-            raise
-
     def _tidy(self, uploaded: int) -> None:
         """After some uploads, remove temporary files of killed processes and evict files above the cap."""
-        if uploaded == 0 and self._is_folder:
-            for path, facts in self._list(f"{ALL_FILES}.*.tmp").items():
-                if facts["mtime"] < time.time() - _ORPHANED_SECONDS:
-                    self._remove_file(path)
+        if uploaded == 0:
+            self._folder.sweep()
         if uploaded % _UPLOADS_PER_CHECK == 0 and self._max_bytes is not None:
-            files = sorted(self._list(f"{ALL_FILES}*").items(), key=lambda item: _time_of(item[1]))
-            used = sum(facts["size"] for _, facts in files)
-            for path, facts in files:
-                if used <= self._max_bytes * 0.9:
-                    break
-                self._remove_file(path)
-                used -= facts["size"]
-                self.evictions += 1
-
-    def _list(self, ending: str) -> dict[str, dict[str, Any]]:
-        """Return facts about the documents' files, also temporary ones, whose paths end in a pattern, by path."""
-        self._system.invalidate_cache()
-        found = self._system.glob(f"{glob.escape(self._root)}/v{FORMAT_VERSION}-{ending}", detail=True)
-        return {path: facts for path, facts in found.items() if self._is_own(path) and self._is_plain(path)}
-
-    def _is_own(self, path: str) -> bool:
-        """Return whether a listed path is that of a document's file, or of a temporary one, in this store."""
-        name = path.removeprefix(f"{self._root}/")
-        return name != path and namespace_of(_TEMPORARY.sub("", name)) is not None
-
-    def _is_plain(self, path: str) -> bool:
-        """Return whether a path in a shared folder is absent or a file, and no link leads from the folder elsewhere.
-
-        Buckets have neither links nor pipes.
-        """
-        if not self._is_folder:
-            return True
-        if os.path.realpath(path) != os.path.realpath(self._root) + path.removeprefix(self._root):
-            return False
-        return os.path.isfile(path) or not os.path.lexists(path)
-
-    def _is_damaged(self, path: str) -> bool | None:
-        """Return whether a file is damaged, or None if another machine has removed it."""
-        try:
-            with self._system.open(path, "rb") as stream:
-                return check(stream, getattr(stream, "size", None), PurePosixPath(path)) is not None
-        except FileNotFoundError:
-            return None
-
-    def _remove_file(self, path: str) -> None:
-        with suppress(FileNotFoundError):  # removed by another machine
-            self._system.rm_file(path)
+            self.evictions += self._folder.evict(self._max_bytes * 0.9)
 
     def _remove(self, ending: str) -> int:
         """Remove files, including temporary ones. Return the number of documents."""
-        if self._read_only:
+        if self.read_only:
             raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
-        paths = self._maintain(self._list, ending)
+        paths = self._maintain(self._folder.list, ending)
         for path in paths:
-            self._maintain(self._remove_file, path)
+            self._maintain(self._folder.remove, path)
         return sum(path.endswith(SUFFIX) for path in paths)
 
     def _maintain(self, step: Callable[[str], R], argument: str) -> R:
@@ -391,8 +356,3 @@ class RemoteStore:
             logger.warning(
                 "the remote store %s %s; it is not used for the next %g s", self.url, problem, PAUSE_SECONDS
             )
-
-
-def _time_of(facts: dict[str, Any]) -> str:
-    """Return the time when a file was written, in a form that sorts within one file system."""
-    return next((str(facts[name]) for name in _TIMES if name in facts), "")

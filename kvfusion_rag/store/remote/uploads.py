@@ -9,7 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 T = TypeVar("T")
 
@@ -17,17 +18,22 @@ MAX_QUEUED, MAX_QUEUED_BYTES = 64, 512 << 20
 WORKERS = 4
 
 
-class Upload(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Upload:
     """A file to upload.
 
     Attributes:
+        key: store key of the document.
         path: path of the file.
-        data: contents of the file.
+        size: bytes that the upload holds in memory while it waits.
+        read: returns the file's contents, or None if they are gone. Called only if the file is not there yet.
         on_stored: called with the size in bytes once the file is stored.
     """
 
+    key: str
     path: str
-    data: bytes
+    size: int
+    read: Callable[[], bytes | None]
     on_stored: Callable[[int], None]
 
 
@@ -42,32 +48,47 @@ class UploadQueue:
         self._write = write
         self._changed = threading.Condition()
         self._queue: deque[Upload] = deque()
-        self._workers = self._unfinished = self._unfinished_bytes = 0
+        self._workers = self._unfinished = self._unfinished_bytes = self._ended = 0
         self._threads: deque[threading.Thread] = deque(maxlen=WORKERS)  # the latest ones
 
-    def add(self, upload: Upload) -> bool:
-        """Queue a file and return True, or return False if the queue is full."""
+    def add(self, upload: Upload, patience: float = 0.0) -> bool:
+        """Queue a file and return True, or return False if the queue is full.
+
+        Args:
+            patience: seconds to wait for room. They begin again whenever an upload ends.
+        """
         with self._changed:
-            size = self._unfinished_bytes + len(upload.data)
-            if self._unfinished == MAX_QUEUED or (self._unfinished and size > MAX_QUEUED_BYTES):
-                return False
+            while not self._has_room(upload.size):
+                ended = self._ended
+                if not self._changed.wait_for(lambda: self._ended != ended, patience):  # noqa: B023
+                    return False
             self._queue.append(upload)
             self._unfinished += 1
-            self._unfinished_bytes = size
+            self._unfinished_bytes += upload.size
             if self._workers < WORKERS:
                 self._workers += 1
                 self._threads.append(start_daemon(self._work))
             return True
 
-    def flush(self, timeout: float) -> bool:
-        """Wait at most ``timeout`` seconds for all uploads. Return whether all have ended."""
+    def flush(self, timeout: float) -> int:
+        """Wait at most ``timeout`` seconds for all uploads. Return the number of unfinished ones."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._unfinished, timeout)
+            self._changed.wait_for(lambda: not self._unfinished, timeout)
+            return self._unfinished
 
-    def cancel(self) -> int:
-        """Drop the files whose upload has not begun. Return their number."""
+    def drain(self, patience: float) -> int:
+        """Wait for all uploads as long as one ends every ``patience`` seconds. Return how many are unfinished."""
         with self._changed:
-            cancelled = len(self._queue)
+            while self._unfinished:
+                ended = self._ended
+                if not self._changed.wait_for(lambda: self._ended != ended, patience):  # noqa: B023
+                    break
+            return self._unfinished
+
+    def cancel(self) -> list[Upload]:
+        """Drop the files whose upload has not begun, and return them."""
+        with self._changed:
+            cancelled = list(self._queue)
             while self._queue:
                 self._end(self._queue.popleft())
             return cancelled
@@ -89,9 +110,14 @@ class UploadQueue:
             with self._changed:
                 self._end(upload)
 
+    def _has_room(self, size: int) -> bool:
+        is_full = self._unfinished and self._unfinished_bytes + size > MAX_QUEUED_BYTES
+        return self._unfinished < MAX_QUEUED and not is_full
+
     def _end(self, upload: Upload) -> None:
+        self._ended += 1
         self._unfinished -= 1
-        self._unfinished_bytes -= len(upload.data)
+        self._unfinished_bytes -= upload.size
         self._changed.notify_all()
 
 
