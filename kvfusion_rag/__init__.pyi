@@ -5,6 +5,7 @@ from .engine.attribution import Influence as Influence
 from .engine.streaming import AnswerStream as AnswerStream
 from .errors import ContextLimitError as ContextLimitError
 from .errors import ControlTokenError as ControlTokenError
+from .errors import DurabilityError as DurabilityError
 from .errors import ForkedProcessError as ForkedProcessError
 from .errors import InvalidInputError as InvalidInputError
 from .errors import KVFusionError as KVFusionError

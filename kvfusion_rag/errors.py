@@ -6,7 +6,7 @@ likely cause in one sentence. Imports only the standard library.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 
@@ -36,6 +36,20 @@ class ControlTokenError(KVFusionError):
 
 class StoreError(KVFusionError):
     """A document KV store cannot be opened. Faults of an open store count as misses and raise nothing."""
+
+
+class DurabilityError(StoreError):
+    """A store could not keep all documents that it was asked to keep.
+
+    Attributes:
+        documents: ids of the documents that it lacks. Empty if it only lacks the text in front of them.
+    """
+
+    def __init__(self, documents: Sequence[str], cause: str) -> None:
+        self.documents = tuple(documents)
+        names = ", ".join(map(repr, self.documents[:5])) + ", ..." * (len(self.documents) > 5)
+        lacking = f"{len(self.documents)} documents ({names})" if documents else "the text in front of the documents"
+        super().__init__(f"the store does not have {lacking}: {cause}; correct this and store them again.")
 
 
 class TrainingError(KVFusionError):

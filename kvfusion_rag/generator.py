@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from collections.abc import Generator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,9 +13,8 @@ from typing import Any, Unpack
 
 from .engine.attribution import Attribution, attribute_call, with_attribution
 from .engine.calls import AnswerKwargs, Call, WordingKwargs, read_call, read_calls, require_attributable
-from .engine.document_kvs import Scope
+from .engine.document_calls import DocumentCalls
 from .engine.engine import MAX_FUSED_TOKENS, Engine, EngineOptions
-from .engine.generator_facts import GeneratorFacts
 from .engine.invariance import check_invariance
 from .engine.queue import RequestQueue
 from .engine.requests import Batch
@@ -30,20 +29,18 @@ from .schema import (
     Document,
     FocusChoice,
     InvarianceReport,
+    KeyKindChoice,
     ModeChoice,
     Prompt,
     ShownPrompt,
-    Source,
 )
-from .store import Place, as_store, namespace_key
-from .text.documents import UNLIMITED
+from .store import Place, as_store
 from .text.settings import ModelSettings
-from .text.steps import finish
 
 logger = logging.getLogger(__name__)
 
 
-class KVFusionGenerator(GeneratorFacts):
+class KVFusionGenerator(DocumentCalls):
     """Answers questions from separately prefilled documents (KV-Fusion, arXiv 2501.07523).
 
     Use :meth:`from_pretrained` to load one. It is safe to use from several threads and tasks, whose questions are
@@ -79,6 +76,7 @@ class KVFusionGenerator(GeneratorFacts):
         store: Place = "memory",
         namespace: str = "",
         max_fused_tokens: int = MAX_FUSED_TOKENS,
+        key_kind: KeyKindChoice = "auto",
         gather: bool = True,
         **options: Unpack[LoadKwargs],
     ) -> KVFusionGenerator:
@@ -89,6 +87,7 @@ class KVFusionGenerator(GeneratorFacts):
             store: "memory" (1 GiB), a folder or fsspec URL (behind memory), a shared store, or None.
             namespace: separates tenants' documents in a shared store.
             max_fused_tokens: limit of document tokens per question.
+            key_kind: "exact" or "portable" store keys (``docs/store.md``). Default: portable for a URL, else exact.
             gather: answer callers that wait at the same time in one batch, which is several times faster. Kernels
                 round differently for other batch shapes, so turn this off if the bits of logits must not depend on
                 other callers.
@@ -100,7 +99,7 @@ class KVFusionGenerator(GeneratorFacts):
             UnsupportedModelError: fusion is not exact on this architecture; the message gives the reason.
             InvalidInputError: an argument is unknown, or its value is not allowed.
         """
-        engine_options = EngineOptions(namespace=namespace, max_fused_tokens=max_fused_tokens)
+        engine_options = EngineOptions(namespace, max_fused_tokens, key_kind)
         opened = as_store(store)  # arguments are checked before a model is loaded
         loaded, settings = load_torch_model(model, options)
         return cls(loaded, store=opened, settings=settings, options=engine_options, gather=gather)
@@ -290,104 +289,6 @@ class KVFusionGenerator(GeneratorFacts):
         return check_invariance(
             self._engine, question, documents, permutations=permutations, mode=mode, focus=focus, seed=seed
         )
-
-    # Document KVs
-
-    def prefill(
-        self,
-        documents: Sequence[Document | str],
-        *,
-        prompt: Prompt = None,
-        question: str = "",
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        progress: bool = False,
-    ) -> list[Source]:
-        """Compute the KVs of ``documents`` and keep them in the store for later questions.
-
-        Args:
-            documents: any number. The limit on what one question may fuse does not apply.
-            prompt: wording of the questions to come. Its fixed text in front of the documents is part of their keys.
-            question: the question in ``prompt``, if it contains one. Lines with the question are not part of the keys.
-            chat_template_kwargs: those of the questions (:meth:`answer`).
-            progress: show a progress bar if this takes longer than a second.
-
-        Raises:
-            InvalidInputError: the generator has no store, or ``positions`` is "global".
-        """
-        return finish(self.prefill_steps(documents, prompt, question, chat_template_kwargs, progress=progress))
-
-    def prefill_steps(
-        self,
-        documents: Sequence[Document | str],
-        prompt: Prompt = None,
-        question: str = "",
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        *,
-        progress: bool = False,
-    ) -> Generator[None, None, list[Source]]:
-        """Like :meth:`prefill`, as a generator that pauses after every few passes and returns the sources.
-
-        Close it to stop early. What has been computed until then stays in the store.
-        """
-        if self.store is None:
-            raise InvalidInputError(
-                "store is None, but prefill keeps document KVs in a store; give the generator one."
-            )
-        if self.settings.positions == "global":
-            raise InvalidInputError(
-                "positions is 'global', so a document's position depends on the question's other documents; use "
-                "positions='uniform' to prefill."
-            )
-        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
-        encoded = yield from self._engine.reading_steps(documents, layout, max_tokens=UNLIMITED)
-        scope = Scope(layout.prefix, self.namespace)
-        store_steps = self._engine.document_kvs.store_steps
-        origins, misses = yield from store_steps(encoded.keys, scope, progress=progress)
-        if lost := sum(key not in self.store for key in encoded.keys):
-            logger.warning(
-                "the store is too small: %d of %d documents were computed but not kept", lost, len(encoded.keys)
-            )
-        return list(encoded.sources(origins, misses))
-
-    def prefetch(
-        self,
-        documents: Sequence[Document | str],
-        *,
-        prompt: Prompt = None,
-        question: str = "",
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Future[int]:
-        """Start loading the stored KVs of ``documents`` into memory, for example while a reranker chooses.
-
-        Returns at once. Documents that are not stored are not computed. Arguments are those of :meth:`prefill`.
-
-        Returns:
-            A future with the number of documents (pieces, if long ones are split) that are in memory at the end.
-        """
-        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
-        return self._engine.document_kvs.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
-
-    def forget(self, documents: Sequence[Document | str]) -> int:
-        """Remove the KVs of ``documents`` in this namespace from every tier of the store, for all models.
-
-        Documents are found by the token ids that this model's tokenizer gives them, with and without their titles,
-        in its own templates and in prompts that separate documents by a blank line.
-
-        Returns:
-            The number of removed copies.
-        """
-        return finish(self.forget_steps(documents))
-
-    def forget_steps(self, documents: Sequence[Document | str]) -> Generator[None, None, int]:
-        """Like :meth:`forget`, as a generator that pauses while it encodes. Nothing is removed before its end."""
-        keys: set[str] = set()
-        for layout in self._engine.prompts.every_layout():
-            keys.update((yield from self._engine.reading_steps(documents, layout, max_tokens=UNLIMITED)).keys)
-        return self._engine.document_kvs.store.forget(keys)
-
-    def clear(self) -> int:
-        """Remove all document KVs of this namespace from every tier, and return the number of removed copies."""
-        return self._engine.document_kvs.store.clear(namespace_key(self.namespace))
 
     def bump_epoch(self) -> None:
         """Read the weights again before the next question.

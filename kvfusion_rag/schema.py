@@ -18,6 +18,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Attributed = Literal["attention", "effects"]
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = get_args(Role)
+KeyKind = Literal["exact", "portable"]
+KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
+KeyKindChoice = Literal["auto", "exact", "portable"]  # "auto" is "portable" for a store behind a URL
 Origin = Literal["memory", "disk", "remote", "computed", "prompt", "blank"]
 
 
@@ -119,6 +122,8 @@ class Source:
         attention, effect: as in ``Influence``; None unless ``attribution=`` requested them.
         used: False if the document is blank or focus dropped it.
         focus_score: score by which focus ranked it, in nats; None if focus had nothing to choose.
+        key_kind: "exact" if its KV has the bits that this process would compute, "portable" if another environment may
+            have computed it, within rounding; None if it has no KV of its own.
     """
 
     id: str
@@ -133,6 +138,7 @@ class Source:
     effect: float | None = None
     used: bool = True
     focus_score: float | None = None
+    key_kind: KeyKind | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields by name. ``metadata`` is the caller's own object, not a copy."""

@@ -11,7 +11,7 @@ from typing import Any, Generic
 
 from ..errors import InvalidInputError
 from ..fusion.sampling import DecodingOptions
-from ..schema import Answer, Document, FocusChoice, ModeChoice, Prompt
+from ..schema import KEY_KINDS, Answer, Document, FocusChoice, KeyKindChoice, ModeChoice, Prompt
 from ..store import Place, require_namespace
 from ..text.documents import EncodedDocuments, Limits, encoding_steps, is_filled, limit_of, require_sequence
 from ..text.encoder import PromptEncoder
@@ -37,6 +37,8 @@ class EngineOptions:
     Attributes:
         namespace: tenant whose documents are read; part of every key.
         max_fused_tokens: limit of document tokens of one question.
+        key_kind: what store keys promise (``docs/store.md``). "auto" is "portable" for a store behind a URL, and
+            "exact" otherwise.
 
     Raises:
         InvalidInputError: a value is not allowed.
@@ -44,6 +46,7 @@ class EngineOptions:
 
     namespace: str = ""
     max_fused_tokens: int = MAX_FUSED_TOKENS
+    key_kind: KeyKindChoice = "auto"
 
     def __post_init__(self) -> None:
         require_namespace(self.namespace)
@@ -51,6 +54,8 @@ class EngineOptions:
             raise InvalidInputError(
                 f"max_fused_tokens is {self.max_fused_tokens!r}, but it must be a whole number of tokens above 0."
             )
+        if self.key_kind not in ("auto", *KEY_KINDS):
+            raise InvalidInputError(f"key_kind is {self.key_kind!r}, but it must be 'auto', 'exact' or 'portable'.")
 
 
 class Engine(Generic[M_co]):
@@ -69,7 +74,8 @@ class Engine(Generic[M_co]):
         self, model: M_co, settings: ModelSettings | None = None, *, store: Place, options: EngineOptions | None = None
     ) -> None:
         options = options or EngineOptions()
-        runner = Runner(model, store=store, max_fused_tokens=options.max_fused_tokens)
+        kvs = DocumentKVs(model, store=store, key_kind=options.key_kind)
+        runner = Runner(model, kvs, max_fused_tokens=options.max_fused_tokens)
         self._set_up(runner, settings or model.settings, options.namespace, set())
 
     def _set_up(self, runner: Runner[M_co], settings: ModelSettings, namespace: str, warned: set[str]) -> None:

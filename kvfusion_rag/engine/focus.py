@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..model.kv import DocumentKV
-from ..schema import Origin, Source
+from ..schema import KeyKind, Origin, Source
 from ..store import KVRequest
 from ..text.documents import EncodedDocument, EncodedDocuments
 from ..text.encoder import PlainEncoder
@@ -68,6 +68,7 @@ class Choice:
         origins: where each document's KV came from, by key.
         misses: miss reason of each document that the store did not have, by key.
         kvs: KVs of the kept documents, by key.
+        key_kind: kind of all keys.
     """
 
     scored: EncodedDocuments
@@ -76,10 +77,12 @@ class Choice:
     origins: Mapping[str, Origin]
     misses: Mapping[str, str]
     kvs: Mapping[str, DocumentKV] = field(repr=False)
+    key_kind: KeyKind
 
     def sources(self, kept: Sequence[Source]) -> tuple[Source, ...]:
         """Return the sources of all of the caller's documents, given those of the kept ones."""
-        sources = [replace(source, used=False) for source in self.scored.sources(self.origins, self.misses)]
+        scored = self.scored.sources(self.origins, self.misses, self.key_kind)
+        sources = [replace(source, used=False) for source in scored]
         for number, source in zip(self.kept, kept, strict=True):
             sources[number] = source if source.origin == "prompt" else replace(source, miss=sources[number].miss)
         return tuple(replace(s, focus_score=score) for s, score in zip(sources, self.scores, strict=True))
@@ -114,7 +117,7 @@ def choose(document_kvs: DocumentKVs, focus: Focus, is_cancelled: Callable[[], b
     kept = best_documents(encoded, scores, focus.most)
     pieces = {ids for number in kept for ids in encoded.documents[number].pieces}
     kvs = {key: fetched.kvs[key] for key, ids in encoded.keys.items() if ids in pieces}
-    return Choice(encoded, kept, scores, fetched.origins, fetched.misses, kvs)
+    return Choice(encoded, kept, scores, fetched.origins, fetched.misses, kvs, document_kvs.key_kind)
 
 
 def document_scores(

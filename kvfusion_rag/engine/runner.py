@@ -21,7 +21,6 @@ from ..fusion.interface import FusionModel, Question
 from ..fusion.memory import is_out_of_memory, memory_errors
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer
-from ..store import Place
 from ..text.documents import EncodedDocuments
 from ..text.encoder import PlainEncoder
 from ..text.layouts import Layout
@@ -41,14 +40,14 @@ class Runner(Generic[M_co]):
     """The answering half of an engine, shared by generators over the same weights and store.
 
     Args:
-        store: where document KVs are kept, as ``as_store`` takes it; None keeps nothing.
+        document_kvs: the KVs of the model's documents.
         max_fused_tokens: limit of document tokens of one question, and of padded slots of one batch.
     """
 
-    def __init__(self, model: M_co, *, store: Place, max_fused_tokens: int) -> None:
+    def __init__(self, model: M_co, document_kvs: DocumentKVs, *, max_fused_tokens: int) -> None:
         self.model = model
         self.plain = PlainEncoder(model.tokenizer)
-        self.document_kvs = DocumentKVs(model, store=store)
+        self.document_kvs = document_kvs
         self.max_fused_tokens = max_fused_tokens
 
     # Requests

@@ -14,7 +14,7 @@ from ..fusion.fused_cache import FusedBuffer, FusedContext
 from ..fusion.growing_answer import GrowingAnswer
 from ..fusion.interface import FusionModel
 from ..model.kv import DocumentKV
-from ..schema import Answer, Origin, Timings, Usage
+from ..schema import Answer, KeyKind, Origin, Timings, Usage
 from ..store import FetchedKVs, KVRequest, Tier
 from ..text.citations import find_citations
 from .document_kvs import DocumentKVs, Scope
@@ -33,6 +33,7 @@ class Run:
         context: the fused cache, over the memory of ``buffer``.
         plan: how the model answers it (``FusionModel.plan``).
         origins, misses: origin of each document's KV, and miss reason of each that was computed, by key.
+        key_kind: kind of all keys.
         answers: answers so far.
         prefilled_at, first_token_at: ``time.perf_counter()`` values.
     """
@@ -43,6 +44,7 @@ class Run:
     plan: Any
     origins: Mapping[str, Origin]
     misses: Mapping[str, str]
+    key_kind: KeyKind
     prefilled_at: float
     first_token_at: float = 0.0
     answers: list[GrowingAnswer] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Run:
             logger.info("the answer was cut at its limit of %d tokens; max_new_tokens raises it", limit)
         encoded, fuses = request.encoded, request.mode.fuses
         origins = self._origins(request)
-        sources = encoded.sources(origins, self.misses if fuses else {})
+        sources = encoded.sources(origins, self.misses, self.key_kind) if fuses else encoded.sources(origins, {})
         if request.choice is not None:
             sources = request.choice.sources(sources)
         cached = sum(len(ids) for key, ids in encoded.keys.items() if origins[key] in get_args(Tier))
@@ -134,7 +136,8 @@ def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> Ru
     mode, context = batch.requests[0].mode, buffer.context()
     prefixes = [len(row.scope.prefix) for row in batch.rows]
     plan = model.plan(context, prefixes, tuned=mode.tuned, ape=mode.ape)
-    return Run(batch, buffer, context, plan, fetched.origins, fetched.misses, time.perf_counter())
+    found_in, key_kind = (fetched.origins, fetched.misses), document_kvs.key_kind
+    return Run(batch, buffer, context, plan, *found_in, key_kind, time.perf_counter())
 
 
 def _fill_rows(document_kvs: DocumentKVs, batch: Batch, buffer: FusedBuffer, scope: Scope) -> FetchedKVs:

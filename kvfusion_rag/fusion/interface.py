@@ -113,7 +113,15 @@ class FusionModel(Protocol):
     @property
     def adapter_digest(self) -> str | None: ...
     def fingerprint(self) -> str:
-        """Return a digest of everything that changes a document's KV except its token ids."""
+        """Return a digest of everything that changes the bits of a document's KV except its token ids."""
+        ...
+
+    def portable_fingerprint(self) -> str:
+        """Return a digest of everything that changes a document's KV by more than rounding except its token ids."""
+        ...
+
+    def environment(self) -> Mapping[str, str | None]:
+        """Return what changes only the rounding of a document's KV."""
         ...
 
     def identity(self) -> Mapping[str, str | None]:

@@ -116,6 +116,12 @@ class TorchModel:
     def fingerprint(self) -> str:
         return self.backbone.fingerprint()
 
+    def portable_fingerprint(self) -> str:
+        return self.backbone.portable_fingerprint()
+
+    def environment(self) -> Mapping[str, str | None]:
+        return self.backbone.environment()
+
     def identity(self) -> Mapping[str, str | None]:
         return {
             "model": self.backbone.fingerprint(),

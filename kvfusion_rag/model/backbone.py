@@ -6,8 +6,6 @@ keyword arguments. The prefill decoder Dp (adapter off) and the answering decode
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from .attention.functions import GROUPED, checkpoint_with_context, register_expl
 from .attention.weights import AttentionSum
 from .attention.windows import Windows
 from .document_cache import DocumentCache, PositionedCache, num_kv_layers
-from .fingerprint import digest_tensors
+from .fingerprint import digest_facts, digest_tensors, essential_config
 from .hardware import device_name
 from .kv import DocumentKV
 from .positions import additive
@@ -256,23 +254,31 @@ class Backbone:
             self.tokenizer.save_pretrained(folder)
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 hex digest of everything about this model that changes a document's keys and values.
+        """Return a SHA-256 hex digest of everything about this model that changes the bits of a document's KV.
 
         It covers the bytes of the weights, the configuration, dtype, device, attention implementation and library
         versions. The tokenizer and the templates act only through the token ids.
         """
-        facts = {
-            "weights": self.weights_digest,
-            "revision": self.revision,
-            "dtype": str(self.dtype),
-            "device": device_name(self.device),  # processors round differently
+        config = {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")}
+        facts = {"weights": self.weights_digest, "revision": self.revision, "dtype": str(self.dtype),
+                 "config": config, **self.environment()}  # fmt: skip
+        return digest_facts(facts)
+
+    def portable_fingerprint(self) -> str:
+        """Return a SHA-256 hex digest of everything about this model that changes a document's KV by more than
+        rounding: the bytes of the weights, the dtype and the configuration."""
+        facts = {"weights": self.weights_digest, "dtype": str(self.dtype), "config": essential_config(self.config)}
+        return digest_facts(facts)
+
+    def environment(self) -> dict[str, str | None]:
+        """Return what changes the rounding of KVs besides the model itself."""
+        return {
+            "device": device_name(self.device),
             "attention": self.attention,
             "instructions": torch.backends.cpu.get_cpu_capability() if self.device.type == "cpu" else None,
-            "config": {k: v for k, v in self.config.to_dict().items() if not k.startswith("_")},
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def weights_digest(self) -> str:

@@ -14,6 +14,7 @@ from .memory import DEFAULT_MAX_BYTES as DEFAULT_MEMORY_BYTES
 from .memory import MemoryStore
 from .metrics import Miss, StoreEvent, StoreMetrics, Tier, UploadReport
 from .opening import Place, as_store, open_store
+from .records import Collection, collections, require_collection, write_manifest
 from .remote import RemoteStore
 from .tiers import Computing, FetchedKVs, KVRequest
 
@@ -22,6 +23,7 @@ __all__ = [
     "DEFAULT_DISK_BYTES",
     "DEFAULT_MEMORY_BYTES",
     "Codec",
+    "Collection",
     "Computing",
     "DiskStore",
     "DocumentStore",
@@ -37,8 +39,11 @@ __all__ = [
     "UploadReport",
     "VerifyReport",
     "as_store",
+    "collections",
     "document_key",
     "namespace_key",
     "open_store",
+    "require_collection",
     "require_namespace",
+    "write_manifest",
 ]

@@ -8,6 +8,7 @@ finish what it has opened.
     FOLDER/format.json             format version of this folder
     FOLDER/index.sqlite            sizes and last use, for eviction (index/)
     FOLDER/v4-raw/<namespace>/<2 hex>/<document>-<digest>.safetensors
+    FOLDER/manifests/              the documents of each collection (records.py)
     FOLDER/tmp/                    files that are being written
 """
 
@@ -17,7 +18,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -44,6 +45,7 @@ from .format import (
 from .index import Index, is_locked
 from .keys import document_key, paths_of_documents, require_namespace_key
 from .metrics import Miss
+from .records import MAX_RECORD_BYTES
 from .size_limits import Caps, add_up
 
 logger = logging.getLogger(__name__)
@@ -220,6 +222,35 @@ class DiskStore:
         require_namespace_key(namespace)
         return self._remove(f"{namespace}/")
 
+    def write_record(self, name: str, data: bytes) -> None:
+        """Write a small file beside the documents, which no cap counts.
+
+        Raises:
+            StoreError: the store is read-only or cannot be changed.
+        """
+        self._require_index()
+        with self._maintenance():
+            self._folder.write_file(name, [data])
+
+    def remove_records(self, names: Iterable[str]) -> None:
+        """Remove records.
+
+        Raises:
+            StoreError: the store is read-only or cannot be changed.
+        """
+        self._require_index()
+        with self._maintenance():
+            for name in names:
+                self._folder.remove(name)
+
+    def records(self, beginning: str) -> list[tuple[str, bytes]]:
+        """Return name and contents of the records whose names begin with a folder."""
+        found = []
+        for name in self._folder.records(beginning):
+            with suppress(FileNotFoundError), open(self._folder.open_file(name), "rb") as stream:
+                found.append((name, stream.read(MAX_RECORD_BYTES)))
+        return found
+
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return bytes and number of documents by namespace key."""
         if self._index is not None:
@@ -306,17 +337,20 @@ class DiskStore:
 
     def _remove(self, beginning: str) -> int:
         """Remove all documents whose paths begin with ``beginning``. Return the number of removed files."""
-        if self._index is None:
-            raise StoreError(f"the store {str(self.path)!r} was opened with read_only=True; nothing can be removed.")
-        removed = 0
+        index, removed = self._require_index(), 0
         with self._maintenance():
             for codec in CODECS:
                 files = {entry.name for entry in self._folder.scan(beginning, [codec])}
-                names = sorted(files.union(self._index.names(f"v{FORMAT_VERSION}-{codec}/{beginning}")))
+                names = sorted(files.union(index.names(f"v{FORMAT_VERSION}-{codec}/{beginning}")))
                 for start in range(0, len(names), REMOVED_AT_ONCE):
-                    self._index.remove(names[start : start + REMOVED_AT_ONCE])
+                    index.remove(names[start : start + REMOVED_AT_ONCE])
                 removed += len(files)
         return removed
+
+    def _require_index(self) -> Index:
+        if self._index is None:
+            raise StoreError(f"the store {str(self.path)!r} was opened with read_only=True; nothing can be changed.")
+        return self._index
 
     @contextmanager
     def _maintenance(self) -> Generator[None, None, None]:

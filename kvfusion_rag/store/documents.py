@@ -155,6 +155,14 @@ class DocumentStore:
         loading.add_done_callback(lambda _: self._prefetches.release())
         return loading
 
+    def read(self, key: str, token_ids: tuple[int, ...], shape: KVShape) -> DocumentKV | None:
+        """Return a document from disk or the remote tier, whichever environment computed it, or None."""
+        document = shape.empty(token_ids)
+        fetch = Fetch(
+            {key: KVRequest(token_ids)}, shape, torch.device("cpu"), self._tiers.watch([key]), Computing(), keep=False
+        )
+        return None if isinstance(self._tiers.get_from_files(key, document, fetch), Miss) else document
+
     def forget(self, keys: Iterable[str]) -> int:
         """Remove documents, under every model, from every tier. Return the number of removed copies.
 
@@ -205,10 +213,10 @@ class DocumentStore:
         return UploadReport() if self.remote is None else self.remote.flush()
 
     @property
-    def last_tier(self) -> DiskStore | RemoteStore | None:
-        """The slowest tier that keeps documents for other processes, or None if it is read-only or there is none."""
-        tier = self.disk if self.remote is None else self.remote
-        return None if tier is None or tier.read_only else tier
+    def slowest_tier(self) -> DiskStore | RemoteStore | None:
+        """The tier that keeps documents for other processes, or None if there is only memory. A disk in front of a
+        remote tier is a cache."""
+        return self.disk if self.remote is None else self.remote
 
     def missing(self, keys: Collection[str]) -> list[str]:
         """Return those of ``keys`` whose documents are not in the slowest tier now. Faster tiers do not count.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..errors import StoreError
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Buffer, Codec, namespace_of, write_all
+from .records import RECORDS, is_record
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +174,15 @@ class Folder:
             self._require_own(file)
         self._write(file, buffers)
 
+    def records(self, beginning: str) -> list[str]:
+        """Return the names of the records below a folder of the store."""
+        files = (self.path / beginning).rglob("*") if self._is_own(self.path / RECORDS, stat.S_ISDIR) else ()
+        names = (file.relative_to(self.path).as_posix() for file in files)
+        return sorted(name for name in names if is_record(name) and self.has(name))
+
     def _file(self, name: str) -> Path:
-        """Return the path of a document's file. Raise ValueError if ``name`` does not name one."""
-        if namespace_of(name) is None:
+        """Return the path of a document's file or a record. Raise ValueError if ``name`` does not name one."""
+        if namespace_of(name) is None and not is_record(name):
             raise ValueError(f"{name!r} does not name the file of a document")
         return self.path / name
 
@@ -212,9 +219,9 @@ class Folder:
                 os.close(descriptor)
             try:
                 os.replace(temporary, file)
-            except FileNotFoundError:  # the first document of its folder
-                for folder in (file.parent.parent, file.parent):
-                    self._make(folder)
+            except FileNotFoundError:  # the first file of its folder
+                for folder in reversed(file.relative_to(self.path).parents[:-1]):
+                    self._make(self.path / folder)
                 os.replace(temporary, file)
             if self._fsync:
                 _sync_folder(file.parent)
@@ -275,6 +282,8 @@ class Folder:
             if is_old:
                 removed += 0 if documents is None else sum(1 for _ in entry.glob(f"*/*/*{SUFFIX}"))
                 shutil.rmtree(entry, ignore_errors=True)  # another process may be removing it too
+            elif entry.name == RECORDS:
+                shutil.rmtree(entry, ignore_errors=True)
             elif entry.name.startswith(("index.sqlite", "calibration.json")):
                 _unlink_file(entry)
             elif entry.name == "tmp" and not entry.is_symlink():
@@ -289,7 +298,9 @@ class Folder:
 
 def _may_be_own(entry: Path) -> bool:
     """Return whether a store creates such an entry: another process may be opening the folder, or have died there."""
-    return entry.name in ("tmp", "format.json") or entry.name.startswith((f"v{FORMAT_VERSION}-", "index.sqlite"))
+    return entry.name in ("tmp", "format.json", RECORDS) or entry.name.startswith(
+        (f"v{FORMAT_VERSION}-", "index.sqlite")
+    )
 
 
 def _unlink_file(file: Path) -> None:

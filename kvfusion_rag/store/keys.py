@@ -17,7 +17,8 @@ from ..errors import InvalidInputError
 _SCHEMA = 2
 _NAMESPACE = re.compile(r"[A-Za-z0-9 _.:@+=-]{0,128}")
 _NAMESPACE_KEY = re.compile(r"[0-9a-f]{32}")
-_KEY = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9a-f]{64}")
+KEY_PATTERN = r"[0-9a-f]{32}-[0-9a-f]{32}-[0-9a-f]{64}"  # of a result of document_key
+_KEY = re.compile(KEY_PATTERN)
 PATH_PATTERN = r"(?P<namespace>[0-9a-f]{32})/[0-9a-f]{2}/[0-9a-f]{32}-[0-9a-f]{64}"  # of a result of path_of
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Mapping, 
 from dataclasses import dataclass, field
 
 from ..errors import ContextLimitError, InvalidInputError
-from ..schema import Document, Origin, Source
+from ..schema import Document, KeyKind, Origin, Source
 from .encoder import LONGEST_TOKEN, DocumentEncoder
 from .settings import LongDocuments, ModelSettings
 from .splitting import encode_up_to, split_document
@@ -91,12 +91,25 @@ class EncodedDocuments:
         filled.sort(key=lambda d: (key_of[d.pieces[0]], d.document.text, d.id))
         return [(d.id, d.document) for d in filled]
 
-    def sources(self, origins: Mapping[str, Origin], misses: Mapping[str, str]) -> tuple[Source, ...]:
+    @property
+    def keys_by_id(self) -> dict[str, list[str]]:
+        """Keys of each document's pieces, by document id."""
+        key_of = self._key_of
+        return {document.id: [key_of[piece] for piece in document.pieces] for document in self.documents}
+
+    def ids_with(self, keys: Collection[str]) -> list[str]:
+        """Return the ids of the documents with a piece that has one of ``keys``."""
+        return [name for name, own in self.keys_by_id.items() if not set(own).isdisjoint(keys)]
+
+    def sources(
+        self, origins: Mapping[str, Origin], misses: Mapping[str, str], key_kind: KeyKind | None = None
+    ) -> tuple[Source, ...]:
         """Return the source of each document, in the caller's order.
 
         Args:
             origins: origin of each key.
             misses: miss reason of each key that had to be computed.
+            key_kind: kind of all keys, or None if the documents are in a joined prompt.
         """
         key_of = self._key_of
         first_with: dict[tuple[tuple[int, ...], ...], str] = {}
@@ -116,6 +129,7 @@ class EncodedDocuments:
                     miss=next((str(misses[key]) for key in keys if key in misses), None),
                     metadata=dict(encoded.document.metadata),
                     used=bool(keys),
+                    key_kind=key_kind if keys else None,
                 )
             )
         return tuple(sources)

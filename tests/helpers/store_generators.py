@@ -6,16 +6,22 @@ from pathlib import Path
 from tiny import backbone
 
 from kvfusion_rag import Answer, DiskStore, Document, DocumentStore, KVFusionGenerator
+from kvfusion_rag.engine.engine import EngineOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
+from kvfusion_rag.schema import KeyKindChoice
 from kvfusion_rag.store import Place
 
 DOCUMENTS = [Document("the mill was built in 1874", title="mill"), "the river runs past", "two grey doves sleep"]
 llama = cache(lambda: backbone("llama"))  # for tests that leave its weights alone
 
 
-def over(store: Place, *, model: Backbone | None = None, **options) -> KVFusionGenerator:
-    return KVFusionGenerator(TorchModel(model or llama()), store=store, **options)
+def over(
+    store: Place, *, model: Backbone | None = None, key_kind: KeyKindChoice = "auto", **options
+) -> KVFusionGenerator:
+    return KVFusionGenerator(
+        TorchModel(model or llama()), store=store, options=EngineOptions(key_kind=key_kind), **options
+    )
 
 
 def over_disk(folder: Path, **options) -> KVFusionGenerator:

@@ -294,8 +294,8 @@ def test_document_removed_before_its_upload_ends_is_not_kept(full, monkeypatch):
     monkeypatch.setattr(full.remote, "put", lambda *given, **options: waiting.append((given, options)))
     assert fetch(full, [1, 2]) == ["computed"] * 2
     full.forget([key_of(1)])
-    for given, options in waiting:
-        upload(*given, **options)
+    for arguments, options in waiting:
+        upload(*arguments, **options)
     full.flush()
     assert full.remote.totals()[namespace_key("")][1] == 1
 

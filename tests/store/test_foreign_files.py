@@ -133,7 +133,8 @@ def test_listed_names_are_checked(bucket, monkeypatch):
     bucket.flush()
     removed, facts = [], {"size": 1, "type": "file"}
     own = bucket._path(key_of(1))
-    names = [own, "/etc/passwd", f"{bucket._folder.root}/../x/y/z/m.safetensors", f"{bucket._folder.root}/v4-raw/a/b/c.safetensors",
+    root = bucket._folder.root
+    names = [own, "/etc/passwd", f"{root}/../x/y/z/m.safetensors", f"{root}/v4-raw/a/b/c.safetensors",
              f"/else{own}", f"{own}.tmp/x"]  # fmt: skip
     monkeypatch.setattr(bucket._folder.system, "glob", lambda *_, **__: dict.fromkeys(names, facts))
     monkeypatch.setattr(bucket._folder.system, "rm_file", removed.append)

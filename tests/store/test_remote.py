@@ -48,7 +48,7 @@ def test_read_only_remote_store_is_read_through_a_local_disk_and_never_changed(t
     before = sorted(tmp_path.joinpath("remote").rglob("*"))
     reader = open_store(url, local=tmp_path / "b", read_only=True)
     assert fetch(reader, [0, 1, 2, 9]) == ["remote"] * 3 + ["computed"]
-    with pytest.raises(StoreError, match="read_only=True; nothing can be removed"):
+    with pytest.raises(StoreError, match="read_only=True; nothing can be changed"):
         reader.clear()
     assert not len(reader.memory) and not files_of(reader.disk)  # the other tiers are empty all the same
     assert sorted(tmp_path.joinpath("remote").rglob("*")) == before
@@ -144,7 +144,9 @@ def test_slow_store_costs_one_bounded_wait(tmp_path, monkeypatch, caplog, go):
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), remote)
     real = remote._folder.system.open
     monkeypatch.setattr(
-        remote._folder.system, "open", lambda path, mode, **given: (mode == "rb" and go.wait(10)) or real(path, mode, **given)
+        remote._folder.system,
+        "open",
+        lambda path, mode, **given: (mode == "rb" and go.wait(10)) or real(path, mode, **given),
     )
     began = time.monotonic()
     assert fetch(store, [1]) == ["computed"]
@@ -297,7 +299,9 @@ def test_cap_evicts_the_oldest_files(tmp_path):
         remote._uploaded = itertools.count()  # checks the cap at each upload
         fetch(store, [number])
         store.flush()
-    assert sorted(remote._folder.system.find(remote._folder.root)) == sorted(remote._path(key_of(number)) for number in (0, 1))
+    assert sorted(remote._folder.system.find(remote._folder.root)) == sorted(
+        remote._path(key_of(number)) for number in (0, 1)
+    )
     assert store.metrics.evictions == {"disk": 0, "remote": 2} and not store.metrics.failed_writes["remote"]
 
 

@@ -196,7 +196,7 @@ def test_documents_at_positions_after_others_are_not_stored():
 
 
 def test_corpus_is_prefilled_in_slices_so_that_questions_do_not_wait_for_all_of_it(monkeypatch):
-    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.PASSES_AT_ONCE", 0.1)  # 12 tokens
+    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.kvs.PASSES_AT_ONCE", 0.1)  # 12 tokens
     gen = over(DocumentStore(MemoryStore()))
     claimed: list[int] = []
     prefill, single_flight = gen._engine.model.backbone.prefill, gen.store._single_flight

@@ -18,6 +18,7 @@ from typing import Any
 
 from ...errors import MissingDependencyError, StoreError
 from ..format import FORMAT_VERSION, SUFFIX, check, namespace_of
+from ..records import MAX_RECORD_BYTES, is_record
 
 ALL_FILES = f"*/*/*/*{SUFFIX}"
 _ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
@@ -105,6 +106,18 @@ class RemoteFolder:
         self.system.invalidate_cache()
         found = self.system.glob(f"{glob.escape(self.root)}/v{FORMAT_VERSION}-{ending}", detail=True)
         return {path: facts for path, facts in found.items() if self._is_own(path) and self.is_plain(path)}
+
+    def records(self, beginning: str) -> list[str]:
+        """Return the names of the records whose names begin with a folder."""
+        self.system.invalidate_cache()
+        paths = self.system.find(self.path(beginning))
+        names = (path.removeprefix(f"{self.root}/") for path in paths)
+        return sorted(name for name in names if is_record(name) and self.is_plain(self.path(name)))
+
+    def read_record(self, name: str) -> bytes:
+        """Return the contents of a record."""
+        with self.system.open(self.path(name), "rb") as stream:
+            return stream.read(MAX_RECORD_BYTES)
 
     def is_plain(self, path: str) -> bool:
         """Return whether a path in a shared folder is absent or a file, and no link leads from the folder elsewhere.

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -154,7 +154,8 @@ class RemoteStore:
         self._add(Upload(key, path, len(data), lambda: data, on_stored), patient)
 
     def put_again(self, key: str, read: Callable[[], bytes | None]) -> None:
-        """Upload the file of a document that other tiers have, unless it is there. Wait while the queue is full.
+        """Upload the file of a document that other tiers have, unless it is there, even while uploads are paused after
+        an error. Wait while the queue is full.
 
         Args:
             key: store key of the document.
@@ -165,7 +166,7 @@ class RemoteStore:
         """
         path = self._path(key)
         if not self.read_only:
-            self._add(Upload(key, path, 0, read, lambda size: None), patient=True)
+            self._add(Upload(key, path, 0, read, lambda size: None, insists=True), patient=True)
 
     def missing(self, keys: Collection[str]) -> list[str]:
         """Return those of ``keys`` whose documents are not in the store now.
@@ -212,6 +213,34 @@ class RemoteStore:
                 self._maintain(self._folder.remove, path)
         return counts[0], counts[1]
 
+    def write_record(self, name: str, data: bytes) -> None:
+        """Write a small file beside the documents, which no cap counts.
+
+        Raises:
+            StoreError: the store is read-only, fails or does not answer.
+        """
+        self._require_writable()
+        self._maintain(lambda path: self._folder.write(path, data), self._folder.path(name))
+
+    def remove_records(self, names: Iterable[str]) -> None:
+        """Remove records.
+
+        Raises:
+            StoreError: the store is read-only, fails or does not answer.
+        """
+        self._require_writable()
+        for name in names:
+            self._maintain(self._folder.remove, self._folder.path(name))
+
+    def records(self, beginning: str) -> list[tuple[str, bytes]]:
+        """Return name and contents of the records whose names begin with a folder.
+
+        Raises:
+            StoreError: the store fails or does not answer.
+        """
+        names = self._maintain(self._folder.records, beginning)
+        return [(name, self._maintain(self._folder.read_record, name)) for name in names]
+
     def totals(self) -> dict[str, tuple[int, int]]:
         """Return bytes and number of documents by namespace key."""
         files = self._maintain(self._folder.list, ALL_FILES)
@@ -223,8 +252,7 @@ class RemoteStore:
         return self._report(self._queue.flush(timeout))
 
     def drain(self) -> UploadReport:
-        """Like :meth:`flush`, but wait as long as an upload ends every half minute. End the pause after an error."""
-        self._paused_until["write"] = 0.0
+        """Like :meth:`flush`, but wait as long as an upload ends every half minute."""
         return self._report(self._queue.drain(STALLED_SECONDS))
 
     def close(self, timeout: float = FLUSH_SECONDS) -> UploadReport:
@@ -287,7 +315,7 @@ class RemoteStore:
         return data
 
     def _upload(self, upload: Upload) -> None:
-        if self._is_paused("write"):
+        if self._is_paused("write") and not upload.insists:
             self._lose(upload.key, "uploads are paused after an error")
             return
         path = upload.path
@@ -323,12 +351,15 @@ class RemoteStore:
 
     def _remove(self, ending: str) -> int:
         """Remove files, including temporary ones. Return the number of documents."""
-        if self.read_only:
-            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be removed.")
+        self._require_writable()
         paths = self._maintain(self._folder.list, ending)
         for path in paths:
             self._maintain(self._folder.remove, path)
         return sum(path.endswith(SUFFIX) for path in paths)
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be changed.")
 
     def _maintain(self, step: Callable[[str], R], argument: str) -> R:
         """Return the result of one step of maintenance.

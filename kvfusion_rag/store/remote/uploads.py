@@ -28,6 +28,7 @@ class Upload:
         size: bytes that the upload holds in memory while it waits.
         read: returns the file's contents, or None if they are gone. Called only if the file is not there yet.
         on_stored: called with the size in bytes once the file is stored.
+        insists: upload it even while uploads are paused after an error.
     """
 
     key: str
@@ -35,6 +36,7 @@ class Upload:
     size: int
     read: Callable[[], bytes | None]
     on_stored: Callable[[int], None]
+    insists: bool = False
 
 
 class UploadQueue:
