@@ -2,7 +2,8 @@
 
 Only new and changed files are read and embedded, and deleted files are removed from the index. Skipped files, and data
 in files that is left out (such as images in base64), are listed with the reason. With ``--store``, the KV of each
-chunk that is not stored yet is computed too. An interrupted run can be repeated and then continues.
+chunk that is not stored yet is computed too, and the command fails unless the store has all of them in the end. An
+interrupted run can be repeated and then continues.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InvalidInputError
 from .console import say, say_json, say_left_out, say_list, shown_path
 from .options import (
     INDEX_FOLDER,
@@ -40,18 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_index_arguments(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
+    parser.add_argument(
+        "--collection",
+        metavar="NAME",
+        help="collection under which the store lists the chunks for 'store missing' (default: the index's folder)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     require_paths(args.paths)
     require_store(args)
     folder = Path(args.index or first_folder(args.paths) / INDEX_FOLDER)
+    collection = _collection(args, folder)
     count_tokens, passage_length = load_token_counter(args)
     with open_index(args, folder, count_tokens, passage_length) as index:
         report = index.update(args.paths)
         chunk_tokens = index.chunk_tokens
         documents = index.documents(files=report.files) if args.store else []
-    stored = _prefill(args, documents) if args.store else None
+    stored = _prefill(args, documents, collection) if args.store else None
     if args.json:
         result = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
         say_json(result | ({} if stored is None else {"store": stored}))
@@ -62,11 +70,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prefill(args: argparse.Namespace, documents: list[Document]) -> dict[str, int]:
+def _collection(args: argparse.Namespace, folder: Path) -> str:
+    """Return the name of the collection, checked before any work begins."""
+    if args.collection is None:
+        return str(folder.resolve())
+    if not args.store:
+        raise InvalidInputError("--collection is given without --store; pass the store's folder or URL too.")
+    from ..store.records import require_collection
+
+    require_collection(args.collection)
+    return args.collection
+
+
+def _prefill(args: argparse.Namespace, documents: list[Document], collection: str) -> dict[str, int]:
     """Store the KV of every document. Return how many were computed and how many were stored already."""
+    from ..store import keep_newest_part, namespace_key
+
     generator = load_generator(args)
-    sources = [s for s in generator.prefill(documents, progress=not args.json) if s.origin != "blank"]
-    assert generator.store is not None  # --store is set
+    given = generator.prefill(documents, progress=not args.json, durable=True, collection=collection)
+    sources = [source for source in given if source.origin != "blank"]
+    assert generator.store is not None and generator.store.slowest_tier is not None  # --store is set
+    keep_newest_part(generator.store.slowest_tier, namespace_key(args.namespace), collection)
     generator.store.close()
     computed = sum(source.origin == "computed" for source in sources)
     return {"computed": computed, "stored already": len(sources) - computed}

@@ -138,6 +138,13 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         "--store-codec", choices=CODECS, help="format of stored files: raw, or v8, which is smaller (default: raw)"
     )
     parser.add_argument(
+        "--key-kind",
+        choices=["auto", "exact", "portable"],
+        default="auto",
+        help="exact: use only stored KVs with the bits that this machine computes; portable: use those of other "
+        "machines too (default: auto, which is portable for a URL and exact for a folder)",
+    )
+    parser.add_argument(
         "--store-max-bytes",
         type=byte_count,
         metavar="SIZE",
@@ -187,6 +194,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
             max_reasoning_tokens=getattr(args, "max_reasoning_tokens", None),
             store=_open_store(args) if store is None else store,
             namespace=getattr(args, "namespace", ""),
+            key_kind=getattr(args, "key_kind", "auto"),
         )
 
 

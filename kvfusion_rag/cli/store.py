@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from .console import say, say_json
+from .console import say, say_json, say_list
 from .options import CODECS, add_index_arguments, add_model_name, load_config, load_encoder, open_index, require_paths
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ACTIONS = {
     "stats": "show bytes and documents by namespace",
     "verify": "check every file, including those behind a URL, remove damaged ones, and repair the index",
+    "missing": "show which documents of a collection the store has lost, without loading a model",
     "clear": "remove all documents of one namespace, or of all",
     "forget": "remove the documents of files, regardless of the model that stored them",
     "estimate": "show how much space the documents of files would take",
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             action.add_argument(
                 "--namespace", default="", help="tenant whose documents are removed (default: the unnamed one)"
             )
+        if name == "missing":
+            action.add_argument(
+                "--namespace", default="", help="tenant whose collections are checked (default: the unnamed one)"
+            )
+            action.add_argument("--collection", metavar="NAME", help="collection to check (default: all)")
         if name == "clear":
             action.add_argument("--all", action="store_true", help="remove the documents of every namespace")
         if name in ("forget", "estimate"):
@@ -56,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    actions = {"stats": _stats, "verify": _verify, "clear": _clear, "forget": _forget, "estimate": _estimate}
+    actions = {"stats": _stats, "verify": _verify, "missing": _missing, "clear": _clear, "forget": _forget,
+               "estimate": _estimate}  # fmt: skip
     return actions[args.action](args)
 
 
@@ -105,6 +112,37 @@ def _verify(args: argparse.Namespace) -> int:
             if counts:
                 say(f"{name}: " + ", ".join(f"{count:,} {what}" for what, count in counts.items()))
     return 1 if disk["broken"] or (remote or {}).get("broken") else 0
+
+
+def _missing(args: argparse.Namespace) -> int:
+    """Print the documents of collections that the slowest tier lacks. Return 1 if there are any."""
+    from ..store import collections, namespace_key, require_namespace
+
+    require_namespace(args.namespace)
+    store = _open(args)
+    assert store.slowest_tier is not None  # open_store always adds a disk tier
+    found = [
+        collection
+        for collection in collections(store.slowest_tier, namespace_key(args.namespace))
+        if args.collection in (None, collection.name)
+    ]
+    if not found:
+        named = "no collection" if args.collection is None else f"no collection {args.collection!r}"
+        raise InvalidInputError(
+            f"{args.store!r} lists {named} in namespace {args.namespace!r}; 'kvfusion index --store' writes one."
+        )
+    results = []
+    for collection in found:
+        lacking = set(store.missing({key for keys in collection.documents.values() for key in keys}))
+        lost = [name for name, keys in collection.documents.items() if not lacking.isdisjoint(keys)]
+        results.append({"collection": collection.name, "documents": len(collection.documents), "missing": lost})
+    if args.json:
+        say_json({"store": args.store, "collections": results})
+    else:
+        for result in results:
+            say(f"{result['collection']}: {result['documents']:,} documents, {len(result['missing']):,} missing")
+            say_list("-", result["missing"])
+    return 1 if any(result["missing"] for result in results) else 0
 
 
 def _clear(args: argparse.Namespace) -> int:

@@ -99,7 +99,7 @@ class DocumentCalls(GeneratorFacts):
                 "the store is too small: %d of %d documents were computed but not kept", lost, len(encoded.keys)
             )
         if collection is not None and (tier := self.store.slowest_tier) is not None:
-            write_manifest(tier, namespace_key(self.namespace), collection, encoded.keys_by_id, replace=False)
+            write_manifest(tier, namespace_key(self.namespace), collection, encoded.keys_by_id)
         return list(encoded.sources(stored.origins, stored.misses, kvs.key_kind))
 
     def _require_writable_store(self, collection: str | None) -> None:

@@ -20,7 +20,7 @@ from ..errors import InvalidInputError, StoreError
 from .keys import KEY_PATTERN
 
 MAX_RECORD_BYTES = 256 << 20
-MAX_COLLECTION_NAME = 200  # characters
+MAX_COLLECTION_NAME = 1000  # characters
 RECORDS = "manifests"
 _PART = re.compile(r"manifests/(?P<namespace>[0-9a-f]{32})/[0-9a-f]{32}/[0-9a-f]{16}-[0-9a-f]{32}\.jsonl")
 _KEY = re.compile(KEY_PATTERN)
@@ -56,9 +56,7 @@ class RecordTier(Protocol):
     def records(self, beginning: str) -> list[tuple[str, bytes]]: ...
 
 
-def write_manifest(
-    tier: RecordTier, namespace: str, collection: str, documents: Mapping[str, Sequence[str]], *, replace: bool
-) -> None:
+def write_manifest(tier: RecordTier, namespace: str, collection: str, documents: Mapping[str, Sequence[str]]) -> None:
     """Add documents to a collection's manifest.
 
     Args:
@@ -66,17 +64,23 @@ def write_manifest(
         namespace: key of the collection's namespace.
         collection: its name.
         documents: store keys of each document's pieces, by document id.
-        replace: the collection has no other documents. Otherwise those of earlier calls are kept.
 
     Raises:
         StoreError: the tier is read-only or cannot be changed.
     """
-    folder = _parts_of(namespace, collection)
-    older = [name for name, _ in tier.records(folder)] if replace else []
     lines = [{"collection": collection}, *({"id": name, "keys": list(keys)} for name, keys in documents.items())]
     data = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-    tier.write_record(f"{folder}{time.time_ns():016x}-{uuid.uuid4().hex}.jsonl", data)
-    tier.remove_records(older)
+    tier.write_record(f"{_parts_of(namespace, collection)}{time.time_ns():016x}-{uuid.uuid4().hex}.jsonl", data)
+
+
+def keep_newest_part(tier: RecordTier, namespace: str, collection: str) -> None:
+    """Remove the documents of all but the last call of :func:`write_manifest` from a collection's manifest.
+
+    Raises:
+        StoreError: the tier is read-only or cannot be changed.
+    """
+    names = sorted(name for name, _ in tier.records(_parts_of(namespace, collection)))
+    tier.remove_records(names[:-1])
 
 
 def collections(tier: RecordTier, namespace: str | None = None) -> list[Collection]:

@@ -106,9 +106,9 @@ def test_verify_checks_files_behind_a_url(run, folder, monkeypatch):
     run("index", *places(folder, url))
     damage(folder / "shared")
     code, found = run("store", "verify", url, "--json")
-    assert code == 1 and found["remote"] == {"whole": 4, "broken": 1} and (found["whole"], found["broken"]) == (5, 0)
+    assert code == 1 and found["remote"] == {"whole": 5, "broken": 1} and (found["whole"], found["broken"]) == (6, 0)
     code, output = run("store", "verify", url)
-    assert code == 0 and "disk: 5 whole" in output and "remote: 4 whole, 0 broken" in output
+    assert code == 0 and "disk: 6 whole" in output and "remote: 5 whole, 0 broken" in output
 
 
 def test_questions_find_documents_in_the_codec_of_the_index(run, folder):
@@ -168,3 +168,31 @@ def test_bench_store_measures_every_tier(run, tmp_path):
     tokens = 3 * 32
     assert found["bytes_per_1000_tokens"] == round(1000 * found["bytes"] / tokens)
     assert run("bench", "store", "--shape", "huge")[0] == 2
+
+
+def test_missing_names_the_documents_that_the_store_has_lost(run, folder):
+    store = folder / "s"
+    code, report = run("store", "missing", store, "--json")
+    (collection,) = report["collections"]
+    assert code == 0 and collection["documents"] == 4 and collection["missing"] == []
+    assert collection["collection"].endswith("ix")
+    (docs := folder / "docs" / "0.txt").unlink()
+    assert run("index", *places(folder))[0] == 0 and not docs.exists()
+    assert run("store", "missing", store, "--json")[1]["collections"][0]["documents"] == 4  # of the original folder
+    assert {len(found["missing"]) for found in run("store", "missing", store, "--json")[1]["collections"]} == {0}
+    for file in files_of(store):
+        file.unlink()
+    code, output = run("store", "missing", store)
+    assert code == 1 and "4 documents, 4 missing" in output and "3 documents, 3 missing" in output
+
+
+def test_missing_without_a_collection_is_an_error(run, folder):
+    code, output = run("store", "missing", folder / "s", "--collection", "other")
+    assert code == 2 and "lists no collection 'other' in namespace ''" in output
+    assert run("index", folder / "docs", "--collection", "x")[0] == 2
+
+
+def test_index_fails_if_the_store_cannot_keep_all_documents(run, folder):
+    size = max(file.stat().st_size for file in files_of(folder / "s"))
+    code, output = run("index", *places(folder, folder / "small"), "--store-max-bytes", str(2 * size))
+    assert code == 2 and "the store does not have" in output and "a cap is too small" in output
