@@ -21,6 +21,7 @@ from ..format import FORMAT_VERSION, SUFFIX, check, namespace_of
 from ..records import MAX_RECORD_BYTES, is_record
 
 ALL_FILES = f"*/*/*/*{SUFFIX}"
+BUCKETS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "tos"}  # protocols of object stores
 _ORPHANED_SECONDS = 86400.0  # age from which a temporary file counts as abandoned
 _TEMPORARY = re.compile(rf"(?<={re.escape(SUFFIX)})\.[^/]*\.tmp$")  # ending of a file that is being written
 _TIMES = ("mtime", "LastModified", "last_modified", "created")  # names that file systems give to a file's time
@@ -83,7 +84,8 @@ class RemoteFolder:
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file, which appears complete or not at all."""
-        self.system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+        if not self._is_bucket:  # which has no folders, and which s3fs would create
+            self.system.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
         if not self.is_shared_folder:
             self.system.pipe_file(path, data)
             return
@@ -161,6 +163,11 @@ class RemoteFolder:
     def is_shared_folder(self) -> bool:
         """Whether this is a folder, whose files are visible before they are complete, and not a bucket."""
         return self.system.protocol in ("file", ("file", "local"))
+
+    @property
+    def _is_bucket(self) -> bool:
+        protocol = self.system.protocol
+        return not BUCKETS.isdisjoint([protocol] if isinstance(protocol, str) else protocol)
 
     def _is_own(self, path: str) -> bool:
         """Return whether a listed path is that of a document's file, or of a temporary one, in this store."""
