@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from ..errors import MissingDependencyError, RetrievalError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+TEXTS_PER_STEP = 256  # embedded at once, between two steps of a progress bar
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -108,6 +110,21 @@ class SentenceTransformerEmbedder:
                 "%d of %d chunks are longer than the %d tokens that the embedding model %r reads, so only their "
                 "beginnings can be found.", too_long, len(texts), limit, self._name,
             )  # fmt: skip
+
+
+def embed_in_steps(embedder: Embedder, texts: Sequence[str], *, progress: bool) -> np.ndarray:
+    """Return the vectors of N texts, shape (N, E).
+
+    With ``progress``, texts and remaining time are shown on stderr if stderr is a terminal and it takes over a second.
+    """
+    vectors: list[np.ndarray] = []
+    with tqdm(
+        desc="embedding", unit="text", total=len(texts), delay=1, leave=False, disable=None if progress else True
+    ) as bar:
+        for start in range(0, max(1, len(texts)), TEXTS_PER_STEP):
+            vectors.append(embedder.embed_documents(texts[start : start + TEXTS_PER_STEP]))
+            bar.update(len(vectors[-1]))
+    return np.concatenate(vectors)
 
 
 def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:

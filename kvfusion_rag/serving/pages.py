@@ -26,12 +26,12 @@ _COMPONENTS = "#/components/schemas/"
 def add_pages(app: FastAPI, model: Mapping[str, Any]) -> None:
     """Add ``GET /``, which names ``model`` (as ``/v1/models`` returns it), and ``GET /docs``."""
 
-    @app.get("/", response_class=HTMLResponse, responses=REPLIES["page"])
+    @app.get("/", responses=REPLIES["page"])
     async def start_page() -> HTMLResponse:
         """Return a page that says what this server is."""
         return HTMLResponse(_start_page(model), headers=HEADERS)
 
-    @app.get("/docs", response_class=HTMLResponse, responses=REPLIES["page"])
+    @app.get("/docs", responses=REPLIES["page"])
     async def documentation() -> HTMLResponse:
         """Return a page with all paths and fields."""
         return HTMLResponse(_documentation(app.openapi()), headers=HEADERS)
