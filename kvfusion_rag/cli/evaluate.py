@@ -196,7 +196,7 @@ def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
         rows, notes = usable_rows(rows, args.conditions, args.documents)
     rows = _sample(rows, args)
     if args.score_passages:
-        rows = list(with_scores(rows, SentenceTransformerEmbedder(device=args.device)))
+        rows = list(with_scores(rows, SentenceTransformerEmbedder(device=args.device), progress=True))
     plan = plan_conditions(rows, args.conditions, args.documents)
     plan = replace(plan, notes=(*notes, *plan.notes))
     for note in plan.notes:

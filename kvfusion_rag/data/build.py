@@ -60,6 +60,7 @@ class DataBuilder:
         exclude: evaluation questions and contexts that must not be in a row. Truncated contexts are found too.
         count_tokens: required for ``max_tokens``.
         embedder: required for negatives "dense".
+        progress: whether the embedding of the pool shows its progress.
 
     Raises:
         InvalidInputError: there are too few passages for rows of the given size, or a required argument is missing.
@@ -74,6 +75,7 @@ class DataBuilder:
         exclude: Iterable[Example] = (),
         count_tokens: Callable[[str], int] | None = None,
         embedder: Embedder | None = None,
+        progress: bool = False,
     ) -> None:
         if options.max_tokens is not None and count_tokens is None:
             raise InvalidInputError(
@@ -88,7 +90,7 @@ class DataBuilder:
         self._contexts_of: dict[bytes, set[bytes]] = {}
         self._pool = self._make_pool(corpus)
         self._check_size()
-        self._rankings = self._make_rankings(embedder)
+        self._rankings = self._make_rankings(embedder, progress)
         self._golds = GoldFinder(self._pool, self._rankings, self._fits)
 
     def rows(self) -> Iterator[QARow]:
@@ -176,13 +178,13 @@ class DataBuilder:
                 f"{f' (and {excluded} excluded ones)' if excluded else ''}; ask for fewer or add a corpus."
             )
 
-    def _make_rankings(self, embedder: Embedder | None) -> dict[str, Ranking]:
+    def _make_rankings(self, embedder: Embedder | None, progress: bool) -> dict[str, Ranking]:
         rankings: dict[str, Ranking] = {}
         for name in self._options.negatives:
             if name == "bm25":
                 rankings[name] = BM25Ranking(self._pool.passages)
             elif name == "dense" and embedder is not None:
-                rankings[name] = DenseRanking(self._pool.passages, embedder)
+                rankings[name] = DenseRanking(self._pool.passages, embedder, progress=progress)
             else:
                 rankings[name] = RandomRanking(len(self._pool))
         return rankings | {FILLED: RandomRanking(len(self._pool))}

@@ -18,12 +18,11 @@ import numpy as np
 import xxhash
 
 from ..errors import MissingDependencyError
-from ..retrieval.embedding import Embedder
+from ..retrieval.embedding import Embedder, embed_in_steps
 from .answer_match import normalize_answer
 from .rows import Passage
 
 SORTED_FIRST = 128  # best passages; the rest are sorted only if all of these are rejected
-EMBEDDED_AT_ONCE = 16_384
 FILLED = "fill"  # name of the random ranking that is used when the chosen ones are exhausted
 
 _WORD = re.compile(r"\w+")
@@ -162,11 +161,10 @@ class BM25Ranking(Ranking):
 class DenseRanking(Ranking):
     """Ranks all passages by the similarity of their vectors to the question's."""
 
-    def __init__(self, passages: Sequence[Passage], embedder: Embedder) -> None:
+    def __init__(self, passages: Sequence[Passage], embedder: Embedder, *, progress: bool = False) -> None:
         self._embedder = embedder
         texts = [f"{p.title}\n{p.text}" if p.title else p.text for p in passages]
-        parts = range(0, len(texts), EMBEDDED_AT_ONCE)
-        self._vectors = np.concatenate([embedder.embed_documents(texts[n : n + EMBEDDED_AT_ONCE]) for n in parts])
+        self._vectors = embed_in_steps(embedder, texts, progress=progress)
         self._questions: dict[str, np.ndarray] = {}
 
     def prepare(self, questions: Sequence[str]) -> None:

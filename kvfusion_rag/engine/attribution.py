@@ -7,6 +7,7 @@ the answer's probability with all documents and with each one left out.
 from __future__ import annotations
 
 import html
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
@@ -54,6 +55,7 @@ class Attribution:
     ``documents`` are in the caller's order. Effects do not add up if several documents contain the same information.
     """
 
+    question: str
     answer: str
     log_probability: float
     mode: Mode
@@ -71,6 +73,8 @@ class Attribution:
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw two bars per document: its effect (nats) and its share of attention (%), each on its own scale.
 
+        Both scales have their zero at the same place. The title contains the question and the answer, shortened.
+
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
@@ -80,9 +84,13 @@ class Attribution:
             raise MissingDependencyError(
                 'a plot needs matplotlib, which is not installed: pip install "kvfusion-rag[evaluation]".'
             ) from error
+        heading = "\n".join([*_lines(f"Question: {self.question}"), *_lines(f"Answer: {self.answer}")])
         if axes is None:
-            size = (7.0, 1.4 + 0.42 * len(self.documents))
-            axes = pyplot.subplots(figsize=size, layout="constrained")[1]
+            size = (7.0, 2.0 + 0.42 * len(self.documents))
+            figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+            figure.suptitle(heading, x=0.01, ha="left", fontsize=9)
+        else:
+            axes.set_title(heading, loc="left", fontsize=9)
         places = range(len(self.documents))
         effects = [document.effect for document in self.documents]
         shares = [100 * document.attention for document in self.documents]
@@ -95,7 +103,8 @@ class Attribution:
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("effect on the answer's log-probability, nats")
         shared.set_xlabel("share of attention, %")
-        axes.legend([left, right], ["effect", "attention"], loc="lower right")
+        _join_zeros(axes, shared, effects, shares)
+        shared.legend([left, right], ["effect", "attention"], loc="best")
         return axes
 
     def _repr_html_(self) -> str:
@@ -106,9 +115,9 @@ class Attribution:
             for d in self.documents
         )
         return (
-            f"<p><b>{html.escape(self.answer)}</b> <small>({self.mode}, log-probability {self.log_probability:.2f})"
-            f"</small></p><table><tr><th>document</th><th>title</th><th>effect, nats</th><th>attention</th></tr>{rows}"
-            "</table>"
+            f"<p>{html.escape(self.question)}<br><b>{html.escape(self.answer)}</b> "
+            f"<small>({self.mode}, log-probability {self.log_probability:.2f})</small></p>"
+            f"<table><tr><th>document</th><th>title</th><th>effect, nats</th><th>attention</th></tr>{rows}</table>"
         )
 
 
@@ -124,7 +133,7 @@ def with_attribution(engine: Engine[FusionModel], request: Request, answer: Answ
         shares = attention_shares(runner, request, answer.token_ids)
         measured = [{"attention": share} for share in shares]
     else:
-        found = attribute(engine, request, answer.token_ids, answer.text).documents
+        _, found = _influences(engine, request, answer.token_ids)
         measured = [{"attention": influence.attention, "effect": influence.effect} for influence in found]
     sources = [replace(s, attention=0.0, effect=None if kind == "attention" else 0.0) for s in answer.sources]
     numbers = range(len(request.encoded.documents)) if request.choice is None else request.choice.kept
@@ -159,11 +168,14 @@ def attribute_call(
     [request] = read_call(engine, question, documents, {**options, "max_new_tokens": len(ids)}).requests
     if isinstance(answer, str) and (start := request.layout.reasoning) is not None:
         ids = (*start.closing(), *ids)  # a text is an answer, not the beginning of reasoning
-    return attribute(engine, request, ids, text)
+    whole, influences = _influences(engine, request, ids)
+    return Attribution(question, text, whole, request.mode.name, influences)
 
 
-def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[int], text: str) -> Attribution:
-    """Measure the influence of each document of ``request`` on ``answer`` (ids), whose text is ``text``.
+def _influences(
+    engine: Engine[FusionModel], request: Request, answer: Sequence[int]
+) -> tuple[float, tuple[Influence, ...]]:
+    """Return the log-probability of ``answer`` (ids) with all documents of ``request``, and each document's influence.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
@@ -188,12 +200,12 @@ def attribute(engine: Engine[FusionModel], request: Request, answer: Sequence[in
     whole, *others = _log_probabilities(runner, [request, *variants.values()], answer)
     log_probability_without = dict(zip(variants, others, strict=True))
     shares = attention_shares(runner, request, answer)
-    influences = (
+    influences = tuple(
         Influence(document.id, document.document.title, share, without, whole - without)
         for n, (document, share) in enumerate(zip(documents, shares, strict=True))
         for without in [log_probability_without.get(n, whole)]
     )
-    return Attribution(text, whole, request.mode.name, tuple(influences))
+    return whole, influences
 
 
 def attention_shares(runner: Runner[FusionModel], request: Request, answer: Sequence[int]) -> list[float]:
@@ -260,3 +272,18 @@ def _spans(request: Request) -> list[list[tuple[int, int]]]:
 def _plain(name: str) -> str:
     """Return a name that is short enough for an axis and contains no mathematics for matplotlib."""
     return (name if len(name) <= 40 else f"{name[:39]}…").replace("$", r"\$")
+
+
+def _lines(text: str) -> list[str]:
+    """Return ``text`` as at most three short lines without mathematics for matplotlib."""
+    return textwrap.wrap(text.replace("$", r"\$"), width=70, max_lines=3, placeholder=" …")
+
+
+def _join_zeros(axes: Axes, shared: Axes, effects: Sequence[float], shares: Sequence[float]) -> None:
+    """Put the zeros of both scales at the same place, and label only one of them."""
+    low, high = 1.1 * min([0.0, *effects]), 1.1 * max([0.0, *effects])
+    high = max(high, -low / 4, 0.01)  # attention needs room to the right
+    scale = 1.1 * max([1.0, *shares]) / high
+    axes.set_xlim(low, high)
+    shared.set_xlim(low * scale, high * scale)
+    shared.set_xticks([tick for tick in shared.get_xticks() if 0 < tick <= high * scale])

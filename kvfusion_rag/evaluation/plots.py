@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,13 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 TITLE_CHARACTERS = 70  # per line
-# Okabe and Ito's colours, which colour-blind readers can distinguish. Markers differ too, for grey print.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LEGEND_COLUMNS = 4
+# Okabe and Ito's colours come first, because colour-blind readers can distinguish them. Markers differ for grey print.
+COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#332288", "#882255",
+    "#999933", "#8C510A", "#117733", "#DDCC77",
+)  # fmt: skip
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 
 
 def require_plotting(path: Path) -> None:
@@ -51,10 +56,17 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
     require_plotting(path)
     if not summary.slots:
         raise InvalidInputError("there is nothing to plot: the run has no condition with the gold document at a slot.")
-    columns = [*summary.slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
+    slots_figure(summary, title=title).savefig(path, dpi=160)
+
+
+def slots_figure(summary: Summary, *, title: str) -> Figure:
+    """Return the figure of ``plot_slots``, with the slots in ascending order."""
+    slots = sorted(summary.slots, key=lambda slot: slot.number)
+    columns = [*slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
     figure, (axes,) = new_figure(title, size=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4))
+    step = min(0.07, 0.8 / len(summary.systems))  # between intervals side by side
     for number, system in enumerate(summary.systems):
-        shift = 0.07 * (number - (len(summary.systems) - 1) / 2)  # intervals side by side
+        shift = step * (number - (len(summary.systems) - 1) / 2)
         _draw(axes, summary, system, columns, number, shift)
     labels = [str(column.number) if column.kind == "slot" else column.label for column in columns]
     axes.set_xticks(range(len(columns)), labels)
@@ -63,8 +75,8 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
     axes.set_ylim(-0.02 * top, top)  # slightly below 0, so that points at 0 are not cut
     axes.set_xlabel("slot of the gold document")
     axes.set_ylabel("exact match, % (95 % interval)")
-    figure.legend(loc="outside lower center", ncols=min(4, len(summary.systems)), frameon=False, fontsize=9)
-    figure.savefig(path, dpi=160)
+    _add_legend(figure, len(summary.systems))
+    return figure
 
 
 def new_figure(title: str, *, size: tuple[float, float], panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -83,6 +95,16 @@ def new_figure(title: str, *, size: tuple[float, float], panels: int = 1) -> tup
     return figure, axes
 
 
+def _add_legend(figure: Figure, entries: int) -> None:
+    """Add a legend below the panel, with as many columns as fit beside each other, and make room for its lines."""
+    for columns in range(min(LEGEND_COLUMNS, entries), 0, -1):
+        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            figure.set_figheight(figure.get_figheight() + 0.2 * (ceil(entries / columns) - 1))
+            return
+        legend.remove()
+
+
 def _top(summary: Summary, columns: list[Condition]) -> float:
     """Return the upper end of the axis: the next multiple of ten above all intervals."""
     figures = [summary.cell(system, column).figures for system in summary.systems for column in columns]
@@ -92,8 +114,7 @@ def _top(summary: Summary, columns: list[Condition]) -> float:
 
 def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], number: int, shift: float) -> None:
     """Draw one system: a line over the slots, and a separate point for the shuffled order."""
-    color = COLORS[number % len(COLORS)]
-    marker = _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]  # a repeated colour has another marker
+    color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
     cells = [summary.cell(system, column) for column in columns]
     left_out = max(cell.not_fitting for cell in cells)
     label = system if not left_out else f"{system} ({left_out} of {cells[0].rows} do not fit)"

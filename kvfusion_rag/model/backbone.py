@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
 from ..text.settings import ModelSettings
@@ -30,6 +30,7 @@ from .fingerprint import digest_facts, digest_tensors, essential_config
 from .hardware import device_name
 from .kv import DocumentKV
 from .positions import additive
+from .pretrained import PreTrainedModel
 from .rope import PositionLimit
 from .support import require_supported
 

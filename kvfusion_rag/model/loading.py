@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 from ..text.settings import FILE_NAME, ModelSettings, load_settings
@@ -23,6 +23,7 @@ from .adapters.location import CONFIG_FILE, find_adapter, name_of
 from .backbone import Backbone
 from .hardware import SLOW, choose_device, choose_dtype, slowness
 from .location import HUB_OPTIONS, ModelLocation, locate_model
+from .pretrained import PreTrainedModel
 from .repository import read_config, read_tokenizer, repository_errors
 from .support import require_supported
 from .text_part import TEXT_WEIGHTS, text_part, without_load_report

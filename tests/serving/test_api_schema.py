@@ -57,7 +57,14 @@ def test_unused_status_of_the_framework_is_not_documented(schema):
 
 
 @pytest.mark.parametrize(
-    ("path", "url"), [("/health", "/health"), ("/v1/models", "/v1/models"), ("/v1/models/{name}", "/v1/models/x")]
+    ("path", "url"),
+    [
+        ("/", "/"),
+        ("/docs", "/docs"),
+        ("/health", "/health"),
+        ("/v1/models", "/v1/models"),
+        ("/v1/models/{name}", "/v1/models/x"),
+    ],
 )
 def test_paths_without_a_body_are_documented(client, schema, path, url):
     for headers in ({}, {"authorization": f"Bearer {KEY}"}, {"origin": "https://x.example"}):

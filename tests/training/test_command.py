@@ -15,7 +15,8 @@ from tiny_training import SETTINGS, contents, rows
 from kvfusion_rag import KVFusionGenerator, ModelLoadError
 from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
-from kvfusion_rag.training.curve import SMOOTHED_OVER, smoothed
+from kvfusion_rag.training.curve import SMOOTHED_OVER, losses_figure, smoothed
+from kvfusion_rag.training.progress import Progress
 
 
 @pytest.fixture
@@ -67,6 +68,16 @@ def test_loss_curve_is_written_and_plotted_for_the_whole_run(base, tmp_path, cap
     assert curve["steps"] == [1, 2, 3] and [score["step"] for score in curve["dev_exact_match_percent"]] == [2, 3]
     assert all(len(curve[name]) == 3 for name in ("losses_nats_per_token", "learning_rates", "seconds"))
     assert curve["seconds"] == sorted(curve["seconds"]) and curve["best"] == {"step": 2, "value": 0.0}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30, 5000])
+@pytest.mark.parametrize("scored", [False, True])
+def test_steps_on_the_axis_of_the_plot_are_whole(steps, scored):
+    progress = Progress(steps, [(step, 1.0) for step in range(1, steps + 1)], scores=[(steps, 50.0)] * scored)
+    figure = losses_figure(progress, title="t")
+    figure.canvas.draw()
+    ticks = figure.axes[-1].get_xticks()
+    assert len(ticks) and all(tick == round(tick) for tick in ticks)
 
 
 def test_moving_average_of_a_constant_is_constant():

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from transformers import PreTrainedModel
 
 from ...errors import ModelLoadError, model_load_errors
 from ...text.settings import RECORD_NAME
+from ..pretrained import PreTrainedModel
 from .location import CONFIG_FILE, name_of
 
 logger = logging.getLogger(__name__)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ...errors import ModelLoadError, model_load_errors
 from ..fingerprint import digest_tensors
+from ..pretrained import PreTrainedModel
 from .base import base_of
 from .kinds import changes_base, require_accepted_kind
 from .location import WEIGHT_FILES, name_of

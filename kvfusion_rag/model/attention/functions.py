@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ...errors import UnsupportedModelError
+from ..pretrained import PreTrainedModel
 
 GROUPED = "kvfusion_grouped"
 CONTEXT = "kvfusion_context"

@@ -18,16 +18,10 @@ from typing import Any, TextIO, cast
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from ...errors import ModelLoadError, UnsupportedModelError, model_load_errors
+from ..pretrained import PreTrainedModel
 from ..support import require_supported
 from .header import GGUFHeader
 

@@ -9,11 +9,12 @@ import inspect
 from collections.abc import Container
 from typing import cast
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedConfig
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from ..attention.windows import CHUNKED, FULL, SLIDING
+from ..pretrained import PreTrainedModel
 from ..text_part import MULTIMODAL_TYPES
 
 INSTEAD = "use a decoder with attention in every layer, such as Qwen3, Llama 3 or SmolLM3"
