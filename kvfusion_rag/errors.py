@@ -48,7 +48,8 @@ class DurabilityError(StoreError):
     def __init__(self, documents: Sequence[str], cause: str) -> None:
         self.documents = tuple(documents)
         names = ", ".join(map(repr, self.documents[:5])) + ", ..." * (len(self.documents) > 5)
-        lacking = f"{len(self.documents)} documents ({names})" if documents else "the text in front of the documents"
+        count = f"{len(self.documents)} document{'s' * (len(self.documents) != 1)}"
+        lacking = f"{count} ({names})" if documents else "the text in front of the documents"
         super().__init__(f"the store does not have {lacking}: {cause}; correct this and store them again.")
 
 

@@ -123,7 +123,7 @@ def test_throttled_bucket_gets_every_document(s3, tmp_path, monkeypatch):
 def test_missing_bucket_is_named_and_costs_no_answer(s3, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("kvfusion_rag.store.documents.UPLOAD_PAUSES", (0.0,))
     gen = over(opened(s3.replace("bucket-", "absent-"), tmp_path / "one"))
-    with pytest.raises(StoreError, match=r"does not have 1 documents \('d0'\): .*bucket"):
+    with pytest.raises(StoreError, match=r"does not have 1 document \('d0'\): .*bucket"):
         gen.prefill(DOCUMENTS[:1], durable=True)
     assert gen.answer("who?", DOCUMENTS[:1], max_new_tokens=1).sources[0].origin == "memory"
     assert "cannot be written" in caplog.text

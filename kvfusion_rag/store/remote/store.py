@@ -87,6 +87,7 @@ class RemoteStore:
         self._uploaded = itertools.count()
         self._damaged: set[str] = set()  # paths of files that the next upload replaces
         self._paused_until = {"read": 0.0, "write": 0.0}  # a store that cannot be written may still be readable
+        self._problems: dict[str, str] = {}  # why it is paused
         self._warned: set[str] = set()
         self._lost: dict[str, str] = {}  # since the last report, reason by store key
         self.evictions = self.dropped = self.failed_writes = 0
@@ -148,7 +149,7 @@ class RemoteStore:
         if self.read_only or not is_finite(document.keys, document.values):
             return
         if self._is_paused("write"):
-            self._lose(key, "uploads are paused after an error")
+            self._lose(key, self._paused_reason())
             return
         data = b"".join(encode(key, document, self.codec, environment))
         self._add(Upload(key, path, len(data), lambda: data, on_stored), patient)
@@ -316,7 +317,7 @@ class RemoteStore:
 
     def _upload(self, upload: Upload) -> None:
         if self._is_paused("write") and not upload.insists:
-            self._lose(upload.key, "uploads are paused after an error")
+            self._lose(upload.key, self._paused_reason())
             return
         path = upload.path
         if not self._folder.is_plain(path):
@@ -380,8 +381,11 @@ class RemoteStore:
     def _is_paused(self, use: Literal["read", "write"]) -> bool:
         return time.monotonic() < self._paused_until[use]
 
+    def _paused_reason(self) -> str:
+        return f"uploads are paused, because the remote store {self._problems['write']}"
+
     def _pause(self, use: Literal["read", "write"], problem: str) -> None:
-        self._paused_until[use] = time.monotonic() + PAUSE_SECONDS
+        self._paused_until[use], self._problems[use] = time.monotonic() + PAUSE_SECONDS, problem
         if use not in self._warned:
             self._warned.add(use)
             logger.warning(
