@@ -77,9 +77,7 @@ class Attribution:
         try:
             from matplotlib import pyplot
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                'a plot needs matplotlib, which is not installed: pip install "kvfusion-rag[evaluation]".'
-            ) from error
+            raise MissingDependencyError.of_extra("a plot", "matplotlib", "evaluation") from error
         if axes is None:
             size = (7.0, 1.4 + 0.42 * len(self.documents))
             axes = pyplot.subplots(figsize=size, layout="constrained")[1]

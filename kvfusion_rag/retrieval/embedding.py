@@ -119,9 +119,7 @@ def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
 
             model = MODEL_DIR
     except ImportError as error:
-        raise MissingDependencyError(
-            f'embedding texts needs {error.name}, which is not installed: pip install "kvfusion-rag[rag]".'
-        ) from error
+        raise MissingDependencyError.of_extra("embedding texts", str(error.name), "rag") from error
     try:
         return SentenceTransformer(str(model), device=device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
