@@ -13,6 +13,9 @@ from .errors import InvalidInputError
 P = ParamSpec("P")
 R = TypeVar("R")
 
+MISSPELT = 0.8  # ratio of equal letters from which a name that could be another library's is taken for a misspelt one
+_NAMED = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
 _QUANTIZED = "pass model_kwargs={'quantization_config': TorchAoConfig(...)} of transformers when the model is loaded"
 _PENALTY = "leave it out, because the tokens before do not change the probabilities"
 _AT_LOAD = "it is chosen when the model is loaded, with KVFusionGenerator.from_pretrained"
@@ -63,20 +66,23 @@ class UnknownOptionError(InvalidInputError, TypeError):
 def check_option_names(*more: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator with which a function raises UnknownOptionError for an unknown keyword argument.
 
+    If the function passes ``**options`` on to another library, only misspelt names of its own options are errors.
+
     Args:
         more: classes whose fields are the names that the function takes as ``**options``.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        named = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
-        allowed = [name for name in named if name not in ("self", "cls")]
+        parameters = inspect.signature(function).parameters.values()
+        allowed = [each.name for each in parameters if each.kind in _NAMED and each.name not in ("self", "cls")]
         allowed += [name for fields in more for name in fields.__annotations__]
+        passes_on = not more and any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
         owner = function.__qualname__.removesuffix(".__init__")
 
         @wraps(function)
         def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-            UnknownOptionError.raise_for(kwargs, allowed, owner)
+            own = [name for name in kwargs if not passes_on or get_close_matches(name, allowed, 1, MISSPELT)]
+            UnknownOptionError.raise_for(own, allowed, owner)
             return function(*args, **kwargs)
 
         return checked

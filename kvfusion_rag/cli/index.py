@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ..data.writing import check_folder
 from ..errors import InvalidInputError
 from .arguments.paths import existing, output_folder
+from .arguments.values import plain_text
 from .console import say, say_json, say_left_out, say_list, shown_path
 from .options import (
     INDEX_FOLDER,
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_arguments(parser)
     parser.add_argument(
         "--collection",
+        type=plain_text,
         metavar="NAME",
         help="collection under which the store lists the chunks for 'store missing' (default: the index's folder)",
     )

@@ -17,7 +17,7 @@ from ..errors import InvalidInputError, MissingDependencyError
 from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Attributed, Document, Mode
-from .calls import read_call
+from .calls import Call, read_call
 from .engine import Engine
 from .requests import Batch, Request
 from .runner import Runner
@@ -129,6 +129,15 @@ def with_attribution(engine: Engine[FusionModel], request: Request, answer: Answ
     for number, facts in zip(numbers, measured, strict=True):
         sources[number] = replace(sources[number], **facts)
     return replace(answer, sources=tuple(sources))
+
+
+def attributed(engine: Engine[FusionModel], call: Call, answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers of a call with the attribution that it asks for, if any, in their sources."""
+    kind = call.attribution
+    if kind is None:
+        return list(answers)
+    pairs = zip(call.requests, answers, strict=True)
+    return [with_attribution(engine, request, answer, kind) for request, answer in pairs]
 
 
 def attribute_call(

@@ -19,6 +19,7 @@ import xxhash
 
 from ..errors import InvalidInputError, RetrievalError
 from ..home import absolute
+from ..option_names import check_option_names
 from ..schema import Document
 from .collection import ChunkCollection, Place
 from .embedding import Embedder
@@ -99,6 +100,7 @@ class DocumentIndex:
         InvalidInputError: ``chunk_tokens`` is too small.
     """
 
+    @check_option_names()
     def __init__(
         self,
         folder: str | Path | None = None,
