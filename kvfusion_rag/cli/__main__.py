@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+if not sys.flags.safe_path:
+    # Python has put the current folder first, where a user's attr.py or queue.py would be imported by libraries.
+    del sys.path[0]
+
 from . import main
 
 raise SystemExit(main())

@@ -63,6 +63,10 @@ class SentenceTransformerEmbedder:
     """
 
     def __init__(self, model: str | Path | None = None, *, device: str | None = None) -> None:
+        if device is not None:
+            from ..model.hardware import choose_device
+
+            choose_device(device)  # torch's own error for a device that is missing is an AssertionError
         self._name = DEFAULT_MODEL if model is None else str(model)
         self._model = _load(model, device)
         self._fingerprint = _digest(self._model)
