@@ -80,7 +80,7 @@ def test_unknown_fields_and_other_models_are_rejected():
 def test_from_model_id_separates_loading_options_from_fields(monkeypatch):
     loaded = {}
 
-    class Loader:
+    class Loader(kvfusion_rag.KVFusionGenerator):
         @staticmethod
         def from_pretrained(model: Any, **options: Any) -> RecordingGenerator:
             loaded.update(options, model=model)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...data.writing import check_folder, check_output
 from ...home import expanded
-from .values import argument, plain_text
+from .values import argument, plain_text, shown
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -18,7 +18,7 @@ def existing(text: str) -> str:
     """Read the path of a file or folder that exists."""
     path = expanded(_path(text))
     if not os.path.exists(path):
-        raise ArgumentTypeError(f"{text!r} does not exist")
+        raise ArgumentTypeError(f"{shown(text)} does not exist")
     return str(path)
 
 
@@ -27,7 +27,7 @@ def existing_file(text: str) -> Path:
     """Read the path of a file that exists."""
     path = Path(existing(text))
     if path.is_dir():
-        raise ArgumentTypeError(f"{text!r} is a folder, but it must be a file")
+        raise ArgumentTypeError(f"{shown(text)} is a folder, but it must be a file")
     return path
 
 
@@ -44,7 +44,7 @@ def plot_file(text: str) -> Path:
     """Read the path of a plot that can be written. Its suffix is the format."""
     path = output_file(text)
     if path.suffix not in PLOT_SUFFIXES:
-        raise ArgumentTypeError(f"{text!r} is not a plot, which must end in one of {', '.join(PLOT_SUFFIXES)}")
+        raise ArgumentTypeError(f"{shown(text)} is not a plot, which must end in one of {', '.join(PLOT_SUFFIXES)}")
     return path
 
 
@@ -61,7 +61,7 @@ def existing_folder(text: str) -> Path:
     """Read the path of a folder that exists and can be written to."""
     path = output_folder(text)
     if not path.is_dir():
-        raise ArgumentTypeError(f"{text!r} does not exist")
+        raise ArgumentTypeError(f"{shown(text)} does not exist")
     return path
 
 

@@ -32,7 +32,7 @@ def argument(read: Callable[[str], T]) -> Callable[[str], T]:
         try:
             return read(text)
         except InvalidInputError as error:
-            raise ArgumentTypeError(str(error).rstrip(".")) from error
+            raise ArgumentTypeError(f"{str(error).rstrip('.'):.{SHOWN_CHARACTERS * 5}}") from error
 
     return convert
 
