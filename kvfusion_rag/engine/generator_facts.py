@@ -44,7 +44,9 @@ class GeneratorFacts:
     @staticmethod
     def load_options() -> frozenset[str]:
         """Return the names of the keyword arguments of ``from_pretrained``."""
-        return frozenset(LoadKwargs.__annotations__) | {"store", "namespace", "max_fused_tokens", "gather"}
+        return frozenset(LoadKwargs.__annotations__) | {
+            "store", "namespace", "max_fused_tokens", "key_kind", "gather"
+        }  # fmt: skip
 
     @property
     def model_id(self) -> str:

@@ -120,6 +120,7 @@ NEEDED = {  # arguments with which a command comes to its model
     "index": ["docs"],
     "store stats": ["store"],
     "store verify": ["store"],
+    "store missing": ["store"],
     "store clear": ["store"],
     "store forget": ["store", "docs"],
     "store estimate": ["docs"],
@@ -236,4 +237,6 @@ def test_usable_arguments_come_to_the_model(folder, capsys):
         main([*command.split(), *needed])
         if "a model would be loaded now" in capsys.readouterr().err:
             reached.add(command)
-    assert reached == NEEDED.keys() - {"store stats", "store verify", "store clear", "build-data"}
+    assert reached == NEEDED.keys() - {
+        "store stats", "store verify", "store missing", "store clear", "build-data"
+    }  # fmt: skip
