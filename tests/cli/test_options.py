@@ -164,7 +164,7 @@ def test_no_value_of_an_option_ends_in_a_traceback(folder, capsys, command, acti
     for value in accepted[:2]:  # the slow test of random command lines tries others
         argv = with_value(command, action, value)
         assert main(argv) in (0, 1, 2), argv
-        assert capsys.readouterr().err.count("\n") <= 1, argv
+        assert "Traceback" not in capsys.readouterr().err, argv
 
 
 @pytest.mark.parametrize("value", HOSTILE)
