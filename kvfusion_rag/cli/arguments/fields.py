@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from .values import count, number, positive
+from .values import count, number, plain_text, positive
 
 
 def add_fields(
@@ -49,7 +49,7 @@ def _reader(name: str, hint: Any) -> dict[str, Any]:
     if kinds[0] is bool:
         return {"action": "store_true", "default": None}
     if kinds[0] is str:
-        return {"nargs": "+", "metavar": "NAME"}
+        return {"nargs": "+", "type": plain_text, "metavar": "NAME"}
     if kinds[0] is float:
         return {"type": number(0), "metavar": "X"}
     return {"type": count if name == "seed" else positive, "metavar": "N"}
