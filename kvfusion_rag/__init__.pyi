@@ -18,6 +18,8 @@ from .errors import StoreError as StoreError
 from .errors import TrainingError as TrainingError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .generator import KVFusionGenerator as KVFusionGenerator
+from .option_names import UnknownOptionError as UnknownOptionError
+from .option_names import check_option_names as check_option_names
 from .retrieval import DocumentIndex as DocumentIndex
 from .schema import Answer as Answer
 from .schema import AnswerPiece as AnswerPiece

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Self
 
 
 class KVFusionError(Exception):
@@ -75,6 +76,14 @@ class RetrievalError(KVFusionError):
 
 class MissingDependencyError(KVFusionError, ImportError):
     """A package is not installed, or is not compatible with the others. The message names what to install."""
+
+    @classmethod
+    def of_extra(cls, subject: str, package: str, extra: str) -> Self:
+        """Return the error for ``subject``, which needs a ``package`` of an extra that is not installed."""
+        return cls(
+            f"{subject} needs {package}, which is not installed; in the folder of kvfusion-rag's source code, run: "
+            f'pip install -c constraints.txt ".[{extra}]"'
+        )
 
 
 @contextmanager

@@ -7,22 +7,22 @@ import logging
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from .engine.attribution import Attribution, attribute_call, with_attribution
-from .engine.calls import AnswerKwargs, Call, WordingKwargs, read_call, read_calls, require_attributable
+from .engine.attribution import Attribution, attribute_call, attributed
+from .engine.calls import AnswerKwargs, Call, WordingKwargs, read_call, read_calls
 from .engine.document_calls import DocumentCalls
 from .engine.engine import MAX_FUSED_TOKENS, Engine, EngineOptions
 from .engine.invariance import check_invariance
 from .engine.queue import RequestQueue
 from .engine.requests import Batch
 from .engine.streaming import AnswerStream
-from .errors import InvalidInputError
 from .fusion.interface import FusionModel
 from .fusion.load_options import LoadKwargs, load_torch_model
 from .fusion.prefill import LENGTH_BUCKET
+from .option_names import check_option_names
 from .schema import (
     Answer,
     AnswerPiece,
@@ -69,6 +69,7 @@ class KVFusionGenerator(DocumentCalls):
         self.gate = model.run_gate(self._engine.encoder.prefix_ids, self._engine.ordinary_ids())
 
     @classmethod
+    @check_option_names(LoadKwargs)
     def from_pretrained(
         cls,
         model: str | Path | None = None,
@@ -106,6 +107,7 @@ class KVFusionGenerator(DocumentCalls):
 
     # Siblings
 
+    @check_option_names(ModelSettings)
     def with_settings(self, **changes: Any) -> KVFusionGenerator:
         """Return a generator over the same weights, store and queue, with other settings.
 
@@ -115,9 +117,6 @@ class KVFusionGenerator(DocumentCalls):
         Raises:
             InvalidInputError: an unknown field, or a value that is not allowed.
         """
-        allowed = [field.name for field in fields(ModelSettings)]
-        if unknown := sorted(changes.keys() - set(allowed)):
-            raise InvalidInputError(f"{unknown[0]!r} is not a setting; the settings are {', '.join(allowed)}.")
         return self._sibling(self._engine.sibling(settings=replace(self.settings, **changes)))
 
     def with_namespace(self, namespace: str) -> KVFusionGenerator:
@@ -135,6 +134,7 @@ class KVFusionGenerator(DocumentCalls):
 
     # Answers
 
+    @check_option_names(AnswerKwargs)
     def answer(
         self, question: str, documents: Sequence[Document | str] = (), **options: Unpack[AnswerKwargs]
     ) -> Answer:
@@ -155,6 +155,7 @@ class KVFusionGenerator(DocumentCalls):
         prompt = options.pop("prompt", None)
         return self.answer_batch([question], [documents], prompts=[prompt], **options)[0]
 
+    @check_option_names(AnswerKwargs)
     async def aanswer(
         self, question: str, documents: Sequence[Document | str] = (), **options: Unpack[AnswerKwargs]
     ) -> Answer:
@@ -162,6 +163,7 @@ class KVFusionGenerator(DocumentCalls):
         prompt = options.pop("prompt", None)
         return (await self.aanswer_batch([question], [documents], prompts=[prompt], **options))[0]
 
+    @check_option_names(AnswerKwargs)
     def answer_batch(
         self,
         questions: Sequence[str],
@@ -177,10 +179,10 @@ class KVFusionGenerator(DocumentCalls):
         ``max_fused_tokens`` together are decoded in several batches, in order.
         """
         call = read_calls(self._engine, questions, documents, prompts, options)
-        require_attributable(self._engine, call.attribution)
         ask = self._engine.answer_all if self._queue is None else self._queue.ask
-        return self._attributed(call, ask(call.requests, call.decoding))
+        return attributed(self._engine, call, ask(call.requests, call.decoding))
 
+    @check_option_names(AnswerKwargs)
     async def aanswer_batch(
         self,
         questions: Sequence[str],
@@ -191,13 +193,12 @@ class KVFusionGenerator(DocumentCalls):
     ) -> list[Answer]:
         """Like :meth:`answer_batch`, without blocking the event loop; see :meth:`aanswer`."""
         call = await asyncio.to_thread(read_calls, self._engine, questions, documents, prompts, options)
-        await asyncio.to_thread(require_attributable, self._engine, call.attribution)
         if self._queue is not None:
             answers = await self._queue.aask(call.requests, call.decoding)
         else:
             with call.cancelled_with_task():
                 answers = await asyncio.to_thread(self._engine.answer_all, call.requests, call.decoding)
-        measured = asyncio.ensure_future(asyncio.to_thread(self._attributed, call, answers))
+        measured = asyncio.ensure_future(asyncio.to_thread(attributed, self._engine, call, answers))
         try:
             return await asyncio.shield(measured)
         except asyncio.CancelledError:
@@ -207,12 +208,12 @@ class KVFusionGenerator(DocumentCalls):
                 measured.exception()  # retrieved, so that asyncio does not log it
             raise
 
+    @check_option_names(AnswerKwargs)
     def stream(
         self, question: str, documents: Sequence[Document | str] = (), **options: Unpack[AnswerKwargs]
     ) -> AnswerStream:
         """Return the answer as a stream of pieces. Arguments and errors are those of :meth:`answer`."""
         call = read_call(self._engine, question, documents, options)
-        require_attributable(self._engine, call.attribution)
         return AnswerStream(self._pieces(call), call.requests[0].cancelled)
 
     def _pieces(self, call: Call) -> Generator[AnswerPiece | Answer, None, None]:
@@ -228,17 +229,11 @@ class KVFusionGenerator(DocumentCalls):
                     yield AnswerPiece(piece, is_reasoning=True)
                 if piece := run.answers[0].take():
                     yield AnswerPiece(piece)
-        yield self._attributed(replace(call, requests=[request]), [run.answer(0)])[0]
-
-    def _attributed(self, call: Call, answers: list[Answer]) -> list[Answer]:
-        kind = call.attribution
-        if kind is None:
-            return answers
-        pairs = zip(call.requests, answers, strict=True)
-        return [with_attribution(self._engine, request, answer, kind) for request, answer in pairs]
+        yield attributed(self._engine, replace(call, requests=[request]), [run.answer(0)])[0]
 
     # Explanations
 
+    @check_option_names(AnswerKwargs)
     def attribute(
         self,
         question: str,
@@ -260,6 +255,7 @@ class KVFusionGenerator(DocumentCalls):
             answer = self.answer(question, documents, **options)
         return attribute_call(self._engine, question, documents, answer, options)
 
+    @check_option_names(WordingKwargs)
     def show_prompt(
         self, question: str, documents: Sequence[Document | str] = (), **wording: Unpack[WordingKwargs]
     ) -> ShownPrompt:
@@ -271,6 +267,7 @@ class KVFusionGenerator(DocumentCalls):
         call = read_call(self._engine, question, documents, wording)
         return self._engine.prompts.shown(self._engine.runner.prepare(call.requests[0], call.decoding))
 
+    @check_option_names()
     def check_invariance(
         self,
         question: str,

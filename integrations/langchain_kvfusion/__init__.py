@@ -11,9 +11,7 @@ from kvfusion_rag import MissingDependencyError
 try:
     import langchain_core  # noqa: F401 - here, so that the error names the missing extra
 except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f'langchain_kvfusion needs {error.name}, which is not installed: pip install "kvfusion-rag[langchain]".'
-    ) from error
+    raise MissingDependencyError.of_extra("langchain_kvfusion", str(error.name), "langchain") from error
 
 from .capture import DocumentCapture, enable_document_capture
 from .chains import create_kvfusion_documents_chain

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from langchain_core.language_models.base import BaseLanguageModel, LangSmithParams, LanguageModelInput
 from pydantic import AliasChoices, ConfigDict, Field
 
-from kvfusion_rag import InvalidInputError, __version__
+from kvfusion_rag import InvalidInputError, UnknownOptionError, __version__
 
 from .documents import DocumentsArgument
 from .options import OPTION_NAMES, call_options
@@ -64,19 +64,26 @@ class GeneratorBacked(BaseLanguageModel[Any]):
     streaming: bool = Field(default=False, description="Report tokens to callbacks in invoke with one prompt, too.")
     strict: bool = Field(default=False, description="Reject prompts without documents.")
 
-    def __init__(self, *, generator: KVFusionGenerator, **fields: Any) -> None:
+    def __init__(self, *, generator: KVFusionGenerator | None = None, **fields: Any) -> None:
         """Wrap a loaded ``generator``.
 
         Args:
-            fields: fields of this class or of LangChain's base class (cache, callbacks, tags, ...).
+            fields: fields of this class or of LangChain's base class (cache, callbacks, tags, ...). ``model`` and
+                ``model_name`` are other names of ``model_id``.
 
         Raises:
-            InvalidInputError: ``model_id`` differs from the generator's.
+            InvalidInputError: there is no generator, ``model_id`` differs from the generator's, or a field is unknown.
         """
+        own = type(self).__name__
+        fields = _with_model_id(fields)
+        if generator is None:
+            model = repr(fields.get("model_id", "MODEL"))
+            raise InvalidInputError(f"{own} needs a loaded generator; load a model with {own}.from_model_id({model}).")
+        UnknownOptionError.raise_for(fields, {*type(self).model_fields, "max_new_tokens"}, own)
         if fields.setdefault("model_id", generator.model_id) != generator.model_id:
             raise InvalidInputError(
                 f"model_id is {fields['model_id']!r}, but the generator's model is {generator.model_id!r}; omit it, "
-                f"or load another model with {type(self).__name__}.from_model_id."
+                f"or load another model with {own}.from_model_id."
             )
         everything: dict[str, Any] = {**fields, "generator": generator}
         super().__init__(**everything)
@@ -91,13 +98,19 @@ class GeneratorBacked(BaseLanguageModel[Any]):
         Args:
             model_id: hub name or folder, see ``KVFusionGenerator.from_pretrained``; ``None`` for the default model.
             options: fields of this class, and options of ``from_pretrained`` (revision, adapter, device, ...).
+                ``model`` and ``model_name`` are other names of ``model_id``.
 
         Raises:
-            TypeError: an option is unknown to both. Other errors are those of ``from_pretrained``.
+            InvalidInputError: an option is unknown to both. Other errors are those of ``from_pretrained``.
         """
         from kvfusion_rag import KVFusionGenerator  # importing torch takes seconds
 
+        options = _with_model_id(options)
+        model_id = options.pop("model_id", model_id)
         names = {*cls.model_fields, "max_new_tokens"} - {"generator", "model_id"}
+        UnknownOptionError.raise_for(
+            options, names | KVFusionGenerator.load_options(), f"{cls.__name__}.from_model_id"
+        )
         fields = {name: value for name, value in options.items() if name in names}
         loading = {name: value for name, value in options.items() if name not in names}
         return cls(generator=KVFusionGenerator.from_pretrained(model_id, **loading), **fields)
@@ -190,3 +203,8 @@ class GeneratorBacked(BaseLanguageModel[Any]):
                 f"{name}.from_model_id or {name}(generator=...)."
             )
         return self.generator
+
+
+def _with_model_id(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``options`` with ``model_id`` in place of its other names, which other chat models have."""
+    return {"model_id" if name in ("model", "model_name") else name: value for name, value in options.items()}

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
@@ -27,7 +26,7 @@ from .documents import DocumentsArgument, to_documents
 from .errors import UnsupportedFeatureError
 
 if TYPE_CHECKING:
-    from kvfusion_rag import AnswerStream, KVFusionGenerator
+    from kvfusion_rag import AnswerStream
 
 
 class ChatKVFusion(GeneratorBacked, DocumentChatModel):
@@ -67,25 +66,6 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     )
 
     model_config = STRICT_FIELDS
-
-    def __init__(self, *, generator: KVFusionGenerator, **fields: Any) -> None:
-        """Wrap a loaded ``generator``.
-
-        Args:
-            fields: fields of this class or of BaseChatModel (cache, callbacks, tags, ...).
-
-        Raises:
-            InvalidInputError: ``model``, ``model_name`` or ``model_id`` differs from the generator's model.
-        """
-        for alias in ("model", "model_name"):
-            if alias in fields:
-                fields["model_id"] = fields.pop(alias)
-        super().__init__(generator=generator, **fields)
-
-    @classmethod
-    def from_model_id(cls, model_id: str | Path | None = None, **options: Any) -> Self:
-        """Load a model and wrap it, see ``GeneratorBacked.from_model_id``. ``model=`` is an alias of ``model_id``."""
-        return super().from_model_id(options.pop("model", model_id), **options)
 
     @property
     def _llm_type(self) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvfusion_rag import Answer, InvalidInputError
+from kvfusion_rag import Answer, InvalidInputError, UnknownOptionError
 
 OPTION_NAMES = (
     "temperature",
@@ -31,12 +31,7 @@ def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInputError: a name is unknown, or ``max_tokens`` and ``max_new_tokens`` are both given.
     """
-    unknown = sorted(set(given) - {*OPTION_NAMES, _ALIAS})
-    if unknown:
-        raise InvalidInputError(
-            f"unknown options {unknown}; allowed are documents, stop, {', '.join(OPTION_NAMES)} and {_ALIAS} "
-            "(an alias of max_tokens)."
-        )
+    UnknownOptionError.raise_for(given, ("documents", "stop", *OPTION_NAMES, _ALIAS), "a call")
     if given.get(_ALIAS) is not None and given.get("max_tokens") is not None:
         raise InvalidInputError(
             f"max_tokens is {given['max_tokens']} and {_ALIAS} is {given[_ALIAS]}, but they are the same option; set "

@@ -11,9 +11,7 @@ from kvfusion_rag import MissingDependencyError
 try:
     import llama_index.core  # noqa: F401 - here, so that the error names the missing extra
 except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        f'llama_index_kvfusion needs {error.name}, which is not installed: pip install "kvfusion-rag[llama-index]".'
-    ) from error
+    raise MissingDependencyError.of_extra("llama_index_kvfusion", str(error.name), "llama-index") from error
 
 from .chat_engines import KVFusionCondensePlusContextChatEngine, KVFusionContextChatEngine
 from .citation_engine import KVFusionCitationQueryEngine, source_numbers

@@ -25,7 +25,7 @@ from llama_index.core.llms.custom import CustomLLM
 from llama_index.core.llms.llm import default_completion_to_prompt
 from llama_index.core.prompts import BasePromptTemplate
 
-from kvfusion_rag import DocumentsPlace, InvalidInputError, Message
+from kvfusion_rag import DocumentsPlace, InvalidInputError, Message, UnknownOptionError
 
 from .documents import to_documents
 from .messages import last_question, to_messages
@@ -54,6 +54,7 @@ _OPTIONS = (
     "attribution",
     "chat_template_kwargs",
 )
+_MODEL_NAMES = ("model", "model_name")  # names of model_id in other LLMs
 _ARGUMENTS = ("documents", "documents_place", "question", "max_tokens", *_OPTIONS)
 
 
@@ -108,15 +109,17 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     _generator: KVFusionGenerator = PrivateAttr()
 
-    def __init__(self, generator: KVFusionGenerator, **fields: Any) -> None:
+    def __init__(self, generator: KVFusionGenerator | None = None, **fields: Any) -> None:
         """Wrap a loaded `generator`. `fields` are the options above and the fields of LlamaIndex's LLM, such as
-        callback_manager, system_prompt, messages_to_prompt and completion_to_prompt."""
-        unknown = sorted(set(fields) - set(type(self).model_fields))
-        if unknown:
-            raise InvalidInputError(
-                f"{unknown[0]!r} is not an option of KVFusionLlamaIndexLLM; allowed are {', '.join(_OPTIONS)} and the "
-                "fields of LlamaIndex's LLM."
-            )
+        callback_manager, system_prompt, messages_to_prompt and completion_to_prompt.
+
+        Raises InvalidInputError if there is no generator, or a field is unknown.
+        """
+        own = type(self).__name__
+        if generator is None:
+            model = repr(next((fields[name] for name in _MODEL_NAMES if name in fields), "MODEL"))
+            raise InvalidInputError(f"{own} needs a loaded generator; load a model with {own}.from_model_id({model}).")
+        UnknownOptionError.raise_for(fields, type(self).model_fields, own)
         super().__init__(**fields)
         self._generator = generator
 
@@ -131,6 +134,15 @@ class KVFusionLlamaIndexLLM(CustomLLM):
         """
         from kvfusion_rag import KVFusionGenerator
 
+        if misplaced := sorted(fields.keys() & KVFusionGenerator.load_options() - cls.model_fields.keys()):
+            name = misplaced[0]
+            raise InvalidInputError(
+                f"{name!r} is an option of the model's loading; pass model_options={{{name!r}: {fields[name]!r}}}."
+            )
+        if name := next((name for name in _MODEL_NAMES if name in fields), None):
+            raise InvalidInputError(
+                f"{name!r} is named model_id here; call {cls.__name__}.from_model_id({fields[name]!r})."
+            )
         options: dict[str, Any] = dict(model_options or {})
         return cls(KVFusionGenerator.from_pretrained(model_id, **options), **fields)
 
@@ -276,9 +288,7 @@ class KVFusionLlamaIndexLLM(CustomLLM):
 
     def _request(self, prompt: str | list[Message], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the generator's arguments for one call."""
-        unknown = sorted(set(kwargs) - set(_ARGUMENTS))
-        if unknown:
-            raise InvalidInputError(f"{unknown[0]!r} is not an option; allowed are {', '.join(_ARGUMENTS)}.")
+        UnknownOptionError.raise_for(kwargs, _ARGUMENTS, "a call")
         given = kwargs.get("documents")
         documents = [] if given is None else to_documents(given)
         question = kwargs.get("question") or _last_text(prompt)

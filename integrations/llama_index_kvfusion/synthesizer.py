@@ -24,7 +24,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, Query
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from kvfusion_rag import Document, InvalidInputError, ShownPrompt
+from kvfusion_rag import Document, InvalidInputError, ShownPrompt, check_option_names
 
 from .documents import stripped, to_documents
 from .llm import KVFusionLlamaIndexLLM
@@ -47,6 +47,7 @@ class KVFusionSynthesizer(BaseSynthesizer):
     ids. In streams it is empty until the last piece has been read.
     """
 
+    @check_option_names()
     def __init__(
         self,
         llm: KVFusionLlamaIndexLLM,

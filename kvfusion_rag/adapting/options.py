@@ -17,15 +17,15 @@ class AdaptOptions:
     """How questions are made, filtered, trained on and judged.
 
     Attributes:
-        passages: maximum number of passages to ask about; a sample if the documents have more.
+        passages: maximum number of passages to ask about, drawn at random if the documents have more.
         questions_per_passage: questions that the model writes about each passage, 1 to 3.
-        passage_tokens: maximum tokens of a passage; None for the model's passage length, else 160.
+        passage_tokens: maximum tokens of a passage; none is the model's passage length, or 160 if it has none.
         held_out: share of the passages (0 to 1) whose questions are judged and not trained on.
         judged: maximum number of held-out questions to judge.
         documents: maximum number of documents per question, including the gold passage.
         min_f1: minimum word F1 (0 to 1) with which the model must repeat its answer.
         answer_tokens: maximum tokens of an answer; a longer one is cut after its last complete sentence.
-        layout: layout in which questions are read, now and later; None for the model's own. "fixed" asks for few
+        layout: layout in which questions are read, now and later; none is the model's own. "fixed" asks for few
             words, which suits small models.
         seed: seed of the sample and of everything random.
         training: settings of the trainer; ``layout`` and ``seed`` are replaced by those above, and the loss is

@@ -18,6 +18,7 @@ from ..evaluation.bootstrap import Bootstrap
 from ..evaluation.report import run_facts
 from ..fusion.torch_model import TorchModel
 from ..generator import KVFusionGenerator
+from ..home import absolute
 from ..model.adapters.libraries import require_adapter_libraries
 from ..model.loading import load_backbone
 from ..model.location import locate_model
@@ -129,7 +130,7 @@ def _prepare(
     settings = replace(backbone.settings, mode="auto", layout=options.layout or backbone.settings.layout)
     generator = KVFusionGenerator(TorchModel(backbone), store=MemoryStore(), settings=settings, gather=False)
     tokens = options.passage_tokens or settings.passage_length or DEFAULT_PASSAGE_TOKENS
-    pool = read_passages(docs, tokens, generator.count_tokens, exclude=folder.resolve())
+    pool = read_passages(docs, tokens, generator.count_tokens, exclude=absolute(folder))
     config = replace(options.training, layout=settings.layout, seed=options.seed)
     precision = str(backbone.dtype).removeprefix("torch.")
     facts = {

@@ -43,8 +43,8 @@ class Stages:
             write_atomically(file, json.dumps(current, indent=2) + "\n")
             return
         try:
-            saved = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            saved = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise InvalidInputError(f"{str(file)!r} cannot be read ({error}); name another --output.") from error
         for name, value in current.items():
             if saved.get(name) != value:
@@ -89,7 +89,7 @@ class Stages:
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 yield json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidInputError(f"line {number} of {str(file)!r} is damaged; remove the file.") from error
 
     def _append(self, name: str, chunk: Sequence[Any]) -> None:

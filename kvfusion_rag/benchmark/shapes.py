@@ -81,7 +81,7 @@ def _quantize(model: PreTrainedModel, weights: str) -> None:
     try:
         from torchao import quantization
     except ImportError as error:
-        raise MissingDependencyError('8-bit weights need torchao: pip install "kvfusion-rag[quantize]".') from error
+        raise MissingDependencyError.of_extra("a model in 8 bits", "torchao", "quantize") from error
     head = model.get_output_embeddings()
     quantization.quantize_(
         model,

@@ -58,13 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (Exception, KeyboardInterrupt) as error:
             if interruption.happened:
                 return 130
-            if isinstance(error, OSError) and error.filename is not None:  # such as a name that is too long
-                print_error(f"{error.filename!r} cannot be used: {error.strerror}.")
-                return 2
-            if not isinstance(error, KVFusionError | UsageError):
+            if not isinstance(error, KVFusionError | UsageError | OSError | MemoryError):
                 raise
-            print_error(str(error))
+            print_error(_sentence(error))
             return 2
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "there is too little memory for these numbers."
+    if isinstance(error, OSError) and error.strerror is not None:  # such as a name that is too long, or a full disk
+        return f"{error.filename!r} cannot be used: {error.strerror}." if error.filename else f"{error.strerror}."
+    return str(error)
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -22,6 +22,8 @@ from .answers import (
     say_sources,
     say_spelling,
 )
+from .arguments.paths import existing, output_folder
+from .arguments.values import number, plain_text, positive, seed, stop
 from .console import say, say_json, say_left_out, shown_path
 from .options import (
     INDEX_FOLDER,
@@ -34,8 +36,6 @@ from .options import (
     folder_of,
     load_generator,
     open_index,
-    positive,
-    require_paths,
     require_store,
 )
 
@@ -45,12 +45,20 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("question", metavar="QUESTION", help="the question to answer")
+    parser.add_argument("question", type=plain_text, metavar="QUESTION", help="the question to answer")
     parser.add_argument(
-        "--docs", nargs="+", metavar="PATH", default=[], help="files and folders to search (txt, md, html, pdf)"
+        "--docs",
+        nargs="+",
+        type=existing,
+        metavar="PATH",
+        default=[],
+        help="files and folders to search: txt, md, html, pdf (default: all files of --index)",
     )
     parser.add_argument(
-        "--index", metavar="DIR", help=f"folder of the index (default: {INDEX_FOLDER} next to the documents, if any)"
+        "--index",
+        type=output_folder,
+        metavar="DIR",
+        help=f"folder of the index (default: {INDEX_FOLDER} next to the documents if there is one, otherwise memory)",
     )
     parser.add_argument(
         "--top-k", type=positive, default=5, metavar="N", help="number of documents to retrieve (default: 5)"
@@ -72,13 +80,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reasoning_limit(parser)
     parser.add_argument("--show-reasoning", action="store_true", help="print the model's reasoning before its answer")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature (default: 0, the most likely token)"
+        "--temperature",
+        type=number(0),
+        default=0.0,
+        metavar="X",
+        help="sampling temperature (default: 0, the most likely token)",
     )
     parser.add_argument(
-        "--seed", type=int, help="seed that makes sampling at a temperature above 0 repeatable (default: random)"
+        "--seed",
+        type=seed,
+        metavar="N",
+        help="seed that makes sampling at a temperature above 0 repeatable (default: random)",
     )
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="text that ends the answer; may be repeated"
+        "--stop",
+        action="append",
+        type=stop,
+        default=[],
+        metavar="TEXT",
+        help="text that ends the answer; may be repeated (default: none)",
     )
     parser.add_argument("--stream", action="store_true", help="print the answer while it is computed (without --json)")
     parser.add_argument(
@@ -88,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shuffle-check",
         type=positive,
         metavar="N",
-        help="answer again in N other orders of the documents, and compare answers and logits",
+        help="answer again in N other orders of the documents, and compare answers and logits (default: not at all)",
     )
 
 
@@ -144,20 +164,19 @@ def _check(args: argparse.Namespace) -> None:
     """Reject invalid arguments before models are loaded."""
     if args.json and args.stream:
         raise InvalidInputError("--stream and --json cannot be combined, because a stream is not one JSON object.")
-    if not args.question.strip():
-        raise InvalidInputError("the question is blank, but it must contain text.")
     if not args.docs and args.index is None:
         raise InvalidInputError("there are no documents; pass them with --docs, or an index with --index.")
-    if not args.docs and not Path(args.index).is_dir():
-        raise RetrievalError(f"the index {args.index!r} does not exist; pass its documents with --docs to create it.")
-    require_paths(args.docs)
+    if not args.docs and not args.index.is_dir():
+        raise RetrievalError(
+            f"the index {str(args.index)!r} does not exist; pass its documents with --docs to create it."
+        )
     require_store(args)
 
 
 def _index_folder(args: argparse.Namespace) -> Path | None:
     """Return the folder of the index to use, or ``None`` for an index in memory."""
     if args.index is not None:
-        return Path(args.index)
+        return args.index
     candidates = (folder_of(path) / INDEX_FOLDER for path in args.docs)
     return next((folder for folder in candidates if folder.is_dir()), None)
 

@@ -15,31 +15,45 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError
+from .arguments.paths import existing_folder, output_file
+from .arguments.values import count, device, names, plain_text, positive, share, whole
 from .console import say, say_json
-from .options import count, positive
+from .options import add_json
+
+SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "tiny")  # importing them would import torch
+
+sizes = whole(1, 1 << 20)
+threads = whole(1, 1 << 12)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(title="subjects", dest="subject", metavar="SUBJECT", required=True)
     add = _subject(subjects, "answer", "generate on the joined prompt, cold, memory and disk", repeats=3).add_argument
-    add("--answer-tokens", type=int, default=32, metavar="N", help="tokens per answer (default: 32)")
-    add("--batch", type=int, default=1, metavar="N", help="questions asked together (default: 1)")
-    add("--over", default="shared", help="documents of a batch: shared (default) or different")
-    add("--hit-rate", type=float, default=1.0, metavar="SHARE", help="share of stored documents, 0 to 1 (default: 1)")
+    add("--answer-tokens", type=sizes, default=32, metavar="N", help="tokens per answer, from 2 (default: 32)")
+    add("--batch", type=sizes, default=1, metavar="N", help="questions asked together (default: 1)")
+    overs = "documents of a batch: the same for all questions, or others for each (default: shared)"
+    add("--over", choices=["shared", "different"], default="shared", help=overs)
+    add("--hit-rate", type=share, default=1.0, metavar="SHARE", help="share of stored documents, 0 to 1 (default: 1)")
     add(
-        "--sweep", action="append", default=[], metavar="NAME=VALUE,...",
+        "--sweep", action="append", type=plain_text, default=[], metavar="NAME=VALUE,...",
         help="measure several values of documents, document-tokens, question-tokens, answer-tokens, batch, over or "
-        "hit-rate; 'batch=4,16 over=shared,different' measures all four; can be repeated",
+        "hit-rate; 'batch=4,16 over=shared,different' measures all four; can be repeated (default: one case)",
     )  # fmt: skip
-    add("--systems", default="generate,cold,memory,disk", metavar="A,B", help="systems to measure (default: all four)")
+    systems = "systems to measure, some of generate, cold, memory and disk (default: all four)"
+    add("--systems", type=names, default="generate,cold,memory,disk", metavar="A,B", help=systems)
     add("--warmups", type=count, default=1, metavar="N", help="runs before each measurement (default: 1)")
     add("--generate-up-to", type=positive, metavar="N", help="maximum tokens of a joined prompt (default: no limit)")
-    add("--weights", choices=["int8", "float8"], help="store the layers' weights in 8 bits with torchao")
-    add("--threads", type=positive, metavar="N", help="torch's threads (default: its own choice)")
-    add("--markdown", type=Path, metavar="FILE", help="write the table")
+    weights = "store the layers' weights in 8 bits with torchao (default: weights of --dtype)"
+    add("--weights", choices=["int8", "float8"], help=weights)
+    add("--threads", type=threads, metavar="N", help="number of torch's threads (default: its own choice)")
+    markdown = "write the table to this file, and replace it if it exists (default: not written)"
+    add("--markdown", type=output_file, metavar="FILE", help=markdown)
     store = _subject(subjects, "store", "documents from disk and memory, and what writing costs", repeats=5)
     store.add_argument(
-        "--codec", choices=["raw", "v8"], default="raw", help="form of the store's files (default: raw)"
+        "--codec",
+        choices=["raw", "v8"],
+        default="raw",
+        help="format of the store's files: raw, or v8, which keeps values in 8 bits (default: raw)",
     )
 
 
@@ -47,26 +61,27 @@ def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.
     """Add a subject with the arguments that all subjects have."""
     parser = subjects.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
     add = parser.add_argument
-    shapes = "qwen2.5-0.5b (default), qwen2.5-1.5b, qwen2.5-7b, llama-3.1-8b or tiny"
-    add("--shape", default="qwen2.5-0.5b", help=shapes)
-    add("--documents", type=positive, default=20, metavar="N", help="documents per question (default: 20)")
-    add("--document-tokens", type=positive, default=256, metavar="N", help="tokens per document (default: 256)")
-    add("--question-tokens", type=positive, default=64, metavar="N", help="tokens per question (default: 64)")
-    dtypes = "precision (default: bfloat16, or float32 on a CPU without instructions for it)"
+    shapes = "sizes of the model, as in the published one of this name (default: qwen2.5-0.5b)"
+    add("--shape", choices=SHAPES, default="qwen2.5-0.5b", help=shapes)
+    add("--documents", type=sizes, default=20, metavar="N", help="documents per question (default: 20)")
+    add("--document-tokens", type=sizes, default=256, metavar="N", help="tokens per document (default: 256)")
+    add("--question-tokens", type=sizes, default=64, metavar="N", help="tokens per question (default: 64)")
+    dtypes = "precision of the weights (default: bfloat16, or float32 on a CPU without instructions for it)"
     add("--dtype", choices=["float32", "bfloat16"], help=dtypes)
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:1, mps")
+    add("--device", type=device, metavar="NAME", help="device of the model: cpu, cuda, cuda:1 or mps (default: cpu)")
     add("--repeats", type=positive, default=repeats, metavar="N", help=f"repeats per measurement (default: {repeats})")
-    add("--folder", type=Path, metavar="DIR", help="folder for the store (default: a temporary one)")
-    add("--output", type=Path, metavar="FILE", help="write all figures as JSON")
-    add("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object and nothing else")
+    folder = "existing folder in which the store is created and removed again (default: one for temporary files)"
+    add("--folder", type=existing_folder, metavar="DIR", help=folder)
+    output = "write all figures as JSON to this file, and replace it if it exists (default: not written)"
+    add("--output", type=output_file, metavar="FILE", help=output)
+    add_json(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..benchmark.shapes import shape_named
     from ..model.hardware import choose_device, fast_dtype
 
-    shape_named(args.shape)  # checks the name before anything is measured
+    args.device = args.device or "cpu"
     args.dtype = args.dtype or str(fast_dtype(choose_device(args.device))).removeprefix("torch.")
     return {"answer": _answer, "store": _store}[args.subject](args)
 
@@ -84,7 +99,7 @@ def _answer(args: argparse.Namespace) -> int:
         args.hit_rate,
     )  # fmt: skip
     cases = sweep(base, args.sweep)
-    systems = tuple(args.systems.split(","))
+    systems = tuple(args.systems)
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise InvalidInputError(f"--systems has {unknown[0]!r}, but it must be some of {', '.join(SYSTEMS)}.")
     if args.threads is not None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
+from .arguments.paths import existing, output_file
+from .arguments.values import plain_text, positive, seed, share, shown
 from .console import patient_bars, say, say_json, say_list, shown_path
-from .options import add_model_name, load_token_counter, positive
+from .options import add_device, add_model_name, load_token_counter
 
 if TYPE_CHECKING:
     from ..data import DataOptions, DataReport, Example, QARow
@@ -24,47 +26,52 @@ NEGATIVES = ("bm25", "dense", "random")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("questions", nargs="*", metavar="FILE", help="questions: .jsonl, .json or .tsv, also with .gz")
-    parser.add_argument("--dataset", metavar="NAME", help="questions of a Hugging Face dataset (needs datasets)")
-    parser.add_argument("--dataset-config", metavar="NAME", help="its configuration, if it has several")
-    parser.add_argument("--dataset-split", metavar="NAME", default="train", help="its split (default: train)")
-    parser.add_argument("--out", required=True, metavar="FILE", help="rows to write: .jsonl or .jsonl.gz")
-    parser.add_argument("--force", action="store_true", help="replace the output if it exists")
-    parser.add_argument(
-        "--corpus", nargs="+", default=[], metavar="PATH",
+    add = parser.add_argument
+    add("questions", nargs="*", type=existing, metavar="FILE", help="questions: .jsonl, .json or .tsv, also with .gz")
+    dataset = "questions of a Hugging Face dataset, with the library datasets (default: the questions of the files)"
+    add("--dataset", type=plain_text, metavar="NAME", help=dataset)
+    config = "configuration of the dataset, if it has several (default: its only one)"
+    add("--dataset-config", type=plain_text, metavar="NAME", help=config)
+    add("--dataset-split", type=plain_text, metavar="NAME", default="train", help="split of it (default: train)")
+    add("--out", type=output_file, required=True, metavar="FILE", help="rows to write: .jsonl or .jsonl.gz")
+    add("--force", action="store_true", help="replace the output if it exists")
+    add(
+        "--corpus", nargs="+", type=existing, default=[], metavar="PATH",
         help="passages to mine: rows {text, title}, questions with contexts, or folders of documents "
         "(default: the contexts of the questions)",
     )  # fmt: skip
-    parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="FILE",
-        help="evaluation files whose questions and contexts, whole or truncated, must not be in the output",
+    add(
+        "--exclude", nargs="+", type=existing, default=[], metavar="FILE",
+        help="evaluation files whose questions and contexts, whole or truncated, must not be in the output "
+        "(default: none)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--passages", type=_passage_range, metavar="N",
         help="passages per row, including the gold one: 20, or 5-20 to draw it for each row (default: 20)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--group", type=positive, metavar="N",
-        help="build rows in groups that share one set of N passages, which training reads once; replaces --passages",
+        help="build rows in groups that share one set of N passages, which training reads once; replaces "
+        "--passages (default: rows of their own)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--group-questions", type=positive, default=1, metavar="N",
         help="drop groups with fewer questions, which cost training as much as large ones (default: 1)",
     )  # fmt: skip
-    parser.add_argument(
+    add(
         "--negatives", type=_negative_sources, default=("bm25",), metavar="NAMES",
         help=f"sources of negatives, used in turn, out of {', '.join(NEGATIVES)} (default: bm25)",
     )  # fmt: skip
-    parser.add_argument("--no-gold", type=_share, default=0.0, metavar="SHARE",
-                        help="share of rows without gold passage and answers, 0 to 1 (default: 0)")  # fmt: skip
-    parser.add_argument("--max-tokens", type=positive, metavar="N", help="cut passages to N tokens, title included")
+    no_gold = "share of rows without gold passage and answers, 0 to 1 (default: 0)"
+    add("--no-gold", type=share, default=0.0, metavar="SHARE", help=no_gold)
+    max_tokens = "maximum tokens of a passage with its title, which is cut (default: no limit)"
+    add("--max-tokens", type=positive, metavar="N", help=max_tokens)
     add_model_name(parser, "model whose tokenizer counts these tokens")
-    parser.add_argument(
-        "--embedding-model", metavar="NAME", help="sentence-transformers model for dense (default: offline MiniLM)"
-    )
-    parser.add_argument("--device", help="where the embedding model runs: cpu, cuda, ...")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: 0)")
-    parser.add_argument("--strict", action="store_true", help="fail at the first unusable question")
+    embedding = "sentence-transformers model for dense (default: MiniLM from its package)"
+    add("--embedding-model", type=plain_text, metavar="NAME", help=embedding)
+    add_device(parser, "embedding model")
+    add("--seed", type=seed, default=0, metavar="N", help="seed of everything random (default: 0)")
+    add("--strict", action="store_true", help="fail at the first unusable question")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ..data import DataBuilder, check_output, read_corpus, read_examples, write_training_rows
 
-    out = Path(args.out).expanduser()
-    _check_paths(args, out)
+    out: Path = args.out
+    _check_files(args, out)
     files = [Path(path) for path in (*args.questions, *args.corpus, *args.exclude)]
     check_output(out, force=args.force, inputs=files)
     options = _options(args)
@@ -107,15 +114,12 @@ def _reasons(report: DataReport) -> list[str]:
     return [f"{count}: {why} (first: {report.first_dropped[why]})" for why, count in report.dropped.most_common()]
 
 
-def _check_paths(args: argparse.Namespace, out: Path) -> None:
+def _check_files(args: argparse.Namespace, out: Path) -> None:
     """Check the arguments before a file is read."""
     if bool(args.questions) == bool(args.dataset):
         raise InvalidInputError("questions must come either from files or from --dataset; name one of the two.")
     if out.name.removesuffix(".gz").rpartition(".")[2] != "jsonl":
-        raise InvalidInputError(f"--out is {args.out!r}, but it must be a .jsonl or .jsonl.gz file.")
-    for path in (*args.questions, *args.corpus, *args.exclude):
-        if not Path(path).exists():
-            raise InvalidInputError(f"{path!r} does not exist.")
+        raise InvalidInputError(f"--out is {str(out)!r}, but it must be a .jsonl or .jsonl.gz file.")
 
 
 def _options(args: argparse.Namespace) -> DataOptions:
@@ -176,24 +180,17 @@ def _say_report(report: DataReport, options: DataOptions, out: Path) -> None:
 
 def _passage_range(text: str) -> tuple[int, int]:
     least, _, most = text.partition("-")
-    numbers = least, most or least
-    if not all(number.isdecimal() for number in numbers) or not 1 <= int(numbers[0]) <= int(numbers[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 or a range such as 5-20")
-    return int(numbers[0]), int(numbers[1])
+    try:
+        numbers = positive(least), positive(most or least)
+    except argparse.ArgumentTypeError:
+        numbers = 2, 1
+    if numbers[0] > numbers[1]:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a number from 1 or a range such as 5-20")
+    return numbers
 
 
 def _negative_sources(text: str) -> tuple[str, ...]:
     names = tuple(text.split(","))
     if set(names) - set(NEGATIVES) or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"{text!r} is not some of {', '.join(NEGATIVES)}, each once")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not some of {', '.join(NEGATIVES)}, each once")
     return names
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return share

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingDependencyError, UnsupportedModelError
 from .console import print_error, say, say_json
-from .options import add_gguf_file, add_model_arguments, load_generator, load_whole_config
+from .options import add_model_arguments, add_model_position, load_generator, load_whole_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=names)
-    add_gguf_file(parser)
+    add_model_position(parser)
     add_model_arguments(parser)
     parser.add_argument(
         "--config-only",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,8 +25,11 @@ from ..evaluation.systems import (
     require_inputs,
     require_systems,
 )
+from ..home import absolute
+from .arguments.paths import existing_file, output_file, plot_file
+from .arguments.values import count, names, number, plain_text, positive, whole
 from .console import say, say_json
-from .options import add_model_arguments, add_model_name, count, load_generator, positive
+from .options import add_model_arguments, add_model_name, load_generator
 
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
@@ -45,7 +47,8 @@ SEARCH = ".search"  # suffix of the file beside that of --resume, for the answer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", metavar="ROWS", help="rows of build-data or lost-in-the-middle (.jsonl, .json, .gz)")
+    rows = "rows of build-data or lost-in-the-middle (.jsonl, .json, .gz)"
+    parser.add_argument("rows", type=existing_file, metavar="ROWS", help=rows)
     add_model_name(parser)
     add_model_arguments(parser)
     _add_systems(parser)
@@ -68,12 +71,16 @@ def _add_systems(parser: argparse.ArgumentParser) -> None:
         "--score-passages", action="store_true",
         help="score passages with the offline embedding model, like a retriever, for the systems with focus",
     )  # fmt: skip
-    add("--focus-weight", type=weight, metavar="W", help="weight of these scores (default: the model's own, else 0)")
-    add("--sft", metavar="DIR", help="adapter folder or whole model that was trained on joined prompts")
-    add("--concat-model", metavar="NAME", help="another base model for concat and sft")
+    focus_weight = "weight of these scores, from 0 (default: the model's own, else 0)"
+    add("--focus-weight", type=number(0), metavar="W", help=focus_weight)
+    sft = "adapter folder or whole model that was trained on joined prompts (default: none)"
+    add("--sft", type=plain_text, metavar="DIR", help=sft)
+    concat_model = "another base model for concat and sft (default: the same as of the others)"
+    add("--concat-model", type=plain_text, metavar="NAME", help=concat_model)
     add(
-        "--ape-search", metavar="ROWS",
-        help="choose APE's temperature and scale on these rows (a sample of --limit), which are not evaluated",
+        "--ape-search", type=existing_file, metavar="ROWS",
+        help="choose APE's temperature and scale on these rows (a sample of --limit), which are not evaluated "
+        "(default: the temperature and scale of the settings)",
     )  # fmt: skip
 
 
@@ -86,9 +93,9 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     add("--documents", type=positive, metavar="N", help="documents per question (default: as many as every row has)")
     add("--skip-rows", action="store_true", help="leave out rows with too few passages for the conditions")
     add("--limit", type=positive, metavar="N", help="evaluate a random sample of N rows (default: all)")
-    add("--seed", type=count, default=0, help="seed of sample, shuffled order and intervals (default: 0)")
+    add("--seed", type=count, default=0, metavar="N", help="seed of sample, shuffled order and intervals (default: 0)")
     add(
-        "--memory", type=positive, default=1, metavar="GIB",
+        "--memory", type=whole(1, 1 << 20), default=1, metavar="GIB",
         help="memory for document KVs, in GiB, which rows can share (default: 1)",
     )  # fmt: skip
     add("--batch-size", type=positive, default=8, metavar="N", help="questions answered together (default: 8)")
@@ -97,34 +104,19 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", type=Path, metavar="FILE", help="write all figures as JSON")
-    add("--markdown", type=Path, metavar="FILE", help="write the tables that are printed")
-    add("--plot", type=Path, metavar="FILE", help="draw exact match by gold slot (png, svg, pdf)")
-    add("--predictions", type=Path, metavar="FILE", help="write every answer as JSON lines")
+    for option, kind, text in (
+        ("--output", output_file, "write all figures as JSON"),
+        ("--markdown", output_file, "write the tables that are printed"),
+        ("--plot", plot_file, "draw exact match by gold slot (png, svg, pdf)"),
+        ("--predictions", output_file, "write every answer as JSON lines"),
+    ):
+        add(option, type=kind, metavar="FILE", help=f"{text} to this file (default: not written)")
     add(
-        "--resume", type=Path, metavar="FILE",
-        help="record answers in this file, and resume from those in it (those of --ape-search: FILE.search)",
+        "--resume", type=output_file, metavar="FILE",
+        help="record answers in this file, and resume from those in it; those of --ape-search are in FILE.search "
+        "(default: not recorded)",
     )  # fmt: skip
     add("--force", action="store_true", help="overwrite files that exist")
-
-
-def names(text: str) -> list[str]:
-    """Argument type: names separated by commas."""
-    values = [name.strip() for name in text.split(",") if name.strip()]
-    if not values:
-        raise argparse.ArgumentTypeError("no name is given")
-    return values
-
-
-def weight(text: str) -> float:
-    """Argument type: a finite number from 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,12 +127,12 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.tables import markdown
     from ..store import DocumentStore, MemoryStore
 
+    _require_outputs(args)
     bootstrap = Bootstrap(args.seed)
     inputs = _inputs(args)
     chosen = args.systems or default_systems(inputs, focus=args.focus is not None)
     require_systems(chosen)
     require_inputs(chosen, inputs)
-    _require_outputs(args)
     settings, search_facts = _settings(args), _file_facts(args.ape_search)  # before a file can change
     rows, plan = _rows_and_plan(args)
     store = DocumentStore(MemoryStore(args.memory << 30))  # shared by systems with the same base model
@@ -191,7 +183,7 @@ def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
     from ..evaluation.scores import with_scores
     from ..retrieval import SentenceTransformerEmbedder
 
-    rows, notes = _read(Path(args.rows)), ()
+    rows, notes = _read(args.rows), ()
     if args.skip_rows and rows:
         rows, notes = usable_rows(rows, args.conditions, args.documents)
     rows = _sample(rows, args)
@@ -226,7 +218,7 @@ def _ape_search(
         return None
     if "ape" not in chosen:
         raise InvalidInputError("--ape-search is given, but 'ape' is not one of the systems; add it to --systems.")
-    search_rows = _read(Path(args.ape_search))
+    search_rows = _read(args.ape_search)
     if args.skip_rows and search_rows:
         search_rows, _ = usable_rows(search_rows, [ORIGINAL.name], plan.documents)
     search_rows = _sample(search_rows, args)
@@ -271,22 +263,22 @@ def _require_outputs(args: argparse.Namespace) -> None:
     from ..data import check_output
     from ..evaluation.plots import require_plotting
 
-    resumed = _resolved(args.resume)
-    outputs = [*_resolved(args.output, args.markdown, args.plot, args.predictions), *resumed]
-    inputs = _resolved(args.rows, args.ape_search)
+    outputs, inputs, resumed = (
+        [absolute(path) for path in paths if path is not None]
+        for paths in (
+            (args.output, args.markdown, args.plot, args.predictions, args.resume),
+            (args.rows, args.ape_search),
+            (args.resume,),
+        )
+    )
     if len(inputs) != len(set(inputs)):
         raise InvalidInputError(f"--ape-search is {inputs[0].name}, but it must name rows that are not evaluated.")
-    for number, path in enumerate(outputs):
-        if path in outputs[:number]:
+    for place, path in enumerate(outputs):
+        if path in outputs[:place]:
             raise InvalidInputError(f"{path.name} is named twice, but all files must differ.")
         check_output(path, force=args.force or path in resumed, inputs=inputs)
     if args.plot is not None:
         require_plotting(args.plot)
-
-
-def _resolved(*paths: str | Path | None) -> list[Path]:
-    """Return the absolute paths of those that are given. Unlike ``Path.resolve``, loops of links are no error here."""
-    return [Path(os.path.realpath(path)) for path in paths if path is not None]
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -295,14 +287,10 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return _file_facts(args.rows) | facts
 
 
-def _file_facts(name: str | None) -> dict[str, Any]:
+def _file_facts(path: Path | None) -> dict[str, Any]:
     from ..evaluation.report import file_digest
 
-    if name is None:
-        return {}
-    if not Path(name).is_file():
-        raise InvalidInputError(f"there is no file {name!r} with rows.")
-    return {"file": Path(name).name, "file_sha256": file_digest(Path(name))}
+    return {} if path is None else {"file": path.name, "file_sha256": file_digest(path)}
 
 
 def _write(

@@ -12,7 +12,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..data.writing import check_folder
 from ..errors import InvalidInputError
+from .arguments.paths import existing, output_folder
+from .arguments.values import plain_text
 from .console import say, say_json, say_left_out, say_list, shown_path
 from .options import (
     INDEX_FOLDER,
@@ -23,20 +26,25 @@ from .options import (
     first_folder,
     load_generator,
     load_token_counter,
+    open_chosen_store,
     open_index,
-    require_paths,
     require_store,
 )
 
 if TYPE_CHECKING:
-    from .. import Document
+    from .. import Document, DocumentStore
     from ..retrieval import IndexReport
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", metavar="PATH", help="file or folder (txt, md, html, pdf)")
     parser.add_argument(
-        "--index", metavar="DIR", help=f"folder of the index (default: {INDEX_FOLDER} in the first folder)"
+        "paths", nargs="+", type=existing, metavar="PATH", help="file or folder to index (txt, md, html, pdf)"
+    )
+    parser.add_argument(
+        "--index",
+        type=output_folder,
+        metavar="DIR",
+        help=f"folder of the index (default: {INDEX_FOLDER} in the first folder)",
     )
     add_model_name(parser, "model that will answer from the chunks")
     add_index_arguments(parser)
@@ -44,22 +52,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_arguments(parser)
     parser.add_argument(
         "--collection",
+        type=plain_text,
         metavar="NAME",
         help="collection under which the store lists the chunks for 'store missing' (default: the index's folder)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    require_paths(args.paths)
     require_store(args)
-    folder = Path(args.index or first_folder(args.paths) / INDEX_FOLDER)
+    folder = args.index or first_folder(args.paths) / INDEX_FOLDER
+    check_folder(folder)
     collection = _collection(args, folder)
+    store = open_chosen_store(args)  # first, so that a store that cannot be used is reported before the work
     count_tokens, passage_length = load_token_counter(args)
     with open_index(args, folder, count_tokens, passage_length) as index:
         report = index.update(args.paths)
         chunk_tokens = index.chunk_tokens
         documents = index.documents(files=report.files) if args.store else []
-    stored = _prefill(args, documents, collection) if args.store else None
+    stored = _prefill(args, documents, collection, store) if args.store else None
     if args.json:
         result = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
         say_json(result | ({} if stored is None else {"store": stored}))
@@ -82,11 +92,13 @@ def _collection(args: argparse.Namespace, folder: Path) -> str:
     return args.collection
 
 
-def _prefill(args: argparse.Namespace, documents: list[Document], collection: str) -> dict[str, int]:
+def _prefill(
+    args: argparse.Namespace, documents: list[Document], collection: str, store: DocumentStore | str
+) -> dict[str, int]:
     """Store the KV of every document. Return how many were computed and how many were stored already."""
     from ..store import keep_newest_part, namespace_key
 
-    generator = load_generator(args)
+    generator = load_generator(args, store)
     given = generator.prefill(documents, progress=not args.json, durable=True, collection=collection)
     sources = [source for source in given if source.origin != "blank"]
     assert generator.store is not None and generator.store.slowest_tier is not None  # --store is set

@@ -4,73 +4,55 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Callable, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidInputError, RetrievalError
+from ..errors import InvalidInputError
+from .arguments.paths import store_place
+from .arguments.values import byte_count, count, device, focus, namespace, plain_text, positive
 from .console import collection_paused, patient_bars
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from .. import DocumentIndex, DocumentStore, KVFusionGenerator
-    from ..schema import FocusChoice
     from ..text.encoder import PromptEncoder
     from ..text.settings import ModelSettings
 
 DEFAULT_CHUNK_TOKENS = 200  # for models that were not trained with a passage length
 CODECS = ("raw", "v8")  # repeated here, because importing them from the store would import torch
 INDEX_FOLDER = ".kvfusion"
-
-
-def positive(text: str) -> int:
-    """Argument type: a whole number from 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
-
-
-def count(text: str) -> int:
-    """Argument type: a whole number from 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
-    return int(text)
-
-
-def focus(text: str) -> FocusChoice:
-    """Argument type: a number of documents from 1, auto, or none for all of them."""
-    if text in ("auto", "none"):
-        return "auto" if text == "auto" else None
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of documents from 1, auto or none")
-    return int(text)
-
-
-def byte_count(text: str) -> int:
-    """Argument type: a size such as 2GiB, 500MB or 1000000."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT]?)(i?)B)?", text, re.IGNORECASE)
-    size = 0
-    if found is not None:
-        number, letter, binary = found.groups(default="")
-        size = int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index(letter.upper() or " "))
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size from 1 byte such as 2GiB, 500MB or 1000000")
-    return size
+MODELS = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
 
 
 def add_model_name(parser: argparse.ArgumentParser, role: str = "") -> None:
     """Add ``--model`` and ``--gguf-file``. ``role`` describes a model that does not answer questions itself."""
-    names = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
-    parser.add_argument("--model", metavar="NAME", help=f"{role}: {names}" if role else names)
+    parser.add_argument("--model", type=plain_text, metavar="NAME", help=f"{role}: {MODELS}" if role else MODELS)
+    add_gguf_file(parser)
+
+
+def add_model_position(parser: argparse.ArgumentParser) -> None:
+    """Add the argument ``MODEL`` without an option's name, and ``--gguf-file``."""
+    parser.add_argument("model", nargs="?", type=plain_text, metavar="MODEL", help=MODELS)
     add_gguf_file(parser)
 
 
 def add_gguf_file(parser: argparse.ArgumentParser) -> None:
     """Add ``--gguf-file``."""
-    parser.add_argument("--gguf-file", metavar="FILE", help="a GGUF file in the model's folder or hub repository")
+    parser.add_argument(
+        "--gguf-file",
+        type=plain_text,
+        metavar="FILE",
+        help="a GGUF file in the model's folder or hub repository (default: the only one, if there are no other "
+        "weights)",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser, subject: str = "model") -> None:
+    """Add ``--device``, the device on which the ``subject`` runs."""
+    names = "cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)"
+    parser.add_argument("--device", type=device, metavar="NAME", help=f"device of the {subject}: {names}")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,17 +60,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="NAME",
-        type=lambda text: None if text == "none" else text,
+        type=_adapter,
         default="shipped",
         help="folder or hub name of an adapter (peft), or none (default: the adapter in the model's folder, if any)",
     )
-    parser.add_argument("--decoder", metavar="NAME", help="tuned decoder with its own weights (default: none)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 or mps (default: an accelerator if there is one)")
+    parser.add_argument(
+        "--decoder",
+        type=plain_text,
+        metavar="NAME",
+        help="folder or hub name of a tuned decoder with its own weights (default: none)",
+    )
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
         help="precision of the model (default: float32 on CPU, otherwise the checkpoint's)",
     )
+
+
+def _adapter(text: str) -> str | None:
+    return None if text == "none" else plain_text(text)
 
 
 def add_reasoning_limit(parser: argparse.ArgumentParser, scope: str = "") -> None:
@@ -116,7 +107,10 @@ def add_focus(parser: argparse.ArgumentParser, scope: str = "") -> None:
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the embedding model and the chunk size."""
     parser.add_argument(
-        "--embedding-model", metavar="NAME", help="sentence-transformers model (default: MiniLM from its package)"
+        "--embedding-model",
+        type=plain_text,
+        metavar="NAME",
+        help="sentence-transformers model that finds documents: folder or hub name (default: MiniLM from its package)",
     )
     parser.add_argument(
         "--chunk-tokens",
@@ -129,13 +123,22 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the document store."""
     parser.add_argument(
-        "--store", metavar="PLACE", help="folder or fsspec URL that stores document KVs (default: memory only)"
+        "--store",
+        type=store_place,
+        metavar="PLACE",
+        help="folder or fsspec URL that stores document KVs (default: memory only)",
     )
     parser.add_argument(
-        "--namespace", default="", metavar="NAME", help="namespace of the documents in the store (default: none)"
+        "--namespace",
+        type=namespace,
+        default="",
+        metavar="NAME",
+        help="namespace of the documents in the store, which separates tenants (default: the unnamed one)",
     )
     parser.add_argument(
-        "--store-codec", choices=CODECS, help="format of stored files: raw, or v8, which is smaller (default: raw)"
+        "--store-codec",
+        choices=CODECS,
+        help="format of the stored files: raw, or v8, which keeps values in 8 bits (default: raw)",
     )
     parser.add_argument(
         "--key-kind",
@@ -148,8 +151,14 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         "--store-max-bytes",
         type=byte_count,
         metavar="SIZE",
-        help="maximum size of the files on this machine's disk, such as 2GiB or 500MB (default: 20GiB)",
+        help="maximum bytes of the files on this machine's disk, such as 2GiB or 500MB (default: 20GiB)",
     )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json`` to a subcommand, whose parent has it too."""
+    about = "print one JSON object and nothing else"
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=about)
 
 
 def require_store(args: argparse.Namespace) -> None:
@@ -160,7 +169,7 @@ def require_store(args: argparse.Namespace) -> None:
             raise InvalidInputError(f"{option} is given without --store; pass the store's folder or URL too.")
 
 
-def _open_store(args: argparse.Namespace) -> DocumentStore | str:
+def open_chosen_store(args: argparse.Namespace) -> DocumentStore | str:
     """Return the store in ``--store``, or "memory"."""
     share: int | None = getattr(args, "store_namespace_bytes", None)  # only of servers
     if not getattr(args, "store", None) and share is None:
@@ -179,7 +188,7 @@ def _open_store(args: argparse.Namespace) -> DocumentStore | str:
 
 
 @collection_paused()
-def load_generator(args: argparse.Namespace, store: DocumentStore | None = None) -> KVFusionGenerator:
+def load_generator(args: argparse.Namespace, store: DocumentStore | str | None = None) -> KVFusionGenerator:
     """Load the model of the arguments, with ``store`` or else the store of the arguments."""
     from .. import KVFusionGenerator
 
@@ -192,7 +201,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | None = None)
             device=args.device,
             dtype=args.dtype,
             max_reasoning_tokens=getattr(args, "max_reasoning_tokens", None),
-            store=_open_store(args) if store is None else store,
+            store=open_chosen_store(args) if store is None else store,
             namespace=getattr(args, "namespace", ""),
             key_kind=getattr(args, "key_kind", "auto"),
         )
@@ -251,20 +260,11 @@ def open_index(
     )
 
 
-def require_paths(paths: Sequence[str]) -> None:
-    """Reject paths that do not exist, before models are loaded."""
-    for path in paths:
-        if not os.path.exists(Path(path).expanduser()):
-            raise RetrievalError(f"{path!r} does not exist.")
-
-
 def folder_of(path: str) -> Path:
     """Return ``path`` if it is a folder, or the folder that contains it."""
-    expanded = Path(path).expanduser()
-    return expanded if expanded.is_dir() else expanded.parent
+    return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
 def first_folder(paths: Sequence[str]) -> Path:
     """Return the first folder in ``paths``, or the folder of the first file if there is none."""
-    folders = [path for path in paths if Path(path).expanduser().is_dir()]
-    return folder_of((folders or paths)[0])
+    return folder_of(([path for path in paths if os.path.isdir(path)] or list(paths))[0])

@@ -14,6 +14,8 @@ import threading
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
+from .arguments.paths import existing_file
+from .arguments.values import byte_count, plain_text, positive, whole
 from .console import say, say_json
 from .options import (
     add_focus,
@@ -21,10 +23,7 @@ from .options import (
     add_model_name,
     add_reasoning_limit,
     add_store_arguments,
-    byte_count,
-    count,
     load_generator,
-    positive,
     require_store,
 )
 
@@ -46,14 +45,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_focus(parser, " for requests that do not set focus")
     add_reasoning_limit(parser, " for requests that do not set it")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+        "--host",
+        type=plain_text,
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default: 127.0.0.1, this machine only)",
     )
     parser.add_argument(
-        "--port", type=count, default=8000, metavar="N", help="port to listen on, 0 for a free one (default: 8000)"
+        "--port",
+        type=whole(0, 65535),
+        default=8000,
+        metavar="N",
+        help="port to listen on, 0 for a free one (default: 8000)",
     )
-    parser.add_argument("--api-key-env", metavar="NAME", help="environment variable with the API key (default: none)")
     parser.add_argument(
-        "--api-keys-file", metavar="FILE", help='JSON file with API keys: {"key": "namespace", ...} (default: none)'
+        "--api-key-env", type=plain_text, metavar="NAME", help="environment variable with the API key (default: none)"
+    )
+    parser.add_argument(
+        "--api-keys-file",
+        type=existing_file,
+        metavar="FILE",
+        help='JSON file with API keys: {"key": "namespace", ...} (default: none)',
     )
     parser.add_argument(
         "--allow-unauthenticated", action="store_true", help="let other machines send requests without an API key"
@@ -63,13 +75,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--allowed-origin", "URL", "origin of web pages that may send requests (CORS)"),
     ):
         parser.add_argument(
-            option, action="append", default=[], metavar=metavar, help=f"{text}; may be repeated (default: none)"
+            option,
+            action="append",
+            type=plain_text,
+            default=[],
+            metavar=metavar,
+            help=f"{text}; may be repeated (default: none)",
         )
     parser.add_argument(
         "--store-namespace-bytes",
         type=byte_count,
         metavar="SIZE",
-        help="maximum size of one namespace in the store, such as 2GiB; with it, a tenant cannot evict the documents "
+        help="maximum bytes of one namespace in the store, such as 2GiB; with it, a tenant cannot evict the documents "
         "of another (default: no limit)",
     )
     parser.add_argument(
@@ -131,8 +148,8 @@ def _access(args: argparse.Namespace) -> Access:
             )
         if key in keys:
             raise InvalidInputError(
-                f"the key of the environment variable {args.api_key_env!r} is also in {args.api_keys_file!r}, so its "
-                "namespace is not clear; remove it from one of them."
+                f"the key of the environment variable {args.api_key_env!r} is also in {str(args.api_keys_file)!r}, so "
+                "its namespace is not clear; remove it from one of them."
             )
         keys[key] = None
     return Access(keys, hosts=args.allowed_host, origins=args.allowed_origin)

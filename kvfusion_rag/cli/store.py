@@ -1,4 +1,4 @@
-"""``kvfusion store``: show, check and clean a document store.
+"""Show, check and clean a document store.
 
 The store is a folder or URL, as for ``--store`` of ``kvfusion ask`` and ``kvfusion index``. Removals cover its disk
 tier and what is behind the URL.
@@ -12,8 +12,19 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
+from .arguments.paths import existing, store_place
+from .arguments.values import namespace, plain_text
 from .console import say, say_json, say_list
-from .options import CODECS, add_index_arguments, add_model_name, load_config, load_encoder, open_index, require_paths
+from .options import (
+    CODECS,
+    add_device,
+    add_index_arguments,
+    add_json,
+    add_model_name,
+    load_config,
+    load_encoder,
+    open_index,
+)
 
 if TYPE_CHECKING:
     from .. import DocumentStore
@@ -33,23 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, about in ACTIONS.items():
         action = actions.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
         if name != "estimate":
-            action.add_argument("store", metavar="STORE", help="folder or fsspec URL")
+            action.add_argument("store", type=store_place, metavar="STORE", help="folder or fsspec URL of the store")
         if name in ("clear", "forget"):
             action.add_argument(
-                "--namespace", default="", help="tenant whose documents are removed (default: the unnamed one)"
+                "--namespace",
+                type=namespace,
+                default="",
+                metavar="NAME",
+                help="namespace whose documents are removed (default: the unnamed one)",
             )
         if name == "missing":
-            action.add_argument(
-                "--namespace", default="", help="tenant whose collections are checked (default: the unnamed one)"
-            )
-            action.add_argument("--collection", metavar="NAME", help="collection to check (default: all)")
+            checked = "namespace whose collections are checked (default: the unnamed one)"
+            action.add_argument("--namespace", type=namespace, default="", metavar="NAME", help=checked)
+            names = "name of the collection to check (default: all)"
+            action.add_argument("--collection", type=plain_text, metavar="NAME", help=names)
         if name == "clear":
             action.add_argument("--all", action="store_true", help="remove the documents of every namespace")
         if name in ("forget", "estimate"):
-            action.add_argument("paths", nargs="+", metavar="PATH", help="file or folder (txt, md, html, pdf)")
+            files = "file or folder with the documents (txt, md, html, pdf)"
+            action.add_argument("paths", nargs="+", type=existing, metavar="PATH", help=files)
             add_model_name(action)
             add_index_arguments(action)
-            action.add_argument("--device", help="device of the embedding model: cpu, cuda, ...")
+            add_device(action, "embedding model")
         if name == "estimate":
             action.add_argument(
                 "--dtype",
@@ -57,8 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default="bfloat16",
                 help="precision of the KVs (default: bfloat16)",
             )
-        about = "print one JSON object and nothing else"
-        action.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=about)
+        add_json(action)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +86,7 @@ def _open(args: argparse.Namespace) -> DocumentStore:
     """Open the store that the arguments name, which must exist."""
     from ..store import open_store
 
-    if "://" not in args.store and not os.path.isfile(os.path.join(os.path.expanduser(args.store), "format.json")):
+    if "://" not in args.store and not os.path.isfile(os.path.join(args.store, "format.json")):
         raise InvalidInputError(f"there is no document store in {args.store!r}.")
     return open_store(args.store)
 
@@ -116,9 +131,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _missing(args: argparse.Namespace) -> int:
     """Print the documents of collections that the slowest tier lacks. Return 1 if there are any."""
-    from ..store import collections, namespace_key, require_namespace
+    from ..store import collections, namespace_key
 
-    require_namespace(args.namespace)
     store = _open(args)
     assert store.slowest_tier is not None  # open_store always adds a disk tier
     found = [
@@ -146,18 +160,15 @@ def _missing(args: argparse.Namespace) -> int:
 
 
 def _clear(args: argparse.Namespace) -> int:
-    from ..store import namespace_key, require_namespace
+    from ..store import namespace_key
 
-    require_namespace(args.namespace)
     removed = _open(args).clear(None if args.all else namespace_key(args.namespace))
     return _say_removed(args, removed)
 
 
 def _forget(args: argparse.Namespace) -> int:
-    from ..store import document_key, require_namespace
+    from ..store import document_key
 
-    require_namespace(args.namespace)
-    require_paths(args.paths)
     store = _open(args)
     # The store finds documents by namespace and token ids, so the model's part of the key may be empty.
     keys = [document_key("", args.namespace, ids) for ids in _token_ids(args)]
@@ -170,7 +181,6 @@ def _estimate(args: argparse.Namespace) -> int:
     from ..model.document_cache import expected_kv_shape
     from ..store.format import layout
 
-    require_paths(args.paths)
     shape = expected_kv_shape(load_config(args), getattr(torch, args.dtype))
     lengths = [len(ids) for ids in _token_ids(args)]
     key = "0" * 130  # of the length of a real one

@@ -12,66 +12,54 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidInputError
+from ..training.config import PRESETS, TrainingConfig, preset
+from .arguments.fields import add_fields
+from .arguments.paths import existing, output_folder, plot_file
+from .arguments.values import positive
 from .console import say, say_json, shown_path
-from .options import add_model_name, positive, require_paths
+from .options import add_device, add_model_name
 
 if TYPE_CHECKING:
     from ..data.rows import QARow
-    from ..training import Progress, TrainingConfig
+    from ..training import Progress
     from ..training.config import Loss
 
-# Numbers of TrainingConfig; flags, choices and lists have their own arguments.
-NUMBERS = (
-    "rank", "alpha", "dropout", "epochs", "max_steps", "batch_size", "accumulation", "learning_rate", "warmup",
-    "weight_decay", "max_grad_norm", "joined_share", "eval_every", "seed",
+SETTINGS = (  # fields of TrainingConfig
+    "full", "loss", "layout", "evidence", "gradient_checkpointing", "targets", "rank", "alpha", "dropout", "epochs",
+    "max_steps", "batch_size", "accumulation", "learning_rate", "warmup", "weight_decay", "max_grad_norm",
+    "joined_share", "eval_every", "seed",
 )  # fmt: skip
-SHARES_AND_RATES = ("dropout", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "joined_share")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("rows", nargs="+", metavar="ROWS", help="JSON lines made by build-data (.gz too)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="for best/, checkpoint/ and losses.json")
-    parser.add_argument("--dev", nargs="+", default=[], metavar="ROWS", help="rows for choosing the best checkpoint")
-    parser.add_argument("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file")
+    add = parser.add_argument
+    add("rows", nargs="+", type=existing, metavar="ROWS", help="JSON lines made by build-data (.gz too)")
+    output = "folder for best/, checkpoint/ and losses.json"
+    add("--output", type=output_folder, required=True, metavar="DIR", help=output)
+    dev = "rows for choosing the best checkpoint (default: none, the last one is kept)"
+    add("--dev", nargs="+", type=existing, default=[], metavar="ROWS", help=dev)
+    add("--dev-limit", type=positive, metavar="N", help="use the first N rows of each dev file (default: all)")
     add_model_name(parser, "base model")
-    parser.add_argument("--preset", choices=["lora", "paper"], default="lora", help="settings to start from")
-    parser.add_argument("--full", action="store_true", default=None, help="train all weights instead of an adapter")
-    parser.add_argument(
-        "--loss", choices=["answer", "distill"],
-        help="answer (default): the row's answer; distill: the base model's answer from the gold passages only",
+    add("--preset", choices=list(PRESETS), default="lora", help="settings to start from (default: lora)")
+    add_fields(parser, TrainingConfig, SETTINGS, PRESETS)
+    add_device(parser)
+    add(
+        "--dtype", choices=["float32", "bfloat16"],
+        help="precision of the model; updates are made in float32 (default: float32 on CPU, otherwise the "
+        "checkpoint's)",
     )  # fmt: skip
-    parser.add_argument(
-        "--layout", choices=["fixed", "prompt"], help="templates of the settings (default), or the chat template"
-    )
-    parser.add_argument("--evidence", action="store_true", default=None, help="train on the evidence sentence too")
-    parser.add_argument(
-        "--gradient-checkpointing", action="store_true", default=None,
-        help="compute layers again in the backward pass, which needs less memory and more time",
-    )  # fmt: skip
-    parser.add_argument("--targets", nargs="+", metavar="MODULE", help="modules with an adapter (default: all linear)")
-    for name in NUMBERS:
-        kind = float if name in SHARES_AND_RATES else int
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help="see TrainingConfig")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: an accelerator if there is one)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
-                        help="precision of the model; updates are made in float32")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the loss curve (png, svg, pdf)")
-    parser.add_argument("--resume", action="store_true", help="resume from DIR/checkpoint if it exists")
+    add("--plot", type=plot_file, metavar="FILE", help="draw the loss curve (png, svg, pdf; default: not drawn)")
+    add("--resume", action="store_true", help="resume from DIR/checkpoint if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
-    require_paths([*args.rows, *args.dev])
-    _require_plot(args.plot, resume=args.resume and (Path(args.output) / "checkpoint").exists())
+    given = {name: getattr(args, name) for name in SETTINGS}
+    config = preset(args.preset, **given | {"targets": tuple(args.targets) if args.targets else None})
+    _require_plot(args)
     from accelerate import PartialState
 
-    from ..training import preset, train
+    from ..training import train
 
-    given = {
-        name: getattr(args, name)
-        for name in (*NUMBERS, "full", "evidence", "gradient_checkpointing", "loss", "layout")
-    }
-    config = preset(args.preset, **given, targets=tuple(args.targets) if args.targets else None)
     rows = _read(args.rows, config.loss)
     dev = [row for path in args.dev for row in _read([path], None)[: args.dev_limit]]
 
@@ -95,22 +83,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _say_end(args: argparse.Namespace, config: TrainingConfig, progress: Progress) -> None:
     if args.json:
-        say_json({"output": args.output, "config": asdict(config), **asdict(progress), "best": progress.best})
+        say_json({"output": str(args.output), "config": asdict(config), **asdict(progress), "best": progress.best})
     else:
         say(f"{progress.step} steps; the best decoder is in {shown_path(args.output)}/best")
 
 
-def _require_plot(path: Path | None, *, resume: bool) -> None:
-    """Check, before a long run, that the plot can be drawn."""
-    if path is None:
+def _require_plot(args: argparse.Namespace) -> None:
+    """Check, before a long run, that the plot can be drawn, and that it replaces only that of a resumed run."""
+    if args.plot is None:
         return
+    from ..data.writing import check_output
     from ..evaluation.plots import require_plotting
 
-    require_plotting(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InvalidInputError(f"--plot is {str(path)!r}, but it must be a file in an existing folder.")
-    if path.exists() and not resume:
-        raise InvalidInputError(f"--plot is {str(path)!r}, which exists; name another file, or remove it.")
+    require_plotting(args.plot)
+    resumed = args.resume and (args.output / "checkpoint").exists()
+    check_output(args.plot, force=resumed, inputs=map(Path, (*args.rows, *args.dev)))
 
 
 def _read(paths: list[str], loss: Loss | None) -> list[QARow]:

@@ -283,7 +283,7 @@ def _answers(data: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int 
     if name == "possible_answers" and isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InvalidInputError(
                 f"{where}: possible_answers is {value!r:.100}, but it must be a JSON list."
             ) from error

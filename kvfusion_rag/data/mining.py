@@ -140,7 +140,7 @@ class BM25Ranking(Ranking):
         try:
             import bm25s
         except ImportError as error:
-            raise MissingDependencyError('mining with BM25 needs bm25s: pip install "kvfusion-rag[train]".') from error
+            raise MissingDependencyError.of_extra("mining with BM25", "bm25s", "train") from error
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._tokenize: Callable[..., list[list[str]]] = bm25s.tokenize  # pyright: ignore[reportAttributeAccessIssue]
         self._index = bm25s.BM25()

@@ -20,26 +20,52 @@ def make_folder(folder: Path, name: str) -> None:
     """
     if folder.is_file():
         raise InvalidInputError(f"{name} is {str(folder)!r}, which is a file, but it must be a folder.")
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInputError(f"{str(folder)!r} cannot be created: {error.strerror or error}.") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InvalidInputError(f"{str(folder)!r} cannot be written to; name another {name}.")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise InvalidInputError if ``folder`` is not a folder, or cannot be created or written to. Creates nothing."""
+    for place in (folder, *folder.parents):
+        if _exists(place):
+            break
+    if not place.is_dir():
+        raise InvalidInputError(f"{str(place)!r} is a file, but it must be a folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InvalidInputError(f"the folder {str(place)!r} cannot be written to.")
 
 
 def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> None:
     """Raise InvalidInputError if ``path`` cannot be written, or if writing it would destroy a file."""
-    if not path.parent.is_dir():
-        raise InvalidInputError(f"the folder of {str(path)!r} does not exist.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise InvalidInputError(f"the folder of {str(path)!r} cannot be written to.")
+    exists = _exists(path)
     if path.is_dir():
         raise InvalidInputError(f"{str(path)!r} is a folder, but it must be a file.")
+    if not path.parent.is_dir():
+        raise InvalidInputError(f"the folder of {str(path)!r} does not exist.")
+    is_device = exists and not path.is_file()  # such as /dev/stdout
+    if not (os.access(path.parent, os.W_OK | os.X_OK) or is_device) or (exists and not os.access(path, os.W_OK)):
+        raise InvalidInputError(f"{str(path)!r} cannot be written to.")
     if os.path.realpath(path) in map(os.path.realpath, inputs):  # which accepts loops of links
         raise InvalidInputError(f"{str(path)!r} is also an input, so it cannot be the output.")
-    if path.exists() and not force:
+    if exists and not force:
         raise InvalidInputError(f"{str(path)!r} already exists; name another file or replace it with --force.")
+
+
+def _exists(path: Path) -> bool:
+    """Return whether ``path`` exists. Raise InvalidInputError if it never can: its name is too long, it is a link to
+    itself or to nothing, or it is below a file."""
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise InvalidInputError(f"{str(path)!r} is a link to nothing.") from error
+        return False
+    except OSError as error:
+        raise InvalidInputError(f"{str(path)!r} cannot be used: {error.strerror}.") from error
+    return True
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -18,7 +18,7 @@ from ..errors import InvalidInputError, MissingDependencyError
 from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingOptions
 from ..schema import Answer, Attributed, Document, Mode
-from .calls import read_call
+from .calls import Call, read_call
 from .engine import Engine
 from .requests import Batch, Request
 from .runner import Runner
@@ -81,9 +81,7 @@ class Attribution:
         try:
             from matplotlib import pyplot
         except ModuleNotFoundError as error:
-            raise MissingDependencyError(
-                'a plot needs matplotlib, which is not installed: pip install "kvfusion-rag[evaluation]".'
-            ) from error
+            raise MissingDependencyError.of_extra("a plot", "matplotlib", "evaluation") from error
         heading = "\n".join([*_lines(f"Question: {self.question}"), *_lines(f"Answer: {self.answer}")])
         if axes is None:
             size = (7.0, 2.0 + 0.42 * len(self.documents))
@@ -140,6 +138,15 @@ def with_attribution(engine: Engine[FusionModel], request: Request, answer: Answ
     for number, facts in zip(numbers, measured, strict=True):
         sources[number] = replace(sources[number], **facts)
     return replace(answer, sources=tuple(sources))
+
+
+def attributed(engine: Engine[FusionModel], call: Call, answers: Sequence[Answer]) -> list[Answer]:
+    """Return the answers of a call with the attribution that it asks for, if any, in their sources."""
+    kind = call.attribution
+    if kind is None:
+        return list(answers)
+    pairs = zip(call.requests, answers, strict=True)
+    return [with_attribution(engine, request, answer, kind) for request, answer in pairs]
 
 
 def attribute_call(

@@ -11,6 +11,7 @@ from typing import Any, TypedDict, get_args
 from ..errors import InvalidInputError
 from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
+from ..option_names import UnknownOptionError
 from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt
 from .engine import Engine
 from .requests import Request
@@ -47,6 +48,9 @@ class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
     """
 
     attribution: Attributed | None
+
+
+_OF_BATCHES = frozenset(AnswerKwargs.__annotations__) - {"prompt"} | {"prompts"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +98,11 @@ def read_calls(
 
     Raises:
         InvalidInputError: an argument is invalid.
+        UnsupportedModelError: attribution cannot be measured on this model.
         ContextLimitError: documents, question and answer are too long.
         ControlTokenError: untrusted text would have become a control token.
     """
+    UnknownOptionError.raise_for(options, _OF_BATCHES, "a batch")
     prompts = [None for _ in questions] if prompts is None else prompts
     if not all(isinstance(rows, Sequence) and not isinstance(rows, str) for rows in (questions, documents, prompts)):
         raise InvalidInputError("questions, documents and prompts must be lists with one item per question.")
@@ -107,11 +113,9 @@ def read_calls(
         )
     wording = dict(options)
     attribution = wording.pop("attribution", None)
+    _require_attributable(engine, attribution)
     mode, focus = wording.pop("mode", None), wording.pop("focus", "auto")
     template_kwargs = wording.pop("chat_template_kwargs", None)
-    if unknown := sorted(wording.keys() - DecodingKwargs.__annotations__.keys()):
-        allowed = sorted(AnswerKwargs.__annotations__.keys() - {"prompt"})
-        raise InvalidInputError(f"{unknown[0]!r} is not an option; the options are {', '.join(allowed)}.")
     decoding = decoding_options(
         wording, max_new_tokens=engine.max_new_tokens, max_reasoning_tokens=engine.max_reasoning_tokens
     )
@@ -122,7 +126,7 @@ def read_calls(
     return Call(requests, decoding, attribution)
 
 
-def require_attributable(engine: Engine[FusionModel], attribution: object) -> None:
+def _require_attributable(engine: Engine[FusionModel], attribution: object) -> None:
     """Reject a wrong ``attribution=``, or a model that cannot measure it."""
     if attribution is None:
         return

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from ..errors import DurabilityError, InvalidInputError
+from ..option_names import check_option_names
 from ..schema import Document, Prompt, Source
 from ..store import namespace_key, require_collection, write_manifest
 from ..text.documents import UNLIMITED
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 class DocumentCalls(GeneratorFacts):
     """Prefill, prefetch, forget and clear over ``_engine``."""
 
+    @check_option_names()
     def prefill(
         self,
         documents: Sequence[Document | str],
@@ -112,6 +114,7 @@ class DocumentCalls(GeneratorFacts):
                 "written."
             )
 
+    @check_option_names()
     def prefetch(
         self,
         documents: Sequence[Document | str],

@@ -180,7 +180,11 @@ class Engine(Generic[M_co]):
         )
         encoded = self.read(documents, layout)
         if not encoded.keys:
-            self._warn_once("no documents: this is plain generation over the question alone")
+            self._warn_once(
+                "no documents: this is plain generation over the question alone"
+                if prompt is None
+                else "no separate documents: those in the prompt's own text are read as part of it and are not fused"
+            )
         if prompt is not None and not self.encoder.follows_instructions and isinstance(layout, FixedLayout):
             self._warn_once(f"{self.model.model_id} reads bare questions; the wording around the question is ignored")
         if chosen.ape is not None:

@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Self
 from .. import __version__
 from ..errors import InvalidInputError
 from ..fusion.interface import FusionModel
+from ..fusion.load_options import LoadKwargs
 from ..home import HOME_VARIABLE, home
 from ..schema import FocusChoice, Mode, ModeChoice
 from ..store import DocumentStore
@@ -39,6 +40,13 @@ class GeneratorFacts:
             f"this {type(self).__name__} cannot be pickled, because it holds a loaded model; load it with "
             "from_pretrained in each process."
         )
+
+    @staticmethod
+    def load_options() -> frozenset[str]:
+        """Return the names of the keyword arguments of ``from_pretrained``."""
+        return frozenset(LoadKwargs.__annotations__) | {
+            "store", "namespace", "max_fused_tokens", "key_kind", "gather"
+        }  # fmt: skip
 
     @property
     def model_id(self) -> str:

@@ -36,9 +36,7 @@ class Bootstrap:
         try:
             from scipy.stats import bootstrap
         except ImportError as error:
-            raise MissingDependencyError(
-                'intervals need scipy, which is not installed: pip install "kvfusion-rag[evaluation]".'
-            ) from error
+            raise MissingDependencyError.of_extra("an interval", "scipy", "evaluation") from error
         self._bootstrap, self._seed, self._resamples = bootstrap, seed, resamples
 
     def interval(self, values: Values) -> Interval:

@@ -76,7 +76,7 @@ class Journal:
                     self._answers[key] = None if answer is None else Prediction.from_list(answer)
             if content and RUN not in self._identities and not content.startswith(BEGINNING):
                 raise ValueError("the run is not named")
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise InvalidInputError(
                 f"{str(self._path)!r} is not a journal of an evaluation ({error!r}); name another file."
             ) from error

@@ -41,9 +41,7 @@ def require_plotting(path: Path) -> None:
     if path.suffix not in SUFFIXES:
         raise InvalidInputError(f"the plot is {path.name!r}, but it must end in one of {', '.join(SUFFIXES)}.")
     if find_spec("matplotlib") is None:
-        raise MissingDependencyError(
-            'a plot needs matplotlib, which is not installed: pip install "kvfusion-rag[evaluation]".'
-        )
+        raise MissingDependencyError.of_extra("a plot", "matplotlib", "evaluation")
 
 
 def plot_slots(summary: Summary, path: Path, *, title: str) -> None:

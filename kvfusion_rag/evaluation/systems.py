@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..errors import InvalidInputError, UnsupportedModelError
+from ..home import expanded
 from .orders import long_context_order
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _whole(sft: str | None, joined: Mapping[str, str]) -> dict[str, str | None]:
 
 def _contains(name: str | None, file: str) -> bool:
     """Return whether ``name`` is a folder that contains this file."""
-    return name is not None and (Path(name).expanduser() / file).is_file()
+    return name is not None and (expanded(name) / file).is_file()
 
 
 def make_systems(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -77,10 +76,9 @@ def load_torch_model(model: str | Path | None, options: LoadKwargs) -> tuple[Tor
     Raises:
         ModelLoadError: the model, adapter or decoder cannot be read.
         UnsupportedModelError: fusion is not exact on this architecture.
-        InvalidInputError: an option is unknown, or its value is not allowed.
+        InvalidInputError: the value of an option is not allowed.
     """
     given: dict[str, Any] = dict(options)
-    _require_known(given)
     tokens_per_pass = given.get("tokens_per_pass")
     if tokens_per_pass is not None and not is_count(tokens_per_pass):
         raise InvalidInputError(
@@ -95,12 +93,3 @@ def load_torch_model(model: str | Path | None, options: LoadKwargs) -> tuple[Tor
     if "prefix" in changes:
         changes["layout"] = "fixed"
     return loaded, replace(loaded.settings, **changes)
-
-
-def _require_known(given: Mapping[str, Any]) -> None:
-    allowed = LoadKwargs.__annotations__
-    for name in given:
-        if name not in allowed:
-            near = get_close_matches(name, allowed, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(sorted(allowed))}."
-            raise InvalidInputError(f"{name!r} is not an option of from_pretrained; {hint}")

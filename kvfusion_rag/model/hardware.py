@@ -35,6 +35,8 @@ def choose_device(device: str | None) -> torch.device:
         raise InvalidInputError(
             f"device is {device!r}, but this machine and its torch build only have {sorted(available)}."
         )
+    if chosen.type != "cpu" and (chosen.index or 0) >= (number := torch.accelerator.device_count()):
+        raise InvalidInputError(f"device is {device!r}, but the number behind the colon must be below {number}.")
     return chosen
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
+from ..home import expanded
 from .adapters.location import CONFIG_FILE
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -76,10 +77,7 @@ def locate_model(
         return _default_model(revision, hub)
     if not isinstance(model, str | Path) or (isinstance(model, str) and not model.strip()):
         raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder, a GGUF file or None.")
-    try:
-        path = Path(model).expanduser()
-    except RuntimeError as error:
-        raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from: {error}") from error
+    path = expanded(model)
     if path.is_file():
         if gguf_file is not None:
             raise InvalidInputError(f"gguf_file is {gguf_file!r}, but model is already a file: {str(model)!r}.")

@@ -130,5 +130,5 @@ def _json_file(location: ModelLocation, name: str) -> Any:
     try:
         path = cached_model_file(location.path, name, revision=location.revision, **location.hub)
         return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # also if there is no such repository
+    except (OSError, ValueError, RecursionError):  # also if there is no such repository
         return None

@@ -65,6 +65,10 @@ class SentenceTransformerEmbedder:
     """
 
     def __init__(self, model: str | Path | None = None, *, device: str | None = None) -> None:
+        if device is not None:
+            from ..model.hardware import choose_device
+
+            choose_device(device)  # torch's own error for a device that is missing is an AssertionError
         self._name = DEFAULT_MODEL if model is None else str(model)
         self._model = _load(model, device)
         self._fingerprint = _digest(self._model)
@@ -139,9 +143,7 @@ def _load(model: str | Path | None, device: str | None) -> SentenceTransformer:
 
             model = MODEL_DIR
     except ImportError as error:
-        raise MissingDependencyError(
-            f'embedding texts needs {error.name}, which is not installed: pip install "kvfusion-rag[rag]".'
-        ) from error
+        raise MissingDependencyError.of_extra("embedding texts", str(error.name), "rag") from error
     try:
         return SentenceTransformer(str(model), device=device)
     except (OSError, ValueError, RuntimeError, ImportError) as error:

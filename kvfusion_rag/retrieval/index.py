@@ -18,6 +18,8 @@ import numpy as np
 import xxhash
 
 from ..errors import InvalidInputError, RetrievalError
+from ..home import absolute
+from ..option_names import check_option_names
 from ..schema import Document
 from .collection import ChunkCollection, Place
 from .embedding import Embedder
@@ -98,6 +100,7 @@ class DocumentIndex:
         InvalidInputError: ``chunk_tokens`` is too small.
     """
 
+    @check_option_names()
     def __init__(
         self,
         folder: str | Path | None = None,
@@ -109,7 +112,7 @@ class DocumentIndex:
         max_file_bytes: int = MAX_FILE_BYTES,
         progress: bool = False,
     ) -> None:
-        self.folder = None if folder is None else Path(folder).expanduser().resolve()
+        self.folder = None if folder is None else absolute(folder)
         self.chunk_tokens = check_chunk_tokens(chunk_tokens)
         self._count_tokens = count_tokens
         self._embedder = embedder
@@ -117,7 +120,7 @@ class DocumentIndex:
         self._progress = progress
         if base is None and self.folder is not None:
             base = self.folder.parent
-        self._base = None if base is None else Path(base).expanduser().resolve()
+        self._base = None if base is None else absolute(base)
         settings = {"embedding_model": embedder.name, "chunk_tokens": chunk_tokens}
         self._collection = ChunkCollection(self.folder, self._collection_name(), settings)
         self._damage = self._collection.damage
@@ -241,7 +244,7 @@ class DocumentIndex:
 
     def _deleted(self, paths: Sequence[str | Path], present: set[str]) -> list[str]:
         """Return the files in the index that were deleted or can no longer be read under ``paths``."""
-        roots = [Path(path).expanduser().resolve() for path in paths]
+        roots = [absolute(path) for path in paths]
         return [name for name in self.files() if name not in present and self._is_deleted(name, roots)]
 
     def _is_deleted(self, name: str, roots: list[Path]) -> bool:

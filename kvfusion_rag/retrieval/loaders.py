@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import MissingDependencyError, RetrievalError
+from ..home import absolute, expanded
 from .junk import without_junk
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def find_files(paths: Iterable[str | Path], *, exclude: Path | None = None) -> t
     found: dict[Path, None] = {}
     skipped: list[SkippedFile] = []
     for named in paths:
-        path = Path(named).expanduser()
+        path = expanded(named)
         if not os.path.exists(path):  # unlike Path.exists, it does not raise if a parent folder is not readable
             raise RetrievalError(f"{printable_path(path)!r} does not exist, so it cannot be indexed.")
         if path.is_dir():
@@ -257,9 +258,7 @@ def _guarded(kind: Kind, data: bytes) -> Reading:
     except UnreadableFileError:
         raise
     except ImportError as error:
-        raise MissingDependencyError(
-            f'reading {what} needs {error.name}, which is not installed: pip install "kvfusion-rag[rag]".'
-        ) from error
+        raise MissingDependencyError.of_extra(f"reading {what}", str(error.name), "rag") from error
     except Exception as error:  # parsers raise any exception for untrusted files, from KeyError to RecursionError
         cause = _SPACES.sub(" ", str(error))[:200] or type(error).__name__
         raise UnreadableFileError(f"cannot be read as {what}: {cause}") from error
@@ -272,7 +271,7 @@ def printable_path(path: Path) -> str:
 
 def common_folder(paths: Sequence[str | Path]) -> Path:
     """Return the deepest folder that contains all of ``paths``."""
-    folders = [path if path.is_dir() else path.parent for path in (Path(p).expanduser().resolve() for p in paths)]
+    folders = [path if path.is_dir() else path.parent for path in map(absolute, paths)]
     return Path(os.path.commonpath(folders))
 
 

@@ -43,9 +43,7 @@ def split_text(text: str, kind: Kind, chunk_tokens: int, count_tokens: Callable[
     try:
         from semantic_text_splitter import MarkdownSplitter, TextSplitter
     except ImportError as error:
-        raise MissingDependencyError(
-            'splitting texts needs semantic-text-splitter: pip install "kvfusion-rag[rag]".'
-        ) from error
+        raise MissingDependencyError.of_extra("splitting texts", "semantic-text-splitter", "rag") from error
     kind_of_splitter = MarkdownSplitter if kind == "markdown" else TextSplitter
     splitter = kind_of_splitter.from_callback(count_tokens, min(chunk_tokens, MAX_CHUNK_TOKENS))
     window = max(MIN_WINDOW, WINDOW_CHARACTERS * chunk_tokens)

@@ -13,7 +13,7 @@ try:
     import fastapi as _fastapi  # noqa: F401
     import uvicorn as _uvicorn  # noqa: F401
 except ImportError as error:
-    raise MissingDependencyError('the server needs fastapi and uvicorn: pip install "kvfusion-rag[serve]".') from error
+    raise MissingDependencyError.of_extra("the server", str(error.name), "serve") from error
 
 from .access import Access, read_keys
 from .app import create_app

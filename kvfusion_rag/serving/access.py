@@ -19,6 +19,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import InvalidInputError
+from ..home import expanded
 from ..store import require_namespace
 from .errors import ApiError
 from .incoming import Incoming
@@ -82,7 +83,7 @@ def read_keys(path: str | Path) -> dict[str, str | None]:
             quote the file, because it may contain keys.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = expanded(path).read_text(encoding="utf-8")
         keys = json.loads(text, object_pairs_hook=lambda pairs: _Twice() if _repeats(pairs) else dict(pairs))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"

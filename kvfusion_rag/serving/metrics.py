@@ -14,7 +14,7 @@ from .api_schema import METRICS_REPLIES
 try:
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Summary, generate_latest
 except ImportError as error:
-    raise MissingDependencyError('metrics need prometheus-client: pip install "kvfusion-rag[metrics]".') from error
+    raise MissingDependencyError.of_extra("the metrics page", "prometheus-client", "metrics") from error
 
 from ..store.prometheus import register
 

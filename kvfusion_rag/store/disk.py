@@ -25,6 +25,7 @@ from pathlib import Path, PurePath
 
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
+from ..option_names import check_option_names
 from .folder import Entry, Folder, ForeignFileError
 from .format import (
     CODECS,
@@ -94,6 +95,7 @@ class DiskStore:
         InvalidInputError: a cap, the codec or the mode is not allowed.
     """
 
+    @check_option_names()
     def __init__(
         self,
         path: str | os.PathLike[str],

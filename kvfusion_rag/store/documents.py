@@ -19,6 +19,7 @@ import torch
 from ..errors import OverloadError, StoreError
 from ..model.forks import ForkGuard
 from ..model.kv import DocumentKV, KVShape
+from ..option_names import check_option_names
 from .disk import DiskStore
 from .keys import document_part, require_namespace_key
 from .memory import MemoryStore
@@ -49,6 +50,7 @@ class DocumentStore:
         InvalidInputError: a remote tier has no disk tier with the same codec in front of it.
     """
 
+    @check_option_names()
     def __init__(
         self,
         memory: MemoryStore | None = None,

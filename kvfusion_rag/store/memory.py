@@ -12,6 +12,7 @@ import torch
 
 from ..model.forks import fork_safe_lock
 from ..model.kv import DocumentKV
+from ..option_names import check_option_names
 from .keys import document_part, namespace_part
 from .size_limits import Caps
 
@@ -32,6 +33,7 @@ class MemoryStore:
         InvalidInputError: a cap is not a whole number from 1.
     """
 
+    @check_option_names()
     def __init__(
         self, max_bytes: int = DEFAULT_MAX_BYTES, *, namespace_bytes: int | None = None, host: bool = False
     ) -> None:

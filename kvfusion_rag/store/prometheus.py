@@ -11,7 +11,7 @@ try:
     from prometheus_client import REGISTRY, CollectorRegistry
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 except ImportError as error:
-    raise MissingDependencyError('metrics need prometheus-client: pip install "kvfusion-rag[metrics]".') from error
+    raise MissingDependencyError.of_extra("the metrics page", "prometheus-client", "metrics") from error
 
 # Field of StoreMetrics: help text, and the label of its values (None for a single value).
 COUNTERS: dict[str, tuple[str, str | None]] = {

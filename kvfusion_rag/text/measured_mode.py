@@ -45,7 +45,7 @@ def measured(identity: Identity) -> Measured | None:
             raise ValueError(f"mode {best.mode!r}, focus {best.focus!r}, weight {best.focus_weight!r}")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         logger.warning("%s is not readable (%s); run kvfusion doctor --measure again", file, error)
         return None
     return best

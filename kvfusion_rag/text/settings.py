@@ -147,7 +147,7 @@ def load_settings(model: str, tokenizer: PreTrainedTokenizerBase, *, model_id: s
     label = f"{FILE_NAME} of {model_id!r}"
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"{label} is not readable JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ModelLoadError(f"{label} contains a {type(values).__name__}, but it must be an object.")

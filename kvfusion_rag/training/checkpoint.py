@@ -51,7 +51,7 @@ def load_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelLoadError(f"cannot read the checkpoint {folder.name!r}: {error}") from error
     if not isinstance(record, dict):
         raise ModelLoadError(f"the checkpoint {folder.name!r} is damaged: its {RECORD_NAME} is not an object.")

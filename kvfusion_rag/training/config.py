@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -17,20 +18,27 @@ class TrainingConfig:
 
     Attributes:
         full: whether to train all weights of a second copy (the paper) instead of a LoRA adapter.
-        rank, alpha, dropout, targets: settings of LoRA; ``targets`` are module names, or "all-linear".
+        rank: rank of the LoRA matrices.
+        alpha: LoRA's scale, which is divided by ``rank``.
+        dropout: share (0 to 1) of LoRA's inputs that are dropped in training.
+        targets: names of the modules that get an adapter, or "all-linear".
         loss: "answer" is the cross entropy of the row's answer (the paper). "distill" is the KL divergence, on the
-            answer's tokens, of Dt over all fused passages from the base model over the gold passages only.
+            answer's tokens, of the trained decoder over all fused passages from the base model over the gold passages
+            only.
         layout: "fixed" uses the templates of the settings, "prompt" the question in the model's own chat template.
         epochs: passes over the rows.
         max_steps: maximum number of steps, even if epochs are left.
         batch_size: rows per forward pass and process.
         accumulation: forward passes per optimiser step.
         learning_rate: highest learning rate, reached after ``warmup`` and followed by a cosine decay to 0.
-        warmup: share of all steps.
+        warmup: share (0 to 1) of all steps in which the learning rate rises.
+        weight_decay: AdamW's weight decay.
+        betas: AdamW's decay rates of its moving averages.
+        max_grad_norm: norm to which longer gradients are cut.
         evidence: whether to train on the sentence that contains the answer too.
-        joined_share: share of rows read as one joined prompt. Above 0, the trained decoder is also used in mode
-            ``concat``. With 1, it is fine-tuned on joined prompts only, the control that the paper lacks, and dev rows
-            are answered in mode ``concat``.
+        joined_share: share (0 to 1) of rows that are read as one joined prompt. Above 0, the trained decoder is also
+            used in mode ``concat``. With 1, it is fine-tuned on joined prompts only, the control that the paper lacks,
+            and dev rows are answered in mode ``concat``.
         gradient_checkpointing: whether to compute layers again in the backward pass instead of keeping their
             activations. The steps are the same, but need less memory and more time.
         eval_every: steps between two evaluations on the dev rows; the checkpoint with the best exact match is kept.
@@ -69,8 +77,8 @@ class TrainingConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a share from 0 to 1.")
         for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InvalidInputError(f"{name} is {getattr(self, name)!r}, but it must be a number above 0.")
         for name, kind in (("loss", Loss), ("layout", Layout)):
             if getattr(self, name) not in get_args(kind):
                 allowed = " or ".join(map(repr, get_args(kind)))
@@ -79,8 +87,8 @@ class TrainingConfig:
             raise InvalidInputError(
                 "evidence is true and loss is 'distill', but the base model's answers have no evidence; set only one."
             )
-        if not self.weight_decay >= 0:
-            raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be 0 or above.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be a number from 0.")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 1 << 31):
             raise InvalidInputError(f"seed is {self.seed!r}, but it must be a whole number from 0 to 2,147,483,647.")
 

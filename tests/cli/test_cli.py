@@ -39,7 +39,7 @@ KEEPER = "Who was the last keeper of the Harrow Point Lighthouse?"
         (["sing"], "invalid choice: 'sing'"),
         (["ask"], "QUESTION"),
         (["ask", "Who?"], "pass them with --docs"),
-        (["ask", " ", "--docs", "."], "the question is blank"),
+        (["ask", " ", "--docs", "."], "argument QUESTION: ' ' is blank"),
         (["ask", "Who?", "--docs", "/no/such/path"], "'/no/such/path' does not exist"),
         (["ask", "Who?", "--index", "/no/such/path"], "'/no/such/path' does not exist"),
         (["ask", "Who?", "--docs", ".", "--top-k", "0"], "'0' is not a whole number from 1"),

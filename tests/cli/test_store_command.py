@@ -11,7 +11,7 @@ from indexes import WordEmbedder
 
 from kvfusion_rag import DiskStore
 from kvfusion_rag.cli import main
-from kvfusion_rag.cli.options import byte_count
+from kvfusion_rag.cli.arguments.values import byte_count
 from kvfusion_rag.store import namespace_key
 
 
@@ -133,7 +133,7 @@ def test_byte_count_reads_sizes():
         (["--store-max-bytes", "0GB"], "'0GB' is not a size"),
         (["--store-max-bytes", "5"], "max_bytes of the disk store is 5, but one document"),
         (["--store-codec", "zip"], "invalid choice: 'zip'"),
-        (["--store", "", "--store-codec", "v8"], "--store-codec is given without --store"),
+        (["--store", ""], "argument --store: '' is blank"),
         (["--namespace", "../x"], "namespace is '../x'"),
         (["--store", __file__], "is a file"),
     ],

@@ -253,7 +253,7 @@ def test_all_systems_in_one_run(folders, monkeypatch, tmp_path):
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=re.escape('pip install "kvfusion-rag[evaluation]"')):
+    with pytest.raises(MissingDependencyError, match=re.escape('pip install -c constraints.txt ".[evaluation]"')):
         plots.require_plotting(tmp_path / "a.png")
 
 

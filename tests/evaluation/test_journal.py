@@ -40,6 +40,15 @@ def test_run_interrupted_at_any_byte_resumes_to_equal_answers(tmp_path_factory, 
     assert not any(system.batches for system in systems)  # all answers are in the file
 
 
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, "3", "[1]", '{"identity": 3}', '{"answer": [1], "system": 2}', "\xff"]
+)
+def test_file_that_is_not_a_journal_is_an_error(tmp_path, content):
+    (tmp_path / "a").write_bytes(content.encode("latin-1") + b"\n")
+    with pytest.raises(InvalidInputError, match="is not a journal"):
+        Journal(tmp_path / "a", FACTS)
+
+
 def test_incomplete_batches_are_asked_again(tmp_path):
     made = rows(6)
     expected = run(tmp_path / "a", made, readers(), ["original"])

@@ -16,7 +16,7 @@ from serving_client import request
 
 from kvfusion_rag.cli import main
 from kvfusion_rag.cli import serve as serve_command
-from kvfusion_rag.cli.options import _open_store
+from kvfusion_rag.cli.options import open_chosen_store
 from kvfusion_rag.serving import ServingOptions
 from kvfusion_rag.store import as_store
 
@@ -30,8 +30,8 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
     [
         (["--host", "0.0.0.0"], "no API key"),
         (["--api-key-env", "KVFUSION_NO_SUCH_VARIABLE"], "is not set"),
-        (["--api-keys-file", "/no/such/file"], "No such file"),
-        (["--port", "70000"], "cannot listen"),
+        (["--api-keys-file", "/no/such/file"], "'/no/such/file' does not exist"),
+        (["--port", "70000"], "'70000' is not a whole number from 0 to 65,535"),
         (["--port", "-1"], "not a whole number"),
         (["--max-concurrency", "0"], "not a whole number from 1"),
         (["--mode", "sideways"], "invalid choice"),
@@ -62,7 +62,7 @@ def test_missing_package_is_reported_with_the_command_to_install_it(capsys, monk
     monkeypatch.delitem(sys.modules, "kvfusion_rag.serving")
     assert main(["serve"]) == 2
     err = capsys.readouterr().err
-    assert 'pip install "kvfusion-rag[serve]"' in err and err.count("\n") == 1
+    assert 'pip install -c constraints.txt ".[serve]"' in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_namespaces_can_be_capped_on_disk_and_in_memory(tmp_path, monkeypatch, o
     monkeypatch.chdir(tmp_path)
     parser = argparse.ArgumentParser()
     serve_command.add_arguments(parser)
-    store = as_store(_open_store(parser.parse_args(options)))
+    store = as_store(open_chosen_store(parser.parse_args(options)))
     assert store.memory.caps.namespace_bytes == memory
     assert (store.disk and store.disk.caps.namespace_bytes) == disk
 

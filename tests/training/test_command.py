@@ -88,7 +88,7 @@ def test_moving_average_of_a_constant_is_constant():
 def test_plot_without_matplotlib_raises_before_training(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("kvfusion_rag.evaluation.plots.find_spec", lambda name: None)
     assert run(base, "--plot", tmp_path / "curve.png") == 2
-    assert "kvfusion-rag[evaluation]" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert '".[evaluation]"' in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 GOLD = {"text": "the mill is red", "gold": True}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InvalidInputError, ModelLoadError, model_load_errors
+from ...home import expanded
 from ...text.settings import FILE_NAME, RECORD_NAME
 
 CONFIG_FILE = "adapter_config.json"  # as peft names it
@@ -28,7 +29,7 @@ def find_adapter(adapter: str | Path, **hub: Any) -> Path:
     """
     if not isinstance(adapter, str | Path) or not str(adapter).strip():
         raise InvalidInputError(f"adapter is {adapter!r}, but it must be a folder, a hub name or None.")
-    path = Path(adapter).expanduser()
+    path = expanded(adapter)
     if path.is_dir():
         return _one_in(path, str(adapter))
     if names := _adapters_in(path.parent):

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from ...errors import InvalidInputError, StoreError
 from ...model.kv import DocumentKV
+from ...option_names import check_option_names
 from ..format import CODECS, NO_ENVIRONMENT, SUFFIX, Codec, encode, file_name, is_finite, require_codec
 from ..keys import paths_of_documents, require_namespace_key
 from ..metrics import Miss, UploadReport
@@ -64,6 +65,7 @@ class RemoteStore:
         StoreError: the kind of URL is unknown.
     """
 
+    @check_option_names()
     def __init__(
         self,
         url: str,
