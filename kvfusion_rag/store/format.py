@@ -121,7 +121,7 @@ def layout(key: str, tokens: int, shape: KVShape, codec: Codec) -> Layout:
     return Layout(header, checksum_at, _behind(header, _ENVIRONMENT_FIELD, _ENVIRONMENT_BYTES), sizes)
 
 
-def _behind(header: bytes, field: bytes, length: int) -> slice:
+def _behind(header: bytes | bytearray, field: bytes, length: int) -> slice:
     """Return the slice of the ``length`` bytes behind ``field``."""
     begin = header.index(field) + len(field)
     return slice(begin, begin + length)

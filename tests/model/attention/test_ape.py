@@ -223,5 +223,5 @@ def test_other_settings_share_weights_store_and_warnings(caplog):
         answer = one.answer("who?", DOCUMENTS, mode="fusion", max_new_tokens=1)
         assert {s.origin for s in answer.sources} == {"memory"}
     assert caplog.text.count("was not trained") == 1
-    with pytest.raises(InvalidInputError, match="'ape_heat' is not an option of KVFusionGenerator.with_settings"):
+    with pytest.raises(InvalidInputError, match=r"'ape_heat' is not an option of KVFusionGenerator\.with_settings"):
         gen.with_settings(ape_heat=1)
