@@ -29,9 +29,7 @@ def make_folder(folder: Path, name: str) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise InvalidInputError if ``folder`` is not a folder, or cannot be created or written to. Creates nothing."""
-    for place in (folder, *folder.parents):
-        if _exists(place):
-            break
+    place = next((place for place in (folder, *folder.parents) if _exists(place)), Path())
     if not place.is_dir():
         raise InvalidInputError(f"{str(place)!r} is a file, but it must be a folder.")
     if not os.access(place, os.W_OK | os.X_OK):
