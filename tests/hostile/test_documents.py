@@ -21,9 +21,9 @@ from kvfusion_rag.text.sentences import sentence_spans
 ENCODINGS = ["utf-8", "cp1252", "cp1251", "koi8-r", "shift_jis", "gb18030", "big5", "euc-kr", "utf-16", "iso2022_jp"]
 LABELS = [*ENCODINGS, "", "x-user-defined", "replacement", "utf-7", "idna", "base64", "no such", "a" * 40]
 TAGS = (
-    "html head body title p b a table tr td pre script style template svg math select option ul li font noscript "
-    "plaintext textarea frameset"
-).split()
+    *("html", "head", "body", "title", "p", "b", "a", "table", "tr", "td", "pre", "script", "style", "template", "li"),
+    *("svg", "math", "select", "option", "ul", "font", "noscript", "plaintext", "textarea", "frameset"),
+)
 MARKS = (
     *("<!--", "-->", "<![CDATA[", "]]>", "<?xml version='1.0'?>", "<!doctype", "<meta charset=", "&amp", "&#0;"),
     *("&#x110000;", "&#xd800;", "<p hidden>", "<td colspan=99999999>", "<a ", "'", '"', ">", "/>", "\x00", "\ufeff"),
