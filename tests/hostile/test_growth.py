@@ -130,9 +130,10 @@ def test_characters_encoded_to_split_a_document(monkeypatch, shape, kind):
     )
     encoder = TextDocuments(PlainEncoder(tiny.tokenizer(kind)), separator="\n\n", titles=True, continues=False)
 
-    def characters(size: int) -> int:
+    def per_character(size: int) -> float:
         encoded.clear()
-        list(split_document(encoder, Document(SHAPES[shape](size)), 64, 10**9))
-        return sum(encoded)
+        text = SHAPES[shape](size)
+        list(split_document(encoder, Document(text), 64, 10**9))
+        return sum(encoded) / len(text)
 
-    assert characters(8000) <= 5 * characters(2000) + 5000
+    assert per_character(16_000) <= 2.5 * per_character(4_000)  # quadratic work: 4 times
