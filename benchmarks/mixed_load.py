@@ -1,12 +1,13 @@
 """Measure a server of two tenants under attack: good requests, their times, memory, and the time to stop.
 
-    python benchmarks/mixed_load.py [--model NAME] [--tiny] [--seconds 60] [--clients 3] [--json results.json]
+    python benchmarks/mixed_load.py [--model NAME] [--tiny] [--seconds 60] [--clients 3]
+        [--questions 20]
 
 Starts ``kvfusion serve`` with a store. Clients of one tenant ask questions whose answers are known from a generator
-without a server. After a while without attacks, the other tenant attacks and the server is restarted twice. The
-attackers run in a process of low priority, because in truth they have machines of their own. Exits with 1 if an answer
-was wrong or lost, if attacked requests take more than twice as long at the 95th percentile, or if a stop takes more
-than ten seconds.
+without a server. After a while without attacks, the other tenant attacks (``mixed_load_attacks.py``) and the server is
+restarted twice. The attackers run in a process of low priority, because in truth they have machines of their own.
+Exits with 1 if an answer was wrong or lost, if attacked requests take more than twice as long at the 95th percentile,
+or if a stop takes more than ten seconds.
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 
-CHAT, DOCUMENTS = "/v1/chat/completions", "/v1/documents"
+CHAT = "/v1/chat/completions"
 GOOD, BAD = "key-of-the-good-tenant", "key-of-the-attacker"
 NAMES = (
     "Amara Osei",
@@ -46,7 +46,7 @@ NAMES = (
 )
 WORKS = ("mill", "ferry", "pier", "bakery", "lock")
 PEOPLE = [(work, name, 1850 + 7 * number) for number, name in enumerate(NAMES) for work in WORKS]
-PAUSE = 0.2  # seconds between two requests of one attacker
+ATTACKS = Path(__file__).with_name("mixed_load_attacks.py")
 PATIENCE = 120.0  # seconds for which a good client retries
 MAX_RATIO, MAX_STOP_SECONDS = 2.0, 10.0
 
@@ -132,6 +132,19 @@ class Tally:
         }  # fmt: skip
 
 
+def attempt(client: httpx.Client, body: dict[str, Any], tally: Tally) -> str | None:
+    """Return the answer, or None if the client should try again."""
+    began = time.monotonic()
+    try:
+        found = client.post(CHAT, json=body)
+    except httpx.TransportError:
+        return None
+    if found.status_code != 200:
+        return None if found.status_code in (429, 503) else f"status {found.status_code}"
+    tally.times.append(time.monotonic() - began)
+    return found.json()["choices"][0]["message"]["content"]
+
+
 def ask_until(server: Server, answers: dict[int, str], tally: Tally, stop: threading.Event, seed: int) -> None:
     """Ask questions one after another, as a client does that retries."""
     numbers = random.Random(seed)
@@ -139,97 +152,13 @@ def ask_until(server: Server, answers: dict[int, str], tally: Tally, stop: threa
         while not stop.is_set():
             number = numbers.choice(list(answers))
             until = time.monotonic() + PATIENCE
-            while True:
-                began = time.monotonic()
-                with suppress(httpx.TransportError):
-                    found = client.post(CHAT, json=body_of(server.model, number))
-                    if found.status_code == 200:
-                        tally.times.append(time.monotonic() - began)
-                        tally.wrong += found.json()["choices"][0]["message"]["content"] != answers[number]
-                        break
-                    if found.status_code not in (429, 503):
-                        tally.wrong += 1
-                        break
+            while (text := attempt(client, body_of(server.model, number), tally)) is None:
                 tally.retries += 1
                 if time.monotonic() > until:
-                    tally.lost += 1
                     break
                 time.sleep(0.3)
-
-
-# Attacks: each function makes one attempt
-
-
-def send(url: str, data: bytes, seconds: float) -> None:
-    """Send bytes, read for a while, and leave."""
-    parts = urlsplit(url)
-    with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=seconds) as sock:
-        sock.sendall(data)
-        with suppress(TimeoutError):
-            while sock.recv(65536):
-                pass
-
-
-def raw(path: str, body: bytes, *headers: str, key: str = BAD) -> bytes:
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "host: localhost",
-        "content-type: application/json",
-        f"content-length: {len(body)}",
-    ]
-    return "\r\n".join([*lines, f"authorization: Bearer {key}", "connection: close", *headers, "", ""]).encode() + body
-
-
-def attacks_of(url: str, model: str) -> dict[str, Callable[[], None]]:
-    chat = body_of(model, 0)
-    same = [{"id": "x" * 20_000 if n == 0 else str(n), "text": "The ferry carries forty cars."} for n in range(100)]
-    long = "The keeper of the lamp walks down to the harbour every evening. " * 8_000
-
-    def post(path: str, seconds: float = 30.0, **body: Any) -> None:
-        send(url, raw(path, json.dumps(body).encode()), seconds)
-
-    def slow_headers() -> None:
-        parts = urlsplit(url)
-        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=5) as sock:
-            for letter in raw(CHAT, b"")[:40]:
-                sock.sendall(bytes([letter]))
-                time.sleep(0.25)
-
-    def forget() -> None:
-        post("/v1/documents/forget", documents=question(random.randrange(len(PEOPLE)))[1])
-
-    return {
-        "zeros for documents": lambda: post(CHAT, **{**chat, "documents": [0] * 1_300_000}),
-        "zeros to forget": lambda: post("/v1/documents/forget", documents=[0] * 1_300_000),
-        "long document, client leaves": lambda: post(DOCUMENTS, 1.0, documents=[f"{random.random()} {long}"]),
-        "many documents, client leaves": lambda: post(
-            DOCUMENTS, 1.0, documents=[f"{random.random()} {long[:2000]}" for _ in range(200)]
-        ),
-        "long id": lambda: post(CHAT, **{**chat, "documents": same}),
-        "long title": lambda: post(CHAT, **{**chat, "documents": [{"text": "x", "title": long[:200_000]}]}),
-        "long question": lambda: post(CHAT, **{**chat, "messages": [{"role": "user", "content": long}]}),
-        "forget": forget,
-        "slow headers": slow_headers,
-        "many headers": lambda: send(url, raw(CHAT, b"{}", *[f"x-{n}: {n}" for n in range(20_000)]), 5.0),
-        "no key": lambda: send(url, raw(CHAT, b"[" * 1_000_000, key="guessed"), 5.0),
-    }
-
-
-def attack(url: str, model: str) -> None:
-    """Attack until the process is ended."""
-    os.nice(10)
-
-    def repeat(one: Callable[[], None]) -> None:
-        while True:
-            with suppress(OSError):
-                one()
-            time.sleep(PAUSE)
-
-    threads = [threading.Thread(target=repeat, args=(one,), daemon=True) for one in attacks_of(url, model).values()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+            tally.lost += text is None
+            tally.wrong += text not in (None, answers[number])
 
 
 # The run
@@ -275,7 +204,7 @@ def measure(server: Server, answers: dict[int, str], args: argparse.Namespace) -
     with good_clients(server, answers, args.clients) as calm:
         watch(server, args.seconds)
     before, server.peak = server.memory(), 0.0
-    attacker = subprocess.Popen([sys.executable, __file__, "--attack", server.url, "--attacked-model", server.model])
+    attacker = subprocess.Popen([sys.executable, str(ATTACKS), server.url, server.model])
     try:
         with good_clients(server, answers, args.clients) as attacked:
             for _ in range(2):
@@ -304,12 +233,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a random model of the tests, for a quick run")
     parser.add_argument("--seconds", type=float, default=60, help="of each of the four parts (default: 60)")
     parser.add_argument("--clients", type=int, default=3, help="good clients (default: 3)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--attack", help=argparse.SUPPRESS)
-    parser.add_argument("--attacked-model", help=argparse.SUPPRESS)
+    parser.add_argument("--questions", type=int, default=20, help="different good questions (default: 20)")
     args = parser.parse_args()
-    if args.attack:
-        attack(args.attack, args.attacked_model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.tiny:
@@ -317,12 +242,8 @@ def main() -> int:
             import tiny
 
             args.model = str(tiny.save(folder / "model", max_position_embeddings=8192))
-        found = measure(Server(args.model, folder), known_answers(args.model, len(PEOPLE)), args)
+        found = measure(Server(args.model, folder), known_answers(args.model, args.questions), args)
     print(json.dumps(found, indent=2))
-    if args.json:
-        from kvfusion_rag.evaluation.report import run_facts
-
-        args.json.write_text(json.dumps({**found, "run": run_facts()}, indent=2) + "\n")
     attacked = found["attacked"]
     is_good = attacked["wrong"] == attacked["lost"] == 0 and found["ratio of p95"] <= MAX_RATIO
     return 0 if is_good and max(found["seconds to stop"]) <= MAX_STOP_SECONDS else 1

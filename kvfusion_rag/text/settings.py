@@ -261,8 +261,9 @@ def is_whole(value: object) -> bool:
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is a finite number that a float can hold."""
-    is_real = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_real and abs(value) <= sys.float_info.max  # a comparison, because large integers have no float
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # a comparison, because large integers have no float
 
 
 # Each template with the field that it must contain once, and a field that it may contain once.
