@@ -46,6 +46,7 @@ nightly: test-all test-versions ## run all tests, also with other library versio
 
 test-all: $(READY) ## run all tests, also of notebooks, except those that need a GPU
 	$(BIN)/python $(PYTEST) -m "not gpu" tests
+	$(BIN)/python $(PYTEST) --hypothesis-profile=nightly tests/hostile
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu tests

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from ..data.writing import make_folder, write_atomically
 from ..errors import InvalidInputError
+from ..text.json_text import parse_json
 
 NAME = "adapt.json"
 
@@ -43,8 +44,10 @@ class Stages:
             write_atomically(file, json.dumps(current, indent=2) + "\n")
             return
         try:
-            saved = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError) as error:
+            saved = parse_json(file.read_text(encoding="utf-8"))
+            if not isinstance(saved, dict):
+                raise ValueError("it is not an object")
+        except ValueError as error:
             raise InvalidInputError(f"{str(file)!r} cannot be read ({error}); name another --output.") from error
         for name, value in current.items():
             if saved.get(name) != value:
@@ -88,8 +91,8 @@ class Stages:
                 out.truncate(len(complete))
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield parse_json(line)
+            except ValueError as error:
                 raise InvalidInputError(f"line {number} of {str(file)!r} is damaged; remove the file.") from error
 
     def _append(self, name: str, chunk: Sequence[Any]) -> None:

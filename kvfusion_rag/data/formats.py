@@ -7,7 +7,6 @@ raises one error that names file, place and field. Whether a row is useful is de
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from ..errors import InvalidInputError, MissingDependencyError
 from ..retrieval.loaders import UnreadableFileError, find_files, read_document
+from ..text.json_text import parse_json
 from .rows import (
     Passage,
     QARow,
@@ -194,8 +194,8 @@ def _read_table(path: Path) -> Iterator[Record]:
 def _listed(cell: str) -> str | list[str]:
     """Return the list in a table's cell if it is a JSON list of texts, else the cell unchanged."""
     try:
-        value = json.loads(cell) if cell.startswith("[") else None
-    except (ValueError, RecursionError):
+        value = parse_json(cell) if cell.startswith("[") else None
+    except ValueError:
         return cell
     return value if isinstance(value, list) and all(isinstance(one, str) for one in value) else cell
 
@@ -204,8 +204,8 @@ def _read_json(path: Path) -> Iterator[Record]:
     with open_text(path) as file:
         text = file.read()
     try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        whole = parse_json(text)
+    except ValueError as error:
         if "Extra data" in str(error):  # JSON lines in a file named .json
             yield from json_lines(path)
             return
@@ -282,8 +282,8 @@ def _answers(data: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], int 
     value, start = data[name], data.get("answer_start")
     if name == "possible_answers" and isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = parse_json(value)
+        except ValueError as error:
             raise InvalidInputError(
                 f"{where}: possible_answers is {value!r:.100}, but it must be a JSON list."
             ) from error
@@ -308,7 +308,8 @@ def _answer_object(value: Mapping[str, Any], where: str, name: str) -> tuple[Any
         return value["text"], starts[0] if isinstance(starts, list) else starts
     for main, aliases in (("value", "aliases"), ("Value", "Aliases")):
         if main in value:
-            return [value[main], *(value.get(aliases) or [])], None
+            others = checked({aliases: None, **value}, aliases, (list, NoneType), "a list of texts", where)
+            return [value[main], *(others or [])], None
     raise InvalidInputError(f"{where}: {name} is an object without text or value.")
 
 

@@ -10,7 +10,6 @@ import csv
 import gzip
 import hashlib
 import json
-import math
 import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ from typing import IO, Any, TypeVar, cast
 
 from ..errors import InvalidInputError
 from ..schema import Document
+from ..text.json_text import parse_json
+from ..text.settings import is_number
 
 T = TypeVar("T")
 
@@ -133,7 +134,7 @@ def require_marked(row: QARow, where: str) -> None:
 def _passage(data: object, where: str) -> Passage:
     passage = require_object(data, where, "it must be an object with a text")
     score = checked(passage, "score", (int, float, NoneType), "a finite number or missing", where)
-    if isinstance(score, bool) or not math.isfinite(score or 0):
+    if score is not None and not is_number(score):
         raise InvalidInputError(f"{where}: score is {score!r:.100}, but it must be a finite number or missing.")
     return Passage(
         checked(passage, "text", (str,), "a text", where),
@@ -172,8 +173,8 @@ def json_lines(path: Path) -> Iterator[tuple[Any, str, int]]:
             if line.strip():
                 where = f"{path.name}, line {number}"
                 try:
-                    data = json.loads(line)
-                except (ValueError, RecursionError) as error:
+                    data = parse_json(line)
+                except ValueError as error:
                     raise InvalidInputError(f"{where} is not JSON: {error}.") from error
                 yield data, where, number
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidInputError
+from ..text.json_text import parse_json
 from .orders import Condition
 from .predictions import Prediction
 from .systems import System
@@ -67,7 +68,7 @@ class Journal:
         content = self._path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]
         try:
-            for line in map(json.loads, complete.splitlines()):
+            for line in map(parse_json, complete.splitlines()):
                 if "identity" in line:
                     self._identities[line["system"]] = dict(line["identity"])
                 else:

@@ -356,4 +356,4 @@ def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     """Return the ids that end an answer: those of the generation config, and the tokenizer's own end token."""
     configured = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int))

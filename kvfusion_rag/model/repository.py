@@ -6,7 +6,6 @@ load without an error. No code from a repository is run.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import KVFusionError, ModelLoadError, UnsupportedModelError, model_load_errors
+from ..text.json_text import parse_json
 from ..text.settings import cached_model_file
 from .gguf.header import LFS_POINTER
 from .location import ModelLocation
@@ -87,6 +87,8 @@ def _explanation(location: ModelLocation, message: str) -> KVFusionError | None:
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return ModelLoadError(f"the folder {location.path!r} has no {CONFIG}, so it is not a model of transformers.")
     kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str | None):
+        return ModelLoadError(f"{CONFIG} of {name} has the model_type {kind!r:.100}, but it must be a text.")
     needs_code = isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING
     if needs_code or "trust_remote_code" in message:
         return UnsupportedModelError(
@@ -104,7 +106,8 @@ def _explanation(location: ModelLocation, message: str) -> KVFusionError | None:
 def _require_no_embeddings(location: ModelLocation) -> None:
     """Reject embedding models, which may have the architecture of a model that writes text."""
     modules = _json_file(location, MODULES)
-    kinds = [str(module.get("type")) for module in modules] if isinstance(modules, list) else []
+    modules = modules if isinstance(modules, list) else []
+    kinds = [str(module.get("type")) for module in modules if isinstance(module, dict)]
     if any(kind.endswith(".Pooling") for kind in kinds):
         raise UnsupportedModelError(
             f"{location.model_id!r} is an embedding model ({MODULES}), which was trained to return vectors and not to "
@@ -129,6 +132,6 @@ def _json_file(location: ModelLocation, name: str) -> Any:
     """Return the contents of a file of the repository, or None if it is missing or not JSON."""
     try:
         path = cached_model_file(location.path, name, revision=location.revision, **location.hub)
-        return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # also if there is no such repository
+        return None if path is None else parse_json(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # also if there is no such repository
         return None

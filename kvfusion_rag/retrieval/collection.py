@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from ..errors import RetrievalError
+from ..text.json_text import parse_json
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -195,11 +196,20 @@ class ChunkCollection:
             self._vectors[chunk.key] = chunk.vector
         self._matrix = None
 
-    def other_settings(self) -> list[dict[str, Any]]:
-        """Return the settings of the other non-empty collections in the folder."""
+    def other_settings(self) -> list[str]:
+        """Return the chunk size and embedding model of the other non-empty collections in the folder, in words.
+
+        Raises:
+            RetrievalError: they cannot be read, or are not what was written.
+        """
         with self._explained():
             select = "SELECT settings FROM collection WHERE name != ? AND rows > 0 ORDER BY name"
-            return [json.loads(row[0]) for row in self._database.execute(select, (self._name,))]
+            rows = self._database.execute(select, (self._name,)).fetchall()
+        try:
+            found = [parse_json(settings) for (settings,) in rows]
+            return [f"{one['chunk_tokens']} tokens, {one['embedding_model']!r}" for one in found]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedIndexError(self._folder, "the settings of a collection have changed") from error
 
     def _orphans(self, removed: list[StoredFile], added: Sequence[StoredFile]) -> list[bytes]:
         """Return the keys of the texts that only ``removed`` files contain."""

@@ -300,10 +300,9 @@ class DocumentIndex:
         others = [] if self.folder is None else self._collection.other_settings()
         if not others:
             return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
-        stored = "; ".join(f"{o['chunk_tokens']} tokens, {o['embedding_model']!r}" for o in others)
         return RetrievalError(
-            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {stored}; index the "
-            "files again with these settings."
+            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {'; '.join(others)}; "
+            "index the files again with these settings."
         )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import StoreError
+from ..text.json_text import parse_json
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Buffer, Codec, namespace_of, write_all
 from .records import RECORDS, is_record
 
@@ -259,10 +260,10 @@ class Folder:
         try:
             if not stat.S_ISREG(os.lstat(self._marker).st_mode):  # reading a pipe would wait forever
                 raise ValueError("not a file")
-            version = json.loads(self._marker.read_text(encoding="utf-8"))["version"]
+            version = parse_json(self._marker.read_text(encoding="utf-8"))["version"]
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{str(self._marker)!r} is damaged; name another folder, or remove this one.") from error
         if not isinstance(version, int):
             raise StoreError(f"{str(self._marker)!r} names the version {version!r}, but it must be a whole number.")

@@ -22,6 +22,7 @@ import xxhash
 
 from ..errors import InvalidInputError
 from ..model.kv import DocumentKV, KVShape
+from ..text.json_text import parse_json
 from .keys import PATH_PATTERN, path_of
 from .metrics import Miss
 
@@ -255,7 +256,7 @@ def check(stream: BinaryIO, size: int | None, path: PurePath) -> Miss | None:
         if not 2 <= length <= _MAX_HEADER_BYTES:
             return Miss.HEADER
         header = bytearray(length.to_bytes(8, "little") + stream.read(length))
-        described = json.loads(header[8:])
+        described = parse_json(header[8:])
         facts = described.pop("__metadata__")
         if facts["key"] != f"{path.parts[-3]}-{path.name.removesuffix(SUFFIX)}":
             return Miss.HEADER
@@ -264,7 +265,7 @@ def check(stream: BinaryIO, size: int | None, path: PurePath) -> Miss | None:
         checksum_at = _behind(header, _CHECKSUM_FIELD, _CHECKSUM_BYTES)
         if header[checksum_at] != facts["xxh3_128"].encode():
             return Miss.HEADER
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return Miss.HEADER  # not JSON, or not one of our headers
     header[checksum_at] = b"0" * _CHECKSUM_BYTES
     digest = xxhash.xxh3_128(header)

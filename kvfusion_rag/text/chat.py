@@ -31,7 +31,9 @@ FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
 # A variable of the wrong type fails inside the template with one of Python's own errors.
-_TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_TEMPLATE_ERRORS = (
+    TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, MemoryError
+)  # fmt: skip
 
 _PROBE = "probe"  # text of a message
 _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
@@ -254,16 +256,19 @@ def rendered(
 def _split_off_question(text: str, question: str) -> tuple[str, str]:
     """Return the lines of ``text`` that do not contain the question, and those that do."""
     question = question.strip()
-    if not question or question not in text:
-        return text, ""
-    start = text.index(question)
-    first = text.rfind("\n", 0, start) + 1
-    end = text.find("\n", start + len(question))
-    last = len(text) if end < 0 else end + 1
-    while last < len(text) and text[last] == "\n":
-        last += 1
-    other_lines, question_lines = _split_off_question(text[last:], question)
-    return text[:first] + other_lines, text[first:last] + question_lines
+    others: list[str] = []
+    lines: list[str] = []
+    at = 0
+    while question and (start := text.find(question, at)) >= 0:
+        first = text.rfind("\n", at, start) + 1 or at
+        end = text.find("\n", start + len(question))
+        last = len(text) if end < 0 else end + 1
+        while last < len(text) and text[last] == "\n":
+            last += 1
+        others.append(text[at:first])
+        lines.append(text[first:last])
+        at = last
+    return "".join(others) + text[at:], "".join(lines)
 
 
 def _around(message: Message, before: str, after: str, place: DocumentsPlace) -> Message:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from ..schema import Citation, Document
@@ -56,16 +57,16 @@ def find_shared_phrases(answer: str, question: str, documents: Iterable[tuple[st
 def _longest_run(words: Sequence[str], text: str, question_words: Collection[str]) -> tuple[int, int, int]:
     """Return length, start and end of the longest run of ``words`` in ``text`` with a new word, or zeros."""
     places = [(match.start(), match.end(), _normalize(match[0])) for match in _WORD.finditer(text)]
-    best, lengths = (0, 0, 0), [0] * (len(places) + 1)  # lengths of the runs that end at the previous word
+    places_of: defaultdict[str, list[int]] = defaultdict(list)
+    for n, (_, _, word) in enumerate(places):
+        places_of[word].append(n)
+    best, lengths = (0, 0, 0), dict[int, int]()  # length of the run that ends at a place, for the previous word
     for word in words:
-        grown = [0] * (len(places) + 1)
-        for n, (_, end, other) in enumerate(places):
-            if word == other:
-                length = grown[n + 1] = lengths[n] + 1
-                run = places[n + 1 - length : n + 1]
-                if length > best[0] and any(_is_new(w, question_words) for _, _, w in run):
-                    best = length, run[0][0], end
-        lengths = grown
+        lengths = {n: lengths.get(n - 1, 0) + 1 for n in places_of.get(word, ())}
+        for n, length in lengths.items():
+            run = places[n + 1 - length : n + 1] if length > best[0] else []
+            if any(_is_new(other, question_words) for _, _, other in run):
+                best = length, run[0][0], run[-1][1]
     return best
 
 

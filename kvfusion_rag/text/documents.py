@@ -6,14 +6,13 @@ It knows about templates and limits, but not about weights or tensors.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import ContextLimitError, InvalidInputError
 from ..schema import Document, KeyKind, Origin, Source
 from .encoder import LONGEST_TOKEN, DocumentEncoder
-from .settings import LongDocuments, ModelSettings
+from .settings import LongDocuments, ModelSettings, is_number
 from .splitting import encode_up_to, split_document
 from .steps import finish
 
@@ -219,7 +218,7 @@ def is_filled(document: object) -> bool:
 
 def is_score(value: object) -> bool:
     """Whether ``value`` can be a retriever's score."""
-    return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    return value is None or isinstance(value, bool) or is_number(value)
 
 
 def _encode(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 from ..home import home
 from ..schema import MODES, Mode
+from .json_text import parse_json
+from .settings import is_count, is_number
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,10 @@ def measured(identity: Identity) -> Measured | None:
     """Return the best mode and focus measured for a model, or None if nothing was measured."""
     file = _file(identity)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        best = Measured(record["mode"], record["focus"], float(record["focus_weight"]))
-        valid = best.mode in MODES and (best.focus is None or best.focus >= 1) and 0 <= best.focus_weight < math.inf
+        record = parse_json(file.read_text(encoding="utf-8"))
+        best = Measured(record["mode"], record["focus"], record["focus_weight"])
+        is_weight = is_number(best.focus_weight) and best.focus_weight >= 0
+        valid = best.mode in MODES and (best.focus is None or is_count(best.focus)) and is_weight
         if not valid:
             raise ValueError(f"mode {best.mode!r}, focus {best.focus!r}, weight {best.focus_weight!r}")
     except FileNotFoundError:

@@ -22,7 +22,8 @@ Reasoning = Literal["auto", "none", "harmony"] | tuple[str, str]  # a tuple hold
 Stage = Literal["before", "reasoning", "answer"]
 
 MAX_HELD = 16  # tokens in front of the reasoning: white space, or the pieces of a tag that is not one token
-_CLOSING_TAG = re.compile(r"([<\[])/([\w:.|-]*(?:think|thought|reason)[\w:.|-]*)([>\]])", re.IGNORECASE)
+_CLOSING_TAG = re.compile(r"([<\[])/([\w:.|-]++)([>\]])")
+_REASONING_NAME = re.compile("think|thought|reason", re.IGNORECASE)
 _HARMONY = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 _START, _CHANNEL, _MESSAGE, _END = _HARMONY
 _FINAL = "final"
@@ -310,8 +311,9 @@ def find_format(tokenizer: PreTrainedTokenizerBase, choice: Reasoning = "auto") 
         return Harmony()
     tokens = " ".join(str(token) for token in tokenizer.added_tokens_decoder.values())
     for text in (template, tokens):
-        if (found := _CLOSING_TAG.search(text)) is not None:
-            return Tags(found[1] + found[2] + found[3], found[0], _space_behind(found[0], text))
+        for found in _CLOSING_TAG.finditer(text):
+            if _REASONING_NAME.search(found[2]):
+                return Tags(found[1] + found[2] + found[3], found[0], _space_behind(found[0], text))
     return None
 
 

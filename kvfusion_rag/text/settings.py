@@ -9,9 +9,8 @@ the fields ``{text}``, ``{title}``, ``{question}``, ``{prompt}`` and ``{answer}`
 
 from __future__ import annotations
 
-import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from jinja2 import TemplateError
 from ..errors import InvalidInputError, ModelLoadError
 from ..schema import MODES, ModeChoice
 from .chat import render
+from .json_text import parse_json
 from .reasoning import Reasoning, find_format
 
 if TYPE_CHECKING:
@@ -146,8 +146,8 @@ def load_settings(model: str, tokenizer: PreTrainedTokenizerBase, *, model_id: s
         return default_settings(tokenizer)
     label = f"{FILE_NAME} of {model_id!r}"
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ModelLoadError(f"{label} is not readable JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ModelLoadError(f"{label} contains a {type(values).__name__}, but it must be an object.")
@@ -260,8 +260,10 @@ def is_whole(value: object) -> bool:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether ``value`` is a finite number that a float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # a comparison, because large integers have no float
 
 
 # Each template with the field that it must contain once, and a field that it may contain once.

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ..errors import ModelLoadError
 from ..model.backbone import Backbone
+from ..text.json_text import parse_json
 from ..text.settings import FILE_NAME, RECORD_NAME, ModelSettings
 
 _STATE = "optimizer.safetensors"
@@ -50,8 +51,8 @@ def load_record(folder: Path) -> dict[str, Any]:
         ModelLoadError: the record cannot be read.
     """
     try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = parse_json((folder / RECORD_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelLoadError(f"cannot read the checkpoint {folder.name!r}: {error}") from error
     if not isinstance(record, dict):
         raise ModelLoadError(f"the checkpoint {folder.name!r} is damaged: its {RECORD_NAME} is not an object.")

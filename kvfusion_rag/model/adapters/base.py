@@ -75,7 +75,10 @@ def base_of(folder: Path) -> str | None:
         ModelLoadError: the settings cannot be read.
     """
     with model_load_errors(f"the adapter {name_of(folder)!r}"):
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path") or None
+        named = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path") or None
+        if not isinstance(named, str | None):
+            raise ValueError(f"base_model_name_or_path is {named!r:.100}, but it must be a text")
+        return named
 
 
 def require_same_base(folder: Path, model: PreTrainedModel, model_id: str, *, exact: bool) -> None:
@@ -105,7 +108,10 @@ def require_same_base(folder: Path, model: PreTrainedModel, model_id: str, *, ex
 
 def _difference(folder: Path, model: PreTrainedModel) -> float | None:
     """Return the largest relative difference in a sample of matrices; None if there is none to compare."""
-    files = sorted(folder.glob("*.safetensors"))
+    try:
+        files = sorted(folder.glob("*.safetensors"))
+    except (OSError, ValueError):  # the name of no folder, such as one with more characters than a name may have
+        return None
     if not files:
         return None
     weights = {name: weight for name, weight in model.state_dict().items() if _is_plain_matrix(weight)}

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from ...errors import KVFusionError, ModelLoadError
 from ...home import HOME_VARIABLE, home
+from ...text.json_text import parse_json
 from .header import GGUFHeader, read_header
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def _damage(entry: Path) -> str | None:
     Only the head of each file is read, unless its modification time differs from the manifest.
     """
     try:
-        files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        files = parse_json((entry / MANIFEST).read_text(encoding="utf-8"))
         damaged = (name for name, facts in files.items() if not _is_intact(entry / name, facts))
         return next((f"{name} has changed" for name in damaged), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -182,7 +183,7 @@ def _sha256(file: Path) -> str:
 
 def _remembered_digest(cache: Path, facts: Facts) -> str | None:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        record = json.loads(_digest_file(cache, facts).read_text(encoding="utf-8"))
+        record = parse_json(_digest_file(cache, facts).read_text(encoding="utf-8"))
         if record["file"] == facts:
             return record["sha256"]
     return None

@@ -108,7 +108,7 @@ class _Parser:
     def _check_metadata(self, metadata: dict[str, Any]) -> None:
         parts = metadata.get("split.count", 1)
         if parts != 1:
-            raise self._error(f"is one of {parts} parts of a model; join them first with llama-gguf-split --merge")
+            raise self._error(f"is one of {parts!r:.50} parts of a model; join them with llama-gguf-split --merge")
         if metadata.get("general.type") == "adapter":
             raise self._error(
                 "is a LoRA adapter (general.type is 'adapter'), not a model; adapters are read in peft's format, from "
@@ -123,7 +123,7 @@ class _Parser:
         for name, most in MAX_COUNTS.items():
             value = metadata.get(f"{metadata['general.architecture']}.{name}", 0)
             if not isinstance(value, int) or not 0 <= value <= most:
-                raise self._error(f"has a {name} of {value!r}, but it must be a number up to {most}")
+                raise self._error(f"has a {name} of {value!r:.50}, but it must be a number up to {most}")
 
     def _check_tensors(self, count: int, alignment: int) -> int:
         """Check that all tensors are inside the file and do not overlap, and return the number of parameters."""
