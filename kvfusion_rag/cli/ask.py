@@ -67,6 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_index_arguments(parser)
     add_store_arguments(parser)
+    _add_answer_arguments(parser)
+    parser.add_argument(
+        "--attribute", action="store_true", help="show how much each document contributed to the answer"
+    )
+    parser.add_argument(
+        "--shuffle-check",
+        type=positive,
+        metavar="N",
+        help="answer again in N other orders of the documents, and compare answers and logits (default: not at all)",
+    )
+
+
+def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how documents are read, and how the answer is sampled and printed."""
     parser.add_argument(
         "--mode", choices=["auto", "fusion", "concat", "ape"], help="how documents are read (default: the model's own)"
     )
@@ -101,15 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="text that ends the answer; may be repeated (default: none)",
     )
     parser.add_argument("--stream", action="store_true", help="print the answer while it is computed (without --json)")
-    parser.add_argument(
-        "--attribute", action="store_true", help="show how much each document contributed to the answer"
-    )
-    parser.add_argument(
-        "--shuffle-check",
-        type=positive,
-        metavar="N",
-        help="answer again in N other orders of the documents, and compare answers and logits (default: not at all)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:

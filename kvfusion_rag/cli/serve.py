@@ -58,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="port to listen on, 0 for a free one (default: 8000)",
     )
+    _add_access_arguments(parser)
+    _add_limits(parser)
+    parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics at /metrics")
+
+
+def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add who may use the server, and from where."""
     parser.add_argument(
         "--api-key-env", type=plain_text, metavar="NAME", help="environment variable with the API key (default: none)"
     )
@@ -82,6 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=metavar,
             help=f"{text}; may be repeated (default: none)",
         )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    """Add what one tenant, one request and all requests together may take."""
     parser.add_argument(
         "--store-namespace-bytes",
         type=byte_count,
@@ -105,7 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             option, type=positive, default=default, metavar=metavar, help=f"{text} (default: {default})"
         )
-    parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics at /metrics")
 
 
 def run(args: argparse.Namespace) -> int:
