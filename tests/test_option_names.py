@@ -34,7 +34,7 @@ def gen():
 
 MISSPELT = [
     (lambda g, p: KVFusionGenerator.from_pretrained(tiny.save(p / "m"), dtyp="float32"), "dtype"),
-    (lambda g, p: KVFusionGenerator.from_pretrained(tiny.save(p / "m"), namespce="x"), "namespace"),
+    (lambda g, p: KVFusionGenerator.from_pretrained(tiny.save(p / "m"), name_space="x"), "namespace"),
     (lambda g, p: g.with_settings(pasage_length=3), "passage_length"),
     (lambda g, p: g.answer(QUESTION, DOCUMENTS, temprature=1), "temperature"),
     (lambda g, p: g.answer(QUESTION, DOCUMENTS, prompts=["x"]), "prompt"),
@@ -43,10 +43,10 @@ MISSPELT = [
     (lambda g, p: g.stream(QUESTION, DOCUMENTS, max_new_token=3), "max_new_tokens"),
     (lambda g, p: g.aanswer(QUESTION, DOCUMENTS, mod="concat"), "mode"),
     (lambda g, p: g.aanswer_batch([QUESTION], [DOCUMENTS], sed=1), "seed"),
-    (lambda g, p: g.attribute(QUESTION, DOCUMENTS, anser="x"), "answer"),
-    (lambda g, p: g.show_prompt(QUESTION, DOCUMENTS, focuss=1), "focus"),
+    (lambda g, p: g.attribute(QUESTION, DOCUMENTS, answers="x"), "answer"),
+    (lambda g, p: g.show_prompt(QUESTION, DOCUMENTS, focused=1), "focus"),
     (lambda g, p: g.check_invariance(QUESTION, DOCUMENTS, permutation=2), "permutations"),
-    (lambda g, p: g.prefill(DOCUMENTS, promt="x"), "prompt"),
+    (lambda g, p: g.prefill(DOCUMENTS, prompts="x"), "prompt"),
     (lambda g, p: g.prefetch(DOCUMENTS, questions="x"), "question"),
     (lambda g, p: DocumentStore(memry=MemoryStore()), "memory"),
     (lambda g, p: MemoryStore(max_byte=3), "max_bytes"),
