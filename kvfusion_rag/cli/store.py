@@ -92,7 +92,11 @@ def _open(args: argparse.Namespace) -> DocumentStore:
 
 
 def _stats(args: argparse.Namespace) -> int:
+    from ..store import environments
+
     store = _open(args)
+    assert store.slowest_tier is not None  # open_store always adds a disk tier
+    machines = environments(store.slowest_tier)
     tiers: dict[str, dict[str, Any]] = {}
     for name, tier in (("disk", store.disk), ("remote", store.remote)):
         if tier is not None:
@@ -105,13 +109,15 @@ def _stats(args: argparse.Namespace) -> int:
                 },
             }
     if args.json:
-        say_json({"store": args.store, "tiers": tiers})
+        say_json({"store": args.store, "tiers": tiers, "environments": machines})
         return 0
     for name, counts in tiers.items():
         namespaces = counts["namespaces"]
         say(f"{name}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, {len(namespaces)} namespaces")
         for key, part in namespaces.items():
             say(f"  {key}  {part['documents']:>8,} documents  {part['bytes']:>16,} bytes")
+    for digest, facts in machines.items():
+        say(f"environment {digest}: " + ", ".join(f"{name} {value}" for name, value in facts.items()))
     return 0
 
 

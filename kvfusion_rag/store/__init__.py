@@ -14,7 +14,15 @@ from .memory import DEFAULT_MAX_BYTES as DEFAULT_MEMORY_BYTES
 from .memory import MemoryStore
 from .metrics import Miss, StoreEvent, StoreMetrics, Tier, UploadReport
 from .opening import Place, as_store, open_store
-from .records import Collection, collections, keep_newest_part, require_collection, write_manifest
+from .records import (
+    Collection,
+    collections,
+    environments,
+    keep_newest_part,
+    require_collection,
+    write_environment,
+    write_manifest,
+)
 from .remote import RemoteStore
 from .tiers import Computing, FetchedKVs, KVRequest
 
@@ -41,10 +49,12 @@ __all__ = [
     "as_store",
     "collections",
     "document_key",
+    "environments",
     "keep_newest_part",
     "namespace_key",
     "open_store",
     "require_collection",
     "require_namespace",
+    "write_environment",
     "write_manifest",
 ]

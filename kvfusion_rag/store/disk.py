@@ -130,6 +130,11 @@ class DiskStore:
     def __repr__(self) -> str:
         return f"DiskStore({str(self.path)!r}, codec={self.codec!r}, max_bytes={self.caps.max_bytes:,})"
 
+    @property
+    def takes_uploads(self) -> bool:
+        """Whether the store can be written."""
+        return not self.read_only
+
     def file_bytes(self, shape: KVShape, tokens: int) -> int:
         """Return the file size of a document with ``tokens`` tokens."""
         return layout(document_key("", "", ()), tokens, shape, self.codec).total

@@ -231,13 +231,13 @@ class DocumentStore:
         return [key for key in keys if self.disk is None or key not in self.disk]
 
     def refill(self, documents: Mapping[str, tuple[int, ...]], environment: str) -> None:
-        """Upload documents that a local tier has and the remote tier has lost. Skip them while it cannot be used.
+        """Upload documents that a local tier has and the remote tier has lost. Skip them if it cannot be used.
 
         Args:
             documents: token ids by store key.
             environment: digest of the environment that computed those which are only in memory.
         """
-        if self.remote is None or self.remote.read_only or not documents:
+        if self.remote is None or not self.remote.takes_uploads or not documents:
             return
         try:
             missing = self.remote.missing(documents)
@@ -261,8 +261,8 @@ class DocumentStore:
         reasons: dict[str, str] = {}
         for pause in UPLOAD_PAUSES:
             time.sleep(pause)
-            if pause and self.remote is not None:
-                self.refill({key: documents[key] for key in reasons}, environment)
+            for key in reasons:
+                self._tiers.upload_again(key, documents[key], environment)
             lost = {} if self.remote is None else self.remote.drain().lost
             reasons = {key: lost.get(key, "a cap is too small, or a write failed") for key in self.missing(documents)}
             if not reasons or self.remote is None:

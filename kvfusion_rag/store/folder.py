@@ -22,7 +22,7 @@ from pathlib import Path
 from ..errors import StoreError
 from ..text.json_text import parse_json
 from .format import CODECS, FORMAT_VERSION, SUFFIX, Buffer, Codec, namespace_of, write_all
-from .records import RECORDS, is_record
+from .records import RECORD_FOLDERS, is_record
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +177,7 @@ class Folder:
 
     def records(self, beginning: str) -> list[str]:
         """Return the names of the records below a folder of the store."""
-        files = (self.path / beginning).rglob("*") if self._is_own(self.path / RECORDS, stat.S_ISDIR) else ()
+        files = (self.path / beginning).rglob("*") if self._is_own(self.path / beginning, stat.S_ISDIR) else ()
         names = (file.relative_to(self.path).as_posix() for file in files)
         return sorted(name for name in names if is_record(name) and self.has(name))
 
@@ -283,7 +283,7 @@ class Folder:
             if is_old:
                 removed += 0 if documents is None else sum(1 for _ in entry.glob(f"*/*/*{SUFFIX}"))
                 shutil.rmtree(entry, ignore_errors=True)  # another process may be removing it too
-            elif entry.name == RECORDS:
+            elif entry.name in RECORD_FOLDERS:
                 shutil.rmtree(entry, ignore_errors=True)
             elif entry.name.startswith(("index.sqlite", "calibration.json")):
                 _unlink_file(entry)
@@ -299,9 +299,8 @@ class Folder:
 
 def _may_be_own(entry: Path) -> bool:
     """Return whether a store creates such an entry: another process may be opening the folder, or have died there."""
-    return entry.name in ("tmp", "format.json", RECORDS) or entry.name.startswith(
-        (f"v{FORMAT_VERSION}-", "index.sqlite")
-    )
+    names, beginnings = ("tmp", "format.json", *RECORD_FOLDERS), (f"v{FORMAT_VERSION}-", "index.sqlite")
+    return entry.name in names or entry.name.startswith(beginnings)
 
 
 def _unlink_file(file: Path) -> None:

@@ -1,9 +1,10 @@
-"""Small files that a store keeps beside its documents: manifests of collections.
+"""Small files that a store keeps beside its documents: manifests of collections, and facts about environments.
 
 A manifest lists the documents of a collection, with their store keys, so that lost ones can be found without a model.
 It consists of parts, one for each call that stored documents, and the newest part with a document counts.
 
     manifests/<namespace>/<digest of the collection's name>/<time>-<random>.jsonl
+    environments/<digest>.json
 """
 
 from __future__ import annotations
@@ -14,14 +15,17 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
 
 from ..errors import InvalidInputError, StoreError
 from .keys import KEY_PATTERN
 
 MAX_RECORD_BYTES = 256 << 20
 MAX_COLLECTION_NAME = 1000  # characters
-RECORDS = "manifests"
+MANIFESTS, ENVIRONMENTS = "manifests", "environments"
+RECORD_FOLDERS = (MANIFESTS, ENVIRONMENTS)
+_ENVIRONMENT = re.compile(r"environments/(?P<digest>[0-9a-f]{16})\.json")
 _PART = re.compile(r"manifests/(?P<namespace>[0-9a-f]{32})/[0-9a-f]{32}/[0-9a-f]{16}-[0-9a-f]{32}\.jsonl")
 _KEY = re.compile(KEY_PATTERN)
 
@@ -90,7 +94,7 @@ def collections(tier: RecordTier, namespace: str | None = None) -> list[Collecti
         StoreError: the tier cannot be read, or a manifest is damaged.
     """
     found: dict[str, Collection] = {}
-    for name, data in sorted(tier.records(f"{RECORDS}/{namespace}/" if namespace else f"{RECORDS}/")):
+    for name, data in sorted(tier.records(f"{MANIFESTS}/{namespace}/" if namespace else f"{MANIFESTS}/")):
         match = _PART.fullmatch(name)
         assert match is not None  # listings contain only such names
         try:
@@ -103,14 +107,39 @@ def collections(tier: RecordTier, namespace: str | None = None) -> list[Collecti
     return sorted(found.values(), key=lambda one: (one.namespace, one.name))
 
 
+def write_environment(tier: RecordTier, digest: str, facts: Mapping[str, object]) -> None:
+    """Write the facts of an environment whose KVs are in the store.
+
+    Raises:
+        StoreError: the tier is read-only or cannot be changed.
+    """
+    tier.write_record(f"{ENVIRONMENTS}/{digest}.json", json.dumps(facts, sort_keys=True, default=str).encode())
+
+
+def environments(tier: RecordTier) -> dict[str, dict[str, Any]]:
+    """Return the facts of each environment that has filled the store, by digest. Skip damaged records.
+
+    Raises:
+        StoreError: the tier cannot be read.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, data in tier.records(f"{ENVIRONMENTS}/"):
+        match = _ENVIRONMENT.fullmatch(name)
+        with suppress(ValueError, RecursionError):
+            facts = json.loads(data)
+            if match is not None and isinstance(facts, dict):
+                found[match["digest"]] = facts
+    return found
+
+
 def is_record(name: object) -> bool:
-    """Return whether a name from a listing is that of a part of a manifest."""
-    return isinstance(name, str) and _PART.fullmatch(name) is not None
+    """Return whether a name from a listing is that of a record."""
+    return isinstance(name, str) and any(pattern.fullmatch(name) for pattern in (_PART, _ENVIRONMENT))
 
 
 def _parts_of(namespace: str, collection: str) -> str:
     """Return how the names of all parts of a manifest begin."""
-    return f"{RECORDS}/{namespace}/{hashlib.sha256(collection.encode()).hexdigest()[:32]}/"
+    return f"{MANIFESTS}/{namespace}/{hashlib.sha256(collection.encode()).hexdigest()[:32]}/"
 
 
 def _checked(key: object) -> str:

@@ -207,3 +207,15 @@ def test_threads_that_fill_a_store_at_once_lose_nothing(tmp_path):
     (mine,) = collections(gen.store.remote)
     assert len(mine.documents) == len(MANY) and not gen.store.missing(gen._engine.read(MANY).keys)
     assert remote_entries(gen.store.remote) == len(gen._engine.read(MANY).keys) + 2  # prefix and probe
+
+
+def test_unreachable_remote_store_costs_one_bounded_wait(tmp_path, monkeypatch, go):
+    """Stored documents do not wait one by one for a store that hangs."""
+    gen = over(shared_store(tmp_path))
+    gen.prefill(MANY, durable=True)
+    monkeypatch.setattr("kvfusion_rag.store.remote.maintenance.STALLED_SECONDS", 0.2)
+    monkeypatch.setattr("kvfusion_rag.engine.document_kvs.kvs.CHECKED_AT_ONCE", 8)
+    asked: list[str] = []
+    monkeypatch.setattr(gen.store.remote._folder, "exists", lambda path: asked.append(path) or go.wait(30))
+    gen.prefill(MANY)
+    assert len(asked) <= 8  # of 80

@@ -10,7 +10,7 @@ from kvfusion_rag import DiskStore, DocumentStore, InvalidInputError, MemoryStor
 from kvfusion_rag.engine.document_kvs.environments import relative_error
 from kvfusion_rag.engine.engine import EngineOptions
 from kvfusion_rag.model.fingerprint import essential_config
-from kvfusion_rag.store import open_store
+from kvfusion_rag.store import environments, open_store
 
 
 @pytest.fixture
@@ -142,3 +142,15 @@ def test_relative_error_is_the_largest_of_all_layers():
     assert relative_error(other, one) == 0
     other.values[1, 0, 0, 0] += one.values[1].abs().max() / 8
     assert relative_error(other, one) == pytest.approx(1 / 8)
+
+
+def test_facts_of_environments_are_written_beside_portable_documents_only(tmp_path):
+    for kind, count in (("exact", 0), ("portable", 1)):
+        gen = over(disk_only(tmp_path), key_kind=kind)
+        gen.prefill(DOCUMENTS)
+        assert len(environments(gen.store.disk)) == count
+    ((digest, facts),) = environments(gen.store.disk).items()
+    assert digest == gen._engine.document_kvs.environment and facts["threads"] == torch.get_num_threads()
+    (record,) = (tmp_path / "s" / "environments").iterdir()
+    record.write_text("[" * 100_000)
+    assert environments(gen.store.disk) == {}

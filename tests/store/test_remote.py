@@ -184,7 +184,7 @@ def test_store_that_cannot_be_listed_is_a_store_error(bucket, monkeypatch):
 
 @pytest.mark.parametrize("remove", ["forget", "clear"])
 def test_hung_store_does_not_block_removal_elsewhere(tmp_path, bucket, monkeypatch, go, remove):
-    monkeypatch.setattr("kvfusion_rag.store.remote.store.STALLED_SECONDS", 0.1)
+    monkeypatch.setattr("kvfusion_rag.store.remote.maintenance.STALLED_SECONDS", 0.1)
     store = DocumentStore(MemoryStore(), DiskStore(tmp_path / "d"), bucket)
     fetch(store, [1, 2])
     assert store.flush()

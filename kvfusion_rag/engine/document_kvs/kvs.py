@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
@@ -15,13 +16,15 @@ from typing import NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from ...errors import InvalidInputError
+from ...errors import InvalidInputError, StoreError
 from ...fusion.interface import FusionModel
 from ...model.forks import ForkGuard
 from ...model.kv import DocumentKV
 from ...schema import KeyKind, KeyKindChoice, Origin
-from ...store import Computing, FetchedKVs, KVRequest, Miss, Place, as_store, document_key
+from ...store import Computing, FetchedKVs, KVRequest, Miss, Place, as_store, document_key, write_environment
 from .environments import PROBE_NAMESPACE, Environments, environment_digest, probe_ids
+
+logger = logging.getLogger(__name__)
 
 PASSES_AT_ONCE = 4  # full passes between two pauses when documents are prefilled into the store
 CHECKED_AT_ONCE = 256  # documents that the remote tier is asked for between two pauses
@@ -66,6 +69,7 @@ class DocumentKVs:
         self.key_kind: KeyKind = shared if key_kind == "auto" else key_kind
         self._environments: Environments | None = None  # of portable keys, under the version in front of it
         self._measured_version = ""
+        self._described = ""  # the environment whose facts were written last
         self._probe: dict[str, Ids] = {}  # token ids of this environment's probe by store key
         self._prefixes: OrderedDict[str, DocumentKV] = OrderedDict()  # by store key, least recently used first
         self._weights, self._fingerprint = "", ""  # as of the last refresh
@@ -104,9 +108,11 @@ class DocumentKVs:
     @property
     def environment(self) -> str:
         """Digest of what changes the rounding of a KV, stored beside each document."""
+        return environment_digest(self._environment_facts())
+
+    def _environment_facts(self) -> dict[str, object]:
         now = {"threads": torch.get_num_threads(), "precision": torch.get_float32_matmul_precision()}
-        passes = {"tokens_per_pass": self.model.tokens_per_pass}
-        return environment_digest({**self.model.environment(), **now, **passes})
+        return {**self.model.environment(), **now, "tokens_per_pass": self.model.tokens_per_pass}
 
     def require_version(self, version: str) -> None:
         """Raise InvalidInputError if :attr:`version` is no longer the one that keys were made with."""
@@ -245,8 +251,20 @@ class DocumentKVs:
             self.store.refill({key: keys[key] for key in local[start : start + CHECKED_AT_ONCE]}, self.environment)
             yield
         self.store.refill(shared, self.environment)
+        self._describe_environment()
         lost = self.store.settle({**keys, **shared}, self.environment) if durable else {}
         return Stored(origins, misses, lost)
+
+    def _describe_environment(self) -> None:
+        """Write the facts of this environment beside the documents that other machines may use, once."""
+        tier, digest = self.store.slowest_tier, self.environment
+        if self.key_kind == "exact" or tier is None or not tier.takes_uploads or digest == self._described:
+            return
+        try:
+            write_environment(tier, digest, self._environment_facts())
+        except StoreError as error:
+            logger.warning("the facts of this environment are not stored: %s", error)
+        self._described = digest
 
     def _stored_prefix(self, scope: Scope, version: str) -> dict[str, Ids]:
         """Store the scope's prefix if no tier has it. Return its ids by store key, or nothing without a prefix."""

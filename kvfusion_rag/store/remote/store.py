@@ -14,18 +14,18 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from ...errors import InvalidInputError, StoreError
 from ...model.kv import DocumentKV
 from ...option_names import check_option_names
-from ..format import CODECS, NO_ENVIRONMENT, SUFFIX, Codec, encode, file_name, is_finite, require_codec
-from ..keys import paths_of_documents, require_namespace_key
+from ..format import NO_ENVIRONMENT, Codec, encode, file_name, is_finite, require_codec
 from ..metrics import Miss, UploadReport
-from ..size_limits import add_up, require_bytes
-from .folder import ALL_FILES, RemoteFolder
+from ..size_limits import require_bytes
+from .folder import RemoteFolder
+from .maintenance import Maintenance
 from .uploads import Upload, UploadQueue, call
 
 logger = logging.getLogger(__name__)
@@ -36,13 +36,13 @@ PAUSE_SECONDS = 60.0  # during which a store is not used after an error
 FLUSH_SECONDS = 60.0  # longest wait for unfinished uploads when a store is closed
 EXIT_SECONDS = 5.0  # the same when a process exits without closing its store
 JOIN_SECONDS = 1.0  # longest wait for a thread that has finished its uploads
-STALLED_SECONDS = 30.0  # longest wait for one step of maintenance, or for one upload to end
+STALLED_SECONDS = 30.0  # longest wait for one upload to end
 _MAX_DOWNLOADS = 16
 _UPLOADS_PER_CHECK = 64  # uploads between two checks of the cap
 _MAX_REPORTED = 10_000  # lost documents that a report names
 
 
-class RemoteStore:
+class RemoteStore(Maintenance):
     """Document files behind an fsspec URL (``s3://...``, ``gs://...``, ``file:///mnt/shared``).
 
     Uploads run in the background. A process that exits without :meth:`close` gives them five more seconds. A file
@@ -179,75 +179,24 @@ class RemoteStore:
             StoreError: the store fails or does not answer.
         """
         paths = [self._path(key) for key in keys]
-        with ThreadPoolExecutor(min(_MAX_DOWNLOADS, max(1, len(paths)))) as pool:
-            found = pool.map(lambda path: self._maintain(self._folder.exists, path), paths)
-            return [key for key, exists in zip(keys, found, strict=True) if not exists]
+        pool = ThreadPoolExecutor(min(_MAX_DOWNLOADS, max(1, len(paths))))
+        try:
+            found = list(pool.map(lambda path: self._maintain(self._folder.exists, path), paths))
+        except StoreError as error:
+            self._pause("write", f"cannot be asked for its documents ({error})")
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [key for key, exists in zip(keys, found, strict=True) if not exists]
+
+    @property
+    def takes_uploads(self) -> bool:
+        """Whether documents can be uploaded now: the store is not read-only, and not paused after an error."""
+        return not self.read_only and not self._is_paused("write")
 
     def note_damaged(self, key: str) -> None:
         """Let the next upload of ``key`` replace its file, which was damaged."""
         self._damaged.add(self._path(key))
-
-    def forget(self, *keys: str) -> int:
-        """Remove the documents of ``keys`` under every model. Return the number of removed files.
-
-        Raises:
-            InvalidInputError: ``keys`` contains an invalid document key.
-        """
-        return sum(self._remove(f"{codec}/{path}*") for path in paths_of_documents(keys) for codec in CODECS)
-
-    def clear(self, namespace: str | None = None) -> int:
-        """Remove all documents of a namespace, or all documents. Return the number of removed files.
-
-        Raises:
-            InvalidInputError: ``namespace`` is not a namespace key.
-        """
-        if namespace is not None:
-            require_namespace_key(namespace)
-        return self._remove(f"*/{namespace or '*'}/*/*{SUFFIX}*")
-
-    def verify(self) -> tuple[int, int]:
-        """Download and check every file, and remove damaged ones. Return the numbers of intact and damaged files."""
-        counts = [0, 0]
-        for path in self._maintain(self._folder.list, ALL_FILES):
-            is_damaged = self._maintain(self._folder.is_damaged, path)
-            if is_damaged is not None:
-                counts[is_damaged] += 1
-            if is_damaged and not self.read_only:
-                self._maintain(self._folder.remove, path)
-        return counts[0], counts[1]
-
-    def write_record(self, name: str, data: bytes) -> None:
-        """Write a small file beside the documents, which no cap counts.
-
-        Raises:
-            StoreError: the store is read-only, fails or does not answer.
-        """
-        self._require_writable()
-        self._maintain(lambda path: self._folder.write(path, data), self._folder.path(name))
-
-    def remove_records(self, names: Iterable[str]) -> None:
-        """Remove records.
-
-        Raises:
-            StoreError: the store is read-only, fails or does not answer.
-        """
-        self._require_writable()
-        for name in names:
-            self._maintain(self._folder.remove, self._folder.path(name))
-
-    def records(self, beginning: str) -> list[tuple[str, bytes]]:
-        """Return name and contents of the records whose names begin with a folder.
-
-        Raises:
-            StoreError: the store fails or does not answer.
-        """
-        names = self._maintain(self._folder.records, beginning)
-        return [(name, self._maintain(self._folder.read_record, name)) for name in names]
-
-    def totals(self) -> dict[str, tuple[int, int]]:
-        """Return bytes and number of documents by namespace key."""
-        files = self._maintain(self._folder.list, ALL_FILES)
-        return add_up((path.split("/")[-3], facts["size"]) for path, facts in files.items())
 
     def flush(self, timeout: float = FLUSH_SECONDS) -> UploadReport:
         """Wait at most ``timeout`` seconds for unfinished uploads. Return what has become of the uploads since the
@@ -351,34 +300,6 @@ class RemoteStore:
             self._folder.sweep()
         if uploaded % _UPLOADS_PER_CHECK == 0 and self._max_bytes is not None:
             self.evictions += self._folder.evict(self._max_bytes * 0.9)
-
-    def _remove(self, ending: str) -> int:
-        """Remove files, including temporary ones. Return the number of documents."""
-        self._require_writable()
-        paths = self._maintain(self._folder.list, ending)
-        for path in paths:
-            self._maintain(self._folder.remove, path)
-        return sum(path.endswith(SUFFIX) for path in paths)
-
-    def _require_writable(self) -> None:
-        if self.read_only:
-            raise StoreError(f"the remote store {self.url!r} was opened with read_only=True; nothing can be changed.")
-
-    def _maintain(self, step: Callable[[str], R], argument: str) -> R:
-        """Return the result of one step of maintenance.
-
-        Raises:
-            StoreError: the step fails or takes too long.
-        """
-        try:
-            return call(lambda: step(argument), STALLED_SECONDS)
-        except TimeoutError as error:
-            raise StoreError(
-                f"the remote store {self.url!r} has not answered for {STALLED_SECONDS:g} s; check whether it can be "
-                "reached, and try again."
-            ) from error
-        except Exception as error:  # every file system has its own errors
-            raise StoreError(f"the remote store {self.url!r} fails ({type(error).__name__}: {error}).") from error
 
     def _is_paused(self, use: Literal["read", "write"]) -> bool:
         return time.monotonic() < self._paused_until[use]
