@@ -229,8 +229,8 @@ def test_command_measures_only_the_named_systems(any_machine, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--shape", "huge"], "shape is 'huge', but it must be one of qwen2.5-0.5b, "),
-        (["--hit-rate", "2"], "hit_rate is 2.0, but it must be a number from 0 to 1."),
+        (["--shape", "huge"], "--shape: invalid choice: 'huge' (choose from 'qwen2.5-0.5b', "),
+        (["--hit-rate", "2"], "--hit-rate: '2' is not a number from 0 to 1"),
         (["--sweep", "documents:5"], "sweep is 'documents:5', but it must be NAME=VALUE"),
         (["--systems", "cold,warm"], "--systems has 'warm', but it must be some of generate, cold, memory, disk."),
         (["--answer-tokens", "1"], "answer_tokens is 1, but it must be a whole number from 2."),
