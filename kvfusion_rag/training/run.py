@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-
-from accelerate import PartialState
 
 from ..data.rows import QARow
 from ..data.writing import make_folder
@@ -22,6 +21,7 @@ from ..store import MemoryStore
 from .checkpoint import recover
 from .config import TrainingConfig
 from .examples import require_trainable
+from .processes import connect, sole_run
 from .progress import LOSSES, Progress
 from .trainer import Trainer
 
@@ -62,27 +62,30 @@ def train(
 
     Raises:
         InvalidInputError: there are no rows or a row cannot be trained on, or the output contains a run that is not
-            to be resumed or has other rows or settings.
+            to be resumed or has other rows or settings. Another run has the folder. Other processes were launched
+            that are not connected to this one, or have other rows, settings or checkpoints.
         ModelLoadError, UnsupportedModelError: as in ``KVFusionGenerator.from_pretrained``.
         MissingDependencyError: the installed transformers and peft cannot train an adapter together.
     """
     config, folder = config or TrainingConfig(), Path(output)
     if not config.full:
         require_adapter_libraries()  # before the model is loaded and rows are encoded
-    processes = PartialState(cpu=choose_device(device).type == "cpu")
+    processes = connect(choose_device(device))
     if device is None and processes.num_processes > 1:
         device = str(processes.device)  # each process has its own accelerator
     if not rows:
         raise InvalidInputError("there are no rows to train on.")
     for row in rows:
         require_trainable(row, f"row {row.id!r}", config.loss)
-    if processes.is_main_process:
-        recover(folder / "checkpoint")
-        recover(folder / "best")
-    processes.wait_for_everyone()
-    _prepare_folder(folder, resume=resume)
-    engine = _load_engine(locate_model(model, gguf_file=gguf_file), config, device, dtype, store_bytes)
-    return Trainer(engine, rows, dev, config, folder, files=files).run(resume=resume, report=report)
+    make_folder(folder, "output")
+    with sole_run(folder) if processes.is_main_process else nullcontext():
+        if processes.is_main_process:
+            recover(folder / "checkpoint")
+            recover(folder / "best")
+        processes.wait_for_everyone()
+        _require_own_folder(folder, resume=resume)
+        engine = _load_engine(locate_model(model, gguf_file=gguf_file), config, device, dtype, store_bytes)
+        return Trainer(engine, rows, dev, config, folder, files=files).run(resume=resume, report=report)
 
 
 def require_uniform_positions(base: Backbone) -> None:
@@ -103,9 +106,8 @@ def _load_engine(
     return Engine(TorchModel(base, decoder), base.settings, store=MemoryStore(store_bytes))
 
 
-def _prepare_folder(folder: Path, *, resume: bool) -> None:
-    """Create the output folder before training, and check that no previous run would be overwritten."""
-    make_folder(folder, "output")
+def _require_own_folder(folder: Path, *, resume: bool) -> None:
+    """Raise InvalidInputError if training would overwrite a previous run."""
     has_checkpoint = (folder / "checkpoint").exists()
     if has_checkpoint and not resume:
         raise InvalidInputError(f"{str(folder)!r} already contains a training run; name another folder, or resume it.")

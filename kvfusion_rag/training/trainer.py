@@ -34,6 +34,7 @@ from .checkpoint import load_record, load_state, save_decoder, save_state
 from .config import TrainingConfig
 from .examples import Batch, Example, collate, encode_row, encode_rows
 from .loss import checkpoint_exactly, distillation_loss, fusion_loss
+from .processes import require_agreement
 from .progress import Progress, write_losses
 from .record import make_record, require_same_run
 from .weights import MasterWeights
@@ -103,10 +104,14 @@ class Trainer:
 
         Raises:
             ModelLoadError: the checkpoint is damaged, or belongs to another base model.
-            InvalidInputError: the checkpoint has other rows or settings, or more steps than this run.
+            InvalidInputError: the checkpoint has other rows or settings, or more steps than this run, or another
+                process has other ones than this.
         """
         if resume and (self.output / "checkpoint").is_dir():
             self._load_state()
+        compared = ("base_weights", "dtype", "settings", "config", "rows", "dev")
+        agreed = {name: self._record[name] for name in compared} | {"step": self.progress.step}
+        require_agreement(self._processes, agreed)
         began = time.perf_counter() - self.progress.elapsed
         hidden = not self._processes.is_main_process
         total, done = self.total_steps, self.progress.step
