@@ -154,7 +154,7 @@ def limits(args: argparse.Namespace) -> Table:
     figures: dict[str, list[dict[str, Any]]] = json.loads(MEASURED_GROWTH.read_text())["figures"]
     rows = [["passages", "search", "open index", "index file", "vectors in memory", "open store folder",
              "list requests of a bucket", "manifest"]]  # fmt: skip
-    counts = sorted({row["passages"] for row in (*figures["index"], *figures["folder"])} | set(CORPORA))
+    counts = sorted({row["passages"] for row in figures["index"]} | set(CORPORA))
     line = len(json.dumps({"id": "folder/file.txt#12", "keys": [KEY]})) + 1
     for count in counts:
         times = [grown(figures["index"], count, name) for name in ("search_seconds", "open_seconds")]

@@ -136,9 +136,9 @@ def expected_hit_rate(traffic: Traffic, capacity: float) -> float:
     numbers = numbers * traffic.pool
     if capacity >= numbers.sum():
         return 1.0
-    low, high = 0.0, 1e30
-    for _ in range(200):  # until the documents of the last `low` questions fill the memory
-        middle = (low + high) / 2 if high < 2 * low else max(1.0, low) * min(2.0, high / max(1.0, low))
+    low, high = 1e-3, 1e30  # questions whose documents fill the memory, found by bisection of the exponent
+    while high / low > 1 + 1e-9:
+        middle = (low * high) ** 0.5
         fits = (numbers * -np.expm1(-rates * middle)).sum() <= capacity
         low, high = (middle, high) if fits else (low, middle)
     return float((numbers * rates * -np.expm1(-rates * low)).sum() / (numbers * rates).sum())
