@@ -114,7 +114,8 @@ def test_integrations_use_only_public_names():
         ("kvfusion_rag", ["torch", "transformers"]),
         ("kvfusion_rag.generator", ["langchain_core", "llama_index", "chromadb", "sentence_transformers", "peft"]),
         ("kvfusion_rag.data.formats", ["bm25s", "accelerate", "turbohtml", "sentence_transformers"]),
-        ("kvfusion_rag.cli", ["torch", "transformers", "turbohtml"]),
+        ("kvfusion_rag.cluster", ["ray", "pyarrow", "pandas"]),
+        ("kvfusion_rag.cli", ["torch", "transformers", "turbohtml", "ray"]),
     ],
 )
 def test_imports_are_light(module, absent):

@@ -73,26 +73,24 @@ def run_batches(task: Task, items: Sequence[Any], size: int, cluster: ClusterOpt
 def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOptions) -> Iterator[Any]:
     with connected(cluster) as ray:
         _require_shared_store(ray, task.spec.store)
-        context = ray.data.DataContext.get_current().copy()
-        context.enable_progress_bars = False
-        context.execution_options.preserve_order = True
-        with ray.data.DataContext.current(context):
-            rows = [{"batch": json.dumps(batch)} for batch in batches]
-            dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
-                _Worker,
-                fn_constructor_args=(task, cluster.threads),
-                compute=ray.data.ActorPoolStrategy(size=workers_of(ray, cluster)),
-                num_cpus=cluster.threads,
-                num_gpus=cluster.gpus,
-            )
-            try:
-                for row in dataset.iter_rows():
-                    if row["failure"]:
-                        raise ClusterError(f"a worker could not start: {row['failure']}")
-                    yield from json.loads(row["results"])
-            except ray.exceptions.RayError as error:
-                cause = " ".join(str(error).split())[-500:]
-                raise ClusterError(f"the work on the cluster failed: {cause}") from error
+        rows = [{"batch": json.dumps(batch)} for batch in batches]
+        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
+            _Worker,
+            fn_constructor_args=(task, cluster.threads),
+            compute=ray.data.ActorPoolStrategy(size=workers_of(ray, cluster)),
+            num_cpus=cluster.threads,
+            num_gpus=cluster.gpus,
+        )
+        dataset.context.enable_progress_bars = False
+        dataset.context.execution_options.preserve_order = True
+        try:
+            for row in dataset.iter_rows():
+                if row["failure"]:
+                    raise ClusterError(f"a worker could not start: {row['failure']}")
+                yield from json.loads(row["results"])
+        except ray.exceptions.RayError as error:
+            cause = " ".join(str(error).split())[-500:]
+            raise ClusterError(f"the work on the cluster failed: {cause}") from error
 
 
 def _require_shared_store(ray: Any, store: str | None) -> None:

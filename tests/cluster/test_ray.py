@@ -15,6 +15,7 @@ from indexes import WordEmbedder
 
 from kvfusion_rag import ClusterError, Document, InvalidInputError
 from kvfusion_rag.cluster import ClusterOptions, GeneratorSpec, answer_questions, index_documents
+from kvfusion_rag.cluster.pool import run_batches
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
@@ -73,6 +74,36 @@ def test_answers_are_those_of_one_process_in_order(spec):
     there = list(answer_questions(rows, spec, cluster=TWO, answer_options=options))
     assert there == list(answer_questions(rows, spec, answer_options=options))
     assert [row["id"] for row in there if row["error"]] == ["14"]
+
+
+def test_results_keep_their_order_if_batches_take_different_times():
+    class Waiting:
+        """Waits longest for the first item. It is defined here, so that workers get its code."""
+
+        spec = GeneratorSpec()
+
+        def start(self, cache):
+            return self
+
+        def __call__(self, batch):
+            time.sleep(3 if batch == [0] else 0.01)
+            return batch
+
+        def close(self):
+            pass
+
+    assert list(run_batches(Waiting(), list(range(12)), 1, TWO)) == list(range(12))
+
+
+def test_fault_of_a_worker_is_one_error():
+    class Faulty:
+        spec = GeneratorSpec()
+
+        def start(self, cache):
+            return lambda batch: 1 / 0
+
+    with pytest.raises(ClusterError, match="ZeroDivisionError"):
+        list(run_batches(Faulty(), [1], 1, TWO))
 
 
 def test_killed_worker_loses_nothing(spec, tmp_path):
