@@ -29,8 +29,8 @@ MAX_LISTED_ITEMS = 20
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _NOISY_LOGGERS = (
     "huggingface_hub",
-    "ray",
     "pypdf",  # warns about each oddity of a file
+    "ray.data",
     "sentence_transformers",
     "torch.utils._pytree",  # warns about types that torchao registers
     "torchao",

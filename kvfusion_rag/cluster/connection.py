@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
@@ -10,6 +11,8 @@ from typing import Any
 
 from ..errors import ClusterError, MissingDependencyError
 from .options import AUTO, ClusterOptions
+
+CONNECT_SECONDS = 10.0
 
 
 def load_ray() -> Any:
@@ -50,6 +53,10 @@ def connected(options: ClusterOptions) -> Generator[Any, None, None]:
 def _connect(ray: Any, options: ClusterOptions) -> None:
     quiet = {"log_to_driver": False, "logging_level": "error"}  # stdout belongs to the results
     try:
+        if options.address != AUTO:
+            host, _, port = options.address.rpartition(":")
+            # Ray itself tries for minutes to reach an address where no cluster is.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
         try:
             ray.init(address=options.address, **quiet)
         except ConnectionError:
@@ -57,7 +64,7 @@ def _connect(ray: Any, options: ClusterOptions) -> None:
                 raise
             cpus = max(os.cpu_count() or 1, (options.workers or 1) * options.threads)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OverflowError, OSError) as error:
         cause = " ".join(str(error).split())[:300]
         raise ClusterError(f"the cluster {options.address!r} cannot be used: {cause}") from error
 

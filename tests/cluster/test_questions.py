@@ -121,6 +121,13 @@ def test_wrong_options_are_rejected_before_the_model_is_loaded(capsys, file, tmp
         assert (code, out) == (2, "") and reason in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "[::1]:1"])
+def test_cluster_that_cannot_be_reached_is_one_line(capsys, file, address):
+    pytest.importorskip("ray.data")
+    code, out, err = run(capsys, "answer", file, "--model", "no/such-model", "--ray", address)
+    assert (code, out) == (2, "") and f"the cluster '{address}' cannot be used" in err
+
+
 def test_index_on_a_cluster_needs_a_store(capsys, tmp_path):
     if find_spec("ray") is None:
         code, _, err = run(capsys, "index", tmp_path, "--ray", "auto")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
 from ...errors import InvalidInputError
@@ -46,4 +47,5 @@ def cluster_of(args: argparse.Namespace) -> ClusterOptions | None:
     from ...cluster.connection import load_ray
 
     load_ray()  # first, so that a missing package is reported before the work
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its import has set another level; restored by the command
     return ClusterOptions(args.ray, **given)
