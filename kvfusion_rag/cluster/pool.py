@@ -7,6 +7,7 @@ Batches and results travel as JSON, because columns of Arrow cannot hold rows wi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -77,7 +78,7 @@ def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOption
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _Worker,
             fn_constructor_args=(task, cluster.threads),
-            compute=ray.data.ActorPoolStrategy(size=workers_of(ray, cluster)),
+            compute=ray.data.ActorPoolStrategy(size=min(len(rows), workers_of(ray, cluster))),
             num_cpus=cluster.threads,
             num_gpus=cluster.gpus,
         )
@@ -89,7 +90,10 @@ def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOption
                     raise ClusterError(f"a worker could not start: {row['failure']}")
                 yield from json.loads(row["results"])
         except ray.exceptions.RayError as error:
-            cause = " ".join(str(error).split())[-500:]
+            first = re.search(
+                r"^[\w.]+: .+", str(error), re.MULTILINE
+            )  # in a worker's traceback, Ray's own come later
+            cause = " ".join((first[0] if first else str(error)).split())[:500]
             raise ClusterError(f"the work on the cluster failed: {cause}") from error
 
 
