@@ -3,6 +3,7 @@ __version__: str
 from .engine.attribution import Attribution as Attribution
 from .engine.attribution import Influence as Influence
 from .engine.streaming import AnswerStream as AnswerStream
+from .errors import ClusterError as ClusterError
 from .errors import ContextLimitError as ContextLimitError
 from .errors import ControlTokenError as ControlTokenError
 from .errors import DurabilityError as DurabilityError

@@ -70,6 +70,10 @@ class ForkedProcessError(KVFusionError):
     """A process was forked from one that computes with several threads, which it does not have."""
 
 
+class ClusterError(KVFusionError):
+    """A Ray cluster cannot be reached or started, or its workers cannot work."""
+
+
 class RetrievalError(KVFusionError):
     """A file, folder or index cannot be read, split, embedded or searched."""
 

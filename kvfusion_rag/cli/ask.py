@@ -10,8 +10,26 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidInputError, RetrievalError
-from .answers import (
+from ..errors import InvalidInputError
+from .arguments.values import plain_text, positive
+from .console import say, say_json, say_left_out, shown_path
+from .options import (
+    add_decoding_arguments,
+    add_focus,
+    add_index_arguments,
+    add_mode,
+    add_model_arguments,
+    add_model_name,
+    add_reasoning_limit,
+    add_retrieval_arguments,
+    add_store_arguments,
+    decoding_of,
+    index_folder,
+    load_generator,
+    open_index,
+    require_store,
+)
+from .output.answers import (
     answer_to_json,
     say_answer,
     say_attribution,
@@ -22,22 +40,6 @@ from .answers import (
     say_sources,
     say_spelling,
 )
-from .arguments.paths import existing, output_folder
-from .arguments.values import number, plain_text, positive, seed, stop
-from .console import say, say_json, say_left_out, shown_path
-from .options import (
-    INDEX_FOLDER,
-    add_focus,
-    add_index_arguments,
-    add_model_arguments,
-    add_model_name,
-    add_reasoning_limit,
-    add_store_arguments,
-    folder_of,
-    load_generator,
-    open_index,
-    require_store,
-)
 
 if TYPE_CHECKING:
     from .. import Answer, Document, KVFusionGenerator
@@ -46,28 +48,20 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", type=plain_text, metavar="QUESTION", help="the question to answer")
-    parser.add_argument(
-        "--docs",
-        nargs="+",
-        type=existing,
-        metavar="PATH",
-        default=[],
-        help="files and folders to search: txt, md, html, pdf (default: all files of --index)",
-    )
-    parser.add_argument(
-        "--index",
-        type=output_folder,
-        metavar="DIR",
-        help=f"folder of the index (default: {INDEX_FOLDER} next to the documents if there is one, otherwise memory)",
-    )
-    parser.add_argument(
-        "--top-k", type=positive, default=5, metavar="N", help="number of documents to retrieve (default: 5)"
-    )
+    add_retrieval_arguments(parser)
     add_model_name(parser)
     add_model_arguments(parser)
     add_index_arguments(parser)
     add_store_arguments(parser)
-    _add_answer_arguments(parser)
+    add_mode(parser)
+    add_focus(parser)
+    parser.add_argument(
+        "--show-prompt", action="store_true", help="print the complete prompt, with marks around each document"
+    )
+    add_decoding_arguments(parser)
+    add_reasoning_limit(parser)
+    parser.add_argument("--show-reasoning", action="store_true", help="print the model's reasoning before its answer")
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is computed (without --json)")
     parser.add_argument(
         "--attribute", action="store_true", help="show how much each document contributed to the answer"
     )
@@ -79,47 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_answer_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add how documents are read, and how the answer is sampled and printed."""
-    parser.add_argument(
-        "--mode", choices=["auto", "fusion", "concat", "ape"], help="how documents are read (default: the model's own)"
-    )
-    add_focus(parser)
-    parser.add_argument(
-        "--show-prompt", action="store_true", help="print the complete prompt, with marks around each document"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="maximum tokens of the answer (default: the model's own)"
-    )
-    add_reasoning_limit(parser)
-    parser.add_argument("--show-reasoning", action="store_true", help="print the model's reasoning before its answer")
-    parser.add_argument(
-        "--temperature",
-        type=number(0),
-        default=0.0,
-        metavar="X",
-        help="sampling temperature (default: 0, the most likely token)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=seed,
-        metavar="N",
-        help="seed that makes sampling at a temperature above 0 repeatable (default: random)",
-    )
-    parser.add_argument(
-        "--stop",
-        action="append",
-        type=stop,
-        default=[],
-        metavar="TEXT",
-        help="text that ends the answer; may be repeated (default: none)",
-    )
-    parser.add_argument("--stream", action="store_true", help="print the answer while it is computed (without --json)")
-
-
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    folder = _index_folder(args)
+    folder = index_folder(args)
     generator = load_generator(args)
     documents, report = _retrieve(args, folder, generator)
     options: dict[str, Any] = {"mode": args.mode, "focus": args.focus}
@@ -171,19 +127,7 @@ def _check(args: argparse.Namespace) -> None:
         raise InvalidInputError("--stream and --json cannot be combined, because a stream is not one JSON object.")
     if not args.docs and args.index is None:
         raise InvalidInputError("there are no documents; pass them with --docs, or an index with --index.")
-    if not args.docs and not args.index.is_dir():
-        raise RetrievalError(
-            f"the index {str(args.index)!r} does not exist; pass its documents with --docs to create it."
-        )
     require_store(args)
-
-
-def _index_folder(args: argparse.Namespace) -> Path | None:
-    """Return the folder of the index to use, or ``None`` for an index in memory."""
-    if args.index is not None:
-        return args.index
-    candidates = (folder_of(path) / INDEX_FOLDER for path in args.docs)
-    return next((folder for folder in candidates if folder.is_dir()), None)
 
 
 def _retrieve(
@@ -204,7 +148,7 @@ def _answer(
     args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document], options: dict[str, Any]
 ) -> Answer:
     """Return the answer. With ``--stream``, print its pieces as they are computed."""
-    decoding = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "stop")}
+    decoding = decoding_of(args)
     if not args.stream:
         return generator.answer(args.question, documents, **options, **decoding)
     stream = generator.stream(args.question, documents, **options, **decoding)

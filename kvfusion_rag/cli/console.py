@@ -30,6 +30,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _NOISY_LOGGERS = (
     "huggingface_hub",
     "pypdf",  # warns about each oddity of a file
+    "ray.data",
     "sentence_transformers",
     "torch.utils._pytree",  # warns about types that torchao registers
     "torchao",
@@ -39,6 +40,7 @@ _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
     "OMP_WAIT_POLICY": "passive",  # torch's waiting threads sleep, so that other processes can use the processor
+    "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }

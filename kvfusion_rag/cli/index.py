@@ -2,8 +2,8 @@
 
 Only new and changed files are read and embedded, and deleted files are removed from the index. Skipped files, and data
 in files that is left out (such as images in base64), are listed with the reason. With ``--store``, the KV of each
-chunk that is not stored yet is computed too, and the command fails unless the store has all of them in the end. An
-interrupted run can be repeated and then continues.
+chunk that is not stored yet is computed too, and the command fails unless the store has all of them in the end. With
+``--ray``, the workers of a cluster compute them. An interrupted run can be repeated and then continues.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.writing import check_folder
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, StoreError
+from .arguments.cluster import add_cluster_arguments, cluster_of
 from .arguments.paths import existing, output_folder
 from .arguments.values import plain_text
 from .console import say, say_json, say_left_out, say_list, shown_path
@@ -24,6 +25,7 @@ from .options import (
     add_model_name,
     add_store_arguments,
     first_folder,
+    generator_spec,
     load_generator,
     load_token_counter,
     open_chosen_store,
@@ -33,6 +35,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from .. import Document, DocumentStore
+    from ..cluster import ClusterOptions
     from ..retrieval import IndexReport
 
 
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_index_arguments(parser)
     add_model_arguments(parser)
     add_store_arguments(parser)
+    add_cluster_arguments(parser)
     parser.add_argument(
         "--collection",
         type=plain_text,
@@ -60,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_store(args)
+    cluster = _cluster(args)
     folder = args.index or first_folder(args.paths) / INDEX_FOLDER
     check_folder(folder)
     collection = _collection(args, folder)
@@ -69,15 +74,29 @@ def run(args: argparse.Namespace) -> int:
         report = index.update(args.paths)
         chunk_tokens = index.chunk_tokens
         documents = index.documents(files=report.files) if args.store else []
-    stored = _prefill(args, documents, collection, store) if args.store else None
+    stored, failed = None, dict[str, str]()
+    if cluster is not None:
+        stored, failed = _prefill_on_cluster(args, documents, collection, cluster)
+    elif args.store:
+        stored = _prefill(args, documents, collection, store)
     if args.json:
         result = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
-        say_json(result | ({} if stored is None else {"store": stored}))
+        failures = {"failed": failed} if cluster is not None else {}
+        say_json(result | ({} if stored is None else {"store": stored}) | failures)
     else:
         _say_report(report, folder, chunk_tokens)
         if stored is not None:
             say(f"{args.store}: " + ", ".join(f"{count:,} {name}" for name, count in stored.items()))
-    return 0
+        say_list("!", [f"{name}: {reason}" for name, reason in failed.items()])
+    return 1 if failed else 0
+
+
+def _cluster(args: argparse.Namespace) -> ClusterOptions | None:
+    """Return the cluster that fills the store, if there is one."""
+    cluster = cluster_of(args)
+    if cluster is not None and not args.store:
+        raise InvalidInputError("--ray is given without --store; pass the URL of the store that the workers fill.")
+    return cluster
 
 
 def _collection(args: argparse.Namespace, folder: Path) -> str:
@@ -96,16 +115,35 @@ def _prefill(
     args: argparse.Namespace, documents: list[Document], collection: str, store: DocumentStore | str
 ) -> dict[str, int]:
     """Store the KV of every document. Return how many were computed and how many were stored already."""
-    from ..store import keep_newest_part, namespace_key
+    from ..store import keep_newest_parts, namespace_key
 
     generator = load_generator(args, store)
     given = generator.prefill(documents, progress=not args.json, durable=True, collection=collection)
     sources = [source for source in given if source.origin != "blank"]
     assert generator.store is not None and generator.store.slowest_tier is not None  # --store is set
-    keep_newest_part(generator.store.slowest_tier, namespace_key(args.namespace), collection)
+    keep_newest_parts(generator.store.slowest_tier, namespace_key(args.namespace), collection)
     generator.store.close()
     computed = sum(source.origin == "computed" for source in sources)
     return {"computed": computed, "stored already": len(sources) - computed}
+
+
+def _prefill_on_cluster(
+    args: argparse.Namespace, documents: list[Document], collection: str, cluster: ClusterOptions
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Store the KV of every document on a cluster. Return the counts, and why documents failed by their ids.
+
+    Raises:
+        StoreError: the store has the documents, but its list of them could not be written.
+    """
+    from ..cluster import index_documents
+
+    report = index_documents(
+        documents, generator_spec(args), cluster=cluster, collection=collection, progress=not args.json
+    )
+    if report.unlisted is not None and not report.failed:
+        raise StoreError(f"the collection {collection!r} could not be listed in the store: {report.unlisted}")
+    counts = {"stored": report.stored, "stored already": report.present, "failed": len(report.failed)}
+    return counts, report.failed
 
 
 def _say_report(report: IndexReport, folder: Path, chunk_tokens: int) -> None:

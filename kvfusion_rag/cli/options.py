@@ -6,17 +6,18 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidInputError
-from .arguments.paths import store_place
-from .arguments.values import byte_count, count, device, focus, namespace, plain_text, positive
+from ..errors import InvalidInputError, RetrievalError
+from .arguments.paths import existing, output_folder, store_place
+from .arguments.values import byte_count, count, device, focus, namespace, number, plain_text, positive, seed, stop
 from .console import collection_paused, patient_bars
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from .. import DocumentIndex, DocumentStore, KVFusionGenerator
+    from ..cluster import GeneratorSpec
     from ..text.encoder import PromptEncoder
     from ..text.settings import ModelSettings
 
@@ -104,6 +105,74 @@ def add_focus(parser: argparse.ArgumentParser, scope: str = "") -> None:
     )
 
 
+def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the places of documents, and how many of them are retrieved for a question."""
+    parser.add_argument(
+        "--docs",
+        nargs="+",
+        type=existing,
+        metavar="PATH",
+        default=[],
+        help="files and folders to search: txt, md, html, pdf (default: all files of --index)",
+    )
+    parser.add_argument(
+        "--index",
+        type=output_folder,
+        metavar="DIR",
+        help=f"folder of the index (default: {INDEX_FOLDER} next to the documents if there is one, otherwise memory)",
+    )
+    parser.add_argument(
+        "--top-k", type=positive, default=5, metavar="N", help="number of documents to retrieve (default: 5)"
+    )
+
+
+def add_mode(parser: argparse.ArgumentParser) -> None:
+    """Add ``--mode``."""
+    parser.add_argument(
+        "--mode", choices=["auto", "fusion", "concat", "ape"], help="how documents are read (default: the model's own)"
+    )
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add how tokens of answers are chosen, and where an answer ends."""
+    parser.add_argument(
+        "--max-new-tokens", type=positive, metavar="N", help="maximum tokens of the answer (default: the model's own)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(0),
+        default=0.0,
+        metavar="X",
+        help="sampling temperature (default: 0, the most likely token)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=seed,
+        metavar="N",
+        help="seed that makes sampling at a temperature above 0 repeatable (default: random)",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        type=stop,
+        default=[],
+        metavar="TEXT",
+        help="text that ends the answer; may be repeated (default: none)",
+    )
+
+
+def decoding_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of :func:`add_decoding_arguments`."""
+    return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "seed", "stop")}
+
+
+def generator_spec(args: argparse.Namespace) -> GeneratorSpec:
+    """Return the model and store of the arguments as data for workers."""
+    from ..cluster import GeneratorSpec
+
+    return GeneratorSpec(args.model, args.store, _store_options(args), _generator_options(args))
+
+
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the embedding model and the chunk size."""
     parser.add_argument(
@@ -178,13 +247,31 @@ def open_chosen_store(args: argparse.Namespace) -> DocumentStore | str:
 
     if not args.store:
         return as_store(MemoryStore(namespace_bytes=share))
-    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = _store_options(args)
     if share is None:
         return open_store(args.store, **options)
     of_memory = max(1, DEFAULT_MEMORY_BYTES * share // options.get("max_bytes", DEFAULT_DISK_BYTES))
     memory = MemoryStore(namespace_bytes=of_memory)  # the same share of memory as of the disk
     return open_store(args.store, memory=memory, namespace_bytes=share, **options)
+
+
+def _store_options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _generator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options of ``from_pretrained`` apart from model and store."""
+    return {
+        "gguf_file": args.gguf_file,
+        "adapter": args.adapter,
+        "decoder": args.decoder,
+        "device": args.device,
+        "dtype": args.dtype,
+        "max_reasoning_tokens": getattr(args, "max_reasoning_tokens", None),
+        "namespace": getattr(args, "namespace", ""),
+        "key_kind": getattr(args, "key_kind", "auto"),
+    }
 
 
 @collection_paused()
@@ -194,16 +281,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | str | None =
 
     with patient_bars():
         return KVFusionGenerator.from_pretrained(
-            args.model,
-            gguf_file=args.gguf_file,
-            adapter=args.adapter,
-            decoder=args.decoder,
-            device=args.device,
-            dtype=args.dtype,
-            max_reasoning_tokens=getattr(args, "max_reasoning_tokens", None),
-            store=open_chosen_store(args) if store is None else store,
-            namespace=getattr(args, "namespace", ""),
-            key_kind=getattr(args, "key_kind", "auto"),
+            args.model, store=open_chosen_store(args) if store is None else store, **_generator_options(args)
         )
 
 
@@ -263,6 +341,22 @@ def open_index(
 def folder_of(path: str) -> Path:
     """Return ``path`` if it is a folder, or the folder that contains it."""
     return Path(path) if os.path.isdir(path) else Path(path).parent
+
+
+def index_folder(args: argparse.Namespace) -> Path | None:
+    """Return the folder of the index to search, or ``None`` for an index in memory.
+
+    Raises:
+        RetrievalError: there is no such folder, and no documents to fill it with.
+    """
+    if args.index is not None:
+        if not args.docs and not args.index.is_dir():
+            raise RetrievalError(
+                f"the index {str(args.index)!r} does not exist; pass its documents with --docs to create it."
+            )
+        return args.index
+    candidates = (folder_of(path) / INDEX_FOLDER for path in args.docs)
+    return next((folder for folder in candidates if folder.is_dir()), None)
 
 
 def first_folder(paths: Sequence[str]) -> Path:

@@ -133,6 +133,22 @@ class DocumentCalls(GeneratorFacts):
         layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
         return self._engine.document_kvs.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
 
+    @check_option_names()
+    def store_keys(
+        self,
+        documents: Sequence[Document | str],
+        *,
+        prompt: Prompt = None,
+        question: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, list[str]]:
+        """Return the store keys of each document's pieces, by document id. Nothing is computed.
+
+        Arguments are those of :meth:`prefill`. ``store.missing`` tells which of the keys the store lacks.
+        """
+        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
+        return self._engine.read(documents, layout, max_tokens=UNLIMITED).keys_by_id
+
     def forget(self, documents: Sequence[Document | str]) -> int:
         """Remove the KVs of ``documents`` in this namespace from every tier of the store, for all models.
 

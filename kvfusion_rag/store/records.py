@@ -77,14 +77,14 @@ def write_manifest(tier: RecordTier, namespace: str, collection: str, documents:
     tier.write_record(f"{_parts_of(namespace, collection)}{time.time_ns():016x}-{uuid.uuid4().hex}.jsonl", data)
 
 
-def keep_newest_part(tier: RecordTier, namespace: str, collection: str) -> None:
-    """Remove the documents of all but the last call of :func:`write_manifest` from a collection's manifest.
+def keep_newest_parts(tier: RecordTier, namespace: str, collection: str, parts: int = 1) -> None:
+    """Remove the documents of all but the last ``parts`` calls of :func:`write_manifest` from a manifest.
 
     Raises:
         StoreError: the tier is read-only or cannot be changed.
     """
     names = sorted(name for name, _ in tier.records(_parts_of(namespace, collection)))
-    tier.remove_records(names[:-1])
+    tier.remove_records(names[:-parts])
 
 
 def collections(tier: RecordTier, namespace: str | None = None) -> list[Collection]:

@@ -14,8 +14,8 @@ from indexes import LIGHTHOUSE, WordEmbedder, load_minilm
 
 from kvfusion_rag import InvalidInputError, InvarianceReport
 from kvfusion_rag.cli import ask
-from kvfusion_rag.cli.answers import MAX_SENTENCE_CHARACTERS, sentence_around
 from kvfusion_rag.cli.console import printable
+from kvfusion_rag.cli.output.answers import MAX_SENTENCE_CHARACTERS, sentence_around
 from kvfusion_rag.retrieval.loaders import KINDS
 
 
@@ -139,7 +139,7 @@ def test_ask_marks_documents_that_focus_dropped(capsys, monkeypatch, docs):
 
 def test_ask_streams_piece_by_piece(capsys, generator, docs, monkeypatch):
     flushed = []
-    monkeypatch.setattr("kvfusion_rag.cli.answers.say", lambda text="", end="\n": flushed.append(text + end))
+    monkeypatch.setattr("kvfusion_rag.cli.output.answers.say", lambda text="", end="\n": flushed.append(text + end))
     code, *_ = run(capsys, "ask", "Where is the office?", "--docs", docs, "--stream")
     assert code == 0
     assert flushed[:3] == ["in", " lima", "\n"]

@@ -18,7 +18,14 @@ HOSTILE = [
     "/dev/full/x", "/proc/x", "http://x", "s3://", "file:///", "memory://", "a,b", "auto", "none", "x=1", "{}", "[]",
     "*", "/", "..", "fusion", "slot:99", "top:0", "model",
 ]  # fmt: skip
-GOOD = {"model": "model", "docs": "docs", "rows": "rows.jsonl", "question": "who?", "paths": "docs"}
+GOOD = {
+    "model": "model",
+    "docs": "docs",
+    "rows": "rows.jsonl",
+    "question": "who?",
+    "paths": "docs",
+    "questions": "rows.jsonl",
+}
 LONG_RUNS = {"bench", "--measure"}  # they would measure for minutes, which is no fault
 
 

@@ -117,6 +117,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 NEEDED = {  # arguments with which a command comes to its model
     "ask": ["who?", "--docs", "docs"],
+    "answer": ["rows.jsonl", "--docs", "docs"],
     "index": ["docs"],
     "store stats": ["store"],
     "store verify": ["store"],

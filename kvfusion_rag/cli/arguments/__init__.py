@@ -1,1 +1,1 @@
-"""What commands accept: the values of their options, their paths, and options made from dataclasses."""
+"""What commands accept: the values of their options, their paths, and options that dataclasses or clusters need."""

@@ -136,6 +136,15 @@ def namespace(value: str) -> str:
 
 
 @argument
+def ray_address(value: str) -> str:
+    """Read the address of a Ray cluster: auto or HOST:PORT."""
+    from ...cluster.options import require_address  # imports torch
+
+    require_address(value)
+    return value
+
+
+@argument
 def device(value: str) -> str:
     """Read the name of a device that this machine has."""
     from ...model.hardware import choose_device  # imports torch

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..text.sentences import sentence_spans
-from .console import say, shown_path
+from ...text.sentences import sentence_spans
+from ..console import say, shown_path
 
 if TYPE_CHECKING:
-    from .. import Answer, AnswerPiece, Attribution, Document, InvarianceReport
+    from ... import Answer, AnswerPiece, Attribution, Document, InvarianceReport
 
 MAX_SENTENCE_CHARACTERS = 300
 
@@ -80,7 +80,7 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
 
     If focus chose among the documents, print their scores and mark those that it dropped.
     """
-    from ..text.citations import find_shared_phrases
+    from ...text.citations import find_shared_phrases
 
     head, citations = "sources (* contains the answer)", answer.citations
     pairs = list(zip(answer.sources, documents, strict=True))

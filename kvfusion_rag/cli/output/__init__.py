@@ -1,0 +1,1 @@
+"""What commands print that is too long for their own modules."""

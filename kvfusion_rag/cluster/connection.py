@@ -1,0 +1,80 @@
+"""Connects to a Ray cluster, or starts one on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from ..errors import ClusterError, MissingDependencyError
+from .options import AUTO, ClusterOptions
+
+CONNECT_SECONDS = 10.0
+
+
+def load_ray() -> Any:
+    """Return the module ``ray``, with ``ray.data``.
+
+    Raises:
+        MissingDependencyError: Ray or a package that Ray Data needs is not installed.
+    """
+    try:
+        import_module("ray.data")
+    except ImportError as error:
+        raise MissingDependencyError.of_extra("a cluster", error.name or "ray", "ray") from error
+    return import_module("ray")
+
+
+@contextmanager
+def connected(options: ClusterOptions) -> Generator[Any, None, None]:
+    """Return a context with the module ``ray``, connected to the cluster.
+
+    A connection that this process already has is used and kept. A cluster that starts here has the CPUs of this
+    machine, or as many as the workers ask for, and ends with the context.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+        ClusterError: the cluster cannot be reached, or cannot be started.
+    """
+    ray = load_ray()
+    if ray.is_initialized():
+        yield ray
+        return
+    _connect(ray, options)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _connect(ray: Any, options: ClusterOptions) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "error"}  # stdout belongs to the results
+    try:
+        if options.address != AUTO:
+            host, _, port = options.address.rpartition(":")
+            # Ray itself tries for minutes to reach an address where no cluster is.
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        try:
+            ray.init(address=options.address, **quiet)
+        except ConnectionError:
+            if options.address != AUTO:
+                raise
+            cpus = max(os.cpu_count() or 1, (options.workers or 1) * options.threads)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    except (RuntimeError, ValueError, OverflowError, OSError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ClusterError(f"the cluster {options.address!r} cannot be used: {cause}") from error
+
+
+def workers_of(ray: Any, options: ClusterOptions) -> int:
+    """Return the number of workers: the given one, or as many as the cluster has CPUs and GPUs for."""
+    if options.workers is not None:
+        return options.workers
+    resources = ray.cluster_resources()
+    room = resources.get("CPU", 0) // options.threads
+    if options.gpus:
+        room = min(room, resources.get("GPU", 0) // options.gpus)
+    return max(1, int(room))

@@ -1,0 +1,141 @@
+"""Runs batches on the workers of a cluster, or in this process, and returns the results in order.
+
+Ray Data gives the batches to a pool of actors. It starts an actor that died again, and repeats its unfinished batches.
+Batches and results travel as JSON, because columns of Arrow cannot hold rows with different fields.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from ..errors import ClusterError, InvalidInputError, KVFusionError
+from .connection import connected, workers_of
+from .options import ClusterOptions
+from .spec import GeneratorSpec, WorkerCache
+
+MAX_BLOCKS = 1000  # of a dataset; a worker that dies repeats at most one block for each of its tasks
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Work(Protocol):
+    """The work of one process, with its generator."""
+
+    def __call__(self, batch: list[Any]) -> list[Any]:
+        """Return one result per item of a batch of plain data."""
+        ...
+
+    def close(self) -> None:
+        """Finish uploads to the store, and release its files."""
+        ...
+
+
+class Task(Protocol):
+    """Plain data that says what a worker does with a batch."""
+
+    @property
+    def spec(self) -> GeneratorSpec: ...
+
+    def start(self, cache: Path | None) -> Work:
+        """Load the generator. ``cache`` is the folder of its local disk tier, if it is not the usual one."""
+        ...
+
+
+def run_batches(task: Task, items: Sequence[Any], size: int, cluster: ClusterOptions | None) -> Iterator[Any]:
+    """Yield one result per item, in order.
+
+    Args:
+        task: what to do with a batch.
+        items: plain data, as JSON knows it.
+        size: items per batch. Batches do not depend on the workers, so results do not either.
+        cluster: where to work; None is this process.
+
+    Raises:
+        ClusterError: the cluster or a worker cannot be used.
+        InvalidInputError: the store is a folder, which only one machine can use, but the cluster has several.
+    """
+    batches = [list(items[start : start + size]) for start in range(0, len(items), size)]
+    if cluster is None:
+        with closing(task.start(None)) as work:
+            for batch in batches:
+                yield from work(batch)
+    elif batches:
+        yield from _run_on_cluster(task, batches, cluster)
+
+
+def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOptions) -> Iterator[Any]:
+    with connected(cluster) as ray:
+        _require_shared_store(ray, task.spec.store)
+        rows = [{"batch": json.dumps(batch)} for batch in batches]
+        dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
+            _Worker,
+            fn_constructor_args=(task, cluster.threads),
+            compute=ray.data.ActorPoolStrategy(size=min(len(rows), workers_of(ray, cluster))),
+            num_cpus=cluster.threads,
+            num_gpus=cluster.gpus,
+        )
+        dataset.context.enable_progress_bars = False
+        dataset.context.execution_options.preserve_order = True
+        try:
+            for row in dataset.iter_rows():
+                if row["failure"]:
+                    raise ClusterError(f"a worker could not start: {row['failure']}")
+                yield from json.loads(row["results"])
+        except ray.exceptions.RayError as error:
+            first = re.search(
+                r"^[\w.]+: .+", str(error), re.MULTILINE
+            )  # in a worker's traceback, Ray's own come later
+            cause = " ".join((first[0] if first else str(error)).split())[:500]
+            raise ClusterError(f"the work on the cluster failed: {cause}") from error
+
+
+def _require_shared_store(ray: Any, store: str | None) -> None:
+    if store is None or "://" in store:
+        return
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1:
+        raise InvalidInputError(
+            f"the store is the folder {store!r}, but the cluster has {nodes} machines, which cannot share the index "
+            "of a folder; use a URL, such as s3://bucket/kv or file:///mnt/shared/kv."
+        )
+
+
+class _Worker:
+    """The actor: one generator, which takes one batch after the other."""
+
+    def __init__(self, task: Task, threads: int) -> None:
+        torch.set_num_threads(threads)
+        store, self._failure = task.spec.store, ""
+        self._cache = WorkerCache(store) if store is not None and "://" in store else None  # locked until the end
+        try:
+            self._work = task.start(self._cache.folder if self._cache else None)
+        except KVFusionError as error:  # a new actor would fail too, so Ray must not start one after the other
+            self._failure = str(error)
+
+    def __call__(self, row: dict[str, str]) -> dict[str, str]:
+        results = [] if self._failure else self._work(json.loads(row["batch"]))
+        return {"results": json.dumps(results), "failure": self._failure}
+
+
+def apart(work: Callable[[list[T]], list[R]], items: list[T], failed: Callable[[T, KVFusionError], R]) -> list[R]:
+    """Return the results of ``work`` for all items. If one is invalid, the others still have a result.
+
+    Args:
+        work: returns one result per item, or raises an error if an item is invalid.
+        failed: returns the result of an item that is invalid even without the others.
+    """
+    try:
+        return work(items)
+    except KVFusionError as error:
+        if len(items) == 1:
+            return [failed(items[0], error)]
+    half = len(items) // 2
+    return [*apart(work, items[:half], failed), *apart(work, items[half:], failed)]

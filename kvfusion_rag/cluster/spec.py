@@ -1,0 +1,74 @@
+"""How a worker loads its generator and opens its store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..generator import KVFusionGenerator
+from ..home import absolute, home
+from ..store import DocumentStore, open_store
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorSpec:
+    """A generator as plain data, which can be sent to other machines. These need the same model under this name.
+
+    Attributes:
+        model: hub name, folder or GGUF file. Default: SmolLM2-135M-Instruct.
+        store: folder or URL of the store. Default: each worker's memory.
+        store_options: options of ``open_store``.
+        options: options of ``KVFusionGenerator.from_pretrained`` apart from model and store, such as namespace.
+    """
+
+    model: str | None = None
+    store: str | None = None
+    store_options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def open_store(self, cache: Path | None = None) -> DocumentStore | str:
+        """Open the store, or return "memory". ``cache`` is the folder of the local disk tier in front of a URL."""
+        if self.store is None:
+            return "memory"
+        return open_store(self.store, local=cache, **self.store_options)
+
+    def load(self, cache: Path | None = None) -> KVFusionGenerator:
+        """Load the model with the store. ``cache`` is as in :meth:`open_store`."""
+        return KVFusionGenerator.from_pretrained(self.model, store=self.open_store(cache), **self.options)
+
+    def in_this_folder(self) -> GeneratorSpec:
+        """Return the same generator with absolute paths, because workers have other current folders."""
+        model = self.model if self.model is None or not os.path.exists(self.model) else str(absolute(self.model))
+        is_url = self.store is None or "://" in self.store
+        store = self.store if is_url else str(absolute(self.store or ""))
+        return GeneratorSpec(model, store, self.store_options, self.options)
+
+
+class WorkerCache:
+    """A folder for the local disk tier of one worker process, which later workers of this machine use again.
+
+    Args:
+        url: URL of the store.
+
+    Attributes:
+        folder: the first free one. It stays locked while this object exists, also by its process's death.
+    """
+
+    def __init__(self, url: str) -> None:
+        base = home() / "store" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-workers"
+        base.mkdir(parents=True, exist_ok=True)
+        for number in count():
+            self._lock = FileLock(base / f"{number}.lock")
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                continue
+            self.folder = base / str(number)
+            return
