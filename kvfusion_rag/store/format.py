@@ -256,7 +256,7 @@ def check(stream: BinaryIO, size: int | None, path: PurePath) -> Miss | None:
         if not 2 <= length <= _MAX_HEADER_BYTES:
             return Miss.HEADER
         header = bytearray(length.to_bytes(8, "little") + stream.read(length))
-        described = parse_json(header[8:])
+        described = parse_json(bytes(header[8:]))
         facts = described.pop("__metadata__")
         if facts["key"] != f"{path.parts[-3]}-{path.name.removesuffix(SUFFIX)}":
             return Miss.HEADER

@@ -149,7 +149,7 @@ def test_folder_that_cannot_be_created_raises_before_the_model_is_loaded(base, t
     arguments = ["train", tmp_path / "train.jsonl.gz", "--model", tmp_path / "absent", "--output"]
     assert main([str(one) for one in (*arguments, tmp_path / "file" / "run")]) == 2
     error = capsys.readouterr().err
-    assert "cannot be created: Not a directory" in error and error.count("\n") == 1
+    assert "cannot be used: Not a directory" in error and error.count("\n") == 1
 
 
 def test_diverging_run_keeps_its_checkpoint(base, tmp_path, capsys):
