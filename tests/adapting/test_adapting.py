@@ -222,7 +222,8 @@ def test_output_must_be_an_empty_folder(base, docs, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
-    for name, message in (("file", "is a file"), ("full", "contains files, but no adapt.json"), ("file/x", "cannot be used: Not a directory")):
+    inside = ("file/x", "cannot be used: Not a directory")
+    for name, message in (("file", "is a file"), ("full", "contains files, but no adapt.json"), inside):
         with pytest.raises(InvalidInputError, match=message):
             adapted(base, docs, name)
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"

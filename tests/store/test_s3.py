@@ -7,20 +7,23 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from moto.server import ThreadedMotoServer
 from store_generators import over
 from stores import fetch, files_of, key_of, put_all
 
 from kvfusion_rag import Document, DocumentStore, DurabilityError, StoreError
 from kvfusion_rag.store import collections, namespace_key, open_store
 
+pytest.importorskip("s3fs")
+ThreadedMotoServer: Any = pytest.importorskip("moto.server").ThreadedMotoServer
+
 DOCUMENTS = [Document(f"the mill number {number} was built in 1874", id=f"d{number}") for number in range(20)]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[ThreadedMotoServer]:
+def server() -> Iterator[Any]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     yield server
