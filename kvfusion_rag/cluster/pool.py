@@ -90,9 +90,8 @@ def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOption
                     raise ClusterError(f"a worker could not start: {row['failure']}")
                 yield from json.loads(row["results"])
         except ray.exceptions.RayError as error:
-            first = re.search(
-                r"^[\w.]+: .+", str(error), re.MULTILINE
-            )  # in a worker's traceback, Ray's own come later
+            # The worker's own error comes first, and Ray's errors about it come later.
+            first = re.search(r"^[\w.]+: .+", str(error), re.MULTILINE)
             cause = " ".join((first[0] if first else str(error)).split())[:500]
             raise ClusterError(f"the work on the cluster failed: {cause}") from error
 
