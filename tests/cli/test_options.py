@@ -131,7 +131,7 @@ NEEDED = {  # arguments with which a command comes to its model
     "doctor": ["model"],
     "build-data": ["rows.jsonl", "--out", "out.jsonl"],
     "train": ["rows.jsonl", "--output", "out"],
-    "adapt": ["--docs", "docs", "--output", "out"],
+    "adapt": ["--docs", "docs", "--output", "adapted"],
     "evaluate": ["rows.jsonl"],
 }
 HOSTILE = ["", " ", "~nosuchuser/x", "a" * 300, "loop", "loop/x", "docs", "binary", "nested.json", "binary/x", "-1",

@@ -104,7 +104,7 @@ def test_command_reports_grid_and_choice(capsys, command, tmp_path):
             "--ape-search is rows.jsonl.gz, but it must name rows that are not evaluated",
         ),
         (["--ape-search", "copy.jsonl"], "6 of the 6 questions to search temperature and scale on are also evaluated"),
-        (["--ape-search", "none.jsonl"], "there is no file 'none.jsonl'"),
+        (["--ape-search", "none.jsonl"], "argument --ape-search: 'none.jsonl' does not exist"),
         (["--ape-search", "copy.jsonl", "--systems", "fusion"], "'ape' is not one of the systems"),
         (["--ape-search", "short.jsonl"], "documents is 5, but row 'short' has 2 passages"),
         (["--ape-search", "short.jsonl", "--output", "short.jsonl", "--force"], "short.jsonl' is also an input"),

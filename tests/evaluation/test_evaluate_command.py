@@ -108,7 +108,7 @@ def test_rows_that_do_not_fit_are_marked_in_tables(capsys, command, monkeypatch)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["none.jsonl"], "there is no file 'none.jsonl'"),
+        (["none.jsonl"], "argument ROWS: 'none.jsonl' does not exist"),
         (["broken.jsonl"], "broken.jsonl, line 1: passages is None"),
         (["empty.jsonl"], "no rows to evaluate"),
         (["rows.jsonl.gz", "--conditions", "slot:9"], "condition is slot:9, but its number"),
@@ -122,10 +122,10 @@ def test_rows_that_do_not_fit_are_marked_in_tables(capsys, command, monkeypatch)
         (["rows.jsonl.gz", "--systems", "fusion,sft"], "the system 'sft' needs --sft, which is not given"),
         (["rows.jsonl.gz", "--systems", "fusion", "--decoder", "d"], "with a decoder only, use 'fusion-full'"),
         (["rows.jsonl.gz", "--output", "rows.jsonl.gz", "--force"], "rows.jsonl.gz' is also an input"),
-        (["rows.jsonl.gz", "--output", "x", "--plot", "x"], "x is named twice"),
+        (["rows.jsonl.gz", "--output", "x.svg", "--plot", "x.svg"], "x.svg is named twice"),
         (["rows.jsonl.gz", "--output", "empty.jsonl"], "empty.jsonl' already exists; name another file"),
         (["rows.jsonl.gz", "--output", "no/a.json"], "no/a.json' does not exist"),
-        (["rows.jsonl.gz", "--plot", "a.bmp"], "the plot is 'a.bmp', but it must end in one of .png"),
+        (["rows.jsonl.gz", "--plot", "a.bmp"], "'a.bmp' is not a plot, which must end in one of .png"),
         (["rows.jsonl.gz", "--plot", "a.png", "--conditions", "original"], "but the conditions have no slot"),
     ],
 )
