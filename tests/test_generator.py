@@ -557,7 +557,7 @@ def test_a_blank_prompt_is_rejected(gen):
 
 @pytest.mark.parametrize("model", ["", "  ", "~nobody-of-that-name/x"])
 def test_a_model_must_be_a_name_or_a_folder(model):
-    with pytest.raises(KVFusionError, match="model|begins with ~nobody-of-that-name, but there is no such user"):
+    with pytest.raises(KVFusionError, match=r"model|begins with ~nobody-of-that-name, but there is no such user"):
         KVFusionGenerator.from_pretrained(model)
 
 
