@@ -25,6 +25,7 @@ from .options import (
     add_store_arguments,
     decoding_of,
     index_folder,
+    index_name,
     load_generator,
     open_index,
     require_store,
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
                 "prompt": None if prompt is None else prompt.text,
                 "attribution": None if attribution is None else attribution.to_dict(),
                 "model": generator.identity(),
-                "index": None if folder is None else str(folder.resolve()),
+                "index": None if folder is None else index_name(folder),
                 "update": None if report is None else report.to_dict(),
             }
         )
@@ -131,7 +132,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _retrieve(
-    args: argparse.Namespace, folder: Path | None, generator: KVFusionGenerator
+    args: argparse.Namespace, folder: Path | str | None, generator: KVFusionGenerator
 ) -> tuple[list[Document], IndexReport | None]:
     """Return the documents nearest to the question, from ``--docs`` if given and otherwise from the whole index."""
     with open_index(args, folder, generator.count_tokens, generator.settings.passage_length) as index:
@@ -140,7 +141,7 @@ def _retrieve(
         report = index.update(args.docs)
         if folder is not None and not args.json and (report.added or report.changed or report.removed):
             counts = f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed"
-            say(f"updated the index {shown_path(folder.resolve())}: {counts}\n")
+            say(f"updated the index {shown_path(index_name(folder))}: {counts}\n")
         return index.search(args.question, args.top_k, files=report.files), report
 
 

@@ -84,7 +84,9 @@ def print_error(message: str) -> None:
 
 
 def shown_path(path: str | Path) -> str:
-    """Return ``path`` relative to the current folder if it is inside it."""
+    """Return ``path`` relative to the current folder if it is inside it. A URL stays as it is."""
+    if isinstance(path, str) and "://" in path:
+        return path
     path = Path(path)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 

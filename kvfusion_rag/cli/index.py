@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..data.writing import check_folder
 from ..errors import InvalidInputError, StoreError
 from .arguments.cluster import add_cluster_arguments, cluster_of
-from .arguments.paths import existing, output_folder
+from .arguments.paths import existing, index_place
 from .arguments.values import plain_text
 from .console import say, say_json, say_left_out, say_list, shown_path
 from .options import (
@@ -26,6 +26,7 @@ from .options import (
     add_store_arguments,
     first_folder,
     generator_spec,
+    index_name,
     load_generator,
     load_token_counter,
     open_chosen_store,
@@ -45,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--index",
-        type=output_folder,
-        metavar="DIR",
-        help=f"folder of the index (default: {INDEX_FOLDER} in the first folder)",
+        type=index_place,
+        metavar="PLACE",
+        help="folder of the index, or its URL in a vector database, such as chroma://host/name or lance+s3://bucket/"
+        f"folder (default: {INDEX_FOLDER} in the first folder)",
     )
     add_model_name(parser, "model that will answer from the chunks")
     add_index_arguments(parser)
@@ -66,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     require_store(args)
     cluster = _cluster(args)
     folder = args.index or first_folder(args.paths) / INDEX_FOLDER
-    check_folder(folder)
+    if isinstance(folder, Path):
+        check_folder(folder)
     collection = _collection(args, folder)
     store = open_chosen_store(args)  # first, so that a store that cannot be used is reported before the work
     count_tokens, passage_length = load_token_counter(args)
@@ -80,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.store:
         stored = _prefill(args, documents, collection, store)
     if args.json:
-        result = {"index": str(folder.resolve()), "chunk_tokens": chunk_tokens, **report.to_dict()}
+        result = {"index": index_name(folder), "chunk_tokens": chunk_tokens, **report.to_dict()}
         failures = {"failed": failed} if cluster is not None else {}
         say_json(result | ({} if stored is None else {"store": stored}) | failures)
     else:
@@ -99,10 +102,10 @@ def _cluster(args: argparse.Namespace) -> ClusterOptions | None:
     return cluster
 
 
-def _collection(args: argparse.Namespace, folder: Path) -> str:
+def _collection(args: argparse.Namespace, folder: Path | str) -> str:
     """Return the name of the collection, checked before any work begins."""
     if args.collection is None:
-        return str(folder.resolve())
+        return index_name(folder)
     if not args.store:
         raise InvalidInputError("--collection is given without --store; pass the store's folder or URL too.")
     from ..store.records import require_collection
@@ -146,7 +149,7 @@ def _prefill_on_cluster(
     return counts, report.failed
 
 
-def _say_report(report: IndexReport, folder: Path, chunk_tokens: int) -> None:
+def _say_report(report: IndexReport, folder: Path | str, chunk_tokens: int) -> None:
     say(f"{shown_path(folder)}: {report.chunks} chunk{'s' * (report.chunks != 1)} of up to {chunk_tokens} tokens")
     say(
         f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed, "

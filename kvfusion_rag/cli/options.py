@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, RetrievalError
-from .arguments.paths import existing, output_folder, store_place
+from .arguments.paths import existing, index_place, store_place
 from .arguments.values import byte_count, count, device, focus, namespace, number, plain_text, positive, seed, stop
 from .console import collection_paused, patient_bars
 
@@ -117,9 +117,10 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--index",
-        type=output_folder,
-        metavar="DIR",
-        help=f"folder of the index (default: {INDEX_FOLDER} next to the documents if there is one, otherwise memory)",
+        type=index_place,
+        metavar="PLACE",
+        help="folder of the index, or its URL in a vector database, such as chroma://host/name or lance+s3://bucket/"
+        f"folder (default: {INDEX_FOLDER} next to the documents if there is one, otherwise memory)",
     )
     parser.add_argument(
         "--top-k", type=positive, default=5, metavar="N", help="number of documents to retrieve (default: 5)"
@@ -322,9 +323,12 @@ def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], 
 
 @collection_paused()
 def open_index(
-    args: argparse.Namespace, folder: Path | None, count_tokens: Callable[[str], int], passage_length: int | None
+    args: argparse.Namespace, folder: Path | str | None, count_tokens: Callable[[str], int], passage_length: int | None
 ) -> DocumentIndex:
-    """Open the index in ``folder`` (``None``: in memory) with the embedding model and chunk size of ``args``."""
+    """Open an index with the embedding model and chunk size of ``args``.
+
+    ``folder`` may be a URL of an index in a vector database, and ``None`` means memory.
+    """
     from ..retrieval import DocumentIndex, SentenceTransformerEmbedder
 
     with patient_bars():
@@ -343,20 +347,25 @@ def folder_of(path: str) -> Path:
     return Path(path) if os.path.isdir(path) else Path(path).parent
 
 
-def index_folder(args: argparse.Namespace) -> Path | None:
-    """Return the folder of the index to search, or ``None`` for an index in memory.
+def index_folder(args: argparse.Namespace) -> Path | str | None:
+    """Return the folder or URL of the index to search, or ``None`` for an index in memory.
 
     Raises:
         RetrievalError: there is no such folder, and no documents to fill it with.
     """
     if args.index is not None:
-        if not args.docs and not args.index.is_dir():
+        if not args.docs and isinstance(args.index, Path) and not args.index.is_dir():
             raise RetrievalError(
                 f"the index {str(args.index)!r} does not exist; pass its documents with --docs to create it."
             )
         return args.index
     candidates = (folder_of(path) / INDEX_FOLDER for path in args.docs)
     return next((folder for folder in candidates if folder.is_dir()), None)
+
+
+def index_name(place: Path | str) -> str:
+    """Return the absolute path or the URL of an index."""
+    return str(place.resolve()) if isinstance(place, Path) else place
 
 
 def first_folder(paths: Sequence[str]) -> Path:

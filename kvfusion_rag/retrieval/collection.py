@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -109,11 +109,14 @@ class ChunkCollection:
     """
 
     files: dict[str, StoredFile]
+    is_shared = False
 
     def __init__(self, folder: Path | None, name: str, settings: Mapping[str, str | int]) -> None:
         self._folder = folder
         self._name = name
         self._settings = json.dumps(settings)
+        # An index and its documents can be moved together.
+        self.base = folder.parent if folder else None
         self.damage: str | None = None
         self._lock = lock_folder(folder) if folder else None
         try:
@@ -127,8 +130,16 @@ class ChunkCollection:
             self._unlock()
             raise
 
+    @property
+    def location(self) -> str:
+        """The folder, for messages."""
+        return "in memory" if self._folder is None else str(self._folder)
+
     def __len__(self) -> int:
         return sum(map(len, self._places.values()))
+
+    def keep_base(self, base: Path) -> None:
+        """Do nothing. Only other processes would have to know the folder to which names are relative."""
 
     def close(self) -> None:
         """Release the folder, or discard the collection in memory."""
@@ -156,12 +167,25 @@ class ChunkCollection:
                 raise DamagedIndexError(self._folder, "a stored text has changed")
         return row[0]
 
-    def distances(self, vector: np.ndarray) -> tuple[list[bytes], np.ndarray]:
-        """Return the keys of all N texts, and their cosine distances to ``vector`` (E,), shape (N,)."""
+    def read(self, places: Sequence[Place]) -> list[tuple[str, str]]:
+        """Return the title of the file and the text of each place.
+
+        Raises:
+            RetrievalError: see :meth:`text`.
+        """
+        return [(self.files[place.file].title, self.text(place.key)) for place in places]
+
+    def nearest(self, vector: np.ndarray) -> Iterator[tuple[float, list[Place]]]:
+        """Yield the places of all texts with their cosine distances to ``vector`` (E,), nearest first."""
+        if not self._vectors:
+            return
         if self._matrix is None:
             self._matrix = np.stack(list(self._vectors.values()))
         # Digits after the fifth depend on the batch in which a text was embedded.
-        return list(self._vectors), np.maximum(np.round(1 - self._matrix @ vector, 5), 0.0)
+        distances = np.maximum(np.round(1 - self._matrix @ vector, 5), 0.0)
+        keys = list(self._vectors)
+        for number in np.argsort(distances, kind="stable"):
+            yield float(distances[number]), self.places(keys[number])
 
     def write(self, removed: Iterable[str], files: Sequence[StoredFile], chunks: Sequence[StoredChunk]) -> None:
         """Remove files, add others, and add the texts in them that are new or have another vector, all or nothing.

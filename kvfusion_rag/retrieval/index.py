@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import xxhash
 
 from ..errors import InvalidInputError, RetrievalError
@@ -22,6 +21,7 @@ from ..home import absolute
 from ..option_names import check_option_names
 from ..schema import Document
 from .collection import ChunkCollection, Place
+from .databases import DatabaseCollection, is_index_url, open_collection
 from .embedding import Embedder
 from .loaders import MAX_FILE_BYTES, SkippedFile, common_folder, find_files, printable_path
 from .splitting import check_chunk_tokens, split_text
@@ -84,12 +84,15 @@ class DocumentIndex:
     """A semantic index over chunks of files. Use it as a context manager, or call ``close``.
 
     Args:
-        folder: folder of the index; ``None`` keeps the index in memory, separate from all others.
+        folder: folder of the index, or URL of one in a vector database that several machines share
+            (``chroma://host:8000/name``, ``lance+s3://bucket/folder``); ``None`` keeps the index in memory, separate
+            from all others.
         count_tokens: counts the tokens of a text for the model that will read the chunks.
         chunk_tokens: maximum tokens of a chunk.
         embedder: embeds texts as vectors.
         base: folder to which file names in ids are relative. By default the parent folder of the index, so that
-            documents and index can be moved together; in memory the deepest folder that contains the first paths.
+            documents and index can be moved together; in memory and in a database the deepest folder that contains
+            the first paths. A database keeps it.
         max_file_bytes: size in bytes above which files are skipped.
         progress: whether ``update`` shows chunks and remaining time on stderr if it takes more than a second.
 
@@ -112,24 +115,28 @@ class DocumentIndex:
         max_file_bytes: int = MAX_FILE_BYTES,
         progress: bool = False,
     ) -> None:
-        self.folder = None if folder is None else absolute(folder)
         self.chunk_tokens = check_chunk_tokens(chunk_tokens)
         self._count_tokens = count_tokens
         self._embedder = embedder
         self._max_file_bytes = max_file_bytes
         self._progress = progress
-        if base is None and self.folder is not None:
-            base = self.folder.parent
-        self._base = None if base is None else absolute(base)
-        settings = {"embedding_model": embedder.name, "chunk_tokens": chunk_tokens}
-        self._collection = ChunkCollection(self.folder, self._collection_name(), settings)
+        self._collection, self.folder = self._open(folder)
+        self._base = self._collection.base if base is None else absolute(base)
         self._damage = self._collection.damage
         if self._damage is not None:
             logger.warning(
                 "the index %r was damaged (%s), and is empty until its files are indexed again.",
-                str(self.folder),
+                self._collection.location,
                 self._damage,
             )
+
+    def _open(self, folder: str | Path | None) -> tuple[ChunkCollection | DatabaseCollection, Path | None]:
+        """Open the collection of these settings. Return it and the index's folder, if it has one."""
+        settings = {"embedding_model": self._embedder.name, "chunk_tokens": self.chunk_tokens}
+        if isinstance(folder, str) and is_index_url(folder):
+            return open_collection(folder, self._collection_name(), settings), None
+        place = None if folder is None else absolute(folder)
+        return ChunkCollection(place, self._collection_name(), settings), place
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +171,7 @@ class DocumentIndex:
         files, skipped = find_files(roots, exclude=self.folder)
         if self._base is None:
             self._base = common_folder(roots)
+        self._collection.keep_base(self._base)
         updater = Updater(
             self._collection,
             self._embedder,
@@ -193,12 +201,8 @@ class DocumentIndex:
     def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
         """Return all chunks, or those of some files, as :meth:`search` does, but without distance and score."""
         allowed = None if files is None else frozenset(files)
-        return [
-            self._document(place, None)
-            for name, file in sorted(self._collection.files.items())
-            if allowed is None or name in allowed
-            for place in file.places
-        ]
+        names = sorted(self._collection.files if allowed is None else allowed & self._collection.files.keys())
+        return self._documents([(None, place) for name in names for place in self._collection.files[name].places])
 
     def search(self, question: str, top_k: int = 5, *, files: Collection[str] | None = None) -> list[Document]:
         """Return the chunks nearest to ``question``, nearest first.
@@ -224,23 +228,20 @@ class DocumentIndex:
             raise InvalidInputError(f"top_k is {top_k}, but it must be at least 1.")
         if not question.strip():
             raise InvalidInputError("the question is blank, but it must contain text.")
-        if not len(self):
-            raise self._empty_index()
-        keys, distances = self._collection.distances(self._embedder.embed_question(question))
         allowed = None if files is None else frozenset(files)
         first: list[_Hit] = []
         copies: list[_Hit] = []
-        for number in np.argsort(distances, kind="stable"):
-            distance = float(distances[number])
+        for distance, places in self._collection.nearest(self._embedder.embed_question(question)):
             if len(first) >= top_k and distance > first[-1].distance:
                 break
-            places = self._collection.places(keys[number])
             hits = [_Hit(distance, self._id(p), p) for p in places if allowed is None or p.file in allowed]
             first += hits[:1]
             copies += hits[1:]
+        if not first and not len(self):
+            raise self._empty_index()
         if len(first) < top_k:
             first += sorted(copies)[: top_k - len(first)]
-        return [self._document(hit.place, hit.distance) for hit in sorted(first)[:top_k]]
+        return self._documents([(hit.distance, hit.place) for hit in sorted(first)[:top_k]])
 
     def _deleted(self, paths: Sequence[str | Path], present: set[str]) -> list[str]:
         """Return the files in the index that were deleted or can no longer be read under ``paths``."""
@@ -249,7 +250,10 @@ class DocumentIndex:
 
     def _is_deleted(self, name: str, roots: list[Path]) -> bool:
         path = self._path(name)
-        return not os.path.exists(path) or any(path.is_relative_to(root) for root in roots)
+        if any(path.is_relative_to(root) for root in roots):
+            return True
+        # Other machines that use a shared index may have files that this one lacks.
+        return not self._collection.is_shared and not os.path.exists(path)
 
     def _left_out(self, names: set[str]) -> tuple[SkippedFile, ...]:
         files = [self._collection.files[name] for name in sorted(names)]
@@ -259,13 +263,21 @@ class DocumentIndex:
     def _id(place: Place) -> str:
         return f"{place.file}#{place.number}"
 
-    def _document(self, place: Place, distance: float | None) -> Document:
+    def _documents(self, hits: Sequence[tuple[float | None, Place]]) -> list[Document]:
+        """Return the documents at some places, with the distance of each, if it was searched."""
+        texts = self._collection.read([place for _, place in hits])
+        return [
+            self._document(place, distance, title, text)
+            for (distance, place), (title, text) in zip(hits, texts, strict=True)
+        ]
+
+    def _document(self, place: Place, distance: float | None, title: str, text: str) -> Document:
         metadata = {"file": place.file, "chunk": place.number, "start": place.start, "end": place.end}
         metadata |= {} if distance is None else {"distance": distance}
         return Document(
-            self._collection.text(place.key),
+            text,
             id=self._id(place),
-            title=self._collection.files[place.file].title,
+            title=title,
             metadata={"source": str(self._path(place.file)), **metadata},
             score=None if distance is None else round(1 - distance, 5),
         )
@@ -293,15 +305,16 @@ class DocumentIndex:
 
     def _empty_index(self) -> RetrievalError:
         settings = f"chunks of {self.chunk_tokens} tokens and the embedding model {self._embedder.name!r}"
+        where = self._collection.location
         if self._damage is not None:
             return RetrievalError(
-                f"the index {str(self.folder)!r} was damaged ({self._damage}), so it is empty; index its files again."
+                f"the index {where!r} was damaged ({self._damage}), so it is empty; index its files again."
             )
-        others = [] if self.folder is None else self._collection.other_settings()
+        others = self._collection.other_settings()
         if not others:
-            return RetrievalError(f"the index {str(self.folder or 'in memory')!r} is empty; index some files first.")
+            return RetrievalError(f"the index {where!r} is empty; index some files first.")
         return RetrievalError(
-            f"the index {str(self.folder)!r} has no {settings} for this model's tokenizer, only: {'; '.join(others)}; "
+            f"the index {where!r} has no {settings} for this model's tokenizer, only: {'; '.join(others)}; "
             "index the files again with these settings."
         )
 

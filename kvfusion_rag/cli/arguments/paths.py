@@ -57,6 +57,14 @@ def output_folder(text: str) -> Path:
 
 
 @argument
+def index_place(text: str) -> Path | str:
+    """Read the place of an index: the URL of one in a vector database, or a folder as ``output_folder`` reads it."""
+    from ...retrieval.databases import IndexUrl, is_index_url
+
+    return IndexUrl.parse(text).text if is_index_url(text) else output_folder(text)
+
+
+@argument
 def existing_folder(text: str) -> Path:
     """Read the path of a folder that exists and can be written to."""
     path = output_folder(text)
