@@ -11,6 +11,7 @@ import xxhash
 from tqdm import tqdm
 
 from .collection import ChunkCollection, Place, StoredChunk, StoredFile, text_key
+from .databases import DatabaseCollection
 from .embedding import Embedder
 from .loaders import LoadedText, SkippedFile, UnreadableFileError, printable_path, read_bytes, read_document
 from .splitting import Chunk
@@ -84,7 +85,7 @@ class Updater:
 
     def __init__(
         self,
-        collection: ChunkCollection,
+        collection: ChunkCollection | DatabaseCollection,
         embedder: Embedder,
         split: Callable[[LoadedText], list[Chunk]],
         name_of: Callable[[Path], str],

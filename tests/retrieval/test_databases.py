@@ -113,10 +113,7 @@ def test_another_process_searches_and_updates_the_same_index(docs, url):
 def test_index_with_other_settings_is_named(docs, url):
     with open_index(url) as index:
         index.update(docs)
-    with (
-        open_index(url, chunk_tokens=20) as other,
-        pytest.raises(RetrievalError, match="only: 12 tokens"),
-    ):
+    with open_index(url, chunk_tokens=20) as other, pytest.raises(RetrievalError, match="only: 12 tokens"):
         other.search("lamp")
 
 

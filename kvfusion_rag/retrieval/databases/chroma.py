@@ -107,7 +107,7 @@ class ChromaDatabase:
         return [(float(distance), Record(id, _payload(metadata))) for distance, id, metadata in rows]
 
     def close(self) -> None:
-        self._client.close()
+        self._client.close()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _existing(self, collection: str, table: Table) -> Collection | None:
         """Return a collection of the server, or None if it does not exist."""

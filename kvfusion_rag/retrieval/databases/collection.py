@@ -178,7 +178,7 @@ class DatabaseCollection:
 
     def _write_texts(self, keys: set[bytes], chunks: Sequence[StoredChunk]) -> None:
         """Write the texts under ``keys`` with their places as they are now, and remove those without places."""
-        new = {chunk.key: (chunk.text, chunk.vector) for chunk in chunks}
+        new: dict[bytes, tuple[str, np.ndarray | None]] = {chunk.key: (chunk.text, chunk.vector) for chunk in chunks}
         places = {key: self.places(key) for key in keys | new.keys()}
         kept = {key for key, found in places.items() if found and key not in new}
         known = self._database.read(self._name, "texts", [key.hex() for key in sorted(kept)])

@@ -10,17 +10,14 @@ import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
 from ...errors import MissingDependencyError, RetrievalError
 from .database import RECORDS_PER_REQUEST, Record, Table, in_parts
 from .urls import IndexUrl
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from lancedb.table import Table as LanceTable
 
 VISIBLE_AFTER = timedelta(seconds=5)  # until a reader sees what another process wrote
 KEPT_VERSIONS = timedelta(hours=1)  # for readers that still use them
@@ -40,7 +37,8 @@ class LanceDatabase:
     def __init__(self, url: IndexUrl) -> None:
         self._url = url
         try:
-            import lancedb
+            lancedb: Any = import_module("lancedb")  # it has no types when it is not installed
+            self._arrow: Any = import_module("pyarrow")
         except ImportError as error:
             raise MissingDependencyError.of_extra("an index in Lance", str(error.name), "lance") from error
         with self._explained():
@@ -49,7 +47,7 @@ class LanceDatabase:
                 read_consistency_interval=VISIBLE_AFTER,
                 storage_options=_storage_options(url.address),
             )
-        self._tables: dict[str, LanceTable] = {}
+        self._tables: dict[str, Any] = {}
         self._written: set[str] = set()
 
     @property
@@ -76,18 +74,16 @@ class LanceDatabase:
                 yield from map(_record, batch.to_pylist())
 
     def write(self, collection: str, table: Table, records: Sequence[Record]) -> None:
-        import pyarrow as pa
-
         if not records:
             return
         size = None if records[0].vector is None else len(records[0].vector)
         columns = {"id": [record.id for record in records], "payload": [record.payload for record in records]}
         vectors = {} if size is None else {"vector": [record.vector for record in records]}
-        data = pa.table({**columns, **vectors}, schema=_schema(size))
+        data = self._arrow.table({**columns, **vectors}, schema=self._schema(size))
         name = _name(collection, table)
         with self._explained():
             if name not in self._tables:
-                self._tables[name] = self._database.create_table(name, schema=_schema(size), exist_ok=True)
+                self._tables[name] = self._database.create_table(name, schema=self._schema(size), exist_ok=True)
             merge = self._tables[name].merge_insert("id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(data)
         self._written.add(name)
@@ -118,7 +114,7 @@ class LanceDatabase:
         self._written.clear()
         self._tables.clear()
 
-    def _existing(self, collection: str, table: Table) -> LanceTable | None:
+    def _existing(self, collection: str, table: Table) -> Any:
         """Return a table, or None if it does not exist."""
         name = _name(collection, table)
         if name not in self._tables:
@@ -127,6 +123,13 @@ class LanceDatabase:
             with self._explained():
                 self._tables[name] = self._database.open_table(name)
         return self._tables[name]
+
+    def _schema(self, size: int | None) -> Any:
+        arrow = self._arrow
+        fields = [arrow.field("id", arrow.string()), arrow.field("payload", arrow.string())]
+        if size is not None:
+            fields.append(arrow.field("vector", arrow.list_(arrow.float32(), size)))
+        return arrow.schema(fields)
 
     def _names(self) -> list[str]:
         names: list[str] = []
@@ -155,13 +158,6 @@ def _storage_options(address: str) -> dict[str, str] | None:
     if not address.startswith("s3://") or not endpoint:
         return None
     return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
-
-
-def _schema(size: int | None) -> pa.Schema:
-    import pyarrow as pa
-
-    fields = [pa.field("id", pa.string()), pa.field("payload", pa.string())]
-    return pa.schema(fields if size is None else [*fields, pa.field("vector", pa.list_(pa.float32(), size))])
 
 
 def _name(collection: str, table: Table) -> str:
