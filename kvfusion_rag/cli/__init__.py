@@ -17,11 +17,12 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import KVFusionError
-from . import adapt, answer, ask, bench, build_data, doctor, evaluate, index, serve, store, train
+from . import adapt, answer, ask, bench, build_data, chat, doctor, evaluate, index, serve, store, train
 from .console import Interruption, drop_output, library_settings, print_error
 
 COMMANDS = {
     "ask": ask,
+    "chat": chat,
     "answer": answer,
     "index": index,
     "store": store,
