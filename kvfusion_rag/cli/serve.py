@@ -1,4 +1,7 @@
-"""Serve answers over HTTP with OpenAI's chat completions API.
+"""Serve answers over HTTP with OpenAI's chat completions API, and a page for browsers.
+
+With ``--docs``, questions without documents of their own are answered from these files. Without it, every request
+contains its documents.
 
 By default only this machine can send requests. With another ``--host``, clients need an API key. The server stops on
 SIGTERM (exit code 0) or Ctrl-C within ten seconds. Requests in progress have five of them to finish.
@@ -16,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError
+from .arguments.library import add_library_arguments, check_library, open_library
 from .arguments.paths import existing_file
 from .arguments.values import byte_count, plain_text, positive, whole
 from .console import say, say_json
@@ -41,6 +45,7 @@ STOP_SECONDS = 9.0  # after a signal, the process ends even if a pass of the mod
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_name(parser)
     add_model_arguments(parser)
+    add_library_arguments(parser)
     add_store_arguments(parser)
     parser.add_argument(
         "--mode",
@@ -127,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     from ..serving import ServingOptions, bind, create_app, require_guarded, serve
 
     require_store(args)
+    check_library(args)
     access = _access(args)
     if not args.allow_unauthenticated:
         require_guarded(args.host, access)
@@ -143,8 +149,8 @@ def run(args: argparse.Namespace) -> int:
     with bind(args.host, args.port) as listener:  # first, so that a port in use is reported before a model is loaded
         generator = load_generator(args)
         try:
-            app = create_app(generator, access=access, options=options)
-            with _short_turns():
+            with open_library(args, generator) as library, _short_turns():
+                app = create_app(generator, access=access, options=options, library=library)
                 serve(app, listener, lambda url: _say_ready(args, url, generator.model_id), _end_soon)
         finally:
             if generator.store is not None:
@@ -202,3 +208,4 @@ def _say_ready(args: argparse.Namespace, url: str, model_id: str) -> None:
         say_json({"url": url, "model": model_id})
     else:
         say(f"serving {model_id} at {url}/v1 (stop with Ctrl-C)")
+        say(f"ask on the page {url}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -73,6 +74,7 @@ class SentenceTransformerEmbedder:
         self._model = _load(model, device)
         self._fingerprint = _digest(self._model)
         self._warned_of_long_texts = False
+        self._lock = threading.Lock()  # tokenizers raise an error if another thread sets their padding meanwhile
 
     @property
     def name(self) -> str:
@@ -83,22 +85,24 @@ class SentenceTransformerEmbedder:
         return self._fingerprint
 
     def embed_documents(self, texts: Sequence[str]) -> np.ndarray:
-        self._warn_of_long_texts(texts)
-        vectors = self._model.encode_document(
-            list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
-        )
+        with self._lock:
+            self._warn_of_long_texts(texts)
+            vectors = self._model.encode_document(
+                list(texts), normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True
+            )
         return np.asarray(vectors, dtype=np.float32)
 
     def embed_question(self, text: str) -> np.ndarray:
         return self.embed_questions([text])[0]
 
     def embed_questions(self, texts: Sequence[str]) -> np.ndarray:
-        vectors = self._model.encode_query(
-            [_LONE_SURROGATE.sub("\ufffd", text) for text in texts],
-            normalize_embeddings=True,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-        )
+        with self._lock:
+            vectors = self._model.encode_query(
+                [_LONE_SURROGATE.sub("\ufffd", text) for text in texts],
+                normalize_embeddings=True,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+            )
         return np.asarray(vectors, dtype=np.float32)
 
     def _warn_of_long_texts(self, texts: Sequence[str]) -> None:

@@ -148,6 +148,16 @@ class DocumentIndex:
         """Return the number of chunks."""
         return len(self._collection)
 
+    def in_memory(self, base: str | Path) -> DocumentIndex:
+        """Return an empty index in memory with the same settings, for the files in the folder ``base``."""
+        return DocumentIndex(
+            count_tokens=self._count_tokens,
+            chunk_tokens=self.chunk_tokens,
+            embedder=self._embedder,
+            base=base,
+            max_file_bytes=self._max_file_bytes,
+        )
+
     def close(self) -> None:
         """Release the folder, or discard the index in memory. The index cannot be used afterwards."""
         self._collection.close()
@@ -172,14 +182,7 @@ class DocumentIndex:
         if self._base is None:
             self._base = common_folder(roots)
         self._collection.keep_base(self._base)
-        updater = Updater(
-            self._collection,
-            self._embedder,
-            lambda loaded: split_text(loaded.text, loaded.kind, self.chunk_tokens, self._count_tokens),
-            self._name,
-            max_file_bytes=self._max_file_bytes,
-            progress=self._progress,
-        )
+        updater = self._updater()
         done = updater.update(files)
         removed = self._deleted(roots, done.present())
         updater.remove(removed)
@@ -197,6 +200,10 @@ class DocumentIndex:
             raise _nothing_indexed(roots, report.skipped)
         self._damage = None
         return report
+
+    def remove(self, files: Collection[str]) -> None:
+        """Remove files from the index. The files themselves remain, and the next update of their folder adds them."""
+        self._updater().remove(files)
 
     def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
         """Return all chunks, or those of some files, as :meth:`search` does, but without distance and score."""
@@ -242,6 +249,16 @@ class DocumentIndex:
         if len(first) < top_k:
             first += sorted(copies)[: top_k - len(first)]
         return self._documents([(hit.distance, hit.place) for hit in sorted(first)[:top_k]])
+
+    def _updater(self) -> Updater:
+        return Updater(
+            self._collection,
+            self._embedder,
+            lambda loaded: split_text(loaded.text, loaded.kind, self.chunk_tokens, self._count_tokens),
+            self._name,
+            max_file_bytes=self._max_file_bytes,
+            progress=self._progress,
+        )
 
     def _deleted(self, paths: Sequence[str | Path], present: set[str]) -> list[str]:
         """Return the files in the index that were deleted or can no longer be read under ``paths``."""

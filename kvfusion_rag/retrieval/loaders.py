@@ -34,6 +34,7 @@ KINDS: dict[str, Kind] = {
     ".pdf": "pdf",
 }
 INDEX_FOLDER = ".kvfusion"
+QUESTIONS_FILE = "questions.jsonl"  # example questions of a folder, which are not a document
 MAX_FILE_BYTES = 32 * 2**20
 MAX_TITLE_CHARACTERS = 200
 # A file is binary if more than this share of its characters are control characters or invalid UTF-8.
@@ -80,7 +81,8 @@ def find_files(paths: Iterable[str | Path], *, exclude: Path | None = None) -> t
     """Return the files under ``paths``, resolved, sorted and without duplicates, and the skipped files.
 
     Hidden files and folders, unknown types, special files and links to folders are skipped, but a path in ``paths``
-    itself may be hidden or a link. ``exclude`` (the index's own folder) is not reported as skipped.
+    itself may be hidden or a link. ``exclude`` (the index's own folder) and files with example questions are not
+    reported as skipped.
 
     Raises:
         RetrievalError: a path does not exist.
@@ -110,7 +112,7 @@ def _walk(root: Path, exclude: Path | None, found: dict[Path, None], skipped: li
             continue
         for entry in entries:
             path = folder / entry.name
-            if entry.name == INDEX_FOLDER or path == exclude:
+            if entry.name in (INDEX_FOLDER, QUESTIONS_FILE) or path == exclude:
                 continue
             if entry.name.startswith("."):
                 skipped.append(SkippedFile(printable_path(path), "hidden"))

@@ -23,10 +23,11 @@ from ..home import expanded
 from ..store import require_namespace
 from .errors import ApiError
 from .incoming import Incoming
+from .pages import PAGE_PATHS
 
 MIN_KEY_CHARACTERS = 16
 MAX_HEADERS = 100
-PATHS_WITHOUT_KEY = ("/health",)
+PATHS_WITHOUT_KEY = {"/health"} | PAGE_PATHS
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 _HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.IGNORECASE)
@@ -41,7 +42,8 @@ class Access:
             are no keys, every client is allowed.
         hosts: names allowed in the ``Host`` header besides IP addresses and ``localhost``. If there are none, a server
             with keys accepts every name, because a page that reaches it by DNS rebinding does not have a key.
-        origins: origins of web pages that may send requests (CORS), such as ``https://app.example``. Default: none.
+        origins: origins of web pages that may send requests (CORS), such as ``https://app.example``, besides the
+            server's own page. Default: none.
 
     Raises:
         InvalidInputError: a key is too short or contains spaces, a namespace is invalid, hosts or origins is a string
@@ -154,13 +156,13 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                namespace = self._namespace(scope["path"], Headers(scope=scope))
+                namespace = self._namespace(scope["path"], scope["scheme"], Headers(scope=scope))
             except ApiError as error:
                 return await Incoming(scope, receive).reject(error, scope, send)
             scope.setdefault("state", {})["namespace"] = namespace
         await self._app(scope, receive, send)
 
-    def _namespace(self, path: str, headers: Headers) -> str | None:
+    def _namespace(self, path: str, scheme: str, headers: Headers) -> str | None:
         """Return the namespace for a request, or raise ApiError if the request is not allowed."""
         if len(headers.raw) > MAX_HEADERS:
             raise ApiError(431, f"the request has more than {MAX_HEADERS} headers.", "too_many_headers")
@@ -171,7 +173,8 @@ class Guard:
                 "--allowed-host.",
                 "host_not_allowed",
             )
-        if (origin := headers.get("origin")) is not None and origin not in self._access.origins:
+        own = f"{scheme}://{headers.get('host', '')}"  # the page of this server, whose name was checked above
+        if headers.get("origin") not in (None, own, *self._access.origins):
             raise ApiError(
                 403,
                 "requests from this web page's origin are not allowed; start the server with --allowed-origin.",

@@ -17,22 +17,29 @@ from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import KVFusionError
 from ..generator import KVFusionGenerator
+from ..schema import Document
 from .access import Access, Guard
 from .admission import AdmissionControl, Load
 from .api_schema import REPLIES, set_schema
 from .bodies import ChatRequest, DocumentsRequest, PrefillRequest
 from .document_work import DocumentWork
 from .errors import ApiError, Reply, error_reply, is_server_error, of_validation
+from .library import Library
+from .library.routes import add_library
 from .options import ServingOptions
 from .pages import add_pages
 from .replies import Completion, source_list
-from .streams import answer_events
+from .streams import answer_events, in_thread
 
 logger = logging.getLogger(__name__)
 
 
 def create_app(
-    generator: KVFusionGenerator, *, access: Access | None = None, options: ServingOptions | None = None
+    generator: KVFusionGenerator,
+    *,
+    access: Access | None = None,
+    options: ServingOptions | None = None,
+    library: Library | None = None,
 ) -> FastAPI:
     """Create an ASGI app with OpenAI's chat completions API that answers from the documents in each request.
 
@@ -40,6 +47,8 @@ def create_app(
         generator: answers for all namespaces with the same weights and store. The app does not close it.
         access: which clients may send requests. By default all clients that reach the server, but no web pages.
         options: limits, by default those of ``ServingOptions``.
+        library: files in which documents are found for requests that have none. By default these are answered
+            without documents. The app does not close it.
 
     Raises:
         MissingDependencyError: metrics are enabled, but prometheus-client is not installed.
@@ -53,11 +62,14 @@ def create_app(
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
     model = _model(generator, options)
-    add_pages(app, model)
+    add_pages(app)
     _add_models(app, model)
     tenants = _Tenants(generator, access)
-    _add_answers(app, tenants, options)
-    _add_documents(app, tenants, options, DocumentWork(load))
+    work = DocumentWork(load)
+    _add_answers(app, tenants, options, library)
+    _add_documents(app, tenants, options, work)
+    if library is not None:
+        add_library(app, library, work, tenants.of, options.max_body_bytes)
     app.add_middleware(AdmissionControl, options=options, load=load, max_of_tenant=_max_of_tenant(access, options))
     app.add_middleware(Guard, access=access)
     if options.metrics:
@@ -141,19 +153,23 @@ def _add_models(app: FastAPI, model: dict[str, Any]) -> None:
         return Reply(model)
 
 
-def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions) -> None:
+def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions, library: Library | None) -> None:
     @app.post("/v1/chat/completions", responses=REPLIES["answer"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer the last message from the documents of the request."""
+        """Answer the last message from the documents of the request, or from those that the server finds."""
         generator = tenants.of(request)
         _require_model(body.model, generator.model_id)
         _require_count(body.documents, options)
         focus = body.focus if "focus" in body.model_fields_set else options.focus
         arguments = {**body.to_arguments(), "mode": body.mode or options.mode, "focus": focus}
+        found = await _find(library, generator.namespace, body, options)
+        if found is not None:
+            arguments["documents"] = found
+        completion = Completion(generator.model_id, found)
         if body.stream:
-            return await answer_events(generator, arguments, include_usage=body.stream_options.include_usage)
-        answer = await generator.aanswer(**arguments)
-        return Reply(Completion(generator.model_id).whole(answer))
+            include_usage = body.stream_options.include_usage
+            return await answer_events(generator, arguments, completion, include_usage=include_usage)
+        return Reply(completion.whole(await generator.aanswer(**arguments)))
 
 
 def _add_documents(app: FastAPI, tenants: _Tenants, options: ServingOptions, work: DocumentWork) -> None:
@@ -171,6 +187,23 @@ def _add_documents(app: FastAPI, tenants: _Tenants, options: ServingOptions, wor
         _require_count(body.documents, options)
         removed = await work.run(request.state.namespace, tenants.of(request).forget_steps(body.to_documents()))
         return Reply({"object": "documents.forgotten", "removed": removed})
+
+
+async def _find(
+    library: Library | None, namespace: str, body: ChatRequest, options: ServingOptions
+) -> list[Document] | None:
+    """Return the documents that the library has for a request without documents, or ``None`` if it is not asked."""
+    wanted = body.retrieve
+    if "documents" in body.model_fields_set or wanted == 0:
+        return None
+    if wanted is not None and library is None:
+        raise ApiError(400, "this server has no files; start it with --docs.", "no_library", "retrieve")
+    if wanted is not None and wanted > options.max_documents:
+        most = options.max_documents
+        raise ApiError(400, f"retrieve is {wanted}, but at most {most} is allowed.", "too_many_documents", "retrieve")
+    if library is None:
+        return None
+    return await in_thread(library.search, namespace, body.messages[-1].content, wanted)
 
 
 def _require_count(documents: list[Any], options: ServingOptions) -> None:

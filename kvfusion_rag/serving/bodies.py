@@ -5,6 +5,7 @@ Everything in a body is untrusted. Lone surrogates become U+FFFD, so that ids an
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,6 +199,15 @@ def _focus(value: object) -> object:
     return value
 
 
+def _of_base64(value: object) -> bytes:
+    if not isinstance(value, str):
+        raise ValueError("this is not a string")
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError as error:
+        raise ValueError("this is not base64") from error
+
+
 Messages = Annotated[
     list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), AfterValidator(_ends_with_user)
 ]
@@ -225,6 +235,21 @@ class DocumentsRequest(_WithDocuments):
     """A request to remove documents from the store."""
 
     documents: Documents = Field(min_length=1)
+
+
+class UploadRequest(_Body):
+    """A file for the library of this server. ``content`` are its bytes in base64."""
+
+    name: Text
+    content: Annotated[bytes, BeforeValidator(_of_base64, json_schema_input_type=str)] = Field(
+        json_schema_extra={"contentEncoding": "base64"}
+    )
+
+
+class RemoveRequest(_Body):
+    """The name of an uploaded file that is removed."""
+
+    name: Text
 
 
 class PrefillRequest(DocumentsRequest):
@@ -258,6 +283,12 @@ class ChatRequest(_WithDocuments):
         "auto",
         description="Keep the n documents that make the question most likely. null keeps all documents, 'auto' uses "
         "the model's own number. Default: the server's setting.",
+    )
+    retrieve: int | None = Field(
+        None,
+        ge=0,
+        description="Number of documents that the server finds in its own files if the request has none. 0 for no "
+        "documents. Default: the server's setting.",
     )
     chat_template_kwargs: Variables | None = None
     attribution: Attributed | None = None

@@ -14,7 +14,14 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from ..errors import ContextLimitError, InvalidInputError, KVFusionError, MemoryLimitError, OverloadError
+from ..errors import (
+    ContextLimitError,
+    InvalidInputError,
+    KVFusionError,
+    MemoryLimitError,
+    OverloadError,
+    UnsupportedModelError,
+)
 
 RETRY_AFTER = {"retry-after": "1"}  # seconds
 _MAX_MESSAGE_CHARACTERS = 500  # a message may quote what the client sent
@@ -60,6 +67,8 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case ContextLimitError():
             return ApiError(400, str(error), "context_length_exceeded")
+        case UnsupportedModelError():
+            return ApiError(400, str(error), "unsupported_by_model")
         case InvalidInputError():
             return ApiError(400, str(error), "invalid_value")
         case OverloadError():

@@ -1,21 +1,45 @@
-"""Pages for browsers: what this server is at ``/``, and its paths and fields at ``/docs``.
+"""Pages for browsers: questions and answers at ``/``, and the server's paths and fields at ``/docs``.
 
-Both are plain HTML without scripts, and load nothing from another host.
+The first one is static: its files are in the folder ``page``, and its script asks the API as any other client. The
+second one is plain HTML without scripts. Both load nothing from another host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from html import escape
+from importlib import resources
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
+from starlette.exceptions import HTTPException
 
 from .api_schema import REPLIES
 
-# Nothing but the page's own style is loaded or run, and no other page may frame it.
-HEADERS = {"content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"}
+FILES = {
+    "": "text/html; charset=utf-8",
+    "style.css": "text/css; charset=utf-8",
+    "main.js": "text/javascript; charset=utf-8",
+    "answer.js": "text/javascript; charset=utf-8",
+    "server.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+"""Files of the page at ``/`` and their types. The page itself has no name."""
+
+PAGE_PATHS = frozenset({"/", *(f"/page/{name}" for name in FILES if name)})
+"""Paths of the page. They contain nothing about the server, so browsers, which cannot send a key, may read them."""
+
+_COMMON = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "cache-control": "no-cache"}
+# Only the page's own files are loaded or run, no text becomes HTML or script, and no other page may frame it.
+_HEADERS = _COMMON | {
+    "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+}
+# Nothing but the page's own style is loaded or run.
+_DOCS_HEADERS = _COMMON | {
+    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+}
 _STYLE = (
     "body{font-family:sans-serif;line-height:1.5;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse}td,th{text-align:left;vertical-align:top;padding:.2rem 1rem .2rem 0}"
@@ -23,35 +47,27 @@ _STYLE = (
 _COMPONENTS = "#/components/schemas/"
 
 
-def add_pages(app: FastAPI, model: Mapping[str, Any]) -> None:
-    """Add ``GET /``, which names ``model`` (as ``/v1/models`` returns it), and ``GET /docs``."""
+def add_pages(app: FastAPI) -> None:
+    """Add ``GET /`` with its files under ``/page``, and ``GET /docs``."""
+    folder = resources.files(__package__) / "page"
+    contents = {name: (folder / (name or "index.html")).read_bytes() for name in FILES}
 
     @app.get("/", responses=REPLIES["page"])
     async def start_page() -> HTMLResponse:
-        """Return a page that says what this server is."""
-        return HTMLResponse(_start_page(model), headers=HEADERS)
+        """Return a page on which questions are asked."""
+        return HTMLResponse(contents[""], headers=_HEADERS)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        """Return a file of the page."""
+        if not name or name not in FILES:
+            raise HTTPException(404)
+        return Response(contents[name], media_type=FILES[name], headers=_HEADERS)
 
     @app.get("/docs", responses=REPLIES["page"])
     async def documentation() -> HTMLResponse:
         """Return a page with all paths and fields."""
-        return HTMLResponse(_documentation(app.openapi()), headers=HEADERS)
-
-
-def _start_page(model: Mapping[str, Any]) -> str:
-    links = {
-        "docs": "paths and fields of requests",
-        "v1/models": "the model, and how it reads documents",
-        "health": "whether the server runs",
-        "openapi.json": "the same as docs, for programs",
-    }
-    listed = "".join(f'<li><a href="{path}">/{path}</a>: {meaning}</li>' for path, meaning in links.items())
-    return _page(
-        "kvfusion-rag",
-        "<p>This server answers questions from documents, in the format of OpenAI's chat completions.</p>"
-        f"<p>Model: <b>{escape(model['id'])}</b>, mode {escape(model['kvfusion']['mode'])}. "
-        "Clients use the base URL of this page with <code>/v1</code>.</p>"
-        f"<ul>{listed}</ul>",
-    )
+        return HTMLResponse(_documentation(app.openapi()), headers=_DOCS_HEADERS)
 
 
 def _documentation(schema: Mapping[str, Any]) -> str:

@@ -8,9 +8,10 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ..schema import Answer, AnswerPiece, Source
+from ..schema import Answer, AnswerPiece, Document, Source
 
 LAST_EVENT = b"data: [DONE]\n\n"
+_OF_SERVER = frozenset({"source", "distance"})  # metadata of an index that clients do not get
 
 
 def event(data: object) -> bytes:
@@ -28,10 +29,29 @@ def _source(data: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name not in {"metadata", *unset}}
 
 
-class Completion:
-    """The JSON objects of one completion, which all have its id."""
+def document_list(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """Return documents that the server found, in the form that requests have. Paths of the server are left out."""
+    return [
+        {
+            "id": document.id,
+            "title": document.title,
+            "text": document.text,
+            "score": document.score,
+            "metadata": {name: value for name, value in document.metadata.items() if name not in _OF_SERVER},
+        }
+        for document in documents
+    ]
 
-    def __init__(self, model: str) -> None:
+
+class Completion:
+    """The JSON objects of one completion, which all have its id.
+
+    Args:
+        found: the documents that the server found for the question; ``None`` if the request had its own.
+    """
+
+    def __init__(self, model: str, found: Sequence[Document] | None = None) -> None:
+        self._found = {} if found is None else {"documents": document_list(found)}
         self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
@@ -45,12 +65,13 @@ class Completion:
             "object": "chat.completion",
             "choices": [choice],
             "usage": _usage(answer),
-            "kvfusion": _extension(answer),
+            "kvfusion": _extension(answer) | self._found,
         }
 
     def first(self) -> dict[str, Any]:
-        """Return the first chunk of a stream, which has the role but no text."""
-        return self._chunk({"role": "assistant", "content": ""})
+        """Return the first chunk of a stream, which has the role but no text, and the documents that were found."""
+        found = {"kvfusion": self._found} if self._found else {}
+        return self._chunk({"role": "assistant", "content": ""}) | found
 
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
         """Return a chunk with one piece of the answer or of its reasoning."""

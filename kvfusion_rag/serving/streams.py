@@ -57,9 +57,9 @@ class EventStream(StreamingResponse):
 
 
 async def answer_events(
-    generator: KVFusionGenerator, arguments: dict[str, Any], *, include_usage: bool
+    generator: KVFusionGenerator, arguments: dict[str, Any], completion: Completion, *, include_usage: bool
 ) -> EventStream:
-    """Return the response that streams one answer.
+    """Return the response that streams one answer in the objects of ``completion``.
 
     The first piece is computed before the response begins, so that an error until then gets its own HTTP status.
 
@@ -72,7 +72,7 @@ async def answer_events(
     except BaseException:  # including cancellation
         await in_thread(stream.close)
         raise
-    return EventStream(_events(stream, first, Completion(generator.model_id), include_usage), stream)
+    return EventStream(_events(stream, first, completion, include_usage), stream)
 
 
 async def _events(
