@@ -207,5 +207,4 @@ def _say_ready(args: argparse.Namespace, url: str, model_id: str) -> None:
     if args.json:
         say_json({"url": url, "model": model_id})
     else:
-        say(f"serving {model_id} at {url}/v1 (stop with Ctrl-C)")
-        say(f"ask on the page {url}")
+        say(f"serving {model_id} at {url}/v1, with a page at {url} (stop with Ctrl-C)")

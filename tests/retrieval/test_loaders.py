@@ -226,6 +226,7 @@ def test_skipped_files_are_reported_with_a_reason(tmp_path):
     (folder / ".git" / "a.txt").write_text("x")
     (folder / ".kvfusion").mkdir()
     (folder / ".kvfusion" / "a.txt").write_text("x")
+    (folder / "questions.jsonl").write_text("{}")  # example questions of the page
     (folder / "b.txt").write_text("x")
     (folder / "A.MD").write_text("x")
     (folder / "data.bin").write_text("x")

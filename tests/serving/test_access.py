@@ -41,7 +41,9 @@ def bearer(key: str) -> dict[str, str]:
         {"authorization": "Bearer " + "x" * 5000},
     ],
 )
-@pytest.mark.parametrize("path", [CHAT, "/v1/documents", "/v1/models", "/openapi.json", "/", "/docs", "/no/such/path"])
+@pytest.mark.parametrize(
+    "path", [CHAT, "/v1/documents", "/v1/models", "/v1/library", "/openapi.json", "/docs", "/no/such/path"]
+)
 def test_requests_without_a_valid_key_are_rejected(headers, path):
     generator = RecordingGenerator()
     client = client_of(generator, Access({KEY: None}))

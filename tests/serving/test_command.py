@@ -8,16 +8,21 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import httpx
 import pytest
+import tiny
 from serving_client import request
 
+from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import main
 from kvfusion_rag.cli import serve as serve_command
-from kvfusion_rag.cli.options import open_chosen_store
+from kvfusion_rag.cli.arguments.library import open_library
+from kvfusion_rag.cli.options import add_json, open_chosen_store
 from kvfusion_rag.serving import ServingOptions
+from kvfusion_rag.serving.library import Library
 from kvfusion_rag.store import as_store
 
 ROOT = Path(__file__).parent.parent.parent
@@ -42,6 +47,10 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--allowed-host", "rag.internal:8000"], "the allowed host is 'rag.internal:8000'"),
         (["--tenant-concurrency", "0"], "not a whole number from 1"),
         (["--store-namespace-bytes", "much"], "is not a size"),
+        (["--docs", "/no/such/folder"], "'/no/such/folder' does not exist"),
+        (["--questions", __file__], "--questions is given without --docs"),
+        (["--uploads", "kept", "--max-uploads", "0"], "--max-uploads 0, which allows no files"),
+        (["--max-uploads", "-1"], "not a whole number from 0"),
     ],
 )
 def test_invalid_options_are_reported_in_one_line_before_loading(capsys, argv, message):
@@ -100,6 +109,81 @@ def test_namespaces_can_be_capped_on_disk_and_in_memory(tmp_path, monkeypatch, o
     store = as_store(open_chosen_store(parser.parse_args(options)))
     assert store.memory.caps.namespace_bytes == memory
     assert (store.disk and store.disk.caps.namespace_bytes) == disk
+
+
+# The library of a server, with the real embedding model
+
+
+def opened(generator: KVFusionGenerator, *argv: str) -> AbstractContextManager[Library | None]:
+    parser = argparse.ArgumentParser()
+    serve_command.add_arguments(parser)
+    add_json(parser)
+    return open_library(parser.parse_args([*argv, "--json"]), generator)
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "keeper.txt").write_text(KEEPER["text"])
+    (folder / "ferry.md").write_text("# The ferry\n\nThe ferry carries forty cars.")
+    return folder
+
+
+def test_library_has_the_files_of_the_arguments_with_kvs_and_example_questions(docs, capsys):
+    pytest.importorskip("sentence_transformers")
+    (docs / "questions.jsonl").write_text(json.dumps({"question": "Who was the keeper?"}) + "\n")
+    generator = tiny.generator()
+    with opened(generator, "--docs", str(docs), "--top-k", "1") as library:
+        assert [file.name for file in library.files("")] == ["ferry.md", "keeper.txt"]
+        (found,) = library.search("", "Who was the keeper?")
+        assert found.id == "keeper.txt#1" and library.questions == ("Who was the keeper?",)
+        assert generator.prefill([found])[0].origin == "memory"
+        library.uploads_of("").add("mill.md", b"The mill is old.")
+        assert library.search("", "How old is the mill?")[0].id == "upload:mill.md#1"
+    assert not list(docs.rglob("mill.md")) and capsys.readouterr().out == ""
+
+
+def test_index_of_the_documents_is_used_and_unchanged_by_uploads(docs, tmp_path):
+    pytest.importorskip("sentence_transformers")
+    assert main(["index", str(docs), "--json", "--chunk-tokens", "64"]) == 0
+    with opened(
+        tiny.generator(), "--docs", str(docs), "--chunk-tokens", "64", "--uploads", str(tmp_path / "kept")
+    ) as library:
+        library.uploads_of("").add("mill.md", b"The mill is old.")
+    with opened(
+        tiny.generator(), "--index", str(docs / ".kvfusion"), "--chunk-tokens", "64", "--max-uploads", "0"
+    ) as library:
+        assert [file.name for file in library.files("")] == ["ferry.md", "keeper.txt"]
+    with opened(tiny.generator(), "--uploads", str(tmp_path / "kept"), "--chunk-tokens", "64") as library:
+        assert [(file.name, file.uploaded) for file in library.files("")] == [("mill.md", True)]
+
+
+def test_documents_that_are_joined_are_not_prefilled(docs):
+    pytest.importorskip("sentence_transformers")
+    generator = tiny.generator()
+    with opened(generator, "--docs", str(docs), "--mode", "concat", "--focus", "none"):
+        assert len(generator.store.memory) == 0
+
+
+def test_server_without_documents_has_no_library():
+    with opened(tiny.generator()) as library:
+        assert library is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{}", "question is None"),
+        ("[]", "must be a JSON object"),
+        ("x", "is not JSON"),
+        ('{"question": " "}', "blank"),
+    ],
+)
+def test_example_questions_of_another_form_are_an_error_before_the_index_is_opened(docs, line, message):
+    (docs / "questions.jsonl").write_text(line)
+    with pytest.raises(InvalidInputError, match=message), opened(tiny.generator(), "--docs", str(docs)):
+        pass
 
 
 STUCK = """
@@ -162,10 +246,11 @@ def test_server_process_runs_until_a_signal(tmp_path, capsys, speaker_folder, nu
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("serving tiny-speaker at http://127.0.0.1:") and line.endswith(
-            "/v1 (stop with Ctrl-C)\n"
-        )
-        with httpx.Client(base_url=line.split()[3], timeout=60) as client:
+        assert line.startswith("serving tiny-speaker at http://127.0.0.1:")
+        assert line.endswith(" (stop with Ctrl-C)\n")
+        url = line.split()[3].rstrip(",")
+        assert f"a page at {url.removesuffix('/v1')} (" in line
+        with httpx.Client(base_url=url, timeout=60) as client:
             assert client.get("/models").status_code == 401
             headers = {"authorization": f"Bearer {KEY}"}
             (model,) = client.get("/models", headers=headers).json()["data"]

@@ -17,6 +17,7 @@ from .library import Library
 from .uploads import Uploads
 
 MAX_LISTED_FILES = 1000
+REST_OF_BODY = 1000  # bytes around the content of a file, at most
 BASE64_SHARE = 3 / 4  # bytes of a file in a byte of its base64
 
 
@@ -42,7 +43,7 @@ def add_library(
                 "questions": library.questions,
                 "uploads": {
                     "max_files": library.max_uploads,
-                    "max_bytes": int(max_body_bytes * BASE64_SHARE) - 1000,  # the rest of the body is shorter
+                    "max_bytes": max(0, int((max_body_bytes - REST_OF_BODY) * BASE64_SHARE)),
                     "types": list(KINDS),
                 },
             }

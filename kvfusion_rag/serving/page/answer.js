@@ -144,10 +144,11 @@ function documentItem(document, source, citations = [], most = 1) {
   part("origin").dataset.origin = source.origin;
   part("passage").replaceChildren(...marked(document.text, cited));
   if (source.used && source.effect !== undefined) {
-    const sign = source.effect < 0 ? "−" : "+";
+    const effect = Math.abs(source.effect).toFixed(1);
+    const sign = effect === "0.0" ? "" : source.effect < 0 ? "−" : "+";
     part("bars").append(
       ...bar("attention", source.attention, 1, `${Math.round(100 * source.attention)} %`),
-      ...bar("effect", source.effect, most, `${sign}${Math.abs(source.effect).toFixed(1)} nats`),
+      ...bar("effect", source.effect, most, `${sign}${effect} nats`),
     );
   }
   return item;

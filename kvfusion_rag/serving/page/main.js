@@ -71,7 +71,7 @@ async function showLibrary() {
   library = await server.getLibrary();
   $("library").hidden = !library;
   $("pasted").hidden = Boolean(library);
-  const order = model.kvfusion.mode === "concat" ? "" : ", and stays the same in whatever order they were found";
+  const order = model.kvfusion.mode === "concat" ? "" : ", and stays the same in any order of the documents";
   if (!library) {
     $("about").textContent = `Paste documents and ask. The answer shows the passage behind it${order}.`;
     return;
