@@ -74,7 +74,7 @@ class SentenceTransformerEmbedder:
         self._model = _load(model, device)
         self._fingerprint = _digest(self._model)
         self._warned_of_long_texts = False
-        self._lock = threading.Lock()  # tokenizers raise an error if another thread sets their padding meanwhile
+        self._lock = threading.Lock()  # a tokenizer has one setting of padding, which other threads would change
 
     @property
     def name(self) -> str:

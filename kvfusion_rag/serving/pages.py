@@ -49,7 +49,7 @@ _COMPONENTS = "#/components/schemas/"
 
 def add_pages(app: FastAPI) -> None:
     """Add ``GET /`` with its files under ``/page``, and ``GET /docs``."""
-    folder = resources.files(__package__) / "page"
+    folder = resources.files("kvfusion_rag.serving") / "page"
     contents = {name: (folder / (name or "index.html")).read_bytes() for name in FILES}
 
     @app.get("/", responses=REPLIES["page"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,3 +75,20 @@ def test_chunks_longer_than_the_embedding_model_reads_are_reported(minilm, caplo
 def test_invalid_embedding_model_raises_an_error(tmp_path):
     with pytest.raises(RetrievalError, match="cannot be loaded"):
         SentenceTransformerEmbedder(tmp_path)
+
+
+def test_threads_can_share_an_embedder(minilm):
+    """Its tokenizer has one setting of padding and truncation, which embedding changes."""
+
+    def embed(number: int) -> np.ndarray:
+        if number % 2:
+            return minilm.embed_questions(["who? " * (number % 50 + 1), "what?"])
+        return minilm.embed_documents(["text " * 9, "x"])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(vectors.shape == (2, 384) for vectors in pool.map(embed, range(200)))
+    finally:
+        sys.setswitchinterval(interval)

@@ -136,6 +136,20 @@ def test_only_the_named_files_of_an_index_are_searched(docs):
         assert Library(index, files=[]).search("", "Who?") == []
 
 
+def test_long_questions_are_searched_by_their_beginning(docs):
+    lengths: list[int] = []
+
+    class Measuring(WordEmbedder):
+        def embed_question(self, text: str) -> Any:
+            lengths.append(len(text))
+            return super().embed_question(text)
+
+    with open_index(embedder=Measuring()) as index:
+        index.update(docs)
+        question = " " * 10_000 + "Who opened the bakery?" + " word" * 100_000
+        assert Library(index).search("", question)[0].text == BAKERY and max(lengths) == 4000
+
+
 def test_documents_of_the_files_are_found_in_the_store(docs):
     """A prefill with a bare user message makes the keys of the page's questions."""
     generator = tiny.generator()
@@ -294,6 +308,7 @@ def test_failed_embedding_leaves_the_index_as_it_was(docs, tmp_path):
             uploads.add("b.md", b"The ferry is new.")
         embedder.failure = None
         assert uploads.files() == ("a.md",) and len(uploads.search("mill", 9)) == 1
+        assert [path.name for path in (tmp_path / "kept").rglob("*.md")] == ["a.md"]
 
 
 def test_library_says_which_upload_does_not_exist(library):

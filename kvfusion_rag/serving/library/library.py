@@ -12,6 +12,7 @@ from ...schema import Document
 from .uploads import Uploads, UploadSpace
 
 DEFAULT_TOP_K = 5
+MAX_SEARCHED_CHARACTERS = 4000  # models embed a few hundred tokens, and tokenizing a whole body would hold up others
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,14 @@ class Library:
         return [*(LibraryFile(name, True) for name in uploaded), *map(LibraryFile, self._files)]
 
     def search(self, namespace: str, question: str, top_k: int | None = None) -> list[Document]:
-        """Return the documents nearest to ``question``, nearest first. A text is returned once.
+        """Return the documents nearest to the beginning of ``question``, nearest first. A text is returned once.
 
         Args:
             namespace: the tenant whose uploaded files are searched, too.
             top_k: maximum number of documents, by default that of the library.
         """
         most = self.top_k if top_k is None else top_k
+        question = question.strip()[:MAX_SEARCHED_CHARACTERS]
         found = self._uploads.of(namespace).search(question, most) if self._uploads else []
         with self._lock:
             found += self._index.search(question, most, files=self._files) if self._files else []

@@ -21,7 +21,7 @@ from ...schema import Document
 from ...store import namespace_key
 
 MAX_UPLOADS = 50  # files of one tenant
-MAX_NAME_BYTES = 200  # a file system allows 255, and the file is written under a longer name first
+MAX_NAME_BYTES = 200  # file systems allow 255
 PREFIX = "upload:"  # of ids, so that an uploaded file cannot be taken for one of the server's own
 
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffd]")
@@ -40,7 +40,7 @@ class Uploads:
     def __init__(self, folder: Path, index: DocumentIndex, max_files: int) -> None:
         self._folder, self._index, self._max_files = folder, index, max_files
         self._lock = threading.Lock()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with suppress(RetrievalError):  # there are no files, or none that can be read
             index.update(folder)
 
@@ -74,7 +74,11 @@ class Uploads:
             partial = self._folder / _PARTIAL
             partial.write_bytes(content)
             os.replace(partial, path)
-            self._index.update(path)
+            try:
+                self._index.update(path)
+            except BaseException:
+                path.unlink()  # a file that is not in the index could not be listed and removed
+                raise
 
     def remove(self, name: str) -> list[Document]:
         """Remove a file and return its chunks.

@@ -224,7 +224,9 @@ document.ondragover = (event) => {
   event.preventDefault();
   document.body.classList.toggle("dropping", Boolean(library?.uploads.max_files));
 };
-document.ondragleave = (event) => event.relatedTarget ?? document.body.classList.remove("dropping");
+document.ondragleave = (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+};
 document.ondrop = (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
