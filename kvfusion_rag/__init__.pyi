@@ -42,3 +42,4 @@ from .store import MemoryStore as MemoryStore
 from .store import RemoteStore as RemoteStore
 from .store import StoreEvent as StoreEvent
 from .store import StoreMetrics as StoreMetrics
+from .text.answer_format import AnswerFormat as AnswerFormat

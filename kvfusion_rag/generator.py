@@ -144,8 +144,8 @@ class KVFusionGenerator(DocumentCalls):
             question: the bare question.
             documents: retrieved documents. Strings are documents without id and title. Blank ones are skipped and
                 repeated ones are fused once. Without documents this is plain generation.
-            options: prompt, mode, focus, attribution, chat_template_kwargs (``AnswerKwargs``), max_new_tokens,
-                max_reasoning_tokens, temperature, top_p, top_k, stop, seed (``DecodingOptions``).
+            options: prompt, mode, focus, response_format, attribution, chat_template_kwargs (``AnswerKwargs``),
+                max_new_tokens, max_reasoning_tokens, temperature, top_p, top_k, stop, seed (``DecodingOptions``).
 
         Raises:
             InvalidInputError: an argument is invalid.

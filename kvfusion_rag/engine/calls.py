@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, get_args
 
 from ..errors import InvalidInputError
@@ -13,6 +13,7 @@ from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from ..option_names import UnknownOptionError
 from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt
+from ..text.answer_format import AnswerFormat, ResponseFormat
 from .engine import Engine
 from .requests import Request
 
@@ -43,10 +44,13 @@ class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
     """How a question is read and answered.
 
     Attributes:
+        response_format: what the answer must look like: an ``AnswerFormat``, a Pydantic model, OpenAI's dictionary, or
+            None for any text. A batch takes one for all questions, or a list with one per question.
         attribution: measure each document's influence on the answer (``Answer.sources``). "attention" takes one more
             pass over question and answer. "effects" also measures the answer's probability without each document.
     """
 
+    response_format: ResponseFormat | Sequence[ResponseFormat | None] | None
     attribution: Attributed | None
 
 
@@ -116,14 +120,33 @@ def read_calls(
     _require_attributable(engine, attribution)
     mode, focus = wording.pop("mode", None), wording.pop("focus", "auto")
     template_kwargs = wording.pop("chat_template_kwargs", None)
+    formats = _formats(wording.pop("response_format", None), len(questions))
     decoding = decoding_options(
         wording, max_new_tokens=engine.max_new_tokens, max_reasoning_tokens=engine.max_reasoning_tokens
     )
+    if decoding.stop and any(formats):
+        raise InvalidInputError(
+            f"stop is {list(decoding.stop)!r}, but a response_format decides where the answer ends; leave out stop."
+        )
+    constraints = [format and engine.model.constraint(format) for format in formats]
     requests = [
-        engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus)
-        for question, rows, prompt in zip(questions, documents, prompts, strict=True)
+        replace(
+            engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus), constraint=constraint
+        )
+        for question, rows, prompt, constraint in zip(questions, documents, prompts, constraints, strict=True)
     ]
     return Call(requests, decoding, attribution)
+
+
+def _formats(given: Any, questions: int) -> list[AnswerFormat | None]:
+    """Return the format of each question's answer."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return [AnswerFormat.of(given)] * questions
+    if len(given) != questions:
+        raise InvalidInputError(
+            f"response_format has {len(given)} formats for {questions} questions, but it must have one for each."
+        )
+    return [AnswerFormat.of(each) for each in given]
 
 
 def _require_attributable(engine: Engine[FusionModel], attribution: object) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..fusion.constraints import Constraint
 from ..fusion.interface import Question
 from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
@@ -36,6 +37,7 @@ class Request:
         spans: token spans of each of the caller's documents in a joined prompt.
         focus: how to choose among more documents; until then ``encoded`` holds the longest ones.
         choice: the result of focus; ``encoded`` then holds the chosen documents.
+        constraint: format of the answer, in front of its first token; None for any text.
         began: ``time.perf_counter()`` at the caller's call.
         cancelled: once set, prefill ends at its next pass, and the answer at its next token.
     """
@@ -51,6 +53,7 @@ class Request:
     spans: tuple[tuple[int, int], ...] = ()
     focus: Focus | None = None
     choice: Choice | None = None
+    constraint: Constraint | None = None
     began: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 

@@ -116,7 +116,8 @@ class Runner(Generic[M_co]):
         choice = self._retry(lambda: choose(self.document_kvs, focus, request.cancelled.is_set), errors)
         chosen = focus.encoded.only(choice.kept)
         prepared = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
-        return replace(prepared, focus=focus, choice=choice, cancelled=request.cancelled)
+        kept = {"constraint": request.constraint, "cancelled": request.cancelled}
+        return replace(prepared, focus=focus, choice=choice, **kept)
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -172,13 +173,16 @@ class Runner(Generic[M_co]):
 
     def _empty_answer(self, request: Request, options: DecodingOptions) -> GrowingAnswer:
         reasoning = None if options.max_reasoning_tokens is None else request.layout.reasoning
+        constraint = request.constraint and request.constraint.copy()
         return GrowingAnswer(
             self.plain.decode,
-            (*options.stop, *request.mode.stop),
+            () if constraint is not None else (*options.stop, *request.mode.stop),
             self.plain.unsettling_ids,
             limit=request.limits.answer,
             reader=None if reasoning is None else reasoning.reader(),
             reasoning_limit=request.limits.reasoning,
+            constraint=constraint,
+            exact=constraint is not None,
         )
 
     def _answer_batch(self, batch: Batch, options: DecodingOptions) -> list[Answer]:

@@ -15,6 +15,7 @@ from ..errors import UnsupportedModelError
 from ..model.attention.ape import Ape
 from ..model.attention.weights import AttentionSum
 from ..model.backbone import Backbone
+from .constraints import constrained
 from .fused_cache import FusedContext
 from .growing_answer import GrowingAnswer
 from .interface import Question
@@ -77,7 +78,7 @@ def decode(
     Args:
         context: fused context of R rows. It cannot be used again.
         questions: N encoded questions.
-        answers: N empty answers. Each says itself when it has ended.
+        answers: N empty answers. Each says itself which tokens it allows, and when it has ended.
         options: how tokens are chosen, one set for all questions.
         row_of: (N,) row of each question; questions may share a row. Default: one row per question.
         visible: (N, K) bool, the slots that each question may attend to. Default: all slots of its row.
@@ -98,7 +99,7 @@ def decode(
         logits = plan.logits(context, inputs)
         if on_logits is not None:
             on_logits(logits)
-        chosen = choose(logits, open_ones)
+        chosen = choose(constrained(logits, [answers[i].allowed for i in open_ones]), open_ones)
         _require_tokens(chosen, backbone)
         for i, token in zip(open_ones, chosen, strict=True):
             positions[i] += len(tokens[i])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..schema import FinishReason
 from ..text.reasoning import Reader
+from .constraints import Allowed, Constraint
 
 _INCOMPLETE = "\ufffd"  # what a character with missing bytes is decoded to
 _PIECES_PER_LENGTH = 256  # a stream decodes its whole text for each piece, so pieces grow with the text
@@ -14,13 +15,20 @@ _PIECES_PER_LENGTH = 256  # a stream decodes its whole text for each piece, so p
 class GrowingText:
     """The text of tokens so far, up to a stop string.
 
-    White space around the text is dropped; leading white space is dropped before stop strings are searched.
+    White space around the text is dropped unless ``exact``; leading white space is dropped before stop strings are
+    searched.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], stop: Sequence[str], unsettling_ids: frozenset[int] = frozenset()
+        self,
+        decode: Callable[[list[int]], str],
+        stop: Sequence[str],
+        unsettling_ids: frozenset[int] = frozenset(),
+        *,
+        exact: bool = False,
     ) -> None:
         self._decode = decode
+        self._exact = exact
         self._stop = stop
         self._unsettling_ids = unsettling_ids
         self._emitted = 0  # characters
@@ -31,9 +39,10 @@ class GrowingText:
         self.ids: list[int] = []
 
     def begin(self, lead: str) -> None:
-        """Put ``lead`` in front of the tokens' text."""
-        self._lead = lead
-        self._spelt = 0, lead.lstrip()
+        """Put ``lead`` in front of the tokens' text, unless the text is exact."""
+        if not self._exact:
+            self._lead = lead
+            self._spelt = 0, lead.lstrip()
 
     def add(self, tokens: Iterable[int]) -> None:
         for token in tokens:
@@ -76,12 +85,13 @@ class GrowingText:
     def _text(self, length: int) -> str:
         """Return the text of the first ``length`` tokens, up to a stop string."""
         spelt = self._spell(length)
-        return spelt[: self._stopped_at(spelt)].rstrip()
+        text = spelt[: self._stopped_at(spelt)]
+        return text if self._exact else text.rstrip()
 
     def _spell(self, length: int) -> str:
         if self._spelt[0] != length:
             spelt = self._decode(self.ids[:length]) if length else ""
-            self._spelt = length, (self._lead + spelt).lstrip()
+            self._spelt = length, spelt if self._exact else (self._lead + spelt).lstrip()
         return self._spelt[1]
 
     def _stopped_at(self, text: str) -> int | None:
@@ -97,6 +107,8 @@ class GrowingAnswer:
         limit: maximum tokens of the answer, without its reasoning.
         reader: finds the end of the reasoning; None if there is none.
         reasoning_limit: tokens of the reasoning after which it is closed with the model's own tokens.
+        constraint: format of the answer behind its reasoning; None for any text.
+        exact: keep white space around the answer.
 
     Attributes:
         ids: all tokens, with those of the reasoning and of the marks around it.
@@ -112,11 +124,14 @@ class GrowingAnswer:
         limit: int,
         reader: Reader | None = None,
         reasoning_limit: int = 0,
+        constraint: Constraint | None = None,
+        exact: bool = False,
     ) -> None:
-        self._answer = GrowingText(decode, stop, unsettling_ids)
+        self._answer = GrowingText(decode, stop, unsettling_ids, exact=exact)
         self._reasoning = GrowingText(decode, () if reader is None else reader.cut, unsettling_ids)
         self._limit, self._left = limit, reasoning_limit
         self._reader = reader  # None once the answer has begun
+        self._constraint = constraint
         self._ends: frozenset[int] = frozenset()
         self._closing: list[int] = []  # tokens still to come that close the reasoning
         self.ids: list[int] = []
@@ -131,14 +146,19 @@ class GrowingAnswer:
         Args:
             is_end: whether the model's token is an end token.
         """
-        reader, is_closing = self._reader, bool(self._closing)
+        reader = self._reader
+        if is_end and self._constraint is not None:
+            is_end = token in self._constraint.end_ids
+            if reader is not None and reader.stage == "reasoning" and not self._closing:
+                self._closing = list(reader.closing())  # the end token ends only the reasoning
+        is_closing = bool(self._closing)
         if is_closing:
             token = self._closing.pop(0)
         self.ids.append(token)
         if not is_closing and (is_end or token in self._ends):
             self._end()
         elif reader is None:
-            self._answer.add([token])
+            self._add([token])
         else:
             self.reasoning_tokens += 1
             if not is_closing:
@@ -148,6 +168,15 @@ class GrowingAnswer:
         if self._reader is None and self.finish_reason is None:
             self._finish_if_full()
         return token
+
+    @property
+    def allowed(self) -> Allowed | None:
+        """What the next token may be, or None for any token."""
+        if self._constraint is None or self._closing:
+            return None
+        if self._reader is None:
+            return Allowed(self._constraint)
+        return Allowed(self._constraint, self._reader.opening) if self._reader.stage == "before" else None
 
     @property
     def text(self) -> str:
@@ -167,10 +196,22 @@ class GrowingAnswer:
         """Return the final text of the reasoning that has not been returned yet."""
         return self._reasoning.take(is_complete=self._reader is None or self.finish_reason is not None)
 
+    def _add(self, tokens: Sequence[int]) -> None:
+        self._answer.add(tokens)
+        if self._constraint is not None:
+            for token in tokens:
+                self._constraint.accept(token)
+
     def _read(self, reader: Reader, token: int) -> None:
+        if self._constraint is not None and reader.stage == "before" and token != reader.opening:
+            reader.held.append(token)  # the format allows no white space in front of reasoning
+            self._begin(reader)
+            return
         self._left -= reader.stage == "reasoning"  # the opening tag is not counted
         self._reasoning.add(reader.read(token))
-        if reader.stage == "answer" or len(reader.held) == self._limit:
+        if reader.stage == "answer" and self._constraint is not None and not reader.lead:
+            self._closing = list(reader.gap)
+        if (reader.stage == "answer" and not self._closing) or len(reader.held) == self._limit:
             self._begin(reader)
         else:
             self._close_if_used_up(reader)
@@ -184,7 +225,7 @@ class GrowingAnswer:
         self._reader, self._ends = None, reader.ends
         self.reasoning_tokens -= len(reader.held)
         self._answer.begin(reader.lead)
-        self._answer.add(reader.held)
+        self._add(reader.held)
 
     def _end(self) -> None:
         if self._reader is not None and self._reader.stage == "before":
@@ -192,7 +233,7 @@ class GrowingAnswer:
         self.finish_reason = "stop"
 
     def _finish_if_full(self) -> None:
-        if self._answer.is_stopped:
+        if self._answer.is_stopped or (self._constraint is not None and self._constraint.is_complete):
             self.finish_reason = "stop"
         elif len(self._answer.ids) >= self._limit:
             self.finish_reason = "length"

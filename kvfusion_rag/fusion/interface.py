@@ -14,7 +14,9 @@ import torch
 from ..model.kv import DocumentKV, KVShape
 from ..model.rope import PositionLimit
 from ..schema import GateReport
+from ..text.answer_format import AnswerFormat
 from ..text.settings import ModelSettings
+from .constraints import Constraint
 from .fused_cache import FusedBuffer, FusedContext
 from .growing_answer import GrowingAnswer
 from .sampling import DecodingOptions
@@ -144,6 +146,10 @@ class FusionModel(Protocol):
         self, context: FusedContext, prefix_lengths: Sequence[int], *, tuned: bool, ape: ApeFactors | None
     ) -> Any:
         """Return a plan to answer over ``context`` by the tuned decoder or the base model, with or without APE."""
+        ...
+
+    def constraint(self, format: AnswerFormat) -> Constraint:
+        """Return what keeps an answer in ``format``; see ``ConstraintCompiler.compile``."""
         ...
 
     def decode(

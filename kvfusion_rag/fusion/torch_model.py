@@ -13,8 +13,10 @@ from ..model.backbone import Backbone
 from ..model.kv import DocumentKV
 from ..model.rope import PositionLimit
 from ..schema import GateReport
+from ..text.answer_format import AnswerFormat
 from ..text.settings import ModelSettings
 from .attention_shares import attention_shares
+from .constraints import Constraint, ConstraintCompiler
 from .decode import DecodingPlan, decode, log_probabilities
 from .fused_cache import BufferPool, FusedBuffer, FusedContext
 from .gate import require_explicit_attention, run_gate
@@ -45,6 +47,7 @@ class TorchModel:
         self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS[kind]
         self.kv_shape = kv_shape(backbone)
         self._pool = BufferPool()
+        self._constraints = ConstraintCompiler(backbone.tokenizer, backbone.config.vocab_size, backbone.end_ids)
         self._has_explicit_attention = False  # until measured
 
     @property
@@ -148,6 +151,9 @@ class TorchModel:
     ) -> DecodingPlan:
         attention = None if ape is None else Ape.over(context.mask, prefix_lengths, ape.temperature, ape.scale)
         return DecodingPlan(self.decoder if tuned else self.backbone, adapter=tuned, ape=attention)
+
+    def constraint(self, format: AnswerFormat) -> Constraint:
+        return self._constraints.compile(format)
 
     decode = staticmethod(decode)
     answer_likelihoods = staticmethod(log_probabilities)

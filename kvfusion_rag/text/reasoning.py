@@ -72,6 +72,8 @@ class Reader(Protocol):
         lead: text of the answer's beginning in the token that ended the reasoning.
         cut: texts that end the reasoning's text, as stop strings end an answer's.
         ends: tokens that end the answer, besides the model's end tokens.
+        opening: the token that opens the reasoning, or None if it is several tokens, or already open.
+        gap: white space that the model writes between reasoning and answer.
     """
 
     stage: Stage
@@ -79,6 +81,8 @@ class Reader(Protocol):
     lead: str
     cut: tuple[str, ...]
     ends: frozenset[int]
+    opening: int | None
+    gap: Ids
 
     def read(self, token: int) -> Sequence[int]:
         """Read the next token and return the ids that it adds to the reasoning."""
@@ -181,6 +185,7 @@ class _TagReader:
         self.lead = ""
         self.cut = (tags.closing,) if self._closing_id is None else ()
         self.ends: frozenset[int] = frozenset()
+        self.opening, self.gap = self._opening_id, spelling.spell(tags.space)
 
     def read(self, token: int) -> Sequence[int]:
         if self.stage == "before":
@@ -250,6 +255,8 @@ class _HarmonyReader:
         self.lead = ""
         self.cut: tuple[str, ...] = ()
         self.ends = frozenset({spelling.ids[_END]})
+        self.opening: int | None = None
+        self.gap: Ids = ()
 
     def read(self, token: int) -> Sequence[int]:
         mark = self._names.get(token)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import tiny
 from chat_families import family_tokenizer
+from thinkers import CHANNELS, OPENED, TAGGED, loaded, random_model, thinker
 
 from kvfusion_rag import ContextLimitError, Document, InvalidInputError, KVFusionGenerator, MemoryStore, Message
 from kvfusion_rag.engine.requests import Batch
@@ -17,9 +17,8 @@ from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.model.backbone import Backbone
 from kvfusion_rag.schema import AnswerPiece
-from kvfusion_rag.text.settings import default_settings, load_settings
+from kvfusion_rag.text.settings import load_settings
 
-TAGGED, OPENED, CHANNELS = "chatml with reasoning", "reasoning that the prompt opens", "channels"
 CLOSING = {
     OPENED: "</think>\n\n",
     CHANNELS: "<|channel|>final<|message|>",  # a random model does not write a header, so the budget ends in one
@@ -29,26 +28,6 @@ DOCUMENTS = [
     Document("in 1874 Amara Osei built a lighthouse."),
 ]
 QUESTION = "who built it?"
-
-
-def loaded(name: str, network: Any = None, **changes: Any) -> KVFusionGenerator:
-    tok = family_tokenizer(name)
-    network = tiny.model("llama", max_position_embeddings=4096) if network is None else network
-    settings = replace(default_settings(tok), **changes)
-    return KVFusionGenerator(TorchModel(Backbone(network, tok, settings, model_id="thinker")), store=MemoryStore())
-
-
-@cache
-def random_model(name: str) -> KVFusionGenerator:
-    return loaded(name)
-
-
-def thinker(written: str, **changes: Any) -> KVFusionGenerator:
-    """Return a model whose prompt opens the reasoning, and which continues it with ``written``."""
-    tok = family_tokenizer(OPENED)
-    [before, *_] = tok("\n", add_special_tokens=False)["input_ids"]
-    chain = [before, *tok(written, add_special_tokens=False)["input_ids"], tok.eos_token_id]
-    return loaded(OPENED, tiny.chained_model(chain), **changes)
 
 
 THOUGHTS = " mill</think> Amara Osei built"

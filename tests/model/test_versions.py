@@ -26,7 +26,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOT_RUN = {"torch"}  # only one version of torch is tested
 UNPINNED = {"ipykernel", "ipywidgets", "s3fs"}  # not part of the tested versions; s3fs needs the fsspec of its date
 UNCAPPED = {"fsspec", *UNPINNED}  # versions of fsspec are dates
-TEST_TOOLS = {"pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis", "nbclient", "packaging"}
+TEST_TOOLS = {
+    "pytest", "pytest-asyncio", "pytest-timeout", "pytest-xdist", "hypothesis", "jsonschema", "nbclient", "packaging",
+}  # fmt: skip
 
 
 def requirements() -> dict[str, Requirement]:
