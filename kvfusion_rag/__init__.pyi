@@ -35,6 +35,8 @@ from .schema import PromptPart as PromptPart
 from .schema import ShownPrompt as ShownPrompt
 from .schema import Source as Source
 from .schema import Timings as Timings
+from .schema import Tool as Tool
+from .schema import ToolCall as ToolCall
 from .schema import Usage as Usage
 from .store import DiskStore as DiskStore
 from .store import DocumentStore as DocumentStore

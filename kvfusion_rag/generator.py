@@ -144,8 +144,9 @@ class KVFusionGenerator(DocumentCalls):
             question: the bare question.
             documents: retrieved documents. Strings are documents without id and title. Blank ones are skipped and
                 repeated ones are fused once. Without documents this is plain generation.
-            options: prompt, mode, focus, response_format, attribution, chat_template_kwargs (``AnswerKwargs``),
-                max_new_tokens, max_reasoning_tokens, temperature, top_p, top_k, stop, seed (``DecodingOptions``).
+            options: prompt, mode, focus, tools, tool_choice, parallel_tool_calls, response_format, attribution,
+                chat_template_kwargs (``AnswerKwargs``), max_new_tokens, max_reasoning_tokens, temperature, top_p,
+                top_k, stop, seed (``DecodingOptions``).
 
         Raises:
             InvalidInputError: an argument is invalid.
@@ -223,11 +224,16 @@ class KVFusionGenerator(DocumentCalls):
             run = runner.start(Batch.of(request))
         except CancelledError:  # the stream was closed while its documents were prefilled
             return
+        splitter = None if request.calls is None else request.calls.splitter()
         with closing(runner.decode(run, options)) as steps:
             for _ in steps:
-                if piece := run.answers[0].take_reasoning():
+                answer = run.answers[0]
+                if piece := answer.take_reasoning():
                     yield AnswerPiece(piece, is_reasoning=True)
-                if piece := run.answers[0].take():
+                piece = answer.take()
+                if splitter is not None:
+                    yield from splitter.add(piece, is_complete=answer.finish_reason is not None)
+                elif piece:
                     yield AnswerPiece(piece)
         yield attributed(self._engine, replace(call, requests=[request]), [run.answer(0)])[0]
 

@@ -14,9 +14,9 @@ Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 ModeChoice = Literal["auto", "fusion", "concat", "ape"]  # "auto" is the model's own mode
 FocusChoice = int | Literal["auto"] | None  # number of documents to keep; "auto" is the model's own, None keeps all
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "tool_calls"]
 Attributed = Literal["attention", "effects"]
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = get_args(Role)
 KeyKind = Literal["exact", "portable"]
 KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
@@ -44,6 +44,28 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that a model may call.
+
+    Attributes:
+        parameters: JSON schema of its arguments, an object. Default: no arguments.
+    """
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool. ``arguments`` are the text of a JSON object, which is incomplete if the answer was cut."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class DocumentsPlace:
     """The position of the documents in a message, and how they are written there.
 
@@ -60,14 +82,20 @@ class DocumentsPlace:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation. ``prompt=`` takes a list of messages that ends with the user's.
+    """One message of a conversation. ``prompt=`` takes a list of messages that ends with the user's or a tool's.
 
     ``text`` does not contain the documents. At most one message of a prompt may set ``documents``, their place.
+
+    Attributes:
+        tool_calls: calls of tools in an assistant's message.
+        tool_call_id: the call whose result a tool's message contains.
     """
 
     role: Role
     text: str
     documents: DocumentsPlace | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
     @classmethod
     def around(cls, role: Role, before: str, after: str, *, separator: str = "\n\n", titles: bool = False) -> Message:
@@ -194,6 +222,7 @@ class Answer:
     Attributes:
         token_ids: everything that the model wrote, with its reasoning.
         reasoning: what a reasoning model wrote in front of the answer, which is not part of ``text``; None if nothing.
+        tool_calls: calls of tools behind the text.
     """
 
     text: str
@@ -205,6 +234,7 @@ class Answer:
     finish_reason: FinishReason
     token_ids: tuple[int, ...] = ()
     reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
 
     @property
     def cited_text(self) -> str:
@@ -221,6 +251,7 @@ class Answer:
             "text": self.text,
             "reasoning": self.reasoning,
             "cited_text": self.cited_text,
+            "tool_calls": [asdict(call) for call in self.tool_calls],
             "mode": self.mode,
             "finish_reason": self.finish_reason,
             "sources": [source.to_dict() for source in self.sources],
@@ -255,10 +286,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class AnswerPiece:
-    """A piece of a streamed answer, or of the reasoning in front of it."""
+    """A piece of a streamed answer, of the reasoning in front of it, or of the arguments of a call behind it.
+
+    Attributes:
+        call_index: number of the call, from 0, whose arguments ``text`` continues; None for other text.
+        call: name and id of a call, in its first piece.
+    """
 
     text: str
     is_reasoning: bool = False
+    call_index: int | None = None
+    call: ToolCall | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from ..errors import InvalidInputError
 from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from ..option_names import UnknownOptionError
-from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt
+from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt, Tool
 from ..text.answer_format import AnswerFormat, ResponseFormat
+from ..text.tools.definitions import ToolUse
 from .engine import Engine
 from .requests import Request
 
@@ -32,12 +33,16 @@ class WordingKwargs(TypedDict, total=False):
             highest, if the model's ``focus_weight`` is above 0). None keeps all, as in the paper. "auto" is the
             model's own number.
         chat_template_kwargs: variables of the model's chat template for this call.
+        tools: functions that the model is told of and may call (``Answer.tool_calls``).
+        tool_choice: "auto" (text or calls), "none", "required" (a call), or the name of the tool to call.
     """
 
     prompt: Prompt
     mode: ModeChoice | None
     focus: FocusChoice
     chat_template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Tool] | None
+    tool_choice: str | None
 
 
 class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
@@ -46,11 +51,13 @@ class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
     Attributes:
         response_format: what the answer must look like: an ``AnswerFormat``, a Pydantic model, OpenAI's dictionary, or
             None for any text. A batch takes one for all questions, or a list with one per question.
+        parallel_tool_calls: whether an answer may contain several calls. Default: if ``tool_choice`` is "auto".
         attribution: measure each document's influence on the answer (``Answer.sources``). "attention" takes one more
             pass over question and answer. "effects" also measures the answer's probability without each document.
     """
 
     response_format: ResponseFormat | Sequence[ResponseFormat | None] | None
+    parallel_tool_calls: bool | None
     attribution: Attributed | None
 
 
@@ -121,20 +128,20 @@ def read_calls(
     mode, focus = wording.pop("mode", None), wording.pop("focus", "auto")
     template_kwargs = wording.pop("chat_template_kwargs", None)
     formats = _formats(wording.pop("response_format", None), len(questions))
+    tools = ToolUse.of(
+        wording.pop("tools", None), wording.pop("tool_choice", None), wording.pop("parallel_tool_calls", None)
+    )
     decoding = decoding_options(
         wording, max_new_tokens=engine.max_new_tokens, max_reasoning_tokens=engine.max_reasoning_tokens
     )
-    if decoding.stop and any(formats):
-        raise InvalidInputError(
-            f"stop is {list(decoding.stop)!r}, but a response_format decides where the answer ends; leave out stop."
-        )
+    _require_no_conflict(decoding, formats, tools)
     constraints = [format and engine.model.constraint(format) for format in formats]
     requests = [
-        replace(
-            engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus), constraint=constraint
-        )
-        for question, rows, prompt, constraint in zip(questions, documents, prompts, constraints, strict=True)
+        engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus, tools=tools)
+        for question, rows, prompt in zip(questions, documents, prompts, strict=True)
     ]
+    if tools is None:
+        requests = [replace(each, constraint=limit) for each, limit in zip(requests, constraints, strict=True)]
     return Call(requests, decoding, attribution)
 
 
@@ -147,6 +154,22 @@ def _formats(given: Any, questions: int) -> list[AnswerFormat | None]:
             f"response_format has {len(given)} formats for {questions} questions, but it must have one for each."
         )
     return [AnswerFormat.of(each) for each in given]
+
+
+def _require_no_conflict(
+    decoding: DecodingOptions, formats: Sequence[AnswerFormat | None], tools: ToolUse | None
+) -> None:
+    """Reject options that both say where an answer ends, or what it consists of."""
+    if any(formats) and tools is not None:
+        raise InvalidInputError(
+            "response_format and tools are both given, but an answer has one form; pass one of them, or "
+            "tool_choice='none'."
+        )
+    if decoding.stop and (any(formats) or tools is not None):
+        name = "response_format" if tools is None else "list of tools"
+        raise InvalidInputError(
+            f"stop is {list(decoding.stop)!r}, but a {name} decides where the answer ends; leave out stop."
+        )
 
 
 def _require_attributable(engine: Engine[FusionModel], attribution: object) -> None:

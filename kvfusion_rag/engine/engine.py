@@ -18,6 +18,9 @@ from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
 from ..text.settings import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_REASONING_TOKENS, ModelSettings, is_count
 from ..text.steps import finish
+from ..text.tools.definitions import ToolUse
+from ..text.tools.grammar import call_grammar
+from ..text.tools.reading import CallReader
 from .document_kvs import DocumentKVs, Scope
 from .focus import Focus, needs_choice, scored_question
 from .modes import AnswerMode
@@ -167,6 +170,7 @@ class Engine(Generic[M_co]):
         template_kwargs: Mapping[str, Any] | None = None,
         *,
         focus: FocusChoice = "auto",
+        tools: ToolUse | None = None,
     ) -> Request:
         """Encode and check one question with its documents (``KVFusionGenerator.answer``)."""
         began = time.perf_counter()
@@ -176,7 +180,7 @@ class Engine(Generic[M_co]):
         require_sequence(documents)
         has_documents = any(is_filled(document) for document in documents)
         layout = self.prompts.layout(
-            question, prompt, chosen.name, has_documents=has_documents, template_kwargs=template_kwargs
+            question, prompt, chosen.name, has_documents=has_documents, template_kwargs=template_kwargs, tools=tools
         )
         encoded = self.read(documents, layout)
         if not encoded.keys:
@@ -194,7 +198,14 @@ class Engine(Generic[M_co]):
         else:
             request = self.runner.request_for(encoded, layout, chosen, self.namespace, options, began)
         self._log_mode(chosen, reason)
-        return request
+        return request if tools is None else self._calling(request, tools)
+
+    def _calling(self, request: Request, tools: ToolUse) -> Request:
+        """Return ``request`` with an answer that may call tools."""
+        calls = self.prompts.call_format(request.mode.name)
+        grammar = call_grammar(tools, calls, self.encoder.plain.ids_of_control)
+        reader = CallReader(calls, request.question.ids)
+        return replace(request, constraint=self.model.constraint(grammar), calls=reader)
 
     def _focused(
         self, question: str, documents: Sequence[Document | str], encoded: EncodedDocuments, layout: Layout,

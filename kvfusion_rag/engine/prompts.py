@@ -11,10 +11,14 @@ from typing import Any
 from ..errors import ContextLimitError, InvalidInputError, UnsupportedModelError
 from ..fusion.interface import FusionModel
 from ..schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
+from ..text.chat import messages_of
 from ..text.encoder import PlainEncoder, PromptEncoder
 from ..text.layouts import ChatLayouts, FixedLayout, Layout
 from ..text.measured_mode import Identity, Measured, measured
 from ..text.settings import ModelSettings, require_focus
+from ..text.tools.call_format import OWN_FORMAT, CallFormat, find_call_format
+from ..text.tools.conversation import plain_messages
+from ..text.tools.definitions import ToolUse
 from .modes import AnswerMode, answers_tuned, choose_mode
 from .requests import Request
 
@@ -27,6 +31,7 @@ class Prompts:
         self.encoder = PromptEncoder(model.tokenizer, settings, plain)
         self._base_encoder = PromptEncoder(model.tokenizer, model.base_settings, plain)
         self._chats = ChatLayouts(model.tokenizer, settings, plain)
+        self._calls: CallFormat | None = None  # found at the first prompt in the chat template
 
     def mode(self, choice: ModeChoice | None) -> tuple[AnswerMode, str]:
         """Return the mode that answers, and the reason for it."""
@@ -68,17 +73,38 @@ class Prompts:
         *,
         has_documents: bool,
         template_kwargs: Mapping[str, Any] | None = None,
+        tools: ToolUse | None = None,
     ) -> Layout:
         """Return how the prompt of one question is read in ``mode``.
 
         Raises:
+            InvalidInputError: the model reads bare questions, so it cannot be told of ``tools``.
             ContextLimitError: question or prompt are much longer than the context window.
         """
         self._require_short(question, prompt)
         if not self.reads_prompt(mode):
             encoder = self.encoder if self._uses_own_settings(mode) else self._base_encoder
+            if tools is not None and not encoder.follows_instructions:
+                raise InvalidInputError(
+                    f"{self.model.model_id} reads bare questions, so it cannot be told of tools; use another model."
+                )
+            if tools is not None or not isinstance(prompt, str | None):
+                prompt = plain_messages(messages_of(prompt, question), tools)
             return FixedLayout.of(encoder, question, prompt)
-        return self._chats.of(question, prompt, has_documents=has_documents, kwargs=template_kwargs)
+        calls = self.call_format(mode)
+        kwargs, documents = template_kwargs, has_documents
+        return self._chats.of(question, prompt, has_documents=documents, kwargs=kwargs, tools=tools, calls=calls)
+
+    def call_format(self, mode: Mode) -> CallFormat:
+        """Return how the model writes calls of tools in ``mode``."""
+        if not self.reads_prompt(mode):
+            return OWN_FORMAT
+        if self._calls is None:
+            tokenizer = self.model.tokenizer
+            ends = [str(tokenizer.convert_ids_to_tokens(i)) for i in self.model.end_ids]
+            settings = self.settings
+            self._calls = find_call_format(tokenizer, settings.chat_template_kwargs, ends, settings.reasoning)
+        return self._calls
 
     def reads_prompt(self, mode: Mode) -> bool:
         """Whether ``mode`` reads the caller's prompt in the model's chat template instead of fixed templates."""

@@ -14,6 +14,7 @@ from ..fusion.constraints import Constraint
 from ..fusion.interface import Question
 from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
+from ..text.tools.reading import CallReader
 from .document_kvs import Scope
 from .focus import Choice, Focus
 from .modes import AnswerMode, PlacedDocument, TokenLimits
@@ -38,6 +39,7 @@ class Request:
         focus: how to choose among more documents; until then ``encoded`` holds the longest ones.
         choice: the result of focus; ``encoded`` then holds the chosen documents.
         constraint: format of the answer, in front of its first token; None for any text.
+        calls: finds calls of tools in the answer; None if there are no tools.
         began: ``time.perf_counter()`` at the caller's call.
         cancelled: once set, prefill ends at its next pass, and the answer at its next token.
     """
@@ -54,6 +56,7 @@ class Request:
     focus: Focus | None = None
     choice: Choice | None = None
     constraint: Constraint | None = None
+    calls: CallReader | None = None
     began: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event, compare=False, repr=False)
 

@@ -116,8 +116,10 @@ class Runner(Generic[M_co]):
         choice = self._retry(lambda: choose(self.document_kvs, focus, request.cancelled.is_set), errors)
         chosen = focus.encoded.only(choice.kept)
         prepared = self.request_for(chosen, request.layout, request.mode, request.namespace, options, request.began)
-        kept = {"constraint": request.constraint, "cancelled": request.cancelled}
-        return replace(prepared, focus=focus, choice=choice, **kept)
+        return replace(
+            prepared, focus=focus, choice=choice, constraint=request.constraint, calls=request.calls,
+            cancelled=request.cancelled,
+        )  # fmt: skip
 
     def batches(self, requests: Sequence[Request]) -> Iterator[Batch]:
         """Yield requests in order, cut into batches whose padded slots stay within the limit on fused tokens."""
@@ -175,14 +177,14 @@ class Runner(Generic[M_co]):
         reasoning = None if options.max_reasoning_tokens is None else request.layout.reasoning
         constraint = request.constraint and request.constraint.copy()
         return GrowingAnswer(
-            self.plain.decode,
+            self.plain.decode if request.calls is None else self.plain.decode_all,
             () if constraint is not None else (*options.stop, *request.mode.stop),
             self.plain.unsettling_ids,
             limit=request.limits.answer,
             reader=None if reasoning is None else reasoning.reader(),
             reasoning_limit=request.limits.reasoning,
             constraint=constraint,
-            exact=constraint is not None,
+            exact=constraint is not None and request.calls is None,
         )
 
     def _answer_batch(self, batch: Batch, options: DecodingOptions) -> list[Answer]:

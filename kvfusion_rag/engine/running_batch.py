@@ -80,12 +80,16 @@ class Run:
         sources = encoded.sources(origins, self.misses, self.key_kind) if fuses else encoded.sources(origins, {})
         if request.choice is not None:
             sources = request.choice.sources(sources)
+        text, calls, reason = answer.text, (), answer.finish_reason or "length"
+        if request.calls is not None:
+            text, calls = request.calls.read(text)
+            reason = "tool_calls" if calls and reason == "stop" else reason
         cached = sum(len(ids) for key, ids in encoded.keys.items() if origins[key] in get_args(Tier))
         return Answer(
-            text=answer.text,
+            text=text,
             mode=request.mode.name,
             sources=sources,
-            citations=find_citations(answer.text, encoded.cited_order),
+            citations=find_citations(text, encoded.cited_order),
             usage=Usage(
                 prompt_tokens=len(request.scope.prefix) + request.fused_tokens + len(request.question.ids),
                 document_tokens=encoded.tokens if fuses else sum(end - start for start, end in request.spans),
@@ -96,9 +100,10 @@ class Run:
             timings=Timings(
                 *(at - request.began for at in (self.prefilled_at, self.first_token_at, time.perf_counter()))
             ),
-            finish_reason=answer.finish_reason or "length",
+            finish_reason=reason,
             token_ids=tuple(answer.ids),
             reasoning=answer.reasoning or None,
+            tool_calls=calls,
         )
 
     def _origins(self, request: Request) -> dict[str, Origin]:

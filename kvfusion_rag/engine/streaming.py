@@ -13,9 +13,9 @@ from ..schema import Answer, AnswerPiece
 class AnswerStream(Iterator[str], AsyncIterator[str]):
     """Iterate over the pieces of one answer with ``for`` or ``async for``. Joined, they are ``answer.text``.
 
-    ``pieces`` iterates over the pieces of the reasoning too, if the model reasons before it answers. ``answer`` is
-    ``None`` until the stream is exhausted. Different threads may read and close a stream. Use it as a context manager,
-    or close it, to stop decoding early.
+    ``pieces`` iterates over the pieces of the reasoning and of calls of tools too. ``answer`` is ``None`` until the
+    stream is exhausted. Different threads may read and close a stream. Use it as a context manager, or close it, to
+    stop decoding early.
     """
 
     def __init__(self, pieces: Generator[AnswerPiece | Answer, None, None], cancelled: threading.Event) -> None:
@@ -25,16 +25,16 @@ class AnswerStream(Iterator[str], AsyncIterator[str]):
 
     @property
     def pieces(self) -> AnswerPieces:
-        """The rest of the stream, with each piece marked as part of the reasoning or of the answer."""
+        """The rest of the stream, with each piece marked as part of the reasoning, the answer or a call."""
         return AnswerPieces(self._next_piece, self._anext_piece)
 
     def __next__(self) -> str:
-        return next(piece.text for piece in self.pieces if not piece.is_reasoning)
+        return next(piece.text for piece in self.pieces if _is_text(piece))
 
     async def __anext__(self) -> str:
         """Compute the next piece in a worker thread. Cancelling the task that waits for it closes the stream."""
         async for piece in self.pieces:
-            if not piece.is_reasoning:
+            if _is_text(piece):
                 return piece.text
         raise StopAsyncIteration
 
@@ -86,6 +86,10 @@ class AnswerStream(Iterator[str], AsyncIterator[str]):
         finally:
             if self._cancelled.is_set():  # aclose was called while this thread held the lock
                 self.close()
+
+
+def _is_text(piece: AnswerPiece) -> bool:
+    return not piece.is_reasoning and piece.call_index is None
 
 
 class AnswerPieces(Iterator[AnswerPiece], AsyncIterator[AnswerPiece]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 from ..errors import InvalidInputError, MissingDependencyError
 from ..text.answer_format import AnswerFormat, FormatKind
+from ..text.encoder import with_hidden_controls
 
 CACHED = 64  # compiled formats of one tokenizer
 _NAMES: dict[FormatKind, str] = {
@@ -134,11 +136,12 @@ def constrained(logits: torch.Tensor, allowed: Sequence[Allowed | None]) -> torc
 
 def _tokenizer(tokenizer: Any, vocabulary_size: int, end_ids: list[int]) -> Any:
     try:
-        from llguidance.hf import from_tokenizer
+        from llguidance import LLTokenizer
     except ImportError as error:
         raise MissingDependencyError.of_extra("response_format or tools", "llguidance", "structured") from error
     try:
-        return from_tokenizer(tokenizer, n_vocab=vocabulary_size, eos_token=end_ids or None)
+        # Texts that a format forces are tokenized, and must not become control tokens.
+        return LLTokenizer(with_hidden_controls(tokenizer), n_vocab=vocabulary_size, eos_token=end_ids or None)
     except ValueError as error:
         raise InvalidInputError(
             f"answers of this model cannot be limited to a format, because its tokenizer is of an unsupported kind: "
@@ -171,4 +174,4 @@ def _grammar(format: AnswerFormat) -> str:
 
 def _reason(message: str) -> str:
     """Return the first lines of an error of llguidance as one line. The rest shows its state."""
-    return " ".join(message.partition("<state>")[0].split())[:300].rstrip(".")
+    return " ".join(re.split("<state>|<non-verbose/>", message)[0].split())[:300].rstrip(".")

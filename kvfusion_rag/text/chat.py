@@ -31,12 +31,17 @@ FIXED_DATE = "26 Jul 2024"
 _FIXED_CLOCK = f"{{%- macro strftime_now(format) -%}}{FIXED_DATE}{{%- endmacro -%}}"
 
 # A variable of the wrong type fails inside the template with one of Python's own errors.
-_TEMPLATE_ERRORS = (
+TEMPLATE_ERRORS = (
     TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError, MemoryError
 )  # fmt: skip
 
 _PROBE = "probe"  # text of a message
 _LABELS = {"user": "User", "assistant": "Assistant", "system": "System"}
+# What templates compare with, and therefore must be able to read.
+_KNOWN_WORDS = frozenset({
+    "type", "function", "name", "description", "parameters", "properties", "required", "enum", "items", "object",
+    "array", "string", "number", "integer", "boolean", "null", "tool_calls", "tool_call_id", "id", "arguments",
+})  # fmt: skip
 
 
 class Marks:
@@ -52,6 +57,7 @@ class Marks:
         self.break_mark = f"[break:{nonce}]"
         self.start, self.end = f"[start:{nonce}]", f"[end:{nonce}]"
         longest_first = sorted((token for token in control_tokens if len(token) > 1), key=len, reverse=True)
+        self._joined_tokens = "\0".join(longest_first)
         self._control = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def disarm(self, text: str, *, spare: Sequence[str] = ()) -> str:
@@ -65,6 +71,18 @@ class Marks:
 
         return self._control.sub(broken, text)
 
+    def disarm_data(self, value: Any) -> Any:
+        """Return JSON data for a template, in which no text is or completes a control token.
+
+        Templates write names between signs of their own, such as ``<`` and ``>``.
+        """
+        if isinstance(value, str):
+            is_part = value in self._joined_tokens and value not in _KNOWN_WORDS and value != ""
+            return f"{self.break_mark}{self.disarm(value)}" if is_part else self.disarm(value)
+        if isinstance(value, Mapping):
+            return {self.disarm_data(name): self.disarm_data(part) for name, part in value.items()}
+        return [self.disarm_data(part) for part in value] if isinstance(value, list) else value
+
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
@@ -72,11 +90,13 @@ def render(
     kwargs: Mapping[str, Any] | None = None,
     *,
     fixed_date: bool,
+    fields: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Return the model's chat template around ``messages`` (role, text), up to the start of the answer.
 
     Args:
         kwargs: further variables of the template, as ``apply_chat_template`` takes them.
+        fields: further fields of each message.
         fixed_date: put a constant in place of today's date.
 
     Raises:
@@ -88,9 +108,12 @@ def render(
         template = _FIXED_CLOCK + template
         variables.setdefault("date_string", FIXED_DATE)
 
-    def fill(turns: Sequence[tuple[str, Any]]) -> str:
+    def fill(turns: Sequence[tuple[str, Any]], more: Sequence[Mapping[str, Any]] | None = None) -> str:
         text = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in turns],
+            [
+                {"role": role, "content": content, **extra}
+                for (role, content), extra in zip(turns, more or [{}] * len(turns), strict=True)
+            ],
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
@@ -100,7 +123,7 @@ def render(
         return text
 
     reads_parts = not _shows(fill, _PROBE) and _shows(fill, _as_parts(_PROBE))
-    return fill([(role, _as_parts(content) if reads_parts else content) for role, content in messages])
+    return fill([(role, _as_parts(content) if reads_parts else content) for role, content in messages], fields)
 
 
 def _as_parts(text: str) -> list[dict[str, str]]:
@@ -112,7 +135,7 @@ def _shows(fill: Callable[[Sequence[tuple[str, Any]]], str], content: Any) -> bo
     """Whether the template shows a user message with this content."""
     try:
         return _PROBE in fill([("user", content)])
-    except _TEMPLATE_ERRORS:
+    except TEMPLATE_ERRORS:
         return False
 
 
@@ -138,16 +161,20 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
                 f"{len(message.text)}."
             )
     messages = list(prompt)
-    while messages and not messages[-1].text.strip() and messages[-1].documents is None:
+    while messages and messages[-1].role != "tool" and _is_blank(messages[-1]):
         messages.pop()
-    if not messages or messages[-1].role != "user":
+    if not messages or messages[-1].role not in ("user", "tool"):
         raise InvalidInputError(
             f"the conversation ends with {messages[-1].role if messages else 'no text'!r}, but its last message must "
-            "be the user's, because the model answers it."
+            "be the user's or a tool's, because the model answers it."
         )
     if sum(message.documents is not None for message in messages) > 1:
         raise InvalidInputError("the prompt shows the documents in several messages, but it may show them only once.")
     return messages
+
+
+def _is_blank(message: Message) -> bool:
+    return not message.text.strip() and message.documents is None
 
 
 def with_place(messages: Sequence[Message], *, lead: str) -> list[Message]:
@@ -231,6 +258,8 @@ def rendered(
     kwargs: Mapping[str, Any],
     *,
     fixed_date: bool,
+    fields: Callable[[Message], Mapping[str, Any]] = lambda message: {},
+    plain: Callable[[Sequence[Message]], Sequence[Message]] = lambda messages: messages,
 ) -> str:
     """Return the model's chat template around ``messages``, or their plain text if the model has no template.
 
@@ -238,6 +267,8 @@ def rendered(
 
     Args:
         text_of: returns the text of a message, with the documents or a mark in their place.
+        fields: returns further fields of a message.
+        plain: returns messages without calls of tools and their results, which alternating turns cannot contain.
 
     Raises:
         InvalidInputError: the template rejects both forms, or its variables. The message contains the reason.
@@ -245,10 +276,11 @@ def rendered(
     if tokenizer.chat_template is None:
         return as_text(messages, text_of)
     reason: Exception | None = None
-    for turns in (messages, alternating(messages)):
+    for turns in (messages, alternating(plain(messages))):
         try:
-            return render(tokenizer, [(m.role, text_of(m)) for m in turns], kwargs, fixed_date=fixed_date)
-        except _TEMPLATE_ERRORS as error:
+            more = [fields(message) for message in turns]
+            return render(tokenizer, [(m.role, text_of(m)) for m in turns], kwargs, fixed_date=fixed_date, fields=more)
+        except TEMPLATE_ERRORS as error:
             reason = reason or error
     raise InvalidInputError(f"the model's chat template rejects this conversation: {reason}.") from reason
 

@@ -68,7 +68,8 @@ class PlainEncoder:
         byte_ids = {i for piece, i in tokenizer.get_vocab().items() if _BYTE_PIECE.fullmatch(piece)}
         # Decoding joins a run of byte pieces and skips special tokens, so the text before them may still change.
         self.unsettling_ids = frozenset(byte_ids.union(tokenizer.all_special_ids))
-        self.control_tokens = tuple(str(t) for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids)
+        self.ids_of_control = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids}
+        self.control_tokens = tuple(self.ids_of_control)
         self.largest_id = max(tokenizer.get_vocab().values())
         self._decoder = tokenizer
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
@@ -83,6 +84,10 @@ class PlainEncoder:
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of generated ids without special tokens."""
         return str(self._decoder.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def decode_all(self, token_ids: list[int]) -> str:
+        """Return the text of generated ids with special tokens."""
+        return str(self._decoder.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Return the token ids of ``text``. Lone surrogates become U+FFFD.
@@ -135,6 +140,25 @@ class PlainEncoder:
     def _encoding(self, text: str, *, continues: bool = False) -> Any:
         tokenizer = self._continuing if continues else self._tokenizer
         return tokenizer.encode(_LONE_SURROGATE.sub("\ufffd", text), add_special_tokens=False)
+
+
+def with_hidden_controls(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the tokenizer as JSON, in which control tokens keep their ids but have names that no text contains."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    nonce = secrets.token_hex(16)
+    names = {t["content"]: f"<|{nonce}{t['id']}|>" for t in spec["added_tokens"] if not _is_ordinary(t)}
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = spec["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(piece, piece): i for piece, i in model["vocab"].items()}
+    if model["type"] == "BPE":
+        model["merges"] = [merge for merge in model["merges"] if names.keys().isdisjoint(_merge_parts(merge))]
+    for option in ("unk_token", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(option) in names:
+            model[option] = names[model[option]]
+    return json.dumps(spec)
 
 
 def _metaspaces(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:

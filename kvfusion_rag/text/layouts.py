@@ -31,6 +31,9 @@ from .encoder import (
 )
 from .reasoning import ReasoningStart, Spelling, Tags, find_format
 from .settings import ModelSettings, leading_bos
+from .tools.call_format import OWN_FORMAT, CallFormat
+from .tools.conversation import plain_messages, template_fields, tool_names
+from .tools.definitions import ToolUse, definition
 
 Ids = tuple[int, ...]
 Span = tuple[int, int]  # start and end, in tokens
@@ -112,7 +115,14 @@ class ChatLayouts:
         self._spelling = Spelling.of(tokenizer, marks, partial(plain.encode, continues=True), plain.decode)
 
     def of(
-        self, question: str, prompt: Prompt, *, has_documents: bool, kwargs: Mapping[str, Any] | None = None
+        self,
+        question: str,
+        prompt: Prompt,
+        *,
+        has_documents: bool,
+        kwargs: Mapping[str, Any] | None = None,
+        tools: ToolUse | None = None,
+        calls: CallFormat = OWN_FORMAT,
     ) -> ChatLayout:
         """Return the layout of one prompt.
 
@@ -121,14 +131,21 @@ class ChatLayouts:
             prompt: the caller's messages; None puts the question into the default wording.
             has_documents: whether there are documents, for which the prompt needs a place.
             kwargs: variables of the chat template for this prompt. Control tokens in them stay plain text.
+            tools: tools that the prompt describes.
+            calls: how the model writes calls of tools.
 
         Raises:
             InvalidInputError: the prompt cannot be answered, or the template rejects it.
         """
         messages = messages_of(prompt, self._bare_prompt(question) if has_documents else question)
+        variables = {**self._kwargs, **(kwargs or {})}
+        if not calls.is_native:
+            messages = plain_messages(messages, tools, calls)
+        elif tools is not None:
+            variables["tools"] = [definition(tool) for tool in tools.tools]
         if has_documents:
             messages = with_place(messages, lead=DEFAULT_LEAD if self._has_template else "")
-        return ChatLayout(self, messages, question, {**self._kwargs, **(kwargs or {})})
+        return ChatLayout(self, messages, question, variables)
 
     def _bare_prompt(self, question: str) -> str:
         return question if self._has_template else f"Question: {question}\nAnswer:"
@@ -156,8 +173,19 @@ class ChatLayouts:
             at = message.documents.offset
             return marks.disarm(message.text[:at]) + shown + marks.disarm(message.text[at:])
 
-        variables = {name: marks.disarm(v) if isinstance(v, str) else v for name, v in kwargs.items()}
-        return self._start + rendered(self.tokenizer, messages, text_of, variables, fixed_date=fixed)
+        names = tool_names(messages)
+
+        def fields(message: Message) -> Mapping[str, Any]:
+            return marks.disarm_data(template_fields(message, names))
+
+        variables = {
+            name: marks.disarm(v) if isinstance(v, str) else marks.disarm_data(v) if name == "tools" else v
+            for name, v in kwargs.items()
+        }
+        plain = partial(plain_messages, use=None)
+        return self._start + rendered(
+            self.tokenizer, messages, text_of, variables, fixed_date=fixed, fields=fields, plain=plain
+        )
 
     def encode(self, text: str, marks: Marks, *, continues: bool = False) -> tuple[Ids, list[Span]]:
         """Return the ids of a rendered prompt, and the span of tokens between each start mark and its end mark."""

@@ -174,8 +174,19 @@ def test_byte_fallback_tokenizers_are_supported():
     assert MATCHES[0](gen.answer("who?", ["the mill"], response_format=FORMATS[0]).text)
 
 
+@pytest.mark.parametrize("kind", ["byte-bpe", "bpe-byte-fallback"])
+def test_control_tokens_in_a_format_stay_plain_text(kind):
+    gen, tok = tiny.generator(tokens=kind, max_new_tokens=90), tiny.tokenizer(kind)
+    control = gen._engine.encoder.plain.control_ids
+    for token in map(str, tok.added_tokens_decoder.values()):
+        text = f"a{token}b"
+        for format in (AnswerFormat.choices([text]), AnswerFormat.json_schema({"const": text})):
+            answer = gen.answer("who?", ["the mill"], response_format=format)
+            assert answer.text in (text, json.dumps(text)) and not control.intersection(answer.token_ids)
+
+
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "llguidance.hf", None)
+    monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MissingDependencyError, match=r"response_format or tools needs llguidance.*\[structured\]"):
         tiny.generator().answer("who?", ["the mill"], response_format=FORMATS[0])
 
