@@ -40,9 +40,15 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
         return super()._convert_input(model_input)
 
     def _carrying(
-        self, model_input: LanguageModelInput, documents: DocumentsArgument | None, callbacks: Any = None
+        self,
+        model_input: LanguageModelInput,
+        documents: DocumentsArgument | None,
+        callbacks: Any = None,
+        *,
+        keeps_calls: bool = False,
     ) -> list[BaseMessage]:
-        return gathered([self._convert_input(model_input).to_messages()], documents, callbacks)[0]
+        messages = self._convert_input(model_input).to_messages()
+        return gathered([messages], documents, callbacks, keeps_calls=keeps_calls)[0]
 
     def generate_prompt(
         self, prompts: list[PromptValue], stop: list[str] | None = None, callbacks: Callbacks = None, **kwargs: Any
@@ -64,7 +70,8 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """Like BaseChatModel.generate. ``documents`` is one list for all prompts, or one list per prompt."""
-        return super().generate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
+        gathered_messages = gathered(messages, documents, callbacks, keeps_calls=bool(kwargs.get("tools")))
+        return super().generate(gathered_messages, stop, callbacks, **kwargs)
 
     async def agenerate(
         self,
@@ -76,7 +83,8 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
         **kwargs: Any,
     ) -> LLMResult:
         """Like :meth:`generate`, without blocking the event loop."""
-        return await super().agenerate(gathered(messages, documents, callbacks), stop, callbacks, **kwargs)
+        gathered_messages = gathered(messages, documents, callbacks, keeps_calls=bool(kwargs.get("tools")))
+        return await super().agenerate(gathered_messages, stop, callbacks, **kwargs)
 
     def _distribute(
         self, inputs: list[Any], config: Any, documents: DocumentsArgument | None, options: dict[str, Any]
@@ -85,7 +93,10 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
         if not is_nested(documents):
             return inputs, options if documents is None else {**options, "documents": documents}
         shares = documents_per_prompt(documents, len(inputs))
-        return [self._carrying(each, [*share]) for each, share in zip(inputs, shares, strict=True)], options
+        keeps_calls = bool(options.get("tools"))
+        return [
+            self._carrying(each, [*share], keeps_calls=keeps_calls) for each, share in zip(inputs, shares, strict=True)
+        ], options
 
     def stream(
         self,
@@ -97,7 +108,8 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """Yield the answer in chunks. The last one has the metadata. The sum of all chunks is the whole message."""
-        carrying = self._carrying(input, documents, ensure_config(config).get("callbacks"))
+        callbacks, keeps_calls = ensure_config(config).get("callbacks"), bool(kwargs.get("tools"))
+        carrying = self._carrying(input, documents, callbacks, keeps_calls=keeps_calls)
         yield from super().stream(carrying, config, stop=stop, **kwargs)
 
     async def astream(
@@ -110,7 +122,8 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """Like :meth:`stream`, without blocking the event loop."""
-        carrying = self._carrying(input, documents, ensure_config(config).get("callbacks"))
+        callbacks, keeps_calls = ensure_config(config).get("callbacks"), bool(kwargs.get("tools"))
+        carrying = self._carrying(input, documents, callbacks, keeps_calls=keeps_calls)
         pieces: Any = super().astream(carrying, config, stop=stop, **kwargs)
         async with aclosing(pieces):
             async for piece in pieces:
@@ -118,9 +131,13 @@ class DocumentChatModel(DocumentBatches, BaseChatModel):
 
 
 def gathered(
-    prompts: list[list[BaseMessage]], documents: DocumentsArgument | None, callbacks: Any = None
+    prompts: list[list[BaseMessage]],
+    documents: DocumentsArgument | None,
+    callbacks: Any = None,
+    *,
+    keeps_calls: bool = False,
 ) -> list[list[BaseMessage]]:
     """Return each prompt's messages with its ``documents``, or with those of an active capture; see ``gather``."""
     shares = documents_per_prompt(documents, len(prompts))
     retrieved = retrieved_for_each(callbacks, len(prompts))
-    return [gather(*each) for each in zip(prompts, shares, retrieved, strict=True)]
+    return [gather(*each, keeps_calls=keeps_calls) for each in zip(prompts, shares, retrieved, strict=True)]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models.base import LangSmithParams, LanguageModelInput
 from langchain_core.language_models.llms import create_base_retry_decorator
 from langchain_core.language_models.model_profile import ModelProfile
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
 from langchain_core.runnables.config import ensure_config
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import Field
 
 from kvfusion_rag import Answer, InvalidInputError, OverloadError
@@ -23,7 +26,8 @@ from .chat_results import chat_result, last_chunk, piece_chunk
 from .conversations import Conversation, gather, read
 from .deadlines import aanswer_within, answer_within, apieces_within, pieces_within
 from .documents import DocumentsArgument, to_documents
-from .errors import UnsupportedFeatureError
+from .structured import Method, structured
+from .tools import to_choice, to_tools
 
 if TYPE_CHECKING:
     from kvfusion_rag import AnswerStream
@@ -43,8 +47,9 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     conversation in its own chat template, with the documents in their place. :meth:`show_prompt` returns the prompt.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``max_reasoning_tokens``,
-    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the
-    value set here, except that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
+    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution``, ``chat_template_kwargs`` and
+    ``response_format``. None keeps the value set here, except that ``focus=None`` keeps all documents. An unknown name
+    raises InvalidInputError. ``bind_tools`` and ``with_structured_output`` need the extra ``structured``.
 
     ``usage_metadata`` contains token counts, and ``response_metadata`` mode, sources and citations. Streams have both
     on the last chunk. What a reasoning model writes in front of its answer is
@@ -82,33 +87,62 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     def _resolve_model_profile(self) -> ModelProfile:
         """Return the capabilities that agents check before they bind tools or request structured output."""
         profile = ModelProfile(
-            text_inputs=True, text_outputs=True, image_inputs=False, tool_calling=False, structured_output=False
+            text_inputs=True,
+            text_outputs=True,
+            image_inputs=False,
+            tool_calling=self._engine().follows_instructions,
+            structured_output=True,
         )
         window = self._engine().context_window
         return profile if window is None else {**profile, "max_input_tokens": window}
 
-    def bind_tools(self, tools: Sequence[Any], *, tool_choice: str | None = None, **kwargs: Any) -> NoReturn:
-        """Not supported.
+    def bind_tools(
+        self,
+        tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: dict[str, Any] | str | bool | None = None,
+        strict: bool | None = None,
+        parallel_tool_calls: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Bind tools that the model may call. Arguments of calls always match their schema, whatever ``strict`` is.
+
+        Args:
+            tools: functions, LangChain tools, Pydantic or TypedDict classes, or OpenAI's dictionaries.
+            tool_choice: "auto", "none", "any" (a call), or the name of the tool to call.
+            parallel_tool_calls: whether an answer may contain several calls. Default: if the choice is "auto".
 
         Raises:
-            UnsupportedFeatureError: always.
+            InvalidInputError: the choice is not allowed.
         """
-        raise UnsupportedFeatureError(
-            f"bind_tools was called with {len(tools)} tools, but {self.model_id} cannot call tools; let another model "
-            'call create_retriever_tool(..., response_format="content_and_artifact"), and this one answer from the '
-            "messages."
-        )
+        converted = [convert_to_openai_tool(tool) for tool in tools]
+        chosen = to_choice(tool_choice, [tool["function"]["name"] for tool in converted])
+        form = {"tool_choice": chosen, "parallel_tool_calls": parallel_tool_calls}
+        bound = {name: value for name, value in form.items() if value is not None}
+        return cast("Runnable[LanguageModelInput, AIMessage]", self.bind(tools=converted, **bound, **kwargs))
 
-    def with_structured_output(self, schema: Any, *, include_raw: bool = False, **kwargs: Any) -> NoReturn:
-        """Not supported.
+    def with_structured_output(
+        self,
+        schema: dict[str, Any] | type | None = None,
+        *,
+        method: Method = "json_schema",
+        include_raw: bool = False,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, Any]:
+        """Return a model whose answers are objects of ``schema``, or JSON of it as a dictionary.
+
+        Args:
+            schema: a Pydantic or TypedDict class, a JSON schema, or OpenAI's dictionary of a function.
+            method: "json_schema", "function_calling" (as the arguments of a tool), or "json_mode" (any JSON object).
+            include_raw: return a dictionary with the message, the object and the error of parsing.
+            strict: accepted for other models' sake; answers always match the schema.
+            kwargs: options of each call.
 
         Raises:
-            UnsupportedFeatureError: always.
+            InvalidInputError: the method is unknown, or needs a schema.
         """
-        raise UnsupportedFeatureError(
-            f"with_structured_output was called, but {self.model_id} cannot decode by a schema; append an output "
-            "parser that checks the text, or read sources and citations from response_metadata."
-        )
+        return structured(self, schema, method, include_raw=include_raw, strict=strict, options=kwargs)
 
     def _request(self, input: LanguageModelInput, documents: DocumentsArgument | None) -> dict[str, Any]:
         return read(self._carrying(input, documents, ensure_config().get("callbacks"))).arguments()
@@ -208,11 +242,17 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
                 f"model is {model!r}, but this ChatKVFusion has loaded {self.model_id!r}; load another model with "
                 "ChatKVFusion.from_model_id."
             )
+        options.pop("ls_structured_output_format", None)  # only for traces
         documents = options.pop("documents", None)  # astream_events in version 3 bypasses generate and stream
-        if any("question" in message.additional_kwargs for message in messages):  # generate has called gather
-            conversation = read(gather(messages, to_documents(documents or ())))
+        if not options.get("tools"):
+            for name in ("tools", "tool_choice", "parallel_tool_calls"):
+                options.pop(name, None)
         else:
-            conversation = read(gathered([messages], documents)[0])
+            options["tools"] = to_tools(options["tools"])
+        if any("question" in message.additional_kwargs for message in messages):  # generate has called gather
+            conversation = read(gather(messages, to_documents(documents or ()), keeps_calls="tools" in options))
+        else:
+            conversation = read(gathered([messages], documents, keeps_calls="tools" in options)[0])
         has_documents = bool(conversation.documents)
         self._check_documents(all_have_documents=has_documents)
         self._warn_of_missing_documents(all_have_documents=has_documents)

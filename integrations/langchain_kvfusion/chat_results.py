@@ -11,6 +11,7 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from kvfusion_rag import Answer, AnswerPiece
 
 from .options import generation_info
+from .tools import call_chunk, called
 
 PROVIDER = "kvfusion"
 REASONING = "reasoning_content"  # LangChain makes a content block of type "reasoning" of it
@@ -20,6 +21,7 @@ def chat_result(answer: Answer, model_id: str) -> ChatResult:
     """Return a complete answer as a chat result."""
     message = AIMessage(
         content=answer.text,
+        **called(answer.tool_calls),
         additional_kwargs={} if answer.reasoning is None else {REASONING: answer.reasoning},
         usage_metadata=_usage(answer),
         response_metadata=_metadata(answer, model_id),
@@ -29,7 +31,9 @@ def chat_result(answer: Answer, model_id: str) -> ChatResult:
 
 def piece_chunk(piece: AnswerPiece) -> ChatGenerationChunk:
     """Return one piece of a streamed answer or of its reasoning as a chunk."""
-    if piece.is_reasoning:
+    if piece.call_index is not None:
+        message = AIMessageChunk(content="", tool_call_chunks=[call_chunk(piece)])
+    elif piece.is_reasoning:
         message = AIMessageChunk(content="", additional_kwargs={REASONING: piece.text})
     else:
         message = AIMessageChunk(content=piece.text)

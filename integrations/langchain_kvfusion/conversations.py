@@ -22,6 +22,7 @@ from .fused import FusedPrompt, extract, fuse_prompt, join_messages, to_prompt
 from .matching import close_gap
 from .messages import calls_tools, documents_place, lifted_documents, message_text, role_of, speaker
 from .questions import bare_question, labelled_question
+from .tools import results, tool_calls
 
 _MESSAGES: dict[str, type[BaseMessage]] = {"system": SystemMessage, "user": HumanMessage, "assistant": AIMessage}
 
@@ -48,12 +49,15 @@ def gather(
     messages: Sequence[BaseMessage],
     documents: Sequence[DocumentLike] = (),
     retrieved: Sequence[LangChainDocument] = (),
+    *,
+    keeps_calls: bool = False,
 ) -> list[BaseMessage]:
     """Return ``messages`` without documents in their texts.
 
     The last human message carries all documents and the bare question, and the first message that contained documents
     carries their place. System, human and AI texts are unchanged. Tool results become user messages unless they
-    consist of retrieved documents, and tool calls are dropped. The question is ``additional_kwargs["question"]``, or
+    consist of retrieved documents, and tool calls are dropped. With ``keeps_calls``, only the calls that retrieved
+    documents are, and other calls and results are kept. The question is ``additional_kwargs["question"]``, or
     the last human text, or its part after a "Question:" label. If no documents are given in another way, ``retrieved``
     documents that occur in a text are removed from it.
 
@@ -71,11 +75,12 @@ def gather(
         "KVFusionDocumentPrompt": to_documents([document for each in extractions for document in each.documents]),
         "the messages": lifted_documents(messages),
     })  # fmt: skip
-    turns = [_turn(message, each) for message, each in zip(messages, extractions, strict=True)]
+    answered = results(messages) if keeps_calls else frozenset()
+    turns = [_turn(message, each, answered) for message, each in zip(messages, extractions, strict=True)]
     last = extractions[human[-1]]
     turns[human[-1]] = attach(HumanMessage(last.text), carried, question, last.place)
     kept = [turn for turn in turns if turn is not None]
-    if isinstance(kept[-1], AIMessage | SystemMessage):
+    if isinstance(kept[-1], AIMessage | SystemMessage):  # a tool's result may be last
         raise InvalidInputError(
             f"the last message with a text has the type {kept[-1].type!r}, but it must be the user's question; remove "
             "AI messages after the question, and put system messages first."
@@ -86,7 +91,7 @@ def gather(
 def read(messages: Sequence[BaseMessage]) -> Conversation:
     """Return the conversation in the messages of :func:`gather` or :func:`carry`."""
     question = next(m.additional_kwargs["question"] for m in reversed(messages) if "question" in m.additional_kwargs)
-    turns = tuple(Message(role_of(message), message_text(message), documents_place(message)) for message in messages)
+    turns = tuple(_message(message) for message in messages)
     return Conversation(question, lifted_documents(messages), turns)
 
 
@@ -202,8 +207,23 @@ def _only_one_way(ways: Mapping[str, Sequence[Document]]) -> Sequence[Document]:
     return next(iter(given.values()), ())
 
 
-def _turn(message: BaseMessage, extraction: Extraction) -> BaseMessage | None:
-    """Return ``message`` with the extracted text, or None if it has no text or calls a tool."""
+def _message(message: BaseMessage) -> Message:
+    if isinstance(message, ToolMessage):
+        return Message("tool", message_text(message), tool_call_id=message.tool_call_id)
+    calls = tool_calls(message)
+    return Message(role_of(message), message_text(message), documents_place(message), tool_calls=calls)
+
+
+def _turn(message: BaseMessage, extraction: Extraction, answered: frozenset[str]) -> BaseMessage | None:
+    """Return ``message`` with the extracted text, or None if it has no text or calls a tool.
+
+    Args:
+        answered: ids of the calls that are kept, with their results.
+    """
+    if isinstance(message, ToolMessage) and message.tool_call_id in answered:
+        return ToolMessage(extraction.text, tool_call_id=message.tool_call_id)
+    if isinstance(message, AIMessage) and (kept := [c for c in message.tool_calls if c["id"] in answered]):
+        return AIMessage(extraction.text, tool_calls=kept)
     if calls_tools(message) or not _has_text(extraction):
         return None
     match speaker(message):

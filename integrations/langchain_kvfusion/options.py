@@ -21,6 +21,7 @@ OPTION_NAMES = (
     "chat_template_kwargs",
 )
 _ALIAS = "max_new_tokens"
+_FORM = ("response_format", "tools", "tool_choice", "parallel_tool_calls")  # what an answer consists of
 
 
 def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def call_options(given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInputError: a name is unknown, or ``max_tokens`` and ``max_new_tokens`` are both given.
     """
-    UnknownOptionError.raise_for(given, ("documents", "stop", *OPTION_NAMES, _ALIAS), "a call")
+    UnknownOptionError.raise_for(given, ("documents", "stop", *OPTION_NAMES, *_FORM, _ALIAS), "a call")
     if given.get(_ALIAS) is not None and given.get("max_tokens") is not None:
         raise InvalidInputError(
             f"max_tokens is {given['max_tokens']} and {_ALIAS} is {given[_ALIAS]}, but they are the same option; set "
@@ -51,7 +52,7 @@ def generation_info(answer: Answer) -> dict[str, Any]:
     ``usage["prompt_tokens"]`` includes the documents.
     """
     info = answer.to_dict()
-    for name in ("text", "timings", "token_ids"):
+    for name in ("text", "timings", "token_ids", "tool_calls"):
         del info[name]
     for source in info["sources"]:
         del source["metadata"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypedDict, get_args
 
 from ..errors import InvalidInputError
@@ -135,13 +135,14 @@ def read_calls(
         wording, max_new_tokens=engine.max_new_tokens, max_reasoning_tokens=engine.max_reasoning_tokens
     )
     _require_no_conflict(decoding, formats, tools)
-    constraints = [format and engine.model.constraint(format) for format in formats]
+    for format in dict.fromkeys(format for format in formats if format is not None):
+        engine.model.constraint(format)  # a bad one is an error before documents are encoded
     requests = [
-        engine.request(question, rows, prompt, mode, decoding, template_kwargs, focus=focus, tools=tools)
-        for question, rows, prompt in zip(questions, documents, prompts, strict=True)
+        engine.request(
+            question, rows, prompt, mode, decoding, template_kwargs, focus=focus, tools=tools, format=format
+        )
+        for question, rows, prompt, format in zip(questions, documents, prompts, formats, strict=True)
     ]
-    if tools is None:
-        requests = [replace(each, constraint=limit) for each, limit in zip(requests, constraints, strict=True)]
     return Call(requests, decoding, attribution)
 
 
@@ -159,12 +160,7 @@ def _formats(given: Any, questions: int) -> list[AnswerFormat | None]:
 def _require_no_conflict(
     decoding: DecodingOptions, formats: Sequence[AnswerFormat | None], tools: ToolUse | None
 ) -> None:
-    """Reject options that both say where an answer ends, or what it consists of."""
-    if any(formats) and tools is not None:
-        raise InvalidInputError(
-            "response_format and tools are both given, but an answer has one form; pass one of them, or "
-            "tool_choice='none'."
-        )
+    """Reject options that both say where an answer ends."""
     if decoding.stop and (any(formats) or tools is not None):
         name = "response_format" if tools is None else "list of tools"
         raise InvalidInputError(

@@ -13,6 +13,7 @@ from ..errors import InvalidInputError
 from ..fusion.sampling import DecodingOptions
 from ..schema import KEY_KINDS, Answer, Document, FocusChoice, KeyKindChoice, ModeChoice, Prompt
 from ..store import Place, require_namespace
+from ..text.answer_format import AnswerFormat
 from ..text.documents import EncodedDocuments, Limits, encoding_steps, is_filled, limit_of, require_sequence
 from ..text.encoder import PromptEncoder
 from ..text.layouts import FixedLayout, Layout
@@ -171,6 +172,7 @@ class Engine(Generic[M_co]):
         *,
         focus: FocusChoice = "auto",
         tools: ToolUse | None = None,
+        format: AnswerFormat | None = None,
     ) -> Request:
         """Encode and check one question with its documents (``KVFusionGenerator.answer``)."""
         began = time.perf_counter()
@@ -198,12 +200,14 @@ class Engine(Generic[M_co]):
         else:
             request = self.runner.request_for(encoded, layout, chosen, self.namespace, options, began)
         self._log_mode(chosen, reason)
-        return request if tools is None else self._calling(request, tools)
+        if tools is not None:
+            return self._calling(request, tools, format)
+        return request if format is None else replace(request, constraint=self.model.constraint(format))
 
-    def _calling(self, request: Request, tools: ToolUse) -> Request:
-        """Return ``request`` with an answer that may call tools."""
+    def _calling(self, request: Request, tools: ToolUse, format: AnswerFormat | None) -> Request:
+        """Return ``request`` with an answer that may call tools, and otherwise has a format."""
         calls = self.prompts.call_format(request.mode.name)
-        grammar = call_grammar(tools, calls, self.encoder.plain.ids_of_control)
+        grammar = call_grammar(tools, calls, self.encoder.plain.ids_of_control, format)
         reader = CallReader(calls, request.question.ids)
         return replace(request, constraint=self.model.constraint(grammar), calls=reader)
 

@@ -6,17 +6,15 @@ Everything in a body is untrusted. Lone surrogates become U+FFFD, so that ids an
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -28,8 +26,17 @@ from pydantic_core import CoreSchema, core_schema
 
 from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
 from ..text.settings import require_focus
+from .body_parts.base import Body, Text, well_formed
+from .body_parts.tools import (
+    MAX_CALL_ID_CHARACTERS,
+    MAX_CALLS,
+    ResponseFormatBody,
+    ToolCallBody,
+    ToolChoice,
+    Tools,
+    chosen_tool,
+)
 
-MAX_FIELDS = 64  # of one object
 MAX_MESSAGES = 1000
 MAX_ID_CHARACTERS = 256  # an id is repeated in the reply by every duplicate of its document
 MAX_TITLE_CHARACTERS = 1000
@@ -39,43 +46,6 @@ MAX_STOP_CHARACTERS = 500
 MAX_VARIABLES = 16
 MAX_NAME_CHARACTERS = 64
 MAX_VALUE_CHARACTERS = 500
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _well_formed(value: object) -> object:
-    return _LONE_SURROGATE.sub("\ufffd", value) if isinstance(value, str) else value
-
-
-Text = Annotated[str, BeforeValidator(_well_formed)]
-
-
-class _Body(BaseModel):
-    """A JSON object. As in OpenAI's API, null means that a field is absent, except for fields in ``NULLABLE``."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    NULLABLE: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        if len(value) > MAX_FIELDS:  # each unknown field would be an error of its own
-            raise ValueError(f"an object has {len(value)} fields, but at most {MAX_FIELDS} are allowed")
-        return {k: v for k, v in value.items() if v is not None or k in cls.NULLABLE}
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """Return the schema that clients see, in which every optional field may be null."""
-        shown = handler(schema)
-        fields = handler.resolve_ref_schema(shown)
-        for name in fields["properties"].keys() - set(fields.get("required", ())):
-            field = fields["properties"][name]
-            if {"type": "null"} not in field.get("anyOf", ()):
-                fields["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-        return shown
 
 
 class TextPart(BaseModel):
@@ -99,22 +69,34 @@ def _joined_parts(content: object) -> object:
     return "".join(part["text"] for part in content)
 
 
-class ChatMessage(_Body):
-    """One message. Fields besides role and content are accepted but ignored, so that answers can be sent back."""
+class ChatMessage(Body):
+    """One message. Other fields of an answer are accepted but ignored, so that answers can be sent back."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Text, BeforeValidator(_joined_parts, json_schema_input_type=str | list[TextPart])] = ""
+    tool_calls: Annotated[list[ToolCallBody], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
+    tool_call_id: Annotated[Text, Field(max_length=MAX_CALL_ID_CHARACTERS)] | None = None
     name: Text | None = None
     refusal: Text | None = None
     annotations: list[Any] | None = None
     reasoning_content: Text | None = None
     reasoning: Text | None = None
 
+    @model_validator(mode="after")
+    def _calls_fit_the_role(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role!r} has tool_calls, but only the assistant calls tools")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("a message of the role 'tool' has no tool_call_id, which names the call that it answers")
+        return self
+
     def to_message(self) -> Message:
-        return Message("system" if self.role == "developer" else self.role, self.content)
+        role = "system" if self.role == "developer" else self.role
+        calls = tuple(call.to_call() for call in self.tool_calls or ())
+        return Message(role, self.content, tool_calls=calls, tool_call_id=self.tool_call_id)
 
 
-class DocumentBody(_Body):
+class DocumentBody(Body):
     """One document, with the fields of ``kvfusion_rag.Document``."""
 
     text: Text
@@ -127,7 +109,7 @@ class DocumentBody(_Body):
         return Document(self.text, self.id, self.title, self.metadata, self.score)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     include_usage: bool = False
     include_obfuscation: bool = False  # accepted, but no padding is sent
 
@@ -141,7 +123,7 @@ OneDocument = Annotated[DocumentBody, BeforeValidator(_of_string, json_schema_in
 Documents = Annotated[list[OneDocument], Field(fail_fast=True)]
 
 
-class _WithDocuments(_Body):
+class _WithDocuments(Body):
     documents: Documents = Field(default_factory=list)
 
     def to_documents(self) -> list[Document]:
@@ -175,9 +157,18 @@ def _one_or_many(value: object) -> object:
 
 
 def _ends_with_user(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-    if messages[-1].role != "user" or not messages[-1].content.strip():
-        raise ValueError("the last message must come from the user and must not be blank, because it is answered")
+    if messages[-1].role != "tool" and (messages[-1].role != "user" or not messages[-1].content.strip()):
+        raise ValueError(
+            "the last message must come from the user and must not be blank, or from a tool, because it is answered"
+        )
+    if not any(message.role == "user" and message.content.strip() for message in messages):
+        raise ValueError("there is no message of the user that is not blank")
     return messages
+
+
+def _question(messages: Sequence[ChatMessage]) -> str:
+    """Return the last message of the user that is not blank."""
+    return next(m.content for m in reversed(messages) if m.role == "user" and m.content.strip())
 
 
 def _scalars(variables: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +182,7 @@ def _scalars(variables: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name!r} is not a text, a finite number, true, false or null")
         if isinstance(value, str) and len(value) > MAX_VALUE_CHARACTERS:
             raise ValueError(f"{name!r} has {len(value)} characters, but at most {MAX_VALUE_CHARACTERS} are allowed")
-    return {name: _well_formed(value) for name, value in variables.items()}
+    return {name: well_formed(value) for name, value in variables.items()}
 
 
 def _focus(value: object) -> object:
@@ -237,7 +228,7 @@ class DocumentsRequest(_WithDocuments):
     documents: Documents = Field(min_length=1)
 
 
-class UploadRequest(_Body):
+class UploadRequest(Body):
     """A file for the library of this server. ``content`` are its bytes in base64."""
 
     name: Text
@@ -246,7 +237,7 @@ class UploadRequest(_Body):
     )
 
 
-class RemoveRequest(_Body):
+class RemoveRequest(Body):
     """The name of an uploaded file that is removed."""
 
     name: Text
@@ -264,7 +255,7 @@ class PrefillRequest(DocumentsRequest):
             return {"chat_template_kwargs": self.chat_template_kwargs}
         return {
             "prompt": [message.to_message() for message in self.messages],
-            "question": self.messages[-1].content,
+            "question": _question(self.messages),
             "chat_template_kwargs": self.chat_template_kwargs,
         }
 
@@ -305,6 +296,10 @@ class ChatRequest(_WithDocuments):
         default_factory=list
     )
     seed: int | None = Field(None, json_schema_extra={"minimum": 0, "maximum": 2**63 - 1})
+    response_format: ResponseFormatBody | None = None
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     # Ignored: the answer is the same without them.
     user: Any = None
@@ -321,22 +316,19 @@ class ChatRequest(_WithDocuments):
     presence_penalty: Annotated[Any, _only(0)] = 0
     frequency_penalty: Annotated[Any, _only(0)] = 0
     logit_bias: Annotated[Any, _only({})] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     modalities: Annotated[Any, _only(["text"])] = None
-    tools: Annotated[Any, _only([])] = None
     functions: Annotated[Any, _only([])] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
     function_call: Annotated[Any, _only("none", "auto")] = None
-    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
 
     def to_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``KVFusionGenerator.answer`` except mode and focus.
 
-        The question is the last message.
+        The question is the last message of the user.
         """
         max_new_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return {
-            "question": self.messages[-1].content,
+            **self._form(),
+            "question": _question(self.messages),
             "documents": self.to_documents(),
             "prompt": [message.to_message() for message in self.messages],
             "max_new_tokens": max_new_tokens,
@@ -349,3 +341,16 @@ class ChatRequest(_WithDocuments):
             "attribution": self.attribution,
             "chat_template_kwargs": self.chat_template_kwargs,
         }
+
+    def _form(self) -> dict[str, Any]:
+        """Return the arguments that say what the answer consists of, if it is not only text."""
+        choice = chosen_tool(self.tool_choice)
+        if self.tools or choice not in (None, "none", "auto"):
+            return {
+                "tools": [tool.to_tool() for tool in self.tools],
+                "tool_choice": choice,
+                "parallel_tool_calls": self.parallel_tool_calls,
+            }
+        if self.response_format is None or self.response_format.type == "text":
+            return {}
+        return {"response_format": self.response_format.to_format()}

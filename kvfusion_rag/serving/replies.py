@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from ..schema import Answer, AnswerPiece, Document, Source
+from ..schema import Answer, AnswerPiece, Document, Source, ToolCall
 
 LAST_EVENT = b"data: [DONE]\n\n"
 _OF_SERVER = frozenset({"source", "distance"})  # metadata of an index that clients do not get
@@ -56,7 +56,10 @@ class Completion:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the complete answer as one object."""
-        message = {"role": "assistant", "content": answer.text}
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if answer.tool_calls:
+            message["content"] = answer.text or None
+            message["tool_calls"] = [_call(call) for call in answer.tool_calls]
         if answer.reasoning is not None:
             message["reasoning_content"] = answer.reasoning
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
@@ -74,7 +77,11 @@ class Completion:
         return self._chunk({"role": "assistant", "content": ""}) | found
 
     def piece(self, piece: AnswerPiece) -> dict[str, Any]:
-        """Return a chunk with one piece of the answer or of its reasoning."""
+        """Return a chunk with one piece of the answer, of its reasoning, or of a call of a tool."""
+        if piece.call_index is not None:
+            begun = {"function": {}} if piece.call is None else _call(piece.call)
+            function = {**begun["function"], "arguments": piece.text}
+            return self._chunk({"tool_calls": [{**begun, "index": piece.call_index, "function": function}]})
         return self._chunk({"reasoning_content" if piece.is_reasoning else "content": piece.text})
 
     def last(self, answer: Answer) -> dict[str, Any]:
@@ -85,9 +92,14 @@ class Completion:
         """Return the final chunk with token counts, which is sent if the client requested it."""
         return {**self._common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**self._common, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _usage(answer: Answer) -> dict[str, Any]:

@@ -6,6 +6,7 @@ A format is plain data, checked in size and depth. ``fusion/constraints.py`` com
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -18,6 +19,7 @@ MAX_FORMAT_CHARACTERS = 1 << 18  # of a schema as JSON, a pattern, or all choice
 MAX_DEPTH = 64  # objects and lists inside each other in a schema
 MAX_CHOICES = 10_000
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPENAI_FORMATS = "'text', 'json_object' and 'json_schema'"
 # With these, the properties of an object may be listed elsewhere.
 _COMPOSED = frozenset(
@@ -76,7 +78,7 @@ class AnswerFormat:
             raise InvalidInputError(f"choices is {_shown(choices)}, but it must be a list of non-empty texts.")
         if len(choices) > MAX_CHOICES:
             raise InvalidInputError(f"there are {len(choices)} choices, but at most {MAX_CHOICES} are allowed.")
-        return cls("choices", _checked(json.dumps(list(dict.fromkeys(choices))), "the list of choices"))
+        return cls("choices", _checked(as_json(list(dict.fromkeys(choices)), "it"), "the list of choices"))
 
     @classmethod
     def of(cls, given: ResponseFormat | None) -> AnswerFormat | None:
@@ -162,6 +164,8 @@ def _closed_part(name: str, part: Any) -> Any:
 
 
 def _checked(text: str, what: str) -> str:
+    """Return a text that is not too long, in which lone surrogates are U+FFFD."""
+    text = _LONE_SURROGATE.sub("\ufffd", text)
     if len(text) > MAX_FORMAT_CHARACTERS:
         raise InvalidInputError(
             f"{what} has {len(text)} characters, but at most {MAX_FORMAT_CHARACTERS} are allowed; shorten it."

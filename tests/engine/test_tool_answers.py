@@ -14,7 +14,7 @@ import jsonschema
 import tiny
 from tool_templates import TEMPLATES, TOOLS, tool_model, tool_tokenizer
 
-from kvfusion_rag import Answer, InvalidInputError, Message, Tool, ToolCall
+from kvfusion_rag import Answer, AnswerFormat, InvalidInputError, Message, Tool, ToolCall
 from kvfusion_rag.fusion.constraints import ConstraintCompiler
 from kvfusion_rag.fusion.sampling import DecodingOptions
 from kvfusion_rag.text.encoder import PlainEncoder
@@ -177,13 +177,29 @@ def test_names_between_signs_of_a_template_do_not_become_control_tokens():
 
 def test_tools_conflict_with_other_forms_of_an_answer():
     gen = tool_model("none")
-    with pytest.raises(InvalidInputError, match="response_format and tools are both given"):
-        gen.answer(QUESTION, tools=TOOLS, response_format={"type": "json_object"})
+    with pytest.raises(InvalidInputError, match="With tools, only JSON is supported"):
+        gen.answer(QUESTION, tools=TOOLS, response_format=AnswerFormat.choices(["yes"]))
+    with pytest.raises(InvalidInputError, match="cannot choose between them"):
+        tool_model("bare").answer(QUESTION, tools=TOOLS, response_format=AnswerFormat.json_object())
     with pytest.raises(InvalidInputError, match="a list of tools decides where the answer ends"):
         gen.answer(QUESTION, tools=TOOLS, stop=["x"])
     plain = gen.answer(QUESTION, DOCUMENTS, max_new_tokens=5)
     for unused in ({"tools": TOOLS, "tool_choice": "none"}, {"tools": []}):
         assert gen.answer(QUESTION, DOCUMENTS, max_new_tokens=5, **unused).token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("name", ["tagged", "none"])
+def test_an_answer_without_a_call_may_have_a_format(name):
+    city = {"type": "object", "properties": {"city": {"enum": ["Lima", "Oslo"]}}, "required": ["city"]}
+    for seed in range(6):
+        answer = tool_model(name).answer(
+            QUESTION, tools=TOOLS, response_format=AnswerFormat.json_schema(city), temperature=1.5, seed=seed,
+            parallel_tool_calls=False, max_new_tokens=90,
+        )  # fmt: skip
+        if answer.tool_calls:
+            require_valid(answer)
+        else:
+            jsonschema.validate(json.loads(answer.text), city)
 
 
 def test_unsupported_parameters_are_rejected():

@@ -18,7 +18,7 @@ from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 from langchain_models import FOUND, Recorder, call_all, chat
 
 from kvfusion_rag import Document, InvalidInputError
-from langchain_kvfusion import KVFusionDocumentPrompt, KVFusionPrompt, UnsupportedFeatureError
+from langchain_kvfusion import KVFusionDocumentPrompt, KVFusionPrompt
 from langchain_kvfusion.framing import frame
 
 SEARCH = AIMessage("Let me look.", tool_calls=[{"name": "search", "args": {"query": "who"}, "id": "1"}])
@@ -293,18 +293,13 @@ def test_model_for_bare_questions_warns_about_a_joined_prompt(caplog):
     assert "KVFusionPrompt.from_prompt" in caplog.text
 
 
-def test_tools_and_schemas_are_rejected_with_an_alternative():
-    with pytest.raises(UnsupportedFeatureError, match="content_and_artifact"):
-        chat().bind_tools([lambda x: x])
-    with pytest.raises(UnsupportedFeatureError, match="output parser"):
-        chat().with_structured_output({"title": "x"})
-    assert issubclass(UnsupportedFeatureError, NotImplementedError)
+def test_the_profile_names_what_the_model_can_do():
     assert chat().profile == {
         "text_inputs": True,
         "text_outputs": True,
         "image_inputs": False,
-        "tool_calling": False,
-        "structured_output": False,
+        "tool_calling": True,
+        "structured_output": True,
         "max_input_tokens": 4096,
     }
 

@@ -37,11 +37,11 @@ class OfChatKVFusion:
 
     @property
     def has_tool_calling(self) -> bool:
-        return False  # bind_tools is overridden only to name an alternative
+        return False  # a random model ends neither texts nor arguments; see test_standard_tools.py
 
     @property
     def has_structured_output(self) -> bool:
-        return False  # like bind_tools
+        return False  # like tools
 
     @property
     def supports_model_override(self) -> bool:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
+from ...errors import InvalidInputError
 from ..answer_format import AnswerFormat
 from .call_format import CallFormat
 from .definitions import ToolUse
@@ -13,10 +14,16 @@ from .definitions import ToolUse
 _JSON = '"x-guidance": {"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}'
 
 
-def call_grammar(use: ToolUse, format: CallFormat, control: Mapping[str, int]) -> AnswerFormat:
+def call_grammar(
+    use: ToolUse, format: CallFormat, control: Mapping[str, int], content: AnswerFormat | None = None
+) -> AnswerFormat:
     """Return the format of an answer with text, calls, or text in front of calls.
 
     Args:
+        content: JSON format of answers that do not call a tool.
+
+    Raises:
+        InvalidInputError: calls and ``content`` cannot be told apart.
         control: ids of the model's control tokens by their text. They are one token each in a native format. Our own
             format is plain text, also in the prompt.
     """
@@ -30,6 +37,15 @@ def call_grammar(use: ToolUse, format: CallFormat, control: Mapping[str, int]) -
     calls = f"call {more} {_sequence(format.closing, control)}"
     if use.choice != "auto":
         start = f"start: {_sequence(format.opening, control)} {calls}"
+    elif content is not None:
+        if content.kind != "json_schema" or format.opening.startswith("{"):
+            raise InvalidInputError(
+                "response_format and tools are both given, but this model cannot choose between them; pass one of "
+                "them. With tools, only JSON is supported."
+            )
+        start = (
+            f"start: {_sequence(format.opening, control)} {calls} | content\ncontent: %json {_schema(content.text)}"
+        )
     else:
         start = _free(format.opening, calls, control)
     return AnswerFormat("grammar", "\n".join([start, *rules]) + "\n")

@@ -1,0 +1,1 @@
+"""Parts of request bodies: the base class of all objects, and tools and formats as OpenAI's API describes them."""
