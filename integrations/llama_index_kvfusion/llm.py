@@ -28,6 +28,7 @@ from llama_index.core.prompts import BasePromptTemplate
 from kvfusion_rag import DocumentsPlace, InvalidInputError, Message, UnknownOptionError
 
 from .documents import to_documents
+from .function_calling import FunctionCalling
 from .messages import last_question, to_messages
 from .responses import (
     achat_chunks,
@@ -55,10 +56,11 @@ _OPTIONS = (
     "chat_template_kwargs",
 )
 _MODEL_NAMES = ("model", "model_name")  # names of model_id in other LLMs
-_ARGUMENTS = ("documents", "documents_place", "question", "max_tokens", *_OPTIONS)
+_FORM = ("response_format", "tools", "tool_choice", "parallel_tool_calls")  # what an answer consists of
+_ARGUMENTS = ("documents", "documents_place", "question", "max_tokens", *_OPTIONS, *_FORM)
 
 
-class KVFusionLlamaIndexLLM(CustomLLM):
+class KVFusionLlamaIndexLLM(FunctionCalling, CustomLLM):
     """An LLM that takes separate documents: ``llm.complete("Who ...?", documents=["...", node])``.
 
     Every call takes the options below (``max_tokens`` is an alias of ``max_new_tokens``) and:
@@ -68,6 +70,8 @@ class KVFusionLlamaIndexLLM(CustomLLM):
       it is a pair: the index of a message, and the place in its text. By default documents are appended to the system
       message.
     - ``question``: the bare question, if the prompt contains more than that.
+    - ``response_format``: a `kvfusion_rag.AnswerFormat` or a Pydantic model, which the answer's text matches.
+    - ``tools``, ``tool_choice``, ``parallel_tool_calls``: as `chat_with_tools` sets them.
 
     An option that is None keeps the value set here, except that ``focus=None`` keeps all documents. An unknown option
     raises InvalidInputError. `additional_kwargs` contains token counts, and `raw` sources, citations and reasoning.
@@ -169,13 +173,16 @@ class KVFusionLlamaIndexLLM(CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         """Name and limits. `is_chat_model`, which makes LlamaIndex send messages, is True for a model that follows
-        instructions unless `messages_to_prompt` or `completion_to_prompt` is set."""
+        instructions unless `messages_to_prompt` or `completion_to_prompt` is set. Then it is also a function-calling
+        model."""
         has_wrapper = self.completion_to_prompt is not default_completion_to_prompt
+        chats = self._generator.follows_instructions and self._keeps_messages and not has_wrapper
         return LLMMetadata(
             context_window=self._generator.context_window or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_new_tokens or self._generator.max_new_tokens,
             model_name=self._generator.model_id,
-            is_chat_model=self._generator.follows_instructions and self._keeps_messages and not has_wrapper,
+            is_chat_model=chats,
+            is_function_calling_model=chats,
         )
 
     def format_text(self, template: BasePromptTemplate, **values: Any) -> str:
@@ -274,7 +281,12 @@ class KVFusionLlamaIndexLLM(CustomLLM):
                 "documents_place refers to a message, but messages_to_prompt of this LLM joins the messages into one "
                 "text; call complete with a DocumentsPlace in that text."
             )
-        prompt = to_messages(messages, place) if self._keeps_messages else self.messages_to_prompt(messages)
+        keeps_calls = bool(kwargs.get("tools"))
+        prompt = (
+            to_messages(messages, place, keeps_calls=keeps_calls)
+            if self._keeps_messages
+            else self.messages_to_prompt(messages)
+        )
         return self._request(prompt, {"question": last_question(messages), **kwargs})
 
     def _complete_request(self, prompt: str, formatted: bool, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +313,8 @@ class KVFusionLlamaIndexLLM(CustomLLM):
             and (bool(documents) or not self._generator.follows_instructions)
         )
         prompt_argument = None if uses_own_template else prompt
-        return {"question": question, "documents": documents, "prompt": prompt_argument, **options}
+        form = {name: kwargs[name] for name in _FORM if kwargs.get(name) is not None}
+        return {"question": question, "documents": documents, "prompt": prompt_argument, **options, **form}
 
     def _options(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         given: dict[str, Any] = {name: value for name, value in kwargs.items() if value is not None or name == "focus"}

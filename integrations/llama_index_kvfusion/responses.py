@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole, ThinkingBlock
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    MessageRole,
+    ThinkingBlock,
+    ToolCallBlock,
+)
 
-from kvfusion_rag import Answer, AnswerPiece, AnswerStream
+from kvfusion_rag import Answer, AnswerPiece, AnswerStream, ToolCall
 
 
 def answer_record(answer: Answer) -> dict[str, Any]:
@@ -33,7 +41,7 @@ def chat_response(answer: Answer, delta: str | None = None) -> ChatResponse:
     Token counts are not added to the message, because LlamaIndex would write them into the prompt of the next turn.
     """
     return ChatResponse(
-        message=_message(answer.text, answer.reasoning),
+        message=_message(answer.text, answer.reasoning, answer.tool_calls),
         delta=delta,
         raw=answer_record(answer),
         additional_kwargs=_counts(answer),
@@ -83,9 +91,16 @@ class _GrowingMessage:
 
     def __init__(self) -> None:
         self._text, self._reasoning = "", ""
+        self._calls: list[ToolCall] = []
 
     def chunk(self, piece: AnswerPiece) -> ChatResponse:
         """Add a piece and return its chunk."""
+        if piece.call_index is not None:
+            if piece.call is not None:
+                self._calls.append(piece.call)
+            call = self._calls[piece.call_index]
+            self._calls[piece.call_index] = replace(call, arguments=call.arguments + piece.text)
+            return ChatResponse(message=_message(self._text, self._reasoning, self._calls), delta="")
         if piece.is_reasoning:
             self._reasoning += piece.text
             message = _message(self._text, self._reasoning)
@@ -94,11 +109,24 @@ class _GrowingMessage:
         return ChatResponse(message=_message(self._text, self._reasoning), delta=piece.text)
 
 
-def _message(text: str, reasoning: str | None) -> ChatMessage:
+def _message(text: str, reasoning: str | None, calls: Sequence[ToolCall] = ()) -> ChatMessage:
     message = ChatMessage(role=MessageRole.ASSISTANT, content=text)
+    for call in calls:
+        kwargs = _complete(call.arguments)
+        message.blocks.append(ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=kwargs))
+    if calls:  # LlamaIndex's programs look here for calls in streams
+        message.additional_kwargs["tool_calls"] = [asdict(call) for call in calls]
     if reasoning:
         message.blocks.insert(0, ThinkingBlock(content=reasoning))
     return message
+
+
+def _complete(arguments: str) -> dict[str, Any] | str:
+    """Return the arguments of a call, or their text if the call is not complete."""
+    try:
+        return json.loads(arguments)
+    except ValueError:
+        return arguments
 
 
 def _counts(answer: Answer) -> dict[str, int]:
