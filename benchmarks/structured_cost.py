@@ -3,7 +3,8 @@
     python benchmarks/structured_cost.py [MODEL] [--tokens 64] [--batches 1 16] [--repeats 7] [--json results.json]
 
 Both decode the same questions over the same documents, in turn, and never end by themselves. The first token is not
-counted, since it reads the question. The times to read the tokenizer and to compile a schema are printed once.
+counted, since it reads the question. Steps are measured in processor time, which other programs change little, so set
+OMP_NUM_THREADS=1. The times to read the tokenizer and to compile a schema are printed once.
 """
 
 from __future__ import annotations
@@ -94,14 +95,14 @@ def compared(generator: KVFusionGenerator, rows: int, tokens: int, repeats: int)
 
 
 def step_time(generator: KVFusionGenerator, rows: int, tokens: int, format: AnswerFormat | None) -> float:
-    """Return the seconds per step after the first, in which each row grows by a token."""
+    """Return the processor seconds per step after the first, in which each row grows by a token."""
     questions = [f"What is known about the lighthouse, in part {number}?" for number in range(rows)]
     documents: Sequence[Any] = [DOCUMENTS] * rows
     options = {"max_new_tokens": tokens, "response_format": format, "focus": None}
     engine = generator._engine
     call = read_calls(engine, questions, documents, None, options)
     [batch] = engine.runner.batches([engine.runner.prepare(request, call.decoding) for request in call.requests])
-    times = [time.perf_counter() for _ in engine.runner.decode(engine.runner.start(batch), call.decoding)]
+    times = [time.process_time() for _ in engine.runner.decode(engine.runner.start(batch), call.decoding)]
     assert len(times) == tokens
     return (times[-1] - times[0]) / (tokens - 1)
 

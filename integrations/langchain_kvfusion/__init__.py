@@ -17,7 +17,7 @@ from .capture import DocumentCapture, enable_document_capture
 from .chains import create_kvfusion_documents_chain
 from .chat_model import ChatKVFusion
 from .documents import DocumentLike
-from .errors import AnswerTimeoutError, UnsupportedFeatureError
+from .errors import AnswerTimeoutError
 from .framing import KVFusionDocumentPrompt
 from .fused import FusedPrompt
 from .llm import KVFusionLLM
@@ -36,7 +36,6 @@ __all__ = [
     "KVFusionPrompt",
     "KVFusionPromptValue",
     "PrefetchingRetriever",
-    "UnsupportedFeatureError",
     "bare_question",
     "create_kvfusion_documents_chain",
     "enable_document_capture",

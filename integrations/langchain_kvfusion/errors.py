@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from kvfusion_rag import InvalidInputError, KVFusionError
+from kvfusion_rag import KVFusionError
 
 
 class AnswerTimeoutError(KVFusionError, TimeoutError):
     """An answer was not complete within the model's ``timeout``. Its computation has been stopped."""
-
-
-class UnsupportedFeatureError(InvalidInputError, NotImplementedError):
-    """LangChain requested a feature that KVFusionGenerator does not have. The message names an alternative."""
