@@ -31,6 +31,7 @@ _NOISY_LOGGERS = (
     "huggingface_hub",
     "pypdf",  # warns about each oddity of a file
     "ray.data",
+    "ray.serve",
     "sentence_transformers",
     "torch.utils._pytree",  # warns about types that torchao registers
     "torchao",

@@ -171,7 +171,8 @@ def generator_spec(args: argparse.Namespace) -> GeneratorSpec:
     """Return the model and store of the arguments as data for workers."""
     from ..cluster import GeneratorSpec
 
-    return GeneratorSpec(args.model, args.store, _store_options(args), _generator_options(args))
+    share: int | None = getattr(args, "store_namespace_bytes", None)  # only of servers
+    return GeneratorSpec(args.model, args.store, _store_options(args), _generator_options(args), share)
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,19 +242,9 @@ def require_store(args: argparse.Namespace) -> None:
 
 def open_chosen_store(args: argparse.Namespace) -> DocumentStore | str:
     """Return the store in ``--store``, or "memory"."""
-    share: int | None = getattr(args, "store_namespace_bytes", None)  # only of servers
-    if not getattr(args, "store", None) and share is None:
+    if not getattr(args, "store", None) and getattr(args, "store_namespace_bytes", None) is None:
         return "memory"
-    from ..store import DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, MemoryStore, as_store, open_store
-
-    if not args.store:
-        return as_store(MemoryStore(namespace_bytes=share))
-    options = _store_options(args)
-    if share is None:
-        return open_store(args.store, **options)
-    of_memory = max(1, DEFAULT_MEMORY_BYTES * share // options.get("max_bytes", DEFAULT_DISK_BYTES))
-    memory = MemoryStore(namespace_bytes=of_memory)  # the same share of memory as of the disk
-    return open_store(args.store, memory=memory, namespace_bytes=share, **options)
+    return generator_spec(args).open_store()
 
 
 def _store_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,8 @@ With ``--docs``, questions without documents of their own are answered from thes
 contains its documents.
 
 By default only this machine can send requests. With another ``--host``, clients need an API key. The server stops on
-SIGTERM (exit code 0) or Ctrl-C within ten seconds. Requests in progress have five of them to finish.
+SIGTERM (exit code 0) or Ctrl-C within ten seconds. Requests in progress have five of them to finish. With --ray,
+replicas on a Ray cluster answer, and SIGHUP lets them load the model again without losing a request.
 """
 
 from __future__ import annotations
@@ -16,25 +17,32 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from ..errors import InvalidInputError
+from ..errors import ClusterError, InvalidInputError
+from .arguments.cluster import add_replica_arguments, cluster_of
 from .arguments.library import add_library_arguments, check_library, open_library
 from .arguments.paths import existing_file
 from .arguments.values import byte_count, plain_text, positive, whole
-from .console import say, say_json
+from .console import print_error, say, say_json
 from .options import (
     add_focus,
     add_model_arguments,
     add_model_name,
     add_reasoning_limit,
     add_store_arguments,
+    generator_spec,
     load_generator,
     require_store,
 )
 
 if TYPE_CHECKING:
-    from ..serving import Access
+    import socket
+
+    from ..cluster import ClusterOptions, GeneratorSpec
+    from ..cluster.serving import Deployment
+    from ..serving import Access, ServingOptions
 
 # Each operation of a model releases the interpreter's lock and then waits for it. With Python's 5 ms, one thread that
 # reads a large request slows every answer down.
@@ -47,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_library_arguments(parser)
     add_store_arguments(parser)
+    add_replica_arguments(parser)
     parser.add_argument(
         "--mode",
         choices=["auto", "fusion", "concat", "ape"],
@@ -129,7 +138,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..serving import ServingOptions, bind, create_app, require_guarded, serve
+    from ..serving import ServingOptions, bind, require_guarded
 
     require_store(args)
     check_library(args)
@@ -146,16 +155,66 @@ def run(args: argparse.Namespace) -> int:
         timeout=args.timeout,
         metrics=args.metrics,
     )
+    cluster = cluster_of(args)
+    if cluster is not None and args.docs:
+        raise InvalidInputError(
+            "--docs and --ray cannot be combined, because replicas have no files; send documents with each request."
+        )
     with bind(args.host, args.port) as listener:  # first, so that a port in use is reported before a model is loaded
-        generator = load_generator(args)
-        try:
-            with open_library(args, generator) as library, _short_turns():
-                app = create_app(generator, access=access, options=options, library=library)
-                serve(app, listener, lambda url: _say_ready(args, url, generator.model_id), _end_soon)
-        finally:
-            if generator.store is not None:
-                generator.store.close()  # finishes uploads and saves when documents were last used
+        if cluster is None:
+            _serve_here(args, access, options, listener)
+        else:
+            _serve_on_cluster(args, access, options, listener, cluster)
     return 0
+
+
+def _serve_here(args: argparse.Namespace, access: Access, options: ServingOptions, listener: socket.socket) -> None:
+    from ..serving import create_app, serve
+
+    generator = load_generator(args)
+    try:
+        with open_library(args, generator) as library, _short_turns():
+            app = create_app(generator, access=access, options=options, library=library)
+            serve(app, listener, lambda url: _say_ready(args, url, generator.model_id), _end_soon)
+    finally:
+        if generator.store is not None:
+            generator.store.close()  # finishes uploads and saves when documents were last used
+
+
+def _serve_on_cluster(
+    args: argparse.Namespace, access: Access, options: ServingOptions, listener: socket.socket, cluster: ClusterOptions
+) -> None:
+    from ..cluster.serving import deployed
+    from ..serving import serve
+
+    spec = generator_spec(args)
+    with (
+        deployed(spec, access=access, options=options, cluster=cluster, replicas=args.replicas) as deployment,
+        _updating_on_hangup(deployment, spec),
+    ):
+        serve(deployment.app, listener, lambda url: _say_ready(args, url, deployment.model_id), _end_soon)
+
+
+@contextmanager
+def _updating_on_hangup(deployment: Deployment, spec: GeneratorSpec) -> Generator[None, None, None]:
+    """Replace the replicas when the process receives SIGHUP."""
+
+    def update() -> None:
+        try:
+            deployment.update(spec)
+        except ClusterError as error:
+            print_error(str(error))
+        else:
+            print("the replicas were replaced", file=sys.stderr, flush=True)
+
+    def start(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=update, name="kvfusion-update", daemon=True).start()
+
+    former = signal.signal(signal.SIGHUP, start)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, former)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .answering import answer_questions
 from .indexing import IndexedDocuments, index_documents
-from .options import ClusterOptions
+from .options import ClusterOptions, Replicas
 from .questions import read_questions
 from .spec import GeneratorSpec
 
@@ -17,6 +17,7 @@ __all__ = [
     "ClusterOptions",
     "GeneratorSpec",
     "IndexedDocuments",
+    "Replicas",
     "answer_questions",
     "index_documents",
     "read_questions",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
-from ..errors import ClusterError, MissingDependencyError
+from ..errors import ClusterError, InvalidInputError, MissingDependencyError
 from .options import AUTO, ClusterOptions
 
 CONNECT_SECONDS = 10.0
@@ -26,6 +26,18 @@ def load_ray() -> Any:
     except ImportError as error:
         raise MissingDependencyError.of_extra("a cluster", error.name or "ray", "ray") from error
     return import_module("ray")
+
+
+def load_serve() -> Any:
+    """Return the module ``ray.serve``.
+
+    Raises:
+        MissingDependencyError: Ray or a package that Ray Serve needs is not installed.
+    """
+    try:
+        return import_module("ray.serve")
+    except ImportError as error:
+        raise MissingDependencyError.of_extra("serving on a cluster", error.name or "ray", "ray") from error
 
 
 @contextmanager
@@ -78,3 +90,15 @@ def workers_of(ray: Any, options: ClusterOptions) -> int:
     if options.gpus:
         room = min(room, resources.get("GPU", 0) // options.gpus)
     return max(1, int(room))
+
+
+def require_shared_store(ray: Any, store: str | None) -> None:
+    """Raise InvalidInputError if the store is a folder but the cluster has several machines, which cannot share it."""
+    if store is None or "://" in store:
+        return
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    if nodes > 1:
+        raise InvalidInputError(
+            f"the store is the folder {store!r}, but the cluster has {nodes} machines, which cannot share the index "
+            "of a folder; use a URL, such as s3://bucket/kv or file:///mnt/shared/kv."
+        )

@@ -15,8 +15,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from ..errors import ClusterError, InvalidInputError, KVFusionError
-from .connection import connected, workers_of
+from ..errors import ClusterError, KVFusionError
+from .connection import connected, require_shared_store, workers_of
 from .options import ClusterOptions
 from .spec import GeneratorSpec, WorkerCache
 
@@ -73,7 +73,7 @@ def run_batches(task: Task, items: Sequence[Any], size: int, cluster: ClusterOpt
 
 def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOptions) -> Iterator[Any]:
     with connected(cluster) as ray:
-        _require_shared_store(ray, task.spec.store)
+        require_shared_store(ray, task.spec.store)
         rows = [{"batch": json.dumps(batch)} for batch in batches]
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _Worker,
@@ -94,17 +94,6 @@ def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOption
             first = re.search(r"^[\w.]+: .+", str(error), re.MULTILINE)
             cause = " ".join((first[0] if first else str(error)).split())[:500]
             raise ClusterError(f"the work on the cluster failed: {cause}") from error
-
-
-def _require_shared_store(ray: Any, store: str | None) -> None:
-    if store is None or "://" in store:
-        return
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1:
-        raise InvalidInputError(
-            f"the store is the folder {store!r}, but the cluster has {nodes} machines, which cannot share the index "
-            "of a folder; use a URL, such as s3://bucket/kv or file:///mnt/shared/kv."
-        )
 
 
 class _Worker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ..generator import KVFusionGenerator
 from ..home import absolute, home
-from ..store import DocumentStore, open_store
+from ..store import DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DocumentStore, MemoryStore, as_store, open_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,26 @@ class GeneratorSpec:
         store: folder or URL of the store. Default: each worker's memory.
         store_options: options of ``open_store``.
         options: options of ``KVFusionGenerator.from_pretrained`` apart from model and store, such as namespace.
+        namespace_bytes: maximum bytes of one namespace on the store's local disk, and the same share of its memory.
+            Default: no limit.
     """
 
     model: str | None = None
     store: str | None = None
     store_options: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    namespace_bytes: int | None = None
 
     def open_store(self, cache: Path | None = None) -> DocumentStore | str:
         """Open the store, or return "memory". ``cache`` is the folder of the local disk tier in front of a URL."""
+        share = self.namespace_bytes
+        if share is None:
+            return "memory" if self.store is None else open_store(self.store, local=cache, **self.store_options)
         if self.store is None:
-            return "memory"
-        return open_store(self.store, local=cache, **self.store_options)
+            return as_store(MemoryStore(namespace_bytes=share))
+        of_memory = max(1, DEFAULT_MEMORY_BYTES * share // self.store_options.get("max_bytes", DEFAULT_DISK_BYTES))
+        memory = MemoryStore(namespace_bytes=of_memory)
+        return open_store(self.store, local=cache, memory=memory, namespace_bytes=share, **self.store_options)
 
     def load(self, cache: Path | None = None) -> KVFusionGenerator:
         """Load the model with the store. ``cache`` is as in :meth:`open_store`."""
@@ -48,7 +56,7 @@ class GeneratorSpec:
         model = self.model if self.model is None or not os.path.exists(self.model) else str(absolute(self.model))
         is_url = self.store is None or "://" in self.store
         store = self.store if is_url else str(absolute(self.store or ""))
-        return GeneratorSpec(model, store, self.store_options, self.options)
+        return replace(self, model=model, store=store)
 
 
 class WorkerCache:

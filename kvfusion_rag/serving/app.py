@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -54,28 +54,55 @@ def create_app(
         MissingDependencyError: metrics are enabled, but prometheus-client is not installed.
     """
     access, options = access or Access(), options or ServingOptions()
-    load = Load()
+    app, load = new_app(model_facts(generator, options), options), Load()
+    add_answering(app, generator, access.namespaces, options, load, library)
+    add_limits(app, access, options, load)
+    if options.metrics:
+        from .metrics import add_metrics
+
+        add_metrics(app, generator.store)
+    add_origins(app, access)
+    set_schema(app)
+    return app
+
+
+def new_app(model: dict[str, Any], options: ServingOptions) -> FastAPI:
+    """Return an app with our errors, the pages and ``model``, which does not answer yet."""
     lifespan = _with_threads(options.max_concurrency)
     app = FastAPI(title="kvfusion-rag", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
-    model = _model(generator, options)
     add_pages(app)
     _add_models(app, model)
-    tenants = _Tenants(generator, access)
-    work = DocumentWork(load)
+    return app
+
+
+def add_answering(
+    app: FastAPI,
+    generator: KVFusionGenerator,
+    namespaces: Iterable[str],
+    options: ServingOptions,
+    load: Load,
+    library: Library | None = None,
+) -> None:
+    """Add the paths that need the generator, for its own namespace and for others."""
+    tenants, work = _Tenants(generator, namespaces), DocumentWork(load)
     _add_answers(app, tenants, options, library)
     _add_documents(app, tenants, options, work)
     if library is not None:
         add_library(app, library, work, tenants.of, options.max_body_bytes)
+
+
+def add_limits(app: FastAPI, access: Access, options: ServingOptions, load: Load) -> None:
+    """Reject requests without access first, and then those above the limits."""
     app.add_middleware(AdmissionControl, options=options, load=load, max_of_tenant=_max_of_tenant(access, options))
     app.add_middleware(Guard, access=access)
-    if options.metrics:
-        from .metrics import add_metrics
 
-        add_metrics(app, generator.store)
+
+def add_origins(app: FastAPI, access: Access) -> None:
+    """Answer the questions of browsers about the allowed origins (CORS). Nothing may be added around this."""
     if access.origins:
         app.add_middleware(
             CORSMiddleware,
@@ -83,8 +110,6 @@ def create_app(
             allow_methods=["GET", "POST"],
             allow_headers=["authorization", "content-type"],
         )
-    set_schema(app)
-    return app
 
 
 def _with_threads(number: int) -> Any:
@@ -108,9 +133,9 @@ def _max_of_tenant(access: Access, options: ServingOptions) -> int:
 class _Tenants:
     """One generator per namespace, all with the same weights and store."""
 
-    def __init__(self, generator: KVFusionGenerator, access: Access) -> None:
+    def __init__(self, generator: KVFusionGenerator, namespaces: Iterable[str]) -> None:
         self._own = generator
-        self._others = {name: generator.with_namespace(name) for name in sorted(access.namespaces)}
+        self._others = {name: generator.with_namespace(name) for name in sorted(namespaces)}
 
     def of(self, request: Request) -> KVFusionGenerator:
         """Return the generator for the request's namespace."""
@@ -118,7 +143,7 @@ class _Tenants:
         return self._own if namespace is None else self._others[namespace]
 
 
-def _model(generator: KVFusionGenerator, options: ServingOptions) -> dict[str, Any]:
+def model_facts(generator: KVFusionGenerator, options: ServingOptions) -> dict[str, Any]:
     """Return the model as ``/v1/models`` lists it."""
     mode = generator.mode if options.mode in (None, "auto") else options.mode
     return {

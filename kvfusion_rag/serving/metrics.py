@@ -32,6 +32,11 @@ def add_metrics(app: FastAPI, store: DocumentStore | None) -> None:
         """Return counts of the whole server for Prometheus."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    count_requests(app, registry)
+
+
+def count_requests(app: FastAPI, registry: CollectorRegistry) -> None:
+    """Count the requests of ``app`` in ``registry``, by the paths that it has now."""
     paths = frozenset(path for route in app.routes if (path := getattr(route, "path", None)))
     app.add_middleware(_RequestCounter, registry=registry, paths=paths)
 

@@ -11,10 +11,13 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from decimal import Decimal
 from functools import wraps
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ...errors import InvalidInputError
 from ...schema import FocusChoice
+
+if TYPE_CHECKING:
+    from ...cluster.options import Replicas
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**63 - 1
@@ -142,6 +145,14 @@ def ray_address(value: str) -> str:
 
     require_address(value)
     return value
+
+
+@argument
+def replicas(value: str) -> Replicas:
+    """Read a number of replicas, or the least and the most, such as 1:8."""
+    from ...cluster.options import Replicas  # imports torch
+
+    return Replicas.read(value)
 
 
 @argument
