@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ClusterError, InvalidInputError
 from .arguments.cluster import add_replica_arguments, cluster_of
-from .arguments.library import add_library_arguments, check_library, open_library
+from .arguments.library import add_library_arguments, check_library, has_library, open_library
 from .arguments.paths import existing_file
 from .arguments.values import byte_count, plain_text, positive, whole
 from .console import print_error, say, say_json
@@ -156,9 +156,10 @@ def run(args: argparse.Namespace) -> int:
         metrics=args.metrics,
     )
     cluster = cluster_of(args)
-    if cluster is not None and args.docs:
+    if cluster is not None and has_library(args):
         raise InvalidInputError(
-            "--docs and --ray cannot be combined, because replicas have no files; send documents with each request."
+            "--ray cannot be combined with --docs, --index or --uploads, because replicas have no files; send the "
+            "documents with each request."
         )
     with bind(args.host, args.port) as listener:  # first, so that a port in use is reported before a model is loaded
         if cluster is None:

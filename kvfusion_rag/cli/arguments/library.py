@@ -52,7 +52,7 @@ def add_library_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_library(args: argparse.Namespace) -> None:
     """Reject options of a library that has no files, before models are loaded."""
-    if args.questions is not None and not _has_library(args):
+    if args.questions is not None and not has_library(args):
         raise InvalidInputError("--questions is given without --docs; pass the documents that answer them.")
     if args.uploads is not None and not args.max_uploads:
         raise InvalidInputError("--uploads is given with --max-uploads 0, which allows no files; omit one of them.")
@@ -61,7 +61,7 @@ def check_library(args: argparse.Namespace) -> None:
 @contextmanager
 def open_library(args: argparse.Namespace, generator: KVFusionGenerator) -> Generator[Library | None, None, None]:
     """Index the files of the arguments, compute their KVs, and yield the library; ``None`` if there are no files."""
-    if not _has_library(args):
+    if not has_library(args):
         yield None
         return
     from ...serving.library import Library, UploadSpace
@@ -78,7 +78,8 @@ def open_library(args: argparse.Namespace, generator: KVFusionGenerator) -> Gene
         yield Library(index, files=files, uploads=own, top_k=args.top_k, questions=questions)
 
 
-def _has_library(args: argparse.Namespace) -> bool:
+def has_library(args: argparse.Namespace) -> bool:
+    """Return whether the server has files of its own."""
     return bool(args.docs) or args.index is not None or args.uploads is not None
 
 
