@@ -1,7 +1,8 @@
 """Measure how well questions are answered with the gold document at every slot, for several systems side by side.
 
 Rows are questions with answers and passages, the gold ones marked, as made by build-data or in lost-in-the-middle. All
-systems answer the same rows, so that their differences have paired intervals.
+systems answer the same rows, so that their differences have paired intervals. With --ray, workers on a Ray cluster
+share the rows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +27,22 @@ from ..evaluation.systems import (
     require_systems,
 )
 from ..home import absolute
+from .arguments.cluster import add_cluster_arguments, cluster_of
 from .arguments.paths import existing_file, output_file, plot_file
 from .arguments.values import count, names, number, plain_text, positive, whole
 from .console import say, say_json
-from .options import add_model_arguments, add_model_name, load_generator
+from .options import add_model_arguments, add_model_name, generator_spec, load_generator
 
 if TYPE_CHECKING:
     from .. import KVFusionGenerator
+    from ..cluster import ClusterOptions
     from ..data.rows import QARow
     from ..evaluation.ape import ApeSearch
     from ..evaluation.journal import Journal
     from ..evaluation.orders import Plan
     from ..evaluation.predictions import Predictions
     from ..evaluation.summary import Summary
+    from ..evaluation.systems import Named
     from ..store import DocumentStore
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", type=existing_file, metavar="ROWS", help=rows)
     add_model_name(parser)
     add_model_arguments(parser)
+    add_cluster_arguments(parser)
     _add_systems(parser)
     _add_questions(parser)
     _add_files(parser)
@@ -96,7 +101,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=count, default=0, metavar="N", help="seed of sample, shuffled order and intervals (default: 0)")
     add(
         "--memory", type=whole(1, 1 << 20), default=1, metavar="GIB",
-        help="memory for document KVs, in GiB, which rows can share (default: 1)",
+        help="memory for document KVs, in GiB, which rows can share; of each worker, with --ray (default: 1)",
     )  # fmt: skip
     add("--batch-size", type=positive, default=8, metavar="N", help="questions answered together (default: 8)")
     add("--max-new-tokens", type=positive, metavar="N", help="maximum tokens of an answer (default: the model's own)")
@@ -122,13 +127,12 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..evaluation.bootstrap import Bootstrap
     from ..evaluation.report import make_report
-    from ..evaluation.runner import predict
     from ..evaluation.summary import summarize
     from ..evaluation.tables import markdown
     from ..store import DocumentStore, MemoryStore
 
     _require_outputs(args)
-    bootstrap = Bootstrap(args.seed)
+    cluster, bootstrap = cluster_of(args), Bootstrap(args.seed)
     inputs = _inputs(args)
     chosen = args.systems or default_systems(inputs, focus=args.focus is not None)
     require_systems(chosen)
@@ -139,22 +143,20 @@ def run(args: argparse.Namespace) -> int:
     models = Models(
         lambda options: _load(args, options, store), inputs, args.max_new_tokens, args.focus, args.focus_weight
     )
-    journal = _journal(args.resume, args, rows, plan)
-    factories, search = dict(SYSTEMS), _ape_search(args, chosen, rows, plan, models)
+    journal, search = _journal(args.resume, args, rows, plan), _ape_search(args, chosen, rows, plan, models)
     if search is not None:
-        factories["ape"] = lambda models: models.system("ape", "ape", "base", **search.settings)
         plan = replace(plan, notes=(*plan.notes, search.note))
-    systems, refused = possible_systems(make_systems(chosen, models, factories), named=args.systems is not None)
-    for note in refused:
-        logger.warning("%s", note)
+    ape = {} if search is None else search.settings
+    if cluster is None:
+        found = _evaluate_here(args, chosen, models, ape, rows, plan, journal)
+    else:
+        found = _evaluate_on_cluster(args, cluster, chosen, inputs, ape, rows, plan, journal)
+    predictions, systems, refused = found
     plan = replace(plan, notes=(*plan.notes, *refused))
-    if journal is not None:
-        journal.require(systems)
-    predictions = predict(
-        rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
-    )
     summary = summarize(rows, predictions, bootstrap)
     report = make_report(summary, plan, systems, rows, settings)
+    if cluster is not None:
+        report["run"]["cluster"] = asdict(cluster)
     if search is not None:
         report["ape_search"] = search_facts | search.to_dict()
     tables = markdown(summary, report)
@@ -164,6 +166,46 @@ def run(args: argparse.Namespace) -> int:
     else:
         say(tables, end="")
     return 0
+
+
+def _evaluate_here(
+    args: argparse.Namespace, chosen: list[str], models: Models, ape: Mapping[str, float], rows: list[QARow],
+    plan: Plan, journal: Journal | None,
+) -> tuple[Predictions, Sequence[Named], tuple[str, ...]]:  # fmt: skip
+    """Return the predictions, the systems, and notes on those that were left out."""
+    from ..evaluation.runner import predict
+
+    factories = dict(SYSTEMS)
+    if ape:
+        factories["ape"] = lambda models: models.system("ape", "ape", "base", **ape)
+    systems, refused = possible_systems(make_systems(chosen, models, factories), named=args.systems is not None)
+    for note in refused:
+        logger.warning("%s", note)
+    if journal is not None:
+        journal.require(systems)
+    predictions = predict(
+        rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
+    )
+    return predictions, systems, refused
+
+
+def _evaluate_on_cluster(
+    args: argparse.Namespace, cluster: ClusterOptions, chosen: list[str], inputs: Mapping[str, str | None],
+    ape: Mapping[str, float], rows: list[QARow], plan: Plan, journal: Journal | None,
+) -> tuple[Predictions, Sequence[Named], tuple[str, ...]]:  # fmt: skip
+    """Return the same as :func:`_evaluate_here`, from the workers of a cluster."""
+    from ..cluster import SystemsSpec, evaluate_systems
+
+    spec = SystemsSpec(
+        generator_spec(args), chosen, inputs, leave_out=args.systems is None, max_new_tokens=args.max_new_tokens,
+        focus=args.focus, focus_weight=args.focus_weight, ape=ape, memory_bytes=args.memory << 30,
+    )  # fmt: skip
+    found = evaluate_systems(
+        rows, spec, plan, cluster=cluster, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
+    )
+    for note in found.notes:
+        logger.warning("%s", note)
+    return found.predictions, found.systems, found.notes
 
 
 def _inputs(args: argparse.Namespace) -> dict[str, str | None]:

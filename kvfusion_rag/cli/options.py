@@ -172,7 +172,8 @@ def generator_spec(args: argparse.Namespace) -> GeneratorSpec:
     from ..cluster import GeneratorSpec
 
     share: int | None = getattr(args, "store_namespace_bytes", None)  # only of servers
-    return GeneratorSpec(args.model, args.store, _store_options(args), _generator_options(args), share)
+    store: str | None = getattr(args, "store", None)
+    return GeneratorSpec(args.model, store, _store_options(args), _generator_options(args), share)
 
 
 def add_index_arguments(parser: argparse.ArgumentParser) -> None:
@@ -248,7 +249,7 @@ def open_chosen_store(args: argparse.Namespace) -> DocumentStore | str:
 
 
 def _store_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {name: getattr(args, f"store_{name}") for name in ("codec", "max_bytes")}
+    options = {name: getattr(args, f"store_{name}", None) for name in ("codec", "max_bytes")}
     return {name: value for name, value in options.items() if value is not None}
 
 

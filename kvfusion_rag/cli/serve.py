@@ -11,6 +11,7 @@ replicas on a Ray cluster answer, and SIGHUP lets them load the model again with
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -185,9 +186,12 @@ def _serve_here(args: argparse.Namespace, access: Access, options: ServingOption
 def _serve_on_cluster(
     args: argparse.Namespace, access: Access, options: ServingOptions, listener: socket.socket, cluster: ClusterOptions
 ) -> None:
+    from ..cluster.connection import load_serve
     from ..cluster.serving import deployed
     from ..serving import serve
 
+    load_serve()
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # its import has set another level; restored by the command
     spec = generator_spec(args)
     with (
         deployed(spec, access=access, options=options, cluster=cluster, replicas=args.replicas) as deployment,

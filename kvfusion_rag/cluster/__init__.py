@@ -8,6 +8,7 @@ worker loads its model and store, and how failures are counted.
 from __future__ import annotations
 
 from .answering import answer_questions
+from .evaluating import DescribedSystem, Evaluated, SystemsSpec, evaluate_systems
 from .indexing import IndexedDocuments, index_documents
 from .options import ClusterOptions, Replicas
 from .questions import read_questions
@@ -15,10 +16,14 @@ from .spec import GeneratorSpec
 
 __all__ = [
     "ClusterOptions",
+    "DescribedSystem",
+    "Evaluated",
     "GeneratorSpec",
     "IndexedDocuments",
     "Replicas",
+    "SystemsSpec",
     "answer_questions",
+    "evaluate_systems",
     "index_documents",
     "read_questions",
 ]

@@ -16,6 +16,8 @@ from ..generator import KVFusionGenerator
 from ..home import absolute, home
 from ..store import DEFAULT_DISK_BYTES, DEFAULT_MEMORY_BYTES, DocumentStore, MemoryStore, as_store, open_store
 
+KEYWORDS = (None, "shipped")  # for adapters that are not a folder
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratorSpec:
@@ -53,10 +55,17 @@ class GeneratorSpec:
 
     def in_this_folder(self) -> GeneratorSpec:
         """Return the same generator with absolute paths, because workers have other current folders."""
-        model = self.model if self.model is None or not os.path.exists(self.model) else str(absolute(self.model))
+        model = absolute_if_here(self.model)
         is_url = self.store is None or "://" in self.store
         store = self.store if is_url else str(absolute(self.store or ""))
-        return replace(self, model=model, store=store)
+        named = {name: self.options.get(name) for name in ("adapter", "decoder")}
+        weights = {name: absolute_if_here(one) for name, one in named.items() if one not in KEYWORDS}
+        return replace(self, model=model, store=store, options={**self.options, **weights})
+
+
+def absolute_if_here(name: str | None) -> str | None:
+    """Return the absolute path if ``name`` is one of this folder, and not a name of the hub."""
+    return str(absolute(name)) if name is not None and os.path.exists(name) else name
 
 
 class WorkerCache:

@@ -15,7 +15,7 @@ from ..errors import InvalidInputError
 from ..text.json_text import parse_json
 from .orders import Condition
 from .predictions import Prediction
-from .systems import System
+from .systems import Named
 
 RUN = ""  # in place of a system's name
 BEGINNING = json.dumps({"system": RUN, "identity": 0})[:-2].encode()  # recognises a torn first line
@@ -39,7 +39,7 @@ class Journal:
         self._read()
         self._require(RUN, facts)
 
-    def require(self, systems: Sequence[System]) -> None:
+    def require(self, systems: Sequence[Named]) -> None:
         """Record the systems that will answer.
 
         Raises:

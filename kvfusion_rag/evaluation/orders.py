@@ -133,7 +133,8 @@ def arrange(row: QARow, condition: Condition, documents: int, seed: int) -> list
         return [*others[:before], *gold, *others[before:]]
     chosen = sorted([*gold, *others])
     if condition.kind == "shuffled":
-        random.Random(f"{seed}/{row.id}/{row.question}").shuffle(chosen)
+        name = f"{seed}/{row.id}/{row.question}"
+        random.Random(name.encode("utf-8", "surrogatepass")).shuffle(chosen)  # bytes seed like the same text
     return chosen
 
 

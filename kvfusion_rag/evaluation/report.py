@@ -26,14 +26,14 @@ from ..data.rows import QARow
 from .orders import Plan
 from .predictions import Predictions
 from .summary import Summary, score
-from .systems import System
+from .systems import Named
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "numpy")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_report(
-    summary: Summary, plan: Plan, systems: Sequence[System], rows: Sequence[QARow], settings: dict[str, Any]
+    summary: Summary, plan: Plan, systems: Sequence[Named], rows: Sequence[QARow], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Return all data of a run except the answers. ``settings`` are the caller's (seed, batch size, file, ...)."""
     return {

@@ -34,18 +34,22 @@ class AnswerLike(Protocol):
     def token_ids(self) -> tuple[int, ...]: ...
 
 
-class System(Protocol):
-    """A deterministic way to answer questions. ``name`` is its name in the report."""
+class Named(Protocol):
+    """What a report shows of a system. ``name`` is its name there."""
 
     @property
     def name(self) -> str: ...
 
-    def answer_batch(self, questions: Sequence[str], documents: Sequence[Sequence[Document]]) -> Sequence[AnswerLike]:
-        """Return one answer per question. Raises ContextLimitError if one is too long for the model."""
-        ...
-
     def identity(self) -> Mapping[str, Any]:
         """Return what the answers depend on, as plain data for the report."""
+        ...
+
+
+class System(Named, Protocol):
+    """A deterministic way to answer questions."""
+
+    def answer_batch(self, questions: Sequence[str], documents: Sequence[Sequence[Document]]) -> Sequence[AnswerLike]:
+        """Return one answer per question. Raises ContextLimitError if one is too long for the model."""
         ...
 
 

@@ -121,7 +121,9 @@ class Deployment:
             handle = self._serve.run(bound, name=self._name, route_prefix=None)
             facts = handle.facts.remote().result()
         except (RuntimeError, self._ray.exceptions.RayError) as error:
-            raise ClusterError(f"the replicas could not start: {_cause(error)}") from error
+            reports = self._serve.status().applications[self._name].deployments.values()
+            cause = "\n".join([str(error), *(report.message for report in reports)])
+            raise ClusterError(f"the replicas could not start: {_cause(cause)}") from error
         self._model.clear()
         self._model |= facts["model"]
         if not hasattr(self, "app"):
@@ -235,7 +237,7 @@ class _RayReplicas:
         return DeploymentUnavailableError
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: object) -> str:
     """Return the cause in one line: our own error among those that Ray quotes, or the end of the message."""
     text = str(error)
     own = re.findall(r"^kvfusion_rag\.errors\.\w+: (.+)", text, re.MULTILINE)

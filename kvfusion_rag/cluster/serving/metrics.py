@@ -10,7 +10,7 @@ from ...store import DocumentStore
 
 try:
     from prometheus_client import CollectorRegistry, generate_latest
-    from prometheus_client.core import Metric
+    from prometheus_client.core import GaugeMetricFamily, Metric
 except ImportError as error:
     raise MissingDependencyError.of_extra("the metrics page", "prometheus-client", "metrics") from error
 
@@ -20,13 +20,13 @@ Sample: TypeAlias = tuple[str, dict[str, str], float]
 Family: TypeAlias = tuple[str, str, str, list[Sample]]  # name, help text, type, samples
 
 
-def store_families(store: DocumentStore | None) -> list[Family]:
-    """Return the counts of a store as plain data."""
-    if store is None:
-        return []
+def replica_families(under_way: int, store: DocumentStore | None) -> list[Family]:
+    """Return the requests in progress and the counts of a store as plain data."""
+    requests = GaugeMetricFamily("kvfusion_replica_requests_under_way", "Requests in progress.", value=under_way)
+    stored = () if store is None else StoreCollector(store).collect()
     return [
         (one.name, one.documentation, one.type, [(s.name, s.labels, s.value) for s in one.samples])
-        for one in StoreCollector(store).collect()
+        for one in (requests, *stored)
     ]
 
 

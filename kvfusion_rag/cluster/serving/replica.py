@@ -61,7 +61,7 @@ class Replica:
 
     def __init__(self, generator: KVFusionGenerator, namespaces: Collection[str], options: ServingOptions) -> None:
         self._generator, self._options = generator, options
-        load = Load()
+        self._load = load = Load()
         self._app = new_app(model_facts(generator, options), options)
         add_answering(self._app, generator, namespaces, options, load)
         # A request that waits for its tenant would block others here, so the ingress limits tenants.
@@ -103,10 +103,10 @@ class Replica:
         return [message async for message in self.respond(request)]
 
     def metrics(self) -> list[Family]:
-        """Return the counts of the store."""
-        from .metrics import store_families
+        """Return the number of requests in progress, and the counts of the store."""
+        from .metrics import replica_families
 
-        return store_families(self._generator.store)
+        return replica_families(self._load.total, self._generator.store)
 
     def close(self) -> None:
         """Finish uploads to the store, and release its files."""
