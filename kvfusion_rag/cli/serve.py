@@ -45,9 +45,6 @@ if TYPE_CHECKING:
     from ..cluster.serving import Deployment
     from ..serving import Access, ServingOptions
 
-# Each operation of a model releases the interpreter's lock and then waits for it. With Python's 5 ms, one thread that
-# reads a large request slows every answer down.
-SWITCH_SECONDS = 0.0005
 STOP_SECONDS = 9.0  # after a signal, the process ends even if a pass of the model or an upload has not ended
 
 
@@ -225,6 +222,8 @@ def _updating_on_hangup(deployment: Deployment, spec: GeneratorSpec) -> Generato
 @contextmanager
 def _short_turns() -> Generator[None, None, None]:
     """Let Python's threads take shorter turns."""
+    from ..serving.options import SWITCH_SECONDS
+
     former = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 import threading
 from collections.abc import AsyncGenerator, Collection, Generator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from starlette.types import Message
 
 from ...errors import ClusterError
 from ...serving import Access, ServingOptions
+from ...serving.options import SWITCH_SECONDS
 from ..connection import connected, load_serve, require_shared_store, workers_of
 from ..options import ClusterOptions, Replicas
 from ..spec import GeneratorSpec, WorkerCache
@@ -171,6 +173,7 @@ class _Served(Replica):
         self, spec: GeneratorSpec, namespaces: Collection[str], options: ServingOptions, threads: int
     ) -> None:
         torch.set_num_threads(threads)
+        sys.setswitchinterval(SWITCH_SECONDS)
         store = spec.store
         self._cache = WorkerCache(store) if store is not None and "://" in store else None  # locked until the end
         super().__init__(spec.load(self._cache.folder if self._cache else None), namespaces, options)
