@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -49,6 +50,8 @@ def main() -> None:
     parser.add_argument("--model", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
+    for name in ("werkzeug", "ray.data", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     figures: dict[str, Any] = {"run": run_facts()}
     with tempfile.TemporaryDirectory() as folder, object_store(), two_nodes(Path(folder)) as kill_node:
         spec = GeneratorSpec(args.model, options={"mode": "fusion"})

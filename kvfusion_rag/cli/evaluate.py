@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate_here(
-    args: argparse.Namespace, chosen: list[str], models: Models, ape: Mapping[str, float], rows: list[QARow],
+    args: argparse.Namespace, chosen: list[str], models: Models, ape: Mapping[str, Any], rows: list[QARow],
     plan: Plan, journal: Journal | None,
 ) -> tuple[Predictions, Sequence[Named], tuple[str, ...]]:  # fmt: skip
     """Return the predictions, the systems, and notes on those that were left out."""
@@ -191,7 +191,7 @@ def _evaluate_here(
 
 def _evaluate_on_cluster(
     args: argparse.Namespace, cluster: ClusterOptions, chosen: list[str], inputs: Mapping[str, str | None],
-    ape: Mapping[str, float], rows: list[QARow], plan: Plan, journal: Journal | None,
+    ape: Mapping[str, Any], rows: list[QARow], plan: Plan, journal: Journal | None,
 ) -> tuple[Predictions, Sequence[Named], tuple[str, ...]]:  # fmt: skip
     """Return the same as :func:`_evaluate_here`, from the workers of a cluster."""
     from ..cluster import SystemsSpec, evaluate_systems

