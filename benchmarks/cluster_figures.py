@@ -203,12 +203,16 @@ def measure_serving(spec: GeneratorSpec) -> dict[str, Any]:
 
         def ask(number: int) -> httpx.Response:
             start = 4 * (number % SEEN)
-            body = {"model": deployment.model_id, "messages": [{"role": "user", "content": "Who counted sacks?"}]}
+            body = {
+                "model": deployment.model_id,
+                "messages": [{"role": "user", "content": "Who counted sacks?"}],
+                "max_tokens": 8,
+            }
             return client.post("/v1/chat/completions", json=body | {"documents": texts[start : start + 4]})
 
-        def replicas() -> int:
+        def replicas() -> set[str]:
             lines = client.get("/metrics").text.splitlines()
-            return sum(line.startswith("kvfusion_replica_requests_under_way{") for line in lines)
+            return {line.split('"')[1] for line in lines if line.startswith("kvfusion_replica_requests_under_way{")}
 
         for number in range(SEEN):
             ask(number)
@@ -219,11 +223,10 @@ def measure_serving(spec: GeneratorSpec) -> dict[str, Any]:
         with ThreadPoolExecutor(CAPACITY) as pool:
             replies = [pool.submit(ask, number) for number in range(REQUESTS)]
             time.sleep(2)
+            before = replicas()
             os.kill(pids_of("replica")[0], signal.SIGKILL)
             killed = time.monotonic()
-            while replicas() == 2:
-                time.sleep(0.1)
-            while replicas() < 2:
+            while not replicas() - before:
                 time.sleep(0.1)
             back = time.monotonic() - killed
             codes = Counter(reply.result().status_code for reply in replies)

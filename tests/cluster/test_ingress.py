@@ -194,6 +194,20 @@ def test_metrics_have_the_requests_of_the_ingress_and_the_store_of_each_replica(
     assert len(names) == len(set(names))
 
 
+def test_page_of_metrics_has_the_requests_while_no_replica_answers():
+    pytest.importorskip("prometheus_client")
+
+    class Silent(LocalReplicas):
+        async def metrics(self):
+            raise ReplicaLostError("no answer within 5 s")
+
+    client = client_over(Silent([replica(tiny.generator())]), metrics=True)
+    assert client.get("/health").status_code == 200
+    found = client.get("/metrics")
+    assert found.status_code == 200 and 'requests_total{path="/health",status="200"} 1.0' in found.text
+    assert "kvfusion_store" not in found.text
+
+
 @pytest.mark.parametrize(("text", "expected"), [("2", (2, 2)), ("1:8", (1, 8)), ("10000", (10_000, 10_000))])
 def test_replicas_are_read(text, expected):
     found = Replicas.read(text)

@@ -206,7 +206,8 @@ def _add_metrics(app: FastAPI, replicas: Replicas) -> None:
         try:
             found = await replicas.metrics()
         except ReplicaLostError as error:
-            raise _lost() from error
+            logger.warning("the metrics of the replicas are missing: %s", error)
+            found = {}
         return Response(page_of(registry, found), media_type=CONTENT_TYPE_LATEST)
 
     count_requests(app, registry)
