@@ -36,12 +36,12 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS collection (name TEXT PRIMARY KEY, settings TEXT, rows INTEGER, checks INTEGER);
 CREATE TABLE IF NOT EXISTS file (collection TEXT, name TEXT, digest TEXT, title TEXT, left_out TEXT, checked INTEGER,
     PRIMARY KEY (collection, name)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS place (collection TEXT, file TEXT, number INTEGER, key BLOB, start INTEGER, end INTEGER,
-    checked INTEGER, PRIMARY KEY (collection, file, number)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS span (collection TEXT, file TEXT, number INTEGER, key BLOB, start INTEGER, end INTEGER,
+    at TEXT, checked INTEGER, PRIMARY KEY (collection, file, number)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS chunk (collection TEXT, key BLOB, title TEXT, text TEXT, vector BLOB, checked INTEGER,
     PRIMARY KEY (collection, key)) WITHOUT ROWID;
 """
-_KEYS = {"file": ("name",), "place": ("file", "number"), "chunk": ("key",)}
+_KEYS = {"file": ("name",), "span": ("file", "number"), "chunk": ("key",)}
 # Errors of a sound database that cannot be used now. All others mean that the file is damaged.
 _TRANSIENT = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_FULL", "SQLITE_PERM",
               "SQLITE_NOMEM", "SQLITE_AUTH", "SQLITE_INTERRUPT")  # fmt: skip
@@ -57,13 +57,17 @@ class DamagedIndexError(RetrievalError):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """Where a text is: the ``number``-th chunk of a file, from 1, at these characters of the file's text."""
+    """Where a text is: the ``number``-th chunk of a file, from 1, at these characters of the file's text.
+
+    ``at`` names the place as a reader would: "page 12", or nothing.
+    """
 
     file: str
     number: int
     key: bytes
     start: int
     end: int
+    at: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,13 +203,13 @@ class ChunkCollection:
             for file in old:
                 rows.delete("file", file.name)
                 for place in file.places:
-                    rows.delete("place", place.file, place.number)
+                    rows.delete("span", place.file, place.number)
             for key in (*orphans, *(chunk.key for chunk in chunks if chunk.key in self._titles)):
                 rows.delete("chunk", key)
             for file in files:
                 rows.insert("file", file.name, file.digest, file.title, json.dumps(file.left_out))
                 for place in file.places:
-                    rows.insert("place", *astuple(place))
+                    rows.insert("span", *astuple(place))
             for chunk in chunks:
                 rows.insert("chunk", chunk.key, chunk.title, chunk.text, chunk.vector.tobytes())
             self._database.execute(
@@ -286,7 +290,7 @@ class ChunkCollection:
         self._vectors: dict[bytes, np.ndarray] = {}
         self._matrix: np.ndarray | None = None
         places: dict[str, list[Place]] = {}
-        for values in rows.checked("place"):
+        for values in rows.checked("span"):
             places.setdefault(values[0], []).append(Place(*values))
         for name, digest, title, left_out in rows.checked("file"):
             self._remember(StoredFile(name, digest, title, tuple(json.loads(left_out)), tuple(places.get(name, ()))))

@@ -29,7 +29,7 @@ from .updating import Updater
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # increase it when chunks, ids, metadata or embedded texts change
+FORMAT = 3  # increase it when chunks, ids, metadata or embedded texts change
 # Tokenizers that give the same lengths for all of these texts are assumed to split texts in the same way.
 TOKENIZER_PROBES = (
     "The lighthouse keeper wrote 1,874 letters, and nobody ever answered them.",
@@ -224,8 +224,9 @@ class DocumentIndex:
 
         Returns:
             Documents with ``id`` = ``<file>#<chunk>``, the file's title, and metadata ``source`` (path), ``file``,
-            ``chunk`` (from 1), ``start`` and ``end`` (characters of the file's text) and ``distance`` (cosine). The
-            ``score`` is the cosine similarity, 1 minus the distance.
+            ``chunk`` (from 1), ``start`` and ``end`` (characters of the file's text), ``place`` if the file has pages,
+            rows, lines or the like ("page 12"), and ``distance`` (cosine). The ``score`` is the cosine similarity, 1
+            minus the distance.
 
         Raises:
             RetrievalError: the index is empty.
@@ -290,6 +291,7 @@ class DocumentIndex:
 
     def _document(self, place: Place, distance: float | None, title: str, text: str) -> Document:
         metadata = {"file": place.file, "chunk": place.number, "start": place.start, "end": place.end}
+        metadata |= {"place": place.at} if place.at else {}
         metadata |= {} if distance is None else {"distance": distance}
         return Document(
             text,

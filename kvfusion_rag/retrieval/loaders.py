@@ -1,4 +1,4 @@
-"""Finds files in folders and reads their text: plain text, Markdown, HTML and PDF.
+"""Finds files in folders and reads their text with the readers in ``files``.
 
 Files are untrusted: their size is limited, special files are not opened, and links to folders are not followed. A file
 that cannot be read is skipped with a reason; exceptions of parsers never escape.
@@ -9,44 +9,40 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 from ..errors import MissingDependencyError, RetrievalError
 from ..home import absolute, expanded
-from .junk import without_junk
+from .files.archive import gunzip
+from .files.junk import find_junk, without_spans
+from .files.kinds import KINDS, KNOWN_TYPES, Kind, kind_of
+from .files.reading import Mark, Reading, UnreadableFileError
+from .places import shifted_marks
 
-if TYPE_CHECKING:
-    from .charsets import DecodedText
-
-Kind = Literal["text", "markdown", "html", "pdf"]
-
-KINDS: dict[str, Kind] = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "markdown",
-    ".markdown": "markdown",
-    ".html": "html",
-    ".htm": "html",
-    ".xhtml": "html",
-    ".pdf": "pdf",
-}
 INDEX_FOLDER = ".kvfusion"
 QUESTIONS_FILE = "questions.jsonl"  # example questions of a folder, which are not a document
 MAX_FILE_BYTES = 32 * 2**20
 MAX_TITLE_CHARACTERS = 200
-# A file is binary if more than this share of its characters are control characters or invalid UTF-8.
-BINARY_SHARE = 0.2
 
-_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufffd]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _SPACES = re.compile(r"\s+")
-_ATX_HEADING = re.compile(r" {0,3}#{1,6}(?=\s|$)")
-_FENCE = re.compile(r" {0,3}(```|~~~)")
-
-Reading = tuple[str, str, tuple[str, ...]]  # text, title, and what is missing
+_NAMES: dict[Kind, str] = {
+    "text": "text",
+    "markdown": "Markdown",
+    "code": "source code",
+    "html": "HTML",
+    "pdf": "PDF",
+    "word": "a Word document",
+    "slides": "a presentation",
+    "workbook": "a workbook",
+    "table": "a table",
+    "book": "an EPUB book",
+    "mail": "a mail",
+    "notebook": "a notebook",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +61,14 @@ class LoadedText:
         text: the text without embedded data, such as images in base64.
         title: its own title or first heading, or else the file's name.
         left_out: what the text lacks, in words: embedded data, bytes that cannot be decoded, pages of a PDF.
+        marks: where pages, rows, chapters or lines begin, for the names of places.
     """
 
     text: str
     title: str
     kind: Kind
     left_out: tuple[str, ...] = ()
-
-
-class UnreadableFileError(RetrievalError):
-    """A file has no usable text. The message is only the reason."""
+    marks: tuple[Mark, ...] = field(default=(), repr=False)
 
 
 def find_files(paths: Iterable[str | Path], *, exclude: Path | None = None) -> tuple[list[Path], list[SkippedFile]]:
@@ -136,7 +130,7 @@ def _take(path: Path, found: dict[Path, None], skipped: list[SkippedFile]) -> No
 
 def _reason_to_skip(path: Path) -> str | None:
     if path.suffix.lower() not in KINDS:
-        return f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}"
+        return _unknown_type(path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -170,98 +164,97 @@ def read_bytes(path: Path, max_bytes: int = MAX_FILE_BYTES) -> bytes:
     return data
 
 
-def read_document(path: Path, data: bytes | None = None) -> LoadedText:
+def read_document(path: Path, data: bytes | None = None, *, max_bytes: int = MAX_FILE_BYTES) -> LoadedText:
     """Return text and title of one file. Its suffix selects the reader.
 
     Args:
-        path: a file with a suffix in ``KINDS``.
+        path: a file with a suffix in ``KINDS``. A file that ends with ``.gz`` is unpacked, and the suffix in front
+            selects the reader.
         data: the file's content, if it has been read already.
+        max_bytes: size of a file in bytes, also after it is unpacked.
 
     Raises:
         UnreadableFileError: the file contains no usable text.
         MissingDependencyError: the parser for this type is not installed.
     """
-    kind = KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise UnreadableFileError(f"unknown file type {path.suffix!r}; known types: {', '.join(KINDS)}")
-    text, title, notes = _guarded(kind, read_bytes(path) if data is None else data)
-    text, junk = without_junk(_LONE_SURROGATE.sub("\ufffd", text))
-    left_out = (*notes, *junk)
+    kind, data = _unpacked(path, read_bytes(path, max_bytes) if data is None else data, max_bytes)
+    reading = _guarded(kind, data)
+    text = _LONE_SURROGATE.sub("\ufffd", reading.text)
+    spans, junk = find_junk(text)
+    marks = shifted_marks(text, reading.marks, spans)
+    text = without_spans(text, spans)
+    left_out = tuple(_LONE_SURROGATE.sub("\ufffd", what) for what in (*reading.left_out, *junk))
     if not text.strip():
         only = f" except {', '.join(left_out)}" if left_out else " (a scan?)" if kind == "pdf" else ""
         raise UnreadableFileError(f"contains no text{only}")
-    title = _SPACES.sub(" ", _LONE_SURROGATE.sub("\ufffd", title)).strip()
-    return LoadedText(text, title[:MAX_TITLE_CHARACTERS].rstrip() or path.stem, kind, left_out)
+    title = _SPACES.sub(" ", _LONE_SURROGATE.sub("\ufffd", reading.title)).strip()
+    return LoadedText(text, title[:MAX_TITLE_CHARACTERS].rstrip() or _stem(path), kind, left_out, marks)
 
 
-def _read_text(data: bytes) -> Reading:
-    decoded = _decode(data)
-    return decoded.text, "", decoded.note()
+def _unpacked(path: Path, data: bytes, max_bytes: int) -> tuple[Kind, bytes]:
+    """Return kind and content of a file, unpacked if it is compressed."""
+    kind = kind_of(path)
+    if kind != "gzip":
+        if kind is None:
+            raise UnreadableFileError(_unknown_type(path))
+        return kind, data
+    inner = kind_of(Path(path.stem))
+    if inner is None or inner == "gzip":
+        raise UnreadableFileError(f"compressed file of {_unknown_type(Path(path.stem))}")
+    try:
+        return inner, gunzip(data, max_bytes)
+    except (OSError, zlib.error) as error:
+        raise UnreadableFileError(f"cannot be unpacked: {error}") from error
 
 
-def _read_markdown(data: bytes) -> Reading:
-    decoded = _decode(data)
-    return decoded.text, _first_heading(decoded.text), decoded.note()
+def _unknown_type(path: Path) -> str:
+    return f"unknown file type {path.suffix!r}; known types: {KNOWN_TYPES}"
 
 
-def _decode(data: bytes) -> DecodedText:
-    """Decode a text in any encoding; line ends are unchanged."""
-    from .charsets import decode_text, has_mark
-
-    if b"\x00" in data and not has_mark(data):
-        raise UnreadableFileError("binary, not text")
-    decoded = decode_text(data)
-    if not decoded.known or len(_NOT_TEXT.findall(decoded.text)) > BINARY_SHARE * len(decoded.text):
-        raise UnreadableFileError("neither UTF-8 nor another known encoding")
-    return decoded
+def _stem(path: Path) -> str:
+    """Return the name of a file without its suffixes."""
+    return Path(path.stem).stem if kind_of(path) == "gzip" else path.stem
 
 
-def _first_heading(text: str) -> str:
-    fence = ""
-    for line in text.splitlines():
-        mark = _FENCE.match(line)
-        if mark and fence in ("", mark[1]):
-            fence = "" if fence else mark[1]
-        heading = None if fence else _ATX_HEADING.match(line)
-        title = line[heading.end() :].strip().rstrip("#").rstrip() if heading else ""
-        if title:
-            return title
-    return ""
-
-
-def _read_html(data: bytes) -> Reading:
-    from .charsets import has_mark
-    from .page import read_page
-
-    if b"\x00" in data and not has_mark(data):
-        raise UnreadableFileError("binary, not HTML")
-    return read_page(data)
-
-
-def _read_pdf(data: bytes) -> Reading:
-    from .pdf import read_pdf
-
-    return read_pdf(data)
-
-
-_READERS: dict[Kind, tuple[Callable[[bytes], Reading], str]] = {
-    "text": (_read_text, "text"),
-    "markdown": (_read_markdown, "Markdown"),
-    "html": (_read_html, "HTML"),
-    "pdf": (_read_pdf, "PDF"),
-}
+def _read_kind(kind: Kind, data: bytes) -> Reading:
+    """Call the reader of ``kind``. Each is imported when it is needed, because some need other libraries."""
+    if kind in ("text", "code"):
+        from .files.text import read_text as read
+    elif kind == "markdown":
+        from .files.text import read_markdown as read
+    elif kind == "html":
+        from .files.page import read_page as read
+    elif kind == "pdf":
+        from .files.pdf import read_pdf as read
+    elif kind == "word":
+        from .files.office import read_word as read
+    elif kind == "slides":
+        from .files.office import read_slides as read
+    elif kind == "workbook":
+        from .files.workbook import read_workbook as read
+    elif kind == "table":
+        from .files.table import read_table as read
+    elif kind == "book":
+        from .files.book import read_book as read
+    elif kind == "mail":
+        from .files.mail import read_mail as read
+    else:
+        from .files.notebook import read_notebook as read
+    return read(data)
 
 
 def _guarded(kind: Kind, data: bytes) -> Reading:
     """Call the reader of ``kind``, and turn every exception of its parser into a reason."""
-    reader, what = _READERS[kind]
+    what = _NAMES[kind]
     try:
-        return reader(data)
+        return _read_kind(kind, data)
     except UnreadableFileError:
         raise
     except ImportError as error:
         raise MissingDependencyError.of_extra(f"reading {what}", str(error.name), "rag") from error
-    except Exception as error:  # parsers raise any exception for untrusted files, from KeyError to RecursionError
+    except RecursionError as error:
+        raise UnreadableFileError(f"cannot be read as {what}: nested too deeply") from error
+    except Exception as error:  # parsers raise any exception for untrusted files, from KeyError to MemoryError
         cause = _SPACES.sub(" ", str(error))[:200] or type(error).__name__
         raise UnreadableFileError(f"cannot be read as {what}: {cause}") from error
 

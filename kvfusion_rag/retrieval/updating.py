@@ -14,6 +14,7 @@ from .collection import ChunkCollection, Place, StoredChunk, StoredFile, text_ke
 from .databases import DatabaseCollection
 from .embedding import Embedder
 from .loaders import LoadedText, SkippedFile, UnreadableFileError, printable_path, read_bytes, read_document
+from .places import name_places
 from .splitting import Chunk
 
 CHUNKS_PER_WRITE = 512
@@ -138,14 +139,15 @@ class Updater:
             if old is not None and old.digest == digest:
                 changes.unchanged.append(name)
                 return None
-            loaded = read_document(path, data)
+            loaded = read_document(path, data, max_bytes=self._max_file_bytes)
         except UnreadableFileError as error:
             changes.skipped.append(SkippedFile(printable_path(path), str(error)))
             return None
         chunks = self._split(loaded)
+        names = name_places(loaded.text, loaded.marks, ((chunk.start, chunk.end) for chunk in chunks))
         places = tuple(
-            Place(name, number, text_key(chunk.text), chunk.start, chunk.end)
-            for number, chunk in enumerate(chunks, start=1)
+            Place(name, number, text_key(chunk.text), chunk.start, chunk.end, at)
+            for number, (chunk, at) in enumerate(zip(chunks, names, strict=True), start=1)
         )
         (changes.added if old is None else changes.changed).append(name)
         return StoredFile(name, digest, loaded.title, loaded.left_out, places), chunks

@@ -16,7 +16,7 @@ from kvfusion_rag import InvalidInputError, InvarianceReport
 from kvfusion_rag.cli import ask
 from kvfusion_rag.cli.console import printable
 from kvfusion_rag.cli.output.answers import MAX_SENTENCE_CHARACTERS, sentence_around
-from kvfusion_rag.retrieval.loaders import KINDS
+from kvfusion_rag.retrieval.files.kinds import KNOWN_TYPES
 
 
 def test_ask_passes_all_options_on(capsys, generator, docs):
@@ -45,7 +45,7 @@ def test_ask_prints_answer_sources_and_timings(capsys, generator, docs):
         "shuffle check: 3 other orders of the documents, identical answers, identical logits",
         "",
         "not searched",
-        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {', '.join(KINDS)}",
+        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {KNOWN_TYPES}",
     ]
     assert generator.checked == ("Where is the office?", 2, 3, None, "auto")
 
@@ -57,7 +57,7 @@ def test_ask_names_what_it_did_not_search(capsys, generator, docs):
     out = run(capsys, *argv)[1]
     assert out.splitlines()[-4:] == [
         "not searched",
-        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {', '.join(KINDS)}",
+        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {KNOWN_TYPES}",
         f"  ! {docs / 'empty.txt'}: empty",
         f"  ! {docs / 'map.md'}: without embedded base64 data (1,122 characters)",
     ]

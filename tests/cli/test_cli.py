@@ -23,7 +23,7 @@ from kvfusion_rag.cli import ask, doctor, main
 from kvfusion_rag.cli.console import collection_paused
 from kvfusion_rag.retrieval import SkippedFile
 from kvfusion_rag.retrieval.collection import DATABASE_FILE
-from kvfusion_rag.retrieval.loaders import KINDS
+from kvfusion_rag.retrieval.files.kinds import KNOWN_TYPES
 
 ROOT = Path(__file__).parent.parent.parent
 KEEPER = "Who was the last keeper of the Harrow Point Lighthouse?"
@@ -151,7 +151,7 @@ def test_index_reports_its_changes(capsys, generator, docs, model_folder):
         "2 added, 0 changed, 0 removed, 0 unchanged, 1 skipped",
         "  + peru.md",
         "  + rice.txt",
-        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {', '.join(KINDS)}",
+        f"  ! {docs / 'data.bin'}: unknown file type '.bin'; known types: {KNOWN_TYPES}",
     ]
     (docs / "rice.txt").unlink()
     result = json.loads(run(capsys, "index", docs, "--json", "--model", model_folder)[1])

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from growth import growth_of_time
 
-from kvfusion_rag.retrieval.junk import without_junk
+from kvfusion_rag.retrieval.files.junk import without_junk
 
 BYTES = random.Random(3).randbytes(3_000)
 BASE64 = base64.b64encode(BYTES).decode()

@@ -20,6 +20,7 @@ from pypdf import PageObject, PdfWriter
 
 from kvfusion_rag import RetrievalError
 from kvfusion_rag.retrieval import read_document
+from kvfusion_rag.retrieval.files.kinds import KNOWN_TYPES
 from kvfusion_rag.retrieval.loaders import KINDS, UnreadableFileError, find_files, read_bytes
 
 
@@ -131,7 +132,7 @@ def pdf_of_nested_forms(depth: int) -> bytes:
 
 @pytest.mark.parametrize("data", [pdf_of_shared_pages(60, 200), pdf_of_nested_forms(30)])
 def test_pdf_that_needs_more_work_than_its_size_allows_is_read_in_part(tmp_path, monkeypatch, data):
-    monkeypatch.setattr("kvfusion_rag.retrieval.pdf.OPERATIONS", 100)
+    monkeypatch.setattr("kvfusion_rag.retrieval.files.pdf.OPERATIONS", 100)
     read = 0
     extract = PageObject.extract_text
 
@@ -240,7 +241,7 @@ def test_skipped_files_are_reported_with_a_reason(tmp_path):
     assert reasons(skipped) == {
         ".git": "hidden",
         "broken.txt": "broken link",
-        "data.bin": f"unknown file type '.bin'; known types: {', '.join(KINDS)}",
+        "data.bin": f"unknown file type '.bin'; known types: {KNOWN_TYPES}",
         "loop": "link to a folder; name the folder itself to index it",
         "pipe.txt": "not a regular file",
     }

@@ -11,6 +11,8 @@ from typing import Any
 
 from pypdf import PageObject, PdfReader
 
+from .reading import Reading, TextBuilder
+
 # Compressed books have about one operation for four bytes.
 OPERATIONS = 10_000
 OPERATIONS_PER_BYTE = 1
@@ -45,8 +47,8 @@ class _Limits:
             raise _TooMuchWorkError
 
 
-def read_pdf(data: bytes) -> tuple[str, str, tuple[str, ...]]:
-    """Return the text of all pages with a blank line between them, the title in the metadata, and what is missing.
+def read_pdf(data: bytes) -> Reading:
+    """Return the text of all pages with a blank line between them, the title in the metadata, and marks of the pages.
 
     Raises:
         Exception: any exception of pypdf, or a ValueError if the file needs a password.
@@ -55,16 +57,19 @@ def read_pdf(data: bytes) -> tuple[str, str, tuple[str, ...]]:
     if reader.is_encrypted and not reader.decrypt(""):
         raise ValueError("protected by a password")
     limits = _Limits(len(data))
-    pages: list[str] = []
+    builder = TextBuilder()
     missing: tuple[str, ...] = ()
-    for page in reader.pages:
+    for number, page in enumerate(reader.pages, start=1):
         try:
             limits.count_content(page)
             text = page.extract_text(visitor_operand_before=limits.count_operation).strip()
             limits.check()  # pypdf ignores errors inside forms
         except _TooMuchWorkError:
-            missing = (f"pages from {len(pages) + 1} on, which need too much work for the size of the file",)
+            missing = (f"pages from {number} on, which need too much work for the size of the file",)
             break
-        pages.append(text)
+        if text:
+            builder.separate()
+            builder.mark("page", number)
+            builder.write(text)
     title = (reader.metadata.title if reader.metadata else None) or ""
-    return "\n\n".join(pages), title, missing
+    return builder.reading(title, missing)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 MIN_RUN = 1_000  # characters without white space; the longest web addresses are about as long
 MIN_DATA_LINES = 8
@@ -32,21 +32,60 @@ Span = tuple[int, int, str]  # start and end in the text, and what is there
 
 def without_junk(text: str) -> tuple[str, tuple[str, ...]]:
     """Return the text without embedded data, and one description for each kind of data that was left out."""
-    characters: Counter[str] = Counter()
+    spans, descriptions = find_junk(text)
+    return without_spans(text, spans), descriptions
 
-    def without(match: re.Match[str]) -> str:
-        characters["embedded base64 data"] += match.end() - match.start()
-        return ""
 
-    text = _DATA_URI.sub(without, text)
+def without_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
+    """Return the text without some spans, which are in order and do not overlap."""
     kept: list[str] = []
     start = 0
-    for first, last, what in _data_lines(text):
+    for first, last in spans:
         kept.append(text[start:first])
-        characters[what] += last - first
         start = last
     kept.append(text[start:])
-    return "".join(kept), tuple(f"{what} ({count:,} characters)" for what, count in characters.items())
+    return "".join(kept)
+
+
+def find_junk(text: str) -> tuple[list[tuple[int, int]], tuple[str, ...]]:
+    """Return the spans of embedded data in order, and one description for each kind of data."""
+    characters: Counter[str] = Counter()
+    uris = [match.span() for match in _DATA_URI.finditer(text)]
+    if uris:
+        characters["embedded base64 data"] = sum(end - start for start, end in uris)
+    lines: list[tuple[int, int]] = []
+    for first, last, what in _data_lines(without_spans(text, uris)):
+        lines.append((first, last))
+        characters[what] += last - first
+    spans = _merged(uris, _in_whole_text(lines, uris))
+    return spans, tuple(f"{what} ({count:,} characters)" for what, count in characters.items())
+
+
+def _in_whole_text(spans: list[tuple[int, int]], removed: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return spans of a text as spans of the text from which ``removed`` were not removed."""
+    whole: list[tuple[int, int]] = []
+    shift = 0
+    number = 0
+    for start, end in spans:
+        ends: list[int] = []
+        for position in (start, end - 1):
+            while number < len(removed) and removed[number][0] <= position + shift:
+                shift += removed[number][1] - removed[number][0]
+                number += 1
+            ends.append(position + shift)
+        whole.append((ends[0], ends[1] + 1))
+    return whole
+
+
+def _merged(first: list[tuple[int, int]], second: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the spans of both lists in order, with overlapping ones joined."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted((*first, *second)):
+        if merged and start < merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
 
 
 def _data_lines(text: str) -> Iterator[Span]:

@@ -11,7 +11,8 @@ from collections import Counter
 
 from turbohtml import Document, Element, Namespace, Node, Text, parse
 
-from .charsets import decode_page
+from .charsets import decode_page, has_mark
+from .reading import Reading, UnreadableFileError
 
 MAX_ROOTS = 100  # tags <html> and <body> of one page
 MAX_OPEN_STYLES = 50  # tags such as <b> that are open at once
@@ -35,14 +36,36 @@ _STYLE_TAG = re.compile(
 _SELF_CLOSING = re.compile(r"<(?!br\b)([A-Za-z][\w:-]*+)([^<>]*)/>", re.IGNORECASE)
 
 
-def read_page(data: bytes) -> tuple[str, str, tuple[str, ...]]:
-    """Return the visible text with a blank line between blocks, the title or first heading, and what is missing."""
+def read_page(data: bytes) -> Reading:
+    """Return the visible text with a blank line between blocks, and the title or first heading.
+
+    Raises:
+        UnreadableFileError: it is binary.
+    """
+    if b"\x00" in data and not has_mark(data):
+        raise UnreadableFileError("binary, not HTML")
     decoded = decode_page(data)
-    tree = parse(_parsable(decoded.text), positions=False, scripting=True)
+    text, title = page_text(decoded.text)
+    return Reading(text, title, decoded.note())
+
+
+def page_text(source: str) -> tuple[str, str]:
+    """Return the visible text of a decoded page, and its title or first heading."""
+    tree = parse(_parsable(source), positions=False, scripting=True)
     titles = [one for one in tree.select("title") if one.namespace is Namespace.HTML]
     heading = titles[0] if titles else tree.select_one("h1")
-    text = _tidy_lines("".join(_pieces(tree)))
-    return text, heading.text if heading else "", decoded.note()
+    return _visible_text(tree), heading.text if heading else ""
+
+
+def read_chapter(data: bytes) -> tuple[str, str]:
+    """Return the visible text of a chapter, and its first heading, because its title is often that of the book."""
+    tree = parse(_parsable(decode_page(data).text), positions=False, scripting=True)
+    heading = tree.select_one("h1, h2, h3")
+    return _visible_text(tree), heading.text if heading else ""
+
+
+def _visible_text(tree: Document) -> str:
+    return _tidy_lines("".join(_pieces(tree)))
 
 
 def _parsable(source: str) -> str:
