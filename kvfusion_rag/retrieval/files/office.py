@@ -1,6 +1,6 @@
 """Reads Word documents and PowerPoint presentations.
 
-Both write paragraphs ``p`` of texts ``t``, and tables ``tbl`` of rows ``tr`` and cells ``tc``. Headings become those of
+Both write paragraphs ``p`` of texts ``t``, and tables of rows ``tr`` and cells ``tc``. Headings become those of
 Markdown, and rows become lines. Deleted text, and the second version of a drawing for old programs, are left out.
 """
 
