@@ -269,6 +269,8 @@ class Answer:
             "document": lambda s: s.id,
             "title": lambda s: s.title or "",
         }
+        if any("place" in source.metadata for source in self.sources):
+            columns["place"] = lambda s: str(s.metadata.get("place", ""))
         columns |= {"KV from": lambda s: s.origin, "tokens": lambda s: str(s.tokens)}
         if any(source.attention is not None for source in self.sources):
             columns["attention"] = lambda s: f"{s.attention:.1%}"

@@ -13,6 +13,7 @@ from kvfusion_rag import Document, InvalidInputError
 DocumentLike = Document | str | BaseNode | NodeWithScore
 
 TITLE_KEY = "title"
+PLACE_KEY = "place"
 
 
 def to_documents(
@@ -30,7 +31,7 @@ def to_documents(
 
 
 def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bool | None = None) -> Document:
-    """Convert a retrieved node into a Document with the node's id. Its score is in the metadata too.
+    """Convert a retrieved node into a Document with the node's id. Its score and place are in the metadata.
 
     With `MetadataMode.NONE` the text is the node's text, so citations are offsets into it. With any other mode it
     begins with LlamaIndex's "key: value" header, which contains the title. `titles` says whether ``metadata["title"]``
@@ -43,9 +44,17 @@ def node_document(scored: NodeWithScore, metadata_mode: MetadataMode, titles: bo
         text=node.get_content(metadata_mode=metadata_mode),
         id=node.node_id,
         title=_title(node) if with_title else None,
-        metadata={} if score is None else {"score": score},
+        metadata={**({} if score is None else {"score": score}), **_place(node)},
         score=score if score is None or math.isfinite(score) else None,
     )
+
+
+def _place(node: BaseNode) -> dict[str, str]:
+    """Return where in its file a node is: our name of the place, or the page that LlamaIndex's readers add."""
+    place, page = node.metadata.get(PLACE_KEY), node.metadata.get("page_label")
+    if isinstance(place, str) and place:
+        return {PLACE_KEY: place}
+    return {PLACE_KEY: f"page {page}"} if isinstance(page, str) and page else {}
 
 
 def stripped(document: Document) -> Document:

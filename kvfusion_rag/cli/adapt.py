@@ -18,7 +18,7 @@ from ..training.config import TrainingConfig
 from .arguments.fields import add_fields
 from .arguments.paths import existing, existing_file, output_folder
 from .console import say, say_json, shown_path
-from .options import add_device, add_model_position
+from .options import FILE_KINDS, add_device, add_model_position
 
 if TYPE_CHECKING:
     from ..adapting import AdaptReport
@@ -36,7 +36,7 @@ TRAINING = (  # fields of TrainingConfig
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_position(parser)
     add = parser.add_argument
-    documents = "files and folders with the documents (txt, md, html, pdf)"
+    documents = f"files and folders with the documents ({FILE_KINDS})"
     add("--docs", nargs="+", type=existing, required=True, metavar="PATH", help=documents)
     output = "folder for adapter/, report.json and the run's state"
     add("--output", type=output_folder, required=True, metavar="DIR", help=output)

@@ -119,6 +119,26 @@ class Interruption:
 
 
 @contextmanager
+def until_stopped() -> Generator[threading.Event, None, None]:
+    """Let Ctrl-C and SIGTERM end the block without an error. Both set the event. Needs the main thread."""
+    stop = threading.Event()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        stop.set()
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    except (Exception, KeyboardInterrupt):  # a library may have turned the interruption into another error
+        if not stop.is_set():
+            raise
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def library_settings() -> Generator[None, None, None]:
     """Set the environment and the logging of other libraries for a command.
 

@@ -4,11 +4,16 @@ Only new and changed files are read and embedded, and deleted files are removed 
 in files that is left out (such as images in base64), are listed with the reason. With ``--store``, the KV of each
 chunk that is not stored yet is computed too, and the command fails unless the store has all of them in the end. With
 ``--ray``, the workers of a cluster compute them. An interrupted run can be repeated and then continues.
+
+With ``--watch``, the command goes on and updates index and store after each change of the files, until Ctrl-C or
+SIGTERM (exit code 0).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +22,9 @@ from ..errors import InvalidInputError, StoreError
 from .arguments.cluster import add_cluster_arguments, cluster_of
 from .arguments.paths import existing, index_place
 from .arguments.values import plain_text
-from .console import say, say_json, say_left_out, say_list, shown_path
+from .console import print_error, say, say_json, say_left_out, say_list, shown_path, until_stopped
 from .options import (
+    FILE_KINDS,
     INDEX_FOLDER,
     add_index_arguments,
     add_model_arguments,
@@ -35,14 +41,16 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from .. import Document, DocumentStore
+    from .. import Document, DocumentIndex, DocumentStore, KVFusionGenerator
     from ..cluster import ClusterOptions
     from ..retrieval import IndexReport
+
+    Fill = Callable[[list[Document]], tuple[dict[str, int], dict[str, str]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "paths", nargs="+", type=existing, metavar="PATH", help="file or folder to index (txt, md, html, pdf)"
+        "paths", nargs="+", type=existing, metavar="PATH", help=f"file or folder to index ({FILE_KINDS})"
     )
     parser.add_argument(
         "--index",
@@ -50,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PLACE",
         help="folder of the index, or its URL in a vector database, such as chroma://host/name or lance+s3://bucket/"
         f"folder (default: {INDEX_FOLDER} in the first folder)",
+    )
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="go on, and update the index when files change, until Ctrl-C (default: update once)",
     )
     add_model_name(parser, "model that will answer from the chunks")
     add_index_arguments(parser)
@@ -66,6 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require_store(args)
+    if args.watch and args.json:
+        raise InvalidInputError("--watch and --json cannot be combined, because there is more than one report.")
     cluster = _cluster(args)
     folder = args.index or first_folder(args.paths) / INDEX_FOLDER
     if isinstance(folder, Path):
@@ -73,18 +88,53 @@ def run(args: argparse.Namespace) -> int:
     collection = _collection(args, folder)
     store = open_chosen_store(args)  # first, so that a store that cannot be used is reported before the work
     count_tokens, passage_length = load_token_counter(args)
-    with open_index(args, folder, count_tokens, passage_length) as index:
-        report = index.update(args.paths)
-        chunk_tokens = index.chunk_tokens
-        documents = index.documents(files=report.files) if args.store else []
-    stored, failed = None, dict[str, str]()
+    fill = None
     if cluster is not None:
-        stored, failed = _prefill_on_cluster(args, documents, collection, cluster)
+        fill = partial(_prefill_on_cluster, args, collection=collection, cluster=cluster)
     elif args.store:
-        stored = _prefill(args, documents, collection, store)
+        fill = _Prefill(args, collection, store)
+    try:
+        with open_index(args, folder, count_tokens, passage_length) as index:
+            if args.watch:
+                return _watch(args, index, folder, fill)
+            report = index.update(args.paths)
+            documents = index.documents(files=report.files) if fill else []
+        return _finish(args, report, documents, folder, index.chunk_tokens, fill)
+    finally:
+        if isinstance(fill, _Prefill):
+            fill.close()
+
+
+def _watch(args: argparse.Namespace, index: DocumentIndex, folder: Path | str, fill: Fill | None) -> int:
+    """Update the index after each change, until a signal."""
+    from ..retrieval import watch_folder
+
+    def update() -> None:
+        report = index.update(args.paths)
+        documents = index.documents(files=report.files) if fill else []
+        _finish(args, report, documents, folder, index.chunk_tokens, fill)
+        say("watching for changes (stop with Ctrl-C)")
+
+    with until_stopped() as stop:
+        watch_folder(args.paths, update, stop, on_error=lambda error: print_error(str(error)), exclude=index.folder)
+    return 0
+
+
+def _finish(
+    args: argparse.Namespace,
+    report: IndexReport,
+    documents: list[Document],
+    folder: Path | str,
+    chunk_tokens: int,
+    fill: Fill | None,
+) -> int:
+    """Fill the store after an update of the index, and print what was done. Return the exit code."""
+    stored, failed = None, dict[str, str]()
+    if fill is not None:
+        stored, failed = fill(documents)
     if args.json:
         result = {"index": index_name(folder), "chunk_tokens": chunk_tokens, **report.to_dict()}
-        failures = {"failed": failed} if cluster is not None else {}
+        failures = {"failed": failed} if args.ray is not None else {}
         say_json(result | ({} if stored is None else {"store": stored}) | failures)
     else:
         _say_report(report, folder, chunk_tokens)
@@ -114,20 +164,31 @@ def _collection(args: argparse.Namespace, folder: Path | str) -> str:
     return args.collection
 
 
-def _prefill(
-    args: argparse.Namespace, documents: list[Document], collection: str, store: DocumentStore | str
-) -> dict[str, int]:
-    """Store the KV of every document. Return how many were computed and how many were stored already."""
-    from ..store import keep_newest_parts, namespace_key
+class _Prefill:
+    """Stores the KV of every document. The model is loaded once."""
 
-    generator = load_generator(args, store)
-    given = generator.prefill(documents, progress=not args.json, durable=True, collection=collection)
-    sources = [source for source in given if source.origin != "blank"]
-    assert generator.store is not None and generator.store.slowest_tier is not None  # --store is set
-    keep_newest_parts(generator.store.slowest_tier, namespace_key(args.namespace), collection)
-    generator.store.close()
-    computed = sum(source.origin == "computed" for source in sources)
-    return {"computed": computed, "stored already": len(sources) - computed}
+    def __init__(self, args: argparse.Namespace, collection: str, store: DocumentStore | str) -> None:
+        self._args, self._collection, self._store = args, collection, store
+        self._generator: KVFusionGenerator | None = None
+
+    def __call__(self, documents: list[Document]) -> tuple[dict[str, int], dict[str, str]]:
+        """Return how many KVs were computed and how many were stored already. No document fails alone."""
+        from ..store import keep_newest_parts, namespace_key
+
+        if self._generator is None:
+            self._generator = load_generator(self._args, self._store)
+        generator = self._generator
+        given = generator.prefill(documents, progress=not self._args.json, durable=True, collection=self._collection)
+        sources = [source for source in given if source.origin != "blank"]
+        assert generator.store is not None and generator.store.slowest_tier is not None  # --store is set
+        keep_newest_parts(generator.store.slowest_tier, namespace_key(self._args.namespace), self._collection)
+        computed = sum(source.origin == "computed" for source in sources)
+        return {"computed": computed, "stored already": len(sources) - computed}, {}
+
+    def close(self) -> None:
+        """Close the store."""
+        if self._generator is not None and self._generator.store is not None:
+            self._generator.store.close()
 
 
 def _prefill_on_cluster(

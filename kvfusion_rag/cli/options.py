@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_CHUNK_TOKENS = 200  # for models that were not trained with a passage length
 CODECS = ("raw", "v8")  # repeated here, because importing them from the store would import torch
 INDEX_FOLDER = ".kvfusion"
+FILE_KINDS = "text, web pages, PDF, Office, tables, e-books, mails, code"
 MODELS = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
 
 
@@ -113,7 +114,7 @@ def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
         type=existing,
         metavar="PATH",
         default=[],
-        help="files and folders to search: txt, md, html, pdf (default: all files of --index)",
+        help="files and folders to search: text, PDF, Office files and more (default: all files of --index)",
     )
     parser.add_argument(
         "--index",

@@ -17,6 +17,7 @@ from .arguments.values import namespace, plain_text
 from .console import say, say_json, say_list
 from .options import (
     CODECS,
+    FILE_KINDS,
     add_device,
     add_index_arguments,
     add_json,
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if name == "clear":
             action.add_argument("--all", action="store_true", help="remove the documents of every namespace")
         if name in ("forget", "estimate"):
-            files = "file or folder with the documents (txt, md, html, pdf)"
+            files = f"file or folder with the documents ({FILE_KINDS})"
             action.add_argument("paths", nargs="+", type=existing, metavar="PATH", help=files)
             add_model_name(action)
             add_index_arguments(action)

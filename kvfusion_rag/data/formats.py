@@ -124,7 +124,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train") -> 
 
 
 def read_corpus(path: str | Path) -> Iterator[Passage]:
-    """Read passages from a file, or from a folder with one document per file (txt, md, html, pdf).
+    """Read passages from a file, or from a folder with one document per file.
 
     A file contains rows {text, title}, as JSON lines, a JSON list or tab-separated, or questions in one of the known
     formats, whose contexts are used. Unreadable files of a folder are skipped with a warning.

@@ -9,6 +9,7 @@ from __future__ import annotations
 from .embedding import Embedder, SentenceTransformerEmbedder
 from .index import DocumentIndex, IndexReport
 from .loaders import LoadedText, SkippedFile, read_document
+from .watching import watch_folder
 
 __all__ = [
     "DocumentIndex",
@@ -18,4 +19,5 @@ __all__ = [
     "SentenceTransformerEmbedder",
     "SkippedFile",
     "read_document",
+    "watch_folder",
 ]

@@ -37,9 +37,9 @@ def test_ask_prints_answer_sources_and_timings(capsys, generator, docs):
         "  in the model's words: in lima",
         "",
         "sources (* contains the answer)",
-        f"  * Peru ({docs / 'peru.md'}, part 1)",
+        f"  * Peru ({docs / 'peru.md'}, line 3)",
         "      The office is »In Lima«.",
-        f"    rice ({docs / 'rice.txt'}, part 1)",
+        f"    rice ({docs / 'rice.txt'}, line 1)",
         "",
         "mode fusion · 2 documents (20 tokens, 0 from the store) · prefill 0.10 s, first token 0.20 s, total 0.30 s",
         "shuffle check: 3 other orders of the documents, identical answers, identical logits",
@@ -124,7 +124,7 @@ def test_ask_marks_documents_that_focus_dropped(capsys, monkeypatch, docs):
     kept, dropped = sorted(result["sources"], key=lambda source: not source["used"])
     assert (kept["used"], dropped["used"]) == (True, False)
     assert kept["focus_score"] > dropped["focus_score"]
-    lines = [line for line in out.splitlines() if ", part 1" in line]
+    lines = [line for line in out.splitlines() if ", line" in line]
     for source in (kept, dropped):
         (line,) = (line for line in lines if source["metadata"]["source"] in line)
         assert f"{source['focus_score']:8.2f}  {source['title']} (" in line

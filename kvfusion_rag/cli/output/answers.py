@@ -28,14 +28,15 @@ def answer_to_json(
 ) -> dict[str, Any]:
     """Return the answer as plain data: ``answer`` in the source's spelling, ``text`` in the model's words."""
     cited = {citation.document_id for citation in answer.citations}
-    texts = {document.id: document.text for document in documents}
+    by_id = {document.id: document for document in documents}
     data = answer.to_dict()
     for source in data["sources"]:
         source["cited"] = source["id"] in cited
     for citation in data["citations"]:
-        text = texts[citation["document_id"]]
+        text = by_id[citation["document_id"]].text
         start, end = sentence_around(text, citation["start"], citation["end"])
         citation["sentence"] = text[start:end]
+        citation["place"] = _place(by_id[citation["document_id"]], citation["start"])
     return {
         "answer": answer.cited_text,
         **data,
@@ -94,7 +95,7 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
     say(f"{head}, with focus scores" if has_scores else head)
     for source, document in pairs:
         citation = by_document.get(source.id)
-        place = f"{shown_path(document.metadata['source'])}, part {document.metadata['chunk']}"
+        place = f"{shown_path(document.metadata['source'])}, {_place(document, citation and citation.start)}"
         same = f", same text as {source.duplicate_of}" if source.duplicate_of else ""
         score = f"{'' if source.focus_score is None else format(source.focus_score, '.2f'):>8}  " if has_scores else ""
         dropped = "" if source.used else ", dropped"
@@ -103,6 +104,16 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
             start, end = sentence_around(document.text, citation.start, citation.end)
             quote = f"{document.text[start : citation.start]}»{citation.text}«{document.text[citation.end : end]}"
             say(f"      {' '.join(quote.split())}")
+
+
+def _place(document: Document, start: int | None) -> str:
+    """Return the place of a chunk in its file, or that of its character ``start``, as a reader would write it."""
+    from ...retrieval.places import narrowed_place
+
+    place = document.metadata.get("place")
+    if place is None:
+        return f"part {document.metadata['chunk']}"
+    return place if start is None else narrowed_place(place, document.text, start)
 
 
 def say_facts(answer: Answer) -> None:
