@@ -36,7 +36,7 @@ def answer_to_json(
         text = by_id[citation["document_id"]].text
         start, end = sentence_around(text, citation["start"], citation["end"])
         citation["sentence"] = text[start:end]
-        citation["place"] = _place(by_id[citation["document_id"]], citation["start"])
+        citation["place"] = place_of(by_id[citation["document_id"]], citation["start"])
     return {
         "answer": answer.cited_text,
         **data,
@@ -95,7 +95,7 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
     say(f"{head}, with focus scores" if has_scores else head)
     for source, document in pairs:
         citation = by_document.get(source.id)
-        place = f"{shown_path(document.metadata['source'])}, {_place(document, citation and citation.start)}"
+        place = f"{shown_path(document.metadata['source'])}, {place_of(document, citation and citation.start)}"
         same = f", same text as {source.duplicate_of}" if source.duplicate_of else ""
         score = f"{'' if source.focus_score is None else format(source.focus_score, '.2f'):>8}  " if has_scores else ""
         dropped = "" if source.used else ", dropped"
@@ -106,7 +106,7 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
             say(f"      {' '.join(quote.split())}")
 
 
-def _place(document: Document, start: int | None) -> str:
+def place_of(document: Document, start: int | None) -> str:
     """Return the place of a chunk in its file, or that of its character ``start``, as a reader would write it."""
     from ...retrieval.places import narrowed_place
 

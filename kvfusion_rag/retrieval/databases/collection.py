@@ -295,7 +295,8 @@ def _fields(place: Place) -> dict[str, Any]:
 
 def _place(fields: dict[str, Any], key: bytes) -> Place:
     place = Place(**fields, key=key)
-    if not (isinstance(place.file, str) and all(type(n) is int for n in (place.number, place.start, place.end))):
+    are_texts = isinstance(place.file, str) and isinstance(place.at, str)
+    if not (are_texts and all(type(n) is int for n in (place.number, place.start, place.end))):
         raise TypeError(f"a place is {str(fields)[:100]}")
     return place
 
