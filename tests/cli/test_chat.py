@@ -113,7 +113,7 @@ def talk(monkeypatch, capsys, generator, docs):
 def test_lines_of_a_pipe_are_answered_with_their_places(talk, docs):
     code, out, err = talk("Where is the office?", "", "How old is it?")
     assert (code, err) == (0, "")
-    place = f"  [{docs / 'peru.md'}, part 1]"
+    place = f"  [{docs / 'peru.md'}, line 3]"
     lines = out.splitlines()
     assert lines[0] == "2 files. /help lists the commands, /quit ends."
     assert "data.bin" in lines[2]
