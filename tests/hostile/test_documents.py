@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import json
 import time
+import zipfile
 from functools import cache
 from pathlib import Path
 
 import pytest
-from fuzzing import damaged, examples, ours
+from fuzzing import JSON, damaged, examples, ours
 from hypothesis import given
 from hypothesis import strategies as st
 from indexes import LIGHTHOUSE
+from made_files import EXAMPLES, word, workbook, zipped
 
 from kvfusion_rag.retrieval.files.charsets import decode_page, decode_text
 from kvfusion_rag.retrieval.files.junk import without_junk
@@ -72,6 +76,60 @@ def test_damaged_files_are_read_or_rejected_in_bounded_time(name, data):
     start = time.process_time()
     check(ours(lambda: read_document(Path(name), content)), content)
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@examples(20)
+@given(data=st.data())
+def test_damaged_files_of_each_kind_are_read_or_rejected(name, data):
+    content = data.draw(damaged(EXAMPLES[name]))
+    check(ours(lambda: read_document(Path(name), content)), content)
+
+
+@pytest.mark.parametrize("name", [name for name, data in EXAMPLES.items() if zipfile.is_zipfile(io.BytesIO(data))])
+@examples(20)
+@given(data=st.data())
+def test_damaged_parts_of_archives_are_read_or_rejected(name, data):
+    with zipfile.ZipFile(io.BytesIO(EXAMPLES[name])) as archive:
+        parts = {part: archive.read(part) for part in archive.namelist()}
+    part = data.draw(st.sampled_from(sorted(parts)))
+    content = zipped({**parts, part: data.draw(damaged(parts[part]))})
+    check(ours(lambda: read_document(Path(name), content)), content)
+
+
+XML_PIECES = st.sampled_from(
+    (
+        *("<w:p>", "</w:p>", "<w:t>", "</w:t>", "<w:tbl>", "</w:tbl>", "<w:tr>", "</w:tr>", "<w:tc>", "</w:tc>", "x"),
+        *("<row r='9'>", "</row>", "<c r='XFD1048576' t='s'>", "</c>", "<v>", "</v>", "<is>", "</is>", "0", "1e308"),
+        *("<w:del>", "</w:del>", "<mc:Fallback/>", "<a:t>", "</a:t>", "<p:ph type='title'/>", "<!-- -->", "&#65;"),
+        *("<w:pStyle w:val='a'/>", "<w:br/>", "<w:numPr/>", "<c s='99999999999'>", "<![CDATA[a]]>", "&amp;"),
+    )
+)
+
+
+@examples(60)
+@given(st.lists(XML_PIECES, max_size=30).map("".join))
+def test_parts_of_any_tags_are_read_or_rejected(body):
+    for name, data in (("a.docx", word(body)), ("a.xlsx", workbook({"S": body}, ["a"]))):
+        check(ours(lambda name=name, data=data: read_document(Path(name), data)), data)
+
+
+@examples(40)
+@given(JSON)
+def test_notebooks_of_any_json_are_read_or_rejected(content):
+    data = json.dumps({"cells": [content, {"cell_type": "code", "source": content, "outputs": content}]}).encode()
+    check(ours(lambda: read_document(Path("a.ipynb"), data)), data)
+
+
+@examples(40)
+@given(st.lists(st.sampled_from(["a", ",", ";", '"', "\n", "\r", "\t", "|", "1", " ", "\u2028", "ä"]), max_size=40))
+def test_tables_of_any_signs_have_rows_that_ascend(pieces):
+    data = "".join(pieces).encode()
+    loaded = ours(lambda: read_document(Path("a.csv"), data))
+    check(loaded, data)
+    if loaded is not None:
+        numbers = [mark.number for mark in loaded.marks]
+        assert numbers == sorted(set(numbers)) and loaded.marks[0].start == 0
 
 
 @examples(30)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import gzip
 import json
 import random
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import pytest
 import tiny
 from fakes import RecordingGenerator
 from growth import growth_of_time
+from made_files import book, notebook, paragraph, slides, text_cell, word, workbook
 from serving_client import CHAT, client_of, request
 
 from kvfusion_rag.data.tables import read_table
 from kvfusion_rag.errors import KVFusionError
 from kvfusion_rag.retrieval.loaders import read_document
+from kvfusion_rag.retrieval.places import name_places
 from kvfusion_rag.retrieval.splitting import split_text
 from kvfusion_rag.schema import Document
 from kvfusion_rag.text.encoder import PlainEncoder, TextDocuments
@@ -73,6 +76,51 @@ def test_time_to_read_and_split_a_file(shape, suffix):
             split_text(loaded.text, loaded.kind, 128, count)
 
     assert growth_of_time(run, 10_000) < MOST
+
+
+FILES: dict[str, Callable[[int], tuple[str, bytes]]] = {
+    "paragraphs": lambda n: ("a.docx", word("<w:p><w:r><w:t>a</w:t></w:r></w:p>" * (n // 40))),
+    "nested tables": lambda n: ("a.docx", word("<w:tbl><w:tr><w:tc>" * (n // 40) + paragraph("a" * (n // 2)))),
+    "open paragraphs": lambda n: ("a.docx", word("<w:p>" * (n // 20) + "a" + "</w:p>" * (n // 20))),
+    "a long namespace": lambda n: ("a.docx", word(f"<b xmlns='{'n' * (n // 2)}'>" + "<a/>" * (n // 8) + "</b>")),
+    "XML attributes": lambda n: ("a.docx", word("<w:p " + " ".join(f"a{k}='1'" for k in range(n // 10)) + "/>")),
+    "slides": lambda n: ("a.pptx", slides(*[["a", "b"]] * (n // 200))),
+    "cells": lambda n: ("a.xlsx", workbook({"S": "<row><c><v>1</v></c></row>" * (n // 26)})),
+    "a wide row": lambda n: ("a.xlsx", workbook({"S": f"<row>{'<c><v>1</v></c>' * (n // 15)}</row>"})),
+    "a text in many cells": lambda n: ("a.xlsx", workbook({"S": SHARED_CELL * (n // 40)}, ["a" * (n // 1000)])),
+    "sheets": lambda n: ("a.xlsx", workbook({f"S{k}": "<row/>" for k in range(n // 100)})),
+    "chapters": lambda n: ("a.epub", book(*["<p>a</p>"] * (n // 200))),
+    "rows": lambda n: ("a.csv", b"name,age\n" + b"Ann,40\n" * (n // 7)),
+    "commas": lambda n: ("a.csv", b"," * n + b"a"),
+    "blank rows": lambda n: ("a.csv", b"a,b\n\n" * (n // 5)),
+    "open quotes": lambda n: ("a.csv", b'a,"b\n' * (n // 5)),
+    "parts of a mail": lambda n: ("a.eml", MAIL_HEAD + b"--b\n\nx\n" * (n // 7)),
+    "a long header": lambda n: ("a.eml", b"Content-Type: a/b; x=" + b'";' * (n // 2) + b"\n\nx"),
+    "encoded words": lambda n: ("a.eml", b"Subject: " + b"=?utf-8?q?a?= " * (n // 14) + b"\n\nx"),
+    "headers": lambda n: ("a.eml", b"A: b\n" * (n // 5) + b"\nx"),
+    "addresses": lambda n: ("a.eml", b"To: " + b"a@b.c, " * (n // 7) + b"\n\nx"),
+    "lines of a mail": lambda n: ("a.eml", MAIL_HEAD + b"\n" * n),
+    "cells of a notebook": lambda n: ("a.ipynb", notebook(*[text_cell("a")] * (n // 40))),
+    "gzip members": lambda n: ("a.txt.gz", gzip.compress(b"a\n") * (n // 22)),
+    "lines of code": lambda n: ("a.py", b"x = 1\n" * (n // 6)),
+    "carriage returns": lambda n: ("a.py", b"x\r" * (n // 2)),
+    "data between lines": lambda n: ("a.py", (b"x\n" + b"A" * 1100 + b"\n") * (n // 1103)),
+}
+SHARED_CELL = "<row><c t='s'><v>0</v></c></row>"
+MAIL_HEAD = b"From: a@b.c\nContent-Type: multipart/mixed; boundary=b\n\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", FILES)
+def test_time_to_read_and_split_a_file_of_each_kind(shape):
+    def run(size: int) -> None:
+        name, data = FILES[shape](size)
+        with contextlib.suppress(KVFusionError):
+            loaded = read_document(Path(name), data)
+            chunks = split_text(loaded.text, loaded.kind, 128, count)
+            name_places(loaded.text, loaded.marks, [(chunk.start, chunk.end) for chunk in chunks])
+
+    assert growth_of_time(run, 40_000) < MOST
 
 
 @pytest.mark.slow

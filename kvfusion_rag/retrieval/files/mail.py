@@ -26,6 +26,7 @@ MAX_PARTS = 10_000
 
 _HEADER_LINE = re.compile(rb"\A(?:From |[A-Za-z][A-Za-z0-9-]*[ \t]*:)")
 _MULTIPART = re.compile(rb"multipart/", re.IGNORECASE)
+_TEXTS = ("text", "multipart")  # a part that names no boundary is one text
 _SHOWN_HEADERS = ("From", "To", "Cc", "Date")
 
 
@@ -101,7 +102,7 @@ class _Contents:
 
     def _read_leaf(self, part: Message) -> None:
         kind = part.get_content_type()
-        if part.get_content_maintype() != "text" or part.get_content_disposition() == "attachment":
+        if part.get_content_maintype() not in _TEXTS or part.get_content_disposition() == "attachment":
             self._unread.append(short_name(part.get_filename() or kind))
             return
         content = part.get_payload(decode=True)
