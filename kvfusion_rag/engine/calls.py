@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypedDict, get_args
+from typing import Any, TypedDict, cast, get_args
 
 from ..errors import InvalidInputError
 from ..fusion.interface import FusionModel
@@ -148,8 +148,8 @@ def read_calls(
 
 def _formats(given: Any, questions: int) -> list[AnswerFormat | None]:
     """Return the format of each question's answer."""
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        return [AnswerFormat.of(given)] * questions
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        return [AnswerFormat.of(cast("ResponseFormat | None", given))] * questions  # it rejects other types
     if len(given) != questions:
         raise InvalidInputError(
             f"response_format has {len(given)} formats for {questions} questions, but it must have one for each."

@@ -55,4 +55,4 @@ def _number(dice: random.Random) -> dict[str, Any]:
 
 
 def _enum(dice: random.Random) -> dict[str, Any]:
-    return dice.choice([{"enum": ["red", "green", 'bl"ue', None]}, {"const": {"k": [1, "two"]}}, {"const": "東京"}])
+    return dice.choice([{"enum": ["red", "green", 're"d', None]}, {"const": {"k": [1, "two"]}}, {"const": "東京"}])

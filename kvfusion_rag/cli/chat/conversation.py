@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...schema import Message
+from ...schema import FocusChoice, Message, ModeChoice
 
 if TYPE_CHECKING:
-    from ... import Answer, AnswerStream, Document, FocusChoice, KVFusionGenerator, ModeChoice
+    from ... import Answer, AnswerStream, Document, KVFusionGenerator
 
 MAX_TURNS = 3  # of the conversation that a rewritten question can refer to
 MAX_STANDALONE_TOKENS = 64

@@ -36,9 +36,9 @@ def open_lines(
         stdin: read instead of standard input.
         terminal: used instead of the real one.
     """
-    stdin = stdin or sys.stdin
-    if terminal is None and not (stdin.isatty() and sys.stdout.isatty()):
-        yield from (line.rstrip("\n") for line in stdin)
+    source: TextIO = stdin or sys.stdin  # pyright: ignore[reportAssignmentType]  # commands always have one
+    if terminal is None and not (source.isatty() and sys.stdout.isatty()):
+        yield from (line.rstrip("\n") for line in source)
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.history import FileHistory, InMemoryHistory

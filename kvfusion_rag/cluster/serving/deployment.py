@@ -180,7 +180,7 @@ class _Served(Replica):
 
     def named_metrics(self) -> tuple[str, list[Family]]:
         """Return the id of this replica and its metrics."""
-        from ray.serve import get_replica_context
+        from ray.serve import get_replica_context  # pyright: ignore[reportMissingImports]
 
         return get_replica_context().replica_id.unique_id, self.metrics()
 
@@ -235,7 +235,7 @@ class _RayReplicas:
 
     @property
     def _unavailable(self) -> type[Exception]:
-        from ray.serve.exceptions import DeploymentUnavailableError
+        from ray.serve.exceptions import DeploymentUnavailableError  # pyright: ignore[reportMissingImports]
 
         return DeploymentUnavailableError
 

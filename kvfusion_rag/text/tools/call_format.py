@@ -82,7 +82,7 @@ def _probed(
 ) -> CallFormat | None:
     """Return the format of the model's chat template, or None if the template has none that can be followed."""
     parameters = {"type": "object", "properties": {name: {"type": "string"} for name in _ARGUMENTS}}
-    tools = [definition(Tool(_NAME, "", parameters))]
+    tools: list[Any] = [definition(Tool(_NAME, "", parameters))]
 
     def render(*messages: Mapping[str, Any], asks: bool = False) -> str:
         turns = [{"role": "user", "content": "probe"}, *messages]
