@@ -259,7 +259,7 @@ def test_invalid_conversations_are_rejected():
         ([], "no text"),
         ([Message("user", " ")], "no text"),
         ([Message("user", "a"), Message("assistant", "b")], "assistant"),
-        ([Message("tool", "a")], "tool"),
+        ([Message("critic", "a")], "critic"),
         ([Message("user", 3)], "message 0"),
         (["text"], "message 0"),
         (7, "list of messages"),
