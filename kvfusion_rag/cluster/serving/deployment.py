@@ -6,6 +6,7 @@ import asyncio
 import re
 import sys
 import threading
+import uuid
 from collections.abc import AsyncGenerator, Collection, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,6 @@ ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 HEALTH_SECONDS = 2.0  # until Ray Serve notices that a replica has died
 REPLY_SECONDS = 60.0  # for all replicas to remove documents
 METRICS_SECONDS = 5.0
-APPLICATION = "kvfusion"
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def deployed(
     options: ServingOptions | None = None,
     cluster: ClusterOptions | None = None,
     replicas: Replicas | None = None,
-    name: str = APPLICATION,
+    name: str | None = None,
 ) -> Generator[Deployment, None, None]:
     """Return a context in which replicas answer on a Ray cluster.
 
@@ -55,7 +55,8 @@ def deployed(
         cluster: where the replicas run, and their threads and GPUs. Default: the cluster of this machine, or a new
             one that ends with the context. Its ``workers`` are not used.
         replicas: how many. Default: as many as the cluster has CPUs or GPUs for.
-        name: name of the application in Ray Serve. One that exists is replaced.
+        name: name of the application in Ray Serve, in place of one that exists. Default: a new name, so that several
+            servers can share a cluster.
 
     Raises:
         MissingDependencyError: Ray or a package that Ray Serve needs is not installed.
@@ -71,6 +72,7 @@ def deployed(
         if replicas is None:
             count = workers_of(ray, room)
             replicas = Replicas(count, count)
+        name = name or f"kvfusion-{uuid.uuid4().hex[:8]}"
         serve.start(proxy_location="Disabled")  # nothing but our own app listens on a port
         deployment = Deployment(ray, serve, name, replicas, room, access, options)
         try:
