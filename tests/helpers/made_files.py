@@ -134,8 +134,8 @@ def book(*chapters: str, title: str = "The Lamp", **parts: str) -> bytes:
     return zipped(
         {
             "mimetype": "application/epub+zip",
-            "META-INF/container.xml": f'{XML}<container><rootfile full-path="OEBPS/content.opf"/></container>',
-            "OEBPS/content.opf": f"{XML}<package><dc:title>{escape(title)}</dc:title>{items}{order}</package>",
+            "META-INF/container.xml": f'{XML}<container><rootfile full-path="OEBPS/content.xml"/></container>',
+            "OEBPS/content.xml": f"{XML}<package><dc:title>{escape(title)}</dc:title>{items}{order}</package>",
             **{f"META-INF/{name}.xml": f"{XML}{content}" for name, content in parts.items()},
             **{
                 f"OEBPS/text/chapter {n}.xhtml": f"<!DOCTYPE html><title>{title}</title><body>{text}</body>"

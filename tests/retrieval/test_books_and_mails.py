@@ -41,7 +41,7 @@ def test_book_with_encrypted_fonts_only_is_read():
     assert read_document(Path("a.epub"), book("<p>It rains.</p>", encryption=fonts)).text == "It rains."
 
 
-CONTAINER = f'{XML}<container><rootfile full-path="a.opf"/></container>'
+CONTAINER = f'{XML}<container><rootfile full-path="a.xml"/></container>'
 SPINE = '<item id="a" href="{}" media-type="application/xhtml+xml"/><itemref idref="a"/>'
 
 
@@ -50,16 +50,16 @@ SPINE = '<item id="a" href="{}" media-type="application/xhtml+xml"/><itemref idr
     [
         ({"a": "b"}, "not an EPUB book"),
         ({"META-INF/container.xml": f"{XML}<container/>"}, "without a list of its contents"),
-        ({"META-INF/container.xml": CONTAINER}, "its part 'a.opf' is missing"),
-        ({"META-INF/container.xml": CONTAINER, "a.opf": f"{XML}{ENTITY_BOMB}<a>&b;</a>"}, "has a document type"),
+        ({"META-INF/container.xml": CONTAINER}, "its part 'a.xml' is missing"),
+        ({"META-INF/container.xml": CONTAINER, "a.xml": f"{XML}{ENTITY_BOMB}<a>&b;</a>"}, "has a document type"),
         (
-            {"META-INF/container.xml": CONTAINER, "a.opf": f"{XML}<p>{SPINE.format('../../etc/passwd')}</p>"},
+            {"META-INF/container.xml": CONTAINER, "a.xml": f"{XML}<p>{SPINE.format('../../etc/passwd')}</p>"},
             "contains no text except 1 chapters that are missing",
         ),
         (
             {
                 "META-INF/container.xml": CONTAINER,
-                "a.opf": f"{XML}<p>{SPINE.format('a.html')}</p>",
+                "a.xml": f"{XML}<p>{SPINE.format('a.html')}</p>",
                 "a.html": "<p>locked</p>",
                 "META-INF/encryption.xml": f'{XML}<e><CipherReference URI="a.html"/></e>',
             },
