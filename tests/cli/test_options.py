@@ -25,7 +25,8 @@ CLASSES = {
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     if isinstance(node, ast.ClassDef) and len(re.findall("[A-Z][a-z]", node.name)) > 1
 }
-OUTPUTS = (paths.output_file, paths.output_folder, paths.plot_file, paths.existing_folder, paths.store_place)
+FOLDERS = (paths.output_folder, paths.existing_folder, paths.store_place, paths.index_place)
+OUTPUTS = (paths.output_file, paths.plot_file, *FOLDERS)
 
 
 def parsers() -> Iterator[tuple[list[str], argparse.ArgumentParser]]:
@@ -117,6 +118,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 NEEDED = {  # arguments with which a command comes to its model
     "ask": ["who?", "--docs", "docs"],
+    "chat": ["--docs", "docs"],
     "answer": ["rows.jsonl", "--docs", "docs"],
     "index": ["docs"],
     "store stats": ["store"],
@@ -186,7 +188,7 @@ UNUSABLE = ["docs/a.txt/x", "loop", "loop/x", "~nosuchuser/x", "a" * 300, ""]
     ("command", "action"), [one for one in OPTIONS if one.values[1].type in OUTPUTS and one.values[1].option_strings]
 )
 def test_unusable_output_is_an_error_before_any_work(folder, capsys, command, action):
-    is_folder = action.type in (paths.output_folder, paths.store_place, paths.existing_folder)
+    is_folder = action.type in FOLDERS
     before = sorted(folder.rglob("*"))
     unusable = [*UNUSABLE, "docs/a.txt" if is_folder else "docs", *([] if is_folder else ["absent/x"])]
     assert not [value for value in unusable if is_accepted(action, value)]
