@@ -61,7 +61,8 @@ class Conversation:
     ) -> None:
         self._generator = generator
         self._retrieve = retrieve
-        self.mode, self.focus = mode, focus
+        self.mode: ModeChoice | None = mode
+        self.focus: FocusChoice = focus
         self._decoding = dict(decoding or {})
         self.turns: list[Turn] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, TextIO, get_args
+from typing import TYPE_CHECKING, Any, TextIO, cast, get_args
 
 from ...errors import KVFusionError
 from ...home import home
@@ -165,7 +165,7 @@ class Terminal:
             print_error(f"the mode is {value!r}, but it must be one of {', '.join(MODES)}.")
             return
         if value:
-            self._conversation.mode = value
+            self._conversation.mode = cast("ModeChoice", value)
         self._say(f"  mode {self._conversation.mode or 'auto'}")
 
     def _set_focus(self, value: str) -> None:
