@@ -2,16 +2,12 @@
 
 Encoding and prefill use the processor fully. In the threads of answers, a few long documents would keep everybody
 waiting. Here each tenant has at most one step that waits for the thread, so tenants take turns. While requests of
-other kinds are in progress, the thread rests after each step for as long as the step took. On Linux it also has a
-lower priority than the threads of answers.
+other kinds are in progress, the thread rests after each step for as long as the step took.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Generator
@@ -23,8 +19,6 @@ from .admission import Load
 from .streams import in_thread
 
 T = TypeVar("T")
-
-NICENESS = 10  # of the thread, added to that of the process
 
 
 class DocumentWork:
@@ -39,7 +33,7 @@ class DocumentWork:
         self._requests = 0
         self._turn = asyncio.Lock()  # locks are given to waiting tasks in the order in which they asked
         self._turn_of_tenant: defaultdict[str | None, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._thread = ThreadPoolExecutor(1, "kvfusion-documents", initializer=_yield_processors)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvfusion-documents")
 
     async def run(self, tenant: str | None, steps: Generator[None, None, T]) -> T:
         """Return the result of ``steps``. A cancelled call ends after the step in progress."""
@@ -56,13 +50,6 @@ class DocumentWork:
         finally:
             self._requests -= 1
             steps.close()
-
-
-def _yield_processors() -> None:
-    """Lower the priority of the calling thread, where a thread has its own."""
-    if sys.platform == "linux":
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
 
 
 def _next(steps: Generator[None, None, T]) -> tuple[T] | None:

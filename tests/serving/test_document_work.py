@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 import threading
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -27,16 +25,6 @@ def counted(log: list[str], name: str, steps: int) -> Generator[None, None, str]
         log.append(name)
         yield
     return name
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_work_has_a_lower_priority_than_answers():
-    def priority() -> Generator[None, None, int]:
-        yield
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    found = asyncio.run(DocumentWork(Load()).run("a", priority()))
-    assert found == min(19, finish(priority()) + document_work.NICENESS)
 
 
 @pytest.mark.parametrize("requests", [1, 2, 20])
