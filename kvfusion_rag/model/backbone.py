@@ -1,11 +1,13 @@
 """One model with its tokenizer and optional adapter: forward passes and fingerprint.
 
 This is the only module that calls the model, because ``forward`` of a transformers model silently ignores unknown
-keyword arguments. The prefill decoder Dp (adapter off) and the answering decoder Dt (adapter on) share the weights.
+keyword arguments. The prefill decoder Dp and the answering decoder Dt are two trees of modules with the same weights.
+Only Dt has the adapter, so documents can be read while questions are answered.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
 class Backbone:
     """A causal language model that can prefill documents separately, and decode over a fused cache.
 
-    Safe to use from several threads: a lock serializes forward passes and the switching of adapter and attention.
+    Safe to use from several threads: each decoder runs one pass at a time, because a pass may switch the adapter or
+    the attention of its decoder. Passes of the two decoders can run at the same time.
 
     Args:
         settings: settings with the adapter.
@@ -93,7 +96,8 @@ class Backbone:
         self.end_id: int | None = next((i for i in ends if i is not None), None)  # ends the answers in training
         self._base_weights = list(model.state_dict(keep_vars=True).items())
         self._digest: tuple[list[int], str] | None = None  # with the versions of the weights that it covers
-        self._lock = threading.Lock()
+        self.prefill_decoder = _share_weights(_decoder(model))  # without the adapter
+        self._prefill_lock, self._lock = threading.Lock(), threading.Lock()
         self.adapter_digest: str | None = None
         self._adapter_on = adapter is not None
         if adapter is not None:
@@ -124,8 +128,9 @@ class Backbone:
             positions = positions.clamp(max=self.context_window - 1)
         mask = torch.ones(rows, past + length, dtype=torch.long, device=self.device)
         cache = DocumentCache(self.num_kv_layers, prefix, rows, self.device)
-        with self._prepared(adapter=False), cache.collecting():
-            _decoder(self.model)(
+        # A caller's autocast would change the bits under an unchanged key.
+        with self._prefill_lock, torch.autocast(self.device.type, enabled=False), cache.collecting():
+            self.prefill_decoder(
                 input_ids=ids.to(self.device),
                 position_ids=positions,
                 attention_mask=self._masks(mask, positions, cache),
@@ -318,14 +323,13 @@ class Backbone:
     def _prepared(
         self, *, adapter: bool, attention: str | None = None, training: bool = False
     ) -> Generator[None, None, None]:
-        """Hold the model for one forward pass.
+        """Hold Dt for one forward pass.
 
         Args:
             adapter: use the adapter, if one is loaded.
             attention: name of another attention implementation for this pass.
             training: keep dropout on if the model is in training mode.
         """
-        # A caller's autocast would change the bits under an unchanged key.
         with self._lock, torch.autocast(self.device.type, enabled=False):
             use_adapter = adapter and self.has_adapter
             if use_adapter != self._adapter_on:
@@ -350,6 +354,12 @@ def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its head. In some models, ``decoder`` is the name of the head itself."""
     decoder = model.get_decoder()
     return cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
+
+
+def _share_weights(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of the modules of ``decoder``, with the same parameters and buffers."""
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    return copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

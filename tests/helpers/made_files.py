@@ -202,5 +202,5 @@ EXAMPLES: dict[str, bytes] = {
     "a.eml": MAIL,
     "a.ipynb": notebook(text_cell("# Lamps\n\nA study."), code_cell("x = 1\nx", {"text": ["1"]})),
     "a.py": b"def f(x):\n    return x\n",
-    "a.txt.gz": gzip.compress(b"The lamp is lit at six."),
+    "a.txt.gz": gzip.compress(b"The lamp is lit at six.", mtime=0),
 }

@@ -37,7 +37,7 @@ def whole_pass(bone, prefix):
 
 def layers_of(bone) -> torch.nn.ModuleList:
     count = bone.config.num_hidden_layers
-    modules = bone.model.get_decoder().modules()
+    modules = bone.prefill_decoder.modules()
     return next(m for m in modules if isinstance(m, torch.nn.ModuleList) and len(m) == count)
 
 
@@ -54,7 +54,7 @@ def test_bits_are_those_of_a_whole_pass(architecture, dtype):
 @architectures
 def test_last_layer_is_not_finished(architecture):
     bone, finished = backbone(architecture), []
-    decoder, layers = bone.model.get_decoder(), layers_of(bone)
+    decoder, layers = bone.prefill_decoder, layers_of(bone)
     norm = getattr(decoder, "norm", getattr(decoder, "ln_f", None))
     for module in [*layers, *([] if norm is None else [norm])]:
         module.register_forward_hook(lambda module, *_: finished.append(module))
