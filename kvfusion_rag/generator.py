@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, get_args
 
 from .engine.attribution import Attribution, attribute_call, attributed
 from .engine.calls import AnswerKwargs, Call, WordingKwargs, read_call, read_calls
@@ -19,9 +19,11 @@ from .engine.invariance import check_invariance
 from .engine.queue import RequestQueue
 from .engine.requests import Batch
 from .engine.streaming import AnswerStream
+from .errors import InvalidInputError
 from .fusion.interface import FusionModel
-from .fusion.load_options import LoadKwargs, load_torch_model
+from .fusion.load_options import EngineChoice, LoadKwargs, load_torch_model
 from .fusion.prefill import LENGTH_BUCKET
+from .llama_cpp.loading import load_llama_cpp_model
 from .option_names import check_option_names
 from .schema import (
     Answer,
@@ -102,7 +104,7 @@ class KVFusionGenerator(DocumentCalls):
         """
         engine_options = EngineOptions(namespace, max_fused_tokens, key_kind)
         opened = as_store(store)  # arguments are checked before a model is loaded
-        loaded, settings = load_torch_model(model, options)
+        loaded, settings = _load(model, options)
         return cls(loaded, store=opened, settings=settings, options=engine_options, gather=gather)
 
     # Siblings
@@ -300,3 +302,12 @@ class KVFusionGenerator(DocumentCalls):
         changes in place are noticed without it.
         """
         self._engine.model.reset_digest()
+
+
+def _load(model: str | Path | None, options: LoadKwargs) -> tuple[FusionModel, ModelSettings]:
+    engine = options.get("engine") or "torch"
+    if engine == "torch":
+        return load_torch_model(model, options)
+    if engine == "llama.cpp":
+        return load_llama_cpp_model(model, options)
+    raise InvalidInputError(f"engine is {engine!r}, but it must be one of {', '.join(get_args(EngineChoice))}.")

@@ -89,35 +89,70 @@ def decode(
         UnsupportedModelError: the logits are NaN or infinite.
     """
     backbone = plan.decoder
-    choose = sampler(options, len(answers), backbone.device)
     table = SlotTable(context, list(range(len(questions))) if row_of is None else row_of, visible)
-    open_ones = list(range(len(answers)))
-    tokens: list[Sequence[int]] = [question.ids for question in questions]  # input of each question's next step
-    positions = [question.start for question in questions]
-    while open_ones:
-        inputs = table.add(open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones])
-        logits = plan.logits(context, inputs)
-        if on_logits is not None:
-            on_logits(logits)
-        chosen = choose(constrained(logits, [answers[i].allowed for i in open_ones]), open_ones)
-        _require_tokens(chosen, backbone)
-        for i, token in zip(open_ones, chosen, strict=True):
-            positions[i] += len(tokens[i])
-            tokens[i] = (answers[i].push(token, is_end=token in backbone.end_ids),)
-            if answers[i].finish_reason is None and is_cancelled(i):
-                answers[i].finish_reason = "cancelled"
-        yield
-        open_ones = [i for i in open_ones if answers[i].finish_reason is None]
-        if open_ones and (kept := table.keep(open_ones)):
+
+    def logits_of(open_ones: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
+        return plan.logits(context, table.add(open_ones, tokens, starts))
+
+    def keep(open_ones: Sequence[int]) -> None:
+        nonlocal plan
+        if kept := table.keep(open_ones):
             plan = plan.keep(kept)
 
+    loop = DecodingLoop(backbone.model_id, str(backbone.dtype), backbone.end_ids, logits_of, keep)
+    yield from loop.run(questions, answers, sampler(options, len(answers), backbone.device), on_logits, is_cancelled)
 
-def _require_tokens(chosen: Sequence[int], backbone: Backbone) -> None:
-    if NO_TOKEN in chosen:
-        raise UnsupportedModelError(
-            f"{backbone.model_id!r} produced NaN or infinite logits in {backbone.dtype}; load it with "
-            "dtype='float32' or 'bfloat16'."
-        )
+
+@dataclass(frozen=True, slots=True)
+class DecodingLoop:
+    """The part of decoding that is the same for every engine.
+
+    Attributes:
+        logits_of: appends tokens, from their positions on, to the open questions, and returns logits (n, V).
+        keep: told which questions are still open, whenever one has ended.
+    """
+
+    model_id: str
+    dtype: str
+    end_ids: frozenset[int]
+    logits_of: Callable[[Sequence[int], Sequence[Sequence[int]], Sequence[int]], torch.Tensor]
+    keep: Callable[[Sequence[int]], None]
+
+    def run(
+        self,
+        questions: Sequence[Question],
+        answers: Sequence[GrowingAnswer],
+        choose: Callable[[torch.Tensor, Sequence[int]], list[int]],
+        on_logits: Callable[[torch.Tensor], None] | None,
+        is_cancelled: Callable[[int], bool],
+    ) -> Generator[None, None, None]:
+        """Let every answer grow by one token per step; see :func:`decode`."""
+        open_ones = list(range(len(answers)))
+        tokens: list[Sequence[int]] = [question.ids for question in questions]  # input of each question's next step
+        positions = [question.start for question in questions]
+        while open_ones:
+            logits = self.logits_of(open_ones, [tokens[i] for i in open_ones], [positions[i] for i in open_ones])
+            if on_logits is not None:
+                on_logits(logits)
+            chosen = choose(constrained(logits, [answers[i].allowed for i in open_ones]), open_ones)
+            self._require_tokens(chosen)
+            for i, token in zip(open_ones, chosen, strict=True):
+                positions[i] += len(tokens[i])
+                tokens[i] = (answers[i].push(token, is_end=token in self.end_ids),)
+                if answers[i].finish_reason is None and is_cancelled(i):
+                    answers[i].finish_reason = "cancelled"
+            yield
+            still_open = [i for i in open_ones if answers[i].finish_reason is None]
+            if still_open and len(still_open) < len(open_ones):
+                self.keep(still_open)
+            open_ones = still_open
+
+    def _require_tokens(self, chosen: Sequence[int]) -> None:
+        if NO_TOKEN in chosen:
+            raise UnsupportedModelError(
+                f"{self.model_id!r} produced NaN or infinite logits in {self.dtype}; load it with dtype='float32' or "
+                "'bfloat16'."
+            )
 
 
 @torch.inference_mode()

@@ -14,11 +14,16 @@ from ..text.reasoning import Reasoning
 from ..text.settings import LongDocuments, ModelSettings, Positions, is_count
 from .torch_model import TorchModel
 
+EngineChoice = Literal["torch", "llama.cpp"]
+
 
 class ModelKwargs(TypedDict, total=False):
     """Options that choose what is loaded, and how.
 
     Attributes:
+        engine: "torch" or "llama.cpp", which reads GGUF files (extra ``llama-cpp``).
+        gpu_layers: layers that llama.cpp puts on a GPU. Default: all if it can use one.
+        cache_type: precision of KVs in llama.cpp, "f16" or "q8_0". Default: "f16".
         gguf_file: name of a GGUF file in the folder or hub repository of the model.
         revision: branch, tag or commit of a hub model.
         adapter: folder or hub name of an adapter (peft) of the answering decoder. Documents are prefilled without it.
@@ -31,6 +36,9 @@ class ModelKwargs(TypedDict, total=False):
         model_kwargs: passed on to ``AutoModelForCausalLM.from_pretrained``.
     """
 
+    engine: EngineChoice
+    gpu_layers: int | None
+    cache_type: str | None
     gguf_file: str | None
     revision: str | None
     adapter: str | Path | Literal["shipped"] | None
@@ -84,12 +92,20 @@ def load_torch_model(model: str | Path | None, options: LoadKwargs) -> tuple[Tor
         raise InvalidInputError(
             f"tokens_per_pass is {tokens_per_pass!r}, but it must be a whole number of tokens above 0."
         )
+    for name in ("gpu_layers", "cache_type"):
+        if given.get(name) is not None:
+            raise InvalidInputError(f"{name} is {given[name]!r}, but only engine='llama.cpp' has this option.")
     names = ("gguf_file", "revision", "decoder", "device", "dtype", "model_kwargs")
     backbone, decoder = load_decoders(
         model, adapter=given.get("adapter", "shipped"), **{name: given.get(name) for name in names}
     )
     loaded = TorchModel(backbone, decoder, tokens_per_pass=tokens_per_pass)
+    return loaded, replace(loaded.settings, **settings_changes(given))
+
+
+def settings_changes(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the changes to a model's settings that are among the options of a caller."""
     changes = {name: given[name] for name in SettingsKwargs.__annotations__ if given.get(name) is not None}
     if "prefix" in changes:
         changes["layout"] = "fixed"
-    return loaded, replace(loaded.settings, **changes)
+    return changes

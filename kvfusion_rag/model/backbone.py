@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
 from ..text.settings import ModelSettings
@@ -91,7 +91,7 @@ class Backbone:
             )
         generation = model.generation_config
         self.max_new_tokens: int | None = None if generation is None else generation.max_new_tokens
-        self.end_ids = _end_ids(model, tokenizer)
+        self.end_ids = end_ids(generation, tokenizer)
         ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
         self.end_id: int | None = next((i for i in ends if i is not None), None)  # ends the answers in training
         self._base_weights = list(model.state_dict(keep_vars=True).items())
@@ -362,8 +362,8 @@ def _share_weights(decoder: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that end an answer: those of the generation config, and the tokenizer's own end token."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
+    configured = None if generation is None else generation.eos_token_id
     ids = configured if isinstance(configured, list) else [configured]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int))

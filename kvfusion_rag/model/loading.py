@@ -120,7 +120,7 @@ def load_backbone(
     tokenizer = read_tokenizer(location)
     with model_load_errors(f"the settings of {model_id!r}"):
         base_settings = load_settings(location.home, tokenizer, model_id=model_id, **hub)
-        settings = base_settings if adapter is None else _adapter_settings(adapter, base_settings, tokenizer)
+        settings = base_settings if adapter is None else adapter_settings(adapter, base_settings, tokenizer)
     weights = _load_weights(location, config, torch_device, torch_dtype, kwargs, is_text_part=is_text_part)
     if adapter is not None:
         require_same_base(adapter, weights, model_id, exact=location.path == location.home)
@@ -147,9 +147,8 @@ def _text_config(whole: PretrainedConfig, kwargs: dict[str, Any], model_id: str)
     return config
 
 
-def _adapter_settings(
-    adapter: Path, base_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase
-) -> ModelSettings:
+def adapter_settings(adapter: Path, base_settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
+    """Return the settings that an adapter was trained with."""
     if (adapter / FILE_NAME).is_file():
         return load_settings(str(adapter), tokenizer, model_id=name_of(adapter))
     return replace(base_settings, tuned_concat=True)  # made by other software, so trained on ordinary prompts

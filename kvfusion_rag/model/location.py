@@ -37,6 +37,7 @@ class ModelLocation:
         adapter: the adapter that is shipped with the model.
         revision: revision of a hub model.
         hub: options that transformers' loaders need to find ``path``.
+        gguf: the GGUF file that ``path`` was made from.
     """
 
     path: str
@@ -45,6 +46,7 @@ class ModelLocation:
     adapter: Path | None = None
     revision: str | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
+    gguf: Path | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,7 +55,12 @@ class ModelLocation:
 
 
 def locate_model(
-    model: str | Path | None, *, gguf_file: str | None = None, revision: str | None = None, **hub: Any
+    model: str | Path | None,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    weights: bool = True,
+    **hub: Any,
 ) -> ModelLocation:
     """Find a model. A GGUF file is converted on first use, and the default model may be downloaded.
 
@@ -61,6 +68,7 @@ def locate_model(
         model: hub name, folder, GGUF file, or None for the default model.
         gguf_file: name of a GGUF file in that folder or hub repository.
         revision: revision of a hub model.
+        weights: convert the weights of a GGUF file too; otherwise only its configuration and tokenizer.
         hub: options of transformers' loaders that are in ``HUB_OPTIONS``.
 
     Raises:
@@ -74,25 +82,25 @@ def locate_model(
             raise InvalidInputError(
                 f"gguf_file is {gguf_file!r}, but the folder or hub name that contains it is missing."
             )
-        return _default_model(revision, hub)
+        return _default_model(revision, hub, weights)
     if not isinstance(model, str | Path) or (isinstance(model, str) and not model.strip()):
         raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder, a GGUF file or None.")
     path = expanded(model)
     if path.is_file():
         if gguf_file is not None:
             raise InvalidInputError(f"gguf_file is {gguf_file!r}, but model is already a file: {str(model)!r}.")
-        return _converted(path)
+        return _converted(path, weights)
     if path.is_dir():
         file = _gguf_file_in(path / (hub.get("subfolder") or ""), gguf_file)
         if file is not None:
-            return _converted(file)
+            return _converted(file, weights)
         return ModelLocation(str(path), path.resolve().name, str(path), _adapter_in(path / "adapter"), revision, hub)
     if str(model).endswith(".gguf"):
         raise ModelLoadError(f"there is no file {str(model)!r} to load a model from.")
     if isinstance(model, Path) or path.is_absolute() or model.startswith("."):
         raise ModelLoadError(f"there is no folder {str(model)!r} to load a model from.")
     if gguf_file is not None:
-        return _converted_from_hub(model, gguf_file, revision, hub)
+        return _converted_from_hub(model, gguf_file, revision, hub, weights)
     return ModelLocation(model, model, model, None, revision, hub)
 
 
@@ -120,15 +128,18 @@ def _gguf_file_in(folder: Path, name: str | None) -> Path | None:
     return files[0]
 
 
-def _converted(file: Path, revision: str | None = None) -> ModelLocation:
+def _converted(file: Path, weights: bool, revision: str | None = None) -> ModelLocation:
     from .gguf.conversion_cache import converted_folder
 
     name = file.name.removesuffix(".gguf")
     home = file.absolute().parent
-    return ModelLocation(str(converted_folder(file)), name, str(home), _adapter_in(home / "adapter"), revision)
+    path = str(converted_folder(file, weights=weights))
+    return ModelLocation(path, name, str(home), _adapter_in(home / "adapter"), revision, gguf=file)
 
 
-def _converted_from_hub(model: str, gguf_file: str, revision: str | None, hub: Mapping[str, Any]) -> ModelLocation:
+def _converted_from_hub(
+    model: str, gguf_file: str, revision: str | None, hub: Mapping[str, Any], weights: bool
+) -> ModelLocation:
     from transformers.utils.hub import cached_file, extract_commit_hash
 
     from ..text.settings import cached_settings_file
@@ -137,16 +148,16 @@ def _converted_from_hub(model: str, gguf_file: str, revision: str | None, hub: M
         file = cached_file(model, gguf_file, revision=revision, **hub)
         commit = extract_commit_hash(file, None)
         cached_settings_file(model, revision=commit or revision, **hub)  # into the same folder
-    return _converted(Path(str(file)), commit or revision)
+    return _converted(Path(str(file)), weights, commit or revision)
 
 
 # The default model
 
 
-def _default_model(revision: str | None, hub: Mapping[str, Any]) -> ModelLocation:
+def _default_model(revision: str | None, hub: Mapping[str, Any], weights: bool) -> ModelLocation:
     """Return the default model: from the installed package if no revision is given, else from the hub."""
     file = _packaged_file() if revision is None else None
-    location = _converted(file) if file is not None else _downloaded(revision, hub)
+    location = _converted(file, weights) if file is not None else _downloaded(revision, hub)
     return replace(location, model_id=DEFAULT_MODEL, adapter=_adapter_in(DEFAULT_ADAPTER) or location.adapter)
 
 

@@ -1,8 +1,9 @@
 """Keeps converted GGUF files as model folders, so that each file is converted once per machine.
 
-The SHA-256 of the file names the folder. A folder is built beside its final place, moved there when it is complete,
-and checked against a manifest at each use. One process converts a file while others wait. The cache is in
-``KVFUSION_HOME`` or the platform's cache folder. All of it may be deleted at any time.
+The SHA-256 of the file names the folder. A folder without weights is for engines that read the file themselves. A
+folder is built beside its final place, moved there when complete, and checked against a manifest at each use. One
+process converts a file while others wait. The cache is in ``KVFUSION_HOME`` or the platform's cache folder. All of it
+may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ RECENT_NS = 2_000_000_000  # a file changed since then may change again within o
 Facts = dict[str, Any]
 
 
-def converted_folder(file: Path) -> Path:
-    """Return the model folder of GGUF ``file``, and convert the file if that has not been done yet.
+def gguf_digest(file: Path) -> str:
+    """Return the SHA-256 of a GGUF file as hex digits. It is computed once for each file.
 
     Raises:
-        ModelLoadError: the file cannot be read or converted, or the cache cannot be written to.
+        ModelLoadError: the file cannot be read, or is no GGUF file.
     """
     cache, facts = home() / "gguf", _file_facts(file)
     digest = _remembered_digest(cache, facts)
@@ -50,17 +51,30 @@ def converted_folder(file: Path) -> Path:
         read_header(file)  # rejects a bad file before gigabytes are read
         digest = _sha256(file)
         _remember_digest(cache, facts, digest)
-    entry = cache / f"{digest}-{FORMAT}"
+    return digest
+
+
+def converted_folder(file: Path, *, weights: bool = True) -> Path:
+    """Return the model folder of GGUF ``file``, and convert the file if that has not been done yet.
+
+    Args:
+        weights: convert the weights too; otherwise the folder has only configuration and tokenizer.
+
+    Raises:
+        ModelLoadError: the file cannot be read or converted, or the cache cannot be written to.
+    """
+    cache, facts = home() / "gguf", _file_facts(file)
+    entry = cache / f"{gguf_digest(file)}-{FORMAT}{'' if weights else '-text'}"
     if _damage(entry) is not None:
         header = read_header(file)
         with _cache_write_errors(file, cache):
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(entry.with_suffix(".lock")):
-                _build(file, header, facts, entry)
+                _build(file, header, facts, entry, weights=weights)
     return entry
 
 
-def _build(file: Path, header: GGUFHeader, facts: Facts, entry: Path) -> None:
+def _build(file: Path, header: GGUFHeader, facts: Facts, entry: Path, *, weights: bool) -> None:
     """Convert ``file`` into ``entry``. The caller holds the lock of ``entry``."""
     damage = _damage(entry)
     if damage is None:
@@ -71,18 +85,19 @@ def _build(file: Path, header: GGUFHeader, facts: Facts, entry: Path) -> None:
     _remove_leftovers(entry)
     from .convert import convert, storage_dtype
 
-    needed = header.parameters * storage_dtype(header).itemsize + SPARE_BYTES
+    needed = SPARE_BYTES + (header.parameters * storage_dtype(header).itemsize if weights else 0)
     free = shutil.disk_usage(entry.parent).free
     if free < needed:
         raise ModelLoadError(
             f"converting {file.name!r} needs {needed / 1e9:.1f} GB in {str(entry.parent)!r}, but {free / 1e9:.1f} GB "
             f"are free; free some space, or set {HOME_VARIABLE} to a folder on another disk."
         )
-    logger.warning("converting %r once; the result is kept in %s", file.name, entry.parent)
+    part = "" if weights else "the tokenizer of "
+    logger.warning("converting %s%r once; the result is kept in %s", part, file.name, entry.parent)
     folder = entry.with_suffix(".tmp")
     try:
         folder.mkdir()
-        convert(file, header, folder)
+        convert(file, header, folder, weights=weights)
         if _file_facts(file) != facts:
             raise ModelLoadError(f"{str(file)!r} changed while it was read; load it again.")
         _seal(folder)

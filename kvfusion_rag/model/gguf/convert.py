@@ -18,7 +18,14 @@ from typing import Any, TextIO, cast
 import torch
 import transformers
 from tokenizers import pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 from ...errors import ModelLoadError, UnsupportedModelError, model_load_errors
 from ..pretrained import PreTrainedModel
@@ -35,8 +42,8 @@ DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exao
 _stderr_lock = threading.Lock()  # sys.stderr belongs to the whole process
 
 
-def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
-    """Write the model of GGUF ``file`` into the empty ``folder``.
+def convert(file: Path, header: GGUFHeader, folder: Path, *, weights: bool = True) -> None:
+    """Write the model of GGUF ``file`` into the empty ``folder``, or only its configuration and tokenizer.
 
     Raises:
         ModelLoadError: transformers cannot read the model or the tokenizer, or tensors are missing.
@@ -53,21 +60,15 @@ def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
             # The generic class keeps the tokenizer as the file describes it. A model's own class would rebuild it.
             tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)
             is_known = _set_split(tokenizer, header)
-        with model_load_errors(f"the weights of {file.name!r}"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                **source,
-                config=config,
-                dtype=storage_dtype(header),
-                quantization_config=GgufConfig(dequantize=True),
-                output_loading_info=True,
-            )
-            model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
-        if missing := sorted(info["missing_keys"]):
-            raise ModelLoadError(
-                f"cannot load the weights of {file.name!r}: {len(missing)} are missing, the first is {missing[0]!r}."
-            )
-        _add_end_of_turn(model, header)
-        model.save_pretrained(folder)
+        if weights:
+            model = _load_weights(source, config, header, file.name)
+            _add_end_of_turn(model.generation_config, header)
+            model.save_pretrained(folder)
+        else:
+            generation = GenerationConfig.from_model_config(config)
+            _add_end_of_turn(generation, header)
+            config.save_pretrained(folder)
+            generation.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if not is_known:
         logger.warning(
@@ -75,6 +76,23 @@ def convert(file: Path, header: GGUFHeader, folder: Path) -> None:
             "those of the original tokenizer",
             file.name, header.metadata.get(PRE_TOKENIZER),
         )  # fmt: skip
+
+
+def _load_weights(source: dict[str, Any], config: PretrainedConfig, header: GGUFHeader, name: str) -> PreTrainedModel:
+    with model_load_errors(f"the weights of {name!r}"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **source,
+            config=config,
+            dtype=storage_dtype(header),
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )
+        model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
+    if missing := sorted(info["missing_keys"]):
+        raise ModelLoadError(
+            f"cannot load the weights of {name!r}: {len(missing)} are missing, the first is {missing[0]!r}."
+        )
+    return model
 
 
 def _configuration(source: dict[str, Any], header: GGUFHeader, name: str) -> PretrainedConfig:
@@ -122,9 +140,8 @@ def _set_split(tokenizer: PreTrainedTokenizerFast, header: GGUFHeader) -> bool:
     return kind in GPT2_SPLITS
 
 
-def _add_end_of_turn(model: PreTrainedModel, header: GGUFHeader) -> None:
+def _add_end_of_turn(settings: GenerationConfig | None, header: GGUFHeader) -> None:
     """Let the end-of-turn token end an answer too. transformers reads only the end-of-text token."""
-    settings = model.generation_config
     if settings is None:
         return
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
