@@ -36,14 +36,14 @@ class Influence:
 
     Attributes:
         attention: mean share of attention, over layers and heads, while the answer's tokens were chosen. The rest up
-            to 1 went to prefix, question and answer. Duplicates share one value.
+            to 1 went to prefix, question and answer. Duplicates share one value. None if the engine cannot measure it.
         log_probability: log-probability of the answer without this document.
         effect: how much the document raises the answer's log-probability, in nats. 0 if a duplicate of it remains.
     """
 
     id: str
     title: str | None
-    attention: float
+    attention: float | None
     log_probability: float
     effect: float
 
@@ -71,9 +71,10 @@ class Attribution:
         return asdict(self)
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw two bars per document: its effect (nats) and its share of attention (%), each on its own scale.
+        """Draw two bars per document: its effect (nats) and, if measured, its share of attention (%).
 
-        Both scales have their zero at the same place. The title contains the question and the answer, shortened.
+        Each has its own scale, and both have their zero at the same place. The title contains the question and the
+        answer, shortened.
 
         Raises:
             MissingDependencyError: matplotlib is not installed.
@@ -91,15 +92,17 @@ class Attribution:
             axes.set_title(heading, loc="left", fontsize=9)
         places = range(len(self.documents))
         effects = [document.effect for document in self.documents]
-        shares = [100 * document.attention for document in self.documents]
         left = axes.barh([y - 0.2 for y in places], effects, 0.38, color="#0072B2")
-        shared = axes.twiny()
-        right = shared.barh([y + 0.2 for y in places], shares, 0.38, color="#E69F00")
         names = [_plain(document.title or document.id) for document in self.documents]
         axes.set_yticks(list(places), names)
         axes.invert_yaxis()
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel("effect on the answer's log-probability, nats")
+        shares = [100 * d.attention for d in self.documents if d.attention is not None]
+        if len(shares) < len(self.documents):
+            return axes
+        shared = axes.twiny()
+        right = shared.barh([y + 0.2 for y in places], shares, 0.38, color="#E69F00")
         shared.set_xlabel("share of attention, %")
         _join_zeros(axes, shared, effects, shares)
         shared.legend([left, right], ["effect", "attention"], loc="best")
@@ -109,7 +112,7 @@ class Attribution:
         """Return HTML for notebooks. Documents and answers are untrusted text, so everything is escaped."""
         rows = "".join(
             f"<tr><td>{html.escape(d.id)}</td><td>{html.escape(d.title or '')}</td><td>{d.effect:+.2f}</td>"
-            f"<td>{100 * d.attention:.1f} %</td></tr>"
+            f"<td>{'' if d.attention is None else f'{100 * d.attention:.1f} %'}</td></tr>"
             for d in self.documents
         )
         return (
@@ -133,7 +136,9 @@ def with_attribution(engine: Engine[FusionModel], request: Request, answer: Answ
     else:
         _, found = _influences(engine, request, answer.token_ids)
         measured = [{"attention": influence.attention, "effect": influence.effect} for influence in found]
-    sources = [replace(s, attention=0.0, effect=None if kind == "attention" else 0.0) for s in answer.sources]
+    unused = {"attention": 0.0 if runner.model.capabilities.attention else None}
+    unused["effect"] = None if kind == "attention" else 0.0
+    sources = [replace(source, **unused) for source in answer.sources]
     numbers = range(len(request.encoded.documents)) if request.choice is None else request.choice.kept
     for number, facts in zip(numbers, measured, strict=True):
         sources[number] = replace(sources[number], **facts)
@@ -187,8 +192,9 @@ def _influences(
     Raises:
         UnsupportedModelError: the model's attention cannot be replaced by an explicit one.
     """
-    engine.require_explicit_attention()
     runner = engine.runner
+    if runner.model.capabilities.attention:
+        engine.require_explicit_attention()
     options, began = DecodingOptions(max_new_tokens=len(answer)), time.perf_counter()
     request = runner.prepare(request, options)  # variants use its keys, so they must be current
     documents = request.encoded.documents
@@ -206,7 +212,9 @@ def _influences(
         variants = {number: variant for number, variant in variants.items() if variant.fused != request.fused}
     whole, *others = _log_probabilities(runner, [request, *variants.values()], answer)
     log_probability_without = dict(zip(variants, others, strict=True))
-    shares = attention_shares(runner, request, answer)
+    shares: Sequence[float | None] = [None] * len(documents)
+    if runner.model.capabilities.attention:
+        shares = attention_shares(runner, request, answer)
     influences = tuple(
         Influence(document.id, document.document.title, share, without, whole - without)
         for n, (document, share) in enumerate(zip(documents, shares, strict=True))

@@ -174,4 +174,5 @@ def _require_attributable(engine: Engine[FusionModel], attribution: object) -> N
         return
     if attribution not in get_args(Attributed):
         raise InvalidInputError(f"attribution is {attribution!r}, but it must be 'attention', 'effects' or None.")
-    engine.require_explicit_attention()
+    if attribution == "attention" or engine.model.capabilities.attention:
+        engine.require_explicit_attention()

@@ -51,9 +51,11 @@ class Capabilities:
 
     Attributes:
         shared_rows: several questions may read one row of the fused cache.
+        attention: attention weights can be measured and changed, as attribution by attention and APE need.
     """
 
     shared_rows: bool
+    attention: bool
 
 
 class FusionModel(Protocol):

@@ -104,7 +104,7 @@ class TorchModel:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(shared_rows=self.backbone.takes_any_mask and self.decoder.takes_any_mask)
+        return Capabilities(self.backbone.takes_any_mask and self.decoder.takes_any_mask, attention=True)
 
     # Identity
 

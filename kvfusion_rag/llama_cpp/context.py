@@ -81,8 +81,8 @@ class Context:
         self._pointer = lib.llama_init_from_model(self._weights.pointer, params)
         if not self._pointer:
             raise MemoryLimitError(
-                f"llama.cpp cannot make a context of {self.cells} tokens for {self._weights.name!r}: there is not "
-                "enough memory, or its attention cannot be computed with flash attention; pass fewer or shorter documents."
+                f"llama.cpp cannot make a context of {self.cells} tokens for {self._weights.name!r}: memory is short, "
+                f"or its heads are too narrow for cache_type={self._options.cache_type!r} or flash attention."
             )
         self._memory = lib.llama_get_memory(self._pointer)
 

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
 from ..errors import UnsupportedModelError
-from ..fusion.fused_cache import fuse
+from ..fusion.fused_cache import FusedContext, fuse
 from ..fusion.interface import Ids
 from ..model.kv import DocumentKV
 from ..schema import Check, GateReport
 from .context import Tokens
-
-if TYPE_CHECKING:
-    from .model import LlamaCppModel
 
 DOCUMENT_TOKENS, QUESTION_TOKENS = (11, 7), 5
 # Of logits, relative to the largest. llama.cpp rounds activations to 8 bits, and differently for other batch shapes.
 TOLERANCE = 5e-2
 
 
-def run_gate(model: LlamaCppModel, prefix_ids: Ids, ordinary_ids: Sequence[int]) -> GateReport:
+class Measurable(Protocol):
+    """What the gate asks of a model."""
+
+    @property
+    def model_id(self) -> str: ...
+    @property
+    def device(self) -> torch.device: ...
+    def prefill(self, documents: Sequence[Ids], prefix: DocumentKV | None) -> Iterator[tuple[int, DocumentKV]]: ...
+    def logits_behind(self, context: FusedContext, ids: Sequence[int], start: int) -> torch.Tensor: ...
+    def ordinary_logits(self, inputs: Sequence[Tokens]) -> torch.Tensor: ...
+
+
+def run_gate(model: Measurable, prefix_ids: Ids, ordinary_ids: Sequence[int]) -> GateReport:
     """Measure four laws on random tokens.
 
     Raises:
@@ -46,7 +55,7 @@ def run_gate(model: LlamaCppModel, prefix_ids: Ids, ordinary_ids: Sequence[int])
 class _Probe:
     """Two random documents and a question."""
 
-    def __init__(self, model: LlamaCppModel, prefix_ids: Ids, ordinary_ids: Sequence[int]) -> None:
+    def __init__(self, model: Measurable, prefix_ids: Ids, ordinary_ids: Sequence[int]) -> None:
         draw = random.Random(0)
         first, second = DOCUMENT_TOKENS
         ids = [draw.choice(ordinary_ids) for _ in range(first + second + QUESTION_TOKENS)]

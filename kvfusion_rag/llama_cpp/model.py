@@ -147,7 +147,7 @@ class LlamaCppModel:
 
     @property
     def capabilities(self) -> Capabilities:
-        return Capabilities(shared_rows=True)
+        return Capabilities(shared_rows=True, attention=False)
 
     # Identity
 

@@ -196,7 +196,7 @@ class DocumentStore:
         return held
 
     def require_room(self, shape: KVShape, tokens: int) -> None:
-        """Raise InvalidInputError if a tier's cap is smaller than one document with ``tokens`` tokens."""
+        """Raise InvalidInputError if no document of ``shape`` with ``tokens`` tokens can be kept."""
         self._tiers.require_room(shape, tokens)
 
     @property

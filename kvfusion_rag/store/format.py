@@ -34,7 +34,7 @@ Buffer = memoryview | bytes | bytearray
 Accepts = Callable[[str], bool]  # whether a KV from the environment with this digest may be used
 
 _FILE_NAME = re.compile(rf"v{FORMAT_VERSION}-(?:{'|'.join(CODECS)})/{PATH_PATTERN}{re.escape(SUFFIX)}")
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _INFINITY = {torch.float32: 0x7F80_0000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}  # bit patterns
 NO_ENVIRONMENT = "0" * 16  # digest of an unknown environment
 _CHECKSUM_FIELD = b'"xxh3_128":"'
@@ -296,7 +296,7 @@ def _are_finite(numbers: np.ndarray, dtype: torch.dtype) -> bool:
     Infinities and NaNs are the largest signed integers among positive numbers, and the largest unsigned integers
     among negative ones. Unlike a sum this cannot overflow, and it starts no threads that would slow down readers.
     """
-    if dtype == torch.int8:
+    if dtype in (torch.int8, torch.uint8):
         return True
     unsigned, infinity = numbers.view(f"u{numbers.itemsize}"), _INFINITY[dtype]
     return bool(numbers.max() < infinity) and bool(unsigned.max() < infinity + (1 << 8 * numbers.itemsize - 1))

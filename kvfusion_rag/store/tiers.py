@@ -230,7 +230,11 @@ class Tiers:
         return removed
 
     def require_room(self, shape: KVShape, tokens: int) -> None:
-        """Raise InvalidInputError if a tier's cap is smaller than one document with ``tokens`` tokens."""
+        """Raise InvalidInputError if no document of ``shape`` with ``tokens`` tokens can be kept."""
+        if self.disk is not None and self.disk.codec != "raw" and not shape.dtype.is_floating_point:
+            raise InvalidInputError(
+                f"codec is {self.disk.codec!r}, but it must be 'raw', because the model's cache is quantised already."
+            )
         tiers: list[tuple[str, int, MemoryStore | DiskStore]] = []
         if self.memory is not None:
             tiers.append(("memory", shape.nbytes(tokens), self.memory))

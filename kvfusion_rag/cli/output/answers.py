@@ -139,7 +139,8 @@ def say_attribution(attribution: Attribution) -> None:
     say()
     say(f"attribution (the answer's log-probability is {attribution.log_probability:.2f})")
     for influence in sorted(attribution.documents, key=lambda document: -document.effect):
-        say(f"  {influence.effect:+7.2f}  {influence.attention:6.1%} of attention  {influence.title or influence.id}")
+        share = "" if influence.attention is None else f"{influence.attention:6.1%} of attention  "
+        say(f"  {influence.effect:+7.2f}  {share}{influence.title or influence.id}")
 
 
 def say_shuffle_check(report: InvarianceReport) -> None:

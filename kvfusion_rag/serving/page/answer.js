@@ -146,10 +146,10 @@ function documentItem(document, source, citations = [], most = 1) {
   if (source.used && source.effect !== undefined) {
     const effect = Math.abs(source.effect).toFixed(1);
     const sign = effect === "0.0" ? "" : source.effect < 0 ? "−" : "+";
-    part("bars").append(
-      ...bar("attention", source.attention, 1, `${Math.round(100 * source.attention)} %`),
-      ...bar("effect", source.effect, most, `${sign}${effect} nats`),
-    );
+    if (typeof source.attention === "number") {
+      part("bars").append(...bar("attention", source.attention, 1, `${Math.round(100 * source.attention)} %`));
+    }
+    part("bars").append(...bar("effect", source.effect, most, `${sign}${effect} nats`));
   }
   return item;
 }

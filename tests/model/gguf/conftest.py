@@ -44,7 +44,7 @@ def conversions(converted, monkeypatch) -> list[str]:
     """Replace conversion by a copy of ``converted``, and collect the names of the files to convert."""
     names: list[str] = []
 
-    def copy(file: Path, header: object, folder: Path) -> None:
+    def copy(file: Path, header: object, folder: Path, *, weights: bool) -> None:
         names.append(file.name)
         shutil.copytree(converted, folder, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
 

@@ -58,8 +58,8 @@ def test_file_that_changes_during_conversion_is_rejected(names, conversions, mon
     path = write_gguf(tmp_path / "m.gguf")
     copy = gguf_convert.convert
 
-    def change(*args) -> None:
-        copy(*args)
+    def change(*args, **options) -> None:
+        copy(*args, **options)
         write_gguf(path, tiny_gguf.model(seed=1))
 
     monkeypatch.setattr(gguf_convert, "convert", change)
@@ -142,7 +142,7 @@ def test_leftovers_of_other_files_are_removed_unless_they_are_in_progress(file, 
 
 
 def test_full_disk_is_one_error_and_leaves_nothing(file, cache, names, monkeypatch):
-    def fill(file: Path, header: object, folder: Path) -> None:
+    def fill(file: Path, header: object, folder: Path, *, weights: bool) -> None:
         (folder / "config.json").write_text("{}")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -180,3 +180,15 @@ def test_digests_of_recent_files_are_not_remembered(file, cache, conversions, mo
     (remembered,) = cache.glob("digests/*")
     remembered.write_text("{")  # truncated
     assert converted_folder(file).is_dir()
+
+
+def test_folder_without_weights_has_the_same_tokenizer_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVFUSION_HOME", str(tmp_path / "home"))
+    file = write_gguf(tmp_path / "m.gguf")
+    whole, text = converted_folder(file), converted_folder(file, weights=False)
+    assert not list(text.glob("*.safetensors"))
+    for name in ("tokenizer.json", "config.json"):
+        ours, expected = (json.loads((folder / name).read_text()) for folder in (text, whole))
+        assert {key: value for key, value in ours.items() if key in expected} == ours
+    ends = [json.loads((folder / "generation_config.json").read_text())["eos_token_id"] for folder in (text, whole)]
+    assert ends[0] == ends[1]
