@@ -23,6 +23,7 @@ from .errors import InvalidInputError
 from .fusion.interface import FusionModel
 from .fusion.load_options import EngineChoice, LoadKwargs, load_torch_model
 from .fusion.prefill import LENGTH_BUCKET
+from .llama_cpp.choosing import load_faster_model
 from .llama_cpp.loading import load_llama_cpp_model
 from .option_names import check_option_names
 from .schema import (
@@ -310,4 +311,6 @@ def _load(model: str | Path | None, options: LoadKwargs) -> tuple[FusionModel, M
         return load_torch_model(model, options)
     if engine == "llama.cpp":
         return load_llama_cpp_model(model, options)
+    if engine == "auto":
+        return load_faster_model(model, options)
     raise InvalidInputError(f"engine is {engine!r}, but it must be one of {', '.join(get_args(EngineChoice))}.")

@@ -4,6 +4,7 @@
 with documents computed, from memory and from disk, each compared with the machine's limit. ``kvfusion bench store``
 measures the time to the first token with documents computed, from disk and from memory compared with the joined
 prompt, how fast files are loaded into the fused cache compared with plain reads, and what writing costs.
+``kvfusion bench engines`` compares torch, llama.cpp and stock llama.cpp on a GGUF file.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from ..errors import InvalidInputError
 from .arguments.paths import existing_folder, output_file
 from .arguments.values import count, device, names, plain_text, positive, share, whole
 from .console import say, say_json
-from .options import add_json
+from .options import add_json, add_model_name
 
-SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "tiny")  # importing them would import torch
+ENGINES = ("torch-float32", "torch-bfloat16", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-stock")
+SHAPES = (
+    "qwen2.5-0.5b",
+    "qwen2.5-1.5b",
+    "qwen2.5-7b",
+    "llama-3.1-8b",
+    "tiny",
+)  # both are repeated here, because importing them would import torch
 
 sizes = whole(1, 1 << 20)
 threads = whole(1, 1 << 12)
@@ -55,6 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="raw",
         help="format of the store's files: raw, or v8, which keeps values in 8 bits (default: raw)",
     )
+    _add_engines(subjects)
+
+
+def _add_engines(subjects: Any) -> None:
+    about = "torch and llama.cpp on the same GGUF file and documents"
+    parser = subjects.add_parser("engines", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    add_model_name(parser)
+    add = parser.add_argument
+    compared = f"engines to compare, some of {', '.join(ENGINES)} (default: all)"
+    add("--engines", type=names, default=",".join(ENGINES), metavar="A,B", help=compared)
+    add("--documents", type=sizes, default=20, metavar="N", help="documents per question (default: 20)")
+    add("--document-tokens", type=sizes, default=150, metavar="N", help="tokens per document (default: 150)")
+    add("--answer-tokens", type=sizes, default=32, metavar="N", help="maximum tokens per answer (default: 32)")
+    add("--repeats", type=positive, default=5, metavar="N", help="questions per measurement (default: 5)")
+    add("--threads", type=threads, metavar="N", help="number of threads (default: torch's own choice)")
+    output = "write all figures as JSON to this file, and replace it if it exists (default: not written)"
+    add("--output", type=output_file, metavar="FILE", help=output)
+    add_json(parser)
 
 
 def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.ArgumentParser:
@@ -79,6 +105,8 @@ def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.subject == "engines":
+        return _engines(args)
     from ..model.hardware import choose_device, fast_dtype
 
     args.device = args.device or "cpu"
@@ -132,6 +160,31 @@ def _store(args: argparse.Namespace) -> int:
         say_json(figures)
     else:
         _say_store(figures)
+    return 0
+
+
+def _engines(args: argparse.Namespace) -> int:
+    from ..benchmark.engines import EngineCase, measure_engines
+    from ..evaluation.report import run_facts
+    from ..model.location import locate_model
+
+    if locate_model(args.model, gguf_file=args.gguf_file, weights=False).gguf is None:
+        raise InvalidInputError(f"{args.model!r} has no GGUF file, which llama.cpp reads; name a GGUF file.")
+    counts = ("documents", "document_tokens", "answer_tokens", "repeats", "threads")
+    case = EngineCase(args.model, args.gguf_file, **{name: getattr(args, name) for name in counts})
+    figures = {"rows": measure_engines(case, args.engines), "run": run_facts()}
+    _write(args.output, json.dumps(figures, indent=2) + "\n")
+    if args.json:
+        say_json(figures)
+        return 0
+    say("seconds to the first token         cold    warm  shuffled  tokens/s  peak MiB")
+    for row in figures["rows"]:
+        say(
+            f"  {row['engine']:<30} {row['cold']:>6.2f}  {row['warm']:>6.2f}  {row['shuffled']:>8.2f}  "
+            f"{row['tokens per second']:>8.1f}  {row['peak MiB']:>8}"
+        )
+        if joined := row.get("joined prompt"):
+            say(f"    joined prompt                {joined['cold']:>6.2f}          {joined['shuffled']:>8.2f}")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, RetrievalError
+from .arguments.engine import add_engine_arguments, engine_options
 from .arguments.paths import existing, index_place, store_place
 from .arguments.values import byte_count, count, device, focus, namespace, number, plain_text, positive, seed, stop
 from .console import collection_paused, patient_bars
@@ -58,7 +59,7 @@ def add_device(parser: argparse.ArgumentParser, subject: str = "model") -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of the answering model: adapter, decoder, device and precision."""
+    """Add the options of the answering model: adapter, decoder, device, precision and engine."""
     parser.add_argument(
         "--adapter",
         metavar="NAME",
@@ -78,6 +79,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["float32", "bfloat16", "float16"],
         help="precision of the model (default: float32 on CPU, otherwise the checkpoint's)",
     )
+    add_engine_arguments(parser)
 
 
 def _adapter(text: str) -> str | None:
@@ -262,6 +264,7 @@ def _generator_options(args: argparse.Namespace) -> dict[str, Any]:
         "decoder": args.decoder,
         "device": args.device,
         "dtype": args.dtype,
+        **engine_options(args),
         "max_reasoning_tokens": getattr(args, "max_reasoning_tokens", None),
         "namespace": getattr(args, "namespace", ""),
         "key_kind": getattr(args, "key_kind", "auto"),

@@ -14,14 +14,15 @@ from ..text.reasoning import Reasoning
 from ..text.settings import LongDocuments, ModelSettings, Positions, is_count
 from .torch_model import TorchModel
 
-EngineChoice = Literal["torch", "llama.cpp"]
+EngineChoice = Literal["torch", "llama.cpp", "auto"]
 
 
 class ModelKwargs(TypedDict, total=False):
     """Options that choose what is loaded, and how.
 
     Attributes:
-        engine: "torch" or "llama.cpp", which reads GGUF files (extra ``llama-cpp``).
+        engine: "torch", "llama.cpp", which reads GGUF files (extra ``llama-cpp``), or "auto", the faster of both in a
+            short measurement. Default: "torch".
         gpu_layers: layers that llama.cpp puts on a GPU. Default: all if it can use one.
         cache_type: precision of KVs in llama.cpp, "f16" or "q8_0". Default: "f16".
         gguf_file: name of a GGUF file in the folder or hub repository of the model.

@@ -83,7 +83,6 @@ class Weights:
                 f"gpu_layers is {gpu_layers}, but it must be 0: this build of {PACKAGE} cannot use a GPU."
             )
         options = lib.llama_model_default_params()
-        options.use_extra_bufts = False  # TEMPORARY
         options.n_gpu_layers = (999 if can_offload else 0) if gpu_layers is None else gpu_layers
         self.name = file.name.removesuffix(".gguf")
         self.uses_gpu = options.n_gpu_layers > 0

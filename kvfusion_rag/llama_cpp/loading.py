@@ -29,7 +29,8 @@ from .context import CACHE_TYPES, ContextOptions
 from .library import Weights, library
 from .model import Description, LlamaCppModel
 
-TORCH_ONLY = ("decoder", "dtype", "device", "tokens_per_pass", "model_kwargs")
+TORCH_ONLY = ("decoder", "dtype", "device", "tokens_per_pass", "model_kwargs")  # options
+LLAMA_CPP_ONLY = ("gpu_layers", "cache_type")
 SUFFIX = ".gguf"
 
 
