@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from ..fusion.fused_cache import fuse
 from ..fusion.growing_answer import GrowingAnswer
@@ -26,7 +25,7 @@ from .loading import LLAMA_CPP_ONLY, TORCH_ONLY, load_llama_cpp_model
 logger = logging.getLogger(__name__)
 
 DOCUMENT_TOKENS, ANSWER_TOKENS, REPEATS = 128, 8, 3
-MEMORY_SHARE = 0.5  # of the free memory, that dense weights may take
+MEMORY_SHARE = 0.5  # of the main memory, that dense weights may take
 
 
 def load_faster_model(model: str | Path | None, options: LoadKwargs) -> tuple[FusionModel, ModelSettings]:
@@ -34,7 +33,7 @@ def load_faster_model(model: str | Path | None, options: LoadKwargs) -> tuple[Fu
 
     Without measuring, it is torch for a model that has no GGUF file, without llama-cpp-python, or with options that
     only torch has; and llama.cpp with options that only it has, or if dense weights would take more than half of the
-    free memory.
+    main memory.
 
     Raises:
         KVFusionError: as ``load_torch_model`` and ``load_llama_cpp_model`` do.
@@ -70,10 +69,15 @@ def _known_engine(model: str | Path | None, given: Mapping[str, Any]) -> tuple[s
     if location.gguf is None:
         return "torch", "the model has no GGUF file"
     header = read_header(location.gguf)
-    needed, free = header.parameters * storage_dtype(header).itemsize, psutil.virtual_memory().available
-    if needed > MEMORY_SHARE * free:
-        return "llama.cpp", f"dense weights would take {needed / 1e9:.1f} of {free / 1e9:.1f} GB"
+    needed, memory = header.parameters * storage_dtype(header).itemsize, _main_memory()
+    if memory is not None and needed > MEMORY_SHARE * memory:
+        return "llama.cpp", f"dense weights would take {needed / 1e9:.1f} of {memory / 1e9:.1f} GB of memory"
     return None, ""
+
+
+def _main_memory() -> int | None:
+    """Return the bytes of this machine's memory, or None on Windows, where they cannot be asked for in this way."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 
 def _seconds(model: FusionModel) -> float:
