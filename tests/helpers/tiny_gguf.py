@@ -55,6 +55,8 @@ def write_gguf(
     config = network.config
     writer = GGUFWriter(path, "llama")
     tokens, types, merges = vocabulary()
+    unused = config.vocab_size - len(tokens)  # rows of the embedding without a token
+    tokens, types = [*tokens, *(f"[PAD{number}]" for number in range(unused))], [*types, *[UNUSED] * unused]
     fields: dict[str, Any] = {
         "llama.block_count": config.num_hidden_layers,
         "llama.context_length": config.max_position_embeddings,

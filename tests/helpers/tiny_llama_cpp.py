@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from kvfusion_rag import Document, KVFusionGenerator
+from kvfusion_rag.llama_cpp.context import ContextOptions
+from kvfusion_rag.llama_cpp.library import Weights
+from kvfusion_rag.llama_cpp.model import Description, LlamaCppModel
+from kvfusion_rag.model.backbone import Backbone
 
 DOCUMENTS = [
     Document("the river runs to the mill and the lamp is lit"),
@@ -39,6 +44,27 @@ def save_adapter(folder: Path, seed: int = 0, **settings: Any) -> Path:
     chosen = {"target_modules": "all-linear", "init_lora_weights": False, "r": 4, **settings}
     get_peft_model(model(), LoraConfig(**chosen)).save_pretrained(str(folder))
     return folder
+
+
+def model_over(backbone: Backbone) -> LlamaCppModel:
+    """Return a model on llama.cpp with the weights of a Llama on torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = tiny_gguf.write_gguf(Path(folder) / "model.gguf", backbone.model)
+        weights = Weights(file)
+    description = Description(
+        model_id=backbone.model_id,
+        revision=None,
+        tokenizer=backbone.tokenizer,
+        settings=backbone.settings,
+        base_settings=backbone.base_settings,
+        position_limit=backbone.position_limit,
+        weights_digest=backbone.weights_digest,
+        adapter_digest=None,
+        end_ids=backbone.end_ids,
+        end_id=backbone.end_id,
+        max_new_tokens=backbone.max_new_tokens,
+    )
+    return LlamaCppModel(weights, description, ContextOptions(1))
 
 
 def load(file: Path, engine: str = "llama.cpp", **options: Any) -> KVFusionGenerator:

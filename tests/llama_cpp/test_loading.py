@@ -9,6 +9,9 @@ from tiny_llama_cpp import load, save, save_adapter
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, ModelLoadError, UnsupportedModelError
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+from kvfusion_rag.fusion.torch_model import TorchModel
+from kvfusion_rag.llama_cpp import choosing
+from kvfusion_rag.llama_cpp.model import LlamaCppModel
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +67,30 @@ def test_scales_of_an_adapter_are_those_of_peft(file, tmp_path, settings):
         logits_of(load(file, engine, adapter=adapter), QUESTION, DOCUMENTS) for engine in ("llama.cpp", "torch")
     )
     assert error(found, expected) < 5e-3
+
+
+def test_auto_is_torch_where_llama_cpp_cannot_be_used(file, tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    for model, options in ((folder, {}), (file, {"dtype": "float32"})):
+        assert isinstance(load(model, "auto", **options)._engine.model, TorchModel)
+
+
+def test_auto_is_llama_cpp_where_torch_cannot_be_used(file, monkeypatch):
+    assert isinstance(load(file, "auto", cache_type="q8_0")._engine.model, LlamaCppModel)
+    monkeypatch.setattr(choosing, "_main_memory", lambda: 1)
+    assert isinstance(load(file, "auto")._engine.model, LlamaCppModel)
+
+
+@pytest.mark.parametrize("faster", ["torch", "llama.cpp"])
+def test_auto_is_the_faster_engine(file, monkeypatch, faster):
+    kind = {"torch": TorchModel, "llama.cpp": LlamaCppModel}[faster]
+    measure = choosing._seconds
+    measured = []
+
+    def seconds(model):
+        measured.append(measure(model))
+        return 0.0 if isinstance(model, kind) else measured[-1]
+
+    monkeypatch.setattr(choosing, "_seconds", seconds)
+    assert isinstance(load(file, "auto")._engine.model, kind)
+    assert len(measured) == 2 and min(measured) > 0

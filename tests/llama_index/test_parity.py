@@ -266,6 +266,7 @@ def test_documents_are_inserted_at_their_place(model: Reader) -> None:
         llm.chat(messages, documents=["a"], documents_place=(2, place))
 
 
+@pytest.mark.torch_only
 def test_template_variables_reach_the_template(model: Reader) -> None:
     made = model.generator._engine.model.backbone
     tok = copy.deepcopy(made.tokenizer)

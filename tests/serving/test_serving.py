@@ -126,11 +126,13 @@ def test_server_focus_applies_to_requests_without_a_focus(generator, focus):
 @pytest.mark.parametrize(
     ("option", "fields", "unset"),
     [
-        ({"focus": 1}, ("used", "focus_score"), (True, None)),
-        ({"attribution": "effects"}, ("attention", "effect"), (None, None)),
+        pytest.param({"focus": 1}, ("used", "focus_score"), (True, None), id="focus"),
+        pytest.param(
+            {"attribution": "effects"}, ("attention", "effect"), (None, None), id="attribution",
+            marks=pytest.mark.torch_only,
+        ),
     ],
-    ids=["focus", "attribution"],
-)
+)  # fmt: skip
 def test_sources_contain_focus_scores_and_attribution_if_requested(model, stream, option, fields, unset):
     documents = ["the river runs past an old mill", "two grey doves sleep", "the lamp is lit"]
     expected = model.answer("who?", documents, prompt=[Message("user", "who?")], max_new_tokens=2, **option)
