@@ -23,6 +23,8 @@ import torch
 from ..engine.calls import read_call
 from ..errors import InvalidInputError, KVFusionError
 from ..generator import KVFusionGenerator
+from ..llama_cpp.library import library
+from ..model.location import locate_model
 from ..schema import Document
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -143,15 +145,11 @@ def _asking(generator: KVFusionGenerator, case: EngineCase, *, mode: Any) -> Ask
 
 def _stock(generator: KVFusionGenerator, case: EngineCase) -> Ask:
     """Return a function that asks ``llama_cpp.Llama``, with the ids of the joined prompt."""
-    import llama_cpp
-
-    from ..model.location import locate_model
-
     file = locate_model(case.model, gguf_file=case.gguf_file, weights=False).gguf
     assert file is not None
     threads = torch.get_num_threads()
     cells = case.documents * (case.document_tokens + 16) + 512
-    stock: Any = llama_cpp.Llama(str(file), n_ctx=cells, n_threads=threads, n_threads_batch=threads, verbose=False)
+    stock: Any = library().Llama(str(file), n_ctx=cells, n_threads=threads, n_threads_batch=threads, verbose=False)
     engine = generator._engine
 
     def ask(documents: Sequence[Document]) -> tuple[float, float]:

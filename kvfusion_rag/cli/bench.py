@@ -71,7 +71,7 @@ def _add_engines(subjects: Any) -> None:
     parser = subjects.add_parser("engines", help=about, description=f"{about[0].upper()}{about[1:]}.")
     add_model_name(parser)
     add = parser.add_argument
-    compared = f"engines to compare, some of {', '.join(ENGINES)} (default: all)"
+    compared = f"engines to compare, separated by commas (default: {','.join(ENGINES)})"
     add("--engines", type=names, default=",".join(ENGINES), metavar="A,B", help=compared)
     add("--documents", type=sizes, default=20, metavar="N", help="documents per question (default: 20)")
     add("--document-tokens", type=sizes, default=150, metavar="N", help="tokens per document (default: 150)")

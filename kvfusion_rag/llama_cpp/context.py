@@ -117,7 +117,7 @@ class Context:
         size = self._lib.llama_state_seq_get_size(self._pointer, sequence)
         data = np.empty(size, np.uint8)
         written = self._lib.llama_state_seq_get_data(self._pointer, _bytes(data), size, sequence)
-        return memoryview(data)[:written]
+        return data.data[:written]
 
     def restore(self, sequence: int, state: np.ndarray) -> None:
         """Replace a sequence by a saved one, in free cells.

@@ -103,7 +103,7 @@ def _describe(location: ModelLocation, adapter: str | Path | None) -> tuple[Desc
         weights_digest=gguf_digest(location.gguf),
         adapter_digest=digest,
         end_ids=ends,
-        end_id=next((i for i in (tokenizer.eos_token_id, *sorted(ends)) if i is not None), None),
+        end_id=next((i for i in (tokenizer.eos_token_id, *sorted(ends)) if isinstance(i, int)), None),
         max_new_tokens=generation.max_new_tokens,
     )
     return description, path

@@ -264,8 +264,8 @@ class LlamaCppModel:
                 sequences.remove(ROWS)
 
     def _packed_slots(self, context: FusedContext, row: int, start: int, end: int) -> Any:
-        keys = (layer.keys[row, 0, start:end] for layer in context.layers)
-        values = (layer.values[row, 0, start:end] for layer in context.layers)
+        keys = (layer.states[0][row, 0, start:end] for layer in context.layers)
+        values = (layer.states[1][row, 0, start:end] for layer in context.layers)
         return self._layout.pack(keys, values, context.cache.positions[row, start:end].tolist())
 
     # Measuring

@@ -98,13 +98,13 @@ class Layout:
         sizes = [self.layers * (_ROWS.size + cells * width) for width in (self.key_bytes, self.value_bytes)]
         at = _HEAD.size + meta.nbytes + _PARTS.size
         state = np.empty(at + sum(sizes), np.uint8)
-        _HEAD.pack_into(state, 0, MAGIC, 0, 1, cells)
+        _HEAD.pack_into(state.data, 0, MAGIC, 0, 1, cells)
         state[_HEAD.size : at - _PARTS.size] = meta.view(np.uint8)
-        _PARTS.pack_into(state, at - _PARTS.size, 0, self.layers)
+        _PARTS.pack_into(state.data, at - _PARTS.size, 0, self.layers)
         kinds = ((self.key_type, self.key_bytes, keys), (self.value_type, self.value_bytes, values))
         for kind, width, tensors in kinds:
             for rows in tensors:
-                _ROWS.pack_into(state, at, kind, width)
+                _ROWS.pack_into(state.data, at, kind, width)
                 at += _ROWS.size
                 state[at : at + cells * width].reshape(cells, width)[:] = rows.view(torch.uint8).numpy()
                 at += cells * width
