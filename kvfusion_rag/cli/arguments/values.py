@@ -103,6 +103,13 @@ def byte_count(text: str) -> int:
     return size
 
 
+def verbosity(text: str) -> int:
+    """Read how much is reported: -1 (only errors), 0, 1 (each step) or 2 (details)."""
+    if text not in ("-1", "0", "1", "2"):
+        raise ArgumentTypeError(f"{shown(text)} is not -1 (only errors), 0, 1 (each step) or 2 (details)")
+    return int(text)
+
+
 # Texts
 
 

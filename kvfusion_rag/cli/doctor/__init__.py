@@ -12,16 +12,16 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError, UnsupportedModelError
-from .console import print_error, say, say_json
-from .options import add_model_arguments, add_model_position, load_generator, load_whole_config
+from ...errors import MissingDependencyError, UnsupportedModelError
+from ..console import print_error, say, say_json, shows_progress
+from ..options import add_model_arguments, add_model_position, load_generator, load_whole_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..evaluation.modes import ModeResult
-    from ..generator import KVFusionGenerator
-    from ..schema import Check
+    from ...evaluation.modes import ModeResult
+    from ...generator import KVFusionGenerator
+    from ...schema import Check
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..model.families.table import rows_of, structure_of
-    from ..model.text_part import text_part
+    from ...model.families.table import rows_of, structure_of
+    from ...model.text_part import text_part
 
     config = load_whole_config(args)
     text = text_part(config)
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             say_json({"model": args.model, "passed": False, "checks": [], "error": str(error), "table": listed})
         print_error(str(error))
         return 1
-    results = _measure(generator, progress=not args.json) if args.measure else None
+    results = _measure(generator, progress=shows_progress(args)) if args.measure else None
     gate = generator.gate
     mode, reason = generator.default_mode()
     focus = generator.default_focus()
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report_configuration(args: argparse.Namespace, config: PretrainedConfig, rows: Sequence[dict[str, Any]]) -> int:
-    from ..model.support import configuration_checks
+    from ...model.support import configuration_checks
 
     checks = configuration_checks(config)
     error = None if checks[-1].passed else checks[-1].detail
@@ -112,8 +112,8 @@ def _say_checks(checks: Sequence[Check]) -> None:
 
 
 def _measure(generator: KVFusionGenerator, *, progress: bool) -> list[ModeResult]:
-    from ..evaluation.modes import best_measured, measure_modes, shipped_questions, with_scores
-    from ..retrieval import SentenceTransformerEmbedder
+    from ...evaluation.modes import best_measured, measure_modes, shipped_questions, with_scores
+    from ...retrieval import SentenceTransformerEmbedder
 
     questions = shipped_questions()
     with suppress(MissingDependencyError):  # without an embedding model, documents have no scores
