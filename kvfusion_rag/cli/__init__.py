@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import KVFusionError
-from . import adapt, answer, ask, bench, build_data, chat, doctor, evaluate, index, serve, store, train
+from . import adapt, answer, ask, bench, build_data, chat, config, doctor, evaluate, index, serve, store, train
 from .console import Interruption, drop_output, library_settings, print_error, reporting, torch_threads
 from .parser import UsageError, build_parser, parse
 
@@ -31,6 +31,7 @@ COMMANDS = {
     "train": train,
     "adapt": adapt,
     "evaluate": evaluate,
+    "config": config,
 }
 
 

@@ -6,13 +6,17 @@ It leaves defaults out, so that files and variables can replace them.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
 
 from .. import __version__
+from .arguments.paths import settings_file
 from .arguments.values import verbosity, whole
+from .settings.files import FILE_NAME, Command
+from .settings.settings import Settings
 
 MAX_THREADS = 1 << 12
 
@@ -52,6 +56,12 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.options: dict[str, Option] = {}
         super().__init__(*args, **kwargs)
+
+    def accept_parts(self) -> None:
+        """Let all arguments without an option's name be left out, and accept any text for them."""
+        for action in self._actions:
+            if not action.option_strings and not isinstance(action, argparse._SubParsersAction):
+                action.nargs, action.type, action.choices, action.required = "*", None, None, False
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -125,23 +135,41 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         help="threads of torch on the CPU; with --ray, those of each worker (default: OMP_NUM_THREADS, otherwise one "
         "for each core; with --ray 1)",
     )  # fmt: skip
+    files = f"defaults of options, or none for no file (default: {FILE_NAME} in this folder, then the user's)"
+    add("--config", type=settings_file, metavar="FILE", help=f"TOML file with {files}")
 
 
 def parse(root: Parser, argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments of a command: those of the command line, and the defaults of all other options.
+    """Return the arguments of a command: command line before environment variables, files and defaults.
 
     Raises:
         UsageError: the command line is invalid.
+        InvalidInputError: a setting of a file or variable is invalid.
     """
     args = root.parse_args(argv)
     leaf: Parser = args.leaf
-    missing: list[str] = []
+    settings, missing = load_settings(root, args), list[str]()
     for name, option in leaf.options.items():
         if hasattr(args, name):
             continue
-        if option.required:
+        found = settings.find(leaf.command, option.action, option.name)
+        if found is None and option.required:
             missing.append("/".join(option.action.option_strings))
-        setattr(args, name, option.default_value)
+        setattr(args, name, option.default_value if found is None else found.value)
     if missing:
         leaf.error(f"the following arguments are required: {', '.join(missing)}")
     return args
+
+
+def load_settings(root: Parser, given: argparse.Namespace) -> Settings:
+    """Return the settings of files and variables. ``given`` are the arguments of the command line.
+
+    Raises:
+        InvalidInputError: a file cannot be read, or a name is unknown.
+    """
+    known: dict[Command, set[str]] = {(): set()}
+    for parser in root.leaves():
+        names = {option.name for option in parser.options.values()} - {"config"}
+        for length in range(len(parser.command) + 1):
+            known.setdefault(parser.command[:length], set()).update(names)
+    return Settings.load(known, getattr(given, "config", None), os.environ)

@@ -25,7 +25,7 @@ from ..errors import ClusterError, InvalidInputError
 from .arguments.cluster import add_replica_arguments, cluster_of
 from .arguments.library import add_library_arguments, check_library, has_library, open_library
 from .arguments.paths import existing_file
-from .arguments.values import byte_count, plain_text, positive, whole
+from .arguments.values import byte_count, plain_text, positive, variable_name, whole
 from .console import print_error, say, say_json
 from .options import (
     add_focus,
@@ -91,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
     """Add who may use the server, and from where."""
     parser.add_argument(
-        "--api-key-env", type=plain_text, metavar="NAME", help="environment variable with the API key (default: none)"
+        "--api-key-env",
+        type=variable_name,
+        metavar="NAME",
+        help="environment variable with the API key (default: none)",
     )
     parser.add_argument(
         "--api-keys-file",

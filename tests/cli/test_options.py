@@ -143,6 +143,7 @@ NEEDED = {  # arguments with which a command comes to its model
     "train": ["rows.jsonl", "--output", "out"],
     "adapt": ["--docs", "docs", "--output", "adapted"],
     "evaluate": ["rows.jsonl"],
+    "config": [],
 }
 HOSTILE = ["", " ", "~nosuchuser/x", "a" * 300, "loop", "loop/x", "docs", "binary", "nested.json", "binary/x", "-1",
            "9" * 31, "9" * 5000, "nan", "inf", "1e400", "\udcff", "cuda:99", "none/x", "{}"]  # fmt: skip
@@ -259,5 +260,6 @@ def test_usable_arguments_come_to_the_model(folder, capsys):
         if "a model would be loaded now" in capsys.readouterr().err:
             reached.add(command)
     assert reached == NEEDED.keys() - {
-        "store stats", "store verify", "store missing", "store clear", "build-data"
+        "store stats", "store verify", "store missing", "store clear", "build-data",
+        "config",
     }  # fmt: skip

@@ -122,6 +122,13 @@ def plain_text(value: str) -> str:
     return value
 
 
+def variable_name(value: str) -> str:
+    """Read the name of an environment variable. Another text is not shown, because it may be the secret itself."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII):
+        raise ArgumentTypeError("the value is not the name of an environment variable (letters, digits and _)")
+    return value
+
+
 def stop(value: str) -> str:
     """Read a text that ends an answer, which may be blank but not empty."""
     return value if value.isspace() else plain_text(value)
