@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 # Tests of code that new versions of other libraries can break.
 VERSION_TESTS := $(addprefix tests/,test_generator.py fusion model text store retrieval training data langchain \
-	llama_index serving)
+	llama_index serving cli/test_completion.py)
 VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask

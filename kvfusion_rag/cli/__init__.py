@@ -14,7 +14,22 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import KVFusionError
-from . import adapt, answer, ask, bench, build_data, chat, config, doctor, evaluate, index, serve, store, train
+from . import (
+    adapt,
+    answer,
+    ask,
+    bench,
+    build_data,
+    chat,
+    completion,
+    config,
+    doctor,
+    evaluate,
+    index,
+    serve,
+    store,
+    train,
+)
 from .console import Interruption, drop_output, library_settings, print_error, reporting, torch_threads
 from .parser import UsageError, build_parser, parse
 
@@ -32,6 +47,7 @@ COMMANDS = {
     "adapt": adapt,
     "evaluate": evaluate,
     "config": config,
+    "completion": completion,
 }
 
 

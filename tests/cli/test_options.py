@@ -144,6 +144,7 @@ NEEDED = {  # arguments with which a command comes to its model
     "adapt": ["--docs", "docs", "--output", "adapted"],
     "evaluate": ["rows.jsonl"],
     "config": [],
+    "completion": ["bash"],
 }
 HOSTILE = ["", " ", "~nosuchuser/x", "a" * 300, "loop", "loop/x", "docs", "binary", "nested.json", "binary/x", "-1",
            "9" * 31, "9" * 5000, "nan", "inf", "1e400", "\udcff", "cuda:99", "none/x", "{}"]  # fmt: skip
@@ -261,5 +262,5 @@ def test_usable_arguments_come_to_the_model(folder, capsys):
             reached.add(command)
     assert reached == NEEDED.keys() - {
         "store stats", "store verify", "store missing", "store clear", "build-data",
-        "config",
+        "config", "completion",
     }  # fmt: skip
