@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from ...machine.software import without_password
 from ..arguments.values import plain_text
 from ..console import say, say_json
 from ..parser import Parser, load_settings
 from ..settings.files import section_name
-from ..settings.readers import without_password
 from ..settings.settings import Setting, Settings, variable_of
 
 COMMAND_LINE = "command line"

@@ -1,7 +1,9 @@
-"""Check whether a model can read fused documents exactly, and measure in which mode it answers best.
+"""Check this machine, or whether a model can read fused documents exactly and in which mode it answers best.
 
-The checks of the configuration come first, with the rows of the compatibility table. They need only config.json. The
-exit code is 0 if all checks passed, and 1 if the model is not supported.
+Without MODEL, facts about the machine are printed, and no model is loaded. The default model is checked by its name,
+SmolLM2-135M-Instruct, or by any option of a model. The checks of the configuration come first, with the rows of the
+compatibility table. They need only config.json. The exit code is 0 if all checks passed, and 1 if the model is not
+supported.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from ...schema import Check
 
 
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # repeated here, because importing it would import torch
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_position(parser)
     add_model_arguments(parser)
@@ -40,6 +45,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    return _check_machine(args) if _asks_for_machine(args) else _check_model(args)
+
+
+def _asks_for_machine(args: argparse.Namespace) -> bool:
+    """Return whether the command names no model and has no option of one."""
+    if args.model == DEFAULT_MODEL:
+        args.model = None
+        return False
+    own = (args.measure, args.config_only, args.adapter != "shipped", args.decoder, args.gguf_file, args.model)
+    return not any(own)
+
+
+def _check_machine(args: argparse.Namespace) -> int:
+    from ...machine import inspect_machine
+    from .machine import say_machine
+
+    report = inspect_machine()
+    if args.json:
+        say_json(report.to_dict())
+    else:
+        say_machine(report)
+    return 0
+
+
+def _check_model(args: argparse.Namespace) -> int:
     from ...model.families.table import rows_of, structure_of
     from ...model.text_part import text_part
 

@@ -9,16 +9,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from ...errors import InvalidInputError
+from ...machine.software import without_password
 from ..arguments.values import shown
 
 FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
-
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-def without_password(text: str) -> str:
-    """Return ``text`` without users and passwords in URLs."""
-    return _PASSWORD.sub("***@", text)
 
 
 def read_value(action: argparse.Action, value: Any, where: str) -> Any:
