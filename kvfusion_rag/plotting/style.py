@@ -28,12 +28,11 @@ def plot_style() -> Generator[None, None, None]:
     """Draw in this style until the block, or the decorated function, ends. Own settings of other plots stay."""
     import matplotlib
 
-    colours = dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), TEXT
-    )
-    clear = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none")
-    rest = {"grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 9}
-    with matplotlib.rc_context({**colours, **clear, **rest}):
+    with matplotlib.rc_context({
+        "text.color": TEXT, "axes.labelcolor": TEXT, "axes.edgecolor": TEXT, "axes.titlecolor": TEXT,
+        "xtick.color": TEXT, "ytick.color": TEXT, "grid.color": GRID, "grid.linewidth": 0.8, "legend.frameon": False,
+        "legend.fontsize": 9, "figure.facecolor": "none", "axes.facecolor": "none",
+    }):  # fmt: skip
         yield
 
 

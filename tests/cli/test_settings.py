@@ -136,7 +136,7 @@ def test_names_in_files_are_those_of_the_command_line(leaf):
     [
         ("[serve]\nprot = 1", "kvfusion.toml: 'prot' in [serve] is not an option of kvfusion serve; did you mean 'po"),
         ("[ask]\ntop_k = 1", "'top_k' in [ask] is not an option of kvfusion ask; did you mean 'top-k'?"),
-        ("[global]\nmodle = 'x'", "'modle' in [global] is not an option of any command; did you mean 'mode'?"),
+        ("[global]\nthread = 2", "'thread' in [global] is not an option of any command; did you mean 'threads'?"),
         ("[store.clear]\nal = true", "'al' in [store.clear] is not an option of kvfusion store clear; did you"),
         ("[store.clean]\nall = true", "'clean' in [store] is not an option of kvfusion store"),
         ("[serv]\nport = 1", "there is no command for the section [serv]; did you mean 'serve'?"),

@@ -96,8 +96,8 @@ def _list(text: str) -> list[str]:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
-        found = [None]
-    if not all(isinstance(one, str) for one in found):
+        found = None
+    if found is None or not all(isinstance(one, str) for one in found):
         raise argparse.ArgumentTypeError(f'{shown(text)} is not a list of texts in JSON, such as ["a", "b"]')
     return found
 
