@@ -10,7 +10,7 @@ WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 # Tests of code that new versions of other libraries can break.
 VERSION_TESTS := $(addprefix tests/,test_generator.py fusion model text store retrieval training data langchain \
-	llama_index serving)
+	llama_index serving cli/test_completion.py)
 ENGINE_TESTS := tests/serving tests/langchain tests/llama_index tests/frameworks
 VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
@@ -21,7 +21,7 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-all test-gpu test-llama-cpp test-versions $(VERSION_SETS:%=test-%) notebooks families docs check format \
+.PHONY: help demo test nightly test-all test-gpu test-llama-cpp test-versions $(VERSION_SETS:%=test-%) notebooks families plots docs check format \
 	build test-wheel clean
 
 help: ## print this list
@@ -72,6 +72,9 @@ families: $(READY) ## measure the compatibility table and write docs/compatibili
 
 notebooks: $(READY) ## execute the notebooks and save their outputs (NOTEBOOKS="..." for some)
 	HF_HUB_DISABLE_PROGRESS_BARS=1 $(BIN)/python -c '$(EXECUTE)' $(NOTEBOOKS)
+
+plots: $(READY) ## draw the pictures of README and docs again from the committed figures
+	PYTHONPATH=. $(BIN)/python benchmarks/plots.py
 
 docs: $(READY) ## build the documentation site into site/ and fail on any warning
 	$(BIN)/zensical build --clean --strict

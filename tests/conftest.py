@@ -43,6 +43,7 @@ def kvfusion_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     (home / "gguf").symlink_to(converted, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVFUSION_HOME", str(home))
+        patch.setenv("KVFUSION_CONFIG", "none")  # not the developer's own
         yield
 
 

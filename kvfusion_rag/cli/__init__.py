@@ -8,17 +8,30 @@ a check failed, 2 after an error, which is one line on stderr, and 130 after an 
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import gc
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from .. import __version__
 from ..errors import KVFusionError
-from . import adapt, answer, ask, bench, build_data, chat, doctor, evaluate, index, serve, store, train
-from .console import Interruption, drop_output, library_settings, print_error
+from . import (
+    adapt,
+    answer,
+    ask,
+    bench,
+    build_data,
+    chat,
+    completion,
+    config,
+    doctor,
+    evaluate,
+    index,
+    serve,
+    store,
+    train,
+)
+from .console import Interruption, drop_output, library_settings, print_error, reporting, torch_threads
+from .parser import UsageError, build_parser, parse
 
 COMMANDS = {
     "ask": ask,
@@ -33,18 +46,9 @@ COMMANDS = {
     "train": train,
     "adapt": adapt,
     "evaluate": evaluate,
+    "config": config,
+    "completion": completion,
 }
-
-
-class UsageError(Exception):
-    """The command line is invalid."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, without the usage text."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,27 +80,13 @@ def _sentence(error: Exception) -> str:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        args = _parse(argv)
-    except SystemExit as done:  # --help and --version
-        sys.stdout.flush()
-        return int(done.code or 0)
-    try:
         with library_settings():
-            return args.run(args)
+            try:
+                args = parse(build_parser(COMMANDS), None if argv is None else list(argv))
+            except SystemExit as done:  # --help and --version
+                sys.stdout.flush()
+                return int(done.code or 0)
+            with reporting(args.verbosity), torch_threads(args.threads):
+                return args.run(args)
     finally:
         gc.unfreeze()
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        prog="kvfusion", description="Answers questions from documents whose order does not change the answer."
-    )
-    parser.add_argument("--version", action="version", version=f"kvfusion {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for name, module in COMMANDS.items():
-        summary = (module.__doc__ or "").splitlines()[0].rstrip(".")
-        command = commands.add_parser(name, help=summary, description=summary + ".")
-        module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-        command.set_defaults(run=module.run)
-    return parser.parse_args(argv)

@@ -17,7 +17,7 @@ from ..adapting.options import AdaptOptions
 from ..training.config import TrainingConfig
 from .arguments.fields import add_fields
 from .arguments.paths import existing, existing_file, output_folder
-from .console import say, say_json, shown_path
+from .console import say, say_json, shown_path, shows_progress
 from .options import FILE_KINDS, add_device, add_model_position
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = adapt(
         args.model, docs=args.docs, output=args.output, options=options, gguf_file=args.gguf_file,
-        questions=args.questions, device=args.device, dtype=args.dtype, progress=not args.json,
+        questions=args.questions, device=args.device, dtype=args.dtype, progress=shows_progress(args),
         note=(lambda text: None) if args.json else say,
     )  # fmt: skip
     if args.json:

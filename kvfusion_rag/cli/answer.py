@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     failed: dict[str, str] = {}
     count = 0
     rows: list[dict[str, Any]] = []
-    with patient_bars(), _retrieval(args) as retrieve, _output(args, rows) as write:
+    with patient_bars(args.verbosity >= 0), _retrieval(args) as retrieve, _output(args, rows) as write:
         for row in answer_questions(
             read_questions(args.questions),
             generator_spec(args),

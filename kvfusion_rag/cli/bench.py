@@ -19,19 +19,13 @@ from ..errors import InvalidInputError
 from .arguments.paths import existing_folder, output_file
 from .arguments.values import count, device, names, plain_text, positive, share, whole
 from .console import say, say_json
-from .options import add_json, add_model_name
+from .options import add_model_name
 
+# Both are repeated here, because importing them would import torch.
 ENGINES = ("torch-float32", "torch-bfloat16", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-stock")
-SHAPES = (
-    "qwen2.5-0.5b",
-    "qwen2.5-1.5b",
-    "qwen2.5-7b",
-    "llama-3.1-8b",
-    "tiny",
-)  # both are repeated here, because importing them would import torch
+SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "tiny")
 
 sizes = whole(1, 1 << 20)
-threads = whole(1, 1 << 12)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--generate-up-to", type=positive, metavar="N", help="maximum tokens of a joined prompt (default: no limit)")
     weights = "store the layers' weights in 8 bits with torchao (default: weights of --dtype)"
     add("--weights", choices=["int8", "float8"], help=weights)
-    add("--threads", type=threads, metavar="N", help="number of torch's threads (default: its own choice)")
     markdown = "write the table to this file, and replace it if it exists (default: not written)"
     add("--markdown", type=output_file, metavar="FILE", help=markdown)
     store = _subject(subjects, "store", "documents from disk and memory, and what writing costs", repeats=5)
@@ -77,10 +70,8 @@ def _add_engines(subjects: Any) -> None:
     add("--document-tokens", type=sizes, default=150, metavar="N", help="tokens per document (default: 150)")
     add("--answer-tokens", type=sizes, default=32, metavar="N", help="maximum tokens per answer (default: 32)")
     add("--repeats", type=positive, default=5, metavar="N", help="questions per measurement (default: 5)")
-    add("--threads", type=threads, metavar="N", help="number of threads (default: torch's own choice)")
     output = "write all figures as JSON to this file, and replace it if it exists (default: not written)"
     add("--output", type=output_file, metavar="FILE", help=output)
-    add_json(parser)
 
 
 def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.ArgumentParser:
@@ -100,7 +91,6 @@ def _subject(subjects: Any, name: str, about: str, *, repeats: int) -> argparse.
     add("--folder", type=existing_folder, metavar="DIR", help=folder)
     output = "write all figures as JSON to this file, and replace it if it exists (default: not written)"
     add("--output", type=output_file, metavar="FILE", help=output)
-    add_json(parser)
     return parser
 
 
@@ -115,8 +105,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _answer(args: argparse.Namespace) -> int:
-    import torch
-
     from ..benchmark.speed import AnswerBenchmark, AnswerRun
     from ..benchmark.speed_table import markdown
     from ..benchmark.workload import SYSTEMS, Case, sweep
@@ -130,8 +118,6 @@ def _answer(args: argparse.Namespace) -> int:
     systems = tuple(args.systems)
     if unknown := [name for name in systems if name not in SYSTEMS]:
         raise InvalidInputError(f"--systems has {unknown[0]!r}, but it must be some of {', '.join(SYSTEMS)}.")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     names = ("shape", "dtype", "device", "repeats", "warmups", "generate_up_to", "weights")
     options = AnswerBenchmark(systems=systems, **{name: getattr(args, name) for name in names})
     with tempfile.TemporaryDirectory(dir=args.folder) as place:

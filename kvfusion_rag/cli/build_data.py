@@ -91,9 +91,11 @@ def run(args: argparse.Namespace) -> int:
         exclude=itertools.chain.from_iterable(map(read_examples, args.exclude)),
         count_tokens=_token_counter(args),
         embedder=_embedder(args),
-        progress=True,
+        progress=args.verbosity >= 0,
     )
-    rows = tqdm(builder.rows(), desc="rows", unit="row", delay=1, leave=False, disable=None)
+    rows = tqdm(
+        builder.rows(), desc="rows", unit="row", delay=1, leave=False, disable=None if args.verbosity >= 0 else True
+    )
     write_training_rows(out, _some(rows, builder.report))
     if args.json:
         say_json({"out": str(out.resolve()), **builder.report.to_dict()})
@@ -154,7 +156,7 @@ def _embedder(args: argparse.Namespace) -> Embedder | None:
         return None
     from ..retrieval import SentenceTransformerEmbedder
 
-    with patient_bars():
+    with patient_bars(args.verbosity >= 0):
         return SentenceTransformerEmbedder(args.embedding_model, device=args.device)
 
 

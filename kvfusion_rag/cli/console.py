@@ -22,6 +22,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    import argparse
+
     from ..retrieval import IndexReport
 
 MAX_LISTED_ITEMS = 20
@@ -45,6 +47,10 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+
+
+_LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def printable(text: str) -> str:
@@ -172,6 +178,50 @@ def library_settings() -> Generator[None, None, None]:
 
 
 @contextmanager
+def reporting(verbosity: int) -> Generator[None, None, None]:
+    """Let this package log errors (-1), also warnings (0), also each step (1), or also details (2)."""
+    logger = logging.getLogger("kvfusion_rag")
+    former = logger.level
+    logger.setLevel(_LEVELS[min(verbosity, max(_LEVELS))])
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    """Return whether a command may show progress bars: without ``--json`` and ``--quiet``."""
+    return not args.json and args.verbosity >= 0
+
+
+@contextmanager
+def torch_threads(number: int | None) -> Generator[None, None, None]:
+    """Let torch compute with this number of threads, or with its own choice if it is None.
+
+    Torch reads the variables when it is loaded, so a command that needs no torch does not load it for this.
+    """
+    if number is None:
+        yield
+        return
+    torch = sys.modules.get("torch")
+    former_number = None if torch is None else torch.get_num_threads()
+    former = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(number)))
+    if torch is not None:  # loaded already, such as to check --device
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+        if torch is not None:
+            torch.set_num_threads(former_number)
+
+
+@contextmanager
 def collection_paused() -> Generator[None, None, None]:
     """Pause Python's garbage collector while libraries and models are loaded, and freeze the loaded objects.
 
@@ -189,12 +239,12 @@ def collection_paused() -> Generator[None, None, None]:
 
 
 @contextmanager
-def patient_bars() -> Generator[None, None, None]:
-    """Show progress bars of transformers only on a terminal, and only for work that takes more than a second."""
+def patient_bars(shown: bool) -> Generator[None, None, None]:
+    """Show progress bars of transformers only if ``shown``, on a terminal, for work of more than a second."""
     from transformers.utils.logging import set_tqdm_hook
 
     def delayed_bar(make: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return make(*args, **kwargs | {"delay": 1, "leave": False, "disable": None})
+        return make(*args, **kwargs | {"delay": 1, "leave": False, "disable": None if shown else True})
 
     previous = set_tqdm_hook(delayed_bar)
     try:

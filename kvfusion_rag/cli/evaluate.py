@@ -184,7 +184,7 @@ def _evaluate_here(
     if journal is not None:
         journal.require(systems)
     predictions = predict(
-        rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
+        rows, systems, plan, batch_size=args.batch_size, seed=args.seed, progress=args.verbosity >= 0, journal=journal
     )
     return predictions, systems, refused
 
@@ -201,7 +201,14 @@ def _evaluate_on_cluster(
         focus=args.focus, focus_weight=args.focus_weight, ape=ape, memory_bytes=args.memory << 30,
     )  # fmt: skip
     found = evaluate_systems(
-        rows, spec, plan, cluster=cluster, batch_size=args.batch_size, seed=args.seed, progress=True, journal=journal
+        rows,
+        spec,
+        plan,
+        cluster=cluster,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        progress=args.verbosity >= 0,
+        journal=journal,
     )
     for note in found.notes:
         logger.warning("%s", note)
@@ -230,7 +237,7 @@ def _rows_and_plan(args: argparse.Namespace) -> tuple[list[QARow], Plan]:
         rows, notes = usable_rows(rows, args.conditions, args.documents)
     rows = _sample(rows, args)
     if args.score_passages:
-        rows = list(with_scores(rows, SentenceTransformerEmbedder(device=args.device), progress=True))
+        rows = list(with_scores(rows, SentenceTransformerEmbedder(device=args.device), progress=args.verbosity >= 0))
     plan = plan_conditions(rows, args.conditions, args.documents)
     plan = replace(plan, notes=(*notes, *plan.notes))
     for note in plan.notes:
@@ -272,7 +279,7 @@ def _ape_search(
         documents=plan.documents,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
-        progress=True,
+        progress=args.verbosity >= 0,
         journal=_journal(file, args, search_rows, plan),
     )
 

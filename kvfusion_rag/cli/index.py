@@ -22,7 +22,7 @@ from ..errors import InvalidInputError, StoreError
 from .arguments.cluster import add_cluster_arguments, cluster_of
 from .arguments.paths import existing, index_place
 from .arguments.values import plain_text
-from .console import print_error, say, say_json, say_left_out, say_list, shown_path, until_stopped
+from .console import print_error, say, say_json, say_left_out, say_list, shown_path, shows_progress, until_stopped
 from .options import (
     FILE_KINDS,
     INDEX_FOLDER,
@@ -178,7 +178,9 @@ class _Prefill:
         if self._generator is None:
             self._generator = load_generator(self._args, self._store)
         generator = self._generator
-        given = generator.prefill(documents, progress=not self._args.json, durable=True, collection=self._collection)
+        given = generator.prefill(
+            documents, progress=shows_progress(self._args), durable=True, collection=self._collection
+        )
         sources = [source for source in given if source.origin != "blank"]
         assert generator.store is not None and generator.store.slowest_tier is not None  # --store is set
         keep_newest_parts(generator.store.slowest_tier, namespace_key(self._args.namespace), self._collection)
@@ -202,7 +204,7 @@ def _prefill_on_cluster(
     from ..cluster import index_documents
 
     report = index_documents(
-        documents, generator_spec(args), cluster=cluster, collection=collection, progress=not args.json
+        documents, generator_spec(args), cluster=cluster, collection=collection, progress=shows_progress(args)
     )
     if report.unlisted is not None and not report.failed:
         raise StoreError(f"the collection {collection!r} could not be listed in the store: {report.unlisted}")

@@ -230,12 +230,6 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add ``--json`` to a subcommand, whose parent has it too."""
-    about = "print one JSON object and nothing else"
-    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=about)
-
-
 def require_store(args: argparse.Namespace) -> None:
     """Reject store options that are given without ``--store``, before models are loaded."""
     for name in ("codec", "max_bytes"):
@@ -276,7 +270,7 @@ def load_generator(args: argparse.Namespace, store: DocumentStore | str | None =
     """Load the model of the arguments, with ``store`` or else the store of the arguments."""
     from .. import KVFusionGenerator
 
-    with patient_bars():
+    with patient_bars(args.verbosity >= 0):
         return KVFusionGenerator.from_pretrained(
             args.model, store=open_chosen_store(args) if store is None else store, **_generator_options(args)
         )
@@ -307,7 +301,7 @@ def load_whole_config(args: argparse.Namespace) -> PretrainedConfig:
     from ..model.location import locate_model
     from ..model.repository import read_config
 
-    with patient_bars():
+    with patient_bars(args.verbosity >= 0):
         return read_config(locate_model(args.model, gguf_file=args.gguf_file))
 
 
@@ -327,14 +321,14 @@ def open_index(
     """
     from ..retrieval import DocumentIndex, SentenceTransformerEmbedder
 
-    with patient_bars():
+    with patient_bars(args.verbosity >= 0):
         embedder = SentenceTransformerEmbedder(args.embedding_model, device=args.device)
     return DocumentIndex(
         folder,
         count_tokens=count_tokens,
         chunk_tokens=args.chunk_tokens or passage_length or DEFAULT_CHUNK_TOKENS,
         embedder=embedder,
-        progress=True,
+        progress=args.verbosity >= 0,
     )
 
 

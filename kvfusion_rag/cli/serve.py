@@ -25,7 +25,7 @@ from ..errors import ClusterError, InvalidInputError
 from .arguments.cluster import add_replica_arguments, cluster_of
 from .arguments.library import add_library_arguments, check_library, has_library, open_library
 from .arguments.paths import existing_file
-from .arguments.values import byte_count, plain_text, positive, whole
+from .arguments.values import byte_count, plain_text, positive, variable_name, whole
 from .console import print_error, say, say_json
 from .options import (
     add_focus,
@@ -75,6 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="port to listen on, 0 for a free one (default: 8000)",
     )
+    parser.add_argument(
+        "--served-model-name",
+        nargs="+",
+        type=plain_text,
+        default=[],
+        metavar="NAME",
+        help="names under which clients find the model; the first is that of answers (default: the model's own name)",
+    )
     _add_access_arguments(parser)
     _add_limits(parser)
     parser.add_argument("--metrics", action="store_true", help="serve Prometheus metrics at /metrics")
@@ -83,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
     """Add who may use the server, and from where."""
     parser.add_argument(
-        "--api-key-env", type=plain_text, metavar="NAME", help="environment variable with the API key (default: none)"
+        "--api-key-env",
+        type=variable_name,
+        metavar="NAME",
+        help="environment variable with the API key (default: none)",
     )
     parser.add_argument(
         "--api-keys-file",
@@ -152,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
         max_documents=args.max_documents,
         timeout=args.timeout,
         metrics=args.metrics,
+        model_names=tuple(args.served_model_name),
     )
     cluster = cluster_of(args)
     if cluster is not None and has_library(args):
@@ -174,7 +186,7 @@ def _serve_here(args: argparse.Namespace, access: Access, options: ServingOption
     try:
         with open_library(args, generator) as library, _short_turns():
             app = create_app(generator, access=access, options=options, library=library)
-            serve(app, listener, lambda url: _say_ready(args, url, generator.model_id), _end_soon)
+            serve(app, listener, lambda url: _say_ready(args, url, options.names_of(generator.model_id)[0]), _end_soon)
     finally:
         if generator.store is not None:
             generator.store.close()  # finishes uploads and saves when documents were last used

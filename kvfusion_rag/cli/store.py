@@ -20,7 +20,6 @@ from .options import (
     FILE_KINDS,
     add_device,
     add_index_arguments,
-    add_json,
     add_model_name,
     load_config,
     load_encoder,
@@ -74,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default="bfloat16",
                 help="precision of the KVs (default: bfloat16)",
             )
-        add_json(action)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     progress = train(
         rows, output=args.output, model=args.model, gguf_file=args.gguf_file, dev=dev, config=config,
         device=args.device, dtype=args.dtype, resume=args.resume, files=_files(args), report=report,
+        progress=args.verbosity >= 0,
     )  # fmt: skip
     processes = PartialState()
     if processes.is_main_process:

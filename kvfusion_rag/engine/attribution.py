@@ -12,11 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, MissingDependencyError
 from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingOptions
+from ..plotting.style import COLORS, TEXT, plot_style
 from ..schema import Answer, Attributed, Document, Mode
 from .calls import Call, read_call
 from .engine import Engine
@@ -79,10 +81,14 @@ class Attribution:
         Raises:
             MissingDependencyError: matplotlib is not installed.
         """
-        try:
-            from matplotlib import pyplot
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError.of_extra("a plot", "matplotlib", "evaluation") from error
+        if find_spec("matplotlib") is None:
+            raise MissingDependencyError.of_extra("a plot", "matplotlib", "evaluation")
+        with plot_style():
+            return self._draw(axes)
+
+    def _draw(self, axes: Axes | None) -> Axes:
+        from matplotlib import pyplot
+
         heading = "\n".join([*_lines(f"Question: {self.question}"), *_lines(f"Answer: {self.answer}")])
         if axes is None:
             size = (7.0, 2.0 + 0.42 * len(self.documents))
@@ -92,17 +98,17 @@ class Attribution:
             axes.set_title(heading, loc="left", fontsize=9)
         places = range(len(self.documents))
         effects = [document.effect for document in self.documents]
-        left = axes.barh([y - 0.2 for y in places], effects, 0.38, color="#0072B2")
+        left = axes.barh([y - 0.2 for y in places], effects, 0.38, color=COLORS[0])
         names = [_plain(document.title or document.id) for document in self.documents]
         axes.set_yticks(list(places), names)
         axes.invert_yaxis()
-        axes.axvline(0, color="black", linewidth=0.8)
+        axes.axvline(0, color=TEXT, linewidth=0.8)
         axes.set_xlabel("effect on the answer's log-probability, nats")
         shares = [100 * d.attention for d in self.documents if d.attention is not None]
         if len(shares) < len(self.documents):
             return axes
         shared = axes.twiny()
-        right = shared.barh([y + 0.2 for y in places], shares, 0.38, color="#E69F00")
+        right = shared.barh([y + 0.2 for y in places], shares, 0.38, color=COLORS[4])
         shared.set_xlabel("share of attention, %")
         _join_zeros(axes, shared, effects, shares)
         shared.legend([left, right], ["effect", "attention"], loc="best")

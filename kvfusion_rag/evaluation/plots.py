@@ -5,13 +5,13 @@ matplotlib comes with the extra ``evaluation`` and is imported when a plot is dr
 
 from __future__ import annotations
 
-import textwrap
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError, MissingDependencyError
+from ..plotting.style import COLORS, MARKERS, new_figure, plot_style, save
 from .orders import SHUFFLED, Condition
 
 if TYPE_CHECKING:
@@ -21,14 +21,7 @@ if TYPE_CHECKING:
     from .summary import Summary
 
 SUFFIXES = (".png", ".svg", ".pdf")
-TITLE_CHARACTERS = 70  # per line
 LEGEND_COLUMNS = 4
-# Okabe and Ito's colours come first, because colour-blind readers can distinguish them. Markers differ for grey print.
-COLORS = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F", "#332288", "#882255",
-    "#999933", "#8C510A", "#117733", "#DDCC77",
-)  # fmt: skip
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 
 
 def require_plotting(path: Path) -> None:
@@ -54,9 +47,10 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
     require_plotting(path)
     if not summary.slots:
         raise InvalidInputError("there is nothing to plot: the run has no condition with the gold document at a slot.")
-    slots_figure(summary, title=title).savefig(path, dpi=160)
+    save(slots_figure(summary, title=title), path)
 
 
+@plot_style()
 def slots_figure(summary: Summary, *, title: str) -> Figure:
     """Return the figure of ``plot_slots``, with the slots in ascending order."""
     slots = sorted(summary.slots, key=lambda slot: slot.number)
@@ -77,26 +71,10 @@ def slots_figure(summary: Summary, *, title: str) -> Figure:
     return figure
 
 
-def new_figure(title: str, *, size: tuple[float, float], panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure of ``size`` (inches) with ``panels`` stacked panels that share their horizontal axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes: list[Axes] = list(figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0])
-    for panel in axes:
-        panel.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].set_title(textwrap.fill(title, TITLE_CHARACTERS), fontsize=10, loc="left", pad=10)
-    return figure, axes
-
-
 def _add_legend(figure: Figure, entries: int) -> None:
     """Add a legend below the panel, with as many columns as fit beside each other, and make room for its lines."""
     for columns in range(min(LEGEND_COLUMNS, entries), 0, -1):
-        legend = figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        legend = figure.legend(loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
             figure.set_figheight(figure.get_figheight() + 0.2 * (ceil(entries / columns) - 1))
             return

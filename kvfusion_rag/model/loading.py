@@ -6,6 +6,7 @@ Uses transformers' own loaders. Remote code stays off.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -108,6 +109,7 @@ def load_backbone(
     torch_dtype = choose_dtype(dtype, torch_device)
     if torch_device.type == "cpu" and isinstance(torch_dtype, torch.dtype) and slowness(torch_dtype) > SLOW:
         logger.warning("this processor has no instructions for %s: float32 is many times faster here", dtype)
+    began = time.perf_counter()
     kwargs = {name: value for name, value in (model_kwargs or {}).items() if name not in HUB_OPTIONS}
     if reserved := sorted(kwargs.keys() & set(RESERVED_OPTIONS)):
         raise InvalidInputError(
@@ -124,6 +126,7 @@ def load_backbone(
     weights = _load_weights(location, config, torch_device, torch_dtype, kwargs, is_text_part=is_text_part)
     if adapter is not None:
         require_same_base(adapter, weights, model_id, exact=location.path == location.home)
+    _log_loading(weights, model_id, time.perf_counter() - began)
     return Backbone(
         weights,
         tokenizer,
@@ -134,6 +137,11 @@ def load_backbone(
         base_settings=base_settings,
         is_text_part=is_text_part,
     )
+
+
+def _log_loading(weights: PreTrainedModel, model_id: str, seconds: float) -> None:
+    facts = (weights.dtype, weights.device, torch.get_num_threads())
+    logger.info("loaded %s in %.1f s: %s on %s, %d CPU threads", model_id, seconds, *facts)
 
 
 def _text_config(whole: PretrainedConfig, kwargs: dict[str, Any], model_id: str) -> PretrainedConfig:

@@ -196,6 +196,7 @@ class DocumentIndex:
             left_out=self._left_out(done.present()),
             damage=self._damage,
         )
+        logger.info("indexed %d files: %d chunks", len(report.files), report.chunks)
         if not report.files:
             raise _nothing_indexed(roots, report.skipped)
         self._damage = None

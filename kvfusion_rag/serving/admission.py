@@ -73,9 +73,11 @@ class AdmissionControl:
                 headers=RETRY_AFTER,
             )  # fmt: skip
             return await Incoming(scope, receive).reject(error, scope, send)
+        began = asyncio.get_running_loop().time()
         with ExitStack() as slot:
             slot.callback(load.add(tenant))
             await self._answer(scope, Incoming(scope, receive), send, slot.close)
+        logger.info("POST %r took %.2f s", scope["path"], asyncio.get_running_loop().time() - began)
 
     async def _answer(self, scope: Scope, incoming: Incoming, send: Send, release: Callable[[], None]) -> None:
         began = asyncio.get_running_loop().time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -75,7 +75,7 @@ def new_app(model: dict[str, Any], options: ServingOptions) -> FastAPI:
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
     add_pages(app)
-    _add_models(app, model)
+    _add_models(app, model, options)
     return app
 
 
@@ -147,7 +147,7 @@ def model_facts(generator: KVFusionGenerator, options: ServingOptions) -> dict[s
     """Return the model as ``/v1/models`` lists it."""
     mode = generator.mode if options.mode in (None, "auto") else options.mode
     return {
-        "id": generator.model_id,
+        "id": options.names_of(generator.model_id)[0],
         "object": "model",
         "created": int(time.time()),
         "owned_by": "kvfusion-rag",
@@ -160,7 +160,10 @@ def model_facts(generator: KVFusionGenerator, options: ServingOptions) -> dict[s
     }
 
 
-def _add_models(app: FastAPI, model: dict[str, Any]) -> None:
+def _add_models(app: FastAPI, model: dict[str, Any], options: ServingOptions) -> None:
+    def names() -> tuple[str, ...]:
+        return options.names_of(model["id"])  # the replicas of a server can be given another model
+
     @app.get("/health", responses=REPLIES["health"])
     async def health() -> Response:
         """Return that the server runs."""
@@ -168,14 +171,14 @@ def _add_models(app: FastAPI, model: dict[str, Any]) -> None:
 
     @app.get("/v1/models", responses=REPLIES["models"])
     async def models() -> Response:
-        """Return the model, its mode, and whether it follows instructions."""
-        return Reply({"object": "list", "data": [model]})
+        """Return the model under each of its names, its mode, and whether it follows instructions."""
+        return Reply({"object": "list", "data": [model | {"id": name} for name in names()]})
 
     @app.get("/v1/models/{name:path}", responses=REPLIES["model"])
     async def model_named(name: str) -> Response:
         """Return the model if it has this name."""
-        _require_model(name, model["id"])
-        return Reply(model)
+        _require_model(name, names())
+        return Reply(model | {"id": name})
 
 
 def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions, library: Library | None) -> None:
@@ -183,14 +186,15 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions, libra
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last message from the documents of the request, or from those that the server finds."""
         generator = tenants.of(request)
-        _require_model(body.model, generator.model_id)
+        names = options.names_of(generator.model_id)
+        _require_model(body.model, names)
         _require_count(body.documents, options)
         focus = body.focus if "focus" in body.model_fields_set else options.focus
         arguments = {**body.to_arguments(), "mode": body.mode or options.mode, "focus": focus}
         found = await _find(library, generator.namespace, body, options)
         if found is not None:
             arguments["documents"] = found
-        completion = Completion(generator.model_id, found)
+        completion = Completion(names[0], found)
         if body.stream:
             include_usage = body.stream_options.include_usage
             return await answer_events(generator, arguments, completion, include_usage=include_usage)
@@ -241,11 +245,10 @@ def _require_count(documents: list[Any], options: ServingOptions) -> None:
         )
 
 
-def _require_model(name: str, served: str) -> None:
-    if name != served:
-        raise ApiError(
-            404, f"model is {name[:100]!r}, but this server has only {served!r}.", "model_not_found", "model"
-        )
+def _require_model(name: str, served: Sequence[str]) -> None:
+    if name not in served:
+        known = " and ".join(map(repr, served))
+        raise ApiError(404, f"model is {name[:100]!r}, but this server has only {known}.", "model_not_found", "model")
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

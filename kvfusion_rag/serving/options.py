@@ -28,6 +28,7 @@ class ServingOptions:
         max_body_bytes: maximum size of a request's body.
         max_documents: maximum number of documents in a request.
         timeout: seconds after which a request is cancelled, including the time to read its body.
+        model_names: names of the model in requests, of which the first is that in answers. Default: the model's own.
         metrics: whether ``GET /metrics`` serves Prometheus metrics, to all clients with access in any namespace.
     """
 
@@ -38,6 +39,7 @@ class ServingOptions:
     max_body_bytes: int = 4 << 20
     max_documents: int = 256
     timeout: float = 600.0
+    model_names: tuple[str, ...] = ()
     metrics: bool = False
 
     def __post_init__(self) -> None:
@@ -52,8 +54,14 @@ class ServingOptions:
             raise InvalidInputError(
                 f"tenant_concurrency is {self.tenant_concurrency!r}, but it must be a whole number from 1 or None."
             )
+        if any(not isinstance(name, str) or not name.strip() for name in self.model_names):
+            raise InvalidInputError(f"model_names is {self.model_names!r}, but each name must contain text.")
         if not 0 < self.timeout < math.inf:
             raise InvalidInputError(f"timeout is {self.timeout!r}, but it must be a number of seconds above 0.")
+
+    def names_of(self, model_id: str) -> tuple[str, ...]:
+        """Return the names of the model with this id."""
+        return self.model_names or (model_id,)
 
     @property
     def max_parts(self) -> int:

@@ -9,7 +9,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..evaluation.plots import COLORS, new_figure, require_plotting
+from ..evaluation.plots import require_plotting
+from ..plotting.style import COLORS, new_figure, plot_style, save
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ def plot_losses(progress: Progress, path: Path, *, title: str) -> None:
         MissingDependencyError: matplotlib is not installed.
     """
     require_plotting(path)
-    losses_figure(progress, title=title).savefig(path, dpi=160)
+    save(losses_figure(progress, title=title), path)
 
 
+@plot_style()
 def losses_figure(progress: Progress, *, title: str) -> Figure:
     """Return the figure of ``plot_losses``."""
     from matplotlib.ticker import MaxNLocator
@@ -39,7 +41,7 @@ def losses_figure(progress: Progress, *, title: str) -> Figure:
     axes[0].plot(steps, losses, color=COLORS[0], linewidth=0.8, alpha=0.4, label="each step")
     axes[0].plot(steps, smoothed(losses), color=COLORS[0], linewidth=1.8, label=f"mean of about {SMOOTHED_OVER} steps")
     axes[0].set_ylabel("loss, nats per token")
-    axes[0].legend(frameon=False, fontsize=9)
+    axes[0].legend()
     if progress.scores:
         axes[1].plot(*zip(*progress.scores, strict=True), color=COLORS[1], marker="o", markersize=4)
         axes[1].set_ylabel("exact match on dev, %")

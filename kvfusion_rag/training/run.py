@@ -42,13 +42,13 @@ def train(
     resume: bool = False,
     files: Mapping[str, Any] | None = None,
     report: Callable[[Progress], None] | None = None,
+    progress: bool = True,
 ) -> Progress:
     """Train the answering decoder Dt of ``model`` on rows of documents, question and answer.
 
     Args:
         rows: rows to train on, as ``kvfusion build-data`` makes them.
-        output: folder for ``best/`` (an adapter, or with ``config.full`` a model), ``checkpoint/`` and
-            ``losses.json``.
+        output: folder for ``best/`` (an adapter, or a model with ``config.full``), ``checkpoint/``, ``losses.json``.
         model, gguf_file: as in ``KVFusionGenerator.from_pretrained``.
         dev: rows for choosing the best checkpoint by exact match.
         config: settings; by default those of the preset "lora".
@@ -59,6 +59,7 @@ def train(
             higher.
         files: sources of the rows, for the record in ``best/training.json``.
         report: function that is called after each evaluation.
+        progress: show a progress bar.
 
     Raises:
         InvalidInputError: there are no rows or a row cannot be trained on, or the output contains a run that is not
@@ -85,7 +86,8 @@ def train(
         processes.wait_for_everyone()
         _require_own_folder(folder, resume=resume)
         engine = _load_engine(locate_model(model, gguf_file=gguf_file), config, device, dtype, store_bytes)
-        return Trainer(engine, rows, dev, config, folder, files=files).run(resume=resume, report=report)
+        trainer = Trainer(engine, rows, dev, config, folder, files=files)
+        return trainer.run(resume=resume, report=report, progress=progress)
 
 
 def require_uniform_positions(base: Backbone) -> None:

@@ -96,7 +96,9 @@ class Trainer:
         }
         self.progress = Progress()
 
-    def run(self, *, resume: bool = False, report: Callable[[Progress], None] | None = None) -> Progress:
+    def run(
+        self, *, resume: bool = False, report: Callable[[Progress], None] | None = None, progress: bool = True
+    ) -> Progress:
         """Train to the end, and call ``report`` after each evaluation on the main process.
 
         With ``resume``, continue from ``checkpoint/`` if it exists. If ``epochs`` or ``max_steps`` is higher than
@@ -113,7 +115,7 @@ class Trainer:
         agreed = {name: self._record[name] for name in compared} | {"step": self.progress.step}
         require_agreement(self._processes, agreed)
         began = time.perf_counter() - self.progress.elapsed
-        hidden = not self._processes.is_main_process
+        hidden = not (progress and self._processes.is_main_process)
         total, done = self.total_steps, self.progress.step
         with tqdm(total=total, initial=done, desc="train", unit="step", delay=1, disable=hidden) as bar:
             for batches, tokens in self._steps():

@@ -28,14 +28,25 @@ def test_unknown_engine_is_named():
 
 
 def test_command_line_knows_the_engines():
-    assert bench.ENGINES == (*ENGINES, STOCK)
+    assert (*ENGINES, STOCK) == bench.ENGINES
 
 
 def test_figures_of_each_engine(tmp_path):
     file = tiny_llama_cpp.save(tmp_path)
     engines = [*ON_TORCH, *(["llama.cpp-f16", STOCK] if find_spec("llama_cpp") else [])]
     output = tmp_path / "figures.json"
-    options = ["--documents", "3", "--document-tokens", "8", "--answer-tokens", "4", "--repeats", "2", "--threads", "1"]
+    options = [
+        "--documents",
+        "3",
+        "--document-tokens",
+        "8",
+        "--answer-tokens",
+        "4",
+        "--repeats",
+        "2",
+        "--threads",
+        "1",
+    ]
     command = ["bench", "engines", "--model", str(file), "--engines", ",".join(engines), "--output", str(output)]
     assert main([*command, *options]) == 0
     rows = json.loads(output.read_text())["rows"]

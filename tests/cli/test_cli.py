@@ -21,6 +21,7 @@ from transformers import GPTNeoConfig, MambaConfig
 from kvfusion_rag import UnsupportedModelError, __version__
 from kvfusion_rag.cli import ask, doctor, main
 from kvfusion_rag.cli.console import collection_paused
+from kvfusion_rag.model.location import DEFAULT_MODEL
 from kvfusion_rag.retrieval import SkippedFile
 from kvfusion_rag.retrieval.collection import DATABASE_FILE
 from kvfusion_rag.retrieval.files.kinds import KNOWN_TYPES
@@ -186,12 +187,12 @@ def test_long_report_is_shortened(capsys, generator, docs, model_folder):
 
 
 def test_doctor_prints_every_check(capsys, generator):
-    code, out, err = run(capsys, "doctor")
+    code, out, err = run(capsys, "doctor", "fake/model")
     assert (code, err) == (0, "")
     row, *lines = out.splitlines()
     assert row.startswith("small models of Llama 2 (llama, full; RoPE default): accepted, largest deviation ")
     assert lines[1:3] == ["fake/model", "  pass  full attention: 2 layers"]
-    printed = json.loads(run(capsys, "doctor", "--json")[1])
+    printed = json.loads(run(capsys, "doctor", "fake/model", "--json")[1])
     assert len(printed.pop("table")) == 2
     assert printed == {
         "model": "fake/model",
@@ -203,6 +204,12 @@ def test_doctor_prints_every_check(capsys, generator):
         "focus": None,
         "measured": None,
     }
+
+
+@pytest.mark.parametrize("argv", [[doctor.DEFAULT_MODEL], ["--adapter", "none"], ["--gguf-file", "q8.gguf"]])
+def test_doctor_checks_the_default_model_by_its_name_or_an_option(capsys, generator, argv):
+    assert doctor.DEFAULT_MODEL == DEFAULT_MODEL
+    assert "passed: documents can be fused exactly" in run(capsys, "doctor", *argv)[1]
 
 
 def test_doctor_reports_the_cause(capsys, monkeypatch):

@@ -15,6 +15,7 @@ from kvfusion_rag.adapting.options import AdaptOptions
 from kvfusion_rag.cli import COMMANDS, main
 from kvfusion_rag.cli.arguments import paths
 from kvfusion_rag.cli.arguments.fields import attribute_docs
+from kvfusion_rag.cli.parser import add_common, build_parser, parse
 from kvfusion_rag.errors import ModelLoadError
 from kvfusion_rag.training.config import TrainingConfig
 
@@ -41,7 +42,14 @@ def parsers() -> Iterator[tuple[list[str], argparse.ArgumentParser]]:
             yield [name, choice], subparser
 
 
-PARSERS = list(parsers())
+def common() -> argparse.ArgumentParser:
+    """Return a parser of the options that every command has."""
+    parser = argparse.ArgumentParser()
+    add_common(parser)
+    return parser
+
+
+PARSERS = [*parsers(), (["doctor"], common())]
 OPTIONS = [
     pytest.param(command, action, id="-".join([*command, action.dest]))
     for command, parser in PARSERS
@@ -130,11 +138,14 @@ NEEDED = {  # arguments with which a command comes to its model
     "serve": [],
     "bench answer": ["--shape", "tiny"],
     "bench store": ["--shape", "tiny"],
+    "bench engines": [],
     "doctor": ["model"],
     "build-data": ["rows.jsonl", "--out", "out.jsonl"],
     "train": ["rows.jsonl", "--output", "out"],
     "adapt": ["--docs", "docs", "--output", "adapted"],
     "evaluate": ["rows.jsonl"],
+    "config": [],
+    "completion": ["bash"],
 }
 HOSTILE = ["", " ", "~nosuchuser/x", "a" * 300, "loop", "loop/x", "docs", "binary", "nested.json", "binary/x", "-1",
            "9" * 31, "9" * 5000, "nan", "inf", "1e400", "\udcff", "cuda:99", "none/x", "{}"]  # fmt: skip
@@ -233,6 +244,16 @@ def test_arguments_that_do_not_fit_together_are_errors_before_any_work(folder, c
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", NEEDED)
+def test_options_that_are_not_given_have_their_defaults(folder, command):
+    name, *rest = command.split()
+    plain = argparse.ArgumentParser()
+    COMMANDS[name].add_arguments(plain)
+    expected = vars(plain.parse_args([*rest, *NEEDED[command]]))
+    found = vars(parse(build_parser(COMMANDS), [name, *rest, *NEEDED[command]]))
+    assert {option: found[option] for option in expected} == expected
+
+
 def test_usable_arguments_come_to_the_model(folder, capsys):
     """The laws above are about commands that would otherwise load a model."""
     reached = set()
@@ -241,5 +262,6 @@ def test_usable_arguments_come_to_the_model(folder, capsys):
         if "a model would be loaded now" in capsys.readouterr().err:
             reached.add(command)
     assert reached == NEEDED.keys() - {
-        "store stats", "store verify", "store missing", "store clear", "build-data"
+        "store stats", "store verify", "store missing", "store clear", "build-data",
+        "config", "completion",
     }  # fmt: skip

@@ -110,7 +110,6 @@ def test_documents_are_retrieved_for_questions_without_them(capsys, spec, tmp_pa
 def test_wrong_options_are_rejected_before_the_model_is_loaded(capsys, file, tmp_path):
     for options, reason in [
         (["--workers", 2], "--workers is given without --ray"),
-        (["--threads", 2], "--threads is given without --ray"),
         (["--worker-gpus", 1], "--worker-gpus is given without --ray"),
         (["--output", file], "is the file of the questions"),
         (["--index", tmp_path / "none"], "does not exist"),

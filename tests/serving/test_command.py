@@ -17,10 +17,11 @@ import tiny
 from serving_client import request
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
-from kvfusion_rag.cli import main
+from kvfusion_rag.cli import COMMANDS, main
 from kvfusion_rag.cli import serve as serve_command
 from kvfusion_rag.cli.arguments.library import open_library
-from kvfusion_rag.cli.options import add_json, open_chosen_store
+from kvfusion_rag.cli.options import open_chosen_store
+from kvfusion_rag.cli.parser import build_parser, parse
 from kvfusion_rag.serving import ServingOptions
 from kvfusion_rag.serving.library import Library
 from kvfusion_rag.store import as_store
@@ -51,6 +52,7 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--questions", __file__], "--questions is given without --docs"),
         (["--uploads", "kept", "--max-uploads", "0"], "--max-uploads 0, which allows no files"),
         (["--max-uploads", "-1"], "not a whole number from 0"),
+        (["--served-model-name", " "], "is blank"),
     ],
 )
 def test_invalid_options_are_reported_in_one_line_before_loading(capsys, argv, message):
@@ -115,10 +117,7 @@ def test_namespaces_can_be_capped_on_disk_and_in_memory(tmp_path, monkeypatch, o
 
 
 def opened(generator: KVFusionGenerator, *argv: str) -> AbstractContextManager[Library | None]:
-    parser = argparse.ArgumentParser()
-    serve_command.add_arguments(parser)
-    add_json(parser)
-    return open_library(parser.parse_args([*argv, "--json"]), generator)
+    return open_library(parse(build_parser(COMMANDS), ["serve", *argv, "--json"]), generator)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from kvfusion_rag import (
     Message,
     OverloadError,
 )
+from kvfusion_rag.serving import ServingOptions
 
 
 @pytest.fixture(scope="module")
@@ -352,6 +353,25 @@ def test_invalid_fields_are_rejected_with_their_name(generator, changes, param, 
     data = found.json()["error"]
     assert data["type"] == "invalid_request_error" and data["param"] == param and message in data["message"]
     assert generator.calls == []
+
+
+def test_model_has_the_names_of_the_options_instead_of_its_own(generator):
+    client = client_of(generator, model_names=("lighthouse", "org/keeper"))
+    listed = client.get("/v1/models").json()["data"]
+    assert [card["id"] for card in listed] == ["lighthouse", "org/keeper"]
+    assert client.get("/v1/models/org/keeper").json() == listed[1]
+    for name in ("lighthouse", "org/keeper"):
+        answer = client.post(CHAT, json={**request(), "model": name})
+        assert (answer.status_code, answer.json()["model"]) == (200, "lighthouse")
+    own = client.post(CHAT, json=request())
+    assert own.status_code == 404 and "only 'lighthouse' and 'org/keeper'" in own.json()["error"]["message"]
+    assert client.get("/v1/models/fake/model").status_code == 404
+
+
+@pytest.mark.parametrize("names", [("",), ("a", 1)])
+def test_model_names_must_be_texts(names):
+    with pytest.raises(InvalidInputError, match="model_names is"):
+        ServingOptions(model_names=names)
 
 
 def test_unknown_models_and_paths_are_not_found(client):

@@ -44,7 +44,6 @@ def _add_cluster(parser: argparse.ArgumentParser, worker: str, otherwise: str) -
         help="Ray cluster that does the work: HOST:PORT, or auto for this machine's cluster, which is started if "
         f"there is none (default: {otherwise})",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads of each {worker} (default: 1)")
     parser.add_argument(
         "--worker-gpus", type=number(0, 64), metavar="X", help=f"GPUs of each {worker}, such as 1 or 0.5 (default: 0)"
     )
@@ -55,7 +54,7 @@ def cluster_of(args: argparse.Namespace) -> ClusterOptions | None:
     names = {"workers": "workers", "threads": "threads", "worker_gpus": "gpus"}
     given = {field: value for name, field in names.items() if (value := getattr(args, name, None)) is not None}
     if args.ray is None:
-        for name in (*names, "replicas"):
+        for name in ("workers", "worker_gpus", "replicas"):
             if getattr(args, name, None) is not None:
                 raise InvalidInputError(f"--{name.replace('_', '-')} is given without --ray; pass --ray auto too.")
         return None

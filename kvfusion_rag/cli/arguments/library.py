@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ...errors import InvalidInputError
-from ..console import say, say_left_out
+from ..console import say, say_left_out, shows_progress
 from ..options import add_index_arguments, add_retrieval_arguments, first_folder, index_folder, open_index
 from .paths import existing_file, output_folder
 from .values import count
@@ -116,7 +116,7 @@ def _prefill(args: argparse.Namespace, generator: KVFusionGenerator, documents: 
         documents if args.store else documents[:PREFILLED_IN_MEMORY],
         prompt=[Message("user", question)],
         question=question,
-        progress=not args.json,
+        progress=shows_progress(args),
     )
 
 

@@ -32,6 +32,12 @@ def existing_file(text: str) -> Path:
 
 
 @argument
+def settings_file(text: str) -> Path | str:
+    """Read the path of a file with settings, which exists, or none."""
+    return text if text == "none" else existing_file(text)
+
+
+@argument
 def output_file(text: str) -> Path:
     """Read the path of a file that can be written. It may exist."""
     path = expanded(_path(text))

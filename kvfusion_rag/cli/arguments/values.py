@@ -103,6 +103,13 @@ def byte_count(text: str) -> int:
     return size
 
 
+def verbosity(text: str) -> int:
+    """Read how much is reported: -1 (only errors), 0, 1 (each step) or 2 (details)."""
+    if text not in ("-1", "0", "1", "2"):
+        raise ArgumentTypeError(f"{shown(text)} is not -1 (only errors), 0, 1 (each step) or 2 (details)")
+    return int(text)
+
+
 # Texts
 
 
@@ -112,6 +119,13 @@ def plain_text(value: str) -> str:
         raise ArgumentTypeError(f"{shown(value)} is blank, but it must contain text")
     if re.search("[\ud800-\udfff]", value):
         raise ArgumentTypeError(f"{shown(value)} contains bytes that are not UTF-8")
+    return value
+
+
+def variable_name(value: str) -> str:
+    """Read the name of an environment variable. Another text is not shown, because it may be the secret itself."""
+    if not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII):
+        raise ArgumentTypeError("the value is not the name of an environment variable (letters, digits and _)")
     return value
 
 

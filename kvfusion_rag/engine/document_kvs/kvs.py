@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
 from typing import NamedTuple
@@ -179,9 +179,11 @@ class DocumentKVs:
                 if is_cancelled():
                     raise CancelledError
 
-        return self.store.fetch(
+        fetched = self.store.fetch(
             requests, self.model.kv_shape, self.model.device, compute, keep=keep, computing=self._computing()
         )
+        logger.debug("KVs of documents: %s", dict(Counter(fetched.origins.values())))
+        return fetched
 
     def _computing(self) -> Computing:
         """Return this environment, and for portable keys also which others are accepted."""

@@ -1,7 +1,9 @@
-"""Check whether a model can read fused documents exactly, and measure in which mode it answers best.
+"""Check this machine, or whether a model can read fused documents exactly and in which mode it answers best.
 
-The checks of the configuration come first, with the rows of the compatibility table. They need only config.json. The
-exit code is 0 if all checks passed, and 1 if the model is not supported.
+Without MODEL, facts about the machine are printed, and no model is loaded. The default model is checked by its name,
+SmolLM2-135M-Instruct, or by any option of a model. The checks of the configuration come first, with the rows of the
+compatibility table. They need only config.json. The exit code is 0 if all checks passed, and 1 if the model is not
+supported.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingDependencyError, UnsupportedModelError
-from .console import print_error, say, say_json
-from .options import add_model_arguments, add_model_position, load_generator, load_whole_config
+from ...errors import MissingDependencyError, UnsupportedModelError
+from ..console import print_error, say, say_json, shows_progress
+from ..options import add_model_arguments, add_model_position, load_generator, load_whole_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from ..evaluation.modes import ModeResult
-    from ..generator import KVFusionGenerator
-    from ..schema import Check
+    from ...evaluation.modes import ModeResult
+    from ...generator import KVFusionGenerator
+    from ...schema import Check
+
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # repeated here, because importing it would import torch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +45,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..model.families.table import rows_of, structure_of
-    from ..model.text_part import text_part
+    return _check_machine(args) if _asks_for_machine(args) else _check_model(args)
+
+
+def _asks_for_machine(args: argparse.Namespace) -> bool:
+    """Return whether the command names no model and has no option of one."""
+    if args.model == DEFAULT_MODEL:
+        args.model = None
+        return False
+    own = (args.measure, args.config_only, args.adapter != "shipped", args.decoder, args.gguf_file, args.model)
+    return not any(own)
+
+
+def _check_machine(args: argparse.Namespace) -> int:
+    from ...machine import inspect_machine
+    from .machine import say_machine
+
+    report = inspect_machine()
+    if args.json:
+        say_json(report.to_dict())
+    else:
+        say_machine(report)
+    return 0
+
+
+def _check_model(args: argparse.Namespace) -> int:
+    from ...model.families.table import rows_of, structure_of
+    from ...model.text_part import text_part
 
     config = load_whole_config(args)
     text = text_part(config)
@@ -61,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             say_json({"model": args.model, "passed": False, "checks": [], "error": str(error), "table": listed})
         print_error(str(error))
         return 1
-    results = _measure(generator, progress=not args.json) if args.measure else None
+    results = _measure(generator, progress=shows_progress(args)) if args.measure else None
     gate = generator.gate
     mode, reason = generator.default_mode()
     focus = generator.default_focus()
@@ -86,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report_configuration(args: argparse.Namespace, config: PretrainedConfig, rows: Sequence[dict[str, Any]]) -> int:
-    from ..model.support import configuration_checks
+    from ...model.support import configuration_checks
 
     checks = configuration_checks(config)
     error = None if checks[-1].passed else checks[-1].detail
@@ -112,8 +142,8 @@ def _say_checks(checks: Sequence[Check]) -> None:
 
 
 def _measure(generator: KVFusionGenerator, *, progress: bool) -> list[ModeResult]:
-    from ..evaluation.modes import best_measured, measure_modes, shipped_questions, with_scores
-    from ..retrieval import SentenceTransformerEmbedder
+    from ...evaluation.modes import best_measured, measure_modes, shipped_questions, with_scores
+    from ...retrieval import SentenceTransformerEmbedder
 
     questions = shipped_questions()
     with suppress(MissingDependencyError):  # without an embedding model, documents have no scores

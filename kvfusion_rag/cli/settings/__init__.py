@@ -1,0 +1,1 @@
+"""Defaults of options that files and environment variables set."""
