@@ -31,6 +31,10 @@ class ContextLimitError(InvalidInputError):
     """A document, a question or all of them together exceed a limit of the model."""
 
 
+class NotCalibratedError(InvalidInputError):
+    """Support was requested of a model, or in a mode, for which it was not calibrated."""
+
+
 class ControlTokenError(KVFusionError):
     """Untrusted text was about to become a control token. Nothing was sent to the model."""
 

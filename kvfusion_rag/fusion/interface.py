@@ -171,9 +171,12 @@ class FusionModel(Protocol):
     # Measuring
 
     def question_likelihoods(
-        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
+        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
     ) -> list[float]:
-        """Return log p(``ids[given:]`` | document, ``ids[:given]``) for each document, without the adapter."""
+        """Return log p(``ids[given:]`` | document, ``ids[:given]``) for each document, without the adapter.
+
+        None stands for no document.
+        """
         ...
 
     def answer_likelihoods(

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from ..model.backbone import Backbone
-from ..model.kv import DocumentKV, KVShape
+from ..model.kv import DocumentKV
 from .fused_cache import FusedBuffer
+from .prefill import kv_shape
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32
 
 
 @torch.inference_mode()
 def text_log_probabilities(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
+    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
 ) -> list[float]:
     """Return log p(``ids[given:]`` | prefix, document, ``ids[:given]``) in nats for each of D documents, adapter off.
 
@@ -23,7 +24,7 @@ def text_log_probabilities(
 
     Args:
         prefix: KV in front of each document, or None.
-        documents: KVs (L, H_kv, T_i, d) with at least one token each.
+        documents: KVs (L, H_kv, T_i, d) with at least one token each; None for the text without a document.
         ids: ids of the text, with at least one after the first ``given``.
         given: number of leading ids that are read but not scored, at least one.
     """
@@ -36,17 +37,18 @@ def text_log_probabilities(
 
 
 def _of_rows(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], given: int
+    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], given: int
 ) -> list[float]:
     before = 0 if prefix is None else prefix.num_tokens
-    lengths = [before + document.num_tokens for document in documents]
+    lengths = [before if document is None else before + document.num_tokens for document in documents]
     read = ids[:-1]
     device = backbone.device
-    buffer = FusedBuffer(lengths, KVShape.of(documents[0]), device, room=len(read))
+    buffer = FusedBuffer(lengths, kv_shape(backbone), device, room=len(read))
     for row, document in enumerate(documents):
         if prefix is not None:
             prefix.copy_into(buffer.slots(row, 0, prefix.token_ids, 0))
-        document.copy_into(buffer.slots(row, before, document.token_ids, before))
+        if document is not None:
+            document.copy_into(buffer.slots(row, before, document.token_ids, before))
     context = buffer.context()
     count, scored = len(documents), len(ids) - given
     steps = torch.arange(len(read), device=device)

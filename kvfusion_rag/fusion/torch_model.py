@@ -160,7 +160,7 @@ class TorchModel:
     attention_shares = staticmethod(attention_shares)
 
     def question_likelihoods(
-        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
+        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
     ) -> list[float]:
         return text_log_probabilities(self.backbone, prefix, documents, ids, given=given)
 

@@ -1,0 +1,1 @@
+"""Measures whether the documents support an answer: ``signals`` reads question and answer again, ``judging`` decides."""
