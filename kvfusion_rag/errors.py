@@ -32,7 +32,15 @@ class ContextLimitError(InvalidInputError):
 
 
 class NotCalibratedError(InvalidInputError):
-    """Support was requested of a model, or in a mode, for which it was not calibrated."""
+    """Support was requested of a model for which it was not calibrated."""
+
+    @classmethod
+    def of(cls, min_support: object, model: str) -> Self:
+        """Return the error for a ``model`` without a calibration."""
+        return cls(
+            f"min_support is {min_support!r}, but {model} has no calibration of support; measure one with kvfusion "
+            "calibrate, or leave out min_support."
+        )
 
 
 class ControlTokenError(KVFusionError):

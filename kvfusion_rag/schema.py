@@ -223,8 +223,8 @@ class Answer:
         token_ids: everything that the model wrote, with its reasoning.
         reasoning: what a reasoning model wrote in front of the answer, which is not part of ``text``; None if nothing.
         tool_calls: calls of tools behind the text.
-        support: calibrated probability, 0 to 1, that the documents contain the answer; None unless ``min_support=``
-            asked for it.
+        support: calibrated probability, 0 to 1, that the documents that were read answer the question. It does not say
+            whether ``text`` is right. None unless ``min_support=`` asked for it.
         found: whether ``support`` is at least ``min_support``; None if it was not measured.
     """
 

@@ -17,6 +17,7 @@ from .options import (
     add_decoding_arguments,
     add_focus,
     add_index_arguments,
+    add_min_support,
     add_mode,
     add_model_arguments,
     add_model_name,
@@ -35,6 +36,7 @@ from .output.answers import (
     say_answer,
     say_attribution,
     say_facts,
+    say_notice,
     say_pieces,
     say_reasoning,
     say_shuffle_check,
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_arguments(parser)
     add_mode(parser)
     add_focus(parser)
+    add_min_support(parser)
     parser.add_argument(
         "--show-prompt", action="store_true", help="print the complete prompt, with marks around each document"
     )
@@ -113,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
         say_answer(answer)
     say_sources(answer, args.question, documents)
     say_facts(answer)
+    say_notice(answer)
     if attribution is not None:
         say_attribution(attribution)
     if shuffle_check is not None:
@@ -149,7 +153,7 @@ def _answer(
     args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document], options: dict[str, Any]
 ) -> Answer:
     """Return the answer. With ``--stream``, print its pieces as they are computed."""
-    decoding = decoding_of(args)
+    decoding = {**decoding_of(args), "min_support": args.min_support}
     if not args.stream:
         return generator.answer(args.question, documents, **options, **decoding)
     stream = generator.stream(args.question, documents, **options, **decoding)

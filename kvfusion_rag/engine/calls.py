@@ -120,7 +120,7 @@ def read_calls(
     Raises:
         InvalidInputError: an argument is invalid.
         UnsupportedModelError: attribution cannot be measured on this model.
-        NotCalibratedError: support was not calibrated for this model in this mode.
+        NotCalibratedError: support was not calibrated for this model.
         ContextLimitError: documents, question and answer are too long.
         ControlTokenError: untrusted text would have become a control token.
     """
@@ -137,7 +137,7 @@ def read_calls(
     attribution = wording.pop("attribution", None)
     _require_attributable(engine, attribution)
     mode, focus = wording.pop("mode", None), wording.pop("focus", "auto")
-    min_support = _min_support(engine, wording.pop("min_support", None), mode)
+    min_support = _min_support(engine, wording.pop("min_support", None))
     template_kwargs = wording.pop("chat_template_kwargs", None)
     formats = _formats(wording.pop("response_format", None), len(questions))
     tools = ToolUse.of(
@@ -189,9 +189,7 @@ def _require_attributable(engine: Engine[FusionModel], attribution: object) -> N
     engine.require_explicit_attention()
 
 
-def _min_support(engine: Engine[FusionModel], given: MinSupport, mode: ModeChoice | None) -> float | None:
-    """Return the support that answers in ``mode`` need: the caller's, else that of the settings, else None."""
+def _min_support(engine: Engine[FusionModel], given: MinSupport) -> float | None:
+    """Return the support that answers need: the caller's, else that of the settings, else None."""
     settings = engine.settings
-    chosen, _ = engine.prompts.mode(mode)
-    wanted = settings.min_support if given is None else given
-    return threshold_of(wanted, settings.support, chosen.name, engine.model.model_id)
+    return threshold_of(settings.min_support if given is None else given, settings.support, engine.model.model_id)

@@ -13,14 +13,26 @@ from .prefill import kv_shape
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32
 
+Documents = Sequence[DocumentKV | None]
 
-@torch.inference_mode()
+
 def text_log_probabilities(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
+    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], *, given: int
 ) -> list[float]:
     """Return log p(``ids[given:]`` | prefix, document, ``ids[:given]``) in nats for each of D documents, adapter off.
 
-    The text directly follows its own document, so a score does not depend on the other documents.
+    Arguments are those of :func:`token_log_probabilities`.
+    """
+    return token_log_probabilities(backbone, prefix, documents, ids, given=given).sum(dim=1).tolist()
+
+
+@torch.inference_mode()
+def token_log_probabilities(
+    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], *, given: int
+) -> torch.Tensor:
+    """Return the log-probability of each of the A ids behind ``given``, (D, A) float64 in nats, adapter off.
+
+    The text directly follows its own document, so a row does not depend on the other documents.
 
     Args:
         prefix: KV in front of each document, or None.
@@ -30,15 +42,13 @@ def text_log_probabilities(
     """
     scored = len(ids) - given
     rows = max(1, LOGITS_AT_ONCE // (scored * backbone.config.vocab_size))
-    found: list[float] = []
-    for start in range(0, len(documents), rows):
-        found += _of_rows(backbone, prefix, documents[start : start + rows], ids, given)
-    return found
+    starts = range(0, len(documents), rows)
+    return torch.cat([_of_rows(backbone, prefix, documents[start : start + rows], ids, given) for start in starts])
 
 
 def _of_rows(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], given: int
-) -> list[float]:
+    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], given: int
+) -> torch.Tensor:
     before = 0 if prefix is None else prefix.num_tokens
     lengths = [before if document is None else before + document.num_tokens for document in documents]
     read = ids[:-1]
@@ -64,4 +74,4 @@ def _of_rows(
     )
     targets = torch.tensor([*ids[given:]] * count, device=device)
     chosen = logits.log_softmax(dim=-1).gather(1, targets[:, None])  # (D A, 1)
-    return chosen.view(count, scored).double().sum(dim=1).tolist()
+    return chosen.view(count, scored).double()

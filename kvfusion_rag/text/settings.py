@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from ..errors import InvalidInputError, ModelLoadError
+from ..errors import InvalidInputError, ModelLoadError, NotCalibratedError
 from ..schema import MODES, ModeChoice
 from .chat import render
 from .json_text import is_number, parse_json
@@ -131,6 +131,8 @@ class ModelSettings:
             if not is_allowed(value := getattr(self, name)):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be {allowed}.")
         require_min_support(self.min_support)
+        if self.min_support is not None and self.support is None:
+            raise NotCalibratedError.of(self.min_support, "the model")
         if self.support is not None and not isinstance(self.support, SupportCalibration):
             object.__setattr__(self, "support", SupportCalibration.of(self.support))
         if isinstance(self.reasoning, list):  # JSON has no tuples

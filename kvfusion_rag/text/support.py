@@ -1,43 +1,47 @@
-"""Support: how probable it is that the documents contain what an answer says, from signals that a model measures.
+"""Support: how probable it is that the documents answer a question, from signals that a model measures.
 
 A logistic function of the signals gives the probability. Its weights are fitted on questions with and without their
-gold document (``kvfusion calibrate``), and belong to one model, adapter and mode.
+gold document (``kvfusion calibrate``), and belong to one base model and prompt.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ..errors import InvalidInputError, NotCalibratedError
-from ..schema import MODES, Mode
 from .json_text import is_number
 
-SIGNALS = ("question", "prior", "answer")
+SIGNALS = ("explained", "coverage")
 MinSupport = float | Literal["auto"] | None  # "auto" is the calibration's own threshold, None measures nothing
 Signals = Mapping[str, float]
+WORD = re.compile(r"\w+")
+STEM = 5  # letters; the rest of a word is often an ending
 
 
 @dataclass(frozen=True, slots=True)
 class SupportCalibration:
     """Weights that turn signals into a probability.
 
-    Signals are in nats per token: log p(question | best document), log p(question | no document) and
-    log p(answer | question, documents).
+    Signals of a question and its documents:
+
+    - explained: share of the question's surprisal, -log p(question), that disappears if the model reads the document.
+      It is that of the document that explains most.
+    - coverage: share of the surprisal of the question's words that occur in this document.
 
     Attributes:
         weights: weight of each signal.
         bias: added to the weighted signals.
         threshold: support from which ``min_support="auto"`` takes an answer as found.
-        mode: mode in which the signals were measured.
     """
 
     weights: Mapping[str, float] = field(hash=False)
     bias: float
     threshold: float
-    mode: Mode = "fusion"
 
     def __post_init__(self) -> None:
         """Raise InvalidInputError for a value that is not allowed."""
@@ -48,8 +52,6 @@ class SupportCalibration:
                 raise InvalidInputError(f"{name} of support is {value!r}, but it must be a finite number.")
         if not is_share(self.threshold):
             raise InvalidInputError(f"threshold of support is {self.threshold!r}, but it must be from 0 to 1.")
-        if self.mode not in MODES:
-            raise InvalidInputError(f"mode of support is {self.mode!r}, but it must be one of {', '.join(MODES)}.")
 
     @classmethod
     def of(cls, data: object) -> SupportCalibration:
@@ -59,7 +61,7 @@ class SupportCalibration:
             InvalidInputError: a field is missing, unknown or wrong.
         """
         names = [one.name for one in fields(cls)]
-        if not isinstance(data, Mapping) or not {"weights", "bias", "threshold"} <= set(data) <= set(names):
+        if not isinstance(data, Mapping) or set(data) != set(names):
             raise InvalidInputError(f"support is {data!r}, but it must be an object with {', '.join(names)}.")
         return cls(**data)
 
@@ -69,6 +71,29 @@ class SupportCalibration:
         return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
 
 
+def coverage(question: str, surprisals: Sequence[tuple[int, int, float]], document: str) -> float:
+    """Return the share of the surprisal of the question's words that occur in ``document``; 0 if it has no words.
+
+    Words are equal if their first ``STEM`` letters are, without case and accents.
+
+    Args:
+        surprisals: start and end in ``question``, and surprisal, of each of its tokens.
+    """
+    known = {stem(word) for word in WORD.findall(document)}
+    total = covered = 0.0
+    for match in WORD.finditer(question):
+        own = math.fsum(value for start, end, value in surprisals if start < match.end() and end > match.start())
+        total += own
+        covered += own if stem(match[0]) in known else 0.0
+    return covered / total if total else 0.0
+
+
+def stem(word: str) -> str:
+    """Return the first ``STEM`` letters of a word, without case and accents."""
+    plain = unicodedata.normalize("NFKD", word.casefold())
+    return "".join(letter for letter in plain if not unicodedata.combining(letter))[:STEM]
+
+
 def require_min_support(value: object) -> None:
     """Raise InvalidInputError unless ``value`` is a probability, "auto" or None."""
     if not (value is None or value == "auto" or is_share(value)):
@@ -76,27 +101,19 @@ def require_min_support(value: object) -> None:
 
 
 def threshold_of(
-    min_support: MinSupport, calibration: SupportCalibration | None, mode: Mode, model_id: str
+    min_support: MinSupport, calibration: SupportCalibration | None, model_id: str
 ) -> float | None:
-    """Return the support that an answer in ``mode`` needs to be found, or None if it is not measured.
+    """Return the support that an answer needs to count as found, or None if it is not measured.
 
     Raises:
         InvalidInputError: ``min_support`` is neither a probability, nor "auto", nor None.
-        NotCalibratedError: the model has no calibration, or one for another mode.
+        NotCalibratedError: the model has no calibration.
     """
     require_min_support(min_support)
     if min_support is None:
         return None
     if calibration is None:
-        raise NotCalibratedError(
-            f"min_support is {min_support!r}, but {model_id} has no calibration of support; measure one with "
-            "kvfusion calibrate, or leave out min_support."
-        )
-    if calibration.mode != mode:
-        raise NotCalibratedError(
-            f"min_support is {min_support!r} in mode {mode!r}, but support of {model_id} was calibrated in mode "
-            f"{calibration.mode!r}; use that mode, or leave out min_support."
-        )
+        raise NotCalibratedError.of(min_support, model_id)
     return calibration.threshold if min_support == "auto" else float(min_support)
 
 

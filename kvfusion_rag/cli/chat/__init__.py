@@ -14,6 +14,7 @@ from ..options import (
     add_decoding_arguments,
     add_focus,
     add_index_arguments,
+    add_min_support,
     add_mode,
     add_model_arguments,
     add_model_name,
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_arguments(parser)
     add_mode(parser)
     add_focus(parser)
+    add_min_support(parser)
     add_decoding_arguments(parser)
     parser.add_argument(
         "--no-history", action="store_true", help="do not keep the questions for the next conversation"
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             lambda question: index.search(question, args.top_k, files=files),
             mode=args.mode,
             focus=args.focus,
-            decoding=decoding_of(args),
+            decoding={**decoding_of(args), "min_support": args.min_support},
         )
         with closing(open_lines(keep=not args.no_history)) as lines:
             terminal = Terminal(conversation, index.files() if files is None else files, quiet=args.json)

@@ -11,7 +11,7 @@ from ...errors import KVFusionError
 from ...home import home
 from ...schema import ModeChoice
 from ..console import print_error, say, say_json, say_left_out, say_list, shown_path
-from ..output.answers import answer_to_json, place_of, say_facts, say_pieces, say_sources, say_spelling
+from ..output.answers import answer_to_json, place_of, say_facts, say_notice, say_pieces, say_sources, say_spelling
 from .conversation import Conversation, Turn
 
 if TYPE_CHECKING:
@@ -190,3 +190,4 @@ def _say_citations(turn: Turn) -> None:
         say(f"  [{shown_path(document.metadata['source'])}, {place_of(document, citation.start)}]")
     if turn.answer.finish_reason == "length":
         say("  (cut off by the limit on new tokens)")
+    say_notice(turn.answer)

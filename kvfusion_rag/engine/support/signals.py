@@ -1,24 +1,28 @@
-"""The signals of support (``text.support``), measured after an answer is known, over the documents that it was read from.
+"""The signals of support (``text.support``), measured over the documents that an answer was read from.
 
-The question is read over each document and over none, without the adapter, in one batched pass. The answer is read
-again over the fused cache. Each answer is measured alone and its documents in canonical order, so the signals depend
-neither on the caller's order, nor on the other questions of a batch, nor on the store.
+One batched pass without the adapter reads the question over each of these documents and over none. Each question is
+measured alone and its documents in canonical order, so the signals depend neither on the caller's order, nor on the
+other questions of a batch, nor on the store.
 """
 
 from __future__ import annotations
 
-import time
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...fusion.interface import FusionModel
-from ...fusion.sampling import DecodingOptions
+from ...fusion.memory import memory_errors
 from ...schema import Answer
 from ...store import KVRequest
-from ...text.support import Signals
+from ...text.documents import EncodedDocuments
+from ...text.support import Signals, coverage
 from ..document_kvs import Scope
 from ..engine import Engine
-from ..focus import scored_question
-from ..requests import Batch, Request
+from ..focus import LEAD, scored_question
+from ..requests import Request
+
+Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,50 +35,42 @@ class Answered:
 
 
 def measure_signals(engine: Engine[FusionModel], answered: Answered) -> Signals:
-    """Return the signals of an answer that has tokens and documents."""
-    request = _as_answered(engine, answered)
-    return {**_of_question(engine, answered.question, request), "answer": _of_answer(engine, request, answered.answer)}
+    """Return the signals of a question that was answered from documents."""
+    encoded, scope = _documents(engine, answered)
+    *likelihoods, prior = _token_likelihoods(engine, answered, encoded, scope)
+    best, piece = max((math.fsum(one), ids) for one, ids in zip(likelihoods, encoded.keys.values(), strict=True))
+    text = f"{LEAD} {answered.question.strip()}"
+    spans = engine.encoder.plain.offsets(text, continues=True)[-len(prior) :]  # without LEAD
+    surprisals = [(start, end, -value) for (start, end), value in zip(spans, prior, strict=True)]
+    shown = max(f"{one.document.title or ''}\n{one.document.text}" for one in encoded.documents if piece in one.pieces)
+    return {"explained": 1 - best / math.fsum(prior), "coverage": coverage(text, surprisals, shown)}
 
 
-def _as_answered(engine: Engine[FusionModel], answered: Answered) -> Request:
-    """Return the request over the documents that focus kept, which the answer names, so nothing is scored again."""
-    runner, request = engine.runner, answered.request
-    if request.focus is None or request.choice is not None:
-        return runner.current(request)
-    kept = [number for number, source in enumerate(answered.answer.sources) if source.used]
-    documents = request.focus.encoded.only(kept)
-    options = DecodingOptions(max_new_tokens=len(answered.answer.token_ids))
-    again = runner.request_for(
-        documents, request.layout, request.mode, request.namespace, options, time.perf_counter()
-    )
-    return runner.current(again)
-
-
-def _of_question(engine: Engine[FusionModel], question: str, request: Request) -> Signals:
-    """Return log p(question | its best document) and log p(question | no document), in nats per token."""
-    encoded, prefix = request.encoded, request.layout.prefix
-    if not request.mode.fuses:  # documents of a joined prompt are scored separately, as by focus
+def _documents(engine: Engine[FusionModel], answered: Answered) -> tuple[EncodedDocuments, Scope]:
+    """Return the documents that the answer was read from, under the current keys of their separate KVs."""
+    request, encoded, prefix = answered.request, answered.request.encoded, answered.request.layout.prefix
+    if request.focus is not None and request.choice is None:  # the answer names those that focus kept
+        encoded = request.focus.encoded.only(
+            number for number, source in enumerate(answered.answer.sources) if source.used
+        )
+    if not request.mode.fuses:  # documents of a joined prompt have no KVs of their own
         bare = engine.prompts.fused_layout(None)
         encoded, prefix = engine.read([one.document for one in encoded.documents], bare), bare.prefix
-    document_kvs, scope = engine.document_kvs, Scope(prefix, request.namespace)
-    requests = {key: KVRequest(ids) for key, ids in encoded.keys.items()}
-    fetched = document_kvs.fetch(
-        requests, None, document_kvs.version, scope, is_cancelled=request.cancelled.is_set
-    )
-    ids, given = scored_question(engine.encoder.plain, question)
-    *found, prior = engine.model.question_likelihoods(
-        document_kvs.prefix_kv(scope), [*(fetched.kvs[key] for key in encoded.keys), None], ids, given=given
-    )
-    tokens = len(ids) - given
-    return {"question": max(found) / tokens, "prior": prior / tokens}
+    engine.document_kvs.refresh()
+    scope = Scope(prefix, request.namespace)
+    return encoded.with_keys(lambda ids: engine.document_kvs.key(ids, scope)), scope
 
 
-def _of_answer(engine: Engine[FusionModel], request: Request, answer: Answer) -> float:
-    """Return log p(answer | question, documents), in nats per token."""
-    run = engine.runner.start(Batch.of(request))
-    try:
-        with engine.runner.memory_errors(run.batch):
-            [total] = engine.model.answer_likelihoods(run.plan, run.context, [request.question], answer.token_ids)
-    finally:
-        run.release()
-    return total / len(answer.token_ids)
+def _token_likelihoods(
+    engine: Engine[FusionModel], answered: Answered, encoded: EncodedDocuments, scope: Scope
+) -> Sequence[Sequence[float]]:
+    """Return the log-probability of each token of the question given each document, and last given none."""
+    document_kvs = engine.document_kvs
+    ids, given = scored_question(engine.encoder.plain, answered.question)
+    requests = {key: KVRequest(piece) for key, piece in encoded.keys.items()}
+    version, is_cancelled = document_kvs.version, answered.request.cancelled.is_set
+    fetched = document_kvs.fetch(requests, None, version, scope, is_cancelled=is_cancelled)
+    documents = [*(fetched.kvs[key] for key in encoded.keys), None]
+    prefix = document_kvs.prefix_kv(scope)
+    with memory_errors(engine.model.device, questions=len(documents), tokens=encoded.longest):
+        return engine.model.token_likelihoods(prefix, documents, ids, given=given).tolist()
