@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import KVFusionError
-from . import adapt, answer, ask, bench, build_data, chat, doctor, evaluate, index, serve, store, train
+from . import adapt, answer, ask, bench, build_data, calibrate, chat, doctor, evaluate, index, serve, store, train
 from .console import Interruption, drop_output, library_settings, print_error
 
 COMMANDS = {
@@ -33,6 +33,7 @@ COMMANDS = {
     "train": train,
     "adapt": adapt,
     "evaluate": evaluate,
+    "calibrate": calibrate,
 }
 
 

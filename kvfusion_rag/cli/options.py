@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError, RetrievalError
 from .arguments.paths import existing, index_place, store_place
-from .arguments.values import byte_count, count, device, focus, min_support, namespace, number, plain_text, positive, seed, stop
+from .arguments.values import (
+    byte_count,
+    count,
+    device,
+    focus,
+    min_support,
+    namespace,
+    number,
+    plain_text,
+    positive,
+    seed,
+    stop,
+)
 from .console import collection_paused, patient_bars
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ class Point:
         kept: share of the answerable questions that are answered.
         refused: share of the unanswerable questions that are refused.
         answered: share of all questions that are answered.
-        accuracy: share of the answered questions whose answer is right; None if none is answered.
+        accuracy: share of the answered questions whose answer is right.
         accuracy_answerable: the same for the answerable questions only.
     """
 
@@ -65,8 +65,8 @@ class Point:
     kept: float
     refused: float
     answered: float
-    accuracy: float | None
-    accuracy_answerable: float | None
+    accuracy: float
+    accuracy_answerable: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +222,6 @@ def _point(threshold: float, kept: Array, left: Array, right: npt.NDArray[np.boo
         kept=float(answered.mean()),
         refused=float(1 - wrong.mean()),
         answered=number / (len(kept) + len(left)),
-        accuracy=good / number if number else None,
-        accuracy_answerable=good / int(answered.sum()) if answered.any() else None,
+        accuracy=good / number,
+        accuracy_answerable=good / int(answered.sum()),
     )

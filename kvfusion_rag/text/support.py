@@ -100,9 +100,7 @@ def require_min_support(value: object) -> None:
         raise InvalidInputError(f"min_support is {value!r}, but it must be a number from 0 to 1, 'auto' or None.")
 
 
-def threshold_of(
-    min_support: MinSupport, calibration: SupportCalibration | None, model_id: str
-) -> float | None:
+def threshold_of(min_support: MinSupport, calibration: SupportCalibration | None, model_id: str) -> float | None:
     """Return the support that an answer needs to count as found, or None if it is not measured.
 
     Raises:
