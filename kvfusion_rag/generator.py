@@ -147,8 +147,8 @@ class KVFusionGenerator(DocumentCalls):
             documents: retrieved documents. Strings are documents without id and title. Blank ones are skipped and
                 repeated ones are fused once. Without documents this is plain generation.
             options: prompt, mode, focus, tools, tool_choice, parallel_tool_calls, response_format, attribution,
-                min_support, chat_template_kwargs (``AnswerKwargs``), max_new_tokens, max_reasoning_tokens, temperature, top_p,
-                top_k, stop, seed (``DecodingOptions``).
+                min_support, chat_template_kwargs (``AnswerKwargs``), max_new_tokens, max_reasoning_tokens,
+                temperature, top_p, top_k, stop, seed (``DecodingOptions``).
 
         Raises:
             InvalidInputError: an argument is invalid.

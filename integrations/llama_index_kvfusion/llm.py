@@ -111,7 +111,8 @@ class KVFusionLlamaIndexLLM(FunctionCalling, CustomLLM):
     min_support: Annotated[float, Field(strict=True, ge=0, le=1)] | Literal["auto"] | None = Field(
         default=None,
         description="Support by the documents (0 to 1) from which an answer counts as found, or 'auto' for the "
-        "threshold of the model's calibration: adds support, found and a notice to `raw`. None: the generator's setting.",
+        "threshold of the model's calibration: adds support, found and a notice to `raw`. None: the generator's "
+        "setting.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the model's chat template, such as enable_thinking."

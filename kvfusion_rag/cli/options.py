@@ -122,7 +122,7 @@ def add_min_support(parser: argparse.ArgumentParser, scope: str = "") -> None:
     """Add ``--min-support``. ``scope`` says to which requests the option applies."""
     parser.add_argument(
         "--min-support", type=min_support, metavar="P",
-        help=f"mark answers whose support by the documents is below this probability, from 0 to 1, as not found{scope}; "
+        help=f"probability, from 0 to 1, that the documents answer a question, below which it counts as not found{scope}; "
         "auto is the threshold of the model's calibration (default: not measured)",
     )  # fmt: skip
 

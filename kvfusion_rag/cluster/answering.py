@@ -17,8 +17,8 @@ from .spec import GeneratorSpec
 
 QUESTIONS_PER_BATCH = 8
 NO_ANSWER = dict.fromkeys(
-    ("answer", "text", "reasoning", "mode", "finish_reason", "support", "found", "sources", "citations", "prompt_tokens",
-     "completion_tokens")
+    ("answer", "text", "reasoning", "mode", "finish_reason", "support", "found", "sources", "citations",
+     "prompt_tokens", "completion_tokens")
 )  # fmt: skip
 
 
@@ -33,8 +33,9 @@ def answer_questions(
     """Yield the answer of each question as plain data, in order.
 
     A row has ``id``, ``question``, ``answer`` (in the source's spelling), ``text`` (in the model's words),
-    ``reasoning``, ``mode``, ``finish_reason``, ``support``, ``found``, ``sources``, ``citations``, ``prompt_tokens``, ``completion_tokens``
-    and ``error``. If a question cannot be answered, ``error`` says why, and all others but the first two are None.
+    ``reasoning``, ``mode``, ``finish_reason``, ``support``, ``found``, ``sources``, ``citations``, ``prompt_tokens``,
+    ``completion_tokens`` and ``error``. If a question cannot be answered, ``error`` says why, and all others but the
+    first two are None.
 
     Args:
         questions: rows such as ``{"question": "...", "documents": ["..."]}``, also with ``id``. Documents are texts,

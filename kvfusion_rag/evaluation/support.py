@@ -107,8 +107,8 @@ def require_calibration_rows(rows: Sequence[QARow], documents: int) -> None:
         others = len(row.passages) - len(row.gold)
         if not row.gold or not row.answers or not others or len(row.gold) >= documents:
             raise InvalidInputError(
-                f"row {row.id!r} has {len(row.answers)} answers, {len(row.gold)} gold passages and {others} others, but "
-                f"a calibration needs an answer, and among {documents} documents a gold passage and another one."
+                f"row {row.id!r} has {len(row.answers)} answers, {len(row.gold)} gold passages and {others} others, "
+                f"but a calibration needs an answer, and a gold passage and another one among {documents} documents."
             )
 
 

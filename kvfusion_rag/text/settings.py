@@ -80,8 +80,8 @@ class ModelSettings:
             log p(question | document). None means what ``kvfusion doctor --measure`` found best, else 0.
         ape_temperature: T of mode "ape", which divides the logits of the documents' slots.
         ape_scale: S of mode "ape", which multiplies the log-sum-exp of the documents' slots.
-        support: how ``Answer.support`` follows from what the model measures (``kvfusion calibrate``). None means that it
-            was not calibrated.
+        support: how ``Answer.support`` follows from what the model measures (``kvfusion calibrate``). None if it was
+            not calibrated.
         min_support: support from which an answer counts as found, by default: a number from 0 to 1, or "auto" for the
             calibration's own threshold. None measures no support.
         tuned: the weights themselves were trained to read fused caches.

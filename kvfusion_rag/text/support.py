@@ -16,7 +16,7 @@ from typing import Literal
 from ..errors import InvalidInputError, NotCalibratedError
 from .json_text import is_number
 
-SIGNALS = ("explained", "coverage")
+SIGNALS = ("gain", "coverage")
 MinSupport = float | Literal["auto"] | None  # "auto" is the calibration's own threshold, None measures nothing
 Signals = Mapping[str, float]
 WORD = re.compile(r"\w+")
@@ -29,9 +29,9 @@ class SupportCalibration:
 
     Signals of a question and its documents:
 
-    - explained: share of the question's surprisal, -log p(question), that disappears if the model reads the document.
-      It is that of the document that explains most.
-    - coverage: share of the surprisal of the question's words that occur in this document.
+    - gain: log p(question | document) - log p(question | no document) in nats, of the document with the largest one.
+    - coverage: the question's words that occur in this document, as a share (0 to 1) of all its words, each weighted
+      by its surprisal, -log p(word | no document).
 
     Attributes:
         weights: weight of each signal.

@@ -1,1 +1,1 @@
-"""Measures whether the documents support an answer: ``signals`` reads question and answer again, ``judging`` decides."""
+"""Whether the documents answer a question: ``signals`` reads the question over them, and ``judging`` decides."""

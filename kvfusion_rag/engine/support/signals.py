@@ -43,7 +43,7 @@ def measure_signals(engine: Engine[FusionModel], answered: Answered) -> Signals:
     spans = engine.encoder.plain.offsets(text, continues=True)[-len(prior) :]  # without LEAD
     surprisals = [(start, end, -value) for (start, end), value in zip(spans, prior, strict=True)]
     shown = max(f"{one.document.title or ''}\n{one.document.text}" for one in encoded.documents if piece in one.pieces)
-    return {"explained": 1 - best / math.fsum(prior), "coverage": coverage(text, surprisals, shown)}
+    return {"gain": best - math.fsum(prior), "coverage": coverage(text, surprisals, shown)}
 
 
 def _documents(engine: Engine[FusionModel], answered: Answered) -> tuple[EncodedDocuments, Scope]:
