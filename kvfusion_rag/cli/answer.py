@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     _check_output(args)
     from ..cluster import answer_questions, read_questions
 
-    options = {"mode": args.mode, "focus": args.focus, "min_support": args.min_support, **decoding_of(args)}
+    options = {"mode": args.mode, "focus": args.focus, **decoding_of(args)}
     failed: dict[str, str] = {}
     count = 0
     rows: list[dict[str, Any]] = []

@@ -114,9 +114,9 @@ def run(args: argparse.Namespace) -> int:
         if args.show_reasoning:
             say_reasoning(answer)
         say_answer(answer)
+    say_notice(answer)
     say_sources(answer, args.question, documents)
     say_facts(answer)
-    say_notice(answer)
     if attribution is not None:
         say_attribution(attribution)
     if shuffle_check is not None:
@@ -153,7 +153,7 @@ def _answer(
     args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document], options: dict[str, Any]
 ) -> Answer:
     """Return the answer. With ``--stream``, print its pieces as they are computed."""
-    decoding = {**decoding_of(args), "min_support": args.min_support}
+    decoding = decoding_of(args)
     if not args.stream:
         return generator.answer(args.question, documents, **options, **decoding)
     stream = generator.stream(args.question, documents, **options, **decoding)

@@ -122,8 +122,8 @@ def add_min_support(parser: argparse.ArgumentParser, scope: str = "") -> None:
     """Add ``--min-support``. ``scope`` says to which requests the option applies."""
     parser.add_argument(
         "--min-support", type=min_support, metavar="P",
-        help=f"probability, from 0 to 1, that the documents answer a question, below which it counts as not found{scope}; "
-        "auto is the threshold of the model's calibration (default: not measured)",
+        help="probability, from 0 to 1, that the documents answer a question, below which the answer counts as not "
+        f"found{scope}; auto is the threshold of the model's calibration (default: not measured)",
     )  # fmt: skip
 
 

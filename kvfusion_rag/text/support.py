@@ -46,7 +46,9 @@ class SupportCalibration:
     def __post_init__(self) -> None:
         """Raise InvalidInputError for a value that is not allowed."""
         if not isinstance(self.weights, Mapping) or set(self.weights) != set(SIGNALS):
-            raise InvalidInputError(f"weights of support are {self.weights!r}, but they must be for {SIGNALS}.")
+            raise InvalidInputError(
+                f"weights of support are {self.weights!r}, but they must have one each for {', '.join(SIGNALS)}."
+            )
         for name, value in {**self.weights, "bias": self.bias}.items():
             if not is_number(value):
                 raise InvalidInputError(f"{name} of support is {value!r}, but it must be a finite number.")

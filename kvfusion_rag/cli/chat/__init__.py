@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
             lambda question: index.search(question, args.top_k, files=files),
             mode=args.mode,
             focus=args.focus,
-            decoding={**decoding_of(args), "min_support": args.min_support},
+            decoding=decoding_of(args),
         )
         with closing(open_lines(keep=not args.no_history)) as lines:
             terminal = Terminal(conversation, index.files() if files is None else files, quiet=args.json)

@@ -44,7 +44,7 @@ class Conversation:
         retrieve: returns the documents of a question that stands alone.
         mode: how documents are read; ``None`` for the model's own.
         focus: how many documents are kept.
-        decoding: further options of the answers, such as how their tokens are chosen.
+        decoding: options of the answers' tokens.
 
     Attributes:
         turns: all answered questions since the conversation began.

@@ -129,6 +129,7 @@ class Terminal:
         self._all.append(turn)
         if not self._quiet:
             say_spelling(turn.answer)
+            say_notice(turn.answer)
             _say_citations(turn)
 
     def _obey(self, text: str) -> None:
@@ -190,4 +191,3 @@ def _say_citations(turn: Turn) -> None:
         say(f"  [{shown_path(document.metadata['source'])}, {place_of(document, citation.start)}]")
     if turn.answer.finish_reason == "length":
         say("  (cut off by the limit on new tokens)")
-    say_notice(turn.answer)

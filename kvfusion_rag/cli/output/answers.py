@@ -54,7 +54,7 @@ def say_answer(answer: Answer) -> None:
 def say_notice(answer: Answer) -> None:
     """Print that the answer was probably not found in the documents, if it was measured and was not."""
     if answer.notice is not None:
-        say(answer.notice)
+        say(f"  not found: {answer.notice}")
 
 
 def say_reasoning(answer: Answer) -> None:
