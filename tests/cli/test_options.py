@@ -135,6 +135,7 @@ NEEDED = {  # arguments with which a command comes to its model
     "train": ["rows.jsonl", "--output", "out"],
     "adapt": ["--docs", "docs", "--output", "adapted"],
     "evaluate": ["rows.jsonl"],
+    "calibrate": ["rows.jsonl"],
 }
 HOSTILE = ["", " ", "~nosuchuser/x", "a" * 300, "loop", "loop/x", "docs", "binary", "nested.json", "binary/x", "-1",
            "9" * 31, "9" * 5000, "nan", "inf", "1e400", "\udcff", "cuda:99", "none/x", "{}"]  # fmt: skip

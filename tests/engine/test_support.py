@@ -207,7 +207,7 @@ def test_a_model_without_calibration_is_a_clear_error():
     gen = tiny.generator("llama")
     with pytest.raises(NotCalibratedError, match="'auto', but tiny-llama has no calibration of support; measure one"):
         gen.answer(QUESTION, DOCUMENTS, min_support="auto")
-    with pytest.raises(NotCalibratedError, match="min_support is 0.5, but the model has no calibration"):
+    with pytest.raises(NotCalibratedError, match=r"min_support is 0\.5, but the model has no calibration"):
         gen.with_settings(min_support=0.5)
 
 

@@ -59,9 +59,9 @@ def test_the_fit_is_a_minimum():
         known = [one for pair in measured for one in pair]
         return -sum(np.log(abs(support_of(changed, one) - (not one.answerable))) for one in known)
 
-    best = loss(found.weights["gain"], found.bias)
-    assert best < loss(found.weights["gain"] * 1.3, found.bias) and best < loss(found.weights["gain"], found.bias + 0.3)
-    assert best < loss(found.weights["gain"] * 0.6, found.bias) and best < loss(found.weights["gain"], found.bias - 0.3)
+    gain, bias = found.weights["gain"], found.bias
+    others = [(1.3 * gain, bias), (0.6 * gain, bias), (gain, bias + 0.3), (gain, bias - 0.3)]
+    assert loss(gain, bias) < min(loss(*other) for other in others)
 
 
 def test_a_constant_signal_gets_no_weight_and_separable_questions_a_finite_one():
