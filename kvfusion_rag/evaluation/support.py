@@ -187,7 +187,7 @@ def report_of(
 ) -> SupportReport:
     """Return the figures of ``calibration`` on questions that it was not fitted on."""
     with_gold, without = ([pair[n] for pair in measured] for n in (0, 1))
-    kept, left = (np.array([support_of(calibration, one) for one in part]) for part in (with_gold, without))
+    kept, left = (np.array([support_of(calibration, one) for one in part], float) for part in (with_gold, without))
     right = np.array([one.right for one in with_gold])
     at_share = threshold_keeping(kept.tolist(), share)
     labels = np.r_[np.ones(len(kept)), np.zeros(len(left))]
@@ -196,9 +196,9 @@ def report_of(
         questions=len(measured),
         auc=_auc(kept, left),
         auc_of={name: _auc(*(_values(part, name) for part in (with_gold, without))) for name in SIGNALS},
-        kept=bootstrap.interval(100.0 * (kept >= calibration.threshold)),
-        refused=bootstrap.interval(100.0 * (left < calibration.threshold)),
-        refused_at_share=bootstrap.interval(100.0 * (left < at_share)),
+        kept=bootstrap.interval([100.0 * (one >= calibration.threshold) for one in kept.tolist()]),
+        refused=bootstrap.interval([100.0 * (one < calibration.threshold) for one in left.tolist()]),
+        refused_at_share=bootstrap.interval([100.0 * (one < at_share) for one in left.tolist()]),
         brier=float(np.mean((np.r_[kept, left] - labels) ** 2)),
         curve=tuple(_point(threshold_keeping(kept.tolist(), one), kept, left, right) for one in SHARES),
     )

@@ -16,7 +16,7 @@ from typing import Literal
 from ..errors import InvalidInputError, NotCalibratedError
 from .json_text import is_number
 
-SIGNALS = ("gain", "coverage")
+SIGNALS: tuple[str, ...] = ("gain", "coverage")
 MinSupport = float | Literal["auto"] | None  # "auto" is the calibration's own threshold, None measures nothing
 Signals = Mapping[str, float]
 WORD = re.compile(r"\w+")
