@@ -242,5 +242,6 @@ def test_usable_arguments_come_to_the_model(folder, capsys):
         if "a model would be loaded now" in capsys.readouterr().err:
             reached.add(command)
     assert reached == NEEDED.keys() - {
-        "store stats", "store verify", "store missing", "store clear", "build-data"
+        "store stats", "store verify", "store missing", "store clear", "build-data",
+        "calibrate",  # one row is too few, which is checked before the model is loaded
     }  # fmt: skip
