@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -82,11 +83,16 @@ def coverage(question: str, surprisals: Sequence[tuple[int, int, float]], docume
         surprisals: start and end in ``question``, and surprisal, of each of its tokens.
     """
     known = {stem(word) for word in WORD.findall(document)}
-    total = covered = 0.0
-    for match in WORD.finditer(question):
-        own = math.fsum(value for start, end, value in surprisals if start < match.end() and end > match.start())
-        total += own
-        covered += own if stem(match[0]) in known else 0.0
+    words = list(WORD.finditer(question))
+    ends = [word.end() for word in words]
+    of_word = [0.0] * len(words)
+    for start, end, value in surprisals:
+        number = bisect_right(ends, start)  # the first word that ends behind the token's start
+        while number < len(words) and words[number].start() < end:
+            of_word[number] += value
+            number += 1
+    covered = math.fsum(value for word, value in zip(words, of_word, strict=True) if stem(word[0]) in known)
+    total = math.fsum(of_word)
     return covered / total if total else 0.0
 
 

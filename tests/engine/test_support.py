@@ -263,5 +263,17 @@ def test_coverage_is_the_share_of_surprisal_in_the_document():
     assert coverage("?!", [(0, 2, 3.0)], "anything") == 0
 
 
+def test_a_token_may_spell_a_part_of_a_word_or_several_words():
+    tokens = [(0, 2, 1.0), (2, 5, 2.0), (5, 9, 4.0)]  # "mi", "lls ", "a-b "
+    assert coverage("mills a-b", tokens, "mills") == 3 / 11
+    assert coverage("mills a-b", tokens, "a") == 4 / 11
+
+
+def test_coverage_of_a_long_question():
+    text = "mill " * 20_000
+    tokens = [(5 * n, 5 * n + 5, 1.0) for n in range(20_000)]
+    assert coverage(text, tokens, "the mill") == 1
+
+
 def test_coverage_ignores_case_and_accents():
     assert coverage("Café", [(0, 4, 2.0)], "CAFE") == 1
