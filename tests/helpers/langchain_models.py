@@ -36,6 +36,7 @@ DEFAULTS = {
     "mode": None,
     "focus": "auto",
     "attribution": None,
+    "min_support": None,
     "chat_template_kwargs": None,
     "stop": [],
 }

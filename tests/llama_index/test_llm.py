@@ -30,6 +30,7 @@ DEFAULT_OPTIONS = {
     "mode": None,
     "focus": "auto",
     "attribution": None,
+    "min_support": None,
     "chat_template_kwargs": None,
 }
 
