@@ -23,6 +23,7 @@ ALL_OPTIONS = {
     "mode": "concat",
     "focus": 2,
     "attribution": "effects",
+    "min_support": "auto",
     "stop": ["and so on", "\n"],
     "chat_template_kwargs": {"enable_thinking": True},
 }

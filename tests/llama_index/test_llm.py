@@ -260,6 +260,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         mode="concat",
         focus=2,
         attribution="effects",
+        min_support="auto",
         chat_template_kwargs={"enable_thinking": False},
         top_k=None,
     )
@@ -276,6 +277,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "mode": "concat",
         "focus": 2,
         "attribution": "effects",
+        "min_support": "auto",
         "chat_template_kwargs": {"enable_thinking": False},
     }
 
