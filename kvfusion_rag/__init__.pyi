@@ -13,6 +13,7 @@ from .errors import KVFusionError as KVFusionError
 from .errors import MemoryLimitError as MemoryLimitError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import ModelLoadError as ModelLoadError
+from .errors import NotCalibratedError as NotCalibratedError
 from .errors import OverloadError as OverloadError
 from .errors import RetrievalError as RetrievalError
 from .errors import StoreError as StoreError
@@ -45,3 +46,4 @@ from .store import RemoteStore as RemoteStore
 from .store import StoreEvent as StoreEvent
 from .store import StoreMetrics as StoreMetrics
 from .text.answer_format import AnswerFormat as AnswerFormat
+from .text.support import SupportCalibration as SupportCalibration

@@ -31,6 +31,18 @@ class ContextLimitError(InvalidInputError):
     """A document, a question or all of them together exceed a limit of the model."""
 
 
+class NotCalibratedError(InvalidInputError):
+    """Support was requested of a model for which it was not calibrated."""
+
+    @classmethod
+    def of(cls, min_support: object, model: str) -> Self:
+        """Return the error for a ``model`` without a calibration."""
+        return cls(
+            f"min_support is {min_support!r}, but {model} has no calibration of support; measure one with kvfusion "
+            "calibrate, or leave out min_support."
+        )
+
+
 class ControlTokenError(KVFusionError):
     """Untrusted text was about to become a control token. Nothing was sent to the model."""
 

@@ -19,6 +19,7 @@ from .engine.invariance import check_invariance
 from .engine.queue import RequestQueue
 from .engine.requests import Batch
 from .engine.streaming import AnswerStream
+from .engine.support.judging import judged, signals_of
 from .errors import InvalidInputError
 from .fusion.interface import FusionModel
 from .fusion.load_options import EngineChoice, LoadKwargs, load_torch_model
@@ -39,6 +40,7 @@ from .schema import (
 )
 from .store import Place, as_store
 from .text.settings import ModelSettings
+from .text.support import Signals
 
 logger = logging.getLogger(__name__)
 
@@ -148,8 +150,8 @@ class KVFusionGenerator(DocumentCalls):
             documents: retrieved documents. Strings are documents without id and title. Blank ones are skipped and
                 repeated ones are fused once. Without documents this is plain generation.
             options: prompt, mode, focus, tools, tool_choice, parallel_tool_calls, response_format, attribution,
-                chat_template_kwargs (``AnswerKwargs``), max_new_tokens, max_reasoning_tokens, temperature, top_p,
-                top_k, stop, seed (``DecodingOptions``).
+                min_support, chat_template_kwargs (``AnswerKwargs``), max_new_tokens, max_reasoning_tokens,
+                temperature, top_p, top_k, stop, seed (``DecodingOptions``).
 
         Raises:
             InvalidInputError: an argument is invalid.
@@ -184,7 +186,7 @@ class KVFusionGenerator(DocumentCalls):
         """
         call = read_calls(self._engine, questions, documents, prompts, options)
         ask = self._engine.answer_all if self._queue is None else self._queue.ask
-        return attributed(self._engine, call, ask(call.requests, call.decoding))
+        return self._measured(call, ask(call.requests, call.decoding))
 
     @check_option_names(AnswerKwargs)
     async def aanswer_batch(
@@ -202,7 +204,7 @@ class KVFusionGenerator(DocumentCalls):
         else:
             with call.cancelled_with_task():
                 answers = await asyncio.to_thread(self._engine.answer_all, call.requests, call.decoding)
-        measured = asyncio.ensure_future(asyncio.to_thread(attributed, self._engine, call, answers))
+        measured = asyncio.ensure_future(asyncio.to_thread(self._measured, call, answers))
         try:
             return await asyncio.shield(measured)
         except asyncio.CancelledError:
@@ -238,7 +240,11 @@ class KVFusionGenerator(DocumentCalls):
                     yield from splitter.add(piece, is_complete=answer.finish_reason is not None)
                 elif piece:
                     yield AnswerPiece(piece)
-        yield attributed(self._engine, replace(call, requests=[request]), [run.answer(0)])[0]
+        yield self._measured(replace(call, requests=[request]), [run.answer(0)])[0]
+
+    def _measured(self, call: Call, answers: Sequence[Answer]) -> list[Answer]:
+        """Return the answers with what the call wants to know about them."""
+        return judged(self._engine, call, attributed(self._engine, call, answers))
 
     # Explanations
 
@@ -263,6 +269,20 @@ class KVFusionGenerator(DocumentCalls):
         if answer is None:
             answer = self.answer(question, documents, **options)
         return attribute_call(self._engine, question, documents, answer, options)
+
+    @check_option_names(AnswerKwargs)
+    def support_signals(
+        self, questions: Sequence[str], documents: Sequence[Sequence[Document | str]], **options: Unpack[AnswerKwargs]
+    ) -> list[tuple[Answer, Signals | None]]:
+        """Answer questions like :meth:`answer_batch`, and measure the signals from which support is computed.
+
+        Returns:
+            Each answer with its signals in nats per token (``SupportCalibration``), or None for an answer that is
+            empty, calls tools or has no documents. No calibration is needed.
+        """
+        call = read_calls(self._engine, questions, documents, None, options)
+        answers = self._engine.answer_all(call.requests, call.decoding)
+        return list(zip(answers, signals_of(self._engine, call, answers), strict=True))
 
     @check_option_names(WordingKwargs)
     def show_prompt(

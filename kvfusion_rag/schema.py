@@ -223,6 +223,9 @@ class Answer:
         token_ids: everything that the model wrote, with its reasoning.
         reasoning: what a reasoning model wrote in front of the answer, which is not part of ``text``; None if nothing.
         tool_calls: calls of tools behind the text.
+        support: calibrated probability, 0 to 1, that the documents that were read answer the question. It does not say
+            whether ``text`` is right. None unless ``min_support=`` asked for it.
+        found: whether ``support`` is at least ``min_support``; None if it was not measured.
     """
 
     text: str
@@ -235,6 +238,15 @@ class Answer:
     token_ids: tuple[int, ...] = ()
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    support: float | None = None
+    found: bool | None = None
+
+    @property
+    def notice(self) -> str | None:
+        """A sentence for readers if the answer was not found in the documents, else None."""
+        if self.found is not False:
+            return None
+        return f"The documents probably do not contain the answer (support {self.support:.0%})."
 
     @property
     def cited_text(self) -> str:
@@ -254,6 +266,9 @@ class Answer:
             "tool_calls": [asdict(call) for call in self.tool_calls],
             "mode": self.mode,
             "finish_reason": self.finish_reason,
+            "support": self.support,
+            "found": self.found,
+            "notice": self.notice,
             "sources": [source.to_dict() for source in self.sources],
             "citations": [asdict(citation) for citation in self.citations],
             "usage": self.usage.to_dict(),

@@ -236,6 +236,7 @@ def test_the_shipped_folder_is_complete_and_small():
     assert sum(path.stat().st_size for path in files.values()) <= MAX_FOLDER_BYTES
     settings = ModelSettings(**json.loads(files[FILE_NAME].read_text(encoding="utf-8")))
     assert settings.mode == "fusion" and settings.focus == 1 and settings.layout == "fixed"
+    assert settings.support is not None and 0 < settings.support.threshold < 1
     record = json.loads(files[RECORD_NAME].read_text(encoding="utf-8"))
     assert record["base_model"] == DEFAULT_MODEL and record["same_family"] is True
     card = files["README.md"].read_text(encoding="utf-8")
@@ -261,6 +262,15 @@ def test_the_real_adapter_answers_plain_questions_in_a_few_words_in_any_order(de
         }
         found = default_model.check_invariance(question, ISLAND, permutations=3)
         assert found.identical and found.answers == (answer.text,)
+
+
+@pytest.mark.default_model
+def test_the_real_model_finds_what_the_documents_say_and_nothing_else(default_model):
+    for question in PLAIN_QUESTIONS:
+        assert default_model.answer(question, ISLAND, min_support="auto").found
+    for question in ("Which composer wrote the opera Fidelio?", "What is the boiling point of helium?"):
+        answer = default_model.answer(question, ISLAND, min_support="auto")
+        assert answer.found is False and answer.notice
 
 
 @pytest.mark.default_model

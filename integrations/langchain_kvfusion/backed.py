@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FocusChoice = Annotated[int, Field(strict=True, ge=1)] | Literal["auto"] | None
+MinSupport = Annotated[float, Field(strict=True, ge=0, le=1)] | Literal["auto"] | None
 
 # Each subclass must set it, because with several base classes pydantic uses that of the last one, LangChain's.
 STRICT_FIELDS = ConfigDict(extra="forbid", protected_namespaces=())
@@ -57,6 +58,11 @@ class GeneratorBacked(BaseLanguageModel[Any]):
     )
     attribution: str | None = Field(
         default=None, description="'attention' or 'effects': adds each document's contribution to the sources."
+    )
+    min_support: MinSupport = Field(
+        default=None,
+        description="Support by the documents (0 to 1) from which an answer counts as found, or 'auto' for the "
+        "threshold of the model's calibration: adds support, found and a notice. None: the generator's setting.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the model's chat template, merged with those of a call."

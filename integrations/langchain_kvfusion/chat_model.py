@@ -47,7 +47,7 @@ class ChatKVFusion(GeneratorBacked, DocumentChatModel):
     conversation in its own chat template, with the documents in their place. :meth:`show_prompt` returns the prompt.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``max_reasoning_tokens``,
-    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution``, ``chat_template_kwargs`` and
+    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution``, ``min_support``, ``chat_template_kwargs`` and
     ``response_format``. None keeps the value set here, except that ``focus=None`` keeps all documents. An unknown name
     raises InvalidInputError. ``bind_tools`` and ``with_structured_output`` need the extra ``structured``.
 

@@ -50,8 +50,9 @@ class KVFusionLLM(GeneratorBacked, DocumentBatches, BaseLLM):
     returns the prompt.
 
     Every call also takes ``stop``, ``temperature``, ``max_tokens`` (or ``max_new_tokens``), ``max_reasoning_tokens``,
-    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution`` and ``chat_template_kwargs``. None keeps the
-    value set here, except that ``focus=None`` keeps all documents. An unknown name raises InvalidInputError.
+    ``top_p``, ``top_k``, ``seed``, ``mode``, ``focus``, ``attribution``, ``min_support`` and
+    ``chat_template_kwargs``. None keeps the value set here, except that ``focus=None`` keeps all documents. An unknown
+    name raises InvalidInputError.
 
     ``generation_info`` contains token counts, sources, citations and reasoning. Streams have it on the last chunk.
     Traces and callbacks show the prompt with the documents, as for any other model.

@@ -18,6 +18,7 @@ OPTION_NAMES = (
     "mode",
     "focus",
     "attribution",
+    "min_support",
     "chat_template_kwargs",
 )
 _ALIAS = "max_new_tokens"

@@ -53,6 +53,7 @@ _OPTIONS = (
     "mode",
     "focus",
     "attribution",
+    "min_support",
     "chat_template_kwargs",
 )
 _MODEL_NAMES = ("model", "model_name")  # names of model_id in other LLMs
@@ -106,6 +107,12 @@ class KVFusionLlamaIndexLLM(FunctionCalling, CustomLLM):
     )
     attribution: str | None = Field(
         default=None, description="'attention' or 'effects': adds each document's contribution to the sources."
+    )
+    min_support: Annotated[float, Field(strict=True, ge=0, le=1)] | Literal["auto"] | None = Field(
+        default=None,
+        description="Support by the documents (0 to 1) from which an answer counts as found, or 'auto' for the "
+        "threshold of the model's calibration: adds support, found and a notice to `raw`. None: the generator's "
+        "setting.",
     )
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables of the model's chat template, such as enable_thinking."

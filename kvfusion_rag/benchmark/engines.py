@@ -124,9 +124,9 @@ def _times(ask: Ask, documents: Sequence[Document], orders: Sequence[Sequence[Do
     shuffled = [ask(order) for order in orders]
     speeds = [speed for _, speed in (*warm, *shuffled)]
     return {
-        "cold": round(cold, 3),
-        "warm": round(statistics.median(first for first, _ in warm), 3),
-        "shuffled": round(statistics.median(first for first, _ in shuffled), 3),
+        "cold": round(cold, 5),
+        "warm": round(statistics.median(first for first, _ in warm), 5),
+        "shuffled": round(statistics.median(first for first, _ in shuffled), 5),
         "tokens per second": round(statistics.median(speeds), 1),
     }
 

@@ -20,6 +20,7 @@ from . import (
     ask,
     bench,
     build_data,
+    calibrate,
     chat,
     completion,
     config,
@@ -46,6 +47,7 @@ COMMANDS = {
     "train": train,
     "adapt": adapt,
     "evaluate": evaluate,
+    "calibrate": calibrate,
     "config": config,
     "completion": completion,
 }

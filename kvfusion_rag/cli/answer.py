@@ -21,6 +21,7 @@ from .options import (
     add_decoding_arguments,
     add_focus,
     add_index_arguments,
+    add_min_support,
     add_mode,
     add_model_arguments,
     add_model_name,
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cluster_arguments(parser)
     add_mode(parser)
     add_focus(parser)
+    add_min_support(parser)
     add_decoding_arguments(parser)
     add_reasoning_limit(parser)
 

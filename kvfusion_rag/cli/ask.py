@@ -17,6 +17,7 @@ from .options import (
     add_decoding_arguments,
     add_focus,
     add_index_arguments,
+    add_min_support,
     add_mode,
     add_model_arguments,
     add_model_name,
@@ -35,6 +36,7 @@ from .output.answers import (
     say_answer,
     say_attribution,
     say_facts,
+    say_notice,
     say_pieces,
     say_reasoning,
     say_shuffle_check,
@@ -56,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_arguments(parser)
     add_mode(parser)
     add_focus(parser)
+    add_min_support(parser)
     parser.add_argument(
         "--show-prompt", action="store_true", help="print the complete prompt, with marks around each document"
     )
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         if args.show_reasoning:
             say_reasoning(answer)
         say_answer(answer)
+    say_notice(answer)
     say_sources(answer, args.question, documents)
     say_facts(answer)
     if attribution is not None:

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InvalidInputError, RetrievalError
 from .arguments.engine import add_engine_arguments, engine_options
 from .arguments.paths import existing, index_place, store_place
-from .arguments.values import byte_count, count, device, focus, namespace, number, plain_text, positive, seed, stop
+from .arguments.values import (
+    byte_count,
+    count,
+    device,
+    focus,
+    min_support,
+    namespace,
+    number,
+    plain_text,
+    positive,
+    seed,
+    stop,
+)
 from .console import collection_paused, patient_bars
 
 if TYPE_CHECKING:
@@ -106,6 +118,15 @@ def add_focus(parser: argparse.ArgumentParser, scope: str = "") -> None:
         help=f"number of documents to keep{scope}, those that make the question most likely, or none to keep all "
         "(default: auto, the model's own number)",
     )
+
+
+def add_min_support(parser: argparse.ArgumentParser, scope: str = "") -> None:
+    """Add ``--min-support``. ``scope`` says to which requests the option applies."""
+    parser.add_argument(
+        "--min-support", type=min_support, metavar="P",
+        help="probability, from 0 to 1, that the documents answer a question, below which the answer counts as not "
+        f"found{scope}; auto is the threshold of the model's calibration (default: not measured)",
+    )  # fmt: skip
 
 
 def add_retrieval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +281,7 @@ def _generator_options(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         **engine_options(args),
         "max_reasoning_tokens": getattr(args, "max_reasoning_tokens", None),
+        "min_support": getattr(args, "min_support", None),
         "namespace": getattr(args, "namespace", ""),
         "key_kind": getattr(args, "key_kind", "auto"),
     }

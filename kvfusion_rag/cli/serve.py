@@ -29,6 +29,7 @@ from .arguments.values import byte_count, plain_text, positive, variable_name, w
 from .console import print_error, say, say_json
 from .options import (
     add_focus,
+    add_min_support,
     add_model_arguments,
     add_model_name,
     add_reasoning_limit,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mode of requests that do not set one (default: the model's own)",
     )
     add_focus(parser, " for requests that do not set focus")
+    add_min_support(parser, ", in requests that do not set min_support")
     add_reasoning_limit(parser, " for requests that do not set it")
     parser.add_argument(
         "--host",

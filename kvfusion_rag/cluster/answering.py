@@ -17,8 +17,8 @@ from .spec import GeneratorSpec
 
 QUESTIONS_PER_BATCH = 8
 NO_ANSWER = dict.fromkeys(
-    ("answer", "text", "reasoning", "mode", "finish_reason", "sources", "citations", "prompt_tokens",
-     "completion_tokens")
+    ("answer", "text", "reasoning", "mode", "finish_reason", "support", "found", "sources", "citations",
+     "prompt_tokens", "completion_tokens")
 )  # fmt: skip
 
 
@@ -33,8 +33,9 @@ def answer_questions(
     """Yield the answer of each question as plain data, in order.
 
     A row has ``id``, ``question``, ``answer`` (in the source's spelling), ``text`` (in the model's words),
-    ``reasoning``, ``mode``, ``finish_reason``, ``sources``, ``citations``, ``prompt_tokens``, ``completion_tokens``
-    and ``error``. If a question cannot be answered, ``error`` says why, and all others but the first two are None.
+    ``reasoning``, ``mode``, ``finish_reason``, ``support``, ``found``, ``sources``, ``citations``, ``prompt_tokens``,
+    ``completion_tokens`` and ``error``. If a question cannot be answered, ``error`` says why, and all others but the
+    first two are None.
 
     Args:
         questions: rows such as ``{"question": "...", "documents": ["..."]}``, also with ``id``. Documents are texts,
@@ -92,6 +93,8 @@ def _answered(row: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
         "reasoning": answer.reasoning,
         "mode": answer.mode,
         "finish_reason": answer.finish_reason,
+        "support": answer.support,
+        "found": answer.found,
         "sources": [{"id": source.id, "title": source.title, "used": source.used} for source in answer.sources],
         "citations": [asdict(citation) for citation in answer.citations],
         "prompt_tokens": answer.usage.prompt_tokens,

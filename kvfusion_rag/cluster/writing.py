@@ -88,5 +88,6 @@ def _schema(pyarrow: Any) -> Any:
     citation = pyarrow.struct({"document_id": text, "start": count, "end": count, "text": text})
     texts = ("id", "question", "answer", "text", "reasoning", "mode", "finish_reason")
     lists = {"sources": pyarrow.list_(source), "citations": pyarrow.list_(citation)}
+    judged = {"support": pyarrow.float64(), "found": pyarrow.bool_()}
     counts = dict.fromkeys(("prompt_tokens", "completion_tokens"), count)
-    return pyarrow.schema({**dict.fromkeys(texts, text), **lists, **counts, "error": text})
+    return pyarrow.schema({**dict.fromkeys(texts, text), **judged, **lists, **counts, "error": text})

@@ -20,8 +20,7 @@ from typing import IO, Any, TypeVar, cast
 
 from ..errors import InvalidInputError
 from ..schema import Document
-from ..text.json_text import parse_json
-from ..text.settings import is_number
+from ..text.json_text import is_number, parse_json
 
 T = TypeVar("T")
 

@@ -14,6 +14,7 @@ from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from ..option_names import UnknownOptionError
 from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt, Tool
 from ..text.answer_format import AnswerFormat, ResponseFormat
+from ..text.support import MinSupport, threshold_of
 from ..text.tools.definitions import ToolUse
 from .engine import Engine
 from .requests import Request
@@ -52,6 +53,8 @@ class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
         response_format: what the answer must look like: an ``AnswerFormat``, a Pydantic model, OpenAI's dictionary, or
             None for any text. A batch takes one for all questions, or a list with one per question.
         parallel_tool_calls: whether an answer may contain several calls. Default: if ``tool_choice`` is "auto".
+        min_support: support (0 to 1) from which the answer counts as found in the documents (``Answer.found``). "auto"
+            is the threshold of the model's calibration. None, unless the model's settings have one, measures nothing.
         attribution: measure each document's influence on the answer (``Answer.sources``). "attention" takes one more
             pass over question and answer. "effects" also measures the answer's probability without each document.
     """
@@ -59,6 +62,7 @@ class AnswerKwargs(WordingKwargs, DecodingKwargs, total=False):
     response_format: ResponseFormat | Sequence[ResponseFormat | None] | None
     parallel_tool_calls: bool | None
     attribution: Attributed | None
+    min_support: MinSupport
 
 
 _OF_BATCHES = frozenset(AnswerKwargs.__annotations__) - {"prompt"} | {"prompts"}
@@ -66,11 +70,17 @@ _OF_BATCHES = frozenset(AnswerKwargs.__annotations__) - {"prompt"} | {"prompts"}
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The requests of one call, with its options."""
+    """The requests of one call and their questions, with its options.
 
+    Attributes:
+        min_support: support from which an answer counts as found; None if it is not measured.
+    """
+
+    questions: Sequence[str]
     requests: Sequence[Request]
     decoding: DecodingOptions
     attribution: Attributed | None
+    min_support: float | None
 
     def cancel(self) -> None:
         """End all answers at their next token."""
@@ -110,6 +120,7 @@ def read_calls(
     Raises:
         InvalidInputError: an argument is invalid.
         UnsupportedModelError: attribution cannot be measured on this model.
+        NotCalibratedError: support was not calibrated for this model.
         ContextLimitError: documents, question and answer are too long.
         ControlTokenError: untrusted text would have become a control token.
     """
@@ -126,6 +137,7 @@ def read_calls(
     attribution = wording.pop("attribution", None)
     _require_attributable(engine, attribution)
     mode, focus = wording.pop("mode", None), wording.pop("focus", "auto")
+    min_support = _min_support(engine, wording.pop("min_support", None))
     template_kwargs = wording.pop("chat_template_kwargs", None)
     formats = _formats(wording.pop("response_format", None), len(questions))
     tools = ToolUse.of(
@@ -143,7 +155,7 @@ def read_calls(
         )
         for question, rows, prompt, format in zip(questions, documents, prompts, formats, strict=True)
     ]
-    return Call(requests, decoding, attribution)
+    return Call(questions, requests, decoding, attribution, min_support)
 
 
 def _formats(given: Any, questions: int) -> list[AnswerFormat | None]:
@@ -176,3 +188,9 @@ def _require_attributable(engine: Engine[FusionModel], attribution: object) -> N
         raise InvalidInputError(f"attribution is {attribution!r}, but it must be 'attention', 'effects' or None.")
     if attribution == "attention" or engine.model.capabilities.attention:
         engine.require_explicit_attention()
+
+
+def _min_support(engine: Engine[FusionModel], given: MinSupport) -> float | None:
+    """Return the support that answers need: the caller's, else that of the settings, else None."""
+    settings = engine.settings
+    return threshold_of(settings.min_support if given is None else given, settings.support, engine.model.model_id)

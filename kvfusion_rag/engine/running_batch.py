@@ -111,7 +111,10 @@ class Run:
         keys = request.encoded.keys
         if not request.mode.fuses:
             return dict.fromkeys(keys, "prompt")
-        known: dict[str, Origin] = {**(request.choice.origins if request.choice else {}), **self.origins}
+        known: dict[str, Origin] = {}
+        for other in (*self.batch.requests, request):  # what focus chose for one of them is fetched for none
+            known |= other.choice.origins if other.choice else {}
+        known |= self.origins
         found: dict[tuple[int, ...], Origin] = {piece.ids: known[piece.key] for piece in request.fused or ()}
         return {key: found[ids] for key, ids in keys.items()}
 

@@ -1,10 +1,11 @@
-"""Plots exact match by gold slot: one line per system, with 95 % intervals as bars.
+"""Plots exact match by gold slot, one line per system with 95 % intervals as bars, and the curves of support.
 
 matplotlib comes with the extra ``evaluation`` and is imported when a plot is drawn. No window is opened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from .summary import Summary
+    from .support import Point
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LEGEND_COLUMNS = 4
@@ -69,6 +71,32 @@ def slots_figure(summary: Summary, *, title: str) -> Figure:
     axes.set_ylabel("exact match, % (95 % interval)")
     _add_legend(figure, len(summary.systems))
     return figure
+
+
+@plot_style()
+def plot_support(curve: Sequence[Point], path: Path, *, title: str) -> None:
+    """Draw refused questions and accuracy by the share of answerable questions that are answered, into ``path``.
+
+    Raises:
+        InvalidInputError: the suffix is unknown.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require_plotting(path)
+    figure, (refused, accuracy) = new_figure(title, size=(6.4, 6.4), panels=2)
+    kept = [100 * point.kept for point in curve]
+    refused.plot(kept, [100 * point.refused for point in curve], color=COLORS[0], linewidth=1.8)
+    refused.set_ylabel("unanswerable refused, %")
+    for name, values, color in (
+        ("all questions", [point.accuracy for point in curve], COLORS[0]),
+        ("answerable questions", [point.accuracy_answerable for point in curve], COLORS[1]),
+    ):
+        accuracy.plot(kept, [100 * value for value in values], color=color, linewidth=1.8, label=name)
+    accuracy.set_ylabel("right among the answered, %")
+    accuracy.set_xlabel("answerable questions that are answered, %")
+    for panel in (refused, accuracy):
+        panel.set_ylim(0, 101)
+    _add_legend(figure, 2)
+    save(figure, path)
 
 
 def _add_legend(figure: Figure, entries: int) -> None:

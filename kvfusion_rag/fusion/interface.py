@@ -178,6 +178,15 @@ class FusionModel(Protocol):
         """Return log p(``ids[given:]`` | document, ``ids[:given]``) for each document, without the adapter."""
         ...
 
+    def token_likelihoods(
+        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
+    ) -> torch.Tensor:
+        """Return the log-probability of each id behind ``given``, (D, A), for each document, without the adapter.
+
+        None stands for no document.
+        """
+        ...
+
     def answer_likelihoods(
         self,
         plan: Any,

@@ -7,46 +7,58 @@ from collections.abc import Sequence
 import torch
 
 from ..model.backbone import Backbone
-from ..model.kv import DocumentKV, KVShape
+from ..model.kv import DocumentKV
 from .fused_cache import FusedBuffer
+from .prefill import kv_shape
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32
 
+Documents = Sequence[DocumentKV | None]
 
-@torch.inference_mode()
+
 def text_log_probabilities(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
+    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], *, given: int
 ) -> list[float]:
     """Return log p(``ids[given:]`` | prefix, document, ``ids[:given]``) in nats for each of D documents, adapter off.
 
-    The text directly follows its own document, so a score does not depend on the other documents.
+    Arguments are those of :func:`token_log_probabilities`.
+    """
+    return token_log_probabilities(backbone, prefix, documents, ids, given=given).sum(dim=1).tolist()
+
+
+@torch.inference_mode()
+def token_log_probabilities(
+    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], *, given: int
+) -> torch.Tensor:
+    """Return the log-probability of each of the A ids behind ``given``, (D, A) float64 in nats, adapter off.
+
+    The text directly follows its own document, so a row does not depend on the other documents.
 
     Args:
         prefix: KV in front of each document, or None.
-        documents: KVs (L, H_kv, T_i, d) with at least one token each.
+        documents: KVs (L, H_kv, T_i, d) with at least one token each; None for the text without a document.
         ids: ids of the text, with at least one after the first ``given``.
         given: number of leading ids that are read but not scored, at least one.
     """
     scored = len(ids) - given
     rows = max(1, LOGITS_AT_ONCE // (scored * backbone.config.vocab_size))
-    found: list[float] = []
-    for start in range(0, len(documents), rows):
-        found += _of_rows(backbone, prefix, documents[start : start + rows], ids, given)
-    return found
+    starts = range(0, len(documents), rows)
+    return torch.cat([_of_rows(backbone, prefix, documents[start : start + rows], ids, given) for start in starts])
 
 
 def _of_rows(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], given: int
-) -> list[float]:
+    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], given: int
+) -> torch.Tensor:
     before = 0 if prefix is None else prefix.num_tokens
-    lengths = [before + document.num_tokens for document in documents]
+    lengths = [before if document is None else before + document.num_tokens for document in documents]
     read = ids[:-1]
     device = backbone.device
-    buffer = FusedBuffer(lengths, KVShape.of(documents[0]), device, room=len(read))
+    buffer = FusedBuffer(lengths, kv_shape(backbone), device, room=len(read))
     for row, document in enumerate(documents):
         if prefix is not None:
             prefix.copy_into(buffer.slots(row, 0, prefix.token_ids, 0))
-        document.copy_into(buffer.slots(row, before, document.token_ids, before))
+        if document is not None:
+            document.copy_into(buffer.slots(row, before, document.token_ids, before))
     context = buffer.context()
     count, scored = len(documents), len(ids) - given
     steps = torch.arange(len(read), device=device)
@@ -62,4 +74,4 @@ def _of_rows(
     )
     targets = torch.tensor([*ids[given:]] * count, device=device)
     chosen = logits.log_softmax(dim=-1).gather(1, targets[:, None])  # (D A, 1)
-    return chosen.view(count, scored).double().sum(dim=1).tolist()
+    return chosen.view(count, scored).double()

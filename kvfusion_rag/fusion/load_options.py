@@ -12,6 +12,7 @@ from ..model.loading import load_decoders
 from ..schema import ModeChoice
 from ..text.reasoning import Reasoning
 from ..text.settings import LongDocuments, ModelSettings, Positions, is_count
+from ..text.support import MinSupport
 from .torch_model import TorchModel
 
 EngineChoice = Literal["torch", "llama.cpp", "auto"]
@@ -60,6 +61,7 @@ class SettingsKwargs(TypedDict, total=False):
         max_new_tokens: default limit of an answer.
         reasoning: marks of the model's reasoning, if they cannot be found in its chat template.
         max_reasoning_tokens: default limit of the reasoning in front of an answer.
+        min_support: support from which an answer counts as found, a number from 0 to 1 or "auto".
     """
 
     mode: ModeChoice | None
@@ -73,6 +75,7 @@ class SettingsKwargs(TypedDict, total=False):
     max_new_tokens: int | None
     reasoning: Reasoning | None
     max_reasoning_tokens: int | None
+    min_support: MinSupport
 
 
 class LoadKwargs(ModelKwargs, SettingsKwargs, total=False):

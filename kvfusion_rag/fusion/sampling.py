@@ -15,7 +15,8 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InvalidInputError
-from ..text.settings import is_count, is_number, is_whole
+from ..text.json_text import is_number
+from ..text.settings import is_count, is_whole
 
 GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the most likely token is all but certain
 NO_TOKEN = -1  # the logits are NaN or infinite

@@ -21,7 +21,7 @@ from .decode import DecodingPlan, decode, log_probabilities
 from .fused_cache import BufferPool, FusedBuffer, FusedContext
 from .gate import require_explicit_attention, run_gate
 from .interface import ApeFactors, Capabilities, Ids
-from .likelihood import text_log_probabilities
+from .likelihood import text_log_probabilities, token_log_probabilities
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
 
 
@@ -163,6 +163,11 @@ class TorchModel:
         self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
     ) -> list[float]:
         return text_log_probabilities(self.backbone, prefix, documents, ids, given=given)
+
+    def token_likelihoods(
+        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
+    ) -> torch.Tensor:
+        return token_log_probabilities(self.backbone, prefix, documents, ids, given=given)
 
     # Support
 

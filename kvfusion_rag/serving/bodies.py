@@ -26,6 +26,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
 from ..text.settings import require_focus
+from ..text.support import MinSupport, require_min_support
 from .body_parts.base import Body, Text, well_formed
 from .body_parts.tools import (
     MAX_CALL_ID_CHARACTERS,
@@ -190,6 +191,11 @@ def _focus(value: object) -> object:
     return value
 
 
+def _min_support(value: object) -> object:
+    require_min_support(value)
+    return value
+
+
 def _of_base64(value: object) -> bytes:
     if not isinstance(value, str):
         raise ValueError("this is not a string")
@@ -218,6 +224,7 @@ Variables = Annotated[
         }
     ),
 ]
+Share = Annotated[float, Field(ge=0, le=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
 
@@ -283,6 +290,13 @@ class ChatRequest(_WithDocuments):
     )
     chat_template_kwargs: Variables | None = None
     attribution: Attributed | None = None
+    min_support: Annotated[
+        MinSupport, BeforeValidator(_min_support, json_schema_input_type=Share | Literal["auto"] | None)
+    ] = Field(
+        None,
+        description="Support by the documents (0 to 1) from which the answer counts as found. 'auto' is the threshold "
+        "of the model's calibration. Default: the server's setting, else support is not measured.",
+    )
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     # The generator checks these ranges; here they are only shown.
@@ -339,6 +353,7 @@ class ChatRequest(_WithDocuments):
             "stop": self.stop,
             "seed": self.seed,
             "attribution": self.attribution,
+            "min_support": self.min_support,
             "chat_template_kwargs": self.chat_template_kwargs,
         }
 

@@ -115,7 +115,9 @@ def _usage(answer: Answer) -> dict[str, Any]:
 
 def _extension(answer: Answer) -> dict[str, Any]:
     data = answer.to_dict()
+    support = {} if answer.support is None else {name: data[name] for name in ("support", "found", "notice")}
     return {
         **{name: data[name] for name in ("mode", "cited_text", "citations", "timings")},
+        **support,
         "sources": source_list(answer.sources),
     }

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from ..errors import ContextLimitError, InvalidInputError
 from ..schema import Document, KeyKind, Origin, Source
 from .encoder import LONGEST_TOKEN, DocumentEncoder
-from .settings import LongDocuments, ModelSettings, is_number
+from .json_text import is_number
+from .settings import LongDocuments, ModelSettings
 from .splitting import encode_up_to, split_document
 from .steps import finish
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..home import home
 from ..schema import MODES, Mode
-from .json_text import parse_json
-from .settings import is_count, is_number
+from .json_text import is_number, parse_json
+from .settings import is_count
 
 logger = logging.getLogger(__name__)
 

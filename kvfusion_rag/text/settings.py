@@ -10,19 +10,19 @@ the fields ``{text}``, ``{title}``, ``{question}``, ``{prompt}`` and ``{answer}`
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
-from ..errors import InvalidInputError, ModelLoadError
+from ..errors import InvalidInputError, ModelLoadError, NotCalibratedError
 from ..schema import MODES, ModeChoice
 from .chat import render
-from .json_text import parse_json
+from .json_text import is_number, parse_json
 from .reasoning import Reasoning, find_format
+from .support import MinSupport, SupportCalibration, require_min_support
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +80,10 @@ class ModelSettings:
             log p(question | document). None means what ``kvfusion doctor --measure`` found best, else 0.
         ape_temperature: T of mode "ape", which divides the logits of the documents' slots.
         ape_scale: S of mode "ape", which multiplies the log-sum-exp of the documents' slots.
+        support: how ``Answer.support`` follows from what the model measures (``kvfusion calibrate``). None if it was
+            not calibrated.
+        min_support: support from which an answer counts as found, by default: a number from 0 to 1, or "auto" for the
+            calibration's own threshold. None measures no support.
         tuned: the weights themselves were trained to read fused caches.
         tuned_concat: the adapter or decoder was also trained on joined prompts, so it answers in mode "concat" too.
             Otherwise the base model does.
@@ -108,6 +112,8 @@ class ModelSettings:
     focus_weight: float | None = None
     ape_temperature: float = 0.9
     ape_scale: float = 0.9
+    support: SupportCalibration | None = None
+    min_support: MinSupport = None
     tuned: bool = False
     tuned_concat: bool = False
     tuned_evidence: bool = False
@@ -124,6 +130,11 @@ class ModelSettings:
         for name, (is_allowed, allowed) in ALLOWED_VALUES.items():
             if not is_allowed(value := getattr(self, name)):
                 raise InvalidInputError(f"{name} is {value!r}, but it must be {allowed}.")
+        require_min_support(self.min_support)
+        if self.min_support is not None and self.support is None:
+            raise NotCalibratedError.of(self.min_support, "the model")
+        if self.support is not None and not isinstance(self.support, SupportCalibration):
+            object.__setattr__(self, "support", SupportCalibration.of(self.support))
         if isinstance(self.reasoning, list):  # JSON has no tuples
             object.__setattr__(self, "reasoning", tuple(self.reasoning))
 
@@ -257,13 +268,6 @@ def is_count(value: object) -> bool:
 def is_whole(value: object) -> bool:
     """Whether ``value`` is a whole number from 0."""
     return is_count(value) or (type(value) is int and value == 0)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number that a float can hold."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return False
-    return abs(value) <= sys.float_info.max  # a comparison, because large integers have no float
 
 
 # Each template with the field that it must contain once, and a field that it may contain once.

@@ -57,5 +57,5 @@ def test_figures_of_each_engine(tmp_path):
 
 
 def test_model_without_a_gguf_file_is_refused(model_folder, capsys):
-    assert main(["bench", "engines", "--model", str(model_folder)]) == 1
+    assert main(["bench", "engines", "--model", str(model_folder)]) == 2
     assert "GGUF" in capsys.readouterr().err

@@ -113,6 +113,33 @@ def test_ask_passes_focus_and_retriever_scores_on(capsys, generator, docs, given
         assert document.score == pytest.approx(1 - document.metadata["distance"])
 
 
+def calibrated_model(folder: Path) -> Path:
+    """Save a model that says "in lima", with a calibration of support."""
+    settings = tiny.save_speaker(folder, "in lima") / "kvfusion.json"
+    support = {"weights": {"gain": 0.4, "coverage": 2.0}, "bias": -1.0, "threshold": 0.0}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"support": support}))
+    return folder
+
+
+def test_ask_says_that_an_answer_was_probably_not_found(capsys, monkeypatch, docs, tmp_path):
+    monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
+    argv = ["ask", "Where is the office?", "--docs", docs, "--model", calibrated_model(tmp_path / "model")]
+    for more in ((), ("--stream",)):
+        code, out, _ = run(capsys, *argv, "--min-support", 1, *more)
+        notice = next(line for line in out.splitlines() if "not found" in line)
+        assert code == 0 and notice.startswith("  not found: The documents probably do not contain the answer")
+        assert out.splitlines().index(notice) < out.splitlines().index("sources (* contains the answer)")
+    found = json.loads(run(capsys, *argv, "--min-support", "auto", "--json")[1])
+    assert (found["found"], found["notice"]) == (True, None) and 0 < found["support"] < 1
+    assert "not found" not in run(capsys, *argv)[1]
+
+
+def test_ask_rejects_min_support_of_a_model_without_calibration(capsys, docs, tmp_path):
+    model = tiny.save_speaker(tmp_path / "model", "in lima")
+    code, _, err = run(capsys, "ask", "Where?", "--docs", docs, "--model", model, "--min-support", 0.5)
+    assert code == 2 and "min_support is 0.5, but the model has no calibration of support; measure one" in err
+
+
 def test_ask_marks_documents_that_focus_dropped(capsys, monkeypatch, docs):
     model = tiny.generator(store=None)
     monkeypatch.setattr(ask, "load_generator", lambda args: model)

@@ -92,6 +92,15 @@ def test_a_batch_equals_single_questions():
     assert [used(a) for a in together] == [used(a) for a in alone]
 
 
+def test_a_document_chosen_for_one_question_may_be_the_only_one_of_another():
+    gen, documents = generator(), made_documents(4)
+    kept = next(s.id for s in gen.answer(QUESTION, documents, focus=1, max_new_tokens=3).sources if s.used)
+    [only] = [document for document in documents if document.id == kept]
+    for order in ([documents, [only]], [[only], documents]):
+        answers = generator().answer_batch([QUESTION] * 2, order, focus=1, max_new_tokens=3)
+        assert answers[0].token_ids == answers[1].token_ids
+
+
 def test_streams_and_tasks_choose_the_same_documents():
     gen, documents = generator(), made_documents(6)
     answer = gen.answer(QUESTION, documents, focus=2)

@@ -23,6 +23,7 @@ ALL_OPTIONS = {
     "mode": "concat",
     "focus": 2,
     "attribution": "effects",
+    "min_support": "auto",
     "stop": ["and so on", "\n"],
     "chat_template_kwargs": {"enable_thinking": True},
 }
@@ -36,6 +37,7 @@ DEFAULTS = {
     "mode": None,
     "focus": "auto",
     "attribution": None,
+    "min_support": None,
     "chat_template_kwargs": None,
     "stop": [],
 }

@@ -145,6 +145,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"temperature": 0.0}, {"temperature": 0.7}),
     ({"mode": "concat"}, {"mode": "fusion"}),
     ({"attribution": "effects"}, {}),
+    ({"min_support": "auto"}, {"min_support": 0.5}),
     ({"chat_template_kwargs": {"a": 1}}, {}),
 ]
 

@@ -30,6 +30,7 @@ DEFAULT_OPTIONS = {
     "mode": None,
     "focus": "auto",
     "attribution": None,
+    "min_support": None,
     "chat_template_kwargs": None,
 }
 
@@ -259,6 +260,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         mode="concat",
         focus=2,
         attribution="effects",
+        min_support="auto",
         chat_template_kwargs={"enable_thinking": False},
         top_k=None,
     )
@@ -275,6 +277,7 @@ def test_options_of_the_llm_and_of_the_call() -> None:
         "mode": "concat",
         "focus": 2,
         "attribution": "effects",
+        "min_support": "auto",
         "chat_template_kwargs": {"enable_thinking": False},
     }
 

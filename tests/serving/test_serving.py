@@ -18,6 +18,7 @@ from kvfusion_rag import (
     MemoryLimitError,
     Message,
     OverloadError,
+    SupportCalibration,
 )
 from kvfusion_rag.serving import ServingOptions
 
@@ -83,6 +84,7 @@ def test_decoding_options_reach_the_generator(client, generator):
         "mode": "ape",
         "focus": 2,
         "attribution": "effects",
+        "min_support": "auto",
         "chat_template_kwargs": {"enable_thinking": False, "effort": "low", "depth": 3, "weight": 0.5, "name": None},
     }
     assert client.post(CHAT, json=request(**fields, stop="\n")).status_code == 200
@@ -145,6 +147,34 @@ def test_sources_contain_focus_scores_and_attribution_if_requested(model, stream
     ]
     without = client.post(CHAT, json=body).json()["kvfusion"]["sources"]
     assert {tuple(s.get(name) for name in fields) for s in without} == {unset}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_replies_contain_support_if_it_was_measured(stream):
+    calibration = SupportCalibration({"gain": 0.4, "coverage": 2.0}, -1.0, 1.0)
+    model = tiny.generator(support=calibration, max_new_tokens=2)
+    expected = model.answer("who?", ["the old mill"], min_support="auto")
+    body = request({"role": "user", "content": "who?"}, documents=["the old mill"], model=model.model_id)
+    client = client_of(model)
+    found = extension(client.post(CHAT, json={**body, "min_support": "auto", "stream": stream}).text, stream=stream)
+    assert [found[name] for name in ("support", "found", "notice")] == [expected.support, False, expected.notice]
+    plain = extension(client.post(CHAT, json={**body, "stream": stream}).text, stream=stream)
+    assert not {"support", "found", "notice"} & plain.keys()
+    default = client_of(model.with_settings(min_support=0.0)).post(CHAT, json=body).json()["kvfusion"]
+    assert default["found"] is True
+
+
+@pytest.mark.parametrize("value", [2, -1, "high", [0.5]])
+def test_wrong_min_support_is_rejected(client, value):
+    reply = client.post(CHAT, json=request(min_support=value))
+    assert reply.status_code == 400 and "from 0 to 1, 'auto' or None" in reply.json()["error"]["message"]
+
+
+def test_min_support_of_a_model_without_calibration_is_the_clients_error():
+    model = tiny.generator()
+    body = request(documents=["the mill"], model=model.model_id, min_support="auto")
+    reply = client_of(model).post(CHAT, json=body)
+    assert reply.status_code == 400 and "has no calibration of support" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

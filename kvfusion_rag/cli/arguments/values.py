@@ -11,7 +11,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from decimal import Decimal
 from functools import wraps
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ...errors import InvalidInputError
 from ...schema import FocusChoice
@@ -89,6 +89,16 @@ def focus(text: str) -> FocusChoice:
         return positive(text)
     except ArgumentTypeError as error:
         raise ArgumentTypeError(f"{shown(text)} is not a number of documents from 1, auto or none") from error
+
+
+def min_support(text: str) -> float | Literal["auto"]:
+    """Read a support from 0 to 1, or auto."""
+    if text == "auto":
+        return "auto"
+    try:
+        return share(text)
+    except ArgumentTypeError as error:
+        raise ArgumentTypeError(f"{shown(text)} is not a number from 0 to 1, or auto") from error
 
 
 def byte_count(text: str) -> int:

@@ -14,6 +14,7 @@ from ..options import (
     add_decoding_arguments,
     add_focus,
     add_index_arguments,
+    add_min_support,
     add_mode,
     add_model_arguments,
     add_model_name,
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store_arguments(parser)
     add_mode(parser)
     add_focus(parser)
+    add_min_support(parser)
     add_decoding_arguments(parser)
     parser.add_argument(
         "--no-history", action="store_true", help="do not keep the questions for the next conversation"

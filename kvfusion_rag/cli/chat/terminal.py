@@ -11,7 +11,7 @@ from ...errors import KVFusionError
 from ...home import home
 from ...schema import ModeChoice
 from ..console import print_error, say, say_json, say_left_out, say_list, shown_path
-from ..output.answers import answer_to_json, place_of, say_facts, say_pieces, say_sources, say_spelling
+from ..output.answers import answer_to_json, place_of, say_facts, say_notice, say_pieces, say_sources, say_spelling
 from .conversation import Conversation, Turn
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class Terminal:
         self._all.append(turn)
         if not self._quiet:
             say_spelling(turn.answer)
+            say_notice(turn.answer)
             _say_citations(turn)
 
     def _obey(self, text: str) -> None:

@@ -51,6 +51,12 @@ def say_answer(answer: Answer) -> None:
         say(f"  in the model's words: {answer.text.strip()}")
 
 
+def say_notice(answer: Answer) -> None:
+    """Print that the answer was probably not found in the documents, if it was measured and was not."""
+    if answer.notice is not None:
+        say(f"  not found: {answer.notice}")
+
+
 def say_reasoning(answer: Answer) -> None:
     """Print what the model wrote in front of its answer, and a blank line."""
     if answer.reasoning is not None:

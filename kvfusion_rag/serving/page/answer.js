@@ -54,6 +54,7 @@ export class AnswerView {
       .map(([count, name]) => `${count} × ${name}`);
     const facing = citations.length || !sources.length ? [] : ["no document contains these words"];
     this.part("facts").textContent = [
+      ...(facts.notice ? [facts.notice] : []),
       `first token after ${seconds(timings.first_token)}`,
       `whole answer ${seconds(timings.total)}`,
       `mode ${mode}`,
