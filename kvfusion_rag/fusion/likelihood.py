@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..model.backbone import Backbone
-from ..model.kv import DocumentKV
+from ..model.kv import DocumentKV, KVShape
 from .fused_cache import FusedBuffer
 from .prefill import kv_shape
 
@@ -53,7 +53,9 @@ def _of_rows(
     lengths = [before if document is None else before + document.num_tokens for document in documents]
     read = ids[:-1]
     device = backbone.device
-    buffer = FusedBuffer(lengths, kv_shape(backbone), device, room=len(read))
+    known = next((kv for kv in (*documents, prefix) if kv is not None), None)
+    shape = kv_shape(backbone) if known is None else KVShape.of(known)
+    buffer = FusedBuffer(lengths, shape, device, room=len(read))
     for row, document in enumerate(documents):
         if prefix is not None:
             prefix.copy_into(buffer.slots(row, 0, prefix.token_ids, 0))

@@ -273,21 +273,27 @@ class LlamaCppModel:
     def question_likelihoods(
         self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
     ) -> list[float]:
+        return self.token_likelihoods(prefix, documents, ids, given=given).sum(dim=1).tolist()
+
+    def token_likelihoods(
+        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
+    ) -> torch.Tensor:
         before = 0 if prefix is None else prefix.num_tokens
-        longest = max((kv.num_tokens for kv in documents), default=0)
-        found: list[float] = []
-        with self._contexts.context(before + longest + len(ids)) as context:
+        lengths = [0 if kv is None else kv.num_tokens for kv in documents]
+        found: list[torch.Tensor] = []
+        with self._contexts.context(before + max(lengths) + len(ids)) as context:
             if prefix is not None:
                 context.restore(PREFIX, self._packed(prefix, 0))
-            for kv in documents:
-                context.restore(DOCUMENT, self._packed(kv, before))
+            for kv, length in zip(documents, lengths, strict=True):
+                if kv is not None:
+                    context.restore(DOCUMENT, self._packed(kv, before))
                 if prefix is not None:
                     context.copy(PREFIX, DOCUMENT)
                 scored = len(ids) - given
-                logits = context.decode([Tokens(ids[:-1], before + kv.num_tokens, DOCUMENT, predicted=scored)])
-                found.append(_log_probability(logits, ids[given:]))
+                logits = context.decode([Tokens(ids[:-1], before + length, DOCUMENT, predicted=scored)])
+                found.append(_log_probabilities(logits, ids[given:]))
                 context.remove(DOCUMENT)
-        return found
+        return torch.stack(found)
 
     def answer_likelihoods(
         self,
@@ -308,7 +314,7 @@ class LlamaCppModel:
                 self._restore_rows(sequences, context, [0], only)
                 ids = (*question.ids, *answer[:-1])
                 logits = sequences.decode([Tokens(ids, question.start, 0, predicted=len(answer))])
-                found.append(_log_probability(logits, answer))
+                found.append(_log_probabilities(logits, answer).sum().item())
                 sequences.clear()
         return found
 
@@ -367,7 +373,6 @@ def _parts(
         yield run[0], run[-1] + 1, found
 
 
-def _log_probability(logits: torch.Tensor, ids: Sequence[int]) -> float:
-    """Return log p of ``ids`` (n,), in nats, under logits (n, V)."""
-    chosen = logits.log_softmax(dim=-1).gather(1, torch.tensor([ids]).T)
-    return chosen.double().sum().item()
+def _log_probabilities(logits: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    """Return log p of each of the ids (n,), in nats, float64, under logits (n, V)."""
+    return logits.log_softmax(dim=-1).gather(1, torch.tensor([ids]).T)[:, 0].double()

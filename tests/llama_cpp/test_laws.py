@@ -193,3 +193,9 @@ def test_documents_of_one_token_and_empty_ones(generator):
 def test_quantised_cache_is_not_quantised_again(file, tmp_path):
     with pytest.raises(InvalidInputError, match="codec"):
         load(file, store=DocumentStore(disk=DiskStore(tmp_path, codec="v8")), cache_type="q8_0")
+
+
+def test_signals_of_support_are_those_of_torch(generator, reference):
+    found, expected = (gen.support_signals([QUESTION], [DOCUMENTS])[0][1] for gen in (generator, reference))
+    assert found["gain"] == pytest.approx(expected["gain"], abs=0.02)
+    assert found["coverage"] == pytest.approx(expected["coverage"], abs=0.02)
