@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..home import home
+from .secrets import SECRET, without_password
 
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors")
 EXTRAS_OF_DEVELOPERS = ("all", "test", "docs", "dev")
@@ -21,8 +22,6 @@ VARIABLES = (
     "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN",
 )  # fmt: skip
 PREFIX = "KVFUSION_"
-SECRET = re.compile("KEY|TOKEN|SECRET|PASSWORD")
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")
 _EXTRA = re.compile(r"""extra == ['"]([\w-]+)['"]""")
 
 
@@ -102,11 +101,6 @@ def variables() -> dict[str, str]:
     names = [name for name in VARIABLES if name in os.environ]
     names += sorted(name for name in os.environ if name.startswith(PREFIX))
     return {name: "set" if SECRET.search(name) else without_password(os.environ[name]) for name in names}
-
-
-def without_password(text: str) -> str:
-    """Return ``text`` without users and passwords in URLs."""
-    return _PASSWORD.sub("***@", text)
 
 
 def _is_installed(name: str) -> bool:

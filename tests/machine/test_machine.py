@@ -12,8 +12,8 @@ import torch
 from commands import run
 
 from kvfusion_rag.cli import doctor
-from kvfusion_rag.machine import MachineReport, inspect_machine
 from kvfusion_rag.machine.hardware import Accelerator, Memory, Processor, cpu_limit, memory_limit
+from kvfusion_rag.machine.report import MachineReport, inspect_machine
 from kvfusion_rag.machine.software import Cache, folder_size, free_bytes
 
 GIB = 1 << 30

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from ...machine.software import without_password
+from ...machine.secrets import without_password
 from ..arguments.values import plain_text
 from ..console import say, say_json
 from ..parser import Parser, load_settings

@@ -58,7 +58,7 @@ def _asks_for_machine(args: argparse.Namespace) -> bool:
 
 
 def _check_machine(args: argparse.Namespace) -> int:
-    from ...machine import inspect_machine
+    from ...machine.report import inspect_machine
     from .machine import say_machine
 
     report = inspect_machine()

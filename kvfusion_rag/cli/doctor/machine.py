@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...machine import MachineReport
+from ...machine.report import MachineReport
 from ..console import say
 
 GIB = 1 << 30

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from ...errors import InvalidInputError
-from ...machine.software import without_password
+from ...machine.secrets import without_password
 from ..arguments.values import shown
 
 FLAGS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
