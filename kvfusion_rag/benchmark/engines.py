@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..engine.calls import read_call
+from ..engine.requests import Batch
 from ..errors import InvalidInputError, KVFusionError
 from ..generator import KVFusionGenerator
 from ..llama_cpp.library import library
@@ -44,7 +45,7 @@ class EngineCase:
     Attributes:
         model, gguf_file: as ``from_pretrained`` takes them.
         documents, document_tokens: number of documents, and their tokens (within one word).
-        answer_tokens: limit of an answer.
+        answer_tokens: tokens of an answer, from 2.
         repeats: warm and shuffled questions.
         threads: torch's and llama.cpp's threads. Default: torch's own choice.
     """
@@ -135,10 +136,19 @@ QUESTION = "Repeat the documents word for word."
 
 
 def _asking(generator: KVFusionGenerator, case: EngineCase, *, mode: Any) -> Ask:
+    """Return a function that lets the engine write all tokens of an answer, even if the model would end it."""
+    engine, options = generator._engine, {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens}
+    ends = sorted(engine.model.end_ids)
+
+    def forbid_end(logits: torch.Tensor) -> None:
+        logits[:, ends] = -torch.inf
+
     def ask(documents: Sequence[Document]) -> tuple[float, float]:
-        answer = generator.answer(QUESTION, documents, mode=mode, focus=None, max_new_tokens=case.answer_tokens)
-        times, further = answer.timings, len(answer.token_ids) - 1
-        return times.first_token, further / (times.total - times.first_token) if further else float("nan")
+        began = time.perf_counter()
+        call = read_call(engine, QUESTION, documents, options)
+        run = engine.runner.start(Batch.of(engine.runner.prepare(call.requests[0], call.decoding)))
+        times = [time.perf_counter() for _ in engine.runner.decode(run, call.decoding, on_logits=forbid_end)]
+        return times[0] - began, (len(times) - 1) / (times[-1] - times[0])
 
     return ask
 

@@ -26,6 +26,7 @@ ENGINES = ("torch-float32", "torch-bfloat16", "llama.cpp-f16", "llama.cpp-q8_0",
 SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "tiny")
 
 sizes = whole(1, 1 << 20)
+at_least_two = whole(2, 1 << 20)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,7 @@ def _add_engines(subjects: Any) -> None:
     add("--engines", type=names, default=",".join(ENGINES), metavar="A,B", help=compared)
     add("--documents", type=sizes, default=20, metavar="N", help="documents per question (default: 20)")
     add("--document-tokens", type=sizes, default=150, metavar="N", help="tokens per document (default: 150)")
-    add("--answer-tokens", type=sizes, default=32, metavar="N", help="maximum tokens per answer (default: 32)")
+    add("--answer-tokens", type=at_least_two, default=32, metavar="N", help="tokens per answer, from 2 (default: 32)")
     add("--repeats", type=positive, default=5, metavar="N", help="questions per measurement (default: 5)")
     output = "write all figures as JSON to this file, and replace it if it exists (default: not written)"
     add("--output", type=output_file, metavar="FILE", help=output)
