@@ -9,6 +9,7 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
+import hypothesis
 import pytest
 from fuzzing import JSON, damaged, examples, ours
 from hypothesis import given
@@ -149,6 +150,7 @@ def test_texts_in_any_encoding_are_decoded_without_an_error(text, encoding):
 
 
 @examples(60)
+@hypothesis.example(b"\x80", "\x00")
 @given(st.binary(max_size=80), st.sampled_from(LABELS) | st.text(max_size=10))
 def test_any_declared_encoding_is_survived(data, label):
     page = f'<meta charset="{label}">'.encode("utf-8", "replace") + data

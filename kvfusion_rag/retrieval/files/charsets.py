@@ -94,7 +94,7 @@ def _as_declared(data: bytes, label: str) -> DecodedText | None:
         return None
     try:
         text = data.decode(f"whatwg-{name}", errors="replace")
-    except LookupError:
+    except (LookupError, ValueError):  # ValueError: a null character in the name
         return None
     # Browsers read windows-1252 without gaps: unused bytes become control characters, which no page contains.
     controls = sum(text.count(chr(code)) for code in range(0x80, 0xA0))
