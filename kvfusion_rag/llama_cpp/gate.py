@@ -40,7 +40,7 @@ def run_gate(model: Measurable, prefix_ids: Ids, ordinary_ids: Sequence[int]) ->
     """
     probe = _Probe(model, prefix_ids, ordinary_ids)
     checks = (
-        probe.stored_is_computed(),
+        probe.documents_kv_is_its_own(),
         probe.one_document_is_an_ordinary_pass(),
         probe.order_does_not_matter(),
         probe.all_documents_are_read(),
@@ -76,7 +76,7 @@ class _Probe:
         start = (self.prefix.num_tokens if self.prefix else 0) + max(kv.num_tokens for kv in kvs)
         return self.model.logits_behind(context, self.question, start)
 
-    def stored_is_computed(self) -> Check:
+    def documents_kv_is_its_own(self) -> Check:
         again = self._prefill(self.documents[::-1])[::-1]
         same = all(
             torch.equal(kv.keys, other.keys) and torch.equal(kv.values, other.values)

@@ -19,8 +19,6 @@ PACKAGE = "llama-cpp-python"
 LOWEST, ABOVE = (0, 3, 36), (0, 4)  # tested versions; the layout of a sequence's state is not a stable interface
 ERROR_LEVEL = 4  # of llama.cpp's log
 
-_log_callback: list[Any] = []  # ctypes callbacks must outlive their registration
-
 
 @cache
 def library() -> Any:
@@ -39,21 +37,22 @@ def library() -> Any:
             )
         import llama_cpp
     except PackageNotFoundError as error:
-        raise MissingDependencyError(
-            f"engine 'llama.cpp' needs {PACKAGE}, which is not installed; install kvfusion-rag[llama-cpp]."
-        ) from error
+        raise MissingDependencyError.of_extra("engine 'llama.cpp'", PACKAGE, "llama-cpp") from error
     except (OSError, RuntimeError) as error:  # a library for another processor or C library
         raise MissingDependencyError(f"{PACKAGE} is installed, but cannot be loaded: {error}.") from error
     module: Any = llama_cpp
-    callback = module.llama_log_callback(_log)
-    _log_callback.append(callback)
-    module.llama_log_set(callback, None)
+    module.llama_log_set(_log_callback(module.llama_log_callback), None)
     module.llama_backend_init()
     return module
 
 
 def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
+
+
+@cache  # a ctypes callback must outlive its registration
+def _log_callback(kind: Any) -> Any:
+    return kind(_log)
 
 
 def _log(level: int, text: bytes, _: object) -> None:
