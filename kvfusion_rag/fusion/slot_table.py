@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..model.positions import packed_mask
+from ..model.positions import PADDING, packed_mask
 from .fused_cache import FusedContext
 
 
@@ -62,7 +62,7 @@ class SlotTable:
             missing = longest - len(ids[row])
             ids[row] += [0] * missing
             positions[row] += (positions[row][-1:] or [0]) * missing  # pads stay at a position inside the window
-            owners[row] += [-1] * missing
+            owners[row] += [PADDING] * missing
         device = self._context.mask.device
         owner = torch.tensor(owners, device=device)
         inputs = StepInputs(

@@ -12,6 +12,9 @@ from itertools import accumulate
 
 import torch
 
+# Numbers in place of a question's own, for tokens that belong to no question or to all of them.
+PADDING, SHARED = -1, -2
+
 
 def document_positions(prefix_length: int, num_tokens: int) -> torch.Tensor:
     """Return the positions (T,) of one document: right after the shared prefix, regardless of other documents."""
@@ -83,17 +86,19 @@ def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def packed_mask(context: torch.Tensor, question_of: torch.Tensor, written: torch.Tensor | None = None) -> torch.Tensor:
     """Return the mask (B, 1, Q, K + W + Q), bool, of several questions that share one fused cache.
 
-    Every question sees the documents and, causally, itself, but none of the other questions.
+    Every question sees the documents and, causally, itself, but none of the other questions. All see the tokens of
+    a prompt that they share, causally.
 
     Args:
         context: (B, K), 1 for real slots of the fused cache; or (B, Q, K) if they differ by question.
-        question_of: (B, Q), number of the question that a token belongs to. Padding has a number of its own, so that
-            it sees something and its softmax is defined.
+        question_of: (B, Q), number of the question that a token belongs to, or ``SHARED``. Padding has a number of its
+            own, so that it sees something and its softmax is defined.
         written: (B, W), the same numbers for the W tokens that follow the fused cache from earlier passes.
     """
     length = question_of.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=question_of.device).tril()
-    own = (question_of[:, :, None] == question_of[:, None, :]) & causal  # (B, Q, Q)
+    keys = question_of[:, None, :]
+    own = ((question_of[:, :, None] == keys) | (keys == SHARED)) & causal  # (B, Q, Q)
     documents = context.bool()
     parts = [documents if context.dim() == 3 else documents[:, None, :].expand(-1, length, -1), own]
     if written is not None:

@@ -15,10 +15,10 @@ from ..data.rows import QARow, require_marked
 from ..engine.engine import Engine
 from ..errors import ContextLimitError, InvalidInputError
 from ..fusion.torch_model import TorchModel
-from ..model.positions import question_start
+from ..model.positions import PADDING, SHARED, question_start
 from ..schema import Document
 from ..text.documents import EncodedDocuments
-from ..text.layouts import Layout
+from ..text.layouts import JoinedPrompt, Layout
 from .config import Loss
 
 UNANSWERABLE = "Unanswerable"  # the paper's answer to questions that the documents do not answer
@@ -29,12 +29,13 @@ class Example:
     """An encoded row.
 
     Attributes:
-        joined: whether prefix and documents are part of ``question`` instead of being fused.
+        joined: whether prefix and documents are read as ``context`` instead of being fused.
         documents: ids of the documents by store key, in canonical order.
         question: ids that are read before the answer.
         target: ids that are trained, the end token last.
         start: position of the first id of ``question``.
         prefix: ids in front of every document.
+        context: ids of prefix and documents in a joined prompt.
         base: the example that the base model reads if Dt learns its distribution.
     """
 
@@ -44,12 +45,18 @@ class Example:
     target: tuple[int, ...]
     start: int
     prefix: tuple[int, ...] = ()
+    context: tuple[int, ...] = ()
     base: Example | None = None
 
     @property
     def read(self) -> tuple[int, ...]:
-        """Ids that the decoder reads: the last target token is only predicted."""
+        """Ids that the decoder reads after the documents: the last target token is only predicted."""
         return self.question + self.target[:-1]
+
+    @property
+    def shared(self) -> tuple[object, ...]:
+        """What examples with the same documents have in common, or an empty tuple without documents."""
+        return self.context or tuple(self.documents)
 
 
 def encode_row(
@@ -87,11 +94,11 @@ def encode_row(
 
     def fused(found: EncodedDocuments, base: Example | None = None) -> Example:
         start = question_start(len(prefix), settings.passage_length, found.longest)
-        return Example(False, found.keys, layout.question, target, start, prefix, base)
+        return Example(False, found.keys, layout.question, target, start, prefix, base=base)
 
     gold = tuple(document for document, passage in zip(documents, row.passages, strict=True) if passage.gold)
     base = fused(engine.read(gold, layout)) if loss == "distill" else None
-    example = Example(True, {}, layout.joined(encoded).ids, target, 0, base=base) if joined else fused(encoded, base)
+    example = _joined(layout.joined(encoded), target, base) if joined else fused(encoded, base)
     window = engine.model.context_window
     if window is not None and example.start + len(example.read) > window:
         raise ContextLimitError(
@@ -99,6 +106,12 @@ def encode_row(
             f"{engine.model.position_limit}."
         )
     return example
+
+
+def _joined(prompt: JoinedPrompt, target: tuple[int, ...], base: Example | None) -> Example:
+    length = max((end for _, end in prompt.spans), default=0)
+    context, question = prompt.ids[:length], prompt.ids[length:]
+    return Example(True, {}, question, target, length, context=context, base=base)
 
 
 def require_answerable(row: QARow, where: str) -> None:
@@ -151,10 +164,13 @@ def answer_in_gold(row: QARow) -> str | None:
 class Batch:
     """Examples of one forward pass. Examples with the same documents share a batch row, one question after the other.
 
+    Documents of joined prompts are in front of the questions.
+
     Attributes:
         groups: examples of each of the B batch rows.
         ids, positions, labels: (B, Q) each, padded on the right; labels are -100 for tokens that are not trained.
-        question_of: (B, Q), index in its group of the example that a token belongs to, -1 for padding.
+        question_of: (B, Q), index in its group of the example that a token belongs to, ``SHARED`` for the documents of
+            a joined prompt, ``PADDING`` for padding.
     """
 
     groups: Sequence[Sequence[Example]]
@@ -166,7 +182,7 @@ class Batch:
     @property
     def used(self) -> torch.Tensor:
         """(B, Q), 1 for tokens and 0 for padding."""
-        return (self.question_of >= 0).long()
+        return (self.question_of != PADDING).long()
 
     @property
     def packed(self) -> bool:
@@ -175,21 +191,25 @@ class Batch:
 
 
 def group_by_documents(examples: Sequence[Example]) -> list[list[Example]]:
-    """Group fused examples with the same documents, in order of first appearance. Others stay single."""
+    """Group examples with the same documents, in order of first appearance. Those without documents stay single."""
     groups: dict[object, list[Example]] = {}
     for number, example in enumerate(examples):
-        groups.setdefault(tuple(example.documents) or number, []).append(example)
+        groups.setdefault(example.shared or number, []).append(example)
     return list(groups.values())
 
 
 def collate(examples: Sequence[Example]) -> Batch:
     """Pack and pad examples. Label i is the token after ids i, only for target tokens."""
     groups = group_by_documents(examples)
-    longest = max(sum(len(example.read) for example in group) for group in groups)
+    longest = max(len(group[0].context) + sum(len(example.read) for example in group) for group in groups)
     ids, positions = (torch.zeros(len(groups), longest, dtype=torch.long) for _ in range(2))
-    question_of, labels = torch.full_like(ids, -1), torch.full_like(ids, -100)
+    question_of, labels = torch.full_like(ids, PADDING), torch.full_like(ids, -100)
     for row, group in enumerate(groups):
-        start = 0
+        context = group[0].context
+        start = len(context)
+        ids[row, :start] = torch.tensor(context)
+        positions[row, :start] = torch.arange(start)
+        question_of[row, :start] = SHARED
         for number, example in enumerate(group):
             read, end = example.read, start + len(example.read)
             ids[row, start:end] = torch.tensor(read)

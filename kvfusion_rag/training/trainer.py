@@ -185,7 +185,7 @@ class Trainer:
     def _plan_steps(self) -> list[Step]:
         """Return the rows of every step of the run, over all processes."""
         config = self.config
-        documents = [tuple(example.documents) or number for number, example in enumerate(self.examples)]
+        documents = [example.shared or number for number, example in enumerate(self.examples)]
         steps: list[Step] = []
         for epoch in range(config.epochs):
             steps += epoch_steps(

@@ -42,12 +42,16 @@ def rows(number: int, passages: int = 3, seed: int = 0) -> list[QARow]:
     return made
 
 
-def shared(sizes: list[int], seed: int = 0, passages: int = 3) -> list[QARow]:
-    """Return for each size as many questions on the same passages, which differ in length and order of passages."""
+def shared(sizes: list[int], seed: int = 0, passages: int = 3, *, rotated: bool = True) -> list[QARow]:
+    """Return for each size as many questions on the same passages, which differ in length.
+
+    With ``rotated``, they differ in the order of passages too.
+    """
     made = []
     for group, (size, row) in enumerate(zip(sizes, rows(len(sizes), passages, seed), strict=True)):
         for n in range(size):
-            order = row.passages[n % passages :] + row.passages[: n % passages]
+            first = n % passages if rotated else 0
+            order = row.passages[first:] + row.passages[:first]
             question = " ".join([row.question, "please", *["now"] * n])
             made.append(QARow(f"{group}-{n}", question, row.answers if n % 2 else ("grey red",), order))
     return made

@@ -11,22 +11,23 @@ from tiny_training import ARCHITECTURES, assert_same_gradients, batch_of, engine
 
 from kvfusion_rag import MemoryStore
 from kvfusion_rag.data.rows import QARow
-from kvfusion_rag.model.positions import block_mask, packed_mask
+from kvfusion_rag.model.positions import SHARED, block_mask, packed_mask
 from kvfusion_rag.training.batches import epoch_steps, pack
 from kvfusion_rag.training.examples import collate
 from kvfusion_rag.training.loss import batch_logits, fusion_loss
 
 
 @pytest.mark.parametrize("changes", [{}, {"_attn_implementation": "eager"}], ids=["sdpa", "eager"])
+@pytest.mark.parametrize("joined", [False, True], ids=["fused", "joined"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_packed_questions_have_the_gradients_of_single_ones(architecture, changes):
+def test_packed_questions_have_the_gradients_of_single_ones(architecture, joined, changes):
     made = engine(architecture, **changes)
     made.model.decoder.model.requires_grad_(True)
-    data = [*shared([3, 1, 2]), QARow("none", "who", (), ())]
-    together = batch_of(made, data)
+    data = [*shared([3, 1, 2], rotated=not joined), QARow("none", "who", (), ())]
+    together = batch_of(made, data, joined=joined)
     assert [len(group) for group in together.groups] == [3, 1, 2, 1] and together.packed
     loss, grads = gradients(made, [together])
-    single_loss, single_grads = gradients(made, [batch_of(made, [row]) for row in data])
+    single_loss, single_grads = gradients(made, [batch_of(made, [row], joined=joined) for row in data])
     assert loss == pytest.approx(single_loss, rel=1e-5)
     assert_same_gradients(grads, single_grads)
 
@@ -39,9 +40,25 @@ def test_packed_questions_do_not_attend_to_each_other():
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-def test_joined_rows_are_never_packed():
-    batch = batch_of(engine(), shared([3]), joined=True)
-    assert not batch.packed and len(batch.groups) == 3
+def test_documents_of_joined_prompts_are_read_once():
+    made = engine()
+    batch = batch_of(made, shared([3], rotated=False), joined=True)
+    alone = batch_of(made, shared([1]), joined=True).ids[0]
+    context = len(batch.groups[0][0].context)
+    assert context > 0 and int((batch.question_of == SHARED).sum()) == context
+    assert batch.ids[0, :context].tolist() == alone[:context].tolist()
+    assert batch.ids.shape == (1, context + sum(len(example.read) for example in batch.groups[0]))
+
+
+def test_joined_prompt_is_cut_between_documents_and_question():
+    made = engine()
+    (row,) = shared([1])
+    ((example,),) = batch_of(made, [row], joined=True).groups
+    documents = tuple(passage.document(str(n)) for n, passage in enumerate(row.passages, start=1))
+    layout = made.prompts.layout(row.question, None, "fusion", has_documents=True)
+    joined = layout.joined(made.read(documents, layout))
+    assert example.context + example.question == joined.ids and example.question == layout.question
+    assert example.start == len(example.context)
 
 
 def test_documents_of_a_group_are_prefilled_and_fused_once():
