@@ -82,7 +82,7 @@ class DocumentsPlace:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation. ``prompt=`` takes a list of messages that ends with the user's or a tool's.
+    """One message of a conversation. ``prompt=`` takes a list of messages, to which the model adds the next one.
 
     ``text`` does not contain the documents. At most one message of a prompt may set ``documents``, their place.
 

@@ -25,7 +25,7 @@ class WordingKwargs(TypedDict, total=False):
 
     Attributes:
         prompt: the caller's complete wording without the documents, which models that follow instructions read instead
-            of the question: a text, or the messages of a conversation that ends with the user. ``Message.documents``
+            of the question: a text, or the messages of a conversation. ``Message.documents``
             marks the place of the documents; by default they open the first user message.
         mode: "fusion"; "concat" (the ordinary joined prompt in the caller's order, in which the adapter only takes
             part if it was trained on joined prompts); "ape" (training-free fusion without adapter, arXiv 2502.05431);

@@ -15,6 +15,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
@@ -70,8 +71,24 @@ def _joined_parts(content: object) -> object:
     return "".join(part["text"] for part in content)
 
 
+_CALLS_FIT_THE_ROLE: dict[str, Any] = {
+    "allOf": [
+        {
+            "if": {"properties": {"role": {"const": "tool"}}},
+            "then": {"required": ["tool_call_id"], "properties": {"tool_call_id": {"type": "string"}}},
+        },
+        {
+            "if": {"properties": {"role": {"not": {"const": "assistant"}}}},
+            "then": {"properties": {"tool_calls": {"anyOf": [{"type": "null"}, {"maxItems": 0}]}}},
+        },
+    ]
+}
+
+
 class ChatMessage(Body):
     """One message. Other fields of an answer are accepted but ignored, so that answers can be sent back."""
+
+    model_config = ConfigDict(json_schema_extra=_CALLS_FIT_THE_ROLE)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[Text, BeforeValidator(_joined_parts, json_schema_input_type=str | list[TextPart])] = ""
@@ -157,11 +174,7 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _ends_with_user(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-    if messages[-1].role != "tool" and (messages[-1].role != "user" or not messages[-1].content.strip()):
-        raise ValueError(
-            "the last message must come from the user and must not be blank, or from a tool, because it is answered"
-        )
+def _has_question(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
     if not any(message.role == "user" and message.content.strip() for message in messages):
         raise ValueError("there is no message of the user that is not blank")
     return messages
@@ -205,8 +218,25 @@ def _of_base64(value: object) -> bytes:
         raise ValueError("this is not base64") from error
 
 
+# Python takes more characters for white space than the regular expressions of JSON Schema.
+_NOT_BLANK = {"type": "string", "pattern": r"[^\s\u001c-\u001f\u0085]"}
+_ASKS = {
+    "type": "object",
+    "properties": {
+        "role": {"const": "user"},
+        "content": {
+            "anyOf": [
+                _NOT_BLANK,
+                {"type": "array", "contains": {"type": "object", "properties": {"text": _NOT_BLANK}}},
+            ]
+        },
+    },
+    "required": ["role", "content"],
+}
 Messages = Annotated[
-    list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True), AfterValidator(_ends_with_user)
+    list[ChatMessage],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True, json_schema_extra={"contains": _ASKS}),
+    AfterValidator(_has_question),
 ]
 Variables = Annotated[
     dict[Text, Any],

@@ -143,7 +143,7 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
     """Return the messages of ``prompt``, which may be a text. If it is None, ``bare_prompt`` is the only message.
 
     Raises:
-        InvalidInputError: an item is not a message, the last message is not the user's, or several messages show the
+        InvalidInputError: an item is not a message, nothing asks for an answer, or several messages show the
             documents.
     """
     if prompt is None or isinstance(prompt, str):
@@ -163,10 +163,9 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
     messages = list(prompt)
     while messages and messages[-1].role != "tool" and _is_blank(messages[-1]):
         messages.pop()
-    if not messages or messages[-1].role not in ("user", "tool"):
+    if not any(message.role == "tool" or (message.role == "user" and not _is_blank(message)) for message in messages):
         raise InvalidInputError(
-            f"the conversation ends with {messages[-1].role if messages else 'no text'!r}, but its last message must "
-            "be the user's or a tool's, because the model answers it."
+            "the conversation has no text of the user and no result of a tool, but the model needs one to answer."
         )
     if sum(message.documents is not None for message in messages) > 1:
         raise InvalidInputError("the prompt shows the documents in several messages, but it may show them only once.")

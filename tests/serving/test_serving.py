@@ -325,7 +325,12 @@ def test_error_within_a_stream_is_its_last_event(caplog):
         ({"tools": [{"type": "function", "function": {"name": "x"}}] * 129}, "tools", "at most 128"),
         ({"logprobs": True}, "logprobs", "not supported"),
         ({"response_format": {"type": "json"}}, "response_format.type", "'json_object'"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "belongs to the type 'json_schema' only"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "json_schema is missing"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"schema": {}}}},
+            "response_format",
+            "belongs to the type 'json_schema' only",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
             "response_format.json_schema.schema",
@@ -338,7 +343,7 @@ def test_error_within_a_stream_is_its_last_event(caplog):
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]", "no tool_call_id"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a"}]}, "messages", "no message of the user"),
         ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "'system'"),
-        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}, "messages", "last"),
+        ({"messages": [{"role": "user", "content": " "}, {"role": "assistant", "content": "y"}]}, "messages", "blank"),
         ({"messages": [{"role": "user", "content": "  "}]}, "messages", "blank"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},

@@ -47,7 +47,9 @@ def ask(model: Reader, turns: list[tuple[str, str]], *, stream: bool = False, **
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("turns", [TURNS, TURNS[3:], [TURNS[0], TURNS[3]]], ids=["history", "one", "system"])
+@pytest.mark.parametrize(
+    "turns", [TURNS, TURNS[3:], [TURNS[0], TURNS[3]], TURNS[1:3]], ids=["history", "one", "system", "assistant"]
+)
 def test_messages_reach_the_model_unchanged(model: Reader, turns: list[tuple[str, str]], stream: bool) -> None:
     found = ask(model, turns, stream=stream)
     ids = ids_of(turns)

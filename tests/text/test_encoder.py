@@ -258,7 +258,7 @@ def test_invalid_conversations_are_rejected():
     for prompt, named in (
         ([], "no text"),
         ([Message("user", " ")], "no text"),
-        ([Message("user", "a"), Message("assistant", "b")], "assistant"),
+        ([Message("user", " "), Message("assistant", "b")], "no text"),
         ([Message("critic", "a")], "critic"),
         ([Message("user", 3)], "message 0"),
         (["text"], "message 0"),

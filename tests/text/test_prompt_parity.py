@@ -88,6 +88,10 @@ PROMPTS = {
             ("user", f"Context:\n{joined()}\n{QUESTION}"),
         ],
     ),
+    "the assistant's turn last": (
+        [Message.around("user", "Context:\n", f"\n{QUESTION}"), Message("assistant", "Wait.")],
+        [("user", f"Context:\n{joined()}\n{QUESTION}"), ("assistant", "Wait.")],
+    ),
 }  # fmt: skip
 
 
@@ -231,7 +235,6 @@ def test_generation_config_sets_the_default_limit():
     [
         ([Message.around("user", "a", "b"), Message.around("user", "c", "d")], "several messages"),
         ([Message("user", "x", documents=Message.around("user", "long text", "").documents)], "character 9"),
-        ([Message("user", "x"), Message("assistant", "y")], "'assistant'"),
     ],
 )
 def test_invalid_place_of_documents_is_rejected(prompt, named):

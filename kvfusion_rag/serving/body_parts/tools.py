@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from ...schema import Tool, ToolCall
 from ...text.answer_format import AnswerFormat
@@ -78,15 +78,26 @@ class JsonSchemaBody(Body):
     strict: bool | None = None
 
 
+_HAS_ITS_SCHEMA: dict[str, Any] = {
+    "if": {"properties": {"type": {"const": "json_schema"}}},
+    "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
+    "else": {"properties": {"json_schema": {"type": "null"}}},
+}
+
+
 class ResponseFormatBody(Body):
     """What the answer must look like."""
+
+    model_config = ConfigDict(json_schema_extra=_HAS_ITS_SCHEMA)
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaBody | None = None
 
     @model_validator(mode="after")
     def _has_its_schema(self) -> Self:
-        if (self.json_schema is None) == (self.type == "json_schema"):
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is missing, which the type 'json_schema' needs")
+        if self.type != "json_schema" and self.json_schema is not None:
             raise ValueError(f"json_schema belongs to the type 'json_schema' only, but the type is {self.type!r}")
         return self
 
