@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -248,16 +249,52 @@ def test_update_loses_no_request_and_a_wrong_one_changes_nothing(deployment, cli
     assert codes.keys() == {200} and codes.total() > 5
 
 
-def test_command_serves_on_a_cluster_of_its_own_until_a_signal(tmp_path, model_folder):
-    command = [sys.executable, "-m", "kvfusion_rag.cli", "serve", "--model", str(model_folder), "--port", "0", "--ray",
-               "auto", "--replicas", "1:2", "--store", (tmp_path / "kv").as_uri(), "--metrics"]  # fmt: skip
-    environment = {**os.environ, "KVFUSION_HOME": str(tmp_path), "RAY_ADDRESS": ""}
+@contextmanager
+def serving_command(home: Path, model_folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run the command on a cluster of its own. Yields its process and its address."""
+    options = ["--port", "0", "--ray", "auto", "--replicas", "1:2", "--max-concurrency", "8", "--metrics"]
+    command = [sys.executable, "-m", "kvfusion_rag.cli", "serve", "--model", str(model_folder), *options,
+               "--store", (home / "kv").as_uri()]  # fmt: skip
+    environment = {**os.environ, "KVFUSION_HOME": str(home), "RAY_ADDRESS": ""}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     try:
         assert process.stdout is not None
-        address = process.stdout.readline().split()[3].removesuffix("/v1")
+        yield process, process.stdout.readline().split()[3].removesuffix("/v1,")
+    finally:
+        process.kill()
+
+
+def test_replicas_grow_with_the_load_and_are_replaced_after_a_hangup(tmp_path, model_folder):
+    codes, stop = Counter[int](), threading.Event()
+    with serving_command(tmp_path, model_folder) as (process, address), httpx.Client(base_url=address) as client:
+
+        def replicas() -> set[str]:
+            return set(metric(client, "kvfusion_replica_requests_under_way"))
+
+        def ask(number: int) -> None:
+            while not stop.is_set():
+                reply = httpx.post(address + CHAT, json=body(number, max_tokens=100), timeout=300)
+                codes[reply.status_code] += 1
+
+        assert len(replicas()) == 1
+        with ThreadPoolExecutor(12) as pool:  # above the target of one replica, below the capacity of two
+            work = [pool.submit(ask, number) for number in range(12)]
+            try:
+                assert soon(lambda: len(replicas()) == 2)
+                first = replicas()
+                process.send_signal(signal.SIGHUP)
+                assert soon(lambda: len(replicas()) == 2 and first.isdisjoint(replicas()))
+            finally:
+                stop.set()
+            for one in work:
+                one.result()
+    assert codes.keys() == {200}
+
+
+def test_command_serves_on_a_cluster_of_its_own_until_a_signal(tmp_path, model_folder):
+    with serving_command(tmp_path, model_folder) as (process, address):
         found = httpx.post(address + CHAT, json=body(), timeout=60)
         assert found.status_code == 200, found.text
         with httpx.stream("POST", address + CHAT, json=body(max_tokens=390, stream=True), timeout=60) as reply:
@@ -267,8 +304,6 @@ def test_command_serves_on_a_cluster_of_its_own_until_a_signal(tmp_path, model_f
             began = time.monotonic()
             assert "".join(pieces).endswith("data: [DONE]\n\n")
         out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
     assert (process.returncode, out, err) == (0, "", "") and time.monotonic() - began < 10
 
 
