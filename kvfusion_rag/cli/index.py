@@ -3,7 +3,8 @@
 Only new and changed files are read and embedded, and deleted files are removed from the index. Skipped files, and data
 in files that is left out (such as images in base64), are listed with the reason. With ``--store``, the KV of each
 chunk that is not stored yet is computed too, and the command fails unless the store has all of them in the end. With
-``--ray``, the workers of a cluster compute them. An interrupted run can be repeated and then continues.
+``--ray``, the workers of a cluster embed many chunks and compute KVs. An interrupted run can be repeated and then
+continues.
 
 With ``--watch``, the command goes on and updates index and store after each change of the files, until Ctrl-C or
 SIGTERM (exit code 0).
@@ -15,14 +16,24 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..data.writing import check_folder
 from ..errors import InvalidInputError, StoreError
 from .arguments.cluster import add_cluster_arguments, cluster_of
 from .arguments.paths import existing, index_place
 from .arguments.values import plain_text
-from .console import print_error, say, say_json, say_left_out, say_list, shown_path, shows_progress, until_stopped
+from .console import (
+    patient_bars,
+    print_error,
+    say,
+    say_json,
+    say_left_out,
+    say_list,
+    shown_path,
+    shows_progress,
+    until_stopped,
+)
 from .options import (
     FILE_KINDS,
     INDEX_FOLDER,
@@ -81,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     require_store(args)
     if args.watch and args.json:
         raise InvalidInputError("--watch and --json cannot be combined, because there is more than one report.")
-    cluster = _cluster(args)
+    cluster = cluster_of(args)
     folder = args.index or first_folder(args.paths) / INDEX_FOLDER
     if isinstance(folder, Path):
         check_folder(folder)
@@ -89,12 +100,12 @@ def run(args: argparse.Namespace) -> int:
     store = open_chosen_store(args)  # first, so that a store that cannot be used is reported before the work
     count_tokens, passage_length = load_token_counter(args)
     fill = None
-    if cluster is not None:
+    if cluster is not None and args.store:
         fill = partial(_prefill_on_cluster, args, collection=collection, cluster=cluster)
     elif args.store:
         fill = _Prefill(args, collection, store)
     try:
-        with open_index(args, folder, count_tokens, passage_length) as index:
+        with open_index(args, folder, count_tokens, passage_length, **_embedding(args, cluster)) as index:
             if args.watch:
                 return _watch(args, index, folder, fill)
             report = index.update(args.paths)
@@ -134,7 +145,7 @@ def _finish(
         stored, failed = fill(documents)
     if args.json:
         result = {"index": index_name(folder), "chunk_tokens": chunk_tokens, **report.to_dict()}
-        failures = {"failed": failed} if args.ray is not None else {}
+        failures = {"failed": failed} if args.ray is not None and args.store else {}
         say_json(result | ({} if stored is None else {"store": stored}) | failures)
     else:
         _say_report(report, folder, chunk_tokens)
@@ -144,12 +155,17 @@ def _finish(
     return 1 if failed else 0
 
 
-def _cluster(args: argparse.Namespace) -> ClusterOptions | None:
-    """Return the cluster that fills the store, if there is one."""
-    cluster = cluster_of(args)
-    if cluster is not None and not args.store:
-        raise InvalidInputError("--ray is given without --store; pass the URL of the store that the workers fill.")
-    return cluster
+def _embedding(args: argparse.Namespace, cluster: ClusterOptions | None) -> dict[str, Any]:
+    """Return options of the index with which the workers of a cluster embed its texts."""
+    if cluster is None:
+        return {}
+    from ..cluster.embedding import TEXTS_PER_STEP, ClusterEmbedder
+    from ..cluster.spec import absolute_if_here
+    from ..retrieval import SentenceTransformerEmbedder
+
+    load = partial(SentenceTransformerEmbedder, absolute_if_here(args.embedding_model), device=args.device)
+    with patient_bars(args.verbosity >= 0):
+        return {"embedder": ClusterEmbedder(load, cluster), "chunks_per_step": TEXTS_PER_STEP}
 
 
 def _collection(args: argparse.Namespace, folder: Path | str) -> str:

@@ -335,22 +335,27 @@ def load_token_counter(args: argparse.Namespace) -> tuple[Callable[[str], int], 
 
 @collection_paused()
 def open_index(
-    args: argparse.Namespace, folder: Path | str | None, count_tokens: Callable[[str], int], passage_length: int | None
+    args: argparse.Namespace,
+    folder: Path | str | None,
+    count_tokens: Callable[[str], int],
+    passage_length: int | None,
+    **options: Any,
 ) -> DocumentIndex:
-    """Open an index with the embedding model and chunk size of ``args``.
+    """Open an index with the embedding model and chunk size of ``args``, and further options of ``DocumentIndex``.
 
     ``folder`` may be a URL of an index in a vector database, and ``None`` means memory.
     """
     from ..retrieval import DocumentIndex, SentenceTransformerEmbedder
 
-    with patient_bars(args.verbosity >= 0):
-        embedder = SentenceTransformerEmbedder(args.embedding_model, device=args.device)
+    if "embedder" not in options:
+        with patient_bars(args.verbosity >= 0):
+            options["embedder"] = SentenceTransformerEmbedder(args.embedding_model, device=args.device)
     return DocumentIndex(
         folder,
         count_tokens=count_tokens,
         chunk_tokens=args.chunk_tokens or passage_length or DEFAULT_CHUNK_TOKENS,
-        embedder=embedder,
         progress=args.verbosity >= 0,
+        **options,
     )
 
 

@@ -8,6 +8,7 @@ worker loads its model and store, and how failures are counted.
 from __future__ import annotations
 
 from .answering import answer_questions
+from .embedding import ClusterEmbedder
 from .evaluating import DescribedSystem, Evaluated, SystemsSpec, evaluate_systems
 from .indexing import IndexedDocuments, index_documents
 from .options import ClusterOptions, Replicas
@@ -15,6 +16,7 @@ from .questions import read_questions
 from .spec import GeneratorSpec
 
 __all__ = [
+    "ClusterEmbedder",
     "ClusterOptions",
     "DescribedSystem",
     "Evaluated",

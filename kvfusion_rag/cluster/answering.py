@@ -59,6 +59,10 @@ class AnswerTask:
     spec: GeneratorSpec
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def store(self) -> str | None:
+        return self.spec.store
+
     def start(self, cache: Path | None) -> Answers:
         return Answers(self.spec.load(cache), self.options)
 

@@ -163,8 +163,8 @@ class DescribeTask:
     systems: SystemsSpec
 
     @property
-    def spec(self) -> GeneratorSpec:
-        return replace(self.systems.generator, store=None)
+    def store(self) -> None:
+        return None
 
     def start(self, cache: Path | None) -> _Systems:
         return _Systems(self.systems, _describe)
@@ -177,8 +177,8 @@ class EvaluateTask:
     systems: SystemsSpec
 
     @property
-    def spec(self) -> GeneratorSpec:
-        return replace(self.systems.generator, store=None)
+    def store(self) -> None:
+        return None
 
     def start(self, cache: Path | None) -> _Systems:
         return _Systems(self.systems, _evaluate)

@@ -119,6 +119,10 @@ class PrefillTask:
 
     spec: GeneratorSpec
 
+    @property
+    def store(self) -> str | None:
+        return self.spec.store
+
     def start(self, cache: Path | None) -> Prefill:
         return Prefill(self.spec.load(cache))
 

@@ -18,7 +18,7 @@ import torch
 from ..errors import ClusterError, KVFusionError
 from .connection import connected, require_shared_store, workers_of
 from .options import ClusterOptions
-from .spec import GeneratorSpec, WorkerCache
+from .spec import WorkerCache
 
 MAX_BLOCKS = 1000  # of a dataset; a worker that dies repeats at most one block for each of its tasks
 
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 class Work(Protocol):
-    """The work of one process, with its generator."""
+    """The work of one process, with its model."""
 
     def __call__(self, batch: list[Any]) -> list[Any]:
         """Return one result per item of a batch of plain data."""
@@ -42,10 +42,12 @@ class Task(Protocol):
     """Plain data that says what a worker does with a batch."""
 
     @property
-    def spec(self) -> GeneratorSpec: ...
+    def store(self) -> str | None:
+        """Folder or URL of the store that the work uses."""
+        ...
 
     def start(self, cache: Path | None) -> Work:
-        """Load the generator. ``cache`` is the folder of its local disk tier, if it is not the usual one."""
+        """Load the model. ``cache`` is the folder of its local disk tier, if it is not the usual one."""
         ...
 
 
@@ -73,7 +75,7 @@ def run_batches(task: Task, items: Sequence[Any], size: int, cluster: ClusterOpt
 
 def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOptions) -> Iterator[Any]:
     with connected(cluster) as ray:
-        require_shared_store(ray, task.spec.store)
+        require_shared_store(ray, task.store)
         rows = [{"batch": json.dumps(batch)} for batch in batches]
         dataset = ray.data.from_items(rows, override_num_blocks=min(len(rows), MAX_BLOCKS)).map(
             _Worker,
@@ -97,11 +99,11 @@ def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOption
 
 
 class _Worker:
-    """The actor: one generator, which takes one batch after the other."""
+    """The actor: one model, which takes one batch after the other."""
 
     def __init__(self, task: Task, threads: int) -> None:
         torch.set_num_threads(threads)
-        store, self._failure = task.spec.store, ""
+        store, self._failure = task.store, ""
         self._cache = WorkerCache(store) if store is not None and "://" in store else None  # locked until the end
         try:
             self._work = task.start(self._cache.folder if self._cache else None)

@@ -25,7 +25,7 @@ from .databases import DatabaseCollection, is_index_url, open_collection
 from .embedding import Embedder
 from .loaders import MAX_FILE_BYTES, SkippedFile, common_folder, find_files, printable_path
 from .splitting import check_chunk_tokens, split_text
-from .updating import Updater
+from .updating import CHUNKS_PER_STEP, Updater
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ class DocumentIndex:
             documents and index can be moved together; in memory and in a database the deepest folder that contains
             the first paths. A database keeps it.
         max_file_bytes: size in bytes above which files are skipped.
+        chunks_per_step: chunks that are embedded at once. Eight times as many are kept in memory and written at once.
         progress: whether ``update`` shows chunks and remaining time on stderr if it takes more than a second.
 
     A damaged index is emptied with a warning, and the next update builds it again.
@@ -113,12 +114,14 @@ class DocumentIndex:
         embedder: Embedder,
         base: str | Path | None = None,
         max_file_bytes: int = MAX_FILE_BYTES,
+        chunks_per_step: int = CHUNKS_PER_STEP,
         progress: bool = False,
     ) -> None:
         self.chunk_tokens = check_chunk_tokens(chunk_tokens)
         self._count_tokens = count_tokens
         self._embedder = embedder
         self._max_file_bytes = max_file_bytes
+        self._chunks_per_step = chunks_per_step
         self._progress = progress
         self._collection, self.folder = self._open(folder)
         self._base = self._collection.base if base is None else absolute(base)
@@ -259,6 +262,7 @@ class DocumentIndex:
             lambda loaded: split_text(loaded.text, loaded.kind, self.chunk_tokens, self._count_tokens),
             self._name,
             max_file_bytes=self._max_file_bytes,
+            chunks_per_step=self._chunks_per_step,
             progress=self._progress,
         )
 

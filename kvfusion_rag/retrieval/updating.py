@@ -17,8 +17,8 @@ from .loaders import LoadedText, SkippedFile, UnreadableFileError, printable_pat
 from .places import name_places
 from .splitting import Chunk
 
-CHUNKS_PER_WRITE = 512
 CHUNKS_PER_STEP = 64  # embedded at once, between two steps of the progress bar
+STEPS_PER_WRITE = 8
 
 
 @dataclass(slots=True)
@@ -81,6 +81,7 @@ class Updater:
         split: splits the text of a file into chunks.
         name_of: returns the name of a file in the collection.
         max_file_bytes: size in bytes above which files are skipped.
+        chunks_per_step: chunks that are embedded at once.
         progress: whether to show a progress bar.
     """
 
@@ -92,6 +93,7 @@ class Updater:
         name_of: Callable[[Path], str],
         *,
         max_file_bytes: int,
+        chunks_per_step: int,
         progress: bool,
     ) -> None:
         self._collection = collection
@@ -99,6 +101,7 @@ class Updater:
         self._split = split
         self._name_of = name_of
         self._max_file_bytes = max_file_bytes
+        self._chunks_per_step = chunks_per_step
         self._shows_progress = progress
 
     def update(self, paths: Sequence[Path]) -> FileChanges:
@@ -117,7 +120,7 @@ class Updater:
                 progress.split(sizes[path], len(read[1]))
                 pending.append(read)
                 waiting += len(read[1])
-                if waiting >= CHUNKS_PER_WRITE:
+                if waiting >= STEPS_PER_WRITE * self._chunks_per_step:
                     self._write(pending, progress)
                     pending, waiting = [], 0
             self._write(pending, progress)
@@ -173,8 +176,8 @@ class Updater:
         keys = list(wanted)
         all_texts = [texts[key] if key in texts else self._collection.text(key) for key in keys]
         chunks: list[StoredChunk] = []
-        for start in range(0, len(keys), CHUNKS_PER_STEP):
-            step = slice(start, start + CHUNKS_PER_STEP)
+        for start in range(0, len(keys), self._chunks_per_step):
+            step = slice(start, start + self._chunks_per_step)
             # The title is embedded too, because later chunks often refer to the subject only as "it".
             vectors = self._embedder.embed_documents(
                 [f"{wanted[key]}\n{text}" for key, text in zip(keys[step], all_texts[step], strict=True)]

@@ -6,40 +6,28 @@ Everything in a body is untrusted. Lone surrogates become U+FFFD, so that ids an
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PositiveInt,
     WithJsonSchema,
-    model_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
-from ..schema import Attributed, Document, FocusChoice, Message, ModeChoice
+from ..schema import Attributed, Document, FocusChoice, ModeChoice
 from ..text.settings import require_focus
 from ..text.support import MinSupport, require_min_support
 from .body_parts.base import Body, Text, well_formed
-from .body_parts.tools import (
-    MAX_CALL_ID_CHARACTERS,
-    MAX_CALLS,
-    ResponseFormatBody,
-    ToolCallBody,
-    ToolChoice,
-    Tools,
-    chosen_tool,
-)
+from .body_parts.messages import Messages, question_of
+from .body_parts.tools import ResponseFormatBody, ToolChoice, Tools, chosen_tool
 
-MAX_MESSAGES = 1000
 MAX_ID_CHARACTERS = 256  # an id is repeated in the reply by every duplicate of its document
 MAX_TITLE_CHARACTERS = 1000
 MAX_METADATA = 256
@@ -48,70 +36,6 @@ MAX_STOP_CHARACTERS = 500
 MAX_VARIABLES = 16
 MAX_NAME_CHARACTERS = 64
 MAX_VALUE_CHARACTERS = 500
-
-
-class TextPart(BaseModel):
-    """A part of a message, for the schema."""
-
-    type: Literal["text"]
-    text: str
-
-
-def _joined_parts(content: object) -> object:
-    """Join content that consists of several parts. Raises ValueError for a part that is not text."""
-    if not isinstance(content, list):
-        return content
-    for number, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else None
-            raise ValueError(
-                f"part {number} has the type {str(kind)[:50]!r}, but this model reads only text: "
-                '{"type": "text", "text": "..."}'
-            )
-    return "".join(part["text"] for part in content)
-
-
-_CALLS_FIT_THE_ROLE: dict[str, Any] = {
-    "allOf": [
-        {
-            "if": {"properties": {"role": {"const": "tool"}}},
-            "then": {"required": ["tool_call_id"], "properties": {"tool_call_id": {"type": "string"}}},
-        },
-        {
-            "if": {"properties": {"role": {"not": {"const": "assistant"}}}},
-            "then": {"properties": {"tool_calls": {"anyOf": [{"type": "null"}, {"maxItems": 0}]}}},
-        },
-    ]
-}
-
-
-class ChatMessage(Body):
-    """One message. Other fields of an answer are accepted but ignored, so that answers can be sent back."""
-
-    model_config = ConfigDict(json_schema_extra=_CALLS_FIT_THE_ROLE)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Text, BeforeValidator(_joined_parts, json_schema_input_type=str | list[TextPart])] = ""
-    tool_calls: Annotated[list[ToolCallBody], Field(max_length=MAX_CALLS, fail_fast=True)] | None = None
-    tool_call_id: Annotated[Text, Field(max_length=MAX_CALL_ID_CHARACTERS)] | None = None
-    name: Text | None = None
-    refusal: Text | None = None
-    annotations: list[Any] | None = None
-    reasoning_content: Text | None = None
-    reasoning: Text | None = None
-
-    @model_validator(mode="after")
-    def _calls_fit_the_role(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"a message of the role {self.role!r} has tool_calls, but only the assistant calls tools")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise ValueError("a message of the role 'tool' has no tool_call_id, which names the call that it answers")
-        return self
-
-    def to_message(self) -> Message:
-        role = "system" if self.role == "developer" else self.role
-        calls = tuple(call.to_call() for call in self.tool_calls or ())
-        return Message(role, self.content, tool_calls=calls, tool_call_id=self.tool_call_id)
 
 
 class DocumentBody(Body):
@@ -174,17 +98,6 @@ def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _has_question(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
-    if not any(message.role == "user" and message.content.strip() for message in messages):
-        raise ValueError("there is no message of the user that is not blank")
-    return messages
-
-
-def _question(messages: Sequence[ChatMessage]) -> str:
-    """Return the last message of the user that is not blank."""
-    return next(m.content for m in reversed(messages) if m.role == "user" and m.content.strip())
-
-
 def _scalars(variables: dict[str, Any]) -> dict[str, Any]:
     """Check chat template variables. Raises ValueError for a long name or text, or a value that is not a scalar."""
     for name, value in variables.items():
@@ -218,26 +131,6 @@ def _of_base64(value: object) -> bytes:
         raise ValueError("this is not base64") from error
 
 
-# Python takes more characters for white space than the regular expressions of JSON Schema.
-_NOT_BLANK = {"type": "string", "pattern": r"[^\s\u001c-\u001f\u0085]"}
-_ASKS = {
-    "type": "object",
-    "properties": {
-        "role": {"const": "user"},
-        "content": {
-            "anyOf": [
-                _NOT_BLANK,
-                {"type": "array", "contains": {"type": "object", "properties": {"text": _NOT_BLANK}}},
-            ]
-        },
-    },
-    "required": ["role", "content"],
-}
-Messages = Annotated[
-    list[ChatMessage],
-    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True, json_schema_extra={"contains": _ASKS}),
-    AfterValidator(_has_question),
-]
 Variables = Annotated[
     dict[Text, Any],
     Field(max_length=MAX_VARIABLES),
@@ -292,7 +185,7 @@ class PrefillRequest(DocumentsRequest):
             return {"chat_template_kwargs": self.chat_template_kwargs}
         return {
             "prompt": [message.to_message() for message in self.messages],
-            "question": _question(self.messages),
+            "question": question_of(self.messages),
             "chat_template_kwargs": self.chat_template_kwargs,
         }
 
@@ -372,7 +265,7 @@ class ChatRequest(_WithDocuments):
         max_new_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return {
             **self._form(),
-            "question": _question(self.messages),
+            "question": question_of(self.messages),
             "documents": self.to_documents(),
             "prompt": [message.to_message() for message in self.messages],
             "max_new_tokens": max_new_tokens,

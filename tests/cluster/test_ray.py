@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from commands import run
-from indexes import WordEmbedder
+from indexes import WordEmbedder, open_index
 
 from kvfusion_rag import ClusterError, Document, InvalidInputError
-from kvfusion_rag.cluster import ClusterOptions, GeneratorSpec, answer_questions, index_documents
+from kvfusion_rag.cluster import ClusterEmbedder, ClusterOptions, GeneratorSpec, answer_questions, index_documents
 from kvfusion_rag.cluster.pool import run_batches
 
 ray = pytest.importorskip("ray")
@@ -74,6 +74,27 @@ def test_answers_are_those_of_one_process_in_order(spec):
     there = list(answer_questions(rows, spec, cluster=TWO, answer_options=options))
     assert there == list(answer_questions(rows, spec, answer_options=options))
     assert [row["id"] for row in there if row["error"]] == ["14"]
+
+
+def test_index_is_embedded_by_the_workers(tmp_path):
+    for number in range(1500):
+        (tmp_path / f"{number}.txt").write_text(f"The mill number {number} belongs to family {number % 7}.")
+    found = []
+    for embedder in (WordEmbedder(), ClusterEmbedder(WordEmbedder, TWO)):
+        with open_index(embedder=embedder, chunks_per_step=2000) as index:
+            index.update(tmp_path)
+            found.append([index.search(f"mill number {number}", 5) for number in range(0, 1500, 100)])
+    assert found[0] == found[1]
+
+
+def test_worker_with_another_embedding_model_is_one_error():
+    command = os.getpid()
+
+    def load() -> WordEmbedder:
+        return WordEmbedder(8 if os.getpid() == command else 9)
+
+    with pytest.raises(ClusterError, match="words-9"):
+        ClusterEmbedder(load, TWO).embed_documents(["a mill"] * 2000)
 
 
 def test_results_keep_their_order_if_batches_take_different_times():
