@@ -42,19 +42,22 @@ def guarded() -> TestClient:
     return client_of(RecordingGenerator(), Access({KEY: None}, hosts=["localhost"], origins=["https://a.example"]))
 
 
-def require_client_error(found: Any, sent: int) -> None:
+def require_client_error(found: Any, sent: int, answered: int = 0) -> None:
+    """Check a reply to a body of ``sent`` bytes that may be answered with ``answered`` tokens."""
     assert found.status_code < 500, found.text
     if found.status_code != 200:
         assert set(found.json()["error"]) == {"message", "type", "param", "code"}
         assert len(found.content) < 2000
-    assert len(found.content) < 3000 + 10 * sent
+    assert len(found.content) < 3000 + 10 * sent + 20 * answered
 
 
 def ask(client: TestClient, path: str = CHAT, **fields: Any) -> Any:
     base = {"model": "tiny-llama", "messages": [{"role": "user", "content": "who?"}], "max_tokens": 1}
     body = json.dumps({**(base if path == CHAT else {}), "documents": ["the mill"], **fields})
     found = client.post(path, content=body, headers=HEADERS)
-    require_client_error(found, len(body))
+    limits = [fields.get(name) for name in ("max_tokens", "max_completion_tokens")]
+    answered = max((limit for limit in limits if isinstance(limit, int | float) and 0 <= limit <= 4096), default=0)
+    require_client_error(found, len(body), int(answered))
     return found
 
 
