@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -256,6 +256,20 @@ class Answer:
     def __repr__(self) -> str:
         cited = [citation.document_id for citation in self.citations]
         return f"Answer({self.text!r}, mode={self.mode!r}, documents={len(self.sources)}, cited={cited!r})"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the answer that :meth:`to_dict` returned as data, which may have been JSON meanwhile."""
+        usage = {name: count for name, count in data["usage"].items() if name != "total_tokens"}
+        parts = {
+            "sources": tuple(Source(**source) for source in data["sources"]),
+            "citations": tuple(Citation(**citation) for citation in data["citations"]),
+            "tool_calls": tuple(ToolCall(**call) for call in data["tool_calls"]),
+            "usage": Usage(**usage),
+            "timings": Timings(**data["timings"]),
+            "token_ids": tuple(data["token_ids"]),
+        }
+        return cls(**{one.name: parts.get(one.name, data[one.name]) for one in fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON. The documents' metadata is included unchanged."""

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ClusterError, InvalidInputError
 from .arguments.cluster import add_replica_arguments, cluster_of
+from .arguments.keys import key_of_environment
 from .arguments.library import add_library_arguments, check_library, has_library, open_library
 from .arguments.paths import existing_file
 from .arguments.values import byte_count, plain_text, positive, variable_name, whole
@@ -35,6 +36,7 @@ from .options import (
     add_reasoning_limit,
     add_store_arguments,
     generator_spec,
+    index_folder,
     load_generator,
     require_store,
 )
@@ -42,9 +44,11 @@ from .options import (
 if TYPE_CHECKING:
     import socket
 
+    from .. import KVFusionGenerator
     from ..cluster import ClusterOptions, GeneratorSpec
     from ..cluster.serving import Deployment
     from ..serving import Access, ServingOptions
+    from ..serving.library import Library
 
 STOP_SECONDS = 9.0  # after a signal, the process ends even if a pass of the model or an upload has not ended
 
@@ -186,12 +190,41 @@ def _serve_here(args: argparse.Namespace, access: Access, options: ServingOption
 
     generator = load_generator(args)
     try:
-        with open_library(args, generator) as library, _short_turns():
+        with (
+            open_library(args, generator) as library,
+            _short_turns(),
+            _for_ask(args, generator, library, access, options),
+        ):
             app = create_app(generator, access=access, options=options, library=library)
             serve(app, listener, lambda url: _say_ready(args, url, options.names_of(generator.model_id)[0]), _end_soon)
     finally:
         if generator.store is not None:
             generator.store.close()  # finishes uploads and saves when documents were last used
+
+
+@contextmanager
+def _for_ask(
+    args: argparse.Namespace,
+    generator: KVFusionGenerator,
+    library: Library | None,
+    access: Access,
+    options: ServingOptions,
+) -> Generator[None, None, None]:
+    """Let ``kvfusion ask`` of the same user get its answers here, if the server has files of its own."""
+    if library is None or not (args.docs or args.index):
+        yield
+        return
+    from ..serving import running_on
+    from ..serving.library.asking import create_ask_app
+    from .same_user.listening import private_listener
+    from .same_user.place import socket_place
+
+    with private_listener(socket_place(args, index_folder(args))) as listener:
+        if listener is None:
+            yield
+            return
+        with running_on(listener, create_ask_app(generator, library, access, options)):
+            yield
 
 
 def _serve_on_cluster(
@@ -250,12 +283,8 @@ def _access(args: argparse.Namespace) -> Access:
     from ..serving import Access, read_keys
 
     keys = read_keys(args.api_keys_file) if args.api_keys_file is not None else {}
-    if args.api_key_env is not None:
-        key = os.environ.get(args.api_key_env, "")
-        if not key:
-            raise InvalidInputError(
-                f"the environment variable {args.api_key_env!r} is not set; set it to the API key."
-            )
+    key = key_of_environment(args.api_key_env)
+    if key is not None:
         if key in keys:
             raise InvalidInputError(
                 f"the key of the environment variable {args.api_key_env!r} is also in {str(args.api_keys_file)!r}, so "

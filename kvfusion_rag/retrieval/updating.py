@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,7 @@ class Updater:
         name_of: returns the name of a file in the collection.
         max_file_bytes: size in bytes above which files are skipped.
         progress: whether to show a progress bar.
+        lock: held while files are written, but not while texts are embedded.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Updater:
         *,
         max_file_bytes: int,
         progress: bool,
+        lock: AbstractContextManager[object],
     ) -> None:
         self._collection = collection
         self._embedder = embedder
@@ -100,6 +103,7 @@ class Updater:
         self._name_of = name_of
         self._max_file_bytes = max_file_bytes
         self._shows_progress = progress
+        self._lock = lock
 
     def update(self, paths: Sequence[Path]) -> FileChanges:
         """Read, split, embed and write the files that are new or have changed."""
@@ -184,7 +188,8 @@ class Updater:
                 for key, text, vector in zip(keys[step], all_texts[step], vectors, strict=True)
             ]
             on_embedded(len(vectors))
-        self._collection.write(removed, files, chunks)
+        with self._lock:
+            self._collection.write(removed, files, chunks)
         return len(keys)
 
     def _titles_to_embed(self, removed: list[str], files: list[StoredFile]) -> dict[bytes, str]:

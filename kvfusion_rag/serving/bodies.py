@@ -224,6 +224,7 @@ Variables = Annotated[
         }
     ),
 ]
+Focus = Annotated[FocusChoice, BeforeValidator(_focus, json_schema_input_type=PositiveInt | Literal["auto"] | None)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
@@ -275,9 +276,7 @@ class ChatRequest(_WithDocuments):
     model: Text
     messages: Messages
     mode: ModeChoice | None = None
-    focus: Annotated[
-        FocusChoice, BeforeValidator(_focus, json_schema_input_type=PositiveInt | Literal["auto"] | None)
-    ] = Field(
+    focus: Focus = Field(
         "auto",
         description="Keep the n documents that make the question most likely. null keeps all documents, 'auto' uses "
         "the model's own number. Default: the server's setting.",

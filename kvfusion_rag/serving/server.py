@@ -88,27 +88,38 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Generato
         KVFusionError: the app could not start.
     """
     with bind(host, port) as listener:
-        ready = threading.Event()
-        server = _Server(app, ready.set)
-
-        def run() -> None:
-            try:
-                with suppress(SystemExit):  # raised by uvicorn if the app could not start
-                    server.run([listener])
-            finally:
-                ready.set()
-
-        thread = threading.Thread(target=run, name="kvfusion-server", daemon=True)
         address = url_of(listener)
-        thread.start()
-        try:
-            ready.wait()
-            if not server.started:
-                raise KVFusionError("the server did not start; its log contains the cause.")
+        with running_on(listener, app):
             yield address
+
+
+@contextmanager
+def running_on(listener: socket.socket, app: FastAPI) -> Generator[None, None, None]:
+    """Serve the app on a bound socket from another thread until the block ends.
+
+    Raises:
+        KVFusionError: the app could not start.
+    """
+    ready = threading.Event()
+    server = _Server(app, ready.set)
+
+    def run() -> None:
+        try:
+            with suppress(SystemExit):  # raised by uvicorn if the app could not start
+                server.run([listener])
         finally:
-            server.should_exit = True
-            thread.join()
+            ready.set()
+
+    thread = threading.Thread(target=run, name="kvfusion-server", daemon=True)
+    thread.start()
+    try:
+        ready.wait()
+        if not server.started:
+            raise KVFusionError("the server did not start; its log contains the cause.")
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class _Server(uvicorn.Server):

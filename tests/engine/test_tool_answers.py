@@ -107,6 +107,7 @@ def test_a_model_may_write_text_and_then_a_call():
     answer = spoken.answer(QUESTION, tools=TOOLS, mode="concat", parallel_tool_calls=False, max_new_tokens=90)
     require_valid(answer)
     assert answer.text == "the river" and len(answer.tool_calls) == 1
+    assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,22 @@ def test_files_are_added_by_button_and_drop_and_removed(open_page, url, tmp_path
     expect(page.locator("#notice")).to_contain_text("cannot be read")
 
 
+def test_files_that_the_server_finds_meanwhile_are_listed(open_page, speaker, docs):
+    with open_index(chunk_tokens=40) as index:
+        library = Library(index, docs=[docs])
+        library.update()
+        library.is_watched = True
+        with running(create_app(speaker, library=library)) as url:
+            page = open_page(url)
+            expect(page.locator("#files")).to_contain_text("ferry.md")
+            (docs / "mill.md").write_text("The mill is old.")
+            (docs / "ferry.md").unlink()
+            library.update()
+            expect(page.locator("#files")).to_contain_text("mill.md")
+            expect(page.locator("#files")).not_to_contain_text("ferry.md")
+            expect(page.locator("#about")).to_contain_text("3 files")
+
+
 def test_keys_and_history(open_page, url):
     page = open_page(url)
     ask(page)

@@ -4,6 +4,7 @@ import { AnswerView, element } from "./answer.js";
 import * as server from "./server.js";
 
 const MAX_HISTORY = 30;
+const LOOK_MILLISECONDS = 5000;
 const HISTORY = "kvfusion.questions";
 const THEME = "kvfusion.theme";
 const THEMES = { system: "◐", light: "☀", dark: "☾" };
@@ -84,6 +85,17 @@ async function showLibrary() {
   $("upload").accept = uploads.types.join(",");
   $("examples").hidden = questions.length === 0;
   $("examples").replaceChildren(...questions.map((question) => questionButton(question, "example")));
+}
+
+/** Show files that the server has found since it was asked last, while somebody sees this page. */
+async function lookForFiles() {
+  if (document.hidden || !library?.watched) return;
+  try {
+    const present = await server.getLibrary();
+    if (JSON.stringify(present.files) !== JSON.stringify(library.files)) await showLibrary();
+  } catch {
+    // The server is away. The next question will say so.
+  }
 }
 
 function fileItem({ name, uploaded }) {
@@ -236,3 +248,4 @@ document.ondrop = (event) => {
 setTheme(localStorage.getItem(THEME) ?? "system");
 showHistory();
 start();
+setInterval(lookForFiles, LOOK_MILLISECONDS);
