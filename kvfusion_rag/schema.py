@@ -32,7 +32,7 @@ class Document:
         text: the passage.
         id: its name in sources and citations. By default its position in the request, counted from 1.
         title: read by the model if its template has a place for a title.
-        metadata: returned with the source and never read.
+        metadata: returned with the source and never read. ``place`` ("page 12", "rows 40-52") is named by citations.
         score: the retriever's score, higher for a better document. Focus may use it.
     """
 
@@ -175,12 +175,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """An occurrence of the answer in a document: ``document.text[start:end] == text``, in the document's spelling."""
+    """An occurrence of the answer in a document: ``document.text[start:end] == text``, in the document's spelling.
+
+    ``place`` is the document's ``metadata["place"]`` ("page 12"), narrowed to the line or row of ``start`` if it names
+    several ("rows 40-52").
+    """
 
     document_id: str
     start: int
     end: int
     text: str
+    place: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

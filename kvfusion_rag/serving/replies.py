@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..schema import Answer, AnswerPiece, Document, Source, ToolCall
+from ..text.citations import place_of
 
 LAST_EVENT = b"data: [DONE]\n\n"
 _OF_SERVER = frozenset({"source", "distance"})  # metadata of an index that clients do not get
@@ -20,13 +21,14 @@ def event(data: object) -> bytes:
 
 
 def source_list(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return the sources as JSON data, without metadata and without attribution unless it was requested."""
+    """Return the sources as JSON data, with the place in their metadata, and attribution if it was requested."""
     return [_source(source.to_dict()) for source in sources]
 
 
 def _source(data: dict[str, Any]) -> dict[str, Any]:
+    metadata = data.pop("metadata")
     unset = {name for name in ("attention", "effect") if data[name] is None}
-    return {name: value for name, value in data.items() if name not in {"metadata", *unset}}
+    return {name: value for name, value in data.items() if name not in unset} | {"place": place_of(metadata)}
 
 
 def document_list(documents: Sequence[Document]) -> list[dict[str, Any]]:

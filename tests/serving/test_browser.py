@@ -161,6 +161,7 @@ def test_answer_has_a_highlighted_source_bars_and_the_origin_of_its_kvs(open_pag
         "Thomas Grant"
     )  # although characters before it take two units of UTF-16
     expect(cited.locator(".passage")).to_have_text(KEEPER)
+    expect(cited.locator(".place")).to_have_text("lighthouse.txt, line 1")
     expect(answer.locator("meter.attention")).to_have_count(3)
     shares = [float(meter.get_attribute("value")) for meter in answer.locator("meter.attention").all()]
     assert all(share > 0 for share in shares) and sum(shares) <= 1
@@ -171,6 +172,18 @@ def test_answer_has_a_highlighted_source_bars_and_the_origin_of_its_kvs(open_pag
     expect(answered(page).locator(".facts")).to_contain_text("3 × KV from memory")
     expect(page.locator(".answer")).to_have_count(2)
     picture(page, "answer-light")
+
+
+def test_question_that_is_asked_before_the_files_are_known_is_answered_from_them(open_page, url):
+    page = open_page(url)
+    waiting: list[Any] = []
+    page.route("**/v1/library", lambda route: waiting.append(route))
+    page.reload(wait_until="commit")
+    expect(page.locator("#model")).not_to_be_empty()
+    ask(page)
+    expect(page.locator("#library")).to_be_hidden()  # the page has seen the key, but not the files
+    waiting[0].continue_()
+    expect(answered(page).locator(".document")).to_have_count(3)
 
 
 def test_documents_are_shown_as_text(open_page, url):

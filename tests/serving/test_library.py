@@ -91,6 +91,19 @@ def test_found_documents_can_be_sent_back(library):
     assert "documents" not in reply["kvfusion"]
 
 
+def test_answers_name_the_places_of_documents_that_were_found_or_sent_back(docs):
+    (docs / "keepers.txt").write_text("The keepers were many.\nThomas Grant was the last.")
+    generator = tiny.speaker("thomas grant", mode="fusion")
+    with open_index() as index:
+        index.update(docs)
+        client = client_of(Library(index, top_k=1), generator)
+        body = asked("Who was the last of the keepers?", model=generator.model_id)
+        found = client.post(CHAT, json=body).json()["kvfusion"]
+        sent = client.post(CHAT, json=body | {"documents": found["documents"]}).json()["kvfusion"]
+    assert found["sources"][0]["place"] == "lines 1-2" and found["citations"][0]["place"] == "line 2"
+    assert sent["sources"][0]["place"] == "lines 1-2" and sent["citations"] == found["citations"]
+
+
 @pytest.mark.parametrize(
     ("fields", "texts"),
     [

@@ -11,6 +11,7 @@ const THEMES = { system: "◐", light: "☀", dark: "☾" };
 
 const $ = (id) => document.getElementById(id);
 let model, library, running;
+let starting; // ends when model and library are known
 let attribution = "effects";
 
 // Questions
@@ -57,8 +58,9 @@ function setRunning(is) {
   $("stop").hidden = !is;
 }
 
-function submit() {
+async function submit() {
   const question = $("question").value.trim();
+  await starting;
   if (question && model && !$("ask").disabled) ask(question);
 }
 
@@ -201,7 +203,7 @@ $("key-form").onsubmit = (event) => {
   event.preventDefault();
   server.setKey($("key").value.trim());
   notify("");
-  start();
+  starting = start();
 };
 $("stop").onclick = () => running.abort();
 $("clear").onclick = () => {
@@ -247,5 +249,5 @@ document.ondrop = (event) => {
 
 setTheme(localStorage.getItem(THEME) ?? "system");
 showHistory();
-start();
+starting = start();
 setInterval(lookForFiles, LOOK_MILLISECONDS);
