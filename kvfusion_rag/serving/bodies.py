@@ -252,20 +252,20 @@ class RemoveRequest(Body):
 
 
 class PrefillRequest(DocumentsRequest):
-    """A request to prefill documents. ``messages`` are an example of the conversations that will follow."""
+    """A request to prefill documents. ``messages`` and ``tools`` are an example of the requests that will follow."""
 
     messages: Messages | None = None
     chat_template_kwargs: Variables | None = None
+    tools: Tools = Field(default_factory=list)
 
     def prefill_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``KVFusionGenerator.prefill`` except the documents."""
+        tools = [tool.to_tool() for tool in self.tools]
+        wording = {"chat_template_kwargs": self.chat_template_kwargs, "tools": tools}
         if self.messages is None:
-            return {"chat_template_kwargs": self.chat_template_kwargs}
-        return {
-            "prompt": [message.to_message() for message in self.messages],
-            "question": _question(self.messages),
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
+            return wording
+        prompt = [message.to_message() for message in self.messages]
+        return {"prompt": prompt, "question": _question(self.messages), **wording}
 
 
 class ChatRequest(_WithDocuments):
