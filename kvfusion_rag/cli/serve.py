@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from .arguments.cluster import add_replica_arguments, cluster_of
 from .arguments.keys import key_of_environment
 from .arguments.library import add_library_arguments, check_library, has_library, open_library
 from .arguments.paths import existing_file
-from .arguments.values import byte_count, plain_text, positive, variable_name, whole
+from .arguments.values import byte_count, ip_address, plain_text, positive, variable_name, whole
 from .console import print_error, say, say_json
 from .options import (
     add_focus,
@@ -124,6 +125,15 @@ def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text}; may be repeated (default: none)",
         )
 
+    parser.add_argument(
+        "--trusted-proxy",
+        action="append",
+        type=ip_address,
+        default=[],
+        metavar="IP",
+        help="address of a proxy with TLS whose X-Forwarded-Proto is believed; may be repeated (default: none)",
+    )
+
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     """Add what one tenant, one request and all requests together may take."""
@@ -196,7 +206,8 @@ def _serve_here(args: argparse.Namespace, access: Access, options: ServingOption
             _for_ask(args, generator, library, access, options),
         ):
             app = create_app(generator, access=access, options=options, library=library)
-            serve(app, listener, lambda url: _say_ready(args, url, options.names_of(generator.model_id)[0]), _end_soon)
+            name = options.names_of(generator.model_id)[0]
+            serve(app, listener, lambda url: _say_ready(args, url, name), _end_soon, args.trusted_proxy)
     finally:
         if generator.store is not None:
             generator.store.close()  # finishes uploads and saves when documents were last used
@@ -241,7 +252,8 @@ def _serve_on_cluster(
         deployed(spec, access=access, options=options, cluster=cluster, replicas=args.replicas) as deployment,
         _updating_on_hangup(deployment, spec),
     ):
-        serve(deployment.app, listener, lambda url: _say_ready(args, url, deployment.model_id), _end_soon)
+        ready = partial(_say_ready, args, model_id=deployment.model_id)
+        serve(deployment.app, listener, ready, _end_soon, args.trusted_proxy)
 
 
 @contextmanager

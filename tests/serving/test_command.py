@@ -52,6 +52,7 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--namespace", "../up", "--port", "0"], "namespace is"),
         (["--allowed-origin", "*"], "the allowed origin is '*'"),
         (["--allowed-host", "rag.internal:8000"], "the allowed host is 'rag.internal:8000'"),
+        (["--trusted-proxy", "*"], "'*' is not an IP address"),
         (["--tenant-concurrency", "0"], "not a whole number from 1"),
         (["--store-namespace-bytes", "much"], "is not a size"),
         (["--docs", "/no/such/folder"], "'/no/such/folder' does not exist"),
