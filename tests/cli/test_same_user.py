@@ -186,6 +186,15 @@ def test_model_that_was_trained_again_is_another_model(docs, tmp_path):
     assert place() != first
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300, "org/model", ""])
+def test_name_that_is_no_path_is_taken_as_it_is(docs, name):
+    args = parse(build_parser(COMMANDS), ["ask", QUESTION, "--docs", str(docs)])
+    places = set()
+    for args.model in (name, f"{name}x"):
+        places.add(socket_place(args, None))
+    assert len(places) == 2
+
+
 # Who is asked
 
 

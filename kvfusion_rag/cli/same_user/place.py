@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import __version__
-from ...home import absolute, home
+from ...home import absolute, expanded, home
 from ..options import index_name
 
 FOLDER = "servers"
@@ -62,10 +62,9 @@ def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
 
 def _state(name: str | None) -> str | list[tuple[str, int, int]] | None:
     """Return the name of a model on a hub, or the files of a local one, which change when it is trained again."""
-    place = _without_link(name)
-    if place is None or not os.path.exists(place):
+    if name is None or not os.path.exists(expanded(name)):
         return name
-    path = Path(place)
+    path = absolute(name)
     files = [path] if path.is_file() else sorted(file for depth in ("*", "*/*") for file in path.glob(depth))
     found = [(str(file), file.stat()) for file in files if file.is_file()]
     return [(file, state.st_size, state.st_mtime_ns) for file, state in found]
