@@ -176,6 +176,7 @@ def test_answer_has_a_highlighted_source_bars_and_the_origin_of_its_kvs(open_pag
 
 def test_question_that_is_asked_before_the_files_are_known_is_answered_from_them(open_page, url):
     page = open_page(url)
+    expect(page.locator("#files")).to_contain_text("ferry.md")  # no request of this load is left
     waiting: list[Any] = []
     page.route("**/v1/library", lambda route: waiting.append(route))
     page.reload(wait_until="commit")
