@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    asking = ["ask", args.question, "--docs", args.docs, "--model", args.model]
+    asking = ["ask", args.question, "--docs", args.docs, "--model", args.model, "--no-server"]
     if args.child:
         print(json.dumps(phases(asking)))
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 Mode = Literal["fusion", "concat", "ape"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -32,7 +32,7 @@ class Document:
         text: the passage.
         id: its name in sources and citations. By default its position in the request, counted from 1.
         title: read by the model if its template has a place for a title.
-        metadata: returned with the source and never read.
+        metadata: returned with the source and never read. ``place`` ("page 12", "rows 40-52") is named by citations.
         score: the retriever's score, higher for a better document. Focus may use it.
     """
 
@@ -175,12 +175,17 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """An occurrence of the answer in a document: ``document.text[start:end] == text``, in the document's spelling."""
+    """An occurrence of the answer in a document: ``document.text[start:end] == text``, in the document's spelling.
+
+    ``place`` is the document's ``metadata["place"]`` ("page 12"), narrowed to the line or row of ``start`` if it names
+    several ("rows 40-52").
+    """
 
     document_id: str
     start: int
     end: int
     text: str
+    place: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +261,20 @@ class Answer:
     def __repr__(self) -> str:
         cited = [citation.document_id for citation in self.citations]
         return f"Answer({self.text!r}, mode={self.mode!r}, documents={len(self.sources)}, cited={cited!r})"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the answer that :meth:`to_dict` returned as data, which may have been JSON meanwhile."""
+        usage = {name: count for name, count in data["usage"].items() if name != "total_tokens"}
+        parts = {
+            "sources": tuple(Source(**source) for source in data["sources"]),
+            "citations": tuple(Citation(**citation) for citation in data["citations"]),
+            "tool_calls": tuple(ToolCall(**call) for call in data["tool_calls"]),
+            "usage": Usage(**usage),
+            "timings": Timings(**data["timings"]),
+            "token_ids": tuple(data["token_ids"]),
+        }
+        return cls(**{one.name: parts.get(one.name, data[one.name]) for one in fields(cls)})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON. The documents' metadata is included unchanged."""

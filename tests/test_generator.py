@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import backbone, generator, model, tokenizer
 
 from kvfusion_rag import (
+    Answer,
     ContextLimitError,
     Document,
     InvalidInputError,
@@ -571,6 +572,7 @@ def test_answers_are_plain_data(gen):
     assert hash(document) == hash(Document("the mill"))
     answer = gen.answer("who?", [document], max_new_tokens=2, stop=None)
     assert json.loads(json.dumps(answer.to_dict()))["sources"][0]["metadata"] == {"page": 3}
+    assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
 
 
 def test_a_folder_without_an_adapter_is_rejected(model_folder, tmp_path):

@@ -1,8 +1,9 @@
 """Answer all questions of a file, in this process or on a Ray cluster.
 
-Each line of the file is a JSON object with ``question`` and ``documents`` (texts, or objects with text, id, title and
-score). Documents that a line does not list are retrieved from ``--docs`` or ``--index``. Answers keep the order of the
-questions. A question that cannot be answered has a reason in its row, and the exit code is then 1.
+Each line of the file is a JSON object with ``question`` and ``documents``: texts, or objects with text, id, title,
+score and metadata. Sources and citations name the metadata's ``place``. Documents that a line does not list are
+retrieved from ``--docs`` or ``--index``. Answers keep the order of the questions. A question that cannot be answered
+has a reason in its row, and the exit code is then 1.
 """
 
 from __future__ import annotations

@@ -2,16 +2,22 @@
 
 If ``--index`` is given or the documents' folder contains an index, that index is updated and used. Otherwise the
 documents are indexed in memory for this question.
+
+If this user runs ``kvfusion serve`` over the same documents and index with the same model, store and settings, that
+server answers, and no model is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidInputError
-from .arguments.values import plain_text, positive
+from .arguments.keys import key_of_environment
+from .arguments.values import plain_text, positive, variable_name
 from .console import say, say_json, say_left_out, shown_path
 from .options import (
     add_decoding_arguments,
@@ -45,7 +51,7 @@ from .output.answers import (
 )
 
 if TYPE_CHECKING:
-    from .. import Answer, Document, KVFusionGenerator
+    from .. import Answer, AnswerPiece, Attribution, Document, InvarianceReport, KVFusionGenerator, ShownPrompt
     from ..retrieval import IndexReport
 
 
@@ -75,11 +81,86 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="answer again in N other orders of the documents, and compare answers and logits (default: not at all)",
     )
+    parser.add_argument(
+        "--no-server", action="store_true", help="load the model even if a running server could answer"
+    )
+    parser.add_argument(
+        "--api-key-env",
+        type=variable_name,
+        metavar="NAME",
+        help="environment variable with an API key of the running server, if it has keys (default: none)",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """An answer, the documents that it was given, and what the options asked for besides."""
+
+    answer: Answer
+    documents: list[Document]
+    report: IndexReport | None
+    model: dict[str, Any]
+    prompt: ShownPrompt | None = None
+    attribution: Attribution | None = None
+    shuffle_check: InvarianceReport | None = None
+    by_server: bool = False
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
     folder = index_folder(args)
+    asked = _ask_server(args, folder) or _ask_here(args, folder)
+    if args.json:
+        _say_json(asked, args.question, folder)
+    else:
+        _say(asked, args)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Reject invalid arguments before models are loaded."""
+    if args.json and args.stream:
+        raise InvalidInputError("--stream and --json cannot be combined, because a stream is not one JSON object.")
+    if not args.docs and args.index is None:
+        raise InvalidInputError("there are no documents; pass them with --docs, or an index with --index.")
+    require_store(args)
+
+
+def _ask_server(args: argparse.Namespace, folder: Path | str | None) -> _Asked | None:
+    """Return what a running server answers, or None if this user runs none over these documents and settings."""
+    key = key_of_environment(args.api_key_env)
+    if args.no_server or args.show_prompt or args.attribute or args.shuffle_check:
+        return None
+    from .same_user.client import ask_server
+    from .same_user.place import socket_place
+
+    request = {name: getattr(args, name) for name in ("question", "top_k", "mode", "focus", "stream")}
+    events = ask_server(socket_place(args, folder), request | decoding_of(args), key)
+    if events is None:
+        return None
+    from ..retrieval import IndexReport
+    from ..schema import Answer, AnswerPiece, Document
+
+    data = dict(next(events))
+    report = None if data["update"] is None else IndexReport.from_dict(data["update"])
+    _say_update(args, folder, report)
+
+    def pieces() -> Iterator[AnswerPiece]:
+        for event in events:
+            data.update(event)
+            if "piece" in event:
+                yield AnswerPiece(**event["piece"])
+
+    if args.stream:
+        say_pieces(pieces(), show_reasoning=args.show_reasoning)
+    answer = Answer.from_dict(data["answer"])
+    if args.stream:
+        say_spelling(answer)
+    return _Asked(answer, [Document(**one) for one in data["documents"]], report, data["model"], by_server=True)
+
+
+def _ask_here(args: argparse.Namespace, folder: Path | str | None) -> _Asked:
+    """Load the model, and return what it answers."""
     generator = load_generator(args)
     documents, report = _retrieve(args, folder, generator)
     options: dict[str, Any] = {"mode": args.mode, "focus": args.focus}
@@ -97,42 +178,7 @@ def run(args: argparse.Namespace) -> int:
         attribution = generator.attribute(args.question, documents, answer=answer, **options)
     if generator.store is not None:
         generator.store.close()  # finishes uploads and saves when documents were last used
-    if args.json:
-        say_json(
-            {
-                "question": args.question,
-                **answer_to_json(answer, documents, shuffle_check),
-                "prompt": None if prompt is None else prompt.text,
-                "attribution": None if attribution is None else attribution.to_dict(),
-                "model": generator.identity(),
-                "index": None if folder is None else index_name(folder),
-                "update": None if report is None else report.to_dict(),
-            }
-        )
-        return 0
-    if not args.stream:
-        if args.show_reasoning:
-            say_reasoning(answer)
-        say_answer(answer)
-    say_notice(answer)
-    say_sources(answer, args.question, documents)
-    say_facts(answer)
-    if attribution is not None:
-        say_attribution(attribution)
-    if shuffle_check is not None:
-        say_shuffle_check(shuffle_check)
-    if report is not None:
-        say_left_out(report, heading="\nnot searched")
-    return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Reject invalid arguments before models are loaded."""
-    if args.json and args.stream:
-        raise InvalidInputError("--stream and --json cannot be combined, because a stream is not one JSON object.")
-    if not args.docs and args.index is None:
-        raise InvalidInputError("there are no documents; pass them with --docs, or an index with --index.")
-    require_store(args)
+    return _Asked(answer, documents, report, generator.identity(), prompt, attribution, shuffle_check)
 
 
 def _retrieve(
@@ -143,9 +189,7 @@ def _retrieve(
         if not args.docs:
             return index.search(args.question, args.top_k), None
         report = index.update(args.docs)
-        if folder is not None and not args.json and (report.added or report.changed or report.removed):
-            counts = f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed"
-            say(f"updated the index {shown_path(index_name(folder))}: {counts}\n")
+        _say_update(args, folder, report)
         return index.search(args.question, args.top_k, files=report.files), report
 
 
@@ -161,3 +205,45 @@ def _answer(
     assert stream.answer is not None  # the stream is exhausted
     say_spelling(stream.answer)
     return stream.answer
+
+
+def _say_update(args: argparse.Namespace, folder: Path | str | None, report: IndexReport | None) -> None:
+    """Print what changed in an index that is kept."""
+    if report is None or folder is None or args.json or not (report.added or report.changed or report.removed):
+        return
+    counts = f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed"
+    say(f"updated the index {shown_path(index_name(folder))}: {counts}\n")
+
+
+def _say_json(asked: _Asked, question: str, folder: Path | str | None) -> None:
+    say_json(
+        {
+            "question": question,
+            **answer_to_json(asked.answer, asked.documents, asked.shuffle_check),
+            "prompt": None if asked.prompt is None else asked.prompt.text,
+            "attribution": None if asked.attribution is None else asked.attribution.to_dict(),
+            "model": asked.model,
+            "index": None if folder is None else index_name(folder),
+            "update": None if asked.report is None else asked.report.to_dict(),
+            "by_server": asked.by_server,
+        }
+    )
+
+
+def _say(asked: _Asked, args: argparse.Namespace) -> None:
+    """Print everything that was not printed while it was computed."""
+    if not args.stream:
+        if args.show_reasoning:
+            say_reasoning(asked.answer)
+        say_answer(asked.answer)
+    say_notice(asked.answer)
+    say_sources(asked.answer, args.question, asked.documents)
+    say_facts(asked.answer)
+    if asked.by_server:
+        say("answered by the running server over these documents (--no-server loads the model here)")
+    if asked.attribution is not None:
+        say_attribution(asked.attribution)
+    if asked.shuffle_check is not None:
+        say_shuffle_check(asked.shuffle_check)
+    if asked.report is not None:
+        say_left_out(asked.report, heading="\nnot searched")

@@ -18,14 +18,16 @@ import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from ..errors import ClusterError, InvalidInputError
 from .arguments.cluster import add_replica_arguments, cluster_of
+from .arguments.keys import key_of_environment
 from .arguments.library import add_library_arguments, check_library, has_library, open_library
 from .arguments.paths import existing_file
-from .arguments.values import byte_count, plain_text, positive, variable_name, whole
+from .arguments.values import byte_count, ip_address, plain_text, positive, variable_name, whole
 from .console import print_error, say, say_json
 from .options import (
     add_focus,
@@ -35,6 +37,7 @@ from .options import (
     add_reasoning_limit,
     add_store_arguments,
     generator_spec,
+    index_folder,
     load_generator,
     require_store,
 )
@@ -42,9 +45,11 @@ from .options import (
 if TYPE_CHECKING:
     import socket
 
+    from .. import KVFusionGenerator
     from ..cluster import ClusterOptions, GeneratorSpec
     from ..cluster.serving import Deployment
     from ..serving import Access, ServingOptions
+    from ..serving.library import Library
 
 STOP_SECONDS = 9.0  # after a signal, the process ends even if a pass of the model or an upload has not ended
 
@@ -120,6 +125,15 @@ def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text}; may be repeated (default: none)",
         )
 
+    parser.add_argument(
+        "--trusted-proxy",
+        action="append",
+        type=ip_address,
+        default=[],
+        metavar="IP",
+        help="address of a proxy with TLS whose X-Forwarded-Proto is believed; may be repeated (default: none)",
+    )
+
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     """Add what one tenant, one request and all requests together may take."""
@@ -186,12 +200,42 @@ def _serve_here(args: argparse.Namespace, access: Access, options: ServingOption
 
     generator = load_generator(args)
     try:
-        with open_library(args, generator) as library, _short_turns():
+        with (
+            open_library(args, generator) as library,
+            _short_turns(),
+            _for_ask(args, generator, library, access, options),
+        ):
             app = create_app(generator, access=access, options=options, library=library)
-            serve(app, listener, lambda url: _say_ready(args, url, options.names_of(generator.model_id)[0]), _end_soon)
+            name = options.names_of(generator.model_id)[0]
+            serve(app, listener, lambda url: _say_ready(args, url, name), _end_soon, args.trusted_proxy)
     finally:
         if generator.store is not None:
             generator.store.close()  # finishes uploads and saves when documents were last used
+
+
+@contextmanager
+def _for_ask(
+    args: argparse.Namespace,
+    generator: KVFusionGenerator,
+    library: Library | None,
+    access: Access,
+    options: ServingOptions,
+) -> Generator[None, None, None]:
+    """Let ``kvfusion ask`` of the same user get its answers here, if the server has files of its own."""
+    if library is None or not (args.docs or args.index):
+        yield
+        return
+    from ..serving import running_on
+    from ..serving.library.asking import create_ask_app
+    from .same_user.listening import private_listener
+    from .same_user.place import socket_place
+
+    with private_listener(socket_place(args, index_folder(args))) as listener:
+        if listener is None:
+            yield
+            return
+        with running_on(listener, create_ask_app(generator, library, access, options)):
+            yield
 
 
 def _serve_on_cluster(
@@ -208,7 +252,8 @@ def _serve_on_cluster(
         deployed(spec, access=access, options=options, cluster=cluster, replicas=args.replicas) as deployment,
         _updating_on_hangup(deployment, spec),
     ):
-        serve(deployment.app, listener, lambda url: _say_ready(args, url, deployment.model_id), _end_soon)
+        ready = partial(_say_ready, args, model_id=deployment.model_id)
+        serve(deployment.app, listener, ready, _end_soon, args.trusted_proxy)
 
 
 @contextmanager
@@ -250,12 +295,8 @@ def _access(args: argparse.Namespace) -> Access:
     from ..serving import Access, read_keys
 
     keys = read_keys(args.api_keys_file) if args.api_keys_file is not None else {}
-    if args.api_key_env is not None:
-        key = os.environ.get(args.api_key_env, "")
-        if not key:
-            raise InvalidInputError(
-                f"the environment variable {args.api_key_env!r} is not set; set it to the API key."
-            )
+    key = key_of_environment(args.api_key_env)
+    if key is not None:
         if key in keys:
             raise InvalidInputError(
                 f"the key of the environment variable {args.api_key_env!r} is also in {str(args.api_keys_file)!r}, so "

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import KVFusionError
 from ..generator import KVFusionGenerator
 from ..schema import Answer, Document
+from ..text.citations import place_of
 from .options import ClusterOptions
 from .pool import apart, run_batches
 from .questions import Retrieve, question_rows
@@ -39,7 +40,7 @@ def answer_questions(
 
     Args:
         questions: rows such as ``{"question": "...", "documents": ["..."]}``, also with ``id``. Documents are texts,
-            or objects with text, id, title and score.
+            or objects with text, id, title, score and metadata. Sources and citations name its ``place`` ("page 12").
         generator: the model, and the store from which documents are loaded.
         cluster: where to work. Default: in this process.
         retrieve: returns the documents of a question that lists none. It is called in this process.
@@ -99,7 +100,10 @@ def _answered(row: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "support": answer.support,
         "found": answer.found,
-        "sources": [{"id": source.id, "title": source.title, "used": source.used} for source in answer.sources],
+        "sources": [
+            {"id": source.id, "title": source.title, "used": source.used, "place": place_of(source.metadata)}
+            for source in answer.sources
+        ],
         "citations": [asdict(citation) for citation in answer.citations],
         "prompt_tokens": answer.usage.prompt_tokens,
         "completion_tokens": answer.usage.completion_tokens,

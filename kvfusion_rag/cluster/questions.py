@@ -10,6 +10,7 @@ from typing import Any
 from ..data.rows import checked, open_text, reading_errors, require_object, required_text
 from ..errors import InvalidInputError, KVFusionError
 from ..schema import Document
+from ..text.citations import place_of
 
 DOCUMENT_FIELDS = ("text", "id", "title", "score")
 
@@ -35,7 +36,8 @@ def question_rows(rows: Iterable[Any], retrieve: Retrieve | None) -> Iterator[di
 
     Args:
         rows: mappings with ``question`` and, if nothing is retrieved, ``documents``: texts, or objects with text, id,
-            title and score. ``id`` is the row's position by default, counted from 1.
+            title, score and metadata, of which only the text ``place`` is kept. ``id`` is the row's position by
+            default, counted from 1.
         retrieve: returns the documents of a question without ``documents``.
     """
     for number, row in enumerate(rows, start=1):
@@ -54,7 +56,7 @@ def _checked(row: object, where: str, retrieve: Retrieve | None) -> dict[str, An
         given = checked(fields, "documents", (list,), "a list of texts or objects", where)
         documents = [_document(one, f"{where}: document {n}") for n, one in enumerate(given, start=1)]
     elif retrieve is not None:
-        documents = [{name: getattr(one, name) for name in DOCUMENT_FIELDS} for one in retrieve(question)]
+        documents = [_fields(one) for one in retrieve(question)]
     else:
         raise InvalidInputError(f"{where}: documents is missing; list them there, or retrieve them from an index.")
     return {"question": question, "documents": documents}
@@ -64,6 +66,16 @@ def _document(value: object, where: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value}
     fields = require_object(value, where, "a document must be a text or an object")
-    return {name: fields[name] for name in DOCUMENT_FIELDS if name in fields} | {
-        "text": checked(fields, "text", (str,), "a text", where)
-    }
+    metadata = checked(fields, "metadata", (dict, type(None)), "an object", where) or {}
+    given = {name: fields[name] for name in DOCUMENT_FIELDS if name in fields}
+    return given | {"text": checked(fields, "text", (str,), "a text", where), **_place(metadata)}
+
+
+def _fields(document: Document) -> dict[str, Any]:
+    return {name: getattr(document, name) for name in DOCUMENT_FIELDS} | _place(document.metadata)
+
+
+def _place(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the only field of a document's metadata that answers name, as a field of the document."""
+    place = place_of(metadata)
+    return {} if place is None else {"metadata": {"place": place}}

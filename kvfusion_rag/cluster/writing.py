@@ -84,8 +84,8 @@ def load_parquet() -> Any:
 def _schema(pyarrow: Any) -> Any:
     """Return the columns of answers, the same for every file."""
     text, count = pyarrow.string(), pyarrow.int64()
-    source = pyarrow.struct({"id": text, "title": text, "used": pyarrow.bool_()})
-    citation = pyarrow.struct({"document_id": text, "start": count, "end": count, "text": text})
+    source = pyarrow.struct({"id": text, "title": text, "used": pyarrow.bool_(), "place": text})
+    citation = pyarrow.struct({"document_id": text, "start": count, "end": count, "text": text, "place": text})
     texts = ("id", "question", "answer", "text", "reasoning", "mode", "finish_reason")
     lists = {"sources": pyarrow.list_(source), "citations": pyarrow.list_(citation)}
     judged = {"support": pyarrow.float64(), "found": pyarrow.bool_()}

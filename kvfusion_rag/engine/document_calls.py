@@ -9,10 +9,12 @@ from typing import Any
 
 from ..errors import DurabilityError, InvalidInputError
 from ..option_names import check_option_names
-from ..schema import Document, Prompt, Source
+from ..schema import Document, Prompt, Source, Tool
 from ..store import namespace_key, require_collection, write_manifest
 from ..text.documents import UNLIMITED
+from ..text.layouts import Layout
 from ..text.steps import finish
+from ..text.tools.definitions import ToolUse
 from .document_kvs import Scope
 from .generator_facts import GeneratorFacts
 
@@ -30,6 +32,7 @@ class DocumentCalls(GeneratorFacts):
         prompt: Prompt = None,
         question: str = "",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
         progress: bool = False,
         durable: bool = False,
         collection: str | None = None,
@@ -40,7 +43,8 @@ class DocumentCalls(GeneratorFacts):
             documents: any number. The limit on what one question may fuse does not apply.
             prompt: wording of the questions to come. Its fixed text in front of the documents is part of their keys.
             question: the question in ``prompt``, if it contains one. Lines with the question are not part of the keys.
-            chat_template_kwargs: those of the questions (:meth:`answer`).
+            chat_template_kwargs, tools: those of the questions (:meth:`answer`). Tools that a prompt shows in front of
+                the documents are part of their keys.
             progress: show a progress bar if this takes longer than a second.
             durable: return when the store's folder or URL has every document, and raise if it cannot. A local disk in
                 front of a URL is a cache, whose cap may be smaller. A process with a full queue of uploads waits.
@@ -48,8 +52,8 @@ class DocumentCalls(GeneratorFacts):
                 ``kvfusion store missing`` finds lost ones.
 
         Raises:
-            InvalidInputError: the generator has no store, or ``positions`` is "global", or a collection or ``durable``
-                is asked of a store that only keeps documents in memory or cannot be written.
+            InvalidInputError: the generator has no store, a tool is not allowed, ``positions`` is "global", or a
+                collection or ``durable`` is asked of a store that only keeps documents in memory or cannot be written.
             DurabilityError: the store could not keep all documents; the error names them.
             StoreError: the store's URL fails while documents are looked up or listed.
         """
@@ -58,6 +62,7 @@ class DocumentCalls(GeneratorFacts):
             prompt,
             question,
             chat_template_kwargs,
+            tools,
             progress=progress,
             durable=durable,
             collection=collection,
@@ -70,6 +75,7 @@ class DocumentCalls(GeneratorFacts):
         prompt: Prompt = None,
         question: str = "",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
         *,
         progress: bool = False,
         durable: bool = False,
@@ -90,7 +96,7 @@ class DocumentCalls(GeneratorFacts):
             )
         if durable or collection is not None:
             self._require_writable_store(collection)
-        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
+        layout = self._layout(prompt, question, chat_template_kwargs, tools)
         encoded = yield from self._engine.reading_steps(documents, layout, max_tokens=UNLIMITED)
         kvs, scope = self._engine.document_kvs, Scope(layout.prefix, self.namespace)
         stored = yield from kvs.store_steps(encoded.keys, scope, progress=progress, durable=durable)
@@ -103,6 +109,16 @@ class DocumentCalls(GeneratorFacts):
         if collection is not None and (tier := self.store.slowest_tier) is not None:
             write_manifest(tier, namespace_key(self.namespace), collection, encoded.keys_by_id)
         return list(encoded.sources(stored.origins, stored.misses, kvs.key_kind))
+
+    def _layout(
+        self,
+        prompt: Prompt,
+        question: str,
+        chat_template_kwargs: Mapping[str, Any] | None,
+        tools: Sequence[Tool] | None,
+    ) -> Layout:
+        use = ToolUse.of(tools, None, None)  # which of them may be called changes no key
+        return self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs, use)
 
     def _require_writable_store(self, collection: str | None) -> None:
         if collection is not None:
@@ -122,6 +138,7 @@ class DocumentCalls(GeneratorFacts):
         prompt: Prompt = None,
         question: str = "",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> Future[int]:
         """Start loading the stored KVs of ``documents`` into memory, for example while a reranker chooses.
 
@@ -130,7 +147,7 @@ class DocumentCalls(GeneratorFacts):
         Returns:
             A future with the number of documents (pieces, if long ones are split) that are in memory at the end.
         """
-        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
+        layout = self._layout(prompt, question, chat_template_kwargs, tools)
         return self._engine.document_kvs.prefetch(self._engine.read(documents, layout, max_tokens=UNLIMITED).keys)
 
     @check_option_names()
@@ -141,12 +158,13 @@ class DocumentCalls(GeneratorFacts):
         prompt: Prompt = None,
         question: str = "",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Sequence[Tool] | None = None,
     ) -> dict[str, list[str]]:
         """Return the store keys of each document's pieces, by document id. Nothing is computed.
 
         Arguments are those of :meth:`prefill`. ``store.missing`` tells which of the keys the store lacks.
         """
-        layout = self._engine.prompts.fused_layout(prompt, question, chat_template_kwargs)
+        layout = self._layout(prompt, question, chat_template_kwargs, tools)
         return self._engine.read(documents, layout, max_tokens=UNLIMITED).keys_by_id
 
     def forget(self, documents: Sequence[Document | str]) -> int:

@@ -112,15 +112,21 @@ class Prompts:
         return settings.layout == "prompt"
 
     def fused_layout(
-        self, prompt: Prompt, question: str = "", template_kwargs: Mapping[str, Any] | None = None
+        self,
+        prompt: Prompt,
+        question: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+        tools: ToolUse | None = None,
     ) -> Layout:
         """Return the layout in which documents are read for questions in the wording of ``prompt``.
 
         Args:
             question: the question that ``prompt`` contains, or "" if it contains none.
             template_kwargs: variables of the chat template.
+            tools: those of the questions.
         """
-        return self.layout(question, prompt, "fusion", has_documents=True, template_kwargs=template_kwargs)
+        kwargs = template_kwargs
+        return self.layout(question, prompt, "fusion", has_documents=True, template_kwargs=kwargs, tools=tools)
 
     def every_layout(self) -> list[Layout]:
         """Return layouts that encode documents in all the ways that this model usually reads them."""

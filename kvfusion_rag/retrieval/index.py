@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import xxhash
 
 from ..errors import InvalidInputError, RetrievalError
@@ -70,6 +72,16 @@ class IndexReport:
         """Return plain data for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Return the report that :meth:`to_dict` returned as data, which may have been JSON meanwhile."""
+        values: dict[str, Any] = {
+            **data,
+            **{name: tuple(data[name]) for name in ("added", "changed", "removed", "unchanged")},
+            **{name: tuple(SkippedFile(**one) for one in data[name]) for name in ("skipped", "left_out")},
+        }
+        return cls(**values)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Hit:
@@ -97,7 +109,8 @@ class DocumentIndex:
         chunks_per_step: chunks that are embedded at once. Eight times as many are kept in memory and written at once.
         progress: whether ``update`` shows chunks and remaining time on stderr if it takes more than a second.
 
-    A damaged index is emptied with a warning, and the next update builds it again.
+    A damaged index is emptied with a warning, and the next update builds it again. Other threads may search while one
+    updates, and find each file as it was before or is afterwards.
 
     Raises:
         RetrievalError: the folder is not an index, cannot be written, or is in use by another process.
@@ -123,6 +136,7 @@ class DocumentIndex:
         self._max_file_bytes = max_file_bytes
         self._chunks_per_step = chunks_per_step
         self._progress = progress
+        self._lock = threading.RLock()  # held to write and to read, but not to embed
         self._collection, self.folder = self._open(folder)
         self._base = self._collection.base if base is None else absolute(base)
         self._damage = self._collection.damage
@@ -167,7 +181,8 @@ class DocumentIndex:
 
     def files(self) -> tuple[str, ...]:
         """Return the sorted names of all files in the index."""
-        return tuple(sorted(self._collection.files))
+        with self._lock:
+            return tuple(sorted(self._collection.files))
 
     def update(self, paths: str | Path | Sequence[str | Path]) -> IndexReport:
         """Update the index from files and folders, including subfolders.
@@ -212,8 +227,10 @@ class DocumentIndex:
     def documents(self, *, files: Collection[str] | None = None) -> list[Document]:
         """Return all chunks, or those of some files, as :meth:`search` does, but without distance and score."""
         allowed = None if files is None else frozenset(files)
-        names = sorted(self._collection.files if allowed is None else allowed & self._collection.files.keys())
-        return self._documents([(None, place) for name in names for place in self._collection.files[name].places])
+        with self._lock:
+            stored = self._collection.files
+            names = sorted(stored if allowed is None else allowed & stored.keys())
+            return self._documents([(None, place) for name in names for place in stored[name].places])
 
     def search(self, question: str, top_k: int = 5, *, files: Collection[str] | None = None) -> list[Document]:
         """Return the chunks nearest to ``question``, nearest first.
@@ -240,10 +257,14 @@ class DocumentIndex:
             raise InvalidInputError(f"top_k is {top_k}, but it must be at least 1.")
         if not question.strip():
             raise InvalidInputError("the question is blank, but it must contain text.")
-        allowed = None if files is None else frozenset(files)
+        vector = self._embedder.embed_question(question)
+        with self._lock:
+            return self._nearest(vector, top_k, None if files is None else frozenset(files))
+
+    def _nearest(self, vector: np.ndarray, top_k: int, allowed: frozenset[str] | None) -> list[Document]:
         first: list[_Hit] = []
         copies: list[_Hit] = []
-        for distance, places in self._collection.nearest(self._embedder.embed_question(question)):
+        for distance, places in self._collection.nearest(vector):
             if len(first) >= top_k and distance > first[-1].distance:
                 break
             hits = [_Hit(distance, self._id(p), p) for p in places if allowed is None or p.file in allowed]
@@ -264,6 +285,7 @@ class DocumentIndex:
             max_file_bytes=self._max_file_bytes,
             chunks_per_step=self._chunks_per_step,
             progress=self._progress,
+            lock=self._lock,
         )
 
     def _deleted(self, paths: Sequence[str | Path], present: set[str]) -> list[str]:

@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
+from ..text.citations import count_line_ends
 from .files.reading import Mark
-
-_LINE_END = re.compile(r"\r\n?|\n")
-_COUNTED = re.compile(r"(.*\b(?:line|row))s ([0-9]{1,9})-([0-9]{1,9})")
-
-
-def count_line_ends(text: str, start: int, end: int) -> int:
-    """Return how many lines end in ``text[start:end]``, whatever their line ends are."""
-    returns = text.count("\r", start, end)
-    both = text.count("\r\n", start, end) if returns else 0
-    return text.count("\n", start, end) + returns - both
 
 
 def name_places(text: str, marks: Sequence[Mark], spans: Iterable[tuple[int, int]]) -> list[str]:
@@ -49,17 +39,6 @@ def shifted_marks(text: str, marks: Sequence[Mark], removed: Sequence[tuple[int,
         if after is not None and after[0].counts_lines:
             shifted.append(_moved(after[0], end - gone, after[1]))
     return tuple(shifted)
-
-
-def narrowed_place(place: str, text: str, offset: int) -> str:
-    """Return the place of one character of a chunk at ``place``: the row or line of it, if the chunk has several."""
-    match = _COUNTED.fullmatch(place)
-    if match is None:
-        return place
-    first, last = int(match[2]), int(match[3])
-    if count_line_ends(text, 0, len(text)) != last - first:  # rows are missing between them
-        return place
-    return f"{match[1]} {first + count_line_ends(text, 0, offset)}"
 
 
 class _MarkReader:

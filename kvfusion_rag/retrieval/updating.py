@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,6 +84,7 @@ class Updater:
         max_file_bytes: size in bytes above which files are skipped.
         chunks_per_step: chunks that are embedded at once.
         progress: whether to show a progress bar.
+        lock: held while files are written, but not while texts are embedded.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Updater:
         max_file_bytes: int,
         chunks_per_step: int,
         progress: bool,
+        lock: AbstractContextManager[object],
     ) -> None:
         self._collection = collection
         self._embedder = embedder
@@ -103,6 +106,7 @@ class Updater:
         self._max_file_bytes = max_file_bytes
         self._chunks_per_step = chunks_per_step
         self._shows_progress = progress
+        self._lock = lock
 
     def update(self, paths: Sequence[Path]) -> FileChanges:
         """Read, split, embed and write the files that are new or have changed."""
@@ -187,7 +191,8 @@ class Updater:
                 for key, text, vector in zip(keys[step], all_texts[step], vectors, strict=True)
             ]
             on_embedded(len(vectors))
-        self._collection.write(removed, files, chunks)
+        with self._lock:
+            self._collection.write(removed, files, chunks)
         return len(keys)
 
     def _titles_to_embed(self, removed: list[str], files: list[StoredFile]) -> dict[bytes, str]:

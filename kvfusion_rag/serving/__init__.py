@@ -18,6 +18,8 @@ except ImportError as error:
 from .access import Access, read_keys
 from .app import create_app
 from .options import ServingOptions
-from .server import bind, require_guarded, running, serve
+from .server import bind, require_guarded, running, running_on, serve
 
-__all__ = ["Access", "ServingOptions", "bind", "create_app", "read_keys", "require_guarded", "running", "serve"]
+__all__ = [
+    "Access", "ServingOptions", "bind", "create_app", "read_keys", "require_guarded", "running", "running_on", "serve",
+]  # fmt: skip

@@ -68,14 +68,26 @@ def create_app(
 
 def new_app(model: dict[str, Any], options: ServingOptions) -> FastAPI:
     """Return an app with our errors, the pages and ``model``, which does not answer yet."""
+    app = bare_app(options)
+    add_pages(app)
+    _add_models(app, model, options)
+    return app
+
+
+def bare_app(options: ServingOptions) -> FastAPI:
+    """Return an app with our errors and a thread for each request, which has only the path ``/health``."""
     lifespan = _with_threads(options.max_concurrency)
     app = FastAPI(title="kvfusion-rag", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     app.add_exception_handler(KVFusionError, _on_error)
     app.add_exception_handler(Exception, _on_error)
-    add_pages(app)
-    _add_models(app, model, options)
+
+    @app.get("/health", responses=REPLIES["health"])
+    async def health() -> Response:
+        """Return that the server runs."""
+        return Reply({"status": "ok"})
+
     return app
 
 
@@ -88,7 +100,7 @@ def add_answering(
     library: Library | None = None,
 ) -> None:
     """Add the paths that need the generator, for its own namespace and for others."""
-    tenants, work = _Tenants(generator, namespaces), DocumentWork(load)
+    tenants, work = Tenants(generator, namespaces), DocumentWork(load)
     _add_answers(app, tenants, options, library)
     _add_documents(app, tenants, options, work)
     if library is not None:
@@ -130,7 +142,7 @@ def _max_of_tenant(access: Access, options: ServingOptions) -> int:
     return max(1, options.max_concurrency // 2) if is_shared else options.max_concurrency
 
 
-class _Tenants:
+class Tenants:
     """One generator per namespace, all with the same weights and store."""
 
     def __init__(self, generator: KVFusionGenerator, namespaces: Iterable[str]) -> None:
@@ -164,11 +176,6 @@ def _add_models(app: FastAPI, model: dict[str, Any], options: ServingOptions) ->
     def names() -> tuple[str, ...]:
         return options.names_of(model["id"])  # the replicas of a server can be given another model
 
-    @app.get("/health", responses=REPLIES["health"])
-    async def health() -> Response:
-        """Return that the server runs."""
-        return Reply({"status": "ok"})
-
     @app.get("/v1/models", responses=REPLIES["models"])
     async def models() -> Response:
         """Return the model under each of its names, its mode, and whether it follows instructions."""
@@ -181,7 +188,7 @@ def _add_models(app: FastAPI, model: dict[str, Any], options: ServingOptions) ->
         return Reply(model | {"id": name})
 
 
-def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions, library: Library | None) -> None:
+def _add_answers(app: FastAPI, tenants: Tenants, options: ServingOptions, library: Library | None) -> None:
     @app.post("/v1/chat/completions", responses=REPLIES["answer"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer the last message from the documents of the request, or from those that the server finds."""
@@ -194,14 +201,13 @@ def _add_answers(app: FastAPI, tenants: _Tenants, options: ServingOptions, libra
         found = await _find(library, generator.namespace, body, options)
         if found is not None:
             arguments["documents"] = found
-        completion = Completion(names[0], found)
+        completion = Completion(names[0], found, include_usage=body.stream_options.include_usage)
         if body.stream:
-            include_usage = body.stream_options.include_usage
-            return await answer_events(generator, arguments, completion, include_usage=include_usage)
+            return await answer_events(generator, arguments, completion)
         return Reply(completion.whole(await generator.aanswer(**arguments)))
 
 
-def _add_documents(app: FastAPI, tenants: _Tenants, options: ServingOptions, work: DocumentWork) -> None:
+def _add_documents(app: FastAPI, tenants: Tenants, options: ServingOptions, work: DocumentWork) -> None:
     @app.post("/v1/documents", responses=REPLIES["work"])
     async def prefill(body: PrefillRequest, request: Request) -> Response:
         """Compute the KV of documents and keep it in the store."""

@@ -147,6 +147,7 @@ Variables = Annotated[
         }
     ),
 ]
+Focus = Annotated[FocusChoice, BeforeValidator(_focus, json_schema_input_type=PositiveInt | Literal["auto"] | None)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Stop = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True)]
@@ -174,20 +175,20 @@ class RemoveRequest(Body):
 
 
 class PrefillRequest(DocumentsRequest):
-    """A request to prefill documents. ``messages`` are an example of the conversations that will follow."""
+    """A request to prefill documents. ``messages`` and ``tools`` are an example of the requests that will follow."""
 
     messages: Messages | None = None
     chat_template_kwargs: Variables | None = None
+    tools: Tools = Field(default_factory=list)
 
     def prefill_arguments(self) -> dict[str, Any]:
         """Return the arguments of ``KVFusionGenerator.prefill`` except the documents."""
+        tools = [tool.to_tool() for tool in self.tools]
+        wording = {"chat_template_kwargs": self.chat_template_kwargs, "tools": tools}
         if self.messages is None:
-            return {"chat_template_kwargs": self.chat_template_kwargs}
-        return {
-            "prompt": [message.to_message() for message in self.messages],
-            "question": question_of(self.messages),
-            "chat_template_kwargs": self.chat_template_kwargs,
-        }
+            return wording
+        prompt = [message.to_message() for message in self.messages]
+        return {"prompt": prompt, "question": question_of(self.messages), **wording}
 
 
 class ChatRequest(_WithDocuments):
@@ -198,9 +199,7 @@ class ChatRequest(_WithDocuments):
     model: Text
     messages: Messages
     mode: ModeChoice | None = None
-    focus: Annotated[
-        FocusChoice, BeforeValidator(_focus, json_schema_input_type=PositiveInt | Literal["auto"] | None)
-    ] = Field(
+    focus: Focus = Field(
         "auto",
         description="Keep the n documents that make the question most likely. null keeps all documents, 'auto' uses "
         "the model's own number. Default: the server's setting.",

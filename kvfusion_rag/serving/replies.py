@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..schema import Answer, AnswerPiece, Document, Source, ToolCall
+from ..text.citations import place_of
 
 LAST_EVENT = b"data: [DONE]\n\n"
 _OF_SERVER = frozenset({"source", "distance"})  # metadata of an index that clients do not get
@@ -20,13 +21,14 @@ def event(data: object) -> bytes:
 
 
 def source_list(sources: Sequence[Source]) -> list[dict[str, Any]]:
-    """Return the sources as JSON data, without metadata and without attribution unless it was requested."""
+    """Return the sources as JSON data, with the place in their metadata, and attribution if it was requested."""
     return [_source(source.to_dict()) for source in sources]
 
 
 def _source(data: dict[str, Any]) -> dict[str, Any]:
+    metadata = data.pop("metadata")
     unset = {name for name in ("attention", "effect") if data[name] is None}
-    return {name: value for name, value in data.items() if name not in {"metadata", *unset}}
+    return {name: value for name, value in data.items() if name not in unset} | {"place": place_of(metadata)}
 
 
 def document_list(documents: Sequence[Document]) -> list[dict[str, Any]]:
@@ -48,9 +50,11 @@ class Completion:
 
     Args:
         found: the documents that the server found for the question; ``None`` if the request had its own.
+        include_usage: whether a stream ends with a chunk of token counts.
     """
 
-    def __init__(self, model: str, found: Sequence[Document] | None = None) -> None:
+    def __init__(self, model: str, found: Sequence[Document] | None = None, *, include_usage: bool = False) -> None:
+        self._include_usage = include_usage
         self._found = {} if found is None else {"documents": document_list(found)}
         self._common = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
@@ -84,13 +88,12 @@ class Completion:
             return self._chunk({"tool_calls": [{**begun, "index": piece.call_index, "function": function}]})
         return self._chunk({"reasoning_content" if piece.is_reasoning else "content": piece.text})
 
-    def last(self, answer: Answer) -> dict[str, Any]:
-        """Return the chunk after the last piece, with the finish reason and the ``kvfusion`` object."""
-        return {**self._chunk({}, answer.finish_reason), "kvfusion": _extension(answer)}
-
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        """Return the final chunk with token counts, which is sent if the client requested it."""
-        return {**self._common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)}
+    def last(self, answer: Answer) -> list[dict[str, Any]]:
+        """Return a chunk with the finish reason and the ``kvfusion`` object, and one with token counts if wanted."""
+        chunks = [{**self._chunk({}, answer.finish_reason), "kvfusion": _extension(answer)}]
+        if self._include_usage:
+            chunks.append({**self._common, "object": "chat.completion.chunk", "choices": [], "usage": _usage(answer)})
+        return chunks
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

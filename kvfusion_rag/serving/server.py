@@ -6,7 +6,7 @@ import ipaddress
 import signal
 import socket
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -59,6 +59,7 @@ def serve(
     listener: socket.socket,
     on_ready: Callable[[str], None],
     on_signal: Callable[[int], None] = lambda number: None,
+    trusted_proxies: Sequence[str] = (),
 ) -> None:
     """Serve requests until SIGTERM or Ctrl-C, and then give those in progress ``SHUTDOWN_SECONDS`` to finish.
 
@@ -67,11 +68,12 @@ def serve(
     Args:
         on_ready: called with the base URL when the server accepts requests.
         on_signal: called with the number of the signal that stops the server.
+        trusted_proxies: IP addresses of proxies whose ``X-Forwarded-Proto`` is the scheme that browsers used.
 
     Raises:
         KeyboardInterrupt: the server was stopped with Ctrl-C.
     """
-    server = _Server(app, lambda: on_ready(url_of(listener)), on_signal)
+    server = _Server(app, lambda: on_ready(url_of(listener)), on_signal, trusted_proxies)
     former = signal.signal(signal.SIGTERM, server.handle_exit)  # uvicorn raises the signal again when it has stopped
     try:
         server.run(sockets=[listener])
@@ -80,7 +82,9 @@ def serve(
 
 
 @contextmanager
-def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Generator[str, None, None]:
+def running(
+    app: FastAPI, *, host: str = "127.0.0.1", port: int = 0, trusted_proxies: Sequence[str] = ()
+) -> Generator[str, None, None]:
     """Serve the app from another thread until the block ends, for notebooks and tests. Yields the base URL.
 
     Raises:
@@ -88,34 +92,51 @@ def running(app: FastAPI, *, host: str = "127.0.0.1", port: int = 0) -> Generato
         KVFusionError: the app could not start.
     """
     with bind(host, port) as listener:
-        ready = threading.Event()
-        server = _Server(app, ready.set)
-
-        def run() -> None:
-            try:
-                with suppress(SystemExit):  # raised by uvicorn if the app could not start
-                    server.run([listener])
-            finally:
-                ready.set()
-
-        thread = threading.Thread(target=run, name="kvfusion-server", daemon=True)
         address = url_of(listener)
-        thread.start()
-        try:
-            ready.wait()
-            if not server.started:
-                raise KVFusionError("the server did not start; its log contains the cause.")
+        with running_on(listener, app, trusted_proxies):
             yield address
+
+
+@contextmanager
+def running_on(
+    listener: socket.socket, app: FastAPI, trusted_proxies: Sequence[str] = ()
+) -> Generator[None, None, None]:
+    """Serve the app on a bound socket from another thread until the block ends.
+
+    Raises:
+        KVFusionError: the app could not start.
+    """
+    ready = threading.Event()
+    server = _Server(app, ready.set, trusted_proxies=trusted_proxies)
+
+    def run() -> None:
+        try:
+            with suppress(SystemExit):  # raised by uvicorn if the app could not start
+                server.run([listener])
         finally:
-            server.should_exit = True
-            thread.join()
+            ready.set()
+
+    thread = threading.Thread(target=run, name="kvfusion-server", daemon=True)
+    thread.start()
+    try:
+        ready.wait()
+        if not server.started:
+            raise KVFusionError("the server did not start; its log contains the cause.")
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 class _Server(uvicorn.Server):
     """A uvicorn server that logs only warnings and reports when it is ready."""
 
     def __init__(
-        self, app: FastAPI, on_ready: Callable[[], None], on_signal: Callable[[int], None] = lambda number: None
+        self,
+        app: FastAPI,
+        on_ready: Callable[[], None],
+        on_signal: Callable[[int], None] = lambda number: None,
+        trusted_proxies: Sequence[str] = (),
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -123,7 +144,8 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 log_level="warning",
                 access_log=False,
-                proxy_headers=False,
+                proxy_headers=bool(trusted_proxies),
+                forwarded_allow_ips=list(trusted_proxies),
                 server_header=False,
                 http=_Protocol,
                 h11_max_incomplete_event_size=HEADER_BYTES,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import aclosing, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ..engine.streaming import AnswerStream
 from ..generator import KVFusionGenerator
-from ..schema import AnswerPiece
+from ..schema import Answer, AnswerPiece
 from .errors import as_api_error, is_server_error
-from .replies import LAST_EVENT, Completion, event
+from .replies import LAST_EVENT, event
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -40,6 +40,22 @@ async def in_thread(function: Callable[..., T], *args: Any, pool: Executor | Non
         raise
 
 
+class Chunks(Protocol):
+    """The JSON objects of which a streamed answer consists."""
+
+    def first(self) -> dict[str, Any]:
+        """Return the object before the first piece."""
+        ...
+
+    def piece(self, piece: AnswerPiece) -> dict[str, Any]:
+        """Return the object of one piece."""
+        ...
+
+    def last(self, answer: Answer) -> Iterable[dict[str, Any]]:
+        """Return the objects after the last piece."""
+        ...
+
+
 class EventStream(StreamingResponse):
     """A response that sends ``events`` and closes ``stream`` when it ends or fails."""
 
@@ -56,10 +72,8 @@ class EventStream(StreamingResponse):
             await in_thread(self._stream.close)
 
 
-async def answer_events(
-    generator: KVFusionGenerator, arguments: dict[str, Any], completion: Completion, *, include_usage: bool
-) -> EventStream:
-    """Return the response that streams one answer in the objects of ``completion``.
+async def answer_events(generator: KVFusionGenerator, arguments: dict[str, Any], chunks: Chunks) -> EventStream:
+    """Return the response that streams one answer in the objects of ``chunks``.
 
     The first piece is computed before the response begins, so that an error until then gets its own HTTP status.
 
@@ -72,21 +86,18 @@ async def answer_events(
     except BaseException:  # including cancellation
         await in_thread(stream.close)
         raise
-    return EventStream(_events(stream, first, completion, include_usage), stream)
+    return EventStream(_events(stream, first, chunks), stream)
 
 
-async def _events(
-    stream: AnswerStream, piece: AnswerPiece | None, completion: Completion, include_usage: bool
-) -> AsyncGenerator[bytes, None]:
+async def _events(stream: AnswerStream, piece: AnswerPiece | None, chunks: Chunks) -> AsyncGenerator[bytes, None]:
     try:
-        yield event(completion.first())
+        yield event(chunks.first())
         while piece is not None:
-            yield event(completion.piece(piece))
+            yield event(chunks.piece(piece))
             piece = await anext(stream.pieces, None)
         assert stream.answer is not None  # the stream is exhausted
-        yield event(completion.last(stream.answer))
-        if include_usage:
-            yield event(completion.usage(stream.answer))
+        for data in chunks.last(stream.answer):
+            yield event(data)
         yield LAST_EVENT
     except Exception as error:
         if is_server_error(error):

@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from ..schema import Citation, Document
 
+MAX_PLACE_CHARACTERS = 200
+
 _WORD = re.compile(r"\w+")
+_COUNTED = re.compile(r"(.*\b(?:line|row))s ([0-9]{1,9})-([0-9]{1,9})")
 _LEADING_ARTICLES = re.compile(r"^(?:(?:a|an|the)(?:\s+|$))+", re.IGNORECASE)
 
 
@@ -27,12 +31,34 @@ def find_citations(answer: str, documents: Iterable[tuple[str, Document]]) -> tu
     target = _normalize(_LEADING_ARTICLES.sub("", answer.strip()))
     if not target:
         return ()
-    spans = ((document_id, document.text, _find(target, document.text)) for document_id, document in documents)
-    return tuple(
-        Citation(document_id, span[0], span[1], text[span[0] : span[1]])
-        for document_id, text, span in spans
-        if span is not None
-    )
+    spans = ((document_id, document, _find(target, document.text)) for document_id, document in documents)
+    return tuple(_citation(document_id, document, *span) for document_id, document, span in spans if span is not None)
+
+
+def place_of(metadata: Mapping[str, Any]) -> str | None:
+    """Return the place in a document's metadata if it is a text of a length that can name a place."""
+    place = metadata.get("place")
+    if not isinstance(place, str) or not 0 < len(place) <= MAX_PLACE_CHARACTERS:
+        return None
+    return place.encode(errors="replace").decode()  # lone surrogates could not be written to a file
+
+
+def narrowed_place(place: str, text: str, offset: int) -> str:
+    """Return the place of one character of a chunk at ``place``: the row or line of it, if the chunk has several."""
+    match = _COUNTED.fullmatch(place)
+    if match is None:
+        return place
+    first, last = int(match[2]), int(match[3])
+    if count_line_ends(text, 0, len(text)) != last - first:  # rows are missing between them
+        return place
+    return f"{match[1]} {first + count_line_ends(text, 0, offset)}"
+
+
+def count_line_ends(text: str, start: int, end: int) -> int:
+    """Return how many lines end in ``text[start:end]``, whatever their line ends are."""
+    returns = text.count("\r", start, end)
+    both = text.count("\r\n", start, end) if returns else 0
+    return text.count("\n", start, end) + returns - both
 
 
 def find_shared_phrases(answer: str, question: str, documents: Iterable[tuple[str, Document]]) -> tuple[Citation, ...]:
@@ -43,15 +69,21 @@ def find_shared_phrases(answer: str, question: str, documents: Iterable[tuple[st
     """
     question_words = {_normalize(word) for word in _WORD.findall(question)}
     words = [_normalize(word) for word in _WORD.findall(answer)]
-    runs = [(document_id, doc.text, _longest_run(words, doc.text, question_words)) for document_id, doc in documents]
+    runs = [(document_id, doc, _longest_run(words, doc.text, question_words)) for document_id, doc in documents]
     most = max((run[0] for _, _, run in runs), default=0)
     if most < 2:
         return ()
     return tuple(
-        Citation(document_id, start, end, text[start:end])
-        for document_id, text, (length, start, end) in runs
+        _citation(document_id, document, start, end)
+        for document_id, document, (length, start, end) in runs
         if length == most
     )
+
+
+def _citation(document_id: str, document: Document, start: int, end: int) -> Citation:
+    place = place_of(document.metadata)
+    narrowed = None if place is None else narrowed_place(place, document.text, start)
+    return Citation(document_id, start, end, document.text[start:end], narrowed)
 
 
 def _longest_run(words: Sequence[str], text: str, question_words: Collection[str]) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pytest
 from commands import run
-from indexes import WordEmbedder
+from indexes import WordEmbedder, open_index
 
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.cluster import GeneratorSpec, answer_questions, read_questions
@@ -23,6 +23,7 @@ BAD = {
     "documents are a text": '{"question": "who?", "documents": "mill"}',
     "document without text": '{"question": "who?", "documents": [{"title": "mill"}]}',
     "document id is a number": '{"question": "who?", "documents": [{"text": "mill", "id": 1}]}',
+    "metadata is a list": '{"question": "who?", "documents": [{"text": "mill", "metadata": []}]}',
     "too long": json.dumps({"question": "who? " * 9000, "documents": []}),
 }
 
@@ -50,8 +51,27 @@ def test_answers_are_those_of_the_generator(spec):
     assert [row["id"] for row in found] == [f"q{number}" for number in range(20)]
     expected = generator.answer(rows[7]["question"], [DOCUMENTS[0]])
     assert found[7]["answer"] == found[7]["text"] == expected.text == "thomas grant"
-    assert found[7]["sources"][1] == {"id": "r", "title": "Rice", "used": True} and found[7]["error"] is None
+    assert found[7]["sources"][1] == {"id": "r", "title": "Rice", "used": True, "place": None}
+    assert found[7]["error"] is None
     assert found[7]["citations"][0]["document_id"] == "1"
+
+
+def test_sources_and_citations_name_the_places_of_documents(spec):
+    text = "The mill is old.\nThomas Grant built it."
+    places = ["lines 7-8", "page 3", "", 5, None, "x" * 201, "\ud800"]
+    documents = [{"text": text, "id": str(n), "metadata": {"place": place}} for n, place in enumerate(places)]
+    (row,) = answer_questions([{"question": "who?", "documents": [*documents, {"text": text}]}], spec)
+    assert [source["place"] for source in row["sources"]] == ["lines 7-8", "page 3", *[None] * 4, "?", None]
+    assert [citation["place"] for citation in row["citations"]][:2] == ["line 8", "page 3"]
+    json.dumps(row, ensure_ascii=False).encode()
+
+
+def test_retrieved_documents_keep_their_places(spec, tmp_path):
+    (tmp_path / "notes.txt").write_text("The mill is old.\nThomas Grant built it.")
+    with open_index() as index:
+        index.update(tmp_path)
+        (row,) = answer_questions([{"question": "who?"}], spec, retrieve=index.search)
+    assert row["sources"][0]["place"] == "lines 1-2" and row["citations"][0]["place"] == "line 2"
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD.keys())

@@ -96,6 +96,24 @@ def test_the_model_writes_calls_as_its_template_shows_them(name):
     assert tool_tokenizer(name).decode(answer.token_ids).startswith(format.write(answer.tool_calls))
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_documents_can_be_prefilled_for_questions_with_tools(name):
+    gen = tool_model(name, "fusion")
+    gen.prefill(DOCUMENTS)
+    gen.prefill(DOCUMENTS, tools=TOOLS)
+    (keys,) = gen.store_keys(DOCUMENTS, tools=TOOLS).values()
+    assert all(key in gen.store for key in keys)
+    for options in ({}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "required"}):
+        assert gen.answer(QUESTION, DOCUMENTS, max_new_tokens=90, **options).sources[0].origin == "memory"
+    other = gen.answer(QUESTION, DOCUMENTS, max_new_tokens=90, tools=TOOLS[:1]).sources[0].origin
+    assert other == ("computed" if gen.store_keys(DOCUMENTS) != gen.store_keys(DOCUMENTS, tools=TOOLS) else "memory")
+
+
+def test_tools_of_prefill_are_checked():
+    with pytest.raises(InvalidInputError, match="must be a list of kvfusion_rag"):
+        tool_model("tagged").prefill(DOCUMENTS, tools=["weather"])
+
+
 def test_a_model_may_write_text_and_then_a_call():
     tok = tool_tokenizer("tagged")
     ids = tok("\n the river<tool_call>", add_special_tokens=False)["input_ids"]
@@ -107,6 +125,7 @@ def test_a_model_may_write_text_and_then_a_call():
     answer = spoken.answer(QUESTION, tools=TOOLS, mode="concat", parallel_tool_calls=False, max_new_tokens=90)
     require_valid(answer)
     assert answer.text == "the river" and len(answer.tool_calls) == 1
+    assert Answer.from_dict(json.loads(json.dumps(answer.to_dict()))) == answer
 
 
 @pytest.mark.parametrize(

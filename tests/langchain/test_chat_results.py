@@ -51,7 +51,7 @@ async def test_messages_contain_sources_and_token_counts():
             ("a", "T", None),
             ("b", None, "a"),
         ]
-        assert said["citations"][0] == {"document_id": "a", "start": 5, "end": 12, "text": "In Lima"}
+        assert said["citations"][0] == {"document_id": "a", "start": 5, "end": 12, "text": "In Lima", "place": None}
         json.dumps(said)
 
 

@@ -215,7 +215,7 @@ async def test_results_contain_usage_sources_and_citations():
             ("a", "computed", 3, "T", None),
             ("b", "computed", 3, None, "a"),
         ]
-        assert info["citations"][0] == {"document_id": "a", "start": 5, "end": 12, "text": "In Lima"}
+        assert info["citations"][0] == {"document_id": "a", "start": 5, "end": 12, "text": "In Lima", "place": None}
         json.dumps(info)
     total = llm.generate(["Where?", "Who?"], documents=documents).llm_output or {}
     assert total["token_usage"] == {name: 2 * count for name, count in usage.items()}

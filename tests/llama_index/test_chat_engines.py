@@ -145,7 +145,7 @@ async def test_record_is_the_last_source(kind: Any, way: str) -> None:
     assert [source.tool_name for source in response.sources] == ["retriever", "kvfusion"]
     record = response.sources[-1].raw_output
     assert [source["id"] for source in record["sources"]] == ["n1", "n2"]
-    assert record["citations"] == [{"document_id": "n1", "start": 7, "end": 14, "text": "in Lima"}]
+    assert record["citations"] == [{"document_id": "n1", "start": 7, "end": 14, "text": "in Lima", "place": None}]
     if "stream" not in way:
         assert response.metadata["kvfusion"] == record
 

@@ -60,7 +60,7 @@ async def test_response_has_text_counts_and_record(way: str) -> None:
     assert json.loads(json.dumps(last.raw)) == last.raw
     assert last.raw["mode"] == "fusion"
     assert last.raw["cited_text"] == "in Lima"
-    assert last.raw["citations"] == [{"document_id": "x", "start": 7, "end": 14, "text": "in Lima"}]
+    assert last.raw["citations"] == [{"document_id": "x", "start": 7, "end": 14, "text": "in Lima", "place": None}]
     (source,) = last.raw["sources"]
     assert (source["id"], source["origin"], source["metadata"]) == ("x", "computed", {"d": 1})
     if "stream" in way:

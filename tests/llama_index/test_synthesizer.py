@@ -196,7 +196,7 @@ async def test_record_contains_node_ids(way: str) -> None:
         ("n2", None, {"score": 0.5}),
         ("n3", None, {}),
     ]
-    assert record["citations"] == [{"document_id": "n1", "start": 7, "end": 14, "text": "in Lima"}]
+    assert record["citations"] == [{"document_id": "n1", "start": 7, "end": 14, "text": "in Lima", "place": None}]
     assert (record["mode"], record["cited_text"]) == ("fusion", "in Lima")
 
 

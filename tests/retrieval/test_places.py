@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvfusion_rag.retrieval import read_document
 from kvfusion_rag.retrieval.files.reading import Mark
-from kvfusion_rag.retrieval.places import name_places, narrowed_place
+from kvfusion_rag.retrieval.places import name_places
+from kvfusion_rag.text.citations import narrowed_place
 
 TEXT = "one two three four"
 

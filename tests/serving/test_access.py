@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import asynccontextmanager
 
+import httpx
 import pytest
 import tiny
 from fakes import RecordingGenerator
@@ -269,3 +270,23 @@ def test_app_that_fails_to_start_does_not_hang():
     app.router.lifespan_context = fails
     with pytest.raises(KVFusionError, match="did not start"), running(app):
         pass
+
+
+@pytest.mark.parametrize(
+    ("trusted", "origin", "proto", "status"),
+    [
+        (["127.0.0.1"], "https://rag.example", "https", 200),
+        (["10.0.0.1", "127.0.0.1"], "https://rag.example", "https", 200),
+        (["127.0.0.1"], "https://evil.example", "https", 403),
+        (["127.0.0.1"], "https://rag.example", None, 403),
+        (["127.0.0.1"], "http://rag.example", None, 200),
+        (["10.0.0.1"], "https://rag.example", "https", 403),
+        ([], "https://rag.example", "https", 403),
+    ],
+)
+def test_page_behind_a_proxy_with_tls_needs_a_trusted_proxy(trusted, origin, proto, status):
+    headers = {"host": "rag.example", "origin": origin} | ({} if proto is None else {"x-forwarded-proto": proto})
+    with running(
+        create_app(RecordingGenerator(), access=Access(hosts=["rag.example"])), trusted_proxies=trusted
+    ) as url:
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == status

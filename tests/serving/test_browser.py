@@ -161,6 +161,7 @@ def test_answer_has_a_highlighted_source_bars_and_the_origin_of_its_kvs(open_pag
         "Thomas Grant"
     )  # although characters before it take two units of UTF-16
     expect(cited.locator(".passage")).to_have_text(KEEPER)
+    expect(cited.locator(".place")).to_have_text("lighthouse.txt, line 1")
     expect(answer.locator("meter.attention")).to_have_count(3)
     shares = [float(meter.get_attribute("value")) for meter in answer.locator("meter.attention").all()]
     assert all(share > 0 for share in shares) and sum(shares) <= 1
@@ -171,6 +172,19 @@ def test_answer_has_a_highlighted_source_bars_and_the_origin_of_its_kvs(open_pag
     expect(answered(page).locator(".facts")).to_contain_text("3 × KV from memory")
     expect(page.locator(".answer")).to_have_count(2)
     picture(page, "answer-light")
+
+
+def test_question_that_is_asked_before_the_files_are_known_is_answered_from_them(open_page, url):
+    page = open_page(url)
+    expect(page.locator("#files")).to_contain_text("ferry.md")  # no request of this load is left
+    waiting: list[Any] = []
+    page.route("**/v1/library", lambda route: waiting.append(route))
+    page.reload(wait_until="commit")
+    expect(page.locator("#model")).not_to_be_empty()
+    ask(page)
+    expect(page.locator("#library")).to_be_hidden()  # the page has seen the key, but not the files
+    waiting[0].continue_()
+    expect(answered(page).locator(".document")).to_have_count(3)
 
 
 def test_documents_are_shown_as_text(open_page, url):
@@ -231,6 +245,22 @@ def test_files_are_added_by_button_and_drop_and_removed(open_page, url, tmp_path
     file.write_bytes(b"\0" * 100)
     page.set_input_files("#upload", file)
     expect(page.locator("#notice")).to_contain_text("cannot be read")
+
+
+def test_files_that_the_server_finds_meanwhile_are_listed(open_page, speaker, docs):
+    with open_index(chunk_tokens=40) as index:
+        library = Library(index, docs=[docs])
+        library.update()
+        library.is_watched = True
+        with running(create_app(speaker, library=library)) as url:
+            page = open_page(url)
+            expect(page.locator("#files")).to_contain_text("ferry.md")
+            (docs / "mill.md").write_text("The mill is old.")
+            (docs / "ferry.md").unlink()
+            library.update()
+            expect(page.locator("#files")).to_contain_text("mill.md")
+            expect(page.locator("#files")).not_to_contain_text("ferry.md")
+            expect(page.locator("#about")).to_contain_text("3 files")
 
 
 def test_keys_and_history(open_page, url):

@@ -8,13 +8,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 import tiny
+from indexes import WordEmbedder
 from serving_client import request
+from starlette.testclient import TestClient
 
 from kvfusion_rag import InvalidInputError, KVFusionGenerator
 from kvfusion_rag.cli import COMMANDS, main
@@ -22,7 +27,8 @@ from kvfusion_rag.cli import serve as serve_command
 from kvfusion_rag.cli.arguments.library import open_library
 from kvfusion_rag.cli.options import open_chosen_store
 from kvfusion_rag.cli.parser import build_parser, parse
-from kvfusion_rag.serving import ServingOptions
+from kvfusion_rag.retrieval import watch_folder
+from kvfusion_rag.serving import ServingOptions, create_app
 from kvfusion_rag.serving.library import Library
 from kvfusion_rag.store import as_store
 
@@ -46,10 +52,12 @@ KEEPER = {"text": "The last keeper, Thomas Grant, moved to the mainland.", "id":
         (["--namespace", "../up", "--port", "0"], "namespace is"),
         (["--allowed-origin", "*"], "the allowed origin is '*'"),
         (["--allowed-host", "rag.internal:8000"], "the allowed host is 'rag.internal:8000'"),
+        (["--trusted-proxy", "*"], "'*' is not an IP address"),
         (["--tenant-concurrency", "0"], "not a whole number from 1"),
         (["--store-namespace-bytes", "much"], "is not a size"),
         (["--docs", "/no/such/folder"], "'/no/such/folder' does not exist"),
         (["--questions", __file__], "--questions is given without --docs"),
+        (["--watch", "--index", "kept"], "--watch is given without --docs"),
         (["--uploads", "kept", "--max-uploads", "0"], "--max-uploads 0, which allows no files"),
         (["--max-uploads", "-1"], "not a whole number from 0"),
         (["--served-model-name", " "], "is blank"),
@@ -156,6 +164,35 @@ def test_index_of_the_documents_is_used_and_unchanged_by_uploads(docs, tmp_path)
         assert [file.name for file in library.files("")] == ["ferry.md", "keeper.txt"]
     with opened(tiny.generator(), "--uploads", str(tmp_path / "kept"), "--chunk-tokens", "64") as library:
         assert [(file.name, file.uploaded) for file in library.files("")] == [("mill.md", True)]
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds. Another thread makes it true."""
+    while not holds():  # the limit of all tests ends a test that waits in vain
+        time.sleep(0.01)
+
+
+def test_watched_files_are_read_when_they_change(docs, capsys, monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.retrieval.SentenceTransformerEmbedder", lambda name, device: WordEmbedder())
+    monkeypatch.setattr("kvfusion_rag.retrieval.watch_folder", partial(watch_folder, seconds=0.01))
+    generator = tiny.generator()
+    with opened(generator, "--docs", str(docs), "--watch") as library:
+        client = TestClient(create_app(generator, library=library), base_url="http://localhost")
+        assert client.get("/v1/library").json()["watched"]
+        (docs / "mill.md").write_text("The mill is old.")
+        (docs / "ferry.md").unlink()
+        until(
+            lambda: [file["name"] for file in client.get("/v1/library").json()["files"]] == ["keeper.txt", "mill.md"]
+        )
+        (found,) = library.search("", "How old is the mill?", 1)
+        ((key,),) = generator.store_keys([found]).values()
+        until(lambda: key in generator.store)
+        for file in docs.iterdir():
+            file.unlink()
+        until(lambda: library.files("") == [])
+        (docs / "late.txt").write_text("The ferry is late.")
+        until(lambda: [file.name for file in library.files("")] == ["late.txt"])
+    assert "no files to index" in capsys.readouterr().err
 
 
 def test_documents_that_are_joined_are_not_prefilled(docs):

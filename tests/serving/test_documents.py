@@ -45,16 +45,34 @@ def test_documents_are_prefilled_for_a_conversation():
     assert origins("who sleeps?", *turns) == {"memory"}
 
 
+def test_documents_are_prefilled_for_requests_with_tools():
+    pytest.importorskip("llguidance")
+    generator = tiny.untuned("fusion")
+    client = client_of(generator)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    documents = [{"text": "the river runs past an old mill"}]
+
+    def origin(**more: Any) -> str:
+        body = request({"role": "user", "content": "who?"}, documents=documents, max_tokens=40, **more)
+        answer = client.post(CHAT, json={**body, "model": generator.model_id}).json()
+        return answer["kvfusion"]["sources"][0]["origin"]
+
+    example = {"messages": [{"role": "user", "content": "anything"}], "tools": [tool]}
+    assert client.post("/v1/documents", json={"documents": documents, **example}).status_code == 200
+    assert (origin(tools=[tool]), origin()) == ("memory", "computed")
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x"}] * 1001}, "messages"),
         ({"chat_template_kwargs": {"a": {}}}, "chat_template_kwargs"),
         ({"mode": "fusion"}, "mode"),
     ],
-    ids=["none", "no user", "many", "nested", "unknown"],
+    ids=["tool", "none", "no user", "many", "nested", "unknown"],
 )
 def test_prefill_messages_have_the_limits_of_chats(fields, param):
     client = client_of(RecordingGenerator())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from indexes import WordEmbedder, open_index
 from serving_client import CHAT, events, request
 from starlette.testclient import TestClient
 
-from kvfusion_rag import InvalidInputError, Message
+from kvfusion_rag import InvalidInputError, Message, RetrievalError
 from kvfusion_rag.serving import Access, ServingOptions, create_app
 from kvfusion_rag.serving.library import Library, UploadSpace
 from kvfusion_rag.serving.library.uploads import require_file_name
@@ -90,6 +91,19 @@ def test_found_documents_can_be_sent_back(library):
     assert "documents" not in reply["kvfusion"]
 
 
+def test_answers_name_the_places_of_documents_that_were_found_or_sent_back(docs):
+    (docs / "keepers.txt").write_text("The keepers were many.\nThomas Grant was the last.")
+    generator = tiny.speaker("thomas grant", mode="fusion")
+    with open_index() as index:
+        index.update(docs)
+        client = client_of(Library(index, top_k=1), generator)
+        body = asked("Who was the last of the keepers?", model=generator.model_id)
+        found = client.post(CHAT, json=body).json()["kvfusion"]
+        sent = client.post(CHAT, json=body | {"documents": found["documents"]}).json()["kvfusion"]
+    assert found["sources"][0]["place"] == "lines 1-2" and found["citations"][0]["place"] == "line 2"
+    assert sent["sources"][0]["place"] == "lines 1-2" and sent["citations"] == found["citations"]
+
+
 @pytest.mark.parametrize(
     ("fields", "texts"),
     [
@@ -161,6 +175,48 @@ def test_documents_of_the_files_are_found_in_the_store(docs):
     assert source["origin"] == "memory"
 
 
+def test_update_reads_new_and_changed_files_and_drops_removed_ones(docs):
+    with open_index() as index:
+        library = Library(index, docs=[docs])
+        assert library.update().added == ("bakery.txt", "ferry.md")
+        (docs / "mill.md").write_text("The mill is old.")
+        (docs / "bakery.txt").write_text("The bakery is closed.")
+        (docs / "ferry.md").unlink()
+        library.update()
+        assert [file.name for file in library.files("")] == ["bakery.txt", "mill.md"]
+        texts = {found.text for found in library.search("", "the", 9)}
+        assert texts == {"The mill is old.", "The bakery is closed."}
+        for file in docs.iterdir():
+            file.unlink()
+        with pytest.raises(RetrievalError, match="no files to index"):
+            library.update()
+        assert library.files("") == library.search("", "the", 9) == []
+
+
+def test_questions_are_answered_while_new_files_are_embedded(docs):
+    began, go_on = threading.Event(), threading.Event()
+
+    class Slow(WordEmbedder):
+        def embed_documents(self, texts: Sequence[str]) -> Any:
+            if any("mill" in text for text in texts):
+                began.set()
+                assert go_on.wait(60)
+            return super().embed_documents(texts)
+
+    with open_index(embedder=Slow()) as index:
+        library = Library(index, docs=[docs])
+        library.update()
+        (docs / "mill.md").write_text("The mill is old.")
+        update = threading.Thread(target=library.update)
+        update.start()
+        assert began.wait(60)
+        assert [found.text for found in library.search("", "Who opened the bakery?", 1)] == [BAKERY]
+        assert [file.name for file in library.files("")] == ["bakery.txt", "ferry.md"]
+        go_on.set()
+        update.join(60)
+        assert library.search("", "How old is the mill?", 1)[0].text == "The mill is old."
+
+
 # Uploads
 
 
@@ -168,6 +224,7 @@ def test_uploaded_file_is_searched_by_its_tenant_only_until_it_is_removed(librar
     generator = tiny.generator()
     client = client_of(library, generator, Access({KEY: "a", OTHER: "b"}))
     assert upload(client, "mill.md", b"# Mill\n\nThe mill was built by Amara Osei.").json()["name"] == "mill.md"
+    assert library.search_own("Who built the mill?", 1)[0].id != "upload:mill.md#1"
     assert names(client) == ["mill.md", "bakery.txt", "ferry.md"] and names(client, OTHER) == [
         "bakery.txt",
         "ferry.md",

@@ -85,7 +85,7 @@ def test_completion_contains_citations_and_works_with_openais_stream_helper():
             assert stream.get_final_completion().choices[0].message.content == "forty"
     assert (found.choices[0].message.content, found.choices[0].finish_reason) == ("forty", "stop")
     (citation,) = found.kvfusion["citations"]
-    assert citation == {"document_id": "ferry", "start": 41, "end": 46, "text": "forty"}
+    assert citation == {"document_id": "ferry", "start": 41, "end": 46, "text": "forty", "place": None}
 
 
 def test_order_of_documents_does_not_change_the_answer(client, expected):

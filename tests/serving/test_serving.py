@@ -240,8 +240,9 @@ def test_complete_reply(client):
     assert source == {
         **{"id": "a", "title": None, "origin": "computed", "tokens": 5, "pieces": 1, "duplicate_of": None},
         **{"miss": None, "used": True, "focus_score": None, "key_kind": None},
+        "place": None,
     }
-    assert facts["citations"] == [{"document_id": "a", "start": 14, "end": 21, "text": "In Lima"}]
+    assert facts["citations"] == [{"document_id": "a", "start": 14, "end": 21, "text": "In Lima", "place": None}]
     assert facts["timings"] == {"prefill": 0.1, "first_token": 0.2, "total": 0.3}
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Generator, Sequence
+import threading
+from collections.abc import Generator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ...errors import InvalidInputError
-from ..console import say, say_left_out, shows_progress
+from ...errors import InvalidInputError, KVFusionError
+from ..console import print_error, say, say_left_out, shows_progress
 from ..options import add_index_arguments, add_retrieval_arguments, first_folder, index_folder, open_index
 from .paths import existing_file, output_folder
 from .values import count
 
 if TYPE_CHECKING:
-    from ... import Document, DocumentIndex, KVFusionGenerator
+    from ... import Document, KVFusionGenerator
     from ...serving.library import Library
 
 MAX_QUESTIONS = 6
@@ -28,6 +30,9 @@ def add_library_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the server's files, how they are searched, and where uploaded files are kept."""
     add_retrieval_arguments(parser)
     add_index_arguments(parser)
+    parser.add_argument(
+        "--watch", action="store_true", help="read files of --docs again when they change, while the server runs"
+    )
     parser.add_argument(
         "--uploads",
         type=output_folder,
@@ -52,6 +57,8 @@ def add_library_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_library(args: argparse.Namespace) -> None:
     """Reject options of a library that has no files, before models are loaded."""
+    if args.watch and not args.docs:
+        raise InvalidInputError("--watch is given without --docs; pass the files and folders that are watched.")
     if args.questions is not None and not has_library(args):
         raise InvalidInputError("--questions is given without --docs; pass the documents that answer them.")
     if args.uploads is not None and not args.max_uploads:
@@ -72,10 +79,15 @@ def open_library(args: argparse.Namespace, generator: KVFusionGenerator) -> Gene
         _uploads_folder(args) as folder,
         closing(UploadSpace(folder, index.in_memory, args.max_uploads)) as uploads,
     ):
-        files = _update(args, index)
-        _prefill(args, generator, index.documents(files=files))
         own = uploads if args.max_uploads else None
-        yield Library(index, files=files, uploads=own, top_k=args.top_k, questions=questions)
+        library = Library(index, docs=args.docs, uploads=own, top_k=args.top_k, questions=questions)
+        report = library.update()
+        if report is not None and not args.json:
+            say(f"{len(report.files)} files, {report.chunks} chunks of up to {index.chunk_tokens} tokens")
+            say_left_out(report, heading="not searched")
+        _prefill(args, generator, index.documents(files=report and report.files), progress=shows_progress(args))
+        with _watching(args, generator, library, index.folder):
+            yield library
 
 
 def has_library(args: argparse.Namespace) -> bool:
@@ -83,15 +95,40 @@ def has_library(args: argparse.Namespace) -> bool:
     return bool(args.docs) or args.index is not None or args.uploads is not None
 
 
-def _update(args: argparse.Namespace, index: DocumentIndex) -> Sequence[str]:
-    """Index ``--docs``, if there are any, and return the names of the files that are searched."""
-    if not args.docs:
-        return index.files()
-    report = index.update(args.docs)
-    if not args.json:
-        say(f"{len(report.files)} files, {report.chunks} chunks of up to {index.chunk_tokens} tokens")
-        say_left_out(report, heading="not searched")
-    return report.files
+@contextmanager
+def _watching(
+    args: argparse.Namespace, generator: KVFusionGenerator, library: Library, index_folder: Path | None
+) -> Generator[None, None, None]:
+    """With ``--watch``, update the library in a thread after each change of the files."""
+    if not args.watch:
+        yield
+        return
+    from ...retrieval import watch_folder
+
+    def update() -> None:
+        try:
+            report = library.update()
+        except KVFusionError as error:  # such as files that are all gone; the next change is tried again
+            return print_error(str(error))
+        assert report is not None  # --docs is given
+        changed = [*report.added, *report.changed]
+        if not args.json and (changed or report.removed):
+            counts = f"{len(report.added)} added, {len(report.changed)} changed, {len(report.removed)} removed"
+            say(f"the files have changed: {counts}")
+        _prefill(args, generator, library.documents(changed), progress=False)
+
+    stop = threading.Event()
+    watch = partial(
+        watch_folder, args.docs, update, stop, on_error=lambda error: print_error(str(error)), exclude=index_folder
+    )
+    thread = threading.Thread(target=watch, name="kvfusion-watch", daemon=True)
+    library.is_watched = True
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @contextmanager
@@ -103,7 +140,9 @@ def _uploads_folder(args: argparse.Namespace) -> Generator[Path, None, None]:
         yield Path(folder)
 
 
-def _prefill(args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document]) -> None:
+def _prefill(
+    args: argparse.Namespace, generator: KVFusionGenerator, documents: list[Document], *, progress: bool
+) -> None:
     """Store the KVs of documents that questions will read separately, all of them if ``--store`` keeps them."""
     mode = generator.mode if args.mode in (None, "auto") else args.mode
     is_joined = mode == "concat" and generator.focus_of(args.focus, mode) is None
@@ -116,7 +155,7 @@ def _prefill(args: argparse.Namespace, generator: KVFusionGenerator, documents: 
         documents if args.store else documents[:PREFILLED_IN_MEMORY],
         prompt=[Message("user", question)],
         question=question,
-        progress=shows_progress(args),
+        progress=progress,
     )
 
 

@@ -5,6 +5,7 @@ argparse calls them while it reads the command line, so every value is checked b
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import re
 from argparse import ArgumentTypeError
@@ -137,6 +138,14 @@ def variable_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*", value, re.ASCII):
         raise ArgumentTypeError("the value is not the name of an environment variable (letters, digits and _)")
     return value
+
+
+def ip_address(value: str) -> str:
+    """Read an IP address. A name or a network is not one, because the server compares addresses."""
+    try:
+        return str(ipaddress.ip_address(value))
+    except ValueError:
+        raise ArgumentTypeError(f"{shown(value)} is not an IP address, such as 127.0.0.1") from None
 
 
 def stop(value: str) -> str:

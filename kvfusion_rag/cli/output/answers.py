@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...text.citations import narrowed_place
 from ...text.sentences import sentence_spans
 from ..console import say, shown_path
 
@@ -114,8 +115,6 @@ def say_sources(answer: Answer, question: str, documents: Sequence[Document]) ->
 
 def place_of(document: Document, start: int | None) -> str:
     """Return the place of a chunk in its file, or that of its character ``start``, as a reader would write it."""
-    from ...retrieval.places import narrowed_place
-
     place = document.metadata.get("place")
     if place is None:
         return f"part {document.metadata['chunk']}"

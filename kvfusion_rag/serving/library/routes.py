@@ -40,6 +40,7 @@ def add_library(
                 "file_count": len(files),
                 "files": [{"name": file.name, "uploaded": file.uploaded} for file in files[:MAX_LISTED_FILES]],
                 "top_k": library.top_k,
+                "watched": library.is_watched,
                 "questions": library.questions,
                 "uploads": {
                     "max_files": library.max_uploads,

@@ -134,10 +134,12 @@ function documentItem(document, source, citations = [], most = 1) {
   const part = (name) => item.querySelector(`.${name}`);
   const { file, chunk, place } = document.metadata ?? {};
   part("title").textContent = document.title || document.id || "Document";
-  part("place").textContent = file ? `${file}, ${place ?? `part ${chunk}`}` : "";
+  const placeText = (where) => [file, where ?? (chunk && `part ${chunk}`)].filter(Boolean).join(", ");
+  part("place").textContent = placeText(place);
   part("passage").append(document.text);
   if (!source) return item;
   const cited = citations.filter((citation) => citation.document_id === source.id);
+  if (cited[0]?.place) part("place").textContent = placeText(cited[0].place);
   item.classList.toggle("cited", cited.length > 0);
   item.classList.toggle("unread", !source.used);
   item.querySelector("details").open = cited.length > 0;

@@ -4,12 +4,14 @@ import { AnswerView, element } from "./answer.js";
 import * as server from "./server.js";
 
 const MAX_HISTORY = 30;
+const LOOK_MILLISECONDS = 5000;
 const HISTORY = "kvfusion.questions";
 const THEME = "kvfusion.theme";
 const THEMES = { system: "◐", light: "☀", dark: "☾" };
 
 const $ = (id) => document.getElementById(id);
 let model, library, running;
+let starting; // ends when model and library are known
 let attribution = "effects";
 
 // Questions
@@ -56,8 +58,9 @@ function setRunning(is) {
   $("stop").hidden = !is;
 }
 
-function submit() {
+async function submit() {
   const question = $("question").value.trim();
+  await starting;
   if (question && model && !$("ask").disabled) ask(question);
 }
 
@@ -84,6 +87,17 @@ async function showLibrary() {
   $("upload").accept = uploads.types.join(",");
   $("examples").hidden = questions.length === 0;
   $("examples").replaceChildren(...questions.map((question) => questionButton(question, "example")));
+}
+
+/** Show files that the server has found since it was asked last, while somebody sees this page. */
+async function lookForFiles() {
+  if (document.hidden || !library?.watched) return;
+  try {
+    const present = await server.getLibrary();
+    if (JSON.stringify(present.files) !== JSON.stringify(library.files)) await showLibrary();
+  } catch {
+    // The server is away. The next question will say so.
+  }
 }
 
 function fileItem({ name, uploaded }) {
@@ -189,7 +203,7 @@ $("key-form").onsubmit = (event) => {
   event.preventDefault();
   server.setKey($("key").value.trim());
   notify("");
-  start();
+  starting = start();
 };
 $("stop").onclick = () => running.abort();
 $("clear").onclick = () => {
@@ -235,4 +249,5 @@ document.ondrop = (event) => {
 
 setTheme(localStorage.getItem(THEME) ?? "system");
 showHistory();
-start();
+starting = start();
+setInterval(lookForFiles, LOOK_MILLISECONDS);
