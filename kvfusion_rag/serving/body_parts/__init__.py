@@ -1,1 +1,1 @@
-"""Parts of request bodies: the base class of all objects, and messages, tools and formats as OpenAI's API describes them."""
+"""Parts of request bodies: the base class of all objects, and messages, tools and formats as OpenAI describes them."""
