@@ -47,3 +47,7 @@ from .store import StoreEvent as StoreEvent
 from .store import StoreMetrics as StoreMetrics
 from .text.answer_format import AnswerFormat as AnswerFormat
 from .text.support import SupportCalibration as SupportCalibration
+from .vllm.prompt import FusedPrompt as FusedPrompt
+from .vllm.reader import FusedReader as FusedReader
+from .vllm.reader import own_heads as own_heads
+from .vllm.support import require_supported_vllm as require_supported_vllm
