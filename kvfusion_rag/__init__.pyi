@@ -7,6 +7,7 @@ from .errors import ClusterError as ClusterError
 from .errors import ContextLimitError as ContextLimitError
 from .errors import ControlTokenError as ControlTokenError
 from .errors import DurabilityError as DurabilityError
+from .errors import EngineError as EngineError
 from .errors import ForkedProcessError as ForkedProcessError
 from .errors import InvalidInputError as InvalidInputError
 from .errors import KVFusionError as KVFusionError

@@ -17,7 +17,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from kvfusion_rag import FusedPrompt, FusedReader, StoreError, own_heads
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM prints only its own loggers
 
 Cache = tuple[int, Any]  # number and module of a layer
 

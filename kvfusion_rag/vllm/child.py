@@ -1,0 +1,36 @@
+"""The process that vLLM runs in: ``vllm serve``, which ends with the process that has started it, however that ends.
+
+Its parent holds the other end of the standard input.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+GRACE_SECONDS = 5.0  # for vLLM to end its own processes
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the standard input, and then end all processes of this group."""
+    while sys.stdin.buffer.read(1024):
+        pass
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """Run ``vllm serve`` with the arguments of the command line."""
+    threading.Thread(target=_end_with_parent, name="kvfusion-parent", daemon=True).start()
+    # What ``vllm serve`` runs. The command itself fails in builds that have another name than vllm.
+    from vllm.entrypoints.launchers.api_server.entry import main as run
+
+    run()
+
+
+if __name__ == "__main__":  # vLLM's own processes import this module too
+    main()
