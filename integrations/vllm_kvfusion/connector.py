@@ -3,7 +3,7 @@
 A request with fused documents waits until its documents are in vLLM's blocks, while other requests go on. If a
 document is missing, or the request is malformed, that request ends with an error and no other.
 
-vLLM does not ask connectors about requests with ``prompt_logprobs`` or of pooling models, so those ignore the documents.
+vLLM does not ask connectors about requests with ``prompt_logprobs``, so those read documents as ordinary text.
 """
 
 from __future__ import annotations

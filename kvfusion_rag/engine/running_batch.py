@@ -153,8 +153,9 @@ def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> Fu
     mode, context = batch.requests[0].mode, buffer.context()
     prefixes = [len(row.scope.prefix) for row in batch.rows]
     plan = model.plan(context, prefixes, tuned=mode.tuned, ape=mode.ape)
-    found_in, now = (fetched.origins, fetched.misses, document_kvs.key_kind), time.perf_counter()
-    return FusedRun(batch, *found_in, now, buffer, context, plan)
+    return FusedRun(
+        batch, fetched.origins, fetched.misses, document_kvs.key_kind, time.perf_counter(), buffer, context, plan
+    )
 
 
 def _fill_rows(document_kvs: DocumentKVs, batch: Batch, buffer: FusedBuffer, scope: Scope) -> FetchedKVs:

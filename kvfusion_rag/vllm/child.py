@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from importlib import import_module
 
 GRACE_SECONDS = 5.0  # for vLLM to end its own processes
 
@@ -27,9 +28,7 @@ def main() -> None:
     """Run ``vllm serve`` with the arguments of the command line."""
     threading.Thread(target=_end_with_parent, name="kvfusion-parent", daemon=True).start()
     # What ``vllm serve`` runs. The command itself fails in builds that have another name than vllm.
-    from vllm.entrypoints.launchers.api_server.entry import main as run
-
-    run()
+    import_module("vllm.entrypoints.launchers.api_server.entry").main()
 
 
 if __name__ == "__main__":  # vLLM's own processes import this module too

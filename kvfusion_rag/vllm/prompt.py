@@ -82,8 +82,8 @@ class FusedPrompt:
         prompt = cls(tuple((key, tokens) for key, tokens in documents), start)
         if prompt.tokens >= prompt_tokens:
             raise InvalidInputError(
-                f"the documents have {prompt.tokens} tokens, but the whole prompt has {prompt_tokens}; it must consist "
-                "of the documents' token ids and a question."
+                f"the documents have {prompt.tokens} tokens, but the whole prompt has {prompt_tokens}; it must "
+                "consist of the documents' token ids and a question."
             )
         if salt != prompt.salt:
             raise InvalidInputError(

@@ -65,7 +65,9 @@ class FusedReader:
         tier: dict[str, Any] = {} if read.local is None else {"local": read.local}
         self._store = open_store(read.store, read_only=True, codec=read.codec, **tier)
 
-    def read(self, prompt: FusedPrompt, token_ids: Sequence[int], *, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, prompt: FusedPrompt, token_ids: Sequence[int], *, skip: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return keys (L, H_kv, T, d) and values (L, H_kv, T, d_v) of the prompt's documents, with moved keys.
 
         Args:

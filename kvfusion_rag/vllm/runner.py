@@ -21,7 +21,7 @@ from ..engine.running_batch import FusedRun, Run
 from ..errors import ContextLimitError, InvalidInputError, StoreError
 from ..fusion.growing_answer import GrowingAnswer
 from ..fusion.sampling import GREEDY_BELOW, DecodingOptions
-from ..schema import Answer
+from ..schema import Answer, Origin
 from ..store import DocumentStore, FetchedKVs, KVRequest
 from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
@@ -109,7 +109,9 @@ class VllmRunner(Runner[VllmModel]):
         pieces = {piece.key: piece.ids for piece in request.fused or ()}
         # Documents of other environments are only used if they agree, which is checked when they are read.
         checks = again or kvs.key_kind == "portable"
-        kept = {} if checks else {key: "disk" for key in pieces if store.tier_of(key) is not None}
+        kept: dict[str, Origin] = {}
+        if not checks:
+            kept = {key: tier for key in pieces if (tier := store.tier_of(key)) is not None}
         missing = {key: KVRequest(ids) for key, ids in pieces.items() if key not in kept}
         with self._prefilling:
             prefix = self._stored_prefix(scope, request.version, again)
@@ -144,7 +146,9 @@ class VllmRunner(Runner[VllmModel]):
             run.first_token_at = run.first_token_at or time.perf_counter()
             yield
 
-    def growing(self, request: Request, answer: GrowingAnswer, options: DecodingOptions) -> Generator[None, None, None]:
+    def growing(
+        self, request: Request, answer: GrowingAnswer, options: DecodingOptions
+    ) -> Generator[None, None, None]:
         """Let ``answer`` grow by the tokens that vLLM generates, and pause after each.
 
         If the answer puts another token in the place of vLLM's, vLLM goes on behind that one.
@@ -167,7 +171,7 @@ class VllmRunner(Runner[VllmModel]):
         """Ask vLLM once, and push its tokens."""
         asked = self.token_request(request, answer.ids, options)
         with closing(self.server.tokens(asked)) as tokens:
-            for token in tokens:
+            for token, _ in tokens:
                 added = answer.push(token, is_end=token in self.model.end_ids)
                 if answer.finish_reason is None and request.cancelled.is_set():
                     answer.finish_reason = "cancelled"

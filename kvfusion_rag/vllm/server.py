@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -92,6 +92,7 @@ class TokenRequest:
         end_ids: tokens after which vLLM stops. They are returned.
         documents: ``FusedPrompt.params()``, or empty if the prompt has no fused documents.
         sampling: temperature, top_p, top_k and seed.
+        scored: return log-probabilities too.
     """
 
     model: str
@@ -101,6 +102,7 @@ class TokenRequest:
     end_ids: Sequence[int]
     documents: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    scored: bool = False
 
     def body(self) -> dict[str, Any]:
         """Return the body of a request to ``/v1/completions``."""
@@ -114,8 +116,16 @@ class TokenRequest:
             "return_token_ids": True,
             "cache_salt": self.salt,
             **({"kv_transfer_params": self.documents} if self.documents else {}),
+            **({"logprobs": 0} if self.scored else {}),
             **self.sampling,
         }
+
+
+class Token(NamedTuple):
+    """A generated token, and its log-probability in nats if the request is ``scored``."""
+
+    id: int
+    log_probability: float | None
 
 
 class VllmServer:
@@ -160,7 +170,7 @@ class VllmServer:
         self.close()
         raise ModelLoadError(f"vLLM has not begun to answer for {model!r} within {START_SECONDS:g} s.")
 
-    def tokens(self, request: TokenRequest) -> Generator[int, None, None]:
+    def tokens(self, request: TokenRequest) -> Generator[Token, None, None]:
         """Yield tokens as vLLM generates them. Closing the generator ends the request.
 
         Raises:
@@ -179,7 +189,9 @@ class VllmServer:
                     if "error" in event:
                         raise self._error(json.dumps(event["error"]), request)
                     for choice in event["choices"]:
-                        yield from choice.get("token_ids") or ()
+                        ids = choice.get("token_ids") or []
+                        scores = choice["logprobs"]["token_logprobs"] if request.scored else [None] * len(ids)
+                        yield from map(Token, ids, scores)
         except httpx.TransportError as error:
             ended = self._process.poll() is not None
             cause = self._cause() if ended else str(error)
@@ -207,9 +219,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "VLLM_NO_USAGE_STATS": "1"}
 
 
-def _stop(
-    process: subprocess.Popen[bytes], http: httpx.Client, folder: tempfile.TemporaryDirectory[str]
-) -> None:
+def _stop(process: subprocess.Popen[bytes], http: httpx.Client, folder: tempfile.TemporaryDirectory[str]) -> None:
     http.close()
     assert process.stdin is not None
     process.stdin.close()  # the child ends its whole group
