@@ -79,7 +79,7 @@ class KVFusionGenerator(DocumentCalls):
         self._queue = RequestQueue(runner.answer_all) if gather and runner.gathers else None
         self.gate = model.run_gate(self._engine.encoder.prefix_ids, self._engine.ordinary_ids())
         if isinstance(model, VllmModel):
-            from .vllm.gate import measured_on_vllm  # needs httpx
+            from .vllm.gate import measured_on_vllm  # needs httpx, which vLLM installs
 
             self.gate = measured_on_vllm(self._engine, self.gate)
 
@@ -354,6 +354,6 @@ def _runner_of(model: FusionModel) -> type[Runner[Any]]:
     """Return what answers: this process, or for a :class:`VllmModel` vLLM."""
     if not isinstance(model, VllmModel):
         return Runner
-    from .vllm.runner import VllmRunner  # needs httpx
+    from .vllm.runner import VllmRunner  # needs httpx, which vLLM installs
 
     return VllmRunner

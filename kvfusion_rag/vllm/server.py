@@ -143,7 +143,7 @@ class VllmServer:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=_environment(),
-                start_new_session=True,
+                process_group=0,  # Ctrl-C in a terminal reaches only this process, which then stops vLLM
             )  # fmt: skip
         transport = httpx.HTTPTransport(
             uds=str(folder / "socket"),
