@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of which vLLM takes one as t
 START_SECONDS = 1800.0  # large models are read from slow disks, and compiled
 STOP_SECONDS = 15.0
 MAX_CONNECTIONS = 1024
+_ERROR = re.compile(r"\b((?:\w+\.)*\w*[Ee]rror: \S.*)")
 _LOG_LINES = 400  # of the end of the log, in which the cause of a failed start is searched
 
 
@@ -203,10 +205,10 @@ class VllmServer:
         return EngineError(f"vLLM rejects a request: {text[:300]}")
 
     def _cause(self) -> str:
-        """Return the last error in the log."""
+        """Return the first error at the end of the log. Later ones are about processes that waited for the first."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
-        found = [line for line in lines if "Error: " in line and "See root cause" not in line]
-        return (found or lines or ["it wrote no log"])[0].split(") ", 1)[-1].strip()[:500]
+        found = next((match for match in map(_ERROR.search, lines) if match is not None), None)
+        return found[1][:500] if found else "its log names no error"
 
 
 class DocumentsLostError(EngineError):

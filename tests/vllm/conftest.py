@@ -9,7 +9,13 @@ import pytest
 
 from kvfusion_rag import KVFusionGenerator
 
-ARGUMENTS = ["--enforce-eager", "--max-num-batched-tokens", "256", "--max-num-seqs", "64"]  # long questions are divided
+ARGUMENTS = [
+    "--enforce-eager",
+    "--max-num-batched-tokens",
+    "256",
+    "--max-num-seqs",
+    "64",
+]  # long questions are divided
 
 
 @pytest.fixture(scope="session", autouse=True)

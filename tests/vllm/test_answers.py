@@ -43,6 +43,9 @@ QUESTIONS = [
     "Who is the miller?",
     "When does the ferry leave on Sundays?",
     "What sleeps on the roof of the boat house?",
+    "What does the miller count?",
+    "Where does the ferry go?",
+    "In which year did the work on the lighthouse end?",
 ]
 EVERYTHING = {"mode": "fusion", "focus": None}
 
@@ -56,11 +59,17 @@ def request_of(generator: KVFusionGenerator, question: str, documents: Sequence[
     return request, call.decoding
 
 
+def torch_runner(generator: KVFusionGenerator) -> Runner[Any]:
+    """Return a runner that answers on torch, from the same weights and store."""
+    runner = generator._engine.runner
+    return Runner(runner.model, runner.document_kvs, max_fused_tokens=runner.max_fused_tokens)
+
+
 def on_both(generator: KVFusionGenerator, request: Request, decoding: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the tokens of vLLM and of torch."""
     runner = generator._engine.runner
     (found,) = runner.answer_all([request], decoding)
-    (expected,) = Runner.answer_all(runner, [request], decoding)
+    (expected,) = torch_runner(generator).answer_all([request], decoding)
     return found.token_ids, expected.token_ids
 
 
@@ -76,19 +85,18 @@ def tokens_of(generator: KVFusionGenerator, asked: Any) -> list[int]:
 
 
 def test_the_base_model_answers_like_torch(on_vllm):
-    """All tokens of 6 answers of up to 20 tokens are equal."""
     pairs = []
     for question in QUESTIONS:
         request, decoding = request_of(on_vllm, question, max_new_tokens=24)
         request = replace(request, mode=replace(request.mode, tuned=False))
         pairs.append(on_both(on_vllm, request, decoding))
     assert all(found == expected for found, expected in pairs)
-    assert sum(len(found) for found, _ in pairs) >= 90
+    assert sum(len(found) for found, _ in pairs) >= 119
 
 
 def test_the_adapter_answers_like_torch(on_vllm, on_torch):
     answers = [[g.answer(q, DOCUMENTS, **EVERYTHING).token_ids for q in QUESTIONS] for g in (on_vllm, on_torch)]
-    assert answers[0] == answers[1] and sum(map(len, answers[0])) >= 30
+    assert answers[0] == answers[1] and sum(map(len, answers[0])) >= 39
     bases = [request_of(on_vllm, question) for question in QUESTIONS]
     untuned = [replace(request, mode=replace(request.mode, tuned=False)) for request, _ in bases]
     assert answers[0] != [a.token_ids for a in on_vllm._engine.runner.answer_all(untuned, bases[0][1])]
@@ -214,7 +222,7 @@ def test_a_lost_document_is_prefilled_again(on_vllm, store_folder, damage):
     runner = on_vllm._engine.runner
     document = Document(f"The {damage} bell of the chapel was cast by Ida Brook in 1820.")
     request, decoding = request_of(on_vllm, "Who cast the bell?", [document])
-    (expected,) = Runner.answer_all(runner, [request], decoding)
+    (expected,) = torch_runner(on_vllm).answer_all([request], decoding)
     (file,) = store_folder.rglob(f"*{request.fused[0].key.split('-', 1)[1]}*")
     if damage == "removed":
         file.unlink()
