@@ -33,7 +33,7 @@ DOCUMENTS = [
 ]
 QUESTION = "who built it? the clerk said wait"
 SIZES = {  # vLLM's kernels need heads of at least 32 numbers
-    "hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 2,
+    "hidden_size": 128, "intermediate_size": 192, "head_dim": 32,
     "max_position_embeddings": 1024,
 }  # fmt: skip
 ROPES = {
