@@ -31,7 +31,7 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of which vLLM takes one as t
 START_SECONDS = 1800.0  # large models are read from slow disks, and compiled
 STOP_SECONDS = 15.0
 MAX_CONNECTIONS = 1024
-_ERROR = re.compile(r"\b((?:\w+\.)*\w*[Ee]rror: \S.*)")
+_ERROR = re.compile(r"\b((?:\w+\.)*\w*error: \S.*)", re.IGNORECASE)
 _LOG_LINES = 400  # of the end of the log, in which the cause of a failed start is searched
 
 
