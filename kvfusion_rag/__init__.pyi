@@ -7,6 +7,7 @@ from .errors import ClusterError as ClusterError
 from .errors import ContextLimitError as ContextLimitError
 from .errors import ControlTokenError as ControlTokenError
 from .errors import DurabilityError as DurabilityError
+from .errors import EngineError as EngineError
 from .errors import ForkedProcessError as ForkedProcessError
 from .errors import InvalidInputError as InvalidInputError
 from .errors import KVFusionError as KVFusionError
@@ -47,3 +48,7 @@ from .store import StoreEvent as StoreEvent
 from .store import StoreMetrics as StoreMetrics
 from .text.answer_format import AnswerFormat as AnswerFormat
 from .text.support import SupportCalibration as SupportCalibration
+from .vllm.prompt import FusedPrompt as FusedPrompt
+from .vllm.reader import FusedReader as FusedReader
+from .vllm.reader import own_heads as own_heads
+from .vllm.support import require_supported_vllm as require_supported_vllm

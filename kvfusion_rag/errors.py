@@ -82,6 +82,10 @@ class ForkedProcessError(KVFusionError):
     """A process was forked from one that computes with several threads, which it does not have."""
 
 
+class EngineError(KVFusionError):
+    """Another process that answers has ended, or could not answer a request."""
+
+
 class ClusterError(KVFusionError):
     """A Ray cluster cannot be reached or started, or its workers cannot work."""
 

@@ -18,6 +18,7 @@ from .engine.engine import MAX_FUSED_TOKENS, Engine, EngineOptions
 from .engine.invariance import check_invariance
 from .engine.queue import RequestQueue
 from .engine.requests import Batch
+from .engine.runner import Runner
 from .engine.streaming import AnswerStream
 from .engine.support.judging import judged, signals_of
 from .errors import InvalidInputError
@@ -41,6 +42,8 @@ from .schema import (
 from .store import Place, as_store
 from .text.settings import ModelSettings
 from .text.support import Signals
+from .vllm.loading import load_vllm_model, shared_store
+from .vllm.model import VllmModel
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +70,18 @@ class KVFusionGenerator(DocumentCalls):
         options: EngineOptions | None = None,
         gather: bool = True,
     ) -> None:
-        self._engine: Engine[FusionModel] = Engine(model, settings, store=store, options=options)
+        self._engine: Engine[FusionModel] = Engine(
+            model, settings, store=store, options=options, make_runner=_runner_of(model)
+        )
         longest = self.settings.passage_length or LENGTH_BUCKET
         self._engine.document_kvs.store.require_room(model.kv_shape, longest)
-        self._queue = RequestQueue(self._engine.runner.answer_all) if gather else None
+        runner = self._engine.runner
+        self._queue = RequestQueue(runner.answer_all) if gather and runner.gathers else None
         self.gate = model.run_gate(self._engine.encoder.prefix_ids, self._engine.ordinary_ids())
+        if isinstance(model, VllmModel):
+            from .vllm.gate import measured_on_vllm  # needs httpx, which vLLM installs
+
+            self.gate = measured_on_vllm(self._engine, self.gate)
 
     @classmethod
     @check_option_names(LoadKwargs)
@@ -108,6 +118,8 @@ class KVFusionGenerator(DocumentCalls):
         engine_options = EngineOptions(namespace, max_fused_tokens, key_kind)
         opened = as_store(store)  # arguments are checked before a model is loaded
         loaded, settings = _load(model, options)
+        if isinstance(loaded, VllmModel):
+            opened = shared_store(opened)
         return cls(loaded, store=opened, settings=settings, options=engine_options, gather=gather)
 
     # Siblings
@@ -226,11 +238,11 @@ class KVFusionGenerator(DocumentCalls):
         runner, options = self._engine.runner, call.decoding
         try:
             request = runner.prepare(call.requests[0], options)  # the stream may be read long after it was created
-            run = runner.start(Batch.of(request))
+            run = runner.begin(Batch.of(request))
         except CancelledError:  # the stream was closed while its documents were prefilled
             return
         splitter = None if request.calls is None else request.calls.splitter()
-        with closing(runner.decode(run, options)) as steps:
+        with closing(runner.answer_steps(run, options)) as steps:
             for _ in steps:
                 answer = run.answers[0]
                 if piece := answer.take_reasoning():
@@ -331,6 +343,17 @@ def _load(model: str | Path | None, options: LoadKwargs) -> tuple[FusionModel, M
         return load_torch_model(model, options)
     if engine == "llama.cpp":
         return load_llama_cpp_model(model, options)
+    if engine == "vllm":
+        return load_vllm_model(model, options)
     if engine == "auto":
         return load_faster_model(model, options)
     raise InvalidInputError(f"engine is {engine!r}, but it must be one of {', '.join(get_args(EngineChoice))}.")
+
+
+def _runner_of(model: FusionModel) -> type[Runner[Any]]:
+    """Return what answers: this process, or for a :class:`VllmModel` vLLM."""
+    if not isinstance(model, VllmModel):
+        return Runner
+    from .vllm.runner import VllmRunner  # needs httpx, which vLLM installs
+
+    return VllmRunner

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "kvfusion_rag"
 # A module imports only from its own room and the rooms above it, and never in a circle.
 ROOMS = [
     "errors", "schema", "home", "machine", "plotting", "option_names", "text", "model", "fusion", "llama_cpp", "store",
-    "retrieval", "engine", "generator", "data", "evaluation", "training", "adapting", "benchmark", "serving",
+    "retrieval", "engine", "vllm", "generator", "data", "evaluation", "training", "adapting", "benchmark", "serving",
     "cluster", "cli",
 ]  # fmt: skip
 MAX_MODULES = 14  # per room, without its __init__

@@ -24,7 +24,7 @@ from .calls import Call, read_call
 from .engine import Engine
 from .requests import Batch, Request
 from .runner import Runner
-from .running_batch import Run
+from .running_batch import FusedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -264,7 +264,7 @@ def _log_probabilities(runner: Runner[FusionModel], requests: Sequence[Request],
     return [found[number] for number in range(len(requests))]
 
 
-def _row_log_probabilities(runner: Runner[FusionModel], run: Run, answer: Sequence[int]) -> list[float]:
+def _row_log_probabilities(runner: Runner[FusionModel], run: FusedRun, answer: Sequence[int]) -> list[float]:
     try:
         questions = [request.question for request in run.batch.requests]
         with runner.memory_errors(run.batch):

@@ -68,6 +68,7 @@ class Engine(Generic[M_co]):
     Args:
         settings: templates, lengths and mode. Default: the model's own.
         store: where document KVs are kept, as ``as_store`` takes it; None keeps nothing.
+        make_runner: what answers, ``Runner`` or a subclass.
 
     Raises:
         InvalidInputError: prefix and passage length leave no room for a question.
@@ -75,11 +76,12 @@ class Engine(Generic[M_co]):
     """
 
     def __init__(
-        self, model: M_co, settings: ModelSettings | None = None, *, store: Place, options: EngineOptions | None = None
-    ) -> None:
+        self, model: M_co, settings: ModelSettings | None = None, *, store: Place,
+        options: EngineOptions | None = None, make_runner: type[Runner[M_co]] = Runner,
+    ) -> None:  # fmt: skip
         options = options or EngineOptions()
         kvs = DocumentKVs(model, store=store, key_kind=options.key_kind)
-        runner = Runner(model, kvs, max_fused_tokens=options.max_fused_tokens)
+        runner = make_runner(model, kvs, max_fused_tokens=options.max_fused_tokens)
         self._set_up(runner, settings or model.settings, options.namespace, set())
 
     def _set_up(self, runner: Runner[M_co], settings: ModelSettings, namespace: str, warned: set[str]) -> None:

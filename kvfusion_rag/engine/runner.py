@@ -28,7 +28,7 @@ from .document_kvs import DocumentKVs, Scope
 from .focus import choose
 from .modes import AnswerMode, token_limits
 from .requests import Batch, Request, batches
-from .running_batch import Run, start_run
+from .running_batch import FusedRun, Run, start_run
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,18 @@ M_co = TypeVar("M_co", bound=FusionModel, covariant=True)
 class Runner(Generic[M_co]):
     """The answering half of an engine, shared by generators over the same weights and store.
 
+    A subclass may answer elsewhere, by other ``begin`` and ``answer_steps``. Explanations are always measured here, by
+    ``start`` and ``decode``.
+
+    Attributes:
+        gathers: whether callers that wait at the same time should be answered in one batch.
+
     Args:
         document_kvs: the KVs of the model's documents.
         max_fused_tokens: limit of document tokens of one question, and of padded slots of one batch.
     """
+
+    gathers = True
 
     def __init__(self, model: M_co, document_kvs: DocumentKVs, *, max_fused_tokens: int) -> None:
         self.model = model
@@ -132,7 +140,24 @@ class Runner(Generic[M_co]):
         requests = [self.prepare(request, options) for request in requests]
         return [answer for batch in self.batches(requests) for answer in self._answer_batch(batch, options)]
 
-    def start(self, batch: Batch) -> Run:
+    def begin(self, batch: Batch) -> Run:
+        """Get the documents of a batch that :meth:`answer_steps` answers.
+
+        Raises:
+            MemoryLimitError: memory ran out.
+        """
+        return self.start(batch)
+
+    def answer_steps(self, run: Run, options: DecodingOptions) -> Generator[None, None, None]:
+        """Let ``run.answers`` grow, and pause after each step.
+
+        Raises:
+            MemoryLimitError: memory ran out.
+        """
+        assert isinstance(run, FusedRun)
+        return self.decode(run, options)
+
+    def start(self, batch: Batch) -> FusedRun:
         """Prefill what is missing and fuse each row's documents, in canonical order if positions are uniform.
 
         If memory runs out, pooled memory is freed and the pass is repeated once.
@@ -144,7 +169,7 @@ class Runner(Generic[M_co]):
         return self._retry(run, lambda: self.memory_errors(batch))
 
     def decode(
-        self, run: Run, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
+        self, run: FusedRun, options: DecodingOptions, on_logits: Callable[[torch.Tensor], None] | None = None
     ) -> Generator[None, None, None]:
         """Decode ``running_batch`` step by step and release its memory at the end.
 
@@ -152,7 +177,7 @@ class Runner(Generic[M_co]):
             MemoryLimitError: memory ran out.
         """
         requests = run.batch.requests
-        run.answers = [self._empty_answer(request, options) for request in requests]
+        run.answers = [self.empty_answer(request, options) for request in requests]
         steps = self.model.decode(
             run.plan,
             run.context,
@@ -173,7 +198,8 @@ class Runner(Generic[M_co]):
             steps.close()
             run.release()
 
-    def _empty_answer(self, request: Request, options: DecodingOptions) -> GrowingAnswer:
+    def empty_answer(self, request: Request, options: DecodingOptions) -> GrowingAnswer:
+        """Return the answer of a request before its first token."""
         reasoning = None if options.max_reasoning_tokens is None else request.layout.reasoning
         constraint = request.constraint and request.constraint.copy()
         return GrowingAnswer(
@@ -206,8 +232,8 @@ class Runner(Generic[M_co]):
         ]
 
     def _answers(self, batch: Batch, options: DecodingOptions) -> list[Answer]:
-        run = self.start(batch)
-        for _ in self.decode(run, options):
+        run = self.begin(batch)
+        for _ in self.answer_steps(run, options):
             pass
         return [run.answer(number) for number in range(len(batch.requests))]
 

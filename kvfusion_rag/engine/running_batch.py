@@ -27,47 +27,22 @@ SPARE_SLOTS = 4096  # free slots for answers behind all rows together; the buffe
 
 @dataclass(slots=True)
 class Run:
-    """A batch being decoded.
+    """A batch being answered.
 
     Attributes:
-        context: the fused cache, over the memory of ``buffer``.
-        plan: how the model answers it (``FusionModel.plan``).
         origins, misses: origin of each document's KV, and miss reason of each that was computed, by key.
         key_kind: kind of all keys.
-        answers: answers so far.
         prefilled_at, first_token_at: ``time.perf_counter()`` values.
+        answers: answers so far.
     """
 
     batch: Batch
-    buffer: FusedBuffer
-    context: FusedContext
-    plan: Any
     origins: Mapping[str, Origin]
     misses: Mapping[str, str]
     key_kind: KeyKind
     prefilled_at: float
-    first_token_at: float = 0.0
-    answers: list[GrowingAnswer] = field(default_factory=list)
-
-    def release(self) -> None:
-        """Return the buffer to the pool; afterwards only the answers are usable."""
-        self.buffer.release()
-        del self.buffer, self.context, self.plan
-
-    def visible(self) -> torch.Tensor | None:
-        """Return the slots that each question may attend to, (N, K) bool, or None if that is its whole row."""
-        batch, slots = self.batch, self.context.mask.shape[1]
-        if not batch.has_foreign:
-            return None
-        visible = torch.zeros(len(batch.requests), slots, dtype=torch.bool)
-        for number, (request, row) in enumerate(zip(batch.requests, batch.row_of, strict=True)):
-            at = len(batch.rows[row].scope.prefix)
-            visible[number, :at] = True
-            own = {piece.key for piece in request.fused or ()}
-            for key, piece in batch.rows[row].pieces.items():
-                visible[number, at : at + len(piece.ids)] = key in own
-                at += len(piece.ids)
-        return visible.to(self.context.mask.device)
+    first_token_at: float = field(default=0.0, kw_only=True)
+    answers: list[GrowingAnswer] = field(default_factory=list, kw_only=True)
 
     def answer(self, number: int) -> Answer:
         """Return the answer of question ``number`` once decoding has ended."""
@@ -119,7 +94,41 @@ class Run:
         return {key: found[ids] for key, ids in keys.items()}
 
 
-def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> Run:
+@dataclass(slots=True)
+class FusedRun(Run):
+    """A batch over a fused cache in this process.
+
+    Attributes:
+        context: the fused cache, over the memory of ``buffer``.
+        plan: how the model answers it (``FusionModel.plan``).
+    """
+
+    buffer: FusedBuffer
+    context: FusedContext
+    plan: Any
+
+    def release(self) -> None:
+        """Return the buffer to the pool; afterwards only the answers are usable."""
+        self.buffer.release()
+        del self.buffer, self.context, self.plan
+
+    def visible(self) -> torch.Tensor | None:
+        """Return the slots that each question may attend to, (N, K) bool, or None if that is its whole row."""
+        batch, slots = self.batch, self.context.mask.shape[1]
+        if not batch.has_foreign:
+            return None
+        visible = torch.zeros(len(batch.requests), slots, dtype=torch.bool)
+        for number, (request, row) in enumerate(zip(batch.requests, batch.row_of, strict=True)):
+            at = len(batch.rows[row].scope.prefix)
+            visible[number, :at] = True
+            own = {piece.key for piece in request.fused or ()}
+            for key, piece in batch.rows[row].pieces.items():
+                visible[number, at : at + len(piece.ids)] = key in own
+                at += len(piece.ids)
+        return visible.to(self.context.mask.device)
+
+
+def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> FusedRun:
     """Prefill what the store lacks and fuse each row's documents.
 
     The buffer gets at most ``SPARE_SLOTS`` free slots for all answers together, or half as many as the documents take
@@ -144,8 +153,9 @@ def start_run(model: FusionModel, document_kvs: DocumentKVs, batch: Batch) -> Ru
     mode, context = batch.requests[0].mode, buffer.context()
     prefixes = [len(row.scope.prefix) for row in batch.rows]
     plan = model.plan(context, prefixes, tuned=mode.tuned, ape=mode.ape)
-    found_in, key_kind = (fetched.origins, fetched.misses), document_kvs.key_kind
-    return Run(batch, buffer, context, plan, *found_in, key_kind, time.perf_counter())
+    return FusedRun(
+        batch, fetched.origins, fetched.misses, document_kvs.key_kind, time.perf_counter(), buffer, context, plan
+    )
 
 
 def _fill_rows(document_kvs: DocumentKVs, batch: Batch, buffer: FusedBuffer, scope: Scope) -> FetchedKVs:

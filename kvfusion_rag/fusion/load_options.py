@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -15,17 +15,21 @@ from ..text.settings import LongDocuments, ModelSettings, Positions, is_count
 from ..text.support import MinSupport
 from .torch_model import TorchModel
 
-EngineChoice = Literal["torch", "llama.cpp", "auto"]
+EngineChoice = Literal["torch", "llama.cpp", "vllm", "auto"]
+OWN_OPTIONS = {"llama.cpp": ("gpu_layers", "cache_type"), "vllm": ("max_model_len", "vllm_args")}  # by engine
 
 
 class ModelKwargs(TypedDict, total=False):
     """Options that choose what is loaded, and how.
 
     Attributes:
-        engine: "torch", "llama.cpp", which reads GGUF files (extra ``llama-cpp``), or "auto", the faster of both in a
-            short measurement. Default: "torch".
+        engine: "torch", "llama.cpp", which reads GGUF files (extra ``llama-cpp``), "auto", the faster of both in a
+            short measurement, or "vllm", which answers many callers at once (``docs/engines.md``). Default: "torch".
         gpu_layers: layers that llama.cpp puts on a GPU. Default: all if it can use one.
         cache_type: precision of KVs in llama.cpp, "f16" or "q8_0". Default: "f16".
+        max_model_len: tokens of documents, question and answer of one request together that vLLM takes. Default: the
+            model's context window.
+        vllm_args: further arguments of ``vllm serve``.
         gguf_file: name of a GGUF file in the folder or hub repository of the model.
         revision: branch, tag or commit of a hub model.
         adapter: folder or hub name of an adapter (peft) of the answering decoder. Documents are prefilled without it.
@@ -41,6 +45,8 @@ class ModelKwargs(TypedDict, total=False):
     engine: EngineChoice
     gpu_layers: int | None
     cache_type: str | None
+    max_model_len: int | None
+    vllm_args: Sequence[str] | None
     gguf_file: str | None
     revision: str | None
     adapter: str | Path | Literal["shipped"] | None
@@ -96,15 +102,21 @@ def load_torch_model(model: str | Path | None, options: LoadKwargs) -> tuple[Tor
         raise InvalidInputError(
             f"tokens_per_pass is {tokens_per_pass!r}, but it must be a whole number of tokens above 0."
         )
-    for name in ("gpu_layers", "cache_type"):
-        if given.get(name) is not None:
-            raise InvalidInputError(f"{name} is {given[name]!r}, but only engine='llama.cpp' has this option.")
+    reject_options_of_other_engines(given, "torch")
     names = ("gguf_file", "revision", "decoder", "device", "dtype", "model_kwargs")
     backbone, decoder = load_decoders(
         model, adapter=given.get("adapter", "shipped"), **{name: given.get(name) for name in names}
     )
     loaded = TorchModel(backbone, decoder, tokens_per_pass=tokens_per_pass)
     return loaded, replace(loaded.settings, **settings_changes(given))
+
+
+def reject_options_of_other_engines(given: Mapping[str, Any], engine: str) -> None:
+    """Raise InvalidInputError if an option is given that only another engine has."""
+    for other, names in OWN_OPTIONS.items():
+        for name in names if other != engine else ():
+            if given.get(name) is not None:
+                raise InvalidInputError(f"{name} is {given[name]!r}, but only engine={other!r} has this option.")
 
 
 def settings_changes(given: Mapping[str, Any]) -> dict[str, Any]:

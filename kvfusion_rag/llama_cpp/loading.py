@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from ..errors import InvalidInputError, ModelLoadError
-from ..fusion.load_options import LoadKwargs, settings_changes
+from ..fusion.load_options import OWN_OPTIONS, LoadKwargs, reject_options_of_other_engines, settings_changes
 from ..model.adapters.libraries import require_adapter_libraries
 from ..model.adapters.location import find_adapter
 from ..model.backbone import end_ids
@@ -30,7 +30,7 @@ from .library import Weights, library
 from .model import Description, LlamaCppModel
 
 TORCH_ONLY = ("decoder", "dtype", "device", "tokens_per_pass", "model_kwargs")  # options
-LLAMA_CPP_ONLY = ("gpu_layers", "cache_type")
+LLAMA_CPP_ONLY = OWN_OPTIONS["llama.cpp"]
 SUFFIX = ".gguf"
 
 
@@ -64,6 +64,7 @@ def load_llama_cpp_model(model: str | Path | None, options: LoadKwargs) -> tuple
 
 
 def _require_own_options(given: Mapping[str, Any]) -> None:
+    reject_options_of_other_engines(given, "llama.cpp")
     for name in TORCH_ONLY:
         if given.get(name) is not None:
             raise InvalidInputError(

@@ -11,11 +11,14 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, cache_utils
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedModelError
 from .kv import DocumentKV, KVShape
+
+# Placeholders of layers that cache nothing. Before transformers 5.23, such layers are left out instead.
+PLACEHOLDERS: tuple[type, ...] = (cache_utils.DummyLayer,) if hasattr(cache_utils, "DummyLayer") else ()
 
 
 class PositionedCache(DynamicCache):
@@ -95,7 +98,7 @@ class _Complete(Exception):
 
 def num_kv_layers(config: PretrainedConfig) -> int:
     """Return the number of layers with keys and values of their own. In some models, the last layers share them."""
-    return sum(not isinstance(layer, DummyLayer) for layer in DynamicCache(config=config).layers)
+    return sum(not isinstance(layer, PLACEHOLDERS) for layer in DynamicCache(config=config).layers)
 
 
 def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:

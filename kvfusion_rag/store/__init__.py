@@ -9,7 +9,7 @@ from .disk import DEFAULT_MAX_BYTES as DEFAULT_DISK_BYTES
 from .disk import DiskStore, VerifyReport
 from .documents import DocumentStore
 from .format import CODECS, Codec
-from .keys import document_key, namespace_key, require_namespace
+from .keys import document_key, is_document_key, namespace_key, require_namespace
 from .memory import DEFAULT_MAX_BYTES as DEFAULT_MEMORY_BYTES
 from .memory import MemoryStore
 from .metrics import Miss, StoreEvent, StoreMetrics, Tier, UploadReport
@@ -50,6 +50,7 @@ __all__ = [
     "collections",
     "document_key",
     "environments",
+    "is_document_key",
     "keep_newest_parts",
     "namespace_key",
     "open_store",

@@ -52,13 +52,18 @@ def document_part(key: str) -> str:
     return key[:65]
 
 
+def is_document_key(text: object) -> bool:
+    """Return whether ``text`` can be a result of :func:`document_key`."""
+    return isinstance(text, str) and _KEY.fullmatch(text) is not None
+
+
 def path_of(key: str) -> str:
     """Return ``namespace/xx/document-digest``, the path of a document below a folder of a store.
 
     Raises:
         InvalidInputError: ``key`` is not a document key.
     """
-    if not isinstance(key, str) or not _KEY.fullmatch(key):
+    if not is_document_key(key):
         raise InvalidInputError(
             f"the document key is {key!r}, but it must be 32, 32 and 64 hex digits separated by dashes, as returned "
             "by document_key(...)."

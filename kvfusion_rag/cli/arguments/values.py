@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+import shlex
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 from decimal import Decimal
@@ -131,6 +132,15 @@ def plain_text(value: str) -> str:
     if re.search("[\ud800-\udfff]", value):
         raise ArgumentTypeError(f"{shown(value)} contains bytes that are not UTF-8")
     return value
+
+
+def arguments(value: str) -> list[str]:
+    """Read the arguments of another command, divided like those of a shell."""
+    try:
+        found = shlex.split(plain_text(value))
+    except ValueError as error:
+        raise ArgumentTypeError(f"{shown(value)} cannot be divided into arguments: {error}") from error
+    return found
 
 
 def variable_name(value: str) -> str:

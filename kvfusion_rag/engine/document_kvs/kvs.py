@@ -248,7 +248,7 @@ class DocumentKVs:
                 misses |= fetched.misses
                 bar.update(len(part))
                 yield
-        shared = {**self._stored_prefix(scope, version), **self._probe}
+        shared = {**self.store_prefix(scope, version), **self._probe}
         for start in range(0, len(local), CHECKED_AT_ONCE):
             self.store.refill({key: keys[key] for key in local[start : start + CHECKED_AT_ONCE]}, self.environment)
             yield
@@ -268,7 +268,7 @@ class DocumentKVs:
             logger.warning("the facts of this environment are not stored: %s", error)
         self._described = digest
 
-    def _stored_prefix(self, scope: Scope, version: str) -> dict[str, Ids]:
+    def store_prefix(self, scope: Scope, version: str) -> dict[str, Ids]:
         """Store the scope's prefix if no tier has it. Return its ids by store key, or nothing without a prefix."""
         if not scope.prefix:
             return {}

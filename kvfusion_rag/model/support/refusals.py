@@ -10,10 +10,11 @@ from collections.abc import Container
 from typing import cast
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PretrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from ..attention.windows import CHUNKED, FULL, SLIDING
+from ..document_cache import PLACEHOLDERS
 from ..pretrained import PreTrainedModel
 from ..text_part import MULTIMODAL_TYPES
 
@@ -93,7 +94,7 @@ def other_cache(config: PretrainedConfig) -> str | None:
         return f"transformers cannot load it as a text model alone; {INSTEAD}"
     if "past_key_values" not in _arguments(config):
         return f"its implementation in transformers takes no cache of keys and values; {INSTEAD}"
-    layers = [layer for layer in DynamicCache(config=config).layers if not isinstance(layer, DummyLayer)]
+    layers = [layer for layer in DynamicCache(config=config).layers if not isinstance(layer, PLACEHOLDERS)]
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
         return f"its cache has other contents than keys and values of each token; {INSTEAD}"
     return None
