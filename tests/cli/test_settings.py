@@ -148,6 +148,8 @@ def test_names_in_files_are_those_of_the_command_line(leaf):
         ("[serve]\nport = true", "'true' is not a whole number from 0 to 65,535."),
         ("[serve]\nport = [1]", "'[1]' is not a single value."),
         ("[serve]\nmodel = 5", "5 is not a text in quotation marks."),
+        ('[serve]\nstore = "a\\u0000b"', "'a\\x00b' contains a null character."),
+        ('[serve]\ndocs = ["a\\u0000b"]', "'a\\x00b' contains a null character."),
         ("[serve]\nmodel = 2026-12-01", "is not a text in quotation marks."),
         ("[serve]\nmetrics = 'yes'", "'yes' is not true or false."),
         ("[serve]\nmode = 'fuse'", "'fuse' is not one of auto, fusion, concat, ape; did you mean 'fusion'."),

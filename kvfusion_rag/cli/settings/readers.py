@@ -78,6 +78,8 @@ def _read_one(action: argparse.Action, value: Any) -> Any:
 
 
 def _convert(action: argparse.Action, text: str) -> Any:
+    if "\0" in text:  # which command lines cannot contain
+        raise argparse.ArgumentTypeError(f"{shown(text)} contains a null character")
     if action.choices is not None:
         choices = [str(choice) for choice in action.choices]
         if text not in choices:
