@@ -126,6 +126,8 @@ class Prompts:
             tools: those of the questions.
         """
         kwargs = template_kwargs
+        if prompt is None:
+            question = question.strip() or "?"  # any question is read behind the documents
         return self.layout(question, prompt, "fusion", has_documents=True, template_kwargs=kwargs, tools=tools)
 
     def every_layout(self) -> list[Layout]:

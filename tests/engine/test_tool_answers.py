@@ -109,6 +109,13 @@ def test_documents_can_be_prefilled_for_questions_with_tools(name):
     assert other == ("computed" if gen.store_keys(DOCUMENTS) != gen.store_keys(DOCUMENTS, tools=TOOLS) else "memory")
 
 
+def test_documents_of_fixed_templates_can_be_prefilled_for_questions_with_tools():
+    gen = tiny.generator()
+    gen.prefill(["the mill"], tools=TOOLS)
+    found = gen.answer("who?", ["the mill"], mode="fusion", tools=TOOLS, max_new_tokens=90)
+    assert [source.origin for source in found.sources] == ["memory"]
+
+
 def test_tools_of_prefill_are_checked():
     with pytest.raises(InvalidInputError, match="must be a list of kvfusion_rag"):
         tool_model("tagged").prefill(DOCUMENTS, tools=["weather"])

@@ -8,7 +8,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from ...schema import Tool, ToolCall
 from ...text.answer_format import AnswerFormat
-from ...text.tools.definitions import MAX_TOOLS
+from ...text.tools.definitions import CHOICES, MAX_TOOLS
 from .base import Body, Text
 
 MAX_CALLS = 128  # of one message
@@ -16,12 +16,18 @@ MAX_CALL_ID_CHARACTERS = 256
 MAX_TOOL_NAME_CHARACTERS = 64
 
 Name = Annotated[Text, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARACTERS)]
+# The generator checks this; here it is only shown. The second part forbids a line break at the end.
+_NAME_SCHEMA: dict[str, Any] = {
+    "pattern": "^[A-Za-z0-9_.:-]+$",
+    "not": {"anyOf": [{"pattern": "[^A-Za-z0-9_.:-]"}, {"enum": list(CHOICES)}]},
+}
+ToolName = Annotated[Name, Field(json_schema_extra=_NAME_SCHEMA)]
 
 
 class FunctionBody(Body):
     """A function that the model may call. Arguments always match ``parameters``, whatever ``strict`` is."""
 
-    name: Name
+    name: ToolName
     description: Text = ""
     parameters: dict[str, Any] = Field(default_factory=dict)
     strict: bool | None = None
@@ -40,7 +46,7 @@ class ToolBody(Body):
 class ChosenFunction(Body):
     """The name of the function to call."""
 
-    name: Name
+    name: ToolName
 
 
 class ChosenTool(Body):
