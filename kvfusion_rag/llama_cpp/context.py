@@ -7,6 +7,7 @@ are restored into cells of their own, however equal their positions are.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Context:
                 f"or its heads are too narrow for cache_type={self._options.cache_type!r} or flash attention."
             )
         self._memory = lib.llama_get_memory(self._pointer)
+        self._finalizer = weakref.finalize(self, _free, lib, self._pointer, self._weights)
 
     def use_adapter(self, adapter: Any) -> None:
         """Apply a LoRA adapter in the next passes, or none."""
@@ -202,13 +204,12 @@ class Context:
 
     def close(self) -> None:
         """Free the memory."""
-        if self._pointer:
-            self._lib.llama_free(self._pointer)
-            self._pointer = None
+        self._finalizer()
 
-    def __del__(self) -> None:
-        if getattr(self, "_pointer", None):
-            self.close()
+
+def _free(lib: Any, context: Any, weights: Weights) -> None:
+    """Free a context. The argument ``weights`` keeps them until then."""
+    lib.llama_free(context)
 
 
 def _bytes(data: np.ndarray) -> Any:

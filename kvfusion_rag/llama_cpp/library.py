@@ -6,6 +6,8 @@ Nothing is imported from ``llama_cpp`` before :func:`library` is called: the pac
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -93,6 +95,7 @@ class Weights:
                 f"llama.cpp cannot read {file.name!r}: the file is damaged, or its architecture is newer than "
                 f"{PACKAGE} {version(PACKAGE)}."
             )
+        weakref.finalize(self, _free, lib, self.pointer, self._adapters)
         self._require_supported()
         self.vocabulary_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.pointer))
         self.trained_positions: int = lib.llama_model_n_ctx_train(self.pointer)
@@ -122,14 +125,8 @@ class Weights:
         self._adapters.append(adapter)
         return adapter
 
-    def close(self) -> None:
-        """Free the weights and adapters. No context may be open."""
-        if self.pointer:
-            for adapter in self._adapters:
-                self._lib.llama_adapter_lora_free(adapter)
-            self._lib.llama_model_free(self.pointer)
-            self._adapters, self.pointer = [], None
 
-    def __del__(self) -> None:
-        if getattr(self, "pointer", None):
-            self.close()
+def _free(lib: Any, weights: Any, adapters: Sequence[Any]) -> None:
+    for adapter in adapters:
+        lib.llama_adapter_lora_free(adapter)
+    lib.llama_model_free(weights)
