@@ -247,6 +247,24 @@ def test_files_are_added_by_button_and_drop_and_removed(open_page, url, tmp_path
     expect(page.locator("#notice")).to_contain_text("cannot be read")
 
 
+def test_files_that_come_before_the_page_knows_its_library_wait_for_it(open_page, url, tmp_path):
+    page = open_page(url)
+    held: list[Any] = []
+    page.route("**/v1/library", lambda route: held.append(route), times=1)
+    page.reload()
+    file = tmp_path / "mill.md"
+    file.write_text("# The mill\n\nThe mill was built in 1902.")
+    page.set_input_files("#upload", file)
+    transfer = page.evaluate_handle(
+        "() => { const made = new DataTransfer();"
+        "made.items.add(new File(['The bakery opens at six.'], 'bakery.txt')); return made; }"
+    )
+    page.dispatch_event("body", "drop", {"dataTransfer": transfer})
+    held[0].continue_()
+    expect(page.locator("#files")).to_contain_text("mill.md")
+    expect(page.locator("#files")).to_contain_text("bakery.txt")
+
+
 def test_files_that_the_server_finds_meanwhile_are_listed(open_page, speaker, docs):
     with open_index(chunk_tokens=40) as index:
         library = Library(index, docs=[docs])

@@ -113,6 +113,8 @@ function fileItem({ name, uploaded }) {
 }
 
 async function upload(files) {
+  await starting;
+  if (!library?.uploads.max_files) return;
   for (const file of files) {
     if (file.size > library.uploads.max_bytes) {
       notify(`${file.name} is larger than ${(library.uploads.max_bytes / 2 ** 20).toFixed(1)} MiB, the limit of this server.`);
@@ -244,7 +246,7 @@ document.ondragleave = (event) => {
 document.ondrop = (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  if (library?.uploads.max_files) upload([...event.dataTransfer.files]);
+  upload([...event.dataTransfer.files]);
 };
 
 setTheme(localStorage.getItem(THEME) ?? "system");
