@@ -1,8 +1,8 @@
-"""Compares engines on the same questions: time to the first token, further tokens, and memory.
+"""Compares engines on the same questions: time to the first token, further tokens, memory, and answers after a shuffle.
 
 Each engine runs in a process of its own, with documents of random words whose ids all engines share. Its own joined
-prompt (mode "concat") is measured too, and for llama.cpp also the stock way: ``llama_cpp.Llama``, which reuses the
-KVs of the longest common beginning of two prompts.
+prompt (mode "concat") is measured too: vLLM reads it with its prefix cache. The stock way of llama.cpp is
+``llama_cpp.Llama``, which reuses the KVs of the longest common beginning of two prompts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ..engine.calls import read_call
 from ..engine.requests import Batch
-from ..errors import InvalidInputError, KVFusionError
+from ..errors import InvalidInputError, KVFusionError, MissingDependencyError
 from ..generator import KVFusionGenerator
 from ..llama_cpp.library import library
 from ..model.location import locate_model
@@ -31,9 +32,14 @@ from ..schema import Document
 ENGINES: dict[str, dict[str, Any]] = {
     "torch-float32": {"dtype": "float32"},
     "torch-bfloat16": {"dtype": "bfloat16"},
+    "torch-int8": {"dtype": "float32"},  # weights of 8 bits, computed with in float32
     "llama.cpp-f16": {"engine": "llama.cpp", "cache_type": "f16"},
     "llama.cpp-q8_0": {"engine": "llama.cpp", "cache_type": "q8_0"},
+    "llama.cpp-stock": {"engine": "llama.cpp", "cache_type": "f16"},
+    "vllm": {"engine": "vllm"},
 }
+PACKAGES = {name: "llama_cpp" for name in ENGINES if name.startswith("llama.cpp")}
+PACKAGES |= {"torch-int8": "torchao", "vllm": "vllm"}
 STOCK = "llama.cpp-stock"
 WORDS = ("river", "mill", "lamp", "pier", "boat", "evening", "letter", "garden", "window", "stone", "bridge", "winter")
 
@@ -59,17 +65,31 @@ class EngineCase:
     threads: int | None = None
 
 
+def installed_engines() -> list[str]:
+    """Return the engines whose packages are installed."""
+    return [name for name in ENGINES if not _is_missing(name)]
+
+
 def measure_engines(case: EngineCase, engines: Sequence[str]) -> list[dict[str, Any]]:
     """Return one row of figures per engine.
 
     Raises:
         InvalidInputError: an engine is unknown.
+        MissingDependencyError: the package of an engine is not installed.
         KVFusionError: an engine's process failed.
     """
-    known = (*ENGINES, STOCK)
-    if unknown := [name for name in engines if name not in known]:
-        raise InvalidInputError(f"engine {unknown[0]!r} is unknown; the engines are {', '.join(known)}.")
+    if unknown := [name for name in engines if name not in ENGINES]:
+        raise InvalidInputError(f"engine {unknown[0]!r} is unknown; the engines are {', '.join(ENGINES)}.")
+    if missing := [name for name in engines if _is_missing(name)]:
+        raise MissingDependencyError(
+            f"engine {missing[0]!r} needs {PACKAGES[missing[0]]}, which is not installed; installed are the packages of "
+            f"{', '.join(installed_engines())}."
+        )
     return [_in_process(case, name) for name in engines]
+
+
+def _is_missing(engine: str) -> bool:
+    return engine in PACKAGES and find_spec(PACKAGES[engine]) is None
 
 
 def _in_process(case: EngineCase, engine: str) -> dict[str, Any]:
@@ -99,58 +119,105 @@ def documents_of(case: EngineCase, count_tokens: Callable[[str], int]) -> list[D
 def _measure(case: EngineCase, engine: str) -> dict[str, Any]:
     if case.threads is not None:
         torch.set_num_threads(case.threads)
-    is_stock = engine == STOCK
-    options = ENGINES["llama.cpp-f16" if is_stock else engine]
     generator = KVFusionGenerator.from_pretrained(
-        case.model, gguf_file=case.gguf_file, adapter=None, store="memory", **options
+        case.model, gguf_file=case.gguf_file, adapter=None, store="memory", **ENGINES[engine], **_quantised(engine)
     )
     documents = documents_of(case, generator.count_tokens)
     orders = [random.Random(number).sample(documents, len(documents)) for number in range(case.repeats)]
-    ask = _stock(generator, case) if is_stock else _asking(generator, case, mode="fusion")
+    is_stock = engine == STOCK
+    ask = _stock(generator, case) if is_stock else _asking(generator, case, engine, mode="fusion")
     row = {"engine": engine, "threads": torch.get_num_threads(), **_times(ask, documents, orders)}
     if not is_stock:
-        joined = _times(_asking(generator, case, mode="concat"), documents, orders[:1])
-        row["joined prompt"] = {name: joined[name] for name in ("cold", "shuffled")}
-    row["peak MiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        row["joined prompt"] = _times(_asking(generator, case, engine, mode="concat"), documents, orders)
+    row["peak MiB"] = _peak_memory(generator) // 1024
     return row
 
 
-Ask = Callable[[Sequence[Document]], tuple[float, float]]
+def _quantised(engine: str) -> dict[str, Any]:
+    """Return the options that load weights of 8 bits, for the engine that has them."""
+    if engine != "torch-int8":
+        return {}
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return {"model_kwargs": {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}}
+
+
+def _peak_memory(generator: KVFusionGenerator) -> int:
+    """Return the largest resident memory of this process and its largest child in KiB, and end the child."""
+    runner: Any = generator._engine.runner
+    if (server := vars(runner).get("server")) is not None:  # that of vLLM
+        server.close()
+    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What one question took.
+
+    Attributes:
+        first: seconds to the first token.
+        speed: tokens per second behind it.
+        tokens: ids of the answer.
+    """
+
+    first: float
+    speed: float
+    tokens: tuple[int, ...]
+
+
+Ask = Callable[[str, Sequence[Document]], Asked]
 
 
 def _times(ask: Ask, documents: Sequence[Document], orders: Sequence[Sequence[Document]]) -> dict[str, Any]:
-    """Return seconds to the first token, and tokens per second behind it."""
-    cold, _ = ask(documents)
-    warm = [ask(documents) for _ in orders]
-    shuffled = [ask(order) for order in orders]
-    speeds = [speed for _, speed in (*warm, *shuffled)]
+    """Return seconds to the first token, tokens per second behind it, and how many answers survive a shuffle.
+
+    No question is asked twice over the same order, since engines may reuse what they have read of it.
+    """
+    cold = ask(_question(0), documents)
+    warm = [ask(_question(number + 1), documents) for number in range(len(orders))]
+    shuffled = [ask(_question(number + 1), order) for number, order in enumerate(orders)]
     return {
-        "cold": round(cold, 5),
-        "warm": round(statistics.median(first for first, _ in warm), 5),
-        "shuffled": round(statistics.median(first for first, _ in shuffled), 5),
-        "tokens per second": round(statistics.median(speeds), 1),
+        "cold": round(cold.first, 5),
+        "warm": round(statistics.median(one.first for one in warm), 5),
+        "shuffled": round(statistics.median(one.first for one in shuffled), 5),
+        "tokens per second": round(statistics.median(one.speed for one in (*warm, *shuffled)), 1),
+        "same answers after a shuffle": sum(a.tokens == b.tokens for a, b in zip(warm, shuffled, strict=True)),
+        "questions": len(orders),
     }
 
 
-QUESTION = "Repeat the documents word for word."
+def _question(number: int) -> str:
+    return f"What do the documents say about the {WORDS[number % len(WORDS)]}? Answer in {number + 20} words."
 
 
-def _asking(generator: KVFusionGenerator, case: EngineCase, *, mode: Any) -> Ask:
-    """Return a function that lets the engine write all tokens of an answer, even if the model would end it."""
-    engine, options = generator._engine, {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens}
-    ends = sorted(engine.model.end_ids)
+def _asking(generator: KVFusionGenerator, case: EngineCase, engine: str, *, mode: Any) -> Ask:
+    """Return a function that lets the engine write an answer.
+
+    All but vLLM write all tokens of it, even if the model would end it.
+    """
+    options: dict[str, Any] = {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens}
+
+    def ask_vllm(question: str, documents: Sequence[Document]) -> Asked:
+        answer = generator.answer(question, documents, **options)
+        seconds = answer.timings.total - answer.timings.first_token
+        speed = (len(answer.token_ids) - 1) / seconds if seconds else 0.0
+        return Asked(answer.timings.first_token, speed, answer.token_ids)
+
+    inner = generator._engine
+    ends = sorted(inner.model.end_ids)
 
     def forbid_end(logits: torch.Tensor) -> None:
         logits[:, ends] = -torch.inf
 
-    def ask(documents: Sequence[Document]) -> tuple[float, float]:
+    def ask(question: str, documents: Sequence[Document]) -> Asked:
         began = time.perf_counter()
-        call = read_call(engine, QUESTION, documents, options)
-        run = engine.runner.start(Batch.of(engine.runner.prepare(call.requests[0], call.decoding)))
-        times = [time.perf_counter() for _ in engine.runner.decode(run, call.decoding, on_logits=forbid_end)]
-        return times[0] - began, (len(times) - 1) / (times[-1] - times[0])
+        call = read_call(inner, question, documents, options)
+        run = inner.runner.start(Batch.of(inner.runner.prepare(call.requests[0], call.decoding)))
+        times = [time.perf_counter() for _ in inner.runner.decode(run, call.decoding, on_logits=forbid_end)]
+        return Asked(times[0] - began, (len(times) - 1) / (times[-1] - times[0]), run.answer(0).token_ids)
 
-    return ask
+    return ask_vllm if engine == "vllm" else ask
 
 
 def _stock(generator: KVFusionGenerator, case: EngineCase) -> Ask:
@@ -162,15 +229,14 @@ def _stock(generator: KVFusionGenerator, case: EngineCase) -> Ask:
     stock: Any = library().Llama(str(file), n_ctx=cells, n_threads=threads, n_threads_batch=threads, verbose=False)
     engine = generator._engine
 
-    def ask(documents: Sequence[Document]) -> tuple[float, float]:
-        ids = read_call(engine, QUESTION, documents, {"mode": "concat", "focus": None}).requests[0].question.ids
+    def ask(question: str, documents: Sequence[Document]) -> Asked:
+        ids = read_call(engine, question, documents, {"mode": "concat", "focus": None}).requests[0].question.ids
         began = time.perf_counter()
         tokens = stock.generate(list(ids), temp=0.0, top_k=1)
-        next(tokens)
+        written = [next(tokens)]
         first = time.perf_counter()
-        for _ in range(case.answer_tokens - 1):
-            next(tokens)
-        return first - began, (case.answer_tokens - 1) / (time.perf_counter() - first)
+        written += [next(tokens) for _ in range(case.answer_tokens - 1)]
+        return Asked(first - began, (case.answer_tokens - 1) / (time.perf_counter() - first), tuple(written))
 
     return ask
 

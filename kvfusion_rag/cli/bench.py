@@ -4,7 +4,7 @@
 with documents computed, from memory and from disk, each compared with the machine's limit. ``kvfusion bench store``
 measures the time to the first token with documents computed, from disk and from memory compared with the joined
 prompt, how fast files are loaded into the fused cache compared with plain reads, and what writing costs.
-``kvfusion bench engines`` compares torch, llama.cpp and stock llama.cpp on a GGUF file.
+``kvfusion bench engines`` compares torch, llama.cpp, stock llama.cpp and vLLM on the same documents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from .console import say, say_json
 from .options import add_model_name
 
 # Both are repeated here, because importing them would import torch.
-ENGINES = ("torch-float32", "torch-bfloat16", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-stock")
+ENGINES = (
+    "torch-float32", "torch-bfloat16", "torch-int8", "llama.cpp-f16", "llama.cpp-q8_0", "llama.cpp-stock", "vllm"
+)  # fmt: skip
 SHAPES = ("qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.1-8b", "tiny")
 
 sizes = whole(1, 1 << 20)
@@ -61,12 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engines(subjects: Any) -> None:
-    about = "torch and llama.cpp on the same GGUF file and documents"
+    about = "torch, llama.cpp and vLLM on the same model and documents"
     parser = subjects.add_parser("engines", help=about, description=f"{about[0].upper()}{about[1:]}.")
     add_model_name(parser)
     add = parser.add_argument
-    compared = f"engines to compare, separated by commas (default: {','.join(ENGINES)})"
-    add("--engines", type=names, default=",".join(ENGINES), metavar="A,B", help=compared)
+    compared = f"engines to compare, separated by commas, of {','.join(ENGINES)} (default: all that are installed)"
+    add("--engines", type=names, metavar="A,B", help=compared)
     add("--documents", type=sizes, default=20, metavar="N", help="documents per question (default: 20)")
     add("--document-tokens", type=sizes, default=150, metavar="N", help="tokens per document (default: 150)")
     add("--answer-tokens", type=at_least_two, default=32, metavar="N", help="tokens per answer, from 2 (default: 32)")
@@ -151,28 +153,37 @@ def _store(args: argparse.Namespace) -> int:
 
 
 def _engines(args: argparse.Namespace) -> int:
-    from ..benchmark.engines import EngineCase, measure_engines
+    from ..benchmark.engines import PACKAGES, EngineCase, installed_engines, measure_engines
     from ..evaluation.report import run_facts
     from ..model.location import locate_model
 
-    if locate_model(args.model, gguf_file=args.gguf_file, weights=False).gguf is None:
-        raise InvalidInputError(f"{args.model!r} has no GGUF file, which llama.cpp reads; name a GGUF file.")
+    engines: list[str] = args.engines or installed_engines()
+    needs_gguf = [name for name in engines if PACKAGES.get(name) == "llama_cpp"]
+    if needs_gguf and locate_model(args.model, gguf_file=args.gguf_file, weights=False).gguf is None:
+        raise InvalidInputError(
+            f"{args.model!r} has no GGUF file, which {needs_gguf[0]} reads; name a GGUF file, or other --engines."
+        )
     counts = ("documents", "document_tokens", "answer_tokens", "repeats", "threads")
     case = EngineCase(args.model, args.gguf_file, **{name: getattr(args, name) for name in counts})
-    figures = {"rows": measure_engines(case, args.engines), "run": run_facts()}
+    figures = {"rows": measure_engines(case, engines), "run": run_facts()}
     _write(args.output, json.dumps(figures, indent=2) + "\n")
     if args.json:
         say_json(figures)
         return 0
-    say("seconds to the first token         cold    warm  shuffled  tokens/s  peak MiB")
+    say("seconds to the first token         cold    warm  shuffled  tokens/s  same answers  peak MiB")
     for row in figures["rows"]:
-        say(
-            f"  {row['engine']:<30} {row['cold']:>6.2f}  {row['warm']:>6.2f}  {row['shuffled']:>8.2f}  "
-            f"{row['tokens per second']:>8.1f}  {row['peak MiB']:>8}"
-        )
+        say(f"{_engine_line(row['engine'], row)}  {row['peak MiB']:>8}")
         if joined := row.get("joined prompt"):
-            say(f"    joined prompt                {joined['cold']:>6.2f}          {joined['shuffled']:>8.2f}")
+            say(_engine_line("  joined prompt", joined))
     return 0
+
+
+def _engine_line(name: str, times: dict[str, Any]) -> str:
+    same = f"{times['same answers after a shuffle']} of {times['questions']}"
+    return (
+        f"  {name:<30} {times['cold']:>6.2f}  {times['warm']:>6.2f}  {times['shuffled']:>8.2f}  "
+        f"{times['tokens per second']:>8.1f}  {same:>12}"
+    )
 
 
 def _write(file: Path | None, text: str) -> None:

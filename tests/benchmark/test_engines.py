@@ -8,11 +8,11 @@ from importlib.util import find_spec
 import pytest
 import tiny_llama_cpp
 
-from kvfusion_rag import InvalidInputError
-from kvfusion_rag.benchmark.engines import ENGINES, STOCK, EngineCase, documents_of, measure_engines
+from kvfusion_rag import InvalidInputError, MissingDependencyError
+from kvfusion_rag.benchmark.engines import ENGINES, STOCK, EngineCase, documents_of, installed_engines, measure_engines
 from kvfusion_rag.cli import bench, main
 
-ON_TORCH = ["torch-float32", "torch-bfloat16"]
+ON_TORCH = ["torch-float32", "torch-bfloat16", "torch-int8"]
 
 
 def test_documents_have_the_given_number_of_tokens():
@@ -28,7 +28,14 @@ def test_unknown_engine_is_named():
 
 
 def test_command_line_knows_the_engines():
-    assert (*ENGINES, STOCK) == bench.ENGINES
+    assert tuple(ENGINES) == bench.ENGINES
+
+
+def test_engines_without_their_package_are_named(monkeypatch):
+    monkeypatch.setattr("kvfusion_rag.benchmark.engines.find_spec", lambda name: None)
+    assert installed_engines() == ["torch-float32", "torch-bfloat16"]
+    with pytest.raises(MissingDependencyError, match="'vllm' needs vllm"):
+        measure_engines(EngineCase(None), ["torch-float32", "vllm"])
 
 
 def test_figures_of_each_engine(tmp_path):
@@ -54,8 +61,11 @@ def test_figures_of_each_engine(tmp_path):
     for row in rows:
         assert row["cold"] > 0 and row["warm"] > 0 and row["shuffled"] > 0 and row["peak MiB"] > 50
         assert ("joined prompt" in row) == (row["engine"] != STOCK)
+        if row["engine"] != STOCK:
+            assert row["same answers after a shuffle"] == row["questions"] == 2
 
 
 def test_model_without_a_gguf_file_is_refused(model_folder, capsys):
-    assert main(["bench", "engines", "--model", str(model_folder)]) == 2
+    command = ["bench", "engines", "--model", str(model_folder), "--engines", STOCK]
+    assert main(command) == 2
     assert "GGUF" in capsys.readouterr().err
