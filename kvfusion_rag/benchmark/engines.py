@@ -38,8 +38,11 @@ ENGINES: dict[str, dict[str, Any]] = {
     "llama.cpp-stock": {"engine": "llama.cpp", "cache_type": "f16"},
     "vllm": {"engine": "vllm"},
 }
-PACKAGES = {name: "llama_cpp" for name in ENGINES if name.startswith("llama.cpp")}
-PACKAGES |= {"torch-int8": "torchao", "vllm": "vllm"}
+PACKAGES = {
+    "torch-int8": "torchao",
+    "vllm": "vllm",
+    **{name: "llama_cpp" for name in ENGINES if name.startswith("llama.cpp")},
+}
 STOCK = "llama.cpp-stock"
 WORDS = ("river", "mill", "lamp", "pier", "boat", "evening", "letter", "garden", "window", "stone", "bridge", "winter")
 
