@@ -1,4 +1,4 @@
-"""Compares engines on the same questions: time to the first token, further tokens, memory, and answers after a shuffle.
+"""Compares engines on the same questions: first token, further tokens, memory, and answers after a shuffle.
 
 Each engine runs in a process of its own, with documents of random words whose ids all engines share. Its own joined
 prompt (mode "concat") is measured too: vLLM reads it with its prefix cache. The stock way of llama.cpp is
@@ -85,7 +85,7 @@ def measure_engines(case: EngineCase, engines: Sequence[str]) -> list[dict[str, 
         raise InvalidInputError(f"engine {unknown[0]!r} is unknown; the engines are {', '.join(ENGINES)}.")
     if missing := [name for name in engines if _is_missing(name)]:
         raise MissingDependencyError(
-            f"engine {missing[0]!r} needs {PACKAGES[missing[0]]}, which is not installed; installed are the packages of "
+            f"engine {missing[0]!r} needs {PACKAGES[missing[0]]}, which is not installed; installed are "
             f"{', '.join(installed_engines())}."
         )
     return [_in_process(case, name) for name in engines]

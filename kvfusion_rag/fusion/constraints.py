@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidInputError, MissingDependencyError
-from ..text.answer_format import AnswerFormat, FormatKind
+from ..text.answer_format import FIXED_SPACE, AnswerFormat, FormatKind
 from ..text.encoder import with_hidden_controls
 
 CACHED = 64  # compiled formats of one tokenizer
@@ -21,8 +21,6 @@ _NAMES: dict[FormatKind, str] = {
     "json_schema": "the JSON schema", "regex": "the regular expression", "choices": "the list of choices",
     "grammar": "the list of tools",
 }  # fmt: skip
-# White space is fixed: a model that may choose it can write blanks until its limit.
-_JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _WORD_BITS = 32
 
 
@@ -34,13 +32,14 @@ class Constraint:
         end_ids: tokens that end the answer. A model's other end tokens are ordinary text.
     """
 
-    def __init__(self, matcher: Any, end_ids: frozenset[int]) -> None:
+    def __init__(self, format: AnswerFormat, matcher: Any, end_ids: frozenset[int]) -> None:
+        self.format = format
         self._matcher = matcher
         self.end_ids = end_ids
 
     def copy(self) -> Constraint:
         """Return the same state for another answer."""
-        return Constraint(self._matcher.deep_copy(), self.end_ids)
+        return Constraint(self.format, self._matcher.deep_copy(), self.end_ids)
 
     def accept(self, token: int) -> None:
         """Add the next token.
@@ -107,7 +106,7 @@ class ConstraintCompiler:
             if (found := self._compiled.get(format)) is None:
                 if self._tokenizer is None:
                     self._tokenizer = _tokenizer(*self._arguments)
-                found = self._compiled[format] = Constraint(_matcher(self._tokenizer, format), self._end_ids)
+                found = self._compiled[format] = Constraint(format, _matcher(self._tokenizer, format), self._end_ids)
             self._compiled.move_to_end(format)
             if len(self._compiled) > CACHED:
                 self._compiled.popitem(last=False)
@@ -163,7 +162,7 @@ def _grammar(format: AnswerFormat) -> str:
     from llguidance import LLMatcher
 
     if format.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(format.text, overrides=_JSON)  # pyright: ignore[reportArgumentType]
+        return LLMatcher.grammar_from_json_schema(format.text, overrides=FIXED_SPACE)  # pyright: ignore[reportArgumentType]
     if format.kind == "regex":
         return LLMatcher.grammar_from_regex(format.text)
     if format.kind == "choices":

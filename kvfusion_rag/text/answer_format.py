@@ -19,6 +19,9 @@ MAX_FORMAT_CHARACTERS = 1 << 18  # of a schema as JSON, a pattern, or all choice
 MAX_DEPTH = 64  # objects and lists inside each other in a schema
 MAX_CHOICES = 10_000
 
+# llguidance's options of a schema. White space is fixed: a model that may choose it can write blanks until its limit.
+FIXED_SPACE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _OPENAI_FORMATS = "'text', 'json_object' and 'json_schema'"
 # With these, the properties of an object may be listed elsewhere.
@@ -118,6 +121,11 @@ def as_json(value: object, what: str) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{what} is not JSON data: {error}.") from error
+
+
+def with_fixed_space(schema: str) -> str:
+    """Return a schema (JSON) that tells llguidance to allow no other white space than ``FIXED_SPACE``."""
+    return json.dumps({**json.loads(schema), "x-guidance": FIXED_SPACE}, ensure_ascii=False)
 
 
 def require_depth(value: object, what: str) -> None:

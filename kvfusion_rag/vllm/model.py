@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UnsupportedModelError
-from ..fusion.constraints import Constraint
 from ..fusion.interface import Capabilities, Ids
 from ..fusion.torch_model import TorchModel
 from ..model.backbone import Backbone
-from ..text.answer_format import AnswerFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +57,4 @@ class VllmModel(TorchModel):
         raise UnsupportedModelError(
             "vLLM neither returns attention weights nor lets them be changed, so mode 'ape' and attribution by "
             "attention need engine='torch'; attribution by effects works."
-        )
-
-    def constraint(self, format: AnswerFormat) -> Constraint:
-        raise UnsupportedModelError(
-            "engine 'vllm' keeps no answer in a format yet, so response_format and tools need engine='torch'."
         )

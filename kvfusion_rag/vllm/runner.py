@@ -9,9 +9,11 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
+
+import torch
 
 from ..engine.document_kvs import DocumentKVs, Scope
 from ..engine.modes import AnswerMode
@@ -19,10 +21,12 @@ from ..engine.requests import Batch, Request
 from ..engine.runner import Runner
 from ..engine.running_batch import FusedRun, Run
 from ..errors import ContextLimitError, InvalidInputError, StoreError
+from ..fusion.constraints import Allowed, constrained
 from ..fusion.growing_answer import GrowingAnswer
 from ..fusion.sampling import GREEDY_BELOW, DecodingOptions
 from ..schema import Answer, Origin
 from ..store import DocumentStore, FetchedKVs, KVRequest
+from ..text.answer_format import AnswerFormat
 from ..text.documents import EncodedDocuments
 from ..text.layouts import Layout
 from .model import VllmModel
@@ -168,24 +172,49 @@ class VllmRunner(Runner[VllmModel]):
                 self._stored(request, again=True)
 
     def _grow(self, request: Request, answer: GrowingAnswer, options: DecodingOptions) -> Generator[None, None, None]:
-        """Ask vLLM once, and push its tokens."""
-        asked = self.token_request(request, answer.ids, options)
+        """Ask vLLM once, and push its tokens until the answer's format begins, if it has one behind its reasoning."""
+        allowed = answer.allowed
+        if (
+            allowed is not None
+            and allowed.also is not None
+            and self._opens_reasoning(request, answer, allowed, options)
+        ):
+            answer.push(allowed.also, is_end=False)
+            yield
+            return
+        format = None if allowed is None else allowed.constraint.format
+        asked = self.token_request(request, answer.ids, options, format)
         with closing(self.server.tokens(asked)) as tokens:
             for token, _ in tokens:
                 added = answer.push(token, is_end=token in self.model.end_ids)
                 if answer.finish_reason is None and request.cancelled.is_set():
                     answer.finish_reason = "cancelled"
                 yield
-                if answer.finish_reason is not None or added != token:
+                if (
+                    answer.finish_reason is not None
+                    or added != token
+                    or (format is None and answer.allowed is not None)
+                ):
                     return
         answer.finish_reason = "length"
+
+    def _opens_reasoning(
+        self, request: Request, answer: GrowingAnswer, allowed: Allowed, options: DecodingOptions
+    ) -> bool:
+        """Return whether the next token opens the reasoning, when otherwise the answer begins in its format."""
+        logits = torch.zeros(1, self.model.vocabulary_size)
+        ids = constrained(logits, [allowed])[0].isfinite().nonzero().flatten().tolist()
+        asked = replace(self.token_request(request, answer.ids, options), max_tokens=1, first=ids)
+        return [token for token, _ in self.server.tokens(asked)] == [allowed.also]
 
     def plain_salt(self, namespace: str) -> str:
         """Return the salt of prompts without fused documents, which only requests of one tenant share."""
         return hashlib.sha256(f"plain/{namespace}".encode()).hexdigest()
 
-    def token_request(self, request: Request, written: Sequence[int], options: DecodingOptions) -> TokenRequest:
-        """Return what vLLM is asked for behind the tokens ``written`` so far."""
+    def token_request(
+        self, request: Request, written: Sequence[int], options: DecodingOptions, format: AnswerFormat | None = None
+    ) -> TokenRequest:
+        """Return what vLLM is asked for behind the tokens ``written`` so far, which are in front of the format."""
         prompt = _prompt_of(request)
         documents = self._documents(request)
         room = self.model.files.max_model_len - len(prompt)
@@ -197,6 +226,7 @@ class VllmRunner(Runner[VllmModel]):
             end_ids=sorted(self.model.end_ids),
             documents={} if documents is None else documents.params(),
             sampling=_sampling(options),
+            format=format,
         )
 
     def _documents(self, request: Request) -> FusedPrompt | None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from ..errors import EngineError, ModelLoadError
+from ..text.answer_format import AnswerFormat, with_fixed_space
 from .reader import ReaderOptions
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class ServerOptions:
             "--model", self.model, "--served-model-name", BASE, "--uds", str(socket), "--dtype", self.dtype,
             "--max-model-len", str(self.max_model_len), "--kv-transfer-config", json.dumps(connector),
             "--generation-config", "vllm", "--disable-uvicorn-access-log",
+            "--structured-outputs-config", json.dumps({"backend": "guidance"}),  # of llguidance, like our own masks
         ]  # fmt: skip
         if self.revision is not None:
             given += ["--revision", self.revision]
@@ -94,6 +96,8 @@ class TokenRequest:
         end_ids: tokens after which vLLM stops. They are returned.
         documents: ``FusedPrompt.params()``, or empty if the prompt has no fused documents.
         sampling: temperature, top_p, top_k and seed.
+        format: what the text of the generated tokens must match, or None for any text.
+        first: ids that the first token may have, or None for all.
         scored: return log-probabilities too.
     """
 
@@ -104,6 +108,8 @@ class TokenRequest:
     end_ids: Sequence[int]
     documents: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    format: AnswerFormat | None = None
+    first: Sequence[int] | None = None
     scored: bool = False
 
     def body(self) -> dict[str, Any]:
@@ -118,6 +124,8 @@ class TokenRequest:
             "return_token_ids": True,
             "cache_salt": self.salt,
             **({"kv_transfer_params": self.documents} if self.documents else {}),
+            **({"structured_outputs": _structured(self.format)} if self.format is not None else {}),
+            **({"allowed_token_ids": list(self.first)} if self.first is not None else {}),
             **({"logprobs": 0} if self.scored else {}),
             **self.sampling,
         }
@@ -213,6 +221,15 @@ class VllmServer:
 
 class DocumentsLostError(EngineError):
     """vLLM could not load the documents of a request. They may have been evicted, or their files are damaged."""
+
+
+def _structured(format: AnswerFormat) -> dict[str, Any]:
+    """Return a format as vLLM's ``structured_outputs``."""
+    if format.kind == "json_schema":
+        return {"json": with_fixed_space(format.text)}
+    if format.kind == "choices":
+        return {"choice": json.loads(format.text)}
+    return {format.kind: format.text}
 
 
 def _environment() -> dict[str, str]:

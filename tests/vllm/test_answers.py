@@ -18,6 +18,7 @@ from kvfusion_rag import (
     FusedPrompt,
     InvalidInputError,
     KVFusionGenerator,
+    Tool,
     UnsupportedModelError,
 )
 from kvfusion_rag.engine.calls import read_call
@@ -48,6 +49,11 @@ QUESTIONS = [
     "In which year did the work on the lighthouse end?",
 ]
 EVERYTHING = {"mode": "fusion", "focus": None}
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "found": {"type": "boolean"}},
+    "required": ["name", "found"],
+}
 
 
 def request_of(generator: KVFusionGenerator, question: str, documents: Sequence[Any] = DOCUMENTS, **options: Any):
@@ -135,6 +141,41 @@ def test_stop_strings_and_limits(on_vllm, on_torch):
     assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason) == ("Edda", "stop")
     short = on_vllm.answer(QUESTIONS[0], DOCUMENTS, **{**EVERYTHING, "max_new_tokens": 2})
     assert (short.finish_reason, len(short.token_ids)) == ("length", 2)
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        AnswerFormat.choices(["Jonas Peel", "Edda Marsh", "nobody"]),
+        AnswerFormat.regex("[A-Z][a-z]+( [A-Z][a-z]+)*"),
+        AnswerFormat.json_schema(PERSON),
+        AnswerFormat.json_object(),
+    ],
+    ids=lambda format: format.kind,
+)
+@pytest.mark.parametrize("mode", ["fusion", "concat"])
+def test_formats_give_the_tokens_of_torch(on_vllm, on_torch, format, mode):
+    options = {"mode": mode, "focus": None, "response_format": format, "max_new_tokens": 40}
+    found, expected = (g.answer(QUESTIONS[0], DOCUMENTS, **options) for g in (on_vllm, on_torch))
+    assert (found.token_ids, found.text, found.finish_reason) == (
+        expected.token_ids, expected.text, expected.finish_reason
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_tools_are_called_as_on_torch(on_vllm, on_torch, choice):
+    tools = [Tool("timetable", "Look up when a ferry leaves.", {"type": "object", "properties": {"day": {
+        "type": "string", "enum": ["weekday", "sunday"]}}, "required": ["day"]})]  # fmt: skip
+    options = {"tools": tools, "tool_choice": choice, "max_new_tokens": 40}
+    found, expected = (g.answer(QUESTIONS[4], DOCUMENTS, **options) for g in (on_vllm, on_torch))
+    assert found.token_ids == expected.token_ids
+    assert [(c.name, c.arguments) for c in found.tool_calls] == [(c.name, c.arguments) for c in expected.tool_calls]
+    assert found.tool_calls or choice == "auto"
+
+
+def test_a_bad_format_is_an_error_of_the_request(on_vllm):
+    with pytest.raises(InvalidInputError, match="regular expression"):
+        on_vllm.answer(QUESTIONS[0], DOCUMENTS, response_format=AnswerFormat.regex("(a"))
 
 
 def test_a_seed_repeats_an_answer(on_vllm):
@@ -251,11 +292,7 @@ def test_too_long_requests_are_rejected_before_anything_is_computed(on_vllm):
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [
-        ({"mode": "ape"}, UnsupportedModelError),
-        ({"attribution": "attention"}, UnsupportedModelError),
-        ({"response_format": AnswerFormat.choices(["yes", "no"])}, UnsupportedModelError),
-    ],
+    [({"mode": "ape"}, UnsupportedModelError), ({"attribution": "attention"}, UnsupportedModelError)],
     ids=str,
 )
 def test_what_vllm_cannot_do_is_an_error_of_the_request(on_vllm, options, error):

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import tiny
+from chat_families import family_tokenizer
+from thinkers import OPENED, TAGGED
 
-from kvfusion_rag import KVFusionGenerator, ModelLoadError, UnsupportedModelError
+from kvfusion_rag import AnswerFormat, KVFusionGenerator, ModelLoadError, UnsupportedModelError
 from kvfusion_rag.engine.calls import read_call
 from kvfusion_rag.engine.requests import Batch
 from kvfusion_rag.engine.runner import Runner
@@ -66,11 +68,11 @@ def torch_runner(generator: KVFusionGenerator) -> Runner[Any]:
 
 
 def on_both(
-    generator: KVFusionGenerator, documents: list[str] = DOCUMENTS, question: str = QUESTION
+    generator: KVFusionGenerator, documents: list[str] = DOCUMENTS, question: str = QUESTION, **options: Any
 ) -> tuple[Any, Any]:
     """Return the tokens of vLLM and of torch."""
     runner = generator._engine.runner
-    call = read_call(generator._engine, question, documents, EVERYTHING)
+    call = read_call(generator._engine, question, documents, {**EVERYTHING, **options})
     (found,) = runner.answer_all(call.requests, call.decoding)
     (expected,) = torch_runner(generator).answer_all(call.requests, call.decoding)
     return found.token_ids, expected.token_ids
@@ -86,6 +88,22 @@ def test_other_families_answer_like_torch(tmp_path, architecture, rope):
     found, expected = on_both(generator)
     assert found == expected
     assert sum(check.name.startswith("vLLM") and check.passed for check in generator.gate.checks) == 6
+
+
+@pytest.mark.parametrize("name", [TAGGED, OPENED])
+def test_a_format_begins_behind_the_reasoning(tmp_path, name):
+    """A model may open its reasoning itself, or its prompt has opened it."""
+    folder = tiny.save(tmp_path / "model", **SIZES)
+    family_tokenizer(name).save_pretrained(folder)
+    generator = load(folder)
+    formats = [AnswerFormat.choices([one]) for one in "abcdefgh"] + [AnswerFormat.regex("[a-f]{2,4}-[0-9]{3}")]
+    opening = family_tokenizer(name).convert_tokens_to_ids("<think>")
+    opened = []
+    for format in formats:
+        found, expected = on_both(generator, response_format=format, max_reasoning_tokens=6)
+        assert found == expected
+        opened.append(found[0] == opening or name == OPENED)
+    assert any(opened) and (name == OPENED or not all(opened))
 
 
 @pytest.mark.parametrize("kv_heads", [2, 1])

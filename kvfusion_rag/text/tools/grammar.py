@@ -7,11 +7,9 @@ import re
 from collections.abc import Mapping
 
 from ...errors import InvalidInputError
-from ..answer_format import AnswerFormat
+from ..answer_format import AnswerFormat, with_fixed_space
 from .call_format import CallFormat
 from .definitions import ToolUse
-
-_JSON = '"x-guidance": {"whitespace_flexible": false, "item_separator": ", ", "key_separator": ": "}'
 
 
 def call_grammar(
@@ -28,7 +26,7 @@ def call_grammar(
             format is plain text, also in the prompt.
     """
     control = control if format.is_native else {}
-    rules = [f"call_{number}: %json {_schema(schema)}" for number, (_, schema) in enumerate(use.callable)]
+    rules = [f"call_{number}: %json {with_fixed_space(schema)}" for number, (_, schema) in enumerate(use.callable)]
     names = (f"{_quoted(name)} {_sequence(format.middle, control)} call_{number}"
              for number, (name, _) in enumerate(use.callable))  # fmt: skip
     rules.append(f"call: {' | '.join(names)}")
@@ -43,9 +41,8 @@ def call_grammar(
                 "response_format and tools are both given, but this model cannot choose between them; pass one of "
                 "them. With tools, only JSON is supported."
             )
-        start = (
-            f"start: {_sequence(format.opening, control)} {calls} | content\ncontent: %json {_schema(content.text)}"
-        )
+        start = f"start: {_sequence(format.opening, control)} {calls} | content"
+        rules.append(f"content: %json {with_fixed_space(content.text)}")
     else:
         start = _free(format.opening, calls, control)
     return AnswerFormat("grammar", "\n".join([start, *rules]) + "\n")
@@ -76,8 +73,3 @@ def _split(text: str, control: Mapping[str, int]) -> list[str]:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _schema(schema: str) -> str:
-    """Return a schema with fixed white space. ``schema`` is the JSON of an object that is not empty."""
-    return f"{{{_JSON}, {schema[1:]}"
