@@ -108,6 +108,26 @@ class TokenLimits:
     def total(self) -> int:
         return self.answer + self.reasoning + self.marks
 
+    def least(self, options: DecodingOptions) -> int:
+        """Return the tokens that are needed if limits that are defaults are lowered as far as possible."""
+        return (
+            (1 if options.may_shorten else self.answer)
+            + (0 if options.may_shorten_reasoning else self.reasoning)
+            + self.marks
+        )
+
+    def within(self, room: int, options: DecodingOptions) -> TokenLimits:
+        """Return the limits with those that are defaults lowered to ``room`` tokens, which are at least ``least``.
+
+        If both are defaults, answer and reasoning get at least half of the room each.
+        """
+        room -= self.marks
+        answer = self.answer
+        if options.may_shorten:
+            rest = room - self.reasoning
+            answer = min(answer, max(1, room // 2, rest) if options.may_shorten_reasoning else rest)
+        return TokenLimits(answer, min(self.reasoning, room - answer), self.marks)
+
 
 def token_limits(
     model: FusionModel,
@@ -120,7 +140,7 @@ def token_limits(
 ) -> TokenLimits:
     """Return the limits of an answer behind ``before`` positions and a question.
 
-    Limits that are defaults are lowered to the room that the window has; if both are, each gets at least half of it.
+    Limits that are defaults are lowered to the room that the window has.
 
     Args:
         reasoning: the answer's reasoning, or None if it has none.
@@ -128,23 +148,14 @@ def token_limits(
     Raises:
         ContextLimitError: the window has no room for the limits that the caller set.
     """
-    answer, budget = options.max_new_tokens, options.max_reasoning_tokens
-    if reasoning is None or budget is None:
-        needed = 1 if options.may_shorten else answer
-        room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=("the answer", needed))
-        return TokenLimits(answer if room is None else min(answer, room))
-    marks = reasoning.overhead
-    fixed = 0 if options.may_shorten_reasoning else budget
-    needed = marks + fixed + (1 if options.may_shorten else answer)
-    parts = "reasoning and answer", needed
-    room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=parts)
-    if room is None:
-        return TokenLimits(answer, budget, marks)
-    room -= marks
-    if options.may_shorten:
-        half = max(1, room // 2, room - budget) if options.may_shorten_reasoning else room - budget
-        answer = min(answer, half)
-    return TokenLimits(answer, min(budget, room - answer), marks)
+    limits = TokenLimits(options.max_new_tokens)
+    what = "the answer"
+    if reasoning is not None and options.max_reasoning_tokens is not None:
+        limits = TokenLimits(options.max_new_tokens, options.max_reasoning_tokens, reasoning.overhead)
+        what = "reasoning and answer"
+    needed = what, limits.least(options)
+    room = _room_left(model, mode, before=before, question_tokens=question_tokens, answer=needed)
+    return limits if room is None else limits.within(room, options)
 
 
 def _room_left(

@@ -37,8 +37,9 @@ def measured_on_vllm(engine: Engine[Any], report: GateReport) -> GateReport:
     runner = engine.runner
     assert isinstance(runner, VllmRunner)
     checks = [*report.checks]
+    options = {"mode": "fusion", "focus": None, "max_new_tokens": TOKENS, "max_reasoning_tokens": 0}
     for question in QUESTIONS:
-        call = read_call(engine, question, DOCUMENTS, {"mode": "fusion", "focus": None, "max_new_tokens": TOKENS})
+        call = read_call(engine, question, DOCUMENTS, options)
         fused = runner.prepare(call.requests[0], call.decoding)
         runner.begin(Batch.of(fused))
         checks += [

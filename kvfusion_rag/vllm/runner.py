@@ -68,13 +68,13 @@ class VllmRunner(Runner[VllmModel]):
                 "engine='torch'."
             )
         tokens, most = len(_prompt_of(request)), self.model.files.max_model_len
-        wanted = 1 if options.may_shorten else request.limits.total
+        wanted = request.limits.least(options)
         if tokens + wanted > most:
             raise ContextLimitError(
                 f"prefix, documents and question have {tokens} tokens and the answer up to {wanted}, but vLLM takes "
                 f"{most} of one request; raise max_model_len (--max-model-len)."
             )
-        return request
+        return replace(request, limits=request.limits.within(most - tokens, options))
 
     def answer_all(self, requests: Sequence[Request], options: DecodingOptions) -> list[Answer]:
         """Answer all requests at the same time."""
@@ -217,12 +217,11 @@ class VllmRunner(Runner[VllmModel]):
         """Return what vLLM is asked for behind the tokens ``written`` so far, which are in front of the format."""
         prompt = _prompt_of(request)
         documents = self._documents(request)
-        room = self.model.files.max_model_len - len(prompt)
         return TokenRequest(
             model=TUNED if request.mode.tuned and self.model.files.adapter is not None else BASE,
             prompt=[*prompt, *written],
             salt=self.plain_salt(request.namespace) if documents is None else documents.salt,
-            max_tokens=min(request.limits.total, room) - len(written),
+            max_tokens=request.limits.total - len(written),
             end_ids=sorted(self.model.end_ids),
             documents={} if documents is None else documents.params(),
             sampling=_sampling(options),
