@@ -14,16 +14,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from ..engine.calls import read_call
-from ..engine.requests import Batch
+from ..engine.requests import Batch, Request
 from ..errors import InvalidInputError, KVFusionError, MissingDependencyError
+from ..fusion.sampling import DecodingOptions
 from ..generator import KVFusionGenerator
 from ..llama_cpp.library import library
 from ..model.location import locate_model
@@ -195,32 +196,37 @@ def _question(number: int) -> str:
 
 
 def _asking(generator: KVFusionGenerator, case: EngineCase, engine: str, *, mode: Any) -> Ask:
-    """Return a function that lets the engine write an answer.
-
-    All but vLLM write all tokens of it, even if the model would end it.
-    """
-    options: dict[str, Any] = {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens}
-
-    def ask_vllm(question: str, documents: Sequence[Document]) -> Asked:
-        answer = generator.answer(question, documents, **options)
-        seconds = answer.timings.total - answer.timings.first_token
-        speed = (len(answer.token_ids) - 1) / seconds if seconds else 0.0
-        return Asked(answer.timings.first_token, speed, answer.token_ids)
-
+    """Return a function that lets the engine write all tokens of an answer, even if the model would end it."""
     inner = generator._engine
+    runner: Any = inner.runner
+    options = {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens}
     ends = sorted(inner.model.end_ids)
 
     def forbid_end(logits: torch.Tensor) -> None:
         logits[:, ends] = -torch.inf
 
+    def tokens_of(request: Request, decoding: DecodingOptions) -> Iterator[int]:
+        if engine == "vllm":
+            runner.begin(Batch.of(request))
+            asked = replace(runner.token_request(request, (), decoding), end_ids=())
+            yield from (token.id for token in runner.server.tokens(asked))
+            return
+        run = runner.start(Batch.of(request))
+        for _ in runner.decode(run, decoding, on_logits=forbid_end):
+            yield run.answers[0].ids[-1]
+
     def ask(question: str, documents: Sequence[Document]) -> Asked:
         began = time.perf_counter()
         call = read_call(inner, question, documents, options)
-        run = inner.runner.start(Batch.of(inner.runner.prepare(call.requests[0], call.decoding)))
-        times = [time.perf_counter() for _ in inner.runner.decode(run, call.decoding, on_logits=forbid_end)]
-        return Asked(times[0] - began, (len(times) - 1) / (times[-1] - times[0]), run.answer(0).token_ids)
+        return _timed(began, tokens_of(runner.prepare(call.requests[0], call.decoding), call.decoding))
 
-    return ask_vllm if engine == "vllm" else ask
+    return ask
+
+
+def _timed(began: float, tokens: Iterable[int]) -> Asked:
+    """Take all tokens of one answer, and return how long they took."""
+    ids, times = zip(*((token, time.perf_counter()) for token in tokens), strict=True)
+    return Asked(times[0] - began, (len(times) - 1) / (times[-1] - times[0]), ids)
 
 
 def _stock(generator: KVFusionGenerator, case: EngineCase) -> Ask:

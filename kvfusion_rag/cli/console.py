@@ -42,11 +42,13 @@ _NOISY_LOGGERS = (
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",
-    "OMP_WAIT_POLICY": "passive",  # torch's waiting threads sleep, so that other processes can use the processor
     "RAY_USAGE_STATS_ENABLED": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
+# Waiting threads sleep, so that other processes can use the processor. GNU's OpenMP lets them look a moment longer,
+# since llama.cpp lets its threads wait for each other many times per token.
+_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 
 _LEVELS = {-1: logging.ERROR, 0: logging.WARNING, 1: logging.INFO, 2: logging.DEBUG}
@@ -157,6 +159,8 @@ def library_settings() -> Generator[None, None, None]:
     handler.setFormatter(logging.Formatter("kvfusion: %(levelname)s: %(message)s"))
     levels = {name: logging.getLogger(name).level for name in _NOISY_LOGGERS}
     variables = dict(_ENVIRONMENT)
+    if not _WAITING.keys() & os.environ.keys():
+        variables |= _WAITING
     if not sys.stderr.isatty():
         variables["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     added = {name: value for name, value in variables.items() if name not in os.environ}

@@ -98,20 +98,23 @@ def test_environment_and_logging_are_restored(capsys, generator, docs):
     assert not (docs / ".kvfusion").exists()
 
 
-@pytest.mark.parametrize("own", [None, "active"])
-def test_waiting_threads_sleep_unless_the_user_decides(capsys, monkeypatch, own):
-    if own is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    else:
-        monkeypatch.setenv("OMP_WAIT_POLICY", own)
-    code = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "passive 10000"), ({"OMP_WAIT_POLICY": "active"}, "active None"), ({"GOMP_SPINCOUNT": "7"}, "None 7")],
+)
+def test_waiting_threads_sleep_unless_the_user_decides(capsys, monkeypatch, own, expected):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    code = "import os; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
     children = []
     monkeypatch.setattr(
         doctor, "run", lambda args: children.append(subprocess.check_output([sys.executable, "-c", code], text=True))
     )
     run(capsys, "doctor")
-    assert children == [f"{own or 'passive'}\n"]
-    assert os.environ.get("OMP_WAIT_POLICY") == own
+    assert children == [f"{expected}\n"]
+    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == own
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other runtimes show their settings differently")
