@@ -18,8 +18,8 @@ from .secrets import SECRET, without_password
 PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors")
 EXTRAS_OF_DEVELOPERS = ("all", "test", "docs", "dev")
 VARIABLES = (
-    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE",
-    "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES", "HF_HOME",
+    "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_TOKEN",
 )  # fmt: skip
 PREFIX = "KVFUSION_"
 _EXTRA = re.compile(r"""extra == ['"]([\w-]+)['"]""")
