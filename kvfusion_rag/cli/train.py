@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from ..training.config import Loss
 
 SETTINGS = (  # fields of TrainingConfig
-    "full", "loss", "layout", "evidence", "gradient_checkpointing", "targets", "rank", "alpha", "dropout", "epochs",
-    "max_steps", "batch_size", "accumulation", "learning_rate", "warmup", "weight_decay", "max_grad_norm",
-    "joined_share", "eval_every", "seed",
+    "full", "loss", "layout", "evidence", "gradient_checkpointing", "shard_weights", "targets", "rank", "alpha",
+    "dropout", "epochs", "max_steps", "batch_size", "accumulation", "learning_rate", "warmup", "weight_decay",
+    "max_grad_norm", "joined_share", "eval_every", "seed",
 )  # fmt: skip
 
 

@@ -294,6 +294,11 @@ class Backbone:
             self._digest = versions, digest_tensors(self._base_weights)
         return self._digest[1]
 
+    def keep_digest(self) -> None:
+        """Compute the digest of the weights, and never again: they will not change, but no longer be whole."""
+        self._digest = [], self.weights_digest
+        self._base_weights = []
+
     def digest_again(self) -> None:
         """Compute the digest of the weights again at its next use, after a change that torch does not count."""
         self._digest = None

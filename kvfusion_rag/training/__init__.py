@@ -2,8 +2,9 @@
 
 Rows of questions and passages come in. A LoRA adapter or full weights go out, with the record of their training.
 ``examples`` encodes rows, ``batches`` orders them, ``loss`` contains the paper's loss and distillation, ``trainer`` is
-the training loop, ``checkpoint`` saves and resumes it, ``processes`` connects several processes, and ``run`` does
-everything in one call. The room must not know how rows are built or how answers are served.
+the training loop, ``checkpoint`` saves and resumes it, ``processes`` connects several processes, ``shards`` splits the
+frozen weights between them, and ``run`` does everything in one call. The room must not know how rows are built or how
+answers are served.
 """
 
 import lazy_loader

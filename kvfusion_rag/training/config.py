@@ -41,6 +41,8 @@ class TrainingConfig:
             and dev rows are answered in mode ``concat``.
         gradient_checkpointing: whether to compute layers again in the backward pass instead of keeping their
             activations. The steps are the same, but need less memory and more time.
+        shard_weights: whether each of several processes keeps only a part of the frozen base weights, and gathers one
+            layer at a time. The steps are the same, but need less memory and more time. Only for LoRA.
         eval_every: steps between two evaluations on the dev rows; the checkpoint with the best exact match is kept.
         seed: seed of the order of rows and of everything random.
     """
@@ -64,6 +66,7 @@ class TrainingConfig:
     evidence: bool = False
     joined_share: float = 0.0
     gradient_checkpointing: bool = False
+    shard_weights: bool = False
     eval_every: int = 100
     seed: int = 0
 
@@ -86,6 +89,11 @@ class TrainingConfig:
         if self.loss == "distill" and self.evidence:
             raise InvalidInputError(
                 "evidence is true and loss is 'distill', but the base model's answers have no evidence; set only one."
+            )
+        if self.full and self.shard_weights:
+            raise InvalidInputError(
+                "full and shard_weights are both true, but only frozen weights can be split into shards; train a LoRA "
+                "adapter, or without shard_weights."
             )
         if not 0 <= self.weight_decay < math.inf:
             raise InvalidInputError(f"weight_decay is {self.weight_decay!r}, but it must be a number from 0.")

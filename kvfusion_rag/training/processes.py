@@ -20,18 +20,26 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE
 _SHARDING = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 
 
-def connect(device: torch.device) -> PartialState:
+def connect(device: torch.device, *, shard_weights: bool = False) -> PartialState:
     """Connect this process with the others of its launch, if there are any.
 
     Args:
         device: where to train. Processes with a GPU each get one of their machine's.
+        shard_weights: whether the processes will share the base weights.
 
     Raises:
-        InvalidInputError: the launch asks for several processes but does not connect them, or asks for shards.
+        InvalidInputError: the launch asks for several processes but does not connect them, or asks for another
+            library's shards. Or one process alone would share its weights, or one of several.
     """
-    require_whole_models(os.environ)
+    require_own_shards(os.environ)
     processes = PartialState(cpu=device.type == "cpu")
     require_connected(processes.num_processes, os.environ)
+    if shard_weights and processes.num_processes == 1:
+        raise InvalidInputError(
+            "shard_weights is true, but there is only this process to keep the weights; launch several with torchrun, "
+            "or train without shard_weights."
+        )
+    require_agreement(processes, {"shard_weights": shard_weights})
     return processes
 
 
@@ -60,13 +68,13 @@ def require_connected(connected: int, environment: Mapping[str, str]) -> None:
         )
 
 
-def require_whole_models(environment: Mapping[str, str]) -> None:
-    """Raise InvalidInputError if the launch asks for a sharded model, since every process keeps a whole one."""
+def require_own_shards(environment: Mapping[str, str]) -> None:
+    """Raise InvalidInputError if the launch asks another library to split the model."""
     name = next((name for name in _SHARDING if environment.get(name, "false").lower() == "true"), None)
     if name is not None:
         raise InvalidInputError(
-            f"{name} is {environment[name]!r}, but training keeps the whole model in every process; launch it without "
-            "FSDP, DeepSpeed and Megatron, for example with torchrun."
+            f"{name} is {environment[name]!r}, but only shard_weights (--shard-weights) can split the model here; "
+            "launch it without FSDP, DeepSpeed and Megatron, for example with torchrun."
         )
 
 

@@ -1,7 +1,7 @@
 """The record of how a decoder was trained, saved beside its weights, and the check that a checkpoint can be resumed.
 
 Base weights, templates, settings, rows and processes must be the same on resuming. The length of the run, the
-frequency of evaluations and gradient checkpointing may change.
+frequency of evaluations, gradient checkpointing and shards may change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .config import TrainingConfig
 
 DEFAULTS = asdict(TrainingConfig())  # values of settings that are missing in a record of an earlier version
 
-MAY_CHANGE = ("epochs", "max_steps", "eval_every", "gradient_checkpointing")
+MAY_CHANGE = ("epochs", "max_steps", "eval_every", "gradient_checkpointing", "shard_weights")
 
 
 def make_record(

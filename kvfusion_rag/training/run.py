@@ -23,6 +23,7 @@ from .config import TrainingConfig
 from .examples import require_trainable
 from .processes import connect, sole_run
 from .progress import LOSSES, Progress
+from .shards import Shards
 from .trainer import Trainer
 
 DEFAULT_STORE_BYTES = 4 << 30
@@ -63,15 +64,15 @@ def train(
 
     Raises:
         InvalidInputError: there are no rows or a row cannot be trained on, or the output contains a run that is not
-            to be resumed or has other rows or settings. Another run has the folder. Other processes were launched
-            that are not connected to this one, or have other rows, settings or checkpoints.
+            to be resumed or has other rows or settings. Another run has the folder. Other processes are missing for
+            ``config.shard_weights``, not connected to this one, or have other rows, settings or checkpoints.
         ModelLoadError, UnsupportedModelError: as in ``KVFusionGenerator.from_pretrained``.
         MissingDependencyError: the installed transformers and peft cannot train an adapter together.
     """
     config, folder = config or TrainingConfig(), Path(output)
     if not config.full:
         require_adapter_libraries()  # before the model is loaded and rows are encoded
-    processes = connect(choose_device(device))
+    processes = connect(choose_device(device), shard_weights=config.shard_weights)
     if device is None and processes.num_processes > 1:
         device = str(processes.device)  # each process has its own accelerator
     if not rows:
@@ -85,8 +86,8 @@ def train(
             recover(folder / "best")
         processes.wait_for_everyone()
         _require_own_folder(folder, resume=resume)
-        engine = _load_engine(locate_model(model, gguf_file=gguf_file), config, device, dtype, store_bytes)
-        trainer = Trainer(engine, rows, dev, config, folder, files=files)
+        engine, shards = _load_engine(locate_model(model, gguf_file=gguf_file), config, device, dtype, store_bytes)
+        trainer = Trainer(engine, rows, dev, config, folder, files=files, shards=shards)
         return trainer.run(resume=resume, report=report, progress=progress)
 
 
@@ -101,11 +102,14 @@ def require_uniform_positions(base: Backbone) -> None:
 
 def _load_engine(
     location: ModelLocation, config: TrainingConfig, device: str | None, dtype: str | None, store_bytes: int
-) -> Engine[TorchModel]:
-    base = load_backbone(location, device=device, dtype=dtype)
+) -> tuple[Engine[TorchModel], Shards | None]:
+    """Return an engine with Dp and Dt, and the shards of its weights if ``config`` asks for them."""
+    place = {"device_map": "cpu"} if config.shard_weights else None  # an accelerator may not have room for the whole
+    base = load_backbone(location, device=device, dtype=dtype, model_kwargs=place)
     require_uniform_positions(base)
+    shards = Shards(base, choose_device(device)) if config.shard_weights else None
     decoder = load_backbone(location, device=device, dtype=dtype) if config.full else None
-    return Engine(TorchModel(base, decoder), base.settings, store=MemoryStore(store_bytes))
+    return Engine(TorchModel(base, decoder), base.settings, store=MemoryStore(store_bytes)), shards
 
 
 def _require_own_folder(folder: Path, *, resume: bool) -> None:

@@ -37,6 +37,7 @@ from .loss import checkpoint_exactly, distillation_loss, fusion_loss
 from .processes import require_agreement
 from .progress import Progress, write_losses
 from .record import make_record, require_same_run
+from .shards import Shards
 from .weights import MasterWeights
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Trainer:
         output: folder for ``best/`` (which ``from_pretrained`` loads), ``checkpoint/`` (to resume) and
             ``losses.json``.
         files: sources of the rows, for the record.
+        shards: the weights of the engine's backbone, if several processes share them.
 
     Raises:
         InvalidInputError: no row fits into the model's window, or the model cannot be trained in its precision.
@@ -71,7 +73,9 @@ class Trainer:
         output: Path,
         *,
         files: Mapping[str, Any] | None = None,
+        shards: Shards | None = None,
     ) -> None:
+        self._shards = shards
         self._processes = PartialState(cpu=engine.model.decoder.device.type == "cpu")
         torch.manual_seed(config.seed)  # fresh adapters and dropout draw from torch's own generator
         self.config = config
@@ -113,6 +117,7 @@ class Trainer:
             self._load_state()
         compared = ("base_weights", "dtype", "settings", "config", "rows", "dev")
         agreed = {name: self._record[name] for name in compared} | {"step": self.progress.step}
+        self._finish_passes()
         require_agreement(self._processes, agreed)
         began = time.perf_counter() - self.progress.elapsed
         hidden = not (progress and self._processes.is_main_process)
@@ -234,25 +239,40 @@ class Trainer:
         )
 
     def _sum_over_processes(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._finish_passes()
         if self._processes.num_processes > 1:
             for tensor in tensors:
                 torch.distributed.all_reduce(tensor)
 
+    def _finish_passes(self) -> None:
+        """Wait until the other processes need no weights of this one."""
+        if self._shards is not None:
+            self._shards.finish()
+
     def evaluate(self) -> float:
-        """Return the share of right answers (%) on the dev rows, with greedy decoding in the trained mode."""
-        decoder, engine = self._engine.model.decoder, self._engine
+        """Return the share of right answers (%) on the dev rows, with greedy decoding in the trained mode.
+
+        The processes share the batches of rows.
+        """
+        decoder, processes = self._engine.model.decoder, self._processes
         decoder.model.eval()
-        right = 0
         fitting = [(row, request) for row, request in self._dev if request is not None]
-        for start in range(0, len(fitting), EVAL_BATCH):
-            rows, requests = zip(*fitting[start : start + EVAL_BATCH], strict=True)
+        batches = [fitting[start : start + EVAL_BATCH] for start in range(0, len(fitting), EVAL_BATCH)]
+        right, failure = 0, None
+        for batch in batches[processes.process_index :: processes.num_processes]:
+            rows, requests = zip(*batch, strict=True)
             try:
-                answers = engine.answer_all(requests, self._dev_options)
+                answers = self._engine.answer_all(requests, self._dev_options)
             except UnsupportedModelError as error:
-                raise self._diverged(f"after step {self.progress.step} the logits are NaN or infinite") from error
+                failure = error
+                break
             right += sum(is_right(a.text, r.answers) for a, r in zip(answers, rows, strict=True))
+        counts = torch.tensor([right, failure is not None], device=decoder.device)
+        self._sum_over_processes([counts])
+        if counts[1]:
+            raise self._diverged(f"after step {self.progress.step} the logits are NaN or infinite") from failure
         decoder.model.train()
-        return 100 * right / len(self._dev)
+        return 100 * int(counts[0]) / len(self._dev)
 
     @property
     def _dev_options(self) -> DecodingOptions:

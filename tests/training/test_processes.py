@@ -14,7 +14,7 @@ from tiny_training import SETTINGS, contents, rows
 from kvfusion_rag import InvalidInputError
 from kvfusion_rag.data.rows import write_rows
 from kvfusion_rag.training import TrainingConfig, train
-from kvfusion_rag.training.processes import require_connected, require_whole_models
+from kvfusion_rag.training.processes import require_connected, require_own_shards
 
 ROOT = Path(__file__).parent.parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -48,11 +48,9 @@ def test_one_process_alone_may_train(environment):
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_launch_that_asks_for_shards_is_refused(name, tmp_path, monkeypatch):
-    require_whole_models({f"ACCELERATE_USE_{name}": "false"})
+    require_own_shards({f"ACCELERATE_USE_{name}": "false"})
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(
-        InvalidInputError, match=f"ACCELERATE_USE_{name} is 'true', but training keeps the whole model"
-    ):
+    with pytest.raises(InvalidInputError, match=f"ACCELERATE_USE_{name} is 'true', but only shard_weights"):
         train(rows(4), output=tmp_path / "out", device="cpu")
     assert not (tmp_path / "out").exists()
 
@@ -155,3 +153,10 @@ def test_connected_processes_that_disagree_are_refused(arguments, tmp_path):
     pair = machines([])  # the second machine does not see the folder of the first, which has a checkpoint
     for done in launch(*([*pair[rank], *command, str(tmp_path / str(rank))] for rank in range(2))):
         assert done.returncode != 0 and "step is 0 in process 1, but 1 in process 0" in done.stderr
+
+
+@pytest.mark.slow
+def test_shards_in_only_one_of_two_processes_are_refused(arguments, tmp_path):
+    pair = machines(["-m", "kvfusion_rag.cli", *arguments, "--output", str(tmp_path / "out")])
+    for done in launch([*pair[0], "--shard-weights"], pair[1]):
+        assert done.returncode != 0 and "shard_weights is False in process 1, but True in process 0" in done.stderr
