@@ -132,7 +132,7 @@ def _measure(case: EngineCase, engine: str) -> dict[str, Any]:
     ask = _stock(generator, case) if is_stock else _asking(generator, case, engine, mode="fusion")
     row = {"engine": engine, "threads": torch.get_num_threads(), **_times(ask, documents, orders)}
     if not is_stock:
-        row["joined prompt"] = _times(_asking(generator, case, engine, mode="concat"), documents, orders)
+        row["joined prompt"] = _times(_asking(generator, case, engine, mode="concat"), documents, orders[:1])
     row["peak MiB"] = _peak_memory(generator) // 1024
     return row
 
@@ -148,11 +148,13 @@ def _quantised(engine: str) -> dict[str, Any]:
 
 
 def _peak_memory(generator: KVFusionGenerator) -> int:
-    """Return the largest resident memory of this process and its largest child in KiB, and end the child."""
+    """Return the peak memory of this process in KiB, with that of vLLM's largest process, which is ended."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     runner: Any = generator._engine.runner
-    if (server := vars(runner).get("server")) is not None:  # that of vLLM
-        server.close()
-    return sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    if (server := vars(runner).get("server")) is None:
+        return peak
+    server.close()
+    return peak + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 
 
 @dataclass(frozen=True, slots=True)
