@@ -101,7 +101,7 @@ def test_results_keep_their_order_if_batches_take_different_times():
     class Waiting:
         """Waits longest for the first item. It is defined here, so that workers get its code."""
 
-        spec = GeneratorSpec()
+        store = None
 
         def start(self, cache):
             return self
@@ -118,7 +118,7 @@ def test_results_keep_their_order_if_batches_take_different_times():
 
 def test_fault_of_a_worker_is_one_error():
     class Faulty:
-        spec = GeneratorSpec()
+        store = None
 
         def start(self, cache):
             return lambda batch: 1 / 0
