@@ -129,12 +129,26 @@ def document_scores(
     if all documents with text have one.
     """
     found = [max((of_piece[ids] for ids in document.pieces), default=None) for document in documents]
+    parts = _retriever_parts(documents, weight)
+    return tuple(None if one is None else one + part for one, part in zip(found, parts, strict=True))
+
+
+def likelihoods(
+    documents: Sequence[EncodedDocument], scores: Sequence[float | None], weight: float
+) -> tuple[float | None, ...]:
+    """Return log p(question | document) of each document, given its score: the score without the retriever's part."""
+    parts = _retriever_parts(documents, weight)
+    return tuple(None if one is None else one - part for one, part in zip(scores, parts, strict=True))
+
+
+def _retriever_parts(documents: Sequence[EncodedDocument], weight: float) -> list[float]:
+    """Return what the retriever's score adds to that of each document."""
     given = [document.document.score for document in documents if document.pieces]
     values = [float(score) for score in given if score is not None]
     if not weight or len(values) < len(given):
-        return tuple(found)
+        return [0.0] * len(documents)
     added = iter(standardized(values))
-    return tuple(None if score is None else score + weight * next(added) for score in found)
+    return [weight * next(added) if document.pieces else 0.0 for document in documents]
 
 
 def standardized(values: Sequence[float]) -> list[float]:

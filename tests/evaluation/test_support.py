@@ -27,11 +27,11 @@ from kvfusion_rag.evaluation.support import (
 )
 from kvfusion_rag.text.settings import ModelSettings
 
-CALIBRATION = SupportCalibration({"gain": 1.0, "coverage": 0.0}, 0.0, 0.5)
+CALIBRATION = SupportCalibration({"explained": 1.0, "coverage": 0.0}, 0.0, 0.5)
 
 
 def pair(gain, gain_without, *, right=True, coverage=0.5):
-    signals = ({"gain": value, "coverage": coverage} for value in (gain, gain_without))
+    signals = ({"gain": value, "explained": value, "coverage": coverage} for value in (gain, gain_without))
     return Measured("q", True, right, next(signals)), Measured("q", False, False, next(signals))
 
 
@@ -46,7 +46,7 @@ def drawn(count, seed=0):
 
 def test_the_fit_finds_the_probability_that_the_signals_were_drawn_from():
     calibration = fit_calibration(drawn(4000), 0.95)
-    assert calibration.weights["gain"] == pytest.approx(2, abs=0.15)  # of two normals at +1 and -1
+    assert calibration.weights["explained"] == pytest.approx(2, abs=0.15)  # of two normals at +1 and -1
     assert calibration.weights["coverage"] == pytest.approx(0, abs=0.15)
     assert calibration.bias == pytest.approx(0, abs=0.15)
 
@@ -55,18 +55,18 @@ def test_the_fit_is_a_minimum():
     found, measured = fit_calibration(drawn(60), 0.9), drawn(60)
 
     def loss(gain, bias):
-        changed = SupportCalibration({**found.weights, "gain": gain}, bias, 0.5)
+        changed = SupportCalibration({**found.weights, "explained": gain}, bias, 0.5)
         known = [one for pair in measured for one in pair]
         return -sum(np.log(abs(support_of(changed, one) - (not one.answerable))) for one in known)
 
-    gain, bias = found.weights["gain"], found.bias
+    gain, bias = found.weights["explained"], found.bias
     others = [(1.3 * gain, bias), (0.6 * gain, bias), (gain, bias + 0.3), (gain, bias - 0.3)]
     assert loss(gain, bias) < min(loss(*other) for other in others)
 
 
 def test_a_constant_signal_gets_no_weight_and_separable_questions_a_finite_one():
     found = fit_calibration([pair(5.0, -5.0), pair(4.0, -6.0)], 1.0)
-    assert found.weights["coverage"] == pytest.approx(0) and 0 < found.weights["gain"] < 10
+    assert found.weights["coverage"] == pytest.approx(0) and 0 < found.weights["explained"] < 10
 
 
 def test_questions_of_one_kind_cannot_be_fitted():
