@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kvfusion_rag.data.rows import write_rows
 from kvfusion_rag.errors import InvalidInputError
 from kvfusion_rag.evaluation.bootstrap import Bootstrap
 from kvfusion_rag.evaluation.support import (
+    FITTED,
     Measured,
     fit_calibration,
     halves,
@@ -26,6 +28,7 @@ from kvfusion_rag.evaluation.support import (
     threshold_keeping,
 )
 from kvfusion_rag.text.settings import ModelSettings
+from kvfusion_rag.text.support import OF_SEVERAL, SIGNALS
 
 CALIBRATION = SupportCalibration({"explained": 1.0, "coverage": 0.0}, 0.0, 0.5)
 
@@ -67,6 +70,34 @@ def test_the_fit_is_a_minimum():
 def test_a_constant_signal_gets_no_weight_and_separable_questions_a_finite_one():
     found = fit_calibration([pair(5.0, -5.0), pair(4.0, -6.0)], 1.0)
     assert found.weights["coverage"] == pytest.approx(0) and 0 < found.weights["explained"] < 10
+
+
+def test_questions_without_a_signal_have_a_calibration_of_their_own():
+    rng = random.Random(1)
+    pairs = [
+        tuple(
+            Measured("q", answerable, False, {name: rng.gauss(2 * answerable, 1) for name in SIGNALS})
+            for answerable in (True, False)
+        )
+        for _ in range(80)
+    ]
+    found = fit_calibration(pairs, 0.9)
+    assert [set(one.weights) for one in (found, found.without, found.without.without)] == list(map(set, FITTED))
+    assert found.without.without.without is None
+    report = report_of(found, pairs, 0.9, Bootstrap())
+    assert [one.signals for one in report.fallbacks] == list(FITTED[1:])
+    assert report.auc > report.fallbacks[0].auc > report.fallbacks[1].auc > 0.9
+    assert list(report.auc_of) == list(SIGNALS)
+    lacking = [tuple(replace(one, signals=without(one.signals, "score_lead")) for one in pair) for pair in pairs]
+    assert fit_calibration(lacking, 0.9) == found.without
+    alone = [tuple(replace(one, signals=without(one.signals, *OF_SEVERAL)) for one in pair) for pair in pairs]
+    assert fit_calibration(alone, 0.9) == found.without.without
+    for (with_gold, _), (same, _) in zip(lacking, pairs, strict=True):
+        assert support_of(found, with_gold) == support_of(found.without, same)
+
+
+def without(signals, *names):
+    return {name: value for name, value in signals.items() if name not in names}
 
 
 def test_questions_of_one_kind_cannot_be_fitted():
