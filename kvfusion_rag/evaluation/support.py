@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 REGULARIZATION = 1.0  # of the standardized weights, in observations
 NEWTON_STEPS = 25
 FITTED = (  # signals of each calibration; the first that all questions have, and those behind it for other questions
-    ("explained", "rare_coverage", "lead", "score_lead"),
+    ("explained", "rare_coverage", "focus_lead"),
     ("explained", "rare_coverage", "lead"),
     ("explained", "coverage"),
 )

@@ -19,7 +19,7 @@ from ..errors import InvalidInputError, NotCalibratedError
 from .json_text import is_number
 
 OF_ONE = ("gain", "explained", "coverage")  # signals that every question with documents has
-OF_SEVERAL = ("rare_coverage", "lead", "score_lead")  # those that compare documents
+OF_SEVERAL = ("rare_coverage", "lead", "focus_lead")  # those that compare documents
 SIGNALS = (*OF_ONE, *OF_SEVERAL)
 MinSupport = float | Literal["auto"] | None  # "auto" is the calibration's own threshold, None measures nothing
 Signals = Mapping[str, float]
@@ -31,7 +31,7 @@ STEM = 5  # letters; the rest of a word is often an ending
 class SupportCalibration:
     """Weights that turn signals into a probability.
 
-    Signals of a question and its documents. The best document is the one that makes the question most likely, of those
+    Signals of a question and its documents. The best document is the one with the highest score of focus, of those
     that the answer was read from:
 
     - gain: log p(question | best document) - log p(question | no document), in nats.
@@ -42,10 +42,9 @@ class SupportCalibration:
     If there are several documents:
 
     - rare_coverage: the question's words that occur in the best document, as a share of all its words, each weighted
-      by its rarity, ln((N + 1) / (n + 0.5)) for a word that n of the N documents contain.
-    - lead: log p(question | best document) minus the mean of the other documents, in nats.
-    - score_lead: the retriever's score of the best document minus the mean of the others, in standard deviations. Only
-      if all documents have a score.
+      by its rarity, ln((N + 1) / (n + 0.5)) for a word that n of the N other documents contain.
+    - lead: log p(question | best document) minus that of the best other document, in nats.
+    - focus_lead: the same for the scores of focus, which add the retriever's. Only if all documents have a score.
 
     Attributes:
         weights: weight of each signal that counts.
@@ -123,15 +122,15 @@ def coverage(question: str, surprisals: Sequence[tuple[int, int, float]], docume
 
 
 def rare_coverage(question: str, document: str, others: Sequence[str]) -> float:
-    """Return the share of the question's words that occur in ``document``, weighted by rarity; 0 if it has none.
+    """Return the share of the question's words that occur in ``document``, weighted by rarity; 0 if it has no words.
 
-    Words are equal as for :func:`coverage`. The rarity of a word that n of the N documents contain is
+    Words are equal as for :func:`coverage`. The rarity of a word that n of the N other documents contain is
     ln((N + 1) / (n + 0.5)), so it depends on no order.
     """
-    known, words = _stems(document), [stem(word) for word in WORD.findall(question)]
-    found_in = Counter(name for names in (known, *map(_stems, others)) for name in names)
-    rarities = [math.log((len(others) + 2) / (found_in[name] + 0.5)) for name in words]
-    return _share(words, rarities, known)
+    found_in = Counter(name for other in others for name in _stems(other))
+    words = [stem(word) for word in WORD.findall(question)]
+    rarities = [math.log((len(others) + 1) / (found_in[word] + 0.5)) for word in words]
+    return _share(words, rarities, _stems(document))
 
 
 def _share(words: Sequence[str], weights: Sequence[float], known: Collection[str]) -> float:
@@ -139,11 +138,6 @@ def _share(words: Sequence[str], weights: Sequence[float], known: Collection[str
     covered = math.fsum(weight for word, weight in zip(words, weights, strict=True) if word in known)
     total = math.fsum(weights)
     return covered / total if total else 0.0
-
-
-def lead(best: float, others: Sequence[float]) -> float:
-    """Return ``best`` minus the mean of ``others``, which are not empty. Exact sums do not depend on their order."""
-    return best - math.fsum(others) / len(others)
 
 
 def _stems(text: str) -> set[str]:

@@ -100,7 +100,7 @@ def test_signals_are_equal_in_every_order_batch_and_store(mode, focus, tmp_path)
     scored = [replace(DOCUMENTS[0], score=0.3), *(Document(text, score=len(text) / 20) for text in DOCUMENTS[1:])]
     scored += [replace(scored[0], id="again", score=0.7), Document(" ", score=3)]  # equal to another one, and blank
     options = {"mode": mode, "focus": focus}
-    gen, stored = made(), made(store=tmp_path)
+    gen, stored = made(focus_weight=2.0), made(focus_weight=2.0, store=tmp_path)
     [(_, expected)] = gen.support_signals([QUESTION], [scored], **options)
     assert set(expected) == set(SIGNALS)
     for seed in range(4):
@@ -114,28 +114,31 @@ def test_the_best_document_is_one_that_was_read():
     gen = made(focus_weight=1e6)
     scored = [Document("two grey doves sleep", score=9), Document("the river runs past the mill", score=1)]
     [(_, alone)] = gen.support_signals([QUESTION], [scored[:1]])
-    (_, focused), (_, both) = (gen.support_signals([QUESTION], [scored], focus=focus)[0] for focus in (1, None))
+    focused, both = (gen.support_signals([QUESTION], [scored], focus=focus)[0][1] for focus in (1, None))
     for name in OF_ONE_DOCUMENT:
-        assert focused[name] == pytest.approx(alone[name], rel=1e-4)
-        assert both[name] > focused[name]
-    assert both["lead"] == pytest.approx(-focused["lead"], rel=1e-4) and both["lead"] > 0
-    assert both["score_lead"] == -focused["score_lead"] < 0
-    assert both["rare_coverage"] > focused["rare_coverage"]
+        assert focused[name] == pytest.approx(alone[name], rel=1e-4) == pytest.approx(both[name], rel=1e-4)
+    assert focused["lead"] < 0 and focused["focus_lead"] == pytest.approx(2e6, rel=1e-3)
+    [(_, unscored)] = gen.support_signals([QUESTION], [[replace(one, score=None) for one in scored]], focus=1)
+    assert unscored["lead"] == pytest.approx(-focused["lead"], rel=1e-3)
+    assert unscored["rare_coverage"] > focused["rare_coverage"]
 
 
 def test_signals_of_one_document_compare_nothing():
-    gen = made()
-    for documents in (
-        DOCUMENTS[:1],
-        [DOCUMENTS[0], replace(DOCUMENTS[0], id="2")],
-        [replace(DOCUMENTS[0], score=1), ""],
-    ):
+    gen = made(focus_weight=2.0)
+    one = DOCUMENTS[0]
+    for documents in ([one], [one, replace(one, id="2")], [replace(one, score=1), ""]):
         [(_, signals)] = gen.support_signals([QUESTION], [documents])
         assert set(signals) == set(OF_ONE_DOCUMENT)
-    [(_, signals)] = gen.support_signals([QUESTION], [[Document("a", score=1), "b"]])
-    assert set(signals) == {*OF_ONE_DOCUMENT, "rare_coverage", "lead"}, "not all documents have a score"
-    [(_, signals)] = gen.support_signals([QUESTION], [[Document("a", score=1), Document("b", score=1)]])
-    assert signals["score_lead"] == 0
+
+
+def test_the_lead_of_focus_needs_scores_that_count():
+    scored = [replace(DOCUMENTS[0], score=1), Document("b", score=1), " "]
+    missing = [scored[0], "b"]
+    for weight, documents, has_lead in ((2.0, scored, True), (0.0, scored, False), (2.0, missing, False)):
+        [(_, signals)] = made(focus_weight=weight).support_signals([QUESTION], [documents])
+        assert ("focus_lead" in signals, "lead" in signals) == (has_lead, True)
+        if has_lead:
+            assert signals["focus_lead"] == signals["lead"], "equal scores say nothing"
 
 
 @focuses
@@ -152,7 +155,7 @@ def test_signals_are_those_of_the_best_document(focus):
     best, *others = sorted(given, reverse=True)
     assert signals["gain"] == pytest.approx(best - none, rel=1e-4)
     assert signals["explained"] == pytest.approx((best - none) / -none, rel=1e-4)
-    assert signals["lead"] == pytest.approx(best - sum(others) / len(others), rel=1e-4)
+    assert signals["lead"] == pytest.approx(best - max(others), rel=1e-4)
     assert answer.support is None and 0 <= signals["coverage"] <= 1
 
 
@@ -367,14 +370,13 @@ def test_coverage_ignores_case_and_accents():
 def test_rare_words_weigh_more():
     documents = ["the mill burnt", "the mill", "the river"]
     weights = {
-        "the": math.log(4 / 3.5),
-        "mill": math.log(4 / 2.5),
-        "burnt": math.log(4 / 1.5),
-        "who": math.log(4 / 0.5),
+        "who": math.log(3 / 0.5),
+        "burnt": math.log(3 / 0.5),
+        "the": math.log(3 / 2.5),
+        "mill": math.log(3 / 1.5),
     }
-    total = sum(weights.values())
-    for number, known in enumerate((("the", "mill", "burnt"), ("the", "mill"), ("the",))):
-        others = [one for place, one in enumerate(documents) if place != number]
-        expected = sum(weights[word] for word in known) / total
-        assert rare_coverage("Who burnt THE mill?", documents[number], others) == pytest.approx(expected)
+    found = rare_coverage("Who burnt THE mill?", documents[0], documents[1:])
+    assert found == pytest.approx(1 - weights["who"] / sum(weights.values()))
+    assert rare_coverage("Who burnt THE mill?", documents[0], documents[:0:-1]) == found
+    assert rare_coverage("Who burnt THE mill?", documents[0], []) == pytest.approx(3 / 4), "all words are equally rare"
     assert rare_coverage("?!", "the mill", ["rain"]) == 0

@@ -86,9 +86,11 @@ def test_questions_without_a_signal_have_a_calibration_of_their_own():
     assert found.without.without.without is None
     report = report_of(found, pairs, 0.9, Bootstrap())
     assert [one.signals for one in report.fallbacks] == list(FITTED[1:])
-    assert report.auc > report.fallbacks[0].auc > report.fallbacks[1].auc > 0.9
+    other = report_of(found.without, pairs, 0.9, Bootstrap())
+    assert report.fallbacks[0].auc == other.auc > report.fallbacks[1].auc == other.fallbacks[0].auc > 0.9
+    assert report.fallbacks[0].refused == other.refused
     assert list(report.auc_of) == list(SIGNALS)
-    lacking = [tuple(replace(one, signals=without(one.signals, "score_lead")) for one in pair) for pair in pairs]
+    lacking = [tuple(replace(one, signals=without(one.signals, "focus_lead")) for one in pair) for pair in pairs]
     assert fit_calibration(lacking, 0.9) == found.without
     alone = [tuple(replace(one, signals=without(one.signals, *OF_SEVERAL)) for one in pair) for pair in pairs]
     assert fit_calibration(alone, 0.9) == found.without.without

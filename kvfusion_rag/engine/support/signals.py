@@ -8,19 +8,18 @@ the signals depend neither on the caller's order, nor on the other questions of 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...fusion.interface import FusionModel
 from ...fusion.memory import memory_errors
 from ...schema import Answer
 from ...store import KVRequest
 from ...text.documents import EncodedDocuments
-from ...text.support import Signals, coverage, lead, rare_coverage
+from ...text.support import Signals, coverage, rare_coverage
 from ..document_kvs import Scope
 from ..engine import Engine
-from ..focus import LEAD, document_scores, likelihoods, scored_question, standardized
+from ..focus import LEAD, counts_scores, document_scores, likelihoods, scored_question
 from ..requests import Request
 
 Ids = tuple[int, ...]
@@ -40,14 +39,16 @@ class Compared:
     """A distinct document of a question.
 
     Attributes:
+        score: its score of focus: ``likelihood`` plus the retriever's part.
+        pieces: ids of its pieces.
         likelihood: log p(question | document), of its best piece.
         shown: title and text.
-        score: the retriever's score; None if it has none.
     """
 
+    score: float
+    pieces: tuple[Ids, ...]
     likelihood: float
     shown: str
-    score: float | None
 
 
 def measure_signals(engine: Engine[FusionModel], answered: Answered) -> Signals:
@@ -55,12 +56,14 @@ def measure_signals(engine: Engine[FusionModel], answered: Answered) -> Signals:
     encoded, scope = _documents(engine, answered)
     *read, prior = _token_likelihoods(engine, answered, encoded, scope)
     of_piece = {ids: math.fsum(one) for one, ids in zip(read, encoded.keys.values(), strict=True)}
-    _, piece = max((likelihood, ids) for ids, likelihood in of_piece.items())
-    best, others = _compared(engine, answered, encoded, of_piece, piece)
+    distinct, has_scores = _compared(engine, answered, encoded, of_piece)
+    candidates = {document.pieces for document in encoded.documents}
+    best = max((one for one in distinct if one.pieces in candidates), key=lambda one: (one.score, one.pieces))
+    others = [one for one in distinct if one is not best]
     text, none = f"{LEAD} {answered.question.strip()}", math.fsum(prior)
     spans = engine.encoder.plain.offsets(text, continues=True)[-len(prior) :]  # without LEAD
     surprisals = [(start, end, -value) for (start, end), value in zip(spans, prior, strict=True)]
-    gain = best.likelihood - none
+    gain = max(of_piece[ids] for ids in best.pieces) - none
     signals = {
         "gain": gain,
         "explained": gain / -none if none else 0.0,
@@ -68,44 +71,32 @@ def measure_signals(engine: Engine[FusionModel], answered: Answered) -> Signals:
     }
     if others:
         signals["rare_coverage"] = rare_coverage(answered.question, best.shown, [one.shown for one in others])
-        signals["lead"] = lead(best.likelihood, [one.likelihood for one in others])
-        scores = [one.score for one in (best, *others) if one.score is not None]
-        if len(scores) > len(others):
-            first, *rest = standardized(scores)
-            signals["score_lead"] = lead(first, rest)
+        signals["lead"] = best.likelihood - max(one.likelihood for one in others)
+        if has_scores:
+            signals["focus_lead"] = best.score - max(one.score for one in others)
     return signals
 
 
 def _compared(
-    engine: Engine[FusionModel],
-    answered: Answered,
-    encoded: EncodedDocuments,
-    of_piece: Mapping[Ids, float],
-    piece: Ids,
-) -> tuple[Compared, list[Compared]]:
-    """Return the document with the best ``piece``, and the other distinct ones, also those that focus left out."""
-    documents, scores = encoded.documents, document_scores(encoded.documents, of_piece, 0.0)
-    if (focus := answered.request.focus) is not None:
-        documents = focus.scored.documents
+    engine: Engine[FusionModel], answered: Answered, encoded: EncodedDocuments, of_piece: Mapping[Ids, float]
+) -> tuple[list[Compared], bool]:
+    """Return all distinct documents, also those that focus left out, and whether the retriever's scores count."""
+    if (focus := answered.request.focus) is None:
+        documents, weight = encoded.documents, engine.prompts.focus_weight
+        scores = document_scores(documents, of_piece, weight)
+    else:
+        documents, weight = focus.scored.documents, focus.weight
         scores = [source.focus_score for source in answered.answer.sources]
-        scores = likelihoods(documents, scores, focus.weight)
-    alike: defaultdict[tuple[Ids, ...], list[Compared]] = defaultdict(list)
-    for one, likelihood in zip(documents, scores, strict=True):
-        if likelihood is not None:
-            shown = f"{one.document.title or ''}\n{one.document.text}"
-            alike[() if piece in one.pieces else one.pieces].append(Compared(likelihood, shown, one.document.score))
-    best = replace(_merged(alike.pop(())), likelihood=of_piece[piece])
-    return best, [_merged(same) for same in alike.values()]
-
-
-def _merged(same: Sequence[Compared]) -> Compared:
-    """Return one document for those with the same tokens, whatever their order."""
-    scores = [one.score for one in same if one.score is not None]
-    return Compared(
-        max(one.likelihood for one in same),
-        max(one.shown for one in same),
-        float(max(scores)) if len(scores) == len(same) else None,
-    )
+    found: dict[tuple[Ids, ...], Compared] = {}
+    for one, score, likelihood in zip(documents, scores, likelihoods(documents, scores, weight), strict=True):
+        if score is None or likelihood is None:
+            continue
+        shown, same = f"{one.document.title or ''}\n{one.document.text}", found.get(one.pieces)
+        if same is not None:  # the same tokens, perhaps with another title or score
+            score, likelihood = max(score, same.score), max(likelihood, same.likelihood)
+            shown = max(shown, same.shown)
+        found[one.pieces] = Compared(score, one.pieces, likelihood, shown)
+    return list(found.values()), counts_scores(documents, weight)
 
 
 def _documents(engine: Engine[FusionModel], answered: Answered) -> tuple[EncodedDocuments, Scope]:
