@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 from pathlib import Path
 from typing import Any
 
+from random_documents import QUESTION, random_document
+
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.evaluation.report import run_facts
-
-QUESTION = "Which of these documents says when the lighthouse at the harbour was built, and by whom?"
-WORDS = "the mill by sea had a red lamp and two grey doors while boats went out to fish at dawn"
 
 
 def main() -> None:
@@ -31,7 +29,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     generator = KVFusionGenerator.from_pretrained(args.model)
-    documents = [text(generator, number, args.tokens) for number in range(args.documents)]
+    documents = [random_document(generator, number, args.tokens) for number in range(args.documents)]
     modes: dict[str, dict[str, Any]] = {
         "focus": {"mode": "fusion", "focus": args.focus},
         "fusion": {"mode": "fusion", "focus": None},
@@ -52,15 +50,6 @@ def main() -> None:
     if args.json:
         facts = {"documents": args.documents, "tokens": args.tokens, "focus": args.focus, "first_token": seconds}
         args.json.write_text(json.dumps({**facts, "run": run_facts()}, indent=2) + "\n")
-
-
-def text(generator: KVFusionGenerator, number: int, tokens: int) -> str:
-    """Return a document of about ``tokens`` tokens."""
-    rng = random.Random(number)
-    document = f"Document {number}."
-    while generator.count_tokens(document) < tokens:
-        document += " " + " ".join(rng.choices(WORDS.split(), k=8))
-    return document
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import time
 from pathlib import Path
 
+from random_documents import QUESTION, random_document
+
 from kvfusion_rag import KVFusionGenerator
 from kvfusion_rag.evaluation.report import run_facts
 
-QUESTION = "Which of these documents says when the lighthouse at the harbour was built, and by whom?"
-WORDS = "the mill by sea had a red lamp and two grey doves while boats went out to fish at dawn"
 ANSWER_TOKENS = 16
 
 
@@ -34,7 +33,7 @@ def main() -> None:
     generator = KVFusionGenerator.from_pretrained(args.model)
     found = []
     for count in args.documents:
-        documents = [text(generator, number, args.tokens) for number in range(count)]
+        documents = [random_document(generator, number, args.tokens) for number in range(count)]
         for focus in ("auto", None):
             plain, judged = compared(generator, documents, focus, args.repeats)
             found.append({"documents": count, "focus": focus, "plain": plain, "with_support": judged})
@@ -60,15 +59,6 @@ def compared(generator: KVFusionGenerator, documents: list[str], focus: str | No
             if number >= 0:
                 times.append(time.process_time() - began)
     return [statistics.median(times) for times in seconds]
-
-
-def text(generator: KVFusionGenerator, number: int, tokens: int) -> str:
-    """Return a document of about ``tokens`` tokens."""
-    rng = random.Random(number)
-    document = f"Document {number}."
-    while generator.count_tokens(document) < tokens:
-        document += " " + " ".join(rng.choices(WORDS.split(), k=8))
-    return document
 
 
 if __name__ == "__main__":

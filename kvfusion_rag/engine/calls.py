@@ -14,7 +14,7 @@ from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from ..option_names import UnknownOptionError
 from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt, Tool
 from ..text.answer_format import AnswerFormat, ResponseFormat
-from ..text.support import MinSupport, threshold_of
+from ..text.support import MinSupport, checked_min_support
 from ..text.tools.definitions import ToolUse
 from .engine import Engine
 from .requests import Request
@@ -73,14 +73,14 @@ class Call:
     """The requests of one call and their questions, with its options.
 
     Attributes:
-        min_support: support from which an answer counts as found; None if it is not measured.
+        min_support: support from which an answer counts as found, or "auto"; None if it is not measured.
     """
 
     questions: Sequence[str]
     requests: Sequence[Request]
     decoding: DecodingOptions
     attribution: Attributed | None
-    min_support: float | None
+    min_support: MinSupport
 
     def cancel(self) -> None:
         """End all answers at their next token."""
@@ -190,7 +190,8 @@ def _require_attributable(engine: Engine[FusionModel], attribution: object) -> N
         engine.require_explicit_attention()
 
 
-def _min_support(engine: Engine[FusionModel], given: MinSupport) -> float | None:
+def _min_support(engine: Engine[FusionModel], given: MinSupport) -> MinSupport:
     """Return the support that answers need: the caller's, else that of the settings, else None."""
     settings = engine.settings
-    return threshold_of(settings.min_support if given is None else given, settings.support, engine.model.model_id)
+    wanted = settings.min_support if given is None else given
+    return checked_min_support(wanted, settings.support, engine.model.model_id)

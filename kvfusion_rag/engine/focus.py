@@ -129,12 +129,30 @@ def document_scores(
     if all documents with text have one.
     """
     found = [max((of_piece[ids] for ids in document.pieces), default=None) for document in documents]
-    given = [document.document.score for document in documents if document.pieces]
-    values = [float(score) for score in given if score is not None]
-    if not weight or len(values) < len(given):
-        return tuple(found)
-    added = iter(standardized(values))
-    return tuple(None if score is None else score + weight * next(added) for score in found)
+    parts = _retriever_parts(documents, weight)
+    return tuple(None if one is None else one + part for one, part in zip(found, parts, strict=True))
+
+
+def likelihoods(
+    documents: Sequence[EncodedDocument], scores: Sequence[float | None], weight: float
+) -> tuple[float | None, ...]:
+    """Return log p(question | document) of each document, given its score: the score without the retriever's part."""
+    parts = _retriever_parts(documents, weight)
+    return tuple(None if one is None else one - part for one, part in zip(scores, parts, strict=True))
+
+
+def counts_scores(documents: Sequence[EncodedDocument], weight: float) -> bool:
+    """Return whether the retriever's scores count: they have a weight, and all documents with text have one."""
+    return bool(weight) and all(document.document.score is not None for document in documents if document.pieces)
+
+
+def _retriever_parts(documents: Sequence[EncodedDocument], weight: float) -> list[float]:
+    """Return what the retriever's score adds to that of each document."""
+    if not counts_scores(documents, weight):
+        return [0.0] * len(documents)
+    values = [float(document.document.score or 0) for document in documents if document.pieces]
+    added = iter(standardized(values)) if values else iter(())
+    return [weight * next(added) if document.pieces else 0.0 for document in documents]
 
 
 def standardized(values: Sequence[float]) -> list[float]:

@@ -1,14 +1,15 @@
-"""Plots exact match by gold slot, one line per system with 95 % intervals as bars, and the curves of support.
+"""Plots a measure by gold slot, one line per system with 95 % intervals as bars, and the curves of support.
 
 matplotlib comes with the extra ``evaluation`` and is imported when a plot is drawn. No window is opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..errors import InvalidInputError, MissingDependencyError
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .summary import Summary
+    from .summary import Cell, Summary
     from .support import Point
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LEGEND_COLUMNS = 4
+LABELS = {"em": "exact match", "answer_in_text": "answer in text"}  # of the measures that can be drawn
 
 
 def require_plotting(path: Path) -> None:
@@ -53,22 +55,30 @@ def plot_slots(summary: Summary, path: Path, *, title: str) -> None:
 
 
 @plot_style()
-def slots_figure(summary: Summary, *, title: str) -> Figure:
-    """Return the figure of ``plot_slots``, with the slots in ascending order."""
+def slots_figure(
+    summary: Summary, *, title: str, measure: str = "em", names: Mapping[str, str] = MappingProxyType({})
+) -> Figure:
+    """Return the figure of ``plot_slots``, with the slots in ascending order.
+
+    Args:
+        measure: a key of ``LABELS``.
+        names: what the legend calls a system instead of its name.
+    """
     slots = sorted(summary.slots, key=lambda slot: slot.number)
     columns = [*slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
     figure, (axes,) = new_figure(title, size=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4))
     step = min(0.07, 0.8 / len(summary.systems))  # between intervals side by side
     for number, system in enumerate(summary.systems):
         shift = step * (number - (len(summary.systems) - 1) / 2)
-        _draw(axes, summary, system, columns, number, shift)
+        cells = [summary.cell(system, column) for column in columns]
+        _draw(axes, cells, measure, names.get(system, system), number, shift)
     labels = [str(column.number) if column.kind == "slot" else column.label for column in columns]
     axes.set_xticks(range(len(columns)), labels)
     axes.set_xlim(-0.5, len(columns) - 0.5)
-    top = _top(summary, columns)
+    top = _top(summary, columns, measure)
     axes.set_ylim(-0.02 * top, top)  # slightly below 0, so that points at 0 are not cut
     axes.set_xlabel("slot of the gold document")
-    axes.set_ylabel("exact match, % (95 % interval)")
+    axes.set_ylabel(f"{LABELS[measure]}, % (95 % interval)")
     _add_legend(figure, len(summary.systems))
     return figure
 
@@ -109,28 +119,27 @@ def _add_legend(figure: Figure, entries: int) -> None:
         legend.remove()
 
 
-def _top(summary: Summary, columns: list[Condition]) -> float:
+def _top(summary: Summary, columns: list[Condition], measure: str) -> float:
     """Return the upper end of the axis: the next multiple of ten above all intervals."""
     figures = [summary.cell(system, column).figures for system in summary.systems for column in columns]
-    highest = max((found["em"].high for found in figures if found), default=0.0)
+    highest = max((found[measure].high for found in figures if found), default=0.0)
     return min(10 * (highest // 10 + 1), 100.0) * 1.01
 
 
-def _draw(axes: Axes, summary: Summary, system: str, columns: list[Condition], number: int, shift: float) -> None:
+def _draw(axes: Axes, cells: Sequence[Cell], measure: str, name: str, number: int, shift: float) -> None:
     """Draw one system: a line over the slots, and a separate point for the shuffled order."""
     color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
-    cells = [summary.cell(system, column) for column in columns]
     left_out = max(cell.not_fitting for cell in cells)
-    label = system if not left_out else f"{system} ({left_out} of {cells[0].rows} do not fit)"
+    label = name if not left_out else f"{name} ({left_out} of {cells[0].rows} do not fit)"
     points = [
-        (place + shift, cell.figures["em"], cell.condition.kind == "slot")
+        (place + shift, cell.figures[measure], cell.condition.kind == "slot")
         for place, cell in enumerate(cells)
         if cell.figures
     ]
-    line = [(x, em.mean) for x, em, is_slot in points if is_slot]
+    line = [(x, found.mean) for x, found, is_slot in points if is_slot]
     axes.plot([x for x, _ in line], [y for _, y in line], color=color, linewidth=1.8)
     axes.errorbar(
-        [x for x, _, _ in points], [em.mean for _, em, _ in points],
-        yerr=[[em.mean - em.low for _, em, _ in points], [em.high - em.mean for _, em, _ in points]],
+        [x for x, _, _ in points], [found.mean for _, found, _ in points],
+        yerr=[[found.mean - found.low for _, found, _ in points], [found.high - found.mean for _, found, _ in points]],
         fmt=marker, color=color, markersize=5, capsize=2.5, elinewidth=1, label=label,
     )  # fmt: skip

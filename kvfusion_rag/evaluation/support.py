@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 REGULARIZATION = 1.0  # of the standardized weights, in observations
 NEWTON_STEPS = 25
+FITTED = (  # signals of each calibration; the first that all questions have, and those behind it for other questions
+    ("explained", "rare_coverage", "focus_lead"),
+    ("explained", "rare_coverage", "lead"),
+    ("explained", "coverage"),
+)
 SHARES = tuple(share / 100 for share in range(100, 49, -1))  # of answerable questions kept, points of the curve
 
 Array = npt.NDArray[np.float64]
@@ -70,18 +75,35 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
+class Figures:
+    """What one calibration is worth.
+
+    Attributes:
+        signals: names of its signals.
+        auc, kept, refused, refused_at_share: as in ``SupportReport``.
+    """
+
+    signals: tuple[str, ...]
+    auc: float
+    kept: Interval
+    refused: Interval
+    refused_at_share: Interval
+
+
+@dataclass(frozen=True, slots=True)
 class SupportReport:
     """What support is worth on questions that did not fit its calibration.
 
     Attributes:
         questions: measured questions, each answerable once and unanswerable once.
         auc: probability that a random answerable question has more support than a random unanswerable one.
-        auc_of: the same for each signal on its own.
+        auc_of: the same for each signal on its own that all these questions have.
         kept, refused: shares in per cent at the calibration's threshold, with 95 % intervals.
         refused_at_share: share of unanswerable questions (%) refused at the threshold that keeps exactly the wanted
             share of these answerable questions.
         brier: mean squared difference between support and whether the question was answerable.
         curve: points from the lowest threshold to the highest.
+        fallbacks: figures of the calibrations for questions that lack a signal, on these questions, which have all.
     """
 
     calibration: SupportCalibration
@@ -93,6 +115,7 @@ class SupportReport:
     refused_at_share: Interval
     brier: float
     curve: tuple[Point, ...]
+    fallbacks: tuple[Figures, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -149,26 +172,44 @@ def halves(
 def fit_calibration(measured: Sequence[tuple[Measured, Measured]], share: float) -> SupportCalibration:
     """Return the logistic regression of answerable on the signals, with a threshold that keeps ``share`` of them.
 
-    Weights are found by Newton's method on standardized signals, with a quadratic penalty.
+    The signals are the first of ``FITTED`` that all questions with an answer have. Those behind them are fitted for
+    questions that lack one.
     """
-    known = [one for pair in measured for one in pair if one.signals is not None]
-    signals = np.array([[(one.signals or {})[name] for name in SIGNALS] for one in known])
-    labels = np.array([float(one.answerable) for one in known])
+    known = _signals_of_all(measured)
+    found: SupportCalibration | None = None
+    for names in reversed(FITTED):
+        if set(names) <= set(known):
+            found = _fit(measured, names, share, without=found)
+    assert found is not None  # every question has the last ones
+    return found
+
+
+def _fit(
+    measured: Sequence[tuple[Measured, Measured]],
+    names: Sequence[str],
+    share: float,
+    *,
+    without: SupportCalibration | None,
+) -> SupportCalibration:
+    """Fit ``names`` by Newton's method on standardized signals, with a quadratic penalty."""
+    known = [(one, one.signals) for pair in measured for one in pair if one.signals is not None]
+    signals = np.array([[own[name] for name in names] for _, own in known])
+    labels = np.array([float(one.answerable) for one, _ in known])
     if len(set(labels.tolist())) < 2:
         raise InvalidInputError("all questions with an answer are of one kind, so support cannot be calibrated.")
     mean, scale = signals.mean(axis=0), signals.std(axis=0) + 1e-12  # a constant signal gets no weight
     inputs = np.column_stack([np.ones(len(known)), (signals - mean) / scale])
-    penalty = np.diag([1e-9] + [REGULARIZATION] * len(SIGNALS))
+    penalty = np.diag([1e-9] + [REGULARIZATION] * len(names))
     weights = np.zeros(inputs.shape[1])
     for _ in range(NEWTON_STEPS):
         chances = 1 / (1 + np.exp(-(inputs @ weights)))
         gradient = inputs.T @ (chances - labels) + penalty @ weights
         weights -= np.linalg.solve((inputs.T * (chances * (1 - chances))) @ inputs + penalty, gradient)
     own = weights[1:] / scale
-    named = dict(zip(SIGNALS, own.tolist(), strict=True))
-    fitted = SupportCalibration(named, float(weights[0] - own @ mean), 0.0)
+    named = dict(zip(names, own.tolist(), strict=True))
+    fitted = SupportCalibration(named, float(weights[0] - own @ mean), 0.0, without)
     kept = [support_of(fitted, with_gold) for with_gold, _ in measured]
-    return SupportCalibration(named, fitted.bias, threshold_keeping(kept, share))
+    return replace(fitted, threshold=threshold_keeping(kept, share))
 
 
 def support_of(calibration: SupportCalibration, one: Measured) -> float:
@@ -189,19 +230,50 @@ def report_of(
     with_gold, without = ([pair[n] for pair in measured] for n in (0, 1))
     kept, left = (np.array([support_of(calibration, one) for one in part], float) for part in (with_gold, without))
     right = np.array([one.right for one in with_gold])
-    at_share = threshold_keeping(kept.tolist(), share)
+    all_of = [calibration]
+    while (other := all_of[-1].without) is not None:
+        all_of.append(other)
     labels = np.r_[np.ones(len(kept)), np.zeros(len(left))]
+    signals, figures = (
+        _signals_of_all(measured),
+        [_figures(one, with_gold, without, share, bootstrap) for one in all_of],
+    )
     return SupportReport(
         calibration,
         questions=len(measured),
-        auc=_auc(kept, left),
-        auc_of={name: _auc(*(_values(part, name) for part in (with_gold, without))) for name in SIGNALS},
-        kept=bootstrap.interval([100.0 * (one >= calibration.threshold) for one in kept.tolist()]),
-        refused=bootstrap.interval([100.0 * (one < calibration.threshold) for one in left.tolist()]),
-        refused_at_share=bootstrap.interval([100.0 * (one < at_share) for one in left.tolist()]),
+        auc=figures[0].auc,
+        auc_of={name: _auc(*(_values(part, name) for part in (with_gold, without))) for name in signals},
+        kept=figures[0].kept,
+        refused=figures[0].refused,
+        refused_at_share=figures[0].refused_at_share,
         brier=float(np.mean((np.r_[kept, left] - labels) ** 2)),
         curve=tuple(_point(threshold_keeping(kept.tolist(), one), kept, left, right) for one in SHARES),
+        fallbacks=tuple(figures[1:]),
     )
+
+
+def _figures(
+    calibration: SupportCalibration,
+    with_gold: Sequence[Measured],
+    without: Sequence[Measured],
+    share: float,
+    bootstrap: Bootstrap,
+) -> Figures:
+    kept, left = ([support_of(calibration, one) for one in part] for part in (with_gold, without))
+    at_share = threshold_keeping(kept, share)
+    return Figures(
+        tuple(calibration.weights),
+        auc=_auc(np.array(kept), np.array(left)),
+        kept=bootstrap.interval([100.0 * (one >= calibration.threshold) for one in kept]),
+        refused=bootstrap.interval([100.0 * (one < calibration.threshold) for one in left]),
+        refused_at_share=bootstrap.interval([100.0 * (one < at_share) for one in left]),
+    )
+
+
+def _signals_of_all(measured: Sequence[tuple[Measured, Measured]]) -> list[str]:
+    """Return the names of the signals that all questions with an answer have."""
+    signals = [one.signals for pair in measured for one in pair if one.signals is not None]
+    return [name for name in SIGNALS if all(name in own for own in signals)]
 
 
 def _values(part: Sequence[Measured], name: str) -> Array:

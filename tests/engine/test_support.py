@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -23,10 +24,12 @@ from kvfusion_rag.fusion.likelihood import text_log_probabilities, token_log_pro
 from kvfusion_rag.fusion.prefill import prefill
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import ModelSettings
-from kvfusion_rag.text.support import coverage
+from kvfusion_rag.text.support import OF_ONE as OF_ONE_DOCUMENT
+from kvfusion_rag.text.support import SIGNALS, coverage, rare_coverage
 from tests.test_generator import DOCUMENTS
 
-CALIBRATION = SupportCalibration({"gain": 0.4, "coverage": 2.0}, -1.0, 0.5)
+OF_ONE = SupportCalibration({"gain": 0.4, "coverage": 2.0}, -1.0, 0.5)
+CALIBRATION = SupportCalibration({"explained": 1.0, "rare_coverage": 1.5, "lead": 0.3}, -0.5, 0.5, without=OF_ONE)
 QUESTION = "what runs past the mill?"
 modes = pytest.mark.parametrize("mode", ["fusion", "concat", "ape"])
 focuses = pytest.mark.parametrize("focus", [None, 1, 2])
@@ -91,25 +94,68 @@ def test_support_does_not_change_the_answer():
     assert (plain.support, plain.found, plain.notice) == (None, None, None)
 
 
-def test_only_documents_that_were_read_count():
+@modes
+@focuses
+def test_signals_are_equal_in_every_order_batch_and_store(mode, focus, tmp_path):
+    scored = [replace(DOCUMENTS[0], score=0.3), *(Document(text, score=len(text) / 20) for text in DOCUMENTS[1:])]
+    scored += [replace(scored[0], id="again", score=0.7), Document(" ", score=3)]  # equal to another one, and blank
+    options = {"mode": mode, "focus": focus}
+    gen, stored = made(focus_weight=2.0), made(focus_weight=2.0, store=tmp_path)
+    [(_, expected)] = gen.support_signals([QUESTION], [scored], **options)
+    assert set(expected) == set(SIGNALS)
+    for seed in range(4):
+        shuffled = random.Random(seed).sample(scored, len(scored))
+        batch = [[DOCUMENTS[0], "rain falls"], shuffled, scored]
+        found = stored.support_signals(["who sleeps?", QUESTION, QUESTION], batch, **options)
+        assert [signals for _, signals in found[1:]] == [expected] * 2
+
+
+def test_the_best_document_is_one_that_was_read():
     gen = made(focus_weight=1e6)
     scored = [Document("two grey doves sleep", score=9), Document("the river runs past the mill", score=1)]
-    expected = gen.answer(QUESTION, scored[:1], min_support=0).support
-    assert gen.answer(QUESTION, scored, focus=1, min_support=0).support == pytest.approx(expected, rel=1e-5)
-    assert gen.answer(QUESTION, scored, focus=None, min_support=0).support > expected + 0.01
+    [(_, alone)] = gen.support_signals([QUESTION], [scored[:1]])
+    focused, both = (gen.support_signals([QUESTION], [scored], focus=focus)[0][1] for focus in (1, None))
+    for name in OF_ONE_DOCUMENT:
+        assert focused[name] == pytest.approx(alone[name], rel=1e-4) == pytest.approx(both[name], rel=1e-4)
+    assert focused["lead"] < 0 and focused["focus_lead"] == pytest.approx(2e6, rel=1e-3)
+    [(_, unscored)] = gen.support_signals([QUESTION], [[replace(one, score=None) for one in scored]], focus=1)
+    assert unscored["lead"] == pytest.approx(-focused["lead"], rel=1e-3)
+    assert unscored["rare_coverage"] > focused["rare_coverage"]
 
 
-def test_gain_and_coverage_are_those_of_the_best_document():
+def test_signals_of_one_document_compare_nothing():
+    gen = made(focus_weight=2.0)
+    one = DOCUMENTS[0]
+    for documents in ([one], [one, replace(one, id="2")], [replace(one, score=1), ""]):
+        [(_, signals)] = gen.support_signals([QUESTION], [documents])
+        assert set(signals) == set(OF_ONE_DOCUMENT)
+
+
+def test_the_lead_of_focus_needs_scores_that_count():
+    scored = [replace(DOCUMENTS[0], score=1), Document("b", score=1), " "]
+    missing = [scored[0], "b"]
+    for weight, documents, has_lead in ((2.0, scored, True), (0.0, scored, False), (2.0, missing, False)):
+        [(_, signals)] = made(focus_weight=weight).support_signals([QUESTION], [documents])
+        assert ("focus_lead" in signals, "lead" in signals) == (has_lead, True)
+        if has_lead:
+            assert signals["focus_lead"] == signals["lead"], "equal scores say nothing"
+
+
+@focuses
+def test_signals_are_those_of_the_best_document(focus):
     gen = made()
     model, plain = gen._engine.model, gen._engine.encoder.plain
-    [(answer, signals)] = gen.support_signals([QUESTION], [DOCUMENTS])
+    [(answer, signals)] = gen.support_signals([QUESTION], [DOCUMENTS], focus=focus)
     lead, ids = (plain.encode(text, continues=True) for text in ("Question:", f"Question: {QUESTION}"))
     prefix_ids = gen._engine.encoder.prefix_ids
     [(_, prefix)] = prefill(model.backbone, [tuple(prefix_ids)], None, tokens_per_pass=128)
     kvs = dict(prefill(model.backbone, list(gen._engine.read(DOCUMENTS).keys.values()), prefix, tokens_per_pass=128))
     documents = [*kvs.values(), None]
     *given, none = text_log_probabilities(model.backbone, prefix, documents, ids, given=len(lead))
-    assert signals["gain"] == pytest.approx(max(given) - none, rel=1e-4)
+    best, *others = sorted(given, reverse=True)
+    assert signals["gain"] == pytest.approx(best - none, rel=1e-4)
+    assert signals["explained"] == pytest.approx((best - none) / -none, rel=1e-4)
+    assert signals["lead"] == pytest.approx(best - max(others), rel=1e-4)
     assert answer.support is None and 0 <= signals["coverage"] <= 1
 
 
@@ -164,6 +210,32 @@ def test_found_follows_the_threshold(documents):
         QUESTION, documents, min_support="auto"
     )
     assert (auto.found, auto.support) == (False, support)
+
+
+def test_auto_is_the_threshold_of_the_calibration_that_has_all_signals():
+    gen = made()
+    alone, several = (
+        gen.answer(QUESTION, documents, min_support=0).support for documents in (DOCUMENTS[:1], DOCUMENTS)
+    )
+    for found_alone, found in ((True, False), (False, True)):
+        without = replace(OF_ONE, threshold=alone if found_alone else alone + 1e-9)
+        changed = replace(CALIBRATION, threshold=several if found else several + 1e-9, without=without)
+        auto = gen.with_settings(support=changed, min_support="auto")
+        assert auto.answer(QUESTION, DOCUMENTS[:1]).found is found_alone
+        assert auto.answer(QUESTION, DOCUMENTS).found is found
+
+
+def test_a_calibration_of_two_signals_as_they_were_at_first_still_counts(tmp_path):
+    """Older files have no ``without`` and weigh gain and coverage."""
+    folder = tiny.save(tmp_path / "model", settings=ModelSettings())
+    file = folder / "kvfusion.json"
+    data = {"weights": {"gain": 0.4, "coverage": 2.0}, "bias": -1.0, "threshold": 0.5}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"support": data}))
+    gen = KVFusionGenerator.from_pretrained(folder)
+    [(_, signals)] = gen.support_signals([QUESTION], [DOCUMENTS], max_new_tokens=2)
+    score = 0.4 * signals["gain"] + 2 * signals["coverage"] - 1
+    support = gen.answer(QUESTION, DOCUMENTS, max_new_tokens=2, min_support="auto").support
+    assert support == pytest.approx(1 / (1 + math.exp(-score)))
 
 
 def test_an_answer_that_is_not_found_keeps_its_text_and_has_a_notice():
@@ -224,7 +296,20 @@ def test_wrong_thresholds_are_rejected(value):
     [
         ([], r"support is \[\], but it must be an object with weights, bias, threshold"),
         ({"weights": {}, "bias": 0}, "must be an object with"),
-        ({"weights": {"gain": 1}, "bias": 0, "threshold": 0.5}, r"must have one each for gain, coverage"),
+        ({"weights": {"gain": 1}, "bias": 0, "threshold": 0.5, "more": 1}, "must be an object with"),
+        (
+            {"weights": {}, "bias": 0, "threshold": 0.5},
+            r"weights of support are \{\}, but they must have one or more of",
+        ),
+        (
+            {"weights": {"joy": 1}, "bias": 0, "threshold": 0.5},
+            "one or more of gain, explained, coverage, rare_coverage",
+        ),
+        ({"weights": {"lead": 1}, "bias": 0, "threshold": 0.5}, "have lead, which some questions lack, so 'without'"),
+        (
+            {"weights": {"lead": 1}, "bias": 0, "threshold": 0.5, "without": 3},
+            "support is 3, but it must be an object",
+        ),
         ({"weights": {"gain": 1, "coverage": "x"}, "bias": 0, "threshold": 0.5}, "coverage of support is 'x'"),
         ({"weights": {"gain": 1, "coverage": 1}, "bias": None, "threshold": 0.5}, "bias of support is None"),
         ({"weights": {"gain": 1, "coverage": 1}, "bias": 0, "threshold": 2}, "threshold of support is 2"),
@@ -277,3 +362,21 @@ def test_coverage_of_a_long_question():
 
 def test_coverage_ignores_case_and_accents():
     assert coverage("Café", [(0, 4, 2.0)], "CAFE") == 1
+
+
+# Rare words
+
+
+def test_rare_words_weigh_more():
+    documents = ["the mill burnt", "the mill", "the river"]
+    weights = {
+        "who": math.log(3 / 0.5),
+        "burnt": math.log(3 / 0.5),
+        "the": math.log(3 / 2.5),
+        "mill": math.log(3 / 1.5),
+    }
+    found = rare_coverage("Who burnt THE mill?", documents[0], documents[1:])
+    assert found == pytest.approx(1 - weights["who"] / sum(weights.values()))
+    assert rare_coverage("Who burnt THE mill?", documents[0], documents[:0:-1]) == found
+    assert rare_coverage("Who burnt THE mill?", documents[0], []) == pytest.approx(3 / 4), "all words are equally rare"
+    assert rare_coverage("?!", "the mill", ["rain"]) == 0

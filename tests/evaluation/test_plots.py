@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -57,6 +58,21 @@ def test_title_and_legend_are_whole_and_leave_room_for_the_panel(number, slots, 
         require_inside(artist, figure)
     assert legend.get_window_extent().y1 <= axes.xaxis.label.get_window_extent().y0
     assert axes.bbox.height >= 2 * figure.dpi  # two inches
+
+
+def test_another_measure_and_other_names_can_be_drawn():
+    found = summary(["focus", "concat"], [1, 5])
+    cells = [
+        replace(cell, figures={"em": Interval(0, 0, 0), "answer_in_text": Interval(7.0 + number, 2, 40)})
+        for number, cell in enumerate(found.cells)
+    ]
+    figure = slots_figure(
+        replace(found, cells=tuple(cells)), title="t", measure="answer_in_text", names={"concat": "one prompt"}
+    )
+    (axes,), (legend,) = figure.axes, figure.legends
+    assert [list(line.get_ydata()) for line in axes.lines if line.get_linewidth() == 1.8] == [[7, 8], [10, 11]]
+    assert axes.get_ylabel() == "answer in text, % (95 % interval)"
+    assert [text.get_text() for text in legend.get_texts()] == ["focus", "one prompt"]
 
 
 def test_file_has_the_size_of_the_figure(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from kvfusion_rag.data.rows import write_rows
 from kvfusion_rag.errors import InvalidInputError
 from kvfusion_rag.evaluation.bootstrap import Bootstrap
 from kvfusion_rag.evaluation.support import (
+    FITTED,
     Measured,
     fit_calibration,
     halves,
@@ -26,12 +28,13 @@ from kvfusion_rag.evaluation.support import (
     threshold_keeping,
 )
 from kvfusion_rag.text.settings import ModelSettings
+from kvfusion_rag.text.support import OF_SEVERAL, SIGNALS
 
-CALIBRATION = SupportCalibration({"gain": 1.0, "coverage": 0.0}, 0.0, 0.5)
+CALIBRATION = SupportCalibration({"explained": 1.0, "coverage": 0.0}, 0.0, 0.5)
 
 
 def pair(gain, gain_without, *, right=True, coverage=0.5):
-    signals = ({"gain": value, "coverage": coverage} for value in (gain, gain_without))
+    signals = ({"gain": value, "explained": value, "coverage": coverage} for value in (gain, gain_without))
     return Measured("q", True, right, next(signals)), Measured("q", False, False, next(signals))
 
 
@@ -46,7 +49,7 @@ def drawn(count, seed=0):
 
 def test_the_fit_finds_the_probability_that_the_signals_were_drawn_from():
     calibration = fit_calibration(drawn(4000), 0.95)
-    assert calibration.weights["gain"] == pytest.approx(2, abs=0.15)  # of two normals at +1 and -1
+    assert calibration.weights["explained"] == pytest.approx(2, abs=0.15)  # of two normals at +1 and -1
     assert calibration.weights["coverage"] == pytest.approx(0, abs=0.15)
     assert calibration.bias == pytest.approx(0, abs=0.15)
 
@@ -55,18 +58,48 @@ def test_the_fit_is_a_minimum():
     found, measured = fit_calibration(drawn(60), 0.9), drawn(60)
 
     def loss(gain, bias):
-        changed = SupportCalibration({**found.weights, "gain": gain}, bias, 0.5)
+        changed = SupportCalibration({**found.weights, "explained": gain}, bias, 0.5)
         known = [one for pair in measured for one in pair]
         return -sum(np.log(abs(support_of(changed, one) - (not one.answerable))) for one in known)
 
-    gain, bias = found.weights["gain"], found.bias
+    gain, bias = found.weights["explained"], found.bias
     others = [(1.3 * gain, bias), (0.6 * gain, bias), (gain, bias + 0.3), (gain, bias - 0.3)]
     assert loss(gain, bias) < min(loss(*other) for other in others)
 
 
 def test_a_constant_signal_gets_no_weight_and_separable_questions_a_finite_one():
     found = fit_calibration([pair(5.0, -5.0), pair(4.0, -6.0)], 1.0)
-    assert found.weights["coverage"] == pytest.approx(0) and 0 < found.weights["gain"] < 10
+    assert found.weights["coverage"] == pytest.approx(0) and 0 < found.weights["explained"] < 10
+
+
+def test_questions_without_a_signal_have_a_calibration_of_their_own():
+    rng = random.Random(1)
+    pairs = [
+        tuple(
+            Measured("q", answerable, False, {name: rng.gauss(2 * answerable, 1) for name in SIGNALS})
+            for answerable in (True, False)
+        )
+        for _ in range(80)
+    ]
+    found = fit_calibration(pairs, 0.9)
+    assert [set(one.weights) for one in (found, found.without, found.without.without)] == list(map(set, FITTED))
+    assert found.without.without.without is None
+    report = report_of(found, pairs, 0.9, Bootstrap())
+    assert [one.signals for one in report.fallbacks] == list(FITTED[1:])
+    other = report_of(found.without, pairs, 0.9, Bootstrap())
+    assert report.fallbacks[0].auc == other.auc > report.fallbacks[1].auc == other.fallbacks[0].auc > 0.9
+    assert report.fallbacks[0].refused == other.refused
+    assert list(report.auc_of) == list(SIGNALS)
+    lacking = [tuple(replace(one, signals=without(one.signals, "focus_lead")) for one in pair) for pair in pairs]
+    assert fit_calibration(lacking, 0.9) == found.without
+    alone = [tuple(replace(one, signals=without(one.signals, *OF_SEVERAL)) for one in pair) for pair in pairs]
+    assert fit_calibration(alone, 0.9) == found.without.without
+    for (with_gold, _), (same, _) in zip(lacking, pairs, strict=True):
+        assert support_of(found, with_gold) == support_of(found.without, same)
+
+
+def without(signals, *names):
+    return {name: value for name, value in signals.items() if name not in names}
 
 
 def test_questions_of_one_kind_cannot_be_fitted():

@@ -18,7 +18,7 @@ from ...home import absolute
 from ..arguments.paths import existing_file, output_file, plot_file
 from ..arguments.values import count, positive, share
 from ..console import say, say_json
-from ..options import add_model_arguments, add_model_name, load_generator
+from ..options import add_model_arguments, add_model_name, add_store_arguments, load_generator, require_store
 
 if TYPE_CHECKING:
     from ...data.rows import QARow
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("rows", nargs="+", type=existing_file, metavar="ROWS", help=rows)
     add_model_name(parser)
     add_model_arguments(parser)
+    add_store_arguments(parser)
     add("--limit", type=positive, metavar="N", help="use a random sample of N rows of each file (default: all)")
     add("--documents", type=positive, default=20, metavar="N", help="documents per question (default: 20)")
     add(
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from ...evaluation.bootstrap import Bootstrap
     from ...evaluation.support import fit_calibration, halves, measure_rows, report_of, require_calibration_rows
 
+    require_store(args)
     _require_outputs(args)
     bootstrap = Bootstrap(args.seed)
     rows = [row for path in args.rows for row in _sample(path, args)]
@@ -143,6 +145,11 @@ def _say(report: SupportReport, share: float) -> None:
         say(f"  {text:45} {figure.mean:5.1f} % ({figure.low:.1f} to {figure.high:.1f})")
     alone = ", ".join(f"{name} {value:.3f}" for name, value in report.auc_of.items())
     say(f"  area under the curve {report.auc:.3f} (alone: {alone}), mean squared error {report.brier:.3f}")
+    for one in report.fallbacks:
+        say(
+            f"  with {', '.join(one.signals)} only: refused at {share:.0%} {one.refused_at_share.mean:.1f} %, "
+            f"area under the curve {one.auc:.3f}"
+        )
     say("  answered  refused  right among the answered")
     for point in report.curve[::5]:
         say(f"  {point.kept:7.0%}  {point.refused:7.0%}  {point.accuracy:7.0%}")

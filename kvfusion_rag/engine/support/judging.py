@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from ...fusion.interface import FusionModel
 from ...schema import Answer
@@ -20,14 +21,10 @@ def judged(engine: Engine[FusionModel], call: Call, answers: Sequence[Answer]) -
 
     An empty answer has support 0. Calls of tools and answers without documents have none.
     """
-    threshold, calibration = call.min_support, engine.settings.support
-    if threshold is None or calibration is None:
+    calibration = engine.settings.support
+    if call.min_support is None or calibration is None:
         return list(answers)
-    supports = [_support(engine, one, calibration) for one in _answered(call, answers)]
-    return [
-        answer if support is None else replace(answer, support=support, found=support >= threshold)
-        for answer, support in zip(answers, supports, strict=True)
-    ]
+    return [_judged(engine, one, calibration, call.min_support) for one in _answered(call, answers)]
 
 
 def signals_of(engine: Engine[FusionModel], call: Call, answers: Sequence[Answer]) -> list[Signals | None]:
@@ -38,12 +35,16 @@ def signals_of(engine: Engine[FusionModel], call: Call, answers: Sequence[Answer
     ]
 
 
-def _support(engine: Engine[FusionModel], answered: Answered, calibration: SupportCalibration) -> float | None:
-    if not _can_be_supported(answered.answer):
-        return None
-    if not answered.answer.text.strip():
-        return UNSUPPORTED
-    return calibration.probability(measure_signals(engine, answered))
+def _judged(
+    engine: Engine[FusionModel], answered: Answered, calibration: SupportCalibration, wanted: float | Literal["auto"]
+) -> Answer:
+    answer, support, used = answered.answer, UNSUPPORTED, calibration
+    if not _can_be_supported(answer):
+        return answer
+    if answer.text.strip():
+        signals = measure_signals(engine, answered)
+        support, used = calibration.probability(signals), calibration.for_signals(signals)
+    return replace(answer, support=support, found=support >= (used.threshold if wanted == "auto" else wanted))
 
 
 def _can_be_supported(answer: Answer) -> bool:
