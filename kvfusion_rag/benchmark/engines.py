@@ -201,7 +201,7 @@ def _asking(generator: KVFusionGenerator, case: EngineCase, engine: str, *, mode
     """Return a function that lets the engine write all tokens of an answer, even if the model would end it."""
     inner = generator._engine
     runner: Any = inner.runner
-    options = {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens}
+    options = {"mode": mode, "focus": None, "max_new_tokens": case.answer_tokens, "max_reasoning_tokens": 0}
     ends = sorted(inner.model.end_ids)
 
     def forbid_end(logits: torch.Tensor) -> None:
@@ -210,7 +210,7 @@ def _asking(generator: KVFusionGenerator, case: EngineCase, engine: str, *, mode
     def tokens_of(request: Request, decoding: DecodingOptions) -> Iterator[int]:
         if engine == "vllm":
             runner.begin(Batch.of(request))
-            asked = replace(runner.token_request(request, (), decoding), end_ids=())
+            asked = replace(runner.token_request(request, (), decoding), max_tokens=case.answer_tokens, end_ids=())
             yield from (token.id for token in runner.server.tokens(asked))
             return
         run = runner.start(Batch.of(request))

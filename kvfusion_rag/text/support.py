@@ -25,6 +25,7 @@ MinSupport = float | Literal["auto"] | None  # "auto" is the calibration's own t
 Signals = Mapping[str, float]
 WORD = re.compile(r"\w+")
 STEM = 5  # letters; the rest of a word is often an ending
+MAX_FALLBACKS = 16  # calibrations in ``without``, more than there are useful ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,10 @@ class SupportCalibration:
                 raise InvalidInputError(f"{name} of support is {value!r}, but it must be a finite number.")
         if not is_share(self.threshold):
             raise InvalidInputError(f"threshold of support is {self.threshold!r}, but it must be from 0 to 1.")
+        if _fallbacks(self.without) > MAX_FALLBACKS:
+            raise InvalidInputError(
+                f"'without' of support is nested more than {MAX_FALLBACKS} levels deep, the limit."
+            )
         if self.without is not None and not isinstance(self.without, SupportCalibration):  # as JSON has it
             object.__setattr__(self, "without", SupportCalibration.of(self.without))
         if self.without is None and (lacking := set(self.weights) & set(OF_SEVERAL)):
@@ -100,6 +105,14 @@ class SupportCalibration:
         used = self.for_signals(signals)
         score = math.fsum([used.bias, *(weight * signals[name] for name, weight in used.weights.items())])
         return 1 / (1 + math.exp(-score)) if score >= 0 else math.exp(score) / (1 + math.exp(score))
+
+
+def _fallbacks(without: object) -> int:
+    """Return how many calibrations are inside each other, in JSON that anybody may have written."""
+    count = 0
+    while isinstance(without, Mapping):
+        without, count = without.get("without"), count + 1
+    return count
 
 
 def coverage(question: str, surprisals: Sequence[tuple[int, int, float]], document: str) -> float:

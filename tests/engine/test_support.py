@@ -35,6 +35,14 @@ modes = pytest.mark.parametrize("mode", ["fusion", "concat", "ape"])
 focuses = pytest.mark.parametrize("focus", [None, 1, 2])
 
 
+def nested(levels):
+    """Return a calibration as JSON with ``levels`` others inside each other."""
+    data = None
+    for _ in range(levels + 1):
+        data = {"weights": {"gain": 1}, "bias": 0, "threshold": 0.5, "without": data}
+    return data
+
+
 def made(**changes):
     return tiny.generator("llama", support=CALIBRATION, prefix="the river ", max_new_tokens=4, **changes)
 
@@ -310,6 +318,8 @@ def test_wrong_thresholds_are_rejected(value):
             {"weights": {"lead": 1}, "bias": 0, "threshold": 0.5, "without": 3},
             "support is 3, but it must be an object",
         ),
+        (nested(17), "'without' of support is nested more than 16 levels deep"),
+        (nested(300), "'without' of support is nested more than 16 levels deep"),
         ({"weights": {"gain": 1, "coverage": "x"}, "bias": 0, "threshold": 0.5}, "coverage of support is 'x'"),
         ({"weights": {"gain": 1, "coverage": 1}, "bias": None, "threshold": 0.5}, "bias of support is None"),
         ({"weights": {"gain": 1, "coverage": 1}, "bias": 0, "threshold": 2}, "threshold of support is 2"),
