@@ -1,8 +1,8 @@
 """Compares engines on the same questions: first token, further tokens, memory, and answers after a shuffle.
 
-Each engine runs in a process of its own, with documents of random words whose ids all engines share. Its own joined
-prompt (mode "concat") is measured too: vLLM reads it with its prefix cache. The stock way of llama.cpp is
-``llama_cpp.Llama``, which reuses the KVs of the longest common beginning of two prompts.
+Each engine runs in a process of its own, with documents of random words whose ids all engines share. Its joined
+prompt (mode "concat") is measured too, which vLLM reads with its prefix cache. Stock llama.cpp is ``llama_cpp.Llama``,
+which reuses the KVs of the longest common beginning of two prompts.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _quantised(engine: str) -> dict[str, Any]:
 
 
 def _peak_memory(generator: KVFusionGenerator) -> int:
-    """Return the peak memory of this process in KiB, with that of vLLM's largest process, which is ended."""
+    """Return the peak memory of this process in KiB, plus that of vLLM's largest process. Ends vLLM."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     runner: Any = generator._engine.runner
     if (server := vars(runner).get("server")) is None:
@@ -163,7 +163,7 @@ class Asked:
 
     Attributes:
         first: seconds to the first token.
-        speed: tokens per second behind it.
+        speed: tokens per second after it.
         tokens: ids of the answer.
     """
 
@@ -176,7 +176,7 @@ Ask = Callable[[str, Sequence[Document]], Asked]
 
 
 def _times(ask: Ask, documents: Sequence[Document], orders: Sequence[Sequence[Document]]) -> dict[str, Any]:
-    """Return seconds to the first token, tokens per second behind it, and how many answers survive a shuffle.
+    """Return seconds to the first token, tokens per second after it, and how many answers survive a shuffle.
 
     No question is asked twice over the same order, since engines may reuse what they have read of it.
     """

@@ -157,11 +157,12 @@ def _engines(args: argparse.Namespace) -> int:
     from ..evaluation.report import run_facts
     from ..model.location import locate_model
 
-    engines: list[str] = args.engines or installed_engines()
-    needs_gguf = [name for name in engines if PACKAGES.get(name) == "llama_cpp"]
-    if needs_gguf and locate_model(args.model, gguf_file=args.gguf_file, weights=False).gguf is None:
+    has_gguf = locate_model(args.model, gguf_file=args.gguf_file, weights=False).gguf is not None
+    of_gguf = {name for name, package in PACKAGES.items() if package == "llama_cpp"}
+    engines = args.engines or [name for name in installed_engines() if has_gguf or name not in of_gguf]
+    if not has_gguf and (named := [name for name in engines if name in of_gguf]):
         raise InvalidInputError(
-            f"{args.model!r} has no GGUF file, which {needs_gguf[0]} reads; name a GGUF file, or other --engines."
+            f"{args.model!r} has no GGUF file, which {named[0]} reads; name a GGUF file, or other --engines."
         )
     counts = ("documents", "document_tokens", "answer_tokens", "repeats", "threads")
     case = EngineCase(args.model, args.gguf_file, **{name: getattr(args, name) for name in counts})

@@ -46,8 +46,8 @@ _ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-# Waiting threads sleep, so that other processes can use the processor. GNU's OpenMP lets them look a moment longer,
-# since llama.cpp lets its threads wait for each other many times per token.
+# Waiting threads sleep, so that other processes can use the processor. With GNU's OpenMP they spin for some
+# microseconds first, because llama.cpp's threads wait for each other many times per token.
 _WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "10000"}
 
 

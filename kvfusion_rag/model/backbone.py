@@ -295,7 +295,7 @@ class Backbone:
         return self._digest[1]
 
     def keep_digest(self) -> None:
-        """Compute the digest of the weights, and never again: they will not change, but no longer be whole."""
+        """Compute the digest of the weights, and never again, since they will not change, but will be split."""
         self._digest = [], self.weights_digest
         self._base_weights = []
 

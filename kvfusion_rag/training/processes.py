@@ -25,11 +25,11 @@ def connect(device: torch.device, *, shard_weights: bool = False) -> PartialStat
 
     Args:
         device: where to train. Processes with a GPU each get one of their machine's.
-        shard_weights: whether the processes will share the base weights.
+        shard_weights: whether the base weights will be split between the processes.
 
     Raises:
         InvalidInputError: the launch asks for several processes but does not connect them, or asks for another
-            library's shards. Or one process alone would share its weights, or one of several.
+            library's shards. Or ``shard_weights`` is true for one process alone, or differs between processes.
     """
     require_own_shards(os.environ)
     processes = PartialState(cpu=device.type == "cpu")

@@ -64,8 +64,8 @@ def train(
 
     Raises:
         InvalidInputError: there are no rows or a row cannot be trained on, or the output contains a run that is not
-            to be resumed or has other rows or settings. Another run has the folder. Other processes are missing for
-            ``config.shard_weights``, not connected to this one, or have other rows, settings or checkpoints.
+            to be resumed or has other rows or settings. Another run has the folder. Other processes are not connected
+            to this one, or have other rows, settings or checkpoints. ``config.shard_weights`` needs several processes.
         ModelLoadError, UnsupportedModelError: as in ``KVFusionGenerator.from_pretrained``.
         MissingDependencyError: the installed transformers and peft cannot train an adapter together.
     """

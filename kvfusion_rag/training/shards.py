@@ -178,7 +178,7 @@ def _places(decoder: PreTrainedModel, model_id: str) -> list[Module]:
     layers = next((m for m in decoder.modules() if isinstance(m, ModuleList) and len(m) == number), None)
     if layers is None:
         raise UnsupportedModelError(
-            f"{model_id!r} ({decoder.config.model_type}) has no list of its {number} layers, so that its weights "
+            f"{model_id!r} ({decoder.config.model_type}) has no list of its {number} layers, so its weights "
             "cannot be split into shards; train without shard_weights."
         )
     return [decoder.get_input_embeddings(), *layers]

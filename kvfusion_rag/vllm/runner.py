@@ -162,10 +162,11 @@ class VllmRunner(Runner[VllmModel]):
         """
         has_retried = False
         while answer.finish_reason is None:
+            before = len(answer.ids)
             try:
                 yield from self._grow(request, answer, options)
             except DocumentsLostError:
-                if has_retried or answer.ids:
+                if has_retried or len(answer.ids) > before:
                     raise
                 has_retried = True
                 logger.warning("vLLM cannot load the documents of a request; they are checked, and it is repeated")
