@@ -223,7 +223,7 @@ class VllmRunner(Runner[VllmModel]):
             prompt=[*prompt, *written],
             salt=self.plain_salt(request.namespace) if documents is None else documents.salt,
             max_tokens=request.limits.total - len(written),
-            end_ids=sorted(self.model.end_ids),
+            end_ids=sorted(self.model.end_ids if request.constraint is None else request.constraint.end_ids),
             documents={} if documents is None else documents.params(),
             sampling=_sampling(options),
             format=format,
