@@ -9,12 +9,14 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,4 +249,6 @@ def _stop(process: subprocess.Popen[bytes], http: httpx.Client, folder: tempfile
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    with suppress(ProcessLookupError):  # vLLM's own processes survive a child that was killed
+        os.killpg(process.pid, signal.SIGKILL)
     folder.cleanup()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -357,3 +359,16 @@ def test_vllm_that_ended_is_an_error_of_the_request(on_vllm):
     server._process.wait()
     with pytest.raises(EngineError, match="vLLM has ended"):
         tokens_of(on_vllm, asked_of(on_vllm, request, decoding))
+    server.close()
+    deadline = time.monotonic() + 30
+    while _group_exists(server._process.pid):  # of vLLM's own processes
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
