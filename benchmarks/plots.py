@@ -57,7 +57,7 @@ def slots() -> Figure:
         for cell in data["cells"]
     )
     names = tuple(system["name"] for system in data["systems"])
-    title = f"{data['systems'][0]['model_id']}, {data['rows']} questions of Natural Questions (dev), "
+    title = f"{data['systems'][0]['model_id']}, {data['rows']} questions of Natural Questions, "
     return slots_figure(
         Summary(names, conditions, cells, (), (), ()),
         title=title + f"{data['documents']} documents",
