@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import InvalidInputError, MissingDependencyError
-from ..text.answer_format import FIXED_SPACE, AnswerFormat, FormatKind
+from ..text.answer_format import AnswerFormat, FormatKind, with_fixed_space
 from ..text.encoder import with_hidden_controls
 
 CACHED = 64  # compiled formats of one tokenizer
@@ -162,7 +162,7 @@ def _grammar(format: AnswerFormat) -> str:
     from llguidance import LLMatcher
 
     if format.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(format.text, overrides=FIXED_SPACE)  # pyright: ignore[reportArgumentType]
+        return LLMatcher.grammar_from_json_schema(with_fixed_space(format.text))
     if format.kind == "regex":
         return LLMatcher.grammar_from_regex(format.text)
     if format.kind == "choices":
