@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from .report import AdaptReport
+from .report import AdaptReport, points
 
 
 def card(report: AdaptReport) -> str:
     """Return Markdown text with data, counts, command, figures and limits."""
     dropped = "\n".join(f"| {reason} | {count} |" for reason, count in report.dropped.items())
     figures = "\n".join(f"| {one.system} | {one.right:.1f} | {one.f1:.1f} |" for one in report.verdicts)
-    mean, low, high = report.margin
+    use = "all documents" if report.focus is None else f"the best document (`focus` {report.focus})"
     hardware = report.run["hardware"]
     return f"""# Adapter of {report.model_id} for fused documents
 
@@ -18,7 +18,7 @@ A LoRA adapter of the answering decoder, made by `kvfusion adapt` without labels
 was trained to answer over up to {report.documents} fused passages like the base model from the gold passage only.
 
 Use it with `kvfusion ask "..." --docs PATH --adapter DIR`, or
-`KVFusionGenerator.from_pretrained(MODEL, adapter=DIR)`; its default mode is `fusion`.
+`KVFusionGenerator.from_pretrained(MODEL, adapter=DIR)`. By default it answers over {use}.
 
 ## Data
 
@@ -39,7 +39,9 @@ base model's own answers from the gold passage only:
 {figures}
 
 An answer is right if it contains all words of the base model's answer that are not in the question. Adapted minus
-untuned fusion: {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}).
+untuned over all documents: {points(report.margin)}.
+Adapted minus untuned over the document that focus chooses: {points(report.focus_margin)}.
+The best system is "{report.best}". Each question was written about one passage, which favours focus.
 
 ## Training
 

@@ -24,8 +24,11 @@ class AdaptReport:
         steps: number of optimiser steps.
         losses: mean losses (nats per token) of the first and the last tenth of the steps.
         seconds: duration of the call that finished the run.
-        verdicts: figures of untuned fusion, adapted fusion and concat.
+        verdicts: figures of all systems.
         margin: right answers of adapted minus untuned fusion (points), with the bounds of its 95 % interval.
+        focus_margin: the same over the document that focus chooses.
+        best: name of the best system.
+        focus: documents to which focus limits the adapter by default, or None for all.
         kept: whether the adapter was kept.
         run: date, command, versions and hardware.
     """
@@ -44,6 +47,9 @@ class AdaptReport:
     seconds: float
     verdicts: tuple[Verdict, ...]
     margin: tuple[float, float, float]
+    focus_margin: tuple[float, float, float]
+    best: str
+    focus: int | None
     kept: bool
     run: Mapping[str, Any]
 
@@ -55,7 +61,8 @@ class AdaptReport:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Return the report that was saved with ``to_dict`` as JSON."""
         verdicts = tuple(Verdict(**verdict) for verdict in data["verdicts"])
-        return cls(**{**data, "verdicts": verdicts, "losses": tuple(data["losses"]), "margin": tuple(data["margin"])})
+        tuples = {name: tuple(data[name]) for name in ("losses", "margin", "focus_margin")}
+        return cls(**{**data, **tuples, "verdicts": verdicts})
 
 
 def table(report: AdaptReport) -> str:
@@ -63,3 +70,9 @@ def table(report: AdaptReport) -> str:
     lines = [f"{'system':16} {'right':>7} {'F1':>6}"]
     lines += [f"{verdict.system:16} {verdict.right:5.1f} % {verdict.f1:6.1f}" for verdict in report.verdicts]
     return "\n".join(lines)
+
+
+def points(margin: tuple[float, float, float]) -> str:
+    """Return a difference with its interval as text."""
+    mean, low, high = margin
+    return f"{mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})"

@@ -8,9 +8,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..data.rows import QARow
 from ..data.writing import write_atomically
@@ -23,13 +22,27 @@ from ..model.adapters.libraries import require_adapter_libraries
 from ..model.loading import load_backbone
 from ..model.location import locate_model
 from ..store import MemoryStore
+from ..text.settings import FILE_NAME as SETTINGS
 from ..text.settings import leading_bos
 from ..training.checkpoint import recover
 from ..training.config import TrainingConfig
 from ..training.progress import LOSSES, Progress
 from ..training.run import require_uniform_positions, train
 from .card import card
-from .judging import ADAPTED, CONCAT, UNTUNED, answer_rows, judge, right_answers, wins
+from .judging import (
+    ADAPTED,
+    ADAPTED_FOCUS,
+    SYSTEMS,
+    UNTUNED,
+    UNTUNED_FOCUS,
+    System,
+    answer_rows,
+    best_focus,
+    best_system,
+    judge,
+    right_answers,
+    wins,
+)
 from .making import ROWS_AT_ONCE, AdaptRows, RowMaker
 from .options import DEFAULT_PASSAGE_TOKENS, AdaptOptions
 from .passages import PassagePool, read_passages
@@ -37,7 +50,7 @@ from .questions import read_questions
 from .report import FILE, AdaptReport
 from .stages import Stages, prepare_folder, writing_errors
 
-FORMAT = 1  # increase it when questions, filters or rows change, since runs with others cannot be resumed
+FORMAT = 2  # increase it when questions, filters or rows change, since runs with others cannot be resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +71,7 @@ class _Prepared:
     pool: PassagePool
     rows: AdaptRows
     config: TrainingConfig
-    untuned: list[str]
-    concat: list[str]
+    answers: dict[System, list[str]]
     model_id: str
     dtype: str
 
@@ -107,7 +119,7 @@ def adapt(
             return prepared
         gc.collect()  # free the untuned model before it is loaded again
         trained = _train(prepared, source, folder, note)
-        adapted = _judge_adapted(prepared, source, folder, options)
+        adapted = _answer_adapted(prepared, source, folder, options)
         report = _report(prepared, trained, adapted, options, bootstrap, time.perf_counter() - began)
         _finish(report, folder)
         return report
@@ -150,18 +162,22 @@ def _prepare(
     note(f"{len(rows.trained)} of {rows.asked} questions for training, {len(rows.judged)} for judging")
     for reason, count in rows.dropped.items():
         note(f"  dropped {count}: {reason}")
-    untuned = _answers(stages, "judged-untuned", generator, rows.judged, "fusion", options)
-    concat = _answers(stages, "judged-concat", generator, rows.judged, "concat", options)
-    return _Prepared(stages, pool, rows, config, untuned, concat, backbone.model_id, precision)
+    answers = _answers(stages, generator, rows.judged, options, adapted=False)
+    return _Prepared(stages, pool, rows, config, answers, backbone.model_id, precision)
 
 
 def _answers(
-    stages: Stages, name: str, generator: KVFusionGenerator, rows: Sequence[QARow], mode: Any, options: AdaptOptions
-) -> list[str]:
-    def answer(chunk: Sequence[QARow]) -> list[str]:
-        return answer_rows(generator, chunk, mode, options.answer_tokens)
+    stages: Stages, generator: KVFusionGenerator, rows: Sequence[QARow], options: AdaptOptions, *, adapted: bool
+) -> dict[System, list[str]]:
+    """Return the answers of all systems with or without the adapter."""
 
-    return stages.work(name, rows, ROWS_AT_ONCE, answer)
+    def answers(system: System) -> list[str]:
+        def answer(chunk: Sequence[QARow]) -> list[str]:
+            return answer_rows(generator, chunk, system.mode, options.answer_tokens, system.focus)
+
+        return stages.work(system.stage, rows, ROWS_AT_ONCE, answer)
+
+    return {system: answers(system) for system in SYSTEMS if system.adapted == adapted}
 
 
 def _train(prepared: _Prepared, source: _Model, folder: Path, note: Callable[[str], None]) -> Progress:
@@ -181,22 +197,27 @@ def _train(prepared: _Prepared, source: _Model, folder: Path, note: Callable[[st
     )  # fmt: skip
 
 
-def _judge_adapted(prepared: _Prepared, source: _Model, folder: Path, options: AdaptOptions) -> list[str]:
+def _answer_adapted(
+    prepared: _Prepared, source: _Model, folder: Path, options: AdaptOptions
+) -> dict[System, list[str]]:
     adapter = folder / "training" / "best"
     generator = KVFusionGenerator.from_pretrained(adapter=adapter, store=MemoryStore(), gather=False, **asdict(source))
-    return _answers(prepared.stages, "judged-adapted", generator, prepared.rows.judged, "fusion", options)
+    return _answers(prepared.stages, generator, prepared.rows.judged, options, adapted=True)
 
 
 def _report(
-    prepared: _Prepared, trained: Progress, adapted: list[str], options: AdaptOptions, bootstrap: Bootstrap,
-    seconds: float,
+    prepared: _Prepared, trained: Progress, adapted: dict[System, list[str]], options: AdaptOptions,
+    bootstrap: Bootstrap, seconds: float,
 ) -> AdaptReport:  # fmt: skip
     """Judge all systems, and decide whether to keep the adapter."""
     rows = prepared.rows.judged
-    texts = {UNTUNED: prepared.untuned, ADAPTED: adapted, CONCAT: prepared.concat}
-    verdicts = {system: judge(system, rows, answers) for system, answers in texts.items()}
-    right = {system: [100.0 * one for one in right_answers(rows, answers)] for system, answers in texts.items()}
-    margin = bootstrap.difference(right[ADAPTED], right[UNTUNED])
+    texts = prepared.answers | adapted
+    verdicts = {system: judge(system, rows, texts[system]) for system in SYSTEMS}
+
+    def margin(first: System, second: System) -> tuple[float, float, float]:
+        points = ([100.0 * one for one in right_answers(rows, texts[system])] for system in (first, second))
+        return astuple(bootstrap.difference(*points))
+
     losses = [loss for _, loss in trained.losses]
     tenth = max(1, len(losses) // 10)
     return AdaptReport(
@@ -213,8 +234,11 @@ def _report(
         losses=(sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth),
         seconds=round(seconds, 1),
         verdicts=tuple(verdicts.values()),
-        margin=(margin.mean, margin.low, margin.high),
-        kept=wins(verdicts[ADAPTED], verdicts[UNTUNED]),
+        margin=margin(ADAPTED, UNTUNED),
+        focus_margin=margin(ADAPTED_FOCUS, UNTUNED_FOCUS),
+        best=best_system(verdicts).name,
+        focus=best_focus(verdicts),
+        kept=wins(verdicts),
         run=run_facts(),
     )
 
@@ -225,6 +249,8 @@ def _finish(report: AdaptReport, folder: Path) -> None:
         new = folder / "adapter.new"
         shutil.rmtree(new, ignore_errors=True)
         shutil.copytree(folder / "training" / "best", new)
+        settings = json.loads((new / SETTINGS).read_text(encoding="utf-8")) | {"focus": report.focus}
+        (new / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         (new / "README.md").write_text(card(report), encoding="utf-8")
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         new.rename(folder / "adapter")

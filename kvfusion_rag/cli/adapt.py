@@ -1,7 +1,8 @@
 """Make an adapter of a model from your own documents, without labels.
 
 The model writes and answers questions about the documents, learns to give the same answers over fused documents, and
-is judged on held-out questions. The adapter is kept if it beats untuned fusion. Run the same command again to resume a
+is judged on held-out questions, over all documents and over the one that focus chooses. The adapter is kept if it
+beats the untuned model in one of both. Run the same command again to resume a
 run.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapting.options import AdaptOptions
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         say_json({"output": str(args.output), **report.to_dict()})
     else:
-        _say_end(report, args.output, args.model)
+        _say_end(report, args)
     return 0
 
 
@@ -74,18 +74,25 @@ def _options(args: argparse.Namespace) -> AdaptOptions:
     return replace(options, training=replace(options.training, **given(TRAINING)))
 
 
-def _say_end(report: AdaptReport, output: Path, model: str | None) -> None:
-    from ..adapting.report import table
+def _say_end(report: AdaptReport, args: argparse.Namespace) -> None:
+    from ..adapting.judging import SYSTEMS
+    from ..adapting.report import points, table
 
-    mean, low, high = report.margin
+    output = shown_path(args.output)
     say()
     say(table(report))
     say(f"{report.judged} held-out questions over up to {report.documents} documents, compared with the answers from")
-    say(f"the gold passage only; adapted minus untuned {mean:+.1f} points (95 % interval {low:+.1f} to {high:+.1f})")
+    say("the gold passage only. Adapted minus untuned:")
+    say(f"  over all documents     {points(report.margin)}")
+    say(f"  over the one of focus  {points(report.focus_margin)}")
     say()
-    if not report.kept:
-        say(f"The adapter does not beat untuned fusion and was not kept; see {shown_path(output)}/report.json.")
-        return
-    adapter = f"{shown_path(output)}/adapter"
-    named = f"--model {model} " if model else ""
-    say(f'Use it: kvfusion ask "..." --docs PATH {named}--adapter {adapter}')
+    command = 'kvfusion ask "..." --docs PATH' + (f" --model {args.model}" if args.model else "")
+    if report.kept:
+        say(f"Use the adapter: {command} --adapter {output}/adapter")
+    else:
+        say(f"The adapter does not beat the untuned model and was not kept; see {output}/report.json.")
+    best = next(system for system in SYSTEMS if system.name == report.best)
+    if not best.adapted:
+        focus = f" --focus {best.focus or 'none'}" if best.mode == "fusion" else ""
+        layout = f', with "layout": "{args.layout}" in its kvfusion.json' if args.layout else ""
+        say(f"The untuned model is best: {command} --adapter none --mode {best.mode}{focus}{layout}")

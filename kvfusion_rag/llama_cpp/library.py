@@ -98,7 +98,6 @@ class Weights:
         weakref.finalize(self, _free, lib, self.pointer, self._adapters)
         self._require_supported()
         self.vocabulary_size: int = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.pointer))
-        self.trained_positions: int = lib.llama_model_n_ctx_train(self.pointer)
 
     def _require_supported(self) -> None:
         lib, reason = self._lib, None

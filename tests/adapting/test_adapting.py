@@ -14,7 +14,20 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from kvfusion_rag import InvalidInputError, KVFusionGenerator, RetrievalError, UnsupportedModelError
 from kvfusion_rag.adapting import AdaptOptions, adapt, making
 from kvfusion_rag.adapting import run as running
-from kvfusion_rag.adapting.judging import Verdict, wins
+from kvfusion_rag.adapting.judging import (
+    ADAPTED,
+    ADAPTED_FOCUS,
+    CONCAT,
+    FOCUS,
+    SYSTEMS,
+    UNTUNED,
+    UNTUNED_FOCUS,
+    System,
+    Verdict,
+    best_focus,
+    best_system,
+    wins,
+)
 from kvfusion_rag.adapting.stages import Stages
 from kvfusion_rag.cli import main
 from kvfusion_rag.training.trainer import Trainer
@@ -53,14 +66,15 @@ def own_questions(monkeypatch) -> None:
     monkeypatch.setattr(making, "write_questions", write)
 
 
-def fusion_fails_untuned(monkeypatch) -> None:
-    """Replace the untuned model's answers over fused documents by wrong ones, so that the adapter wins."""
+def fails(monkeypatch, *systems: System) -> None:
+    """Replace the answers of ``systems`` by wrong ones, so that others win."""
     answer_rows = running.answer_rows
+    wrong = {(one.adapted, one.mode, one.focus) for one in systems}
 
-    def answers(generator, rows, mode, tokens):
-        if mode == "fusion" and not generator._engine.model.backbone.has_adapter:
+    def answers(generator, rows, mode, tokens, focus):
+        if (generator._engine.model.backbone.has_adapter, mode, focus) in wrong:
             return ["nobody"] * len(rows)
-        return answer_rows(generator, rows, mode, tokens)
+        return answer_rows(generator, rows, mode, tokens, focus)
 
     monkeypatch.setattr(running, "answer_rows", answers)
 
@@ -76,26 +90,39 @@ def adapted(base: Path, docs: Path, output: str = "out", **changes):
     return adapt(base, docs=[docs], output=docs.parent / output, **arguments)
 
 
-def test_adapter_that_beats_untuned_fusion_is_kept_with_card_and_record(base, docs, tmp_path, monkeypatch):
-    fusion_fails_untuned(monkeypatch)
+def test_adapter_that_beats_the_untuned_model_is_kept_with_card_and_record(base, docs, tmp_path, monkeypatch):
+    fails(monkeypatch, UNTUNED, UNTUNED_FOCUS)
     report = adapted(base, docs)
-    assert report.kept and report.margin[0] == 100.0
+    assert report.kept and report.margin[0] == report.focus_margin[0] == 100.0 and report.best == ADAPTED.name
     assert [(v.system, v.right) for v in report.verdicts] == [
-        ("fusion, untuned", 0.0), ("fusion, adapted", 100.0), ("concat", 100.0),
+        ("fusion, untuned", 0.0), ("fusion, adapted", 100.0), ("focus 1, untuned", 0.0), ("focus 1, adapted", 100.0),
+        ("concat", 100.0),
     ]  # fmt: skip
     assert report.asked == 24 and report.trained + report.judged == 24 and report.judged == 6
     out = tmp_path / "out"
     gen = KVFusionGenerator.from_pretrained(base, adapter=out / "adapter")
     assert gen.mode == "fusion" and gen.settings.layout == "prompt" and gen.max_new_tokens == 512
+    assert gen.settings.focus is None
     assert gen.answer("Who kept the books of the mill?", [place(1), place(2)]).text == ANSWER
     card = (out / "adapter" / "README.md").read_text()
     assert "| fusion, adapted | 100.0 | 100.0 |" in card and "12 files" in card and "24 questions" in card
+    assert "answers over all documents" in card and 'The best system is "fusion, adapted"' in card
     record = json.loads((out / "adapter" / "training.json").read_text())
     assert record["config"]["loss"] == "distill" and record["files"]["documents"]["passages"] == 12
     assert {entry.name for entry in out.iterdir()} == {
-        "adapt.json", "answers.jsonl", "repeats.jsonl", "judged-untuned.jsonl", "judged-concat.jsonl",
-        "judged-adapted.jsonl", "adapter", "losses.json", "report.json",
+        "adapt.json", "answers.jsonl", "repeats.jsonl", "adapter", "losses.json", "report.json",
+        *(f"{system.stage}.jsonl" for system in SYSTEMS),
     }  # fmt: skip
+
+
+def test_adapter_that_is_better_with_focus_has_it_by_default(base, docs, tmp_path, monkeypatch):
+    fails(monkeypatch, UNTUNED, ADAPTED, UNTUNED_FOCUS)
+    report = adapted(base, docs)
+    assert report.kept and report.focus == FOCUS and report.best == ADAPTED_FOCUS.name
+    gen = KVFusionGenerator.from_pretrained(base, adapter=tmp_path / "out" / "adapter")
+    answer = gen.answer("Who kept the books of the mill?", [place(1), place(2)])
+    assert gen.settings.focus == FOCUS and sum(source.used for source in answer.sources) == FOCUS
+    assert "`focus` 1" in (tmp_path / "out" / "adapter" / "README.md").read_text()
 
 
 def test_adapter_that_does_not_win_is_not_kept(base, docs, tmp_path, capsys):
@@ -104,7 +131,10 @@ def test_adapter_that_does_not_win_is_not_kept(base, docs, tmp_path, capsys):
     command += ["--max-steps", "2", "--rank", "2", "--documents", "3"]
     assert main([str(part) for part in command]) == 0
     out = capsys.readouterr().out
-    assert "does not beat untuned fusion and was not kept" in out and "fusion, adapted" in out
+    assert "does not beat the untuned model and was not kept" in out and "focus 1, adapted" in out
+    assert (
+        f'The untuned model is best: kvfusion ask "..." --docs PATH --model {base} --adapter none --mode fusion' in out
+    )
     assert not (tmp_path / "out" / "adapter").exists() and not (tmp_path / "out" / "training").exists()
     assert json.loads((tmp_path / "out" / "report.json").read_text())["kept"] is False
     before = contents(tmp_path / "out")
@@ -113,11 +143,33 @@ def test_adapter_that_does_not_win_is_not_kept(base, docs, tmp_path, capsys):
     assert contents(tmp_path / "out") == before
 
 
-@pytest.mark.parametrize("adapted_scores", [(50.0, 60.0), (40.0, 99.0), (50.0, 59.0)])
-def test_more_right_answers_or_a_higher_f1_win(adapted_scores):
-    adapter, untuned = Verdict("adapted", *adapted_scores), Verdict("untuned", 50.0, 60.0)
-    assert not wins(adapter, untuned)
-    assert wins(untuned, adapter) == (adapted_scores != (50.0, 60.0))
+def verdicts(**right: float) -> dict[System, Verdict]:
+    """Return verdicts with the given shares of right answers, and 50 % of the other systems."""
+    names = {"untuned": UNTUNED, "adapted": ADAPTED, "untuned_focus": UNTUNED_FOCUS, "adapted_focus": ADAPTED_FOCUS}
+    own = {names[name]: share for name, share in right.items()}
+    return {system: Verdict(system.name, own.get(system, 50.0), 60.0) for system in SYSTEMS}
+
+
+@pytest.mark.parametrize("scores", [(50.0, 60.0), (40.0, 99.0), (50.0, 59.0)])
+def test_more_right_answers_or_a_higher_f1_win(scores):
+    other, one = Verdict("other", *scores), Verdict("one", 50.0, 60.0)
+    assert not other.beats(one) and one.beats(other) == (scores != (50.0, 60.0))
+
+
+@pytest.mark.parametrize(
+    ("right", "kept", "focus", "best"),
+    [
+        ({}, False, None, UNTUNED),
+        ({"adapted": 60}, True, None, ADAPTED),
+        ({"adapted": 60, "untuned_focus": 90, "adapted_focus": 80}, True, FOCUS, UNTUNED_FOCUS),
+        ({"adapted": 40, "untuned_focus": 60, "adapted_focus": 80}, True, FOCUS, ADAPTED_FOCUS),
+        ({"adapted": 40, "untuned_focus": 80, "adapted_focus": 70}, False, FOCUS, UNTUNED_FOCUS),
+        ({"untuned": 40, "adapted": 45, "untuned_focus": 40, "adapted_focus": 40}, True, None, CONCAT),
+    ],
+)
+def test_adapter_is_kept_if_it_wins_with_or_without_focus(right, kept, focus, best):
+    made = verdicts(**right)
+    assert (wins(made), best_focus(made), best_system(made)) == (kept, focus, best)
 
 
 class Killed(BaseException):
@@ -164,12 +216,21 @@ def kill_at(monkeypatch, stage: str) -> None:
     monkeypatch.setattr(Stages, "_append", appending)
 
 
-STAGES = ("questions", "answers", "repeats", "judged-untuned", "judged-concat", "training", "judged-adapted")
+STAGES = (
+    "questions",
+    "answers",
+    "repeats",
+    UNTUNED.stage,
+    UNTUNED_FOCUS.stage,
+    CONCAT.stage,
+    "training",
+    ADAPTED.stage,
+)
 
 
 @pytest.mark.usefixtures("own_questions", "small_chunks")
 def test_run_killed_in_every_stage_equals_an_uninterrupted_one(base, docs, tmp_path, monkeypatch):
-    fusion_fails_untuned(monkeypatch)
+    fails(monkeypatch, UNTUNED, UNTUNED_FOCUS)
     whole = adapted(base, docs, "whole", questions=None)
     for stage in STAGES:
         with monkeypatch.context() as patch:
@@ -262,7 +323,7 @@ def test_model_without_a_chat_template_can_be_adapted(docs, tmp_path, monkeypatc
     monkeypatch.setattr(making, "answer_from_passage", lambda generator, asked, tokens: generator.answer_batch(
         [question for question, _ in asked], [[p.text] for _, p in asked], mode="concat", max_new_tokens=2
     ))  # fmt: skip
-    fusion_fails_untuned(monkeypatch)
+    fails(monkeypatch, UNTUNED, UNTUNED_FOCUS)
     report = adapted(model, docs)
     assert report.steps > 0 and report.losses[0] > 0
 

@@ -30,12 +30,6 @@ _CODE_SIGN = re.compile(r"[][(){}<>;:,=\"'|&+*/]")
 Span = tuple[int, int, str]  # start and end in the text, and what is there
 
 
-def without_junk(text: str) -> tuple[str, tuple[str, ...]]:
-    """Return the text without embedded data, and one description for each kind of data that was left out."""
-    spans, descriptions = find_junk(text)
-    return without_spans(text, spans), descriptions
-
-
 def without_spans(text: str, spans: Iterable[tuple[int, int]]) -> str:
     """Return the text without some spans, which are in order and do not overlap."""
     kept: list[str] = []
