@@ -42,6 +42,8 @@ def make_row(number: int, question: str, answer: str, gold: Passage, negatives: 
 
 
 def number_of_documents(question: str, most: int, seed: int) -> int:
-    """Return the number of documents of a training row, from 1 to ``most``, larger numbers more often."""
-    rng = random.Random(f"{seed} {question} documents")
-    return max(rng.randint(1, most), rng.randint(1, most))
+    """Return the number of documents of a training row, from 1 to ``most``, all equally often.
+
+    Rows with one document keep the adapter close to the base model where focus leaves only one.
+    """
+    return random.Random(f"{seed} {question} documents").randint(1, most)
