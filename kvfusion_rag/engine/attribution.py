@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import InvalidInputError, MissingDependencyError
 from ..fusion.interface import FusionModel
 from ..fusion.sampling import DecodingOptions
 from ..plotting.style import COLORS, TEXT, plot_style
 from ..schema import Answer, Attributed, Document, Mode
+from ..text.json_text import is_a
 from .calls import Call, read_call
 from .engine import Engine
 from .requests import Batch, Request
@@ -86,13 +87,13 @@ class Attribution:
         with plot_style():
             return self._draw(axes)
 
-    def _draw(self, axes: Axes | None) -> Axes:
+    def _draw(self, axes: Any) -> Axes:  # Any, because matplotlib's own types are incomplete
         from matplotlib import pyplot
 
         heading = "\n".join([*_lines(f"Question: {self.question}"), *_lines(f"Answer: {self.answer}")])
         if axes is None:
             size = (7.0, 2.0 + 0.42 * len(self.documents))
-            figure, axes = pyplot.subplots(figsize=size, layout="constrained")
+            figure, axes = cast(Any, pyplot).subplots(figsize=size, layout="constrained")
             figure.suptitle(heading, x=0.01, ha="left", fontsize=9)
         else:
             axes.set_title(heading, loc="left", fontsize=9)
@@ -176,7 +177,7 @@ def attribute_call(
     if isinstance(answer, Answer):
         ids, text = answer.token_ids, answer.text
         options = {**options, "mode": options.get("mode") or answer.mode}
-    elif isinstance(answer, str):
+    elif is_a(answer, str):
         end = engine.model.end_id
         ids, text = (*engine.encoder.encode_answer(answer), *([] if end is None else [end])), answer
     else:
@@ -300,7 +301,7 @@ def _lines(text: str) -> list[str]:
     return textwrap.wrap(text.replace("$", r"\$"), width=70, max_lines=3, placeholder=" …")
 
 
-def _join_zeros(axes: Axes, shared: Axes, effects: Sequence[float], shares: Sequence[float]) -> None:
+def _join_zeros(axes: Any, shared: Any, effects: Sequence[float], shares: Sequence[float]) -> None:
     """Put the zeros of both scales at the same place, and label only one of them."""
     low, high = 1.1 * min([0.0, *effects]), 1.1 * max([0.0, *effects])
     high = max(high, -low / 4, 0.01)  # attention needs room to the right

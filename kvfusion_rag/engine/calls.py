@@ -14,6 +14,7 @@ from ..fusion.sampling import DecodingKwargs, DecodingOptions, decoding_options
 from ..option_names import UnknownOptionError
 from ..schema import Attributed, Document, FocusChoice, ModeChoice, Prompt, Tool
 from ..text.answer_format import AnswerFormat, ResponseFormat
+from ..text.json_text import is_sequence
 from ..text.support import MinSupport, checked_min_support
 from ..text.tools.definitions import ToolUse
 from .engine import Engine
@@ -126,7 +127,7 @@ def read_calls(
     """
     UnknownOptionError.raise_for(options, _OF_BATCHES, "a batch")
     prompts = [None for _ in questions] if prompts is None else prompts
-    if not all(isinstance(rows, Sequence) and not isinstance(rows, str) for rows in (questions, documents, prompts)):
+    if not all(is_sequence(rows) and not isinstance(rows, str) for rows in (questions, documents, prompts)):
         raise InvalidInputError("questions, documents and prompts must be lists with one item per question.")
     if not len(questions) == len(documents) == len(prompts):
         raise InvalidInputError(
@@ -160,7 +161,7 @@ def read_calls(
 
 def _formats(given: Any, questions: int) -> list[AnswerFormat | None]:
     """Return the format of each question's answer."""
-    if isinstance(given, str) or not isinstance(given, Sequence):
+    if isinstance(given, str) or not is_sequence(given):
         return [AnswerFormat.of(cast("ResponseFormat | None", given))] * questions  # it rejects other types
     if len(given) != questions:
         raise InvalidInputError(

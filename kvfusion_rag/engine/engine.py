@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic
+from typing import Any, Generic, cast
 
 from ..errors import InvalidInputError
 from ..fusion.sampling import DecodingOptions
@@ -93,7 +93,7 @@ class Engine(Generic[M_co]):
         """Return an engine over the same runner with other settings or another namespace."""
         namespace = self.namespace if namespace is None else namespace
         require_namespace(namespace)
-        sibling: Engine[M_co] = object.__new__(Engine)
+        sibling = cast("Engine[M_co]", object.__new__(Engine))
         sibling._set_up(self.runner, settings or self.settings, namespace, self._warned)
         return sibling
 

@@ -13,6 +13,7 @@ from ..fusion.interface import FusionModel
 from ..schema import FocusChoice, Message, Mode, ModeChoice, Prompt, PromptPart, ShownPrompt
 from ..text.chat import messages_of
 from ..text.encoder import PlainEncoder, PromptEncoder
+from ..text.json_text import is_a
 from ..text.layouts import ChatLayouts, FixedLayout, Layout
 from ..text.measured_mode import Identity, Measured, measured
 from ..text.settings import ModelSettings, require_focus
@@ -142,12 +143,13 @@ class Prompts:
         def text(ids: Sequence[int]) -> str:
             return str(self.model.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
+        parts: list[PromptPart] = []
         if request.fused is not None:
             names = {ids: d.id for d in reversed(request.encoded.documents) for ids in d.pieces}
             documents = [PromptPart(text(piece.ids), names[piece.ids]) for piece in request.fused]
             parts = [PromptPart(text(request.scope.prefix)), *documents, PromptPart(text(request.question.ids))]
         else:
-            parts, at, ids = [], 0, request.question.ids
+            at, ids = 0, request.question.ids
             for document, (start, end) in zip(request.encoded.documents, request.spans, strict=True):
                 if end > start:
                     parts += [PromptPart(text(ids[at:start])), PromptPart(text(ids[start:end]), document.id)]
@@ -158,8 +160,8 @@ class Prompts:
     def _require_short(self, question: str, prompt: Prompt) -> None:
         """Reject texts that cannot fit before they are encoded as a whole, which takes long."""
         window = self.model.context_window
-        messages = [] if prompt is None or isinstance(prompt, str) else prompt
-        texts = [m.text for m in messages if isinstance(m, Message) and isinstance(m.text, str)]  # checked later
+        messages: Sequence[Message] = [] if prompt is None or isinstance(prompt, str) else prompt
+        texts = [m.text for m in messages if is_a(m, Message) and is_a(m.text, str)]  # checked later
         wording = prompt if isinstance(prompt, str) else "\n".join(texts)
         for name, text in (("question", question), ("prompt", wording)):
             if window is not None and self.encoder.plain.exceeds(text, window):

@@ -19,7 +19,7 @@ from .constraints import constrained
 from .fused_cache import FusedContext
 from .growing_answer import GrowingAnswer
 from .interface import Question
-from .sampling import NO_TOKEN, DecodingOptions, sampler
+from .sampling import NO_TOKEN, DecodingOptions, sampler, to_list
 from .slot_table import SlotTable, StepInputs
 
 
@@ -179,4 +179,4 @@ def log_probabilities(
     logits = plan.logits(context, replace(inputs, rows=torch.zeros_like(columns), columns=columns))
     tokens = torch.tensor([*answer] * len(questions), device=logits.device)
     chosen = logits.log_softmax(dim=-1).gather(1, tokens[:, None])  # (N A, 1)
-    return chosen.view(len(questions), -1).double().sum(dim=1).tolist()
+    return to_list(chosen.view(len(questions), -1).double().sum(dim=1))

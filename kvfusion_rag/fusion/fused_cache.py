@@ -29,7 +29,7 @@ class FusedLayer(DynamicLayer):
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: int) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         self._memory = keys, values
         self._show(used)
@@ -38,7 +38,7 @@ class FusedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if torch.is_grad_enabled():
-            self._memory = super().update(key_states, value_states)
+            self._memory = super().update(key_states, value_states)  # pyright: ignore[reportUnknownMemberType]
             return self._show(self._memory[0].shape[2])
         used, end = self._used, self._used + key_states.shape[2]
         if end > self._memory[0].shape[2]:
@@ -135,7 +135,7 @@ class FusedBuffer:
         numbers = [size.numel() for size in sizes]
         self._pool = pool or BufferPool()
         self._memory = self._pool.take(sum(numbers), shape.dtype, device)
-        parts = self._memory[: sum(numbers)].split(numbers)
+        parts = torch.split(self._memory[: sum(numbers)], numbers)
         self._keys, self._values = (part.view(size) for part, size in zip(parts, sizes, strict=True))
         self._mask = torch.zeros(len(lengths), self._slots, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._mask)

@@ -22,10 +22,11 @@ from ..model.document_cache import PositionedCache
 from ..model.kv import DocumentKV
 from ..model.positions import additive, block_mask, fused_positions, question_start
 from ..model.support import configuration_checks
-from ..model.tolerance import tolerance_of
+from ..model.tolerance import relative_error, tolerance_of
 from ..schema import Check, GateReport
 from .fused_cache import fuse
 from .prefill import prefill
+from .sampling import to_list
 
 DOCUMENT_LENGTHS = (11, 7)
 QUESTION_LENGTH = 5
@@ -110,7 +111,7 @@ class _Probe:
         rng = torch.Generator().manual_seed(0)
         pool = torch.tensor(ordinary_ids)
         total = sum(DOCUMENT_LENGTHS) + QUESTION_LENGTH
-        drawn = pool[torch.randint(len(pool), (total,), generator=rng)].tolist()
+        drawn: list[int] = to_list(pool[torch.randint(len(pool), (total,), generator=rng)])
         first, second = DOCUMENT_LENGTHS
         self.documents = [tuple(drawn[:first]), tuple(drawn[first : first + second])]
         self.question = drawn[first + second :]
@@ -218,7 +219,7 @@ class _Probe:
         )
 
     def _compare(self, name: str, found: torch.Tensor, expected: torch.Tensor) -> Check:
-        error = float((found - expected).norm() / expected.norm())
+        error = relative_error(found, expected)
         passed = error <= self.tolerance  # False for NaN
         return Check(name, passed, f"relative error {error:.1e}, allowed {self.tolerance:.0e}")
 
@@ -227,14 +228,14 @@ class _SpacedLayer(DynamicLayer):
     """One layer of documents, with empty slots between them and what follows. They take memory only while it runs."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, empty: int) -> None:
-        super().__init__()
-        super().update(keys, values)
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        super().update(keys, values)  # pyright: ignore[reportUnknownMemberType]
         self._documents, self._empty = keys.shape[2], empty
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(key_states, value_states)
+        keys, values = super().update(key_states, value_states)  # pyright: ignore[reportUnknownMemberType]
         return self._spaced(keys), self._spaced(values)
 
     def get_seq_length(self) -> int:

@@ -10,6 +10,7 @@ from ..model.backbone import Backbone
 from ..model.kv import DocumentKV, KVShape
 from .fused_cache import FusedBuffer
 from .prefill import kv_shape
+from .sampling import to_list
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32
 
@@ -23,7 +24,7 @@ def text_log_probabilities(
 
     Arguments are those of :func:`token_log_probabilities`.
     """
-    return token_log_probabilities(backbone, prefix, documents, ids, given=given).sum(dim=1).tolist()
+    return to_list(token_log_probabilities(backbone, prefix, documents, ids, given=given).sum(dim=1))
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from ..errors import InvalidInputError
-from ..text.json_text import is_number
+from ..text.json_text import is_a, is_number, is_sequence
 from ..text.settings import is_count, is_whole
 
 GREEDY_BELOW = 1e-4  # at lower temperatures logits would overflow, and the most likely token is all but certain
@@ -57,9 +57,9 @@ class DecodingOptions:
         )
         _require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(self.top_k is None or is_count(self.top_k), "top_k", self.top_k, "a whole number from 1, or None")
-        is_list = isinstance(self.stop, Sequence) and not isinstance(self.stop, str)
+        is_list = is_sequence(self.stop) and not isinstance(self.stop, str)
         _require(is_list, "stop", self.stop, "a list of strings; put a single one into a list")
-        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
+        _require(all(is_a(s, str) and s for s in self.stop), "stop", self.stop, "a list of non-empty strings")
         object.__setattr__(self, "stop", tuple(self.stop))  # the caller may change its list while answers are decoded
         is_seed = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 1 << 63
         _require(self.seed is None or is_seed, "seed", self.seed, "a whole number from 0 to 2**63 - 1, or None")
@@ -86,8 +86,9 @@ def decoding_options(given: Mapping[str, Any], *, max_new_tokens: int, max_reaso
     defaults = {"max_new_tokens": max_new_tokens, "max_reasoning_tokens": max_reasoning_tokens}
     limits: dict[str, Any] = {name: given.get(name) for name in defaults}
     limits = {name: defaults[name] if limit is None else limit for name, limit in limits.items()}
+    values: dict[str, Any] = {**given, **limits, "stop": given.get("stop") or ()}
     return DecodingOptions(
-        **{**given, **limits, "stop": given.get("stop") or ()},
+        **values,
         may_shorten=given.get("max_new_tokens") is None,
         may_shorten_reasoning=given.get("max_reasoning_tokens") is None,
     )
@@ -127,7 +128,12 @@ def sampler(
 def _likeliest(scores: torch.Tensor) -> list[int]:
     """Return the index of the largest score of each row (n, V), or ``NO_TOKEN`` if scores are NaN or infinite."""
     largest, places = scores.max(dim=-1)
-    return places.where(largest.isfinite(), NO_TOKEN).tolist()
+    return to_list(places.where(largest.isfinite(), NO_TOKEN))
+
+
+def to_list(numbers: torch.Tensor) -> list[Any]:
+    """Return a tensor's numbers. torch declares no type for them."""
+    return cast(Any, numbers).tolist()
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -19,6 +19,7 @@ import transformers
 from transformers import DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import UnsupportedModelError
+from ..text.json_text import is_list
 from ..text.settings import ModelSettings
 from .adapters.base import require_trained_on
 from .adapters.libraries import require_adapter_libraries
@@ -27,12 +28,12 @@ from .attention.ape import Ape
 from .attention.functions import GROUPED, checkpoint_with_context, register_explicit, share_heads
 from .attention.weights import AttentionSum
 from .attention.windows import Windows
-from .document_cache import DocumentCache, PositionedCache, num_kv_layers
+from .document_cache import DocumentCache, PositionedCache, layer_states, num_kv_layers
 from .fingerprint import digest_facts, digest_tensors, essential_config
 from .hardware import device_name
 from .kv import DocumentKV
 from .positions import additive
-from .pretrained import PreTrainedModel
+from .pretrained import PreTrainedModel, attention_of, set_attention
 from .rope import PositionLimit
 from .support import require_supported
 
@@ -75,7 +76,7 @@ class Backbone:
         self.model_id = model_id
         self._is_text_part = is_text_part
         self.revision = revision
-        self.config: PretrainedConfig = model.config.get_text_config()
+        self.config: PretrainedConfig = cast(Any, model.config).get_text_config()
         self.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.quantized = bool(getattr(model, "is_quantized", False))  # weights have fewer bits than ``dtype``
@@ -89,10 +90,10 @@ class Backbone:
                 f"{model_id!r} has attention windows, which {self.attention!r} counts in cache slots instead of "
                 "positions; load it with model_kwargs={'attn_implementation': 'sdpa'} or 'eager'."
             )
-        generation = model.generation_config
+        generation = cast(Any, model.generation_config)  # may be None
         self.max_new_tokens: int | None = None if generation is None else generation.max_new_tokens
         self.end_ids = end_ids(generation, tokenizer)
-        ends = [tokenizer.eos_token_id, *sorted(self.end_ids)]
+        ends = [cast("int | None", tokenizer.eos_token_id), *sorted(self.end_ids)]
         self.end_id: int | None = next((i for i in ends if i is not None), None)  # ends the answers in training
         self._base_weights = list(model.state_dict(keep_vars=True).items())
         self._digest: tuple[list[int], str] | None = None  # with the versions of the weights that it covers
@@ -171,7 +172,7 @@ class Backbone:
         Returns:
             Logits (N, V), float32.
         """
-        columns, column_of = torch.unique(last, return_inverse=True)
+        columns, column_of = cast(Any, torch).unique(last, return_inverse=True)
         extra: dict[str, Any] = {} if ape is None else {"adapt": ape.adapt}
         extra |= {} if attention_sum is None else {"note": attention_sum.add}
         masks = self._masks(mask, positions, cache, as_bool=bool(extra))
@@ -207,11 +208,11 @@ class Backbone:
         After :meth:`checkpoint_activations`, the mask must have four dimensions. The backward pass must then come
         before any other use of the model, because it computes the layers again.
         """
-        adds_mask = self.config._attn_implementation == "eager"
+        adds_mask = attention_of(self.config) == "eager"
         masks = self._masks(mask, positions, cache, as_bool=not adds_mask)
         context: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
         if self.checkpoints_activations and tuned:
-            layers = [layer[:2] for layer in cache] if cache.get_seq_length() else None
+            layers = list(layer_states(cache)) if cache.get_seq_length() else None
             context = {"context": layers, "use_cache": False}
         with self._prepared(adapter=tuned, training=tuned and self.model.training):
             out = self.model(
@@ -236,7 +237,7 @@ class Backbone:
         """
         require_adapter_libraries()
         with self._lock:
-            self.model.add_adapter(settings)
+            cast(Any, self.model).add_adapter(settings)
             self.adapter_digest = "in training"
             self._adapter_on = True
 
@@ -255,9 +256,9 @@ class Backbone:
     def save(self, folder: Path) -> None:
         """Write the adapter in peft's format, or the whole model with its tokenizer if there is no adapter."""
         # The names of the repository that a text part came from do not fit the text model alone.
-        self.model.save_pretrained(folder, save_original_format=not self._is_text_part)
+        cast(Any, self.model).save_pretrained(folder, save_original_format=not self._is_text_part)
         if not self.has_adapter:
-            self.tokenizer.save_pretrained(folder)
+            cast(Any, self.tokenizer).save_pretrained(folder)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 hex digest of everything about this model that changes the bits of a document's KV.
@@ -340,24 +341,24 @@ class Backbone:
             if use_adapter != self._adapter_on:
                 switch_adapter(self.model, use_adapter)
                 self._adapter_on = use_adapter
-            usual_attention = cast(str, self.config._attn_implementation)
+            usual_attention = attention_of(self.config)
             suspend_training = self.model.training and not training
             if attention is not None:
-                self.model.set_attn_implementation(attention)
+                set_attention(self.model, attention)
             if suspend_training:
                 self.model.eval()
             try:
                 yield
             finally:
                 if attention is not None:
-                    self.model.set_attn_implementation(usual_attention)
+                    set_attention(self.model, usual_attention)
                 if suspend_training:
                     self.model.train()
 
 
 def _decoder(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model without its head. In some models, ``decoder`` is the name of the head itself."""
-    decoder = model.get_decoder()
+    decoder = cast(Any, model).get_decoder()
     return cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
 
 
@@ -369,6 +370,6 @@ def _share_weights(decoder: PreTrainedModel) -> PreTrainedModel:
 
 def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that end an answer: those of the generation config, and the tokenizer's own end token."""
-    configured = None if generation is None else generation.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
+    configured = None if generation is None else cast(Any, generation).eos_token_id
+    ids = configured if is_list(configured) else [configured]
     return frozenset(i for i in [*ids, tokenizer.eos_token_id] if isinstance(i, int))

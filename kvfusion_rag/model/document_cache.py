@@ -6,7 +6,7 @@ there saves most of one layer and gives the same bits. This module does not know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from typing import Any, cast
 
@@ -59,7 +59,8 @@ class DocumentCache(PositionedCache):
         if prefix is not None:
             shape = (rows, -1, -1, -1)
             for layer, keys, values in zip(layers, prefix.keys, prefix.values, strict=True):
-                layer.update(keys.expand(shape), values.expand(shape))  # unlike the cache's, it does not end the pass
+                # Unlike the cache's, it does not end the pass.
+                layer.update(keys.expand(shape), values.expand(shape))  # pyright: ignore[reportUnknownMemberType]
 
     def collecting(self) -> AbstractContextManager[None]:
         """Return the context for the forward pass, which ends once the last layer's keys and values are stored."""
@@ -69,7 +70,7 @@ class DocumentCache(PositionedCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store one layer's keys and values, and end the pass after the last layer."""
-        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)  # pyright: ignore[reportUnknownMemberType]
         if layer_idx == len(self.layers) - 1:
             raise _Complete
         return updated
@@ -80,7 +81,7 @@ class DocumentCache(PositionedCache):
         Raises:
             UnsupportedModelError: layers have different numbers of heads, or widths.
         """
-        layers = cast(list[tuple[torch.Tensor, ...]], list(self))  # keys and values (B, H_kv, p + T, d) per layer
+        layers = list(layer_states(self))  # keys and values (B, H_kv, p + T, d)
         shapes = sorted({(layer[0].shape[1], layer[0].shape[3], layer[1].shape[3]) for layer in layers})
         if len(shapes) > 1:
             raise UnsupportedModelError(
@@ -90,6 +91,11 @@ class DocumentCache(PositionedCache):
         keys = torch.stack([layer[0][:, :, self._past :] for layer in layers])
         values = torch.stack([layer[1][:, :, self._past :] for layer in layers])
         return keys, values
+
+
+def layer_states(cache: DynamicCache) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the keys and values of each layer."""
+    return (layer[:2] for layer in cast(Any, cache))
 
 
 class _Complete(Exception):
@@ -104,9 +110,9 @@ def num_kv_layers(config: PretrainedConfig) -> int:
 def expected_kv_shape(config: PretrainedConfig, dtype: torch.dtype) -> KVShape:
     """Return the shape of a model's document KVs, from its configuration alone: without weights or memory for them."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
         cache = PositionedCache(torch.empty(1, 0))
         token, mask = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1, 1, 1, dtype=dtype)  # a complete mask
         model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
-    keys, values = cast(tuple[torch.Tensor, torch.Tensor], next(iter(cache))[:2])
+    keys, values = next(layer_states(cache))
     return KVShape(len(cache.layers), keys.shape[1], keys.shape[3], values.shape[3], dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InvalidInputError
+from ..text.json_text import is_a
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # On a busy machine any matrix product takes up to 16 milliseconds, because threads wait for each other. The matrices
@@ -44,7 +45,7 @@ def choose_dtype(dtype: str | None, device: torch.device) -> torch.dtype | str:
     """Return the torch dtype of this name. None means float32 on a CPU, and elsewhere the checkpoint's own dtype."""
     if dtype is None:
         return torch.float32 if device.type == "cpu" else "auto"
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not is_a(dtype, str) or dtype not in DTYPES:
         raise InvalidInputError(f"dtype is {dtype!r}, but it must be one of {sorted(DTYPES)}.")
     return DTYPES[dtype]
 

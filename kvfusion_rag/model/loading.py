@@ -174,7 +174,7 @@ def _load_weights(
     names = {"key_mapping": TEXT_WEIGHTS} if is_text_part else {}
     report = without_load_report() if is_text_part else nullcontext()
     with repository_errors(location, "weights"), report:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = cast(Any, AutoModelForCausalLM).from_pretrained(
             location.path,
             config=config,
             dtype=dtype,

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import InvalidInputError, ModelLoadError, model_load_errors
 from ..home import expanded
+from ..text.json_text import is_a
 from .adapters.location import CONFIG_FILE
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -45,7 +46,7 @@ class ModelLocation:
     home: str
     adapter: Path | None = None
     revision: str | None = None
-    hub: Mapping[str, Any] = field(default_factory=dict)
+    hub: Mapping[str, Any] = field(default_factory=dict[str, Any])
     gguf: Path | None = None
 
     @property
@@ -75,7 +76,7 @@ def locate_model(
         ModelLoadError: the model does not exist, or its GGUF file cannot be converted.
         InvalidInputError: an argument has the wrong type, or two arguments contradict each other.
     """
-    if gguf_file is not None and (not isinstance(gguf_file, str) or not gguf_file.strip()):
+    if gguf_file is not None and (not is_a(gguf_file, str) or not gguf_file.strip()):
         raise InvalidInputError(f"gguf_file is {gguf_file!r}, but it must be the name of a file.")
     if model is None:
         if gguf_file is not None:
@@ -83,7 +84,7 @@ def locate_model(
                 f"gguf_file is {gguf_file!r}, but the folder or hub name that contains it is missing."
             )
         return _default_model(revision, hub, weights)
-    if not isinstance(model, str | Path) or (isinstance(model, str) and not model.strip()):
+    if not is_a(model, str, Path) or (isinstance(model, str) and not model.strip()):
         raise InvalidInputError(f"model is {model!r}, but it must be a hub name, a folder, a GGUF file or None.")
     path = expanded(model)
     if path.is_file():
@@ -140,7 +141,7 @@ def _converted(file: Path, weights: bool, revision: str | None = None) -> ModelL
 def _converted_from_hub(
     model: str, gguf_file: str, revision: str | None, hub: Mapping[str, Any], weights: bool
 ) -> ModelLocation:
-    from transformers.utils.hub import cached_file, extract_commit_hash
+    from transformers.utils.hub import cached_file, extract_commit_hash  # pyright: ignore[reportUnknownVariableType]
 
     from ..text.settings import cached_settings_file
 
@@ -170,13 +171,13 @@ def _packaged_file() -> Path | None:
 
 def _downloaded(revision: str | None, hub: Mapping[str, Any]) -> ModelLocation:
     """Return the default model from the hub's cache, or download it."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
     options = {name: hub[name] for name in ("token", "cache_dir") if name in hub}
     cause: Exception | None = None
     for offline in [True] if hub.get("local_files_only") else [True, False]:
         try:
-            snapshot = snapshot_download(
+            snapshot = cast(Any, huggingface_hub).snapshot_download(
                 DEFAULT_REPOSITORY,
                 revision=revision,
                 local_files_only=offline,

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..errors import KVFusionError, ModelLoadError, UnsupportedModelError, model_load_errors
-from ..text.json_text import parse_json
+from ..text.json_text import is_list, is_mapping, parse_json
 from ..text.settings import cached_model_file
 from .gguf.header import LFS_POINTER
 from .location import ModelLocation
@@ -35,7 +35,7 @@ def read_config(location: ModelLocation) -> PretrainedConfig:
         UnsupportedModelError: the repository has something else than a model that writes text.
     """
     with repository_errors(location, "configuration"):
-        config = AutoConfig.from_pretrained(location.path, **location.options)
+        config = cast(Any, AutoConfig).from_pretrained(location.path, **location.options)
     _require_no_embeddings(location)
     return config
 
@@ -47,10 +47,10 @@ def read_tokenizer(location: ModelLocation) -> PreTrainedTokenizerBase:
         ModelLoadError: the tokenizer cannot be read.
     """
     with repository_errors(location, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(location.path, **location.options)
+        tokenizer = cast(Any, AutoTokenizer).from_pretrained(location.path, **location.options)
         for name in CHAT_TEMPLATES:
             if tokenizer.chat_template is None:
-                tokenizer.chat_template = (_json_file(location, name) or {}).get("chat_template")
+                tokenizer.chat_template = (_json_file(location, name) or dict[str, Any]()).get("chat_template")
     return tokenizer
 
 
@@ -76,7 +76,7 @@ def _explanation(location: ModelLocation, message: str) -> KVFusionError | None:
             "folder, or download the model again."
         )
     config, adapter = _json_file(location, CONFIG), _json_file(location, ADAPTER)
-    if isinstance(adapter, dict) and (config is None or _has_no_weights(folder)):
+    if is_mapping(adapter) and (config is None or _has_no_weights(folder)):
         base = adapter.get("base_model_name_or_path") or "its base model"
         return ModelLoadError(
             f"{location.path!r} has only an adapter, for {base!r}; load the base model with it: "
@@ -86,10 +86,10 @@ def _explanation(location: ModelLocation, message: str) -> KVFusionError | None:
         return UnsupportedModelError(f"{name} is a diffusion pipeline, which writes no text ({PIPELINE}); {INSTEAD}.")
     if folder.is_dir() and not (folder / CONFIG).is_file():
         return ModelLoadError(f"the folder {location.path!r} has no {CONFIG}, so it is not a model of transformers.")
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    kind = config.get("model_type") if is_mapping(config) else None
     if not isinstance(kind, str | None):
         return ModelLoadError(f"{CONFIG} of {name} has the model_type {kind!r:.100}, but it must be a text.")
-    needs_code = isinstance(config, dict) and "auto_map" in config and kind not in CONFIG_MAPPING
+    needs_code = is_mapping(config) and "auto_map" in config and kind not in CONFIG_MAPPING
     if needs_code or "trust_remote_code" in message:
         return UnsupportedModelError(
             f"{name} needs code from its own repository (auto_map), which is never run because it is untrusted; "
@@ -106,8 +106,8 @@ def _explanation(location: ModelLocation, message: str) -> KVFusionError | None:
 def _require_no_embeddings(location: ModelLocation) -> None:
     """Reject embedding models, which may have the architecture of a model that writes text."""
     modules = _json_file(location, MODULES)
-    modules = modules if isinstance(modules, list) else []
-    kinds = [str(module.get("type")) for module in modules if isinstance(module, dict)]
+    modules = modules if is_list(modules) else []
+    kinds = [str(module.get("type")) for module in modules if is_mapping(module)]
     if any(kind.endswith(".Pooling") for kind in kinds):
         raise UnsupportedModelError(
             f"{location.model_id!r} is an embedding model ({MODULES}), which was trained to return vectors and not to "

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from ..text.json_text import is_mapping
+
 CHANGES = {"longrope": "switches its rotations", "dynamic": "stretches its rotations"}  # at the limit
 
 
@@ -50,7 +52,7 @@ def rope_settings(config: PretrainedConfig) -> list[Mapping[str, Any]]:
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return []
-    nested = [value for value in rope.values() if isinstance(value, Mapping)]
+    nested = [value for value in rope.values() if is_mapping(value)]
     return nested or [rope]
 
 

@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any, cast
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
@@ -48,7 +49,7 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
         return config
     if text.model_type in EQUAL_TYPES:
         values = {name: value for name, value in text.to_dict().items() if name != "model_type"}
-        rope = values.get("rope_parameters") or {}
+        rope: dict[str, Any] = values.get("rope_parameters") or {}
         values["rope_parameters"] = {name: value for name, value in rope.items() if name not in ROPE_AXES}
         text = CONFIG_MAPPING[EQUAL_TYPES[text.model_type]](**values)
     else:
@@ -63,7 +64,7 @@ def text_part(config: PretrainedConfig) -> PretrainedConfig:
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return the nested text configuration, or ``config`` if there is none, or several."""
     try:
-        return config.get_text_config()
+        return cast(Any, config).get_text_config()
     except ValueError:  # several, as in encoder-decoders
         return config
 

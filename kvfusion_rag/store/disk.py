@@ -26,6 +26,7 @@ from pathlib import Path, PurePath
 from ..errors import InvalidInputError, StoreError
 from ..model.kv import DocumentKV, KVShape
 from ..option_names import check_option_names
+from ..text.json_text import is_a
 from .folder import Entry, Folder, ForeignFileError
 from .format import (
     CODECS,
@@ -107,7 +108,7 @@ class DiskStore:
         mode: int = 0o600,
         read_only: bool = False,
     ) -> None:
-        if not isinstance(mode, int) or isinstance(mode, bool) or not 0o600 <= mode <= 0o777 or mode & 0o600 != 0o600:
+        if not is_a(mode, int) or isinstance(mode, bool) or not 0o600 <= mode <= 0o777 or mode & 0o600 != 0o600:
             raise InvalidInputError(
                 f"mode is {mode!r}, but it must be permissions such as 0o600 or 0o660 with which the owner can read "
                 "and write."
@@ -252,7 +253,7 @@ class DiskStore:
 
     def records(self, beginning: str) -> list[tuple[str, bytes]]:
         """Return name and contents of the records whose names begin with a folder."""
-        found = []
+        found: list[tuple[str, bytes]] = []
         for name in self._folder.records(beginning):
             with suppress(FileNotFoundError), open(self._folder.open_file(name), "rb") as stream:
                 found.append((name, stream.read(MAX_RECORD_BYTES)))

@@ -263,7 +263,7 @@ class DocumentStore:
             time.sleep(pause)
             for key in reasons:
                 self._tiers.upload_again(key, documents[key], environment)
-            lost = {} if self.remote is None else self.remote.drain().lost
+            lost: Mapping[str, str] = {} if self.remote is None else self.remote.drain().lost
             reasons = {key: lost.get(key, "a cap is too small, or a write failed") for key in self.missing(documents)}
             if not reasons or self.remote is None:
                 break

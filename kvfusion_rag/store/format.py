@@ -191,7 +191,7 @@ def read_file(
     header[plan.checksum_at] = plan.header[plan.checksum_at]
     digest = xxhash.xxh3_128(header)
     header[plan.environment_at] = plan.header[plan.environment_at]
-    if header != plan.header or not _ENVIRONMENT.fullmatch(environment):
+    if bytes(header) != plan.header or not _ENVIRONMENT.fullmatch(environment):
         return Miss.HEADER
     if accepts is not None and not accepts(environment.decode()):
         return Miss.ENVIRONMENT
@@ -220,7 +220,7 @@ def read_file(
     digest.update(ids)
     if digest.hexdigest().encode() != checksum:
         return Miss.CHECKSUM
-    if ids != _token_bytes(into.token_ids):
+    if bytes(ids) != _token_bytes(into.token_ids):
         return Miss.TOKENS
     if compressed is not None:
         expand(*compressed, into.values)

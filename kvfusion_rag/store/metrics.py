@@ -72,22 +72,22 @@ class StoreMetrics:
     """
 
     lookups: int = 0
-    hits: Mapping[str, int] = field(default_factory=dict)
-    misses: Mapping[str, int] = field(default_factory=dict)
-    faults: Mapping[str, int] = field(default_factory=dict)
+    hits: Mapping[str, int] = field(default_factory=dict[str, int])
+    misses: Mapping[str, int] = field(default_factory=dict[str, int])
+    faults: Mapping[str, int] = field(default_factory=dict[str, int])
     computed: int = 0
     computed_tokens: int = 0
     prefill_seconds: float = 0.0
-    loaded_bytes: Mapping[str, int] = field(default_factory=dict)
-    load_seconds: Mapping[str, float] = field(default_factory=dict)
-    stored_bytes: Mapping[str, int] = field(default_factory=dict)
-    store_seconds: Mapping[str, float] = field(default_factory=dict)
-    used_bytes: Mapping[str, int] = field(default_factory=dict)
-    entries: Mapping[str, int] = field(default_factory=dict)
-    evictions: Mapping[str, int] = field(default_factory=dict)
-    rejected: Mapping[str, int] = field(default_factory=dict)
-    failed_writes: Mapping[str, int] = field(default_factory=dict)
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    loaded_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    load_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    stored_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    store_seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    used_bytes: Mapping[str, int] = field(default_factory=dict[str, int])
+    entries: Mapping[str, int] = field(default_factory=dict[str, int])
+    evictions: Mapping[str, int] = field(default_factory=dict[str, int])
+    rejected: Mapping[str, int] = field(default_factory=dict[str, int])
+    failed_writes: Mapping[str, int] = field(default_factory=dict[str, int])
+    dropped: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def hit_rate(self) -> float:
@@ -109,7 +109,7 @@ class UploadReport:
     """
 
     unfinished: int = 0
-    lost: Mapping[str, str] = field(default_factory=dict)
+    lost: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __bool__(self) -> bool:
         return not self.unfinished and not self.lost
@@ -144,7 +144,8 @@ class Counters:
         """Return the counts together with ``current``, the counts that the tiers keep themselves."""
         with self._lock:
             labelled = {name: dict(values) for name, values in self._labelled.items()}
-            return StoreMetrics(**{**self._totals, **labelled, **current})
+            counts: dict[str, Any] = {**self._totals, **labelled, **current}
+            return StoreMetrics(**counts)
 
     def _add(self, event: StoreEvent) -> None:
         totals, labelled, tier = self._totals, self._labelled, event.tier

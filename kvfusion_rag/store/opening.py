@@ -77,7 +77,8 @@ def open_store(
                 f"remote is given, but {text!r} is a folder; use it only with a URL such as s3://bucket/folder."
             )
         return DocumentStore(memory, DiskStore(text, codec=codec, read_only=read_only, **options))
-    tier = RemoteStore(text, **{"codec": codec, "read_only": read_only, **(remote or {})})
+    remote_options: dict[str, Any] = {"codec": codec, "read_only": read_only, **(remote or {})}
+    tier = RemoteStore(text, **remote_options)
     return DocumentStore(memory, DiskStore(local or _cache_folder(text), codec=codec, **options), tier)
 
 

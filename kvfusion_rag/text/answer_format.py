@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from ..errors import InvalidInputError
+from .json_text import is_a, is_list, is_mapping, is_sequence
 
 FormatKind = Literal["json_schema", "regex", "choices", "grammar"]
 
@@ -53,7 +54,7 @@ class AnswerFormat:
         """
         if isinstance(schema, type) and hasattr(schema, "model_json_schema"):
             schema = cast(Any, schema).model_json_schema()
-        if not isinstance(schema, Mapping):
+        if not is_mapping(schema):
             raise InvalidInputError(
                 f"the JSON schema is {_shown(schema)}, but it must be a dictionary or a Pydantic model."
             )
@@ -69,15 +70,15 @@ class AnswerFormat:
     @classmethod
     def regex(cls, pattern: str) -> AnswerFormat:
         """Return the format of texts that match a regular expression from start to end, in the syntax of Rust."""
-        if not isinstance(pattern, str) or not pattern:
+        if not is_a(pattern, str) or not pattern:
             raise InvalidInputError(f"the regular expression is {_shown(pattern)}, but it must be a text.")
         return cls("regex", _checked(pattern, "the regular expression"))
 
     @classmethod
     def choices(cls, choices: Sequence[str]) -> AnswerFormat:
         """Return the format of exactly one of these texts."""
-        is_list = isinstance(choices, Sequence) and not isinstance(choices, str)
-        if not is_list or not choices or not all(isinstance(choice, str) and choice for choice in choices):
+        is_several = is_sequence(choices) and not isinstance(choices, str)
+        if not is_several or not choices or not all(is_a(choice, str) and choice for choice in choices):
             raise InvalidInputError(f"choices is {_shown(choices)}, but it must be a list of non-empty texts.")
         if len(choices) > MAX_CHOICES:
             raise InvalidInputError(f"there are {len(choices)} choices, but at most {MAX_CHOICES} are allowed.")
@@ -94,14 +95,14 @@ class AnswerFormat:
             return given
         if isinstance(given, type):
             return cls.json_schema(given)
-        kind = given.get("type") if isinstance(given, Mapping) else None
+        kind = given.get("type") if is_mapping(given) else None
         if kind == "text":
             return None
         if kind == "json_object":
             return cls.json_object()
         if kind == "json_schema":
             inner = given.get("json_schema")
-            if isinstance(inner, Mapping) and isinstance(inner.get("schema"), Mapping):
+            if is_mapping(inner) and is_mapping(inner.get("schema")):
                 return cls.json_schema(inner["schema"])
             raise InvalidInputError(
                 "response_format has no schema at ['json_schema']['schema'], where its type 'json_schema' needs one."
@@ -141,24 +142,24 @@ def require_depth(value: object, what: str) -> None:
 
 
 def _parts(value: object) -> list[Any]:
-    if isinstance(value, Mapping):
+    if is_mapping(value):
         return list(value.values())
-    return value if isinstance(value, list) else []
+    return value if is_list(value) else []
 
 
 def _combines(schema: object) -> bool:
     """Whether a schema contains ``allOf``, which a closed object could make unsatisfiable."""
-    return (isinstance(schema, Mapping) and "allOf" in schema) or any(_combines(part) for part in _parts(schema))
+    return (is_mapping(schema) and "allOf" in schema) or any(_combines(part) for part in _parts(schema))
 
 
 def _closed(schema: object) -> Any:
     """Return a schema in which objects that list their properties allow no others."""
-    if isinstance(schema, list):
+    if is_list(schema):
         return [_closed(part) for part in schema]
-    if not isinstance(schema, Mapping):
+    if not is_mapping(schema):
         return schema
     inner = {name: _closed_part(name, part) for name, part in schema.items()}
-    if isinstance(schema.get("properties"), Mapping) and not _COMPOSED & schema.keys():
+    if is_mapping(schema.get("properties")) and not _COMPOSED & schema.keys():
         inner["additionalProperties"] = False
     return inner
 
@@ -166,7 +167,7 @@ def _closed(schema: object) -> Any:
 def _closed_part(name: str, part: Any) -> Any:
     if name in _DATA:
         return part
-    if name in _NAMED and isinstance(part, Mapping):
+    if name in _NAMED and is_mapping(part):
         return {key: _closed(value) for key, value in part.items()}
     return _closed(part)
 

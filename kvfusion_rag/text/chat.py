@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from jinja2 import TemplateError
 
 from ..errors import InvalidInputError
 from ..schema import ROLES, DocumentsPlace, Message, Prompt
+from .json_text import is_a, is_list, is_mapping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,25 @@ _KNOWN_WORDS = frozenset({
     "type", "function", "name", "description", "parameters", "properties", "required", "enum", "items", "object",
     "array", "string", "number", "integer", "boolean", "null", "tool_calls", "tool_call_id", "id", "arguments",
 })  # fmt: skip
+
+
+class TypedTokenizer(Protocol):
+    """What this package asks of transformers' tokenizers, which lack these types."""
+
+    chat_template: str | dict[str, str] | None
+
+    def get_chat_template(self) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: Sequence[Mapping[str, Any]], *, tokenize: bool, add_generation_prompt: bool, **more: Any
+    ) -> str: ...
+
+    def decode(self, token_ids: list[int], **options: bool) -> str: ...
+
+
+def typed(tokenizer: PreTrainedTokenizerBase) -> TypedTokenizer:
+    """Return ``tokenizer`` with the types of what is asked of it."""
+    return cast(TypedTokenizer, tokenizer)
 
 
 class Marks:
@@ -79,9 +99,9 @@ class Marks:
         if isinstance(value, str):
             is_part = value in self._joined_tokens and value not in _KNOWN_WORDS and value != ""
             return f"{self.break_mark}{self.disarm(value)}" if is_part else self.disarm(value)
-        if isinstance(value, Mapping):
+        if is_mapping(value):
             return {self.disarm_data(name): self.disarm_data(part) for name, part in value.items()}
-        return [self.disarm_data(part) for part in value] if isinstance(value, list) else value
+        return [self.disarm_data(part) for part in value] if is_list(value) else value
 
 
 def render(
@@ -102,25 +122,23 @@ def render(
     Raises:
         jinja2.TemplateError: the template does not accept these messages.
     """
-    template = tokenizer.get_chat_template()
+    template = typed(tokenizer).get_chat_template()
     variables = dict(kwargs or {})
     if fixed_date:
         template = _FIXED_CLOCK + template
         variables.setdefault("date_string", FIXED_DATE)
 
     def fill(turns: Sequence[tuple[str, Any]], more: Sequence[Mapping[str, Any]] | None = None) -> str:
-        text = tokenizer.apply_chat_template(
+        return typed(tokenizer).apply_chat_template(
             [
                 {"role": role, "content": content, **extra}
-                for (role, content), extra in zip(turns, more or [{}] * len(turns), strict=True)
+                for (role, content), extra in zip(turns, more or [dict[str, Any]()] * len(turns), strict=True)
             ],
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
             **variables,
         )
-        assert isinstance(text, str)
-        return text
 
     reads_parts = not _shows(fill, _PROBE) and _shows(fill, _as_parts(_PROBE))
     return fill([(role, _as_parts(content) if reads_parts else content) for role, content in messages], fields)
@@ -149,7 +167,7 @@ def messages_of(prompt: Prompt, bare_prompt: str) -> list[Message]:
     if prompt is None or isinstance(prompt, str):
         return [Message("user", bare_prompt if prompt is None else prompt)]
     for number, message in enumerate(prompt):
-        if not isinstance(message, Message) or message.role not in ROLES or not isinstance(message.text, str):
+        if not is_a(message, Message) or message.role not in ROLES or not is_a(message.text, str):
             raise InvalidInputError(
                 f"message {number} of the prompt is {message!r}, but it must be a kvfusion_rag.Message with a text "
                 f"and one of the roles {', '.join(ROLES)}."
@@ -272,7 +290,7 @@ def rendered(
     Raises:
         InvalidInputError: the template rejects both forms, or its variables. The message contains the reason.
     """
-    if tokenizer.chat_template is None:
+    if typed(tokenizer).chat_template is None:
         return as_text(messages, text_of)
     reason: Exception | None = None
     for turns in (messages, alternating(plain(messages))):

@@ -108,7 +108,7 @@ def _is_new(word: str, question_words: Collection[str]) -> bool:
 
 def _find(target: str, text: str) -> tuple[int, int] | None:
     """Return the first (start, end) in ``text`` that normalizes to ``target`` between word boundaries."""
-    normalized, origins = "", []
+    normalized, origins = "", list[int]()
     if target not in _normalize(text):  # most documents do not match, so they skip the costly map of origins
         return None
     for index, char in enumerate(text):

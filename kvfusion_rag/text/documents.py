@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..errors import ContextLimitError, InvalidInputError
 from ..schema import Document, KeyKind, Origin, Source
 from .encoder import LONGEST_TOKEN, DocumentEncoder
-from .json_text import is_number
+from .json_text import is_a, is_mapping, is_number
 from .settings import LongDocuments, ModelSettings
 from .splitting import encode_up_to, split_document
 from .steps import finish
@@ -113,7 +113,7 @@ class EncodedDocuments:
         """
         key_of = self._key_of
         first_with: dict[tuple[tuple[int, ...], ...], str] = {}
-        sources = []
+        sources: list[Source] = []
         for encoded in self.documents:
             keys = [key_of[piece] for piece in encoded.pieces]
             duplicate_of = first_with.get(encoded.pieces) if encoded.pieces else None
@@ -261,7 +261,7 @@ def _checked(document: Document | str, number: int) -> Document:
     """Return ``document`` as a Document, or raise InvalidInputError if it is not one."""
     if isinstance(document, str):
         document = Document(document)
-    if not isinstance(document, Document):
+    if not is_a(document, Document):
         type_name = f"{type(document).__module__}.{type(document).__name__}"
         raise InvalidInputError(
             f"document {number} is a {type_name}, but it must be a string or a kvfusion_rag.Document; make one from "
@@ -274,7 +274,7 @@ def _checked(document: Document | str, number: int) -> Document:
         raise InvalidInputError(
             f"the score of document {number} is {document.score!r}, but it must be a finite number."
         )
-    if not isinstance(document.metadata, Mapping):
+    if not is_mapping(document.metadata):
         raise InvalidInputError(
             f"the metadata of document {number} is {document.metadata!r:.100}, but it must be a dict."
         )

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import ControlTokenError, UnsupportedModelError
 from ..schema import Document, Message, Prompt
-from .chat import alternating, as_text, messages_of, without_place
+from .chat import alternating, as_text, messages_of, typed, without_place
 from .settings import (
     DOCUMENTS_MARK,
     FIELD,
@@ -71,7 +71,7 @@ class PlainEncoder:
         self.ids_of_control = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if i in self.control_ids}
         self.control_tokens = tuple(self.ids_of_control)
         self.largest_id = max(tokenizer.get_vocab().values())
-        self._decoder = tokenizer
+        self._decoder = typed(tokenizer)
         self._tokenizer = Tokenizer.from_str(json.dumps(spec))
         self._continuing = self._tokenizer
         # Some tokenizers put a space in front of a prompt, but not behind a control token inside it.
@@ -83,11 +83,11 @@ class PlainEncoder:
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of generated ids without special tokens."""
-        return str(self._decoder.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return self._decoder.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_all(self, token_ids: list[int]) -> str:
         """Return the text of generated ids with special tokens."""
-        return str(self._decoder.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return self._decoder.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
         """Return the token ids of ``text``. Lone surrogates become U+FFFD.
@@ -356,7 +356,7 @@ class PromptEncoder:
         Return None if the settings' prefix and prompt template do not come from the chat template, or if the chat
         template changes the turns.
         """
-        if self._tokenizer.chat_template is None:
+        if typed(self._tokenizer).chat_template is None:
             return None
         marks = [mark(f"message{number}") for number in range(len(roles))]
         texts = [documents_turn(marks[0]), *marks[1:]]

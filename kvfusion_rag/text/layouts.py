@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import InvalidInputError
 from ..schema import Document, Message, Prompt
-from .chat import DEFAULT_LEAD, Marks, documents_first, messages_of, rendered, with_place
+from .chat import DEFAULT_LEAD, Marks, documents_first, messages_of, rendered, typed, with_place
 from .documents import EncodedDocuments
 from .encoder import (
     Control,
@@ -104,13 +104,14 @@ class ChatLayouts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: ModelSettings, plain: PlainEncoder) -> None:
         self.tokenizer, self.plain = tokenizer, plain
         self._kwargs = settings.chat_template_kwargs
-        self._has_template = tokenizer.chat_template is not None
+        template = typed(tokenizer).chat_template
+        self._has_template = template is not None
         self._start = "" if self._has_template else leading_bos(tokenizer)
         self._documents: dict[tuple[str, bool, bool], TextDocuments] = {}
         self._format = find_format(tokenizer, settings.reasoning)
         marks = () if self._format is None else self._format.marks
         # The template cuts the reasoning between these tags out of earlier answers.
-        is_stripped = isinstance(self._format, Tags) and self._format.closing in (tokenizer.chat_template or "")
+        is_stripped = isinstance(self._format, Tags) and self._format.closing in (template or "")
         self._stripped = marks if is_stripped else ()
         self._spelling = Spelling.of(tokenizer, marks, partial(plain.encode, continues=True), plain.decode)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ..errors import InvalidInputError
+from .chat import typed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -300,7 +301,7 @@ def find_format(tokenizer: PreTrainedTokenizerBase, choice: Reasoning = "auto") 
     Raises:
         InvalidInputError: the settings name channels that the tokenizer does not have.
     """
-    if choice == "none" or (choice == "auto" and tokenizer.chat_template is None):
+    if choice == "none" or (choice == "auto" and typed(tokenizer).chat_template is None):
         return None
     has_channels = all(_token_id(tokenizer, mark) is not None for mark in _HARMONY)
     if choice == "harmony":
@@ -313,7 +314,7 @@ def find_format(tokenizer: PreTrainedTokenizerBase, choice: Reasoning = "auto") 
     if choice != "auto":
         opening, closing = choice
         return Tags(opening, closing.rstrip(), closing[len(closing.rstrip()) :] or "\n\n")
-    template = tokenizer.get_chat_template()
+    template = typed(tokenizer).get_chat_template()
     if has_channels and all(mark in template for mark in (_START, _CHANNEL, _MESSAGE)):
         return Harmony()
     tokens = " ".join(str(token) for token in tokenizer.added_tokens_decoder.values())
@@ -327,7 +328,7 @@ def find_format(tokenizer: PreTrainedTokenizerBase, choice: Reasoning = "auto") 
 def _token_id(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
     """Return the id of the token that is exactly ``text``, or None if there is none."""
     found = tokenizer.convert_tokens_to_ids(text)
-    return found if isinstance(found, int) and tokenizer.decode([found]) == text else None
+    return found if isinstance(found, int) and typed(tokenizer).decode([found]) == text else None
 
 
 def _space_behind(closing: str, template: str) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
-from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue]
+from sentencex import get_sentence_boundaries  # pyright: ignore[reportAttributeAccessIssue, reportMissingTypeStubs, reportUnknownVariableType]
 
 WINDOW = 5_000  # characters; the library's time grows with the square of what it reads at once
 # The library fails on lone surrogates and on white space outside ASCII.
@@ -21,7 +22,8 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     start = 0
     while start < len(text):
         window = readable[start : start + WINDOW]
-        found = [start + one["end_index"] for one in get_sentence_boundaries("en", window)]
+        boundaries = cast(list[dict[str, int]], get_sentence_boundaries("en", window))
+        found = [start + one["end_index"] for one in boundaries]
         if start + WINDOW < len(text) and len(found) > 1:
             found.pop()  # this sentence may continue after the window
         start = found[-1]

@@ -19,8 +19,8 @@ from jinja2 import TemplateError
 
 from ..errors import InvalidInputError, ModelLoadError, NotCalibratedError
 from ..schema import MODES, ModeChoice
-from .chat import render
-from .json_text import is_number, parse_json
+from .chat import render, typed
+from .json_text import is_a, is_mapping, is_number, is_sequence, parse_json
 from .reasoning import Reasoning, find_format
 from .support import MinSupport, SupportCalibration, require_min_support
 
@@ -92,7 +92,7 @@ class ModelSettings:
     """
 
     layout: Layout = "fixed"
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any], hash=False)
     prefix: str = ""
     document_template: str = "{text}\n\n"
     titled_document_template: str = "Title: {title}\n{text}\n\n"
@@ -123,7 +123,7 @@ class ModelSettings:
         for name, required, optional in TEMPLATE_FIELDS:
             if name != "prompt_template" or self.prompt_template is not None:
                 _require_template(name, getattr(self, name), required, optional)
-        if self.focus == "auto":
+        if is_a(self.focus, str) and self.focus == "auto":
             raise InvalidInputError("focus is 'auto', but a model's own setting must be a whole number or None.")
         require_focus(self.focus)
         require_mode(self.mode)
@@ -133,7 +133,7 @@ class ModelSettings:
         require_min_support(self.min_support)
         if self.min_support is not None and self.support is None:
             raise NotCalibratedError.of(self.min_support, "the model")
-        if self.support is not None and not isinstance(self.support, SupportCalibration):
+        if self.support is not None and not is_a(self.support, SupportCalibration):
             object.__setattr__(self, "support", SupportCalibration.of(self.support))
         if isinstance(self.reasoning, list):  # JSON has no tuples
             object.__setattr__(self, "reasoning", tuple(self.reasoning))
@@ -160,7 +160,7 @@ def load_settings(model: str, tokenizer: PreTrainedTokenizerBase, *, model_id: s
         values = parse_json(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ModelLoadError(f"{label} is not readable JSON: {error}.") from error
-    if not isinstance(values, dict):
+    if not is_mapping(values):
         raise ModelLoadError(f"{label} contains a {type(values).__name__}, but it must be an object.")
     allowed = {f.name for f in fields(ModelSettings)}
     if unknown := sorted(set(values) - allowed):
@@ -178,7 +178,7 @@ def cached_settings_file(model: str, **hub: Any) -> str | None:
 
 def cached_model_file(model: str, name: str, **hub: Any) -> str | None:
     """Return the path of a file of ``model`` (a folder or a hub name), or None if there is no such file."""
-    from transformers.utils.hub import cached_file
+    from transformers.utils.hub import cached_file  # pyright: ignore[reportUnknownVariableType]
 
     return cached_file(
         model,
@@ -192,7 +192,7 @@ def cached_model_file(model: str, name: str, **hub: Any) -> str | None:
 
 def default_settings(tokenizer: PreTrainedTokenizerBase) -> ModelSettings:
     """Derive settings from the tokenizer's chat template, cut at the places of documents and question."""
-    if tokenizer.chat_template is None:
+    if typed(tokenizer).chat_template is None:
         return ModelSettings(layout="prompt", prefix=leading_bos(tokenizer))
     request = mark("request")
     try:
@@ -293,7 +293,7 @@ ALLOWED_VALUES: dict[str, _Rule] = {
     "long_documents": (lambda value: value in ("error", "split"), "'error' or 'split'"),
     "layout": (lambda value: value in ("prompt", "fixed"), "'prompt' or 'fixed'"),
     "chat_template_kwargs": (
-        lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+        lambda value: is_mapping(value) and all(isinstance(name, str) for name in value),
         "a dict with names as keys",
     ),
     "positions": (lambda value: value in ("uniform", "global"), "'uniform' or 'global'"),
@@ -307,7 +307,7 @@ ALLOWED_VALUES: dict[str, _Rule] = {
 
 
 def _is_reasoning(value: object) -> bool:
-    if isinstance(value, list | tuple):
+    if is_sequence(value) and isinstance(value, list | tuple):
         return len(value) == 2 and all(isinstance(tag, str) and tag.strip() for tag in value)
     return value in ("auto", "none", "harmony")
 

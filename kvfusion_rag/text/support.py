@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ..errors import InvalidInputError, NotCalibratedError
-from .json_text import is_number
+from .json_text import is_a, is_mapping, is_number
 
 OF_ONE = ("gain", "explained", "coverage")  # signals that every question with documents has
 OF_SEVERAL = ("rare_coverage", "lead", "focus_lead")  # those that compare documents
@@ -61,7 +61,7 @@ class SupportCalibration:
 
     def __post_init__(self) -> None:
         """Raise InvalidInputError for a value that is not allowed."""
-        if not isinstance(self.weights, Mapping) or not self.weights or not set(self.weights) <= set(SIGNALS):
+        if not is_mapping(self.weights) or not self.weights or not set(self.weights) <= set(SIGNALS):
             raise InvalidInputError(
                 f"weights of support are {self.weights!r}, but they must have one or more of {', '.join(SIGNALS)}."
             )
@@ -74,7 +74,7 @@ class SupportCalibration:
             raise InvalidInputError(
                 f"'without' of support is nested more than {MAX_FALLBACKS} levels deep, the limit."
             )
-        if self.without is not None and not isinstance(self.without, SupportCalibration):  # as JSON has it
+        if self.without is not None and not is_a(self.without, SupportCalibration):  # as JSON has it
             object.__setattr__(self, "without", SupportCalibration.of(self.without))
         if self.without is None and (lacking := set(self.weights) & set(OF_SEVERAL)):
             raise InvalidInputError(
@@ -90,7 +90,7 @@ class SupportCalibration:
             InvalidInputError: a field is missing, unknown or wrong.
         """
         names = [one.name for one in fields(cls)]
-        if not isinstance(data, Mapping) or {*data, "without"} != set(names):
+        if not is_mapping(data) or {*data, "without"} != set(names):
             raise InvalidInputError(f"support is {data!r}, but it must be an object with {', '.join(names)}.")
         return cls(**data)
 
@@ -110,7 +110,7 @@ class SupportCalibration:
 def _fallbacks(without: object) -> int:
     """Return how many calibrations are inside each other, in JSON that anybody may have written."""
     count = 0
-    while isinstance(without, Mapping):
+    while is_mapping(without):
         without, count = without.get("without"), count + 1
     return count
 

@@ -40,7 +40,7 @@ def probe_ids(vocabulary_size: int) -> tuple[int, ...]:
 
 def relative_error(found: DocumentKV, expected: DocumentKV) -> float:
     """Return the largest difference of keys or values in any layer, relative to the largest number in that layer."""
-    errors = []
+    errors: list[float] = []
     for ours, theirs in ((expected.keys, found.keys), (expected.values, found.values)):
         ours, theirs = ours.float().cpu().flatten(1), theirs.float().cpu().flatten(1)
         scale = ours.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny)

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...errors import ModelLoadError, model_load_errors
 from ...text.settings import RECORD_NAME
 from ..pretrained import PreTrainedModel
+from ..tolerance import relative_error
 from .location import CONFIG_FILE, name_of
 
 logger = logging.getLogger(__name__)
@@ -115,7 +117,10 @@ def _difference(folder: Path, model: PreTrainedModel) -> float | None:
     if not files:
         return None
     weights = {name: weight for name, weight in model.state_dict().items() if _is_plain_matrix(weight)}
-    with model_load_errors(f"the base model {str(folder)!r} of the adapter"), safe_open(files[0], "pt") as saved:
+    with (
+        model_load_errors(f"the base model {str(folder)!r} of the adapter"),
+        cast(Any, safe_open(files[0], "pt")) as saved,
+    ):
         names = sorted(weights.keys() & set(saved.keys()))
         sample = names[:: max(1, len(names) // COMPARED_MATRICES)]
         return max((_relative(weights[name].cpu(), saved.get_tensor(name)) for name in sample), default=None)
@@ -128,5 +133,4 @@ def _is_plain_matrix(weight: torch.Tensor) -> bool:
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     if found.shape != expected.shape:
         return torch.inf
-    rounded = expected.to(found.dtype).float()
-    return float((found.float() - rounded).norm() / rounded.norm())
+    return relative_error(found.float(), expected.to(found.dtype).float())

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,7 +25,6 @@ from .location import WEIGHT_FILES, name_of
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from peft.tuners.lora import LoraLayer
 
 # Imports of peft are inside functions, because they take a second, and are needed only for adapters.
 Weights = dict[str, torch.Tensor]
@@ -39,16 +38,16 @@ def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:
     Raises:
         ModelLoadError: the adapter cannot be read, is of a kind that is not supported, or does not fit the model.
     """
-    from peft import PeftConfig, load_peft_weights
+    import peft
 
-    name, base = name_of(folder), base_of(folder)
+    library, name, base = cast(Any, peft), name_of(folder), base_of(folder)
     subject = f"the adapter {name!r}{f' of {base!r}' if base else ''} onto {model_id!r}"
     with model_load_errors(subject):
-        config: Any = PeftConfig.from_pretrained(str(folder))
+        config = library.PeftConfig.from_pretrained(str(folder))
         require_accepted_kind(config, name)
         if not any((folder / file).is_file() for file in WEIGHT_FILES):
             raise ModelLoadError(f"cannot load {subject}: {WEIGHT_FILES[0]} is missing in {str(folder)!r}.")
-        weights = load_peft_weights(str(folder), device="cpu")
+        weights: Weights = library.load_peft_weights(str(folder), device="cpu")
         settings = json.dumps(vars(config), sort_keys=True, default=_sorted_if_set)
         _separate_base_weights(config, weights, model, subject)
         initial = config.init_lora_weights if changes_base(config) else None
@@ -82,19 +81,21 @@ def switch_adapter(model: PreTrainedModel, on: bool) -> None:
 
 def _attach(model: PreTrainedModel, config: PeftConfig, weights: Weights) -> tuple[Weights, list[str]]:
     """Add an adapter to ``model``, and return its weights in the model with the names of those that do not fit."""
-    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    import peft
+
+    library = cast(Any, peft)
 
     with warnings.catch_warnings():  # about training, about other versions, and about sizes, which are checked here
         warnings.simplefilter("ignore")
-        adapted = PeftModel(model, config, autocast_adapter_dtype=False)
+        adapted = peft.PeftModel(model, config, autocast_adapter_dtype=False)
         try:
-            result = set_peft_model_state_dict(adapted, weights, ignore_mismatched_sizes=True)
+            result = library.set_peft_model_state_dict(adapted, weights, ignore_mismatched_sizes=True)
         except KeyError as error:  # the file lacks a module to save
             return {}, [str(error.args[0])]
     missed = set(result.missing_keys)
     loaded = {tensor.data_ptr() for name, tensor in adapted.state_dict().items() if name not in missed}
     # The model's own method would ask the hub for the configuration of the base model.
-    found = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    found: Weights = library.get_peft_model_state_dict(adapted, save_embedding_layers=False)
     fits = {name for name, tensor in found.items() if name in weights and weights[name].shape == tensor.shape}
     missing = [n for n, tensor in found.items() if n not in fits and tensor.data_ptr() not in loaded]
     return found, sorted([*missing, *result.unexpected_keys])
@@ -115,7 +116,7 @@ def _separate_base_weights(config: Any, weights: Weights, model: PreTrainedModel
     Raises:
         ModelLoadError: the file has changed base weights that cannot be switched off.
     """
-    base, vocabulary = model.state_dict(), model.config.get_text_config().vocab_size
+    base, vocabulary = model.state_dict(), cast(Any, model.config).get_text_config().vocab_size
     replaced: list[str] = list(getattr(config, "modules_to_save", None) or ())
     for key in [key for key in weights if _base_name(key) in base]:
         name = _base_name(key)
@@ -149,8 +150,8 @@ def _subtract_initial_weights(model: PreTrainedModel, initial: str) -> None:
     rank, [B, -B0] [A; A0] has the same effect on W.
     """
     for layer, name in _lora_layers(model):
-        a: Any = layer.lora_A[name].weight
-        b: Any = layer.lora_B[name].weight
+        a = layer.lora_A[name].weight
+        b = layer.lora_B[name].weight
         trained_a, trained_b = a.data, b.data
         base = layer.base_layer
         layer.base_layer = copy.deepcopy(base)  # which peft changes
@@ -160,7 +161,7 @@ def _subtract_initial_weights(model: PreTrainedModel, initial: str) -> None:
         b.data = torch.cat([trained_b, -b.data.to(trained_b)], dim=1)
 
 
-def _lora_layers(model: PreTrainedModel) -> Iterator[tuple[LoraLayer, str]]:
+def _lora_layers(model: PreTrainedModel) -> Iterator[tuple[Any, str]]:
     """Yield each layer with low-rank matrices, and the name of the adapter in it."""
     from peft.tuners.lora import LoraLayer
 
@@ -171,4 +172,4 @@ def _lora_layers(model: PreTrainedModel) -> Iterator[tuple[LoraLayer, str]]:
 
 def _sorted_if_set(value: object) -> object:
     """Convert a value that ``json`` rejects. A set is sorted, because its order differs between runs."""
-    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+    return sorted(map(str, cast(set[object], value))) if isinstance(value, set | frozenset) else str(value)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ...errors import InvalidInputError, ModelLoadError, model_load_errors
 from ...home import expanded
+from ...text.json_text import is_a
 from ...text.settings import FILE_NAME, RECORD_NAME
 
 CONFIG_FILE = "adapter_config.json"  # as peft names it
@@ -27,7 +28,7 @@ def find_adapter(adapter: str | Path, **hub: Any) -> Path:
         ModelLoadError: there is no adapter, or there are several. The message lists them.
         InvalidInputError: ``adapter`` is not a name.
     """
-    if not isinstance(adapter, str | Path) or not str(adapter).strip():
+    if not is_a(adapter, str, Path) or not str(adapter).strip():
         raise InvalidInputError(f"adapter is {adapter!r}, but it must be a folder, a hub name or None.")
     path = expanded(adapter)
     if path.is_dir():
@@ -69,15 +70,16 @@ def _adapters_in(folder: Path) -> list[str]:
 
 def _downloaded(repository: str, name: str, hub: dict[str, Any]) -> Path:
     """Return the folder of an adapter in the hub's cache. Other adapters of the repository are not downloaded."""
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
 
+    download = cast(Any, huggingface_hub).snapshot_download
     options = {key: hub[key] for key in ("token", "cache_dir", "local_files_only") if key in hub}
     shown = f"{repository}/{name}".rstrip("/")
     with model_load_errors(f"the adapter {shown!r}"):
-        snapshot = Path(snapshot_download(repository, allow_patterns=[f"*{CONFIG_FILE}"], **options))
+        snapshot = Path(download(repository, allow_patterns=[f"*{CONFIG_FILE}"], **options))
         if name and not (snapshot / name / CONFIG_FILE).is_file():
             names = ", ".join(_adapters_in(snapshot)) or "not in sub-folders"
             raise ModelLoadError(f"{repository!r} has no adapter {name!r}; its adapters are {names}.")
         inside = _one_in(snapshot / name, shown).relative_to(snapshot)
         files = [(inside / file).as_posix() for file in (CONFIG_FILE, *WEIGHT_FILES, FILE_NAME, RECORD_NAME)]
-        return Path(snapshot_download(repository, allow_patterns=files, **options)) / inside
+        return Path(download(repository, allow_patterns=files, **options)) / inside

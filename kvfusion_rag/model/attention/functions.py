@@ -15,16 +15,16 @@ with ``set_attn_implementation`` uses it. This module does not know about weight
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward  # pyright: ignore[reportUnknownVariableType]
+from transformers.masking_utils import sdpa_mask  # pyright: ignore[reportUnknownVariableType]
 
 from ...errors import UnsupportedModelError
-from ..pretrained import PreTrainedModel
+from ..pretrained import PreTrainedModel, attention_of, set_attention
 
 GROUPED = "kvfusion_grouped"
 CONTEXT = "kvfusion_context"
@@ -38,8 +38,8 @@ Context = Sequence[tuple[torch.Tensor, torch.Tensor]]  # keys and values (B, H_k
 
 def _register(name: str, attention: Callable[..., Any], mask: Callable[..., Any] = sdpa_mask) -> str:
     """Register an attention function. transformers would ignore padding if no mask function were registered."""
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
+    cast(Any, AttentionInterface).register(name, attention)
+    cast(Any, AttentionMaskInterface).register(name, mask)
     return name
 
 
@@ -47,9 +47,9 @@ def share_heads(model: PreTrainedModel) -> str:
     """Use grouped attention in a grouped-query "sdpa" model, and return the name of the model's attention."""
     config = model.config
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
-    if config._attn_implementation == "sdpa" and shared is not None and shared < heads:
-        model.set_attn_implementation(_register(GROUPED, grouped_attention))
-    return str(config._attn_implementation)
+    if attention_of(config) == "sdpa" and shared is not None and shared < heads:
+        set_attention(model, _register(GROUPED, grouped_attention))
+    return str(attention_of(config))
 
 
 def grouped_attention(
@@ -176,19 +176,19 @@ def checkpoint_with_context(model: PreTrainedModel, model_id: str) -> None:
     Raises:
         UnsupportedModelError: the architecture has no gradient checkpointing, or its attention cannot be replaced.
     """
-    if model.config._attn_implementation not in ("sdpa", GROUPED):
+    if attention_of(model.config) not in ("sdpa", GROUPED):
         raise UnsupportedModelError(
-            f"{model_id!r} computes attention as {model.config._attn_implementation!r}, but gradient checkpointing "
+            f"{model_id!r} computes attention as {attention_of(model.config)!r}, but gradient checkpointing "
             "over a fused cache needs 'sdpa'; train without gradient_checkpointing."
         )
-    model.set_attn_implementation(_register(CONTEXT, context_attention))
-    if model.config._attn_implementation != CONTEXT:
+    set_attention(model, _register(CONTEXT, context_attention))
+    if attention_of(model.config) != CONTEXT:
         raise UnsupportedModelError(
             f"the attention function of {model_id!r} cannot be replaced, so gradient checkpointing would lose the "
             "fused cache; train without gradient_checkpointing."
         )
     # Older versions of transformers 5 have the method only under its former name.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable = getattr(model, "activation_checkpointing_enable", None) or cast(Any, model).gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
     except ValueError as error:

@@ -37,7 +37,7 @@ class Windows:
         size_of = {FULL: None, SLIDING: window, CHUNKED: chunk}
         layers = getattr(config, "layer_types", None)
         # Without kinds of layers, transformers gives all layers a window if there is one.
-        kinds = (
+        kinds: set[str] = (
             set(layers) if layers else {SLIDING} if window is not None else {CHUNKED} if chunk is not None else set()
         )
         sizes = {kind: size_of[kind] for kind in sorted(kinds) if kind in size_of}

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from ...errors import ModelLoadError, UnsupportedModelError, model_load_errors
+from ...text.json_text import is_list
 from ..pretrained import PreTrainedModel
 from ..support import require_supported
 from .header import GGUFHeader
@@ -58,16 +59,16 @@ def convert(file: Path, header: GGUFHeader, folder: Path, *, weights: bool = Tru
             _require_enough_tensors(config, header, file.name)
         with model_load_errors(f"the tokenizer of {file.name!r}"):
             # The generic class keeps the tokenizer as the file describes it. A model's own class would rebuild it.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(**source)
+            tokenizer = cast(Any, PreTrainedTokenizerFast).from_pretrained(**source)
             is_known = _set_split(tokenizer, header)
         if weights:
             model = _load_weights(source, config, header, file.name)
             _add_end_of_turn(model.generation_config, header)
-            model.save_pretrained(folder)
+            cast(Any, model).save_pretrained(folder)
         else:
-            generation = GenerationConfig.from_model_config(config)
+            generation = cast(Any, GenerationConfig).from_model_config(config)
             _add_end_of_turn(generation, header)
-            config.save_pretrained(folder)
+            cast(Any, config).save_pretrained(folder)
             generation.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     if not is_known:
@@ -80,7 +81,7 @@ def convert(file: Path, header: GGUFHeader, folder: Path, *, weights: bool = Tru
 
 def _load_weights(source: dict[str, Any], config: PretrainedConfig, header: GGUFHeader, name: str) -> PreTrainedModel:
     with model_load_errors(f"the weights of {name!r}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded = cast(Any, AutoModelForCausalLM).from_pretrained(
             **source,
             config=config,
             dtype=storage_dtype(header),
@@ -97,7 +98,7 @@ def _load_weights(source: dict[str, Any], config: PretrainedConfig, header: GGUF
 
 def _configuration(source: dict[str, Any], header: GGUFHeader, name: str) -> PretrainedConfig:
     try:
-        return AutoConfig.from_pretrained(**source)
+        return cast(Any, AutoConfig).from_pretrained(**source)
     except ValueError as error:
         if "is not supported yet" not in str(error):
             raise
@@ -115,7 +116,7 @@ def storage_dtype(header: GGUFHeader) -> torch.dtype:
 def _require_enough_tensors(config: PretrainedConfig, header: GGUFHeader, name: str) -> None:
     """Reject a model with more parameters than the file contains, before memory is allocated for it."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = cast(Any, AutoModelForCausalLM).from_config(config)
     needed = sum(parameter.numel() for parameter in model.parameters())
     if needed > header.parameters:
         raise ModelLoadError(
@@ -144,8 +145,8 @@ def _add_end_of_turn(settings: GenerationConfig | None, header: GGUFHeader) -> N
     """Let the end-of-turn token end an answer too. transformers reads only the end-of-text token."""
     if settings is None:
         return
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    ends = [*ends, header.token_id("eot")]
+    configured = cast(Any, settings).eos_token_id
+    ends = [*(configured if is_list(configured) else [configured]), header.token_id("eot")]
     settings.eos_token_id = list(dict.fromkeys(i for i in ends if i is not None)) or None
 
 

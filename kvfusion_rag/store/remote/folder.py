@@ -11,10 +11,11 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from ...errors import MissingDependencyError, StoreError
 from ..format import FORMAT_VERSION, SUFFIX, check, namespace_of
@@ -40,10 +41,10 @@ class RemoteFolder:
 
     def __init__(self, url: str, options: dict[str, Any]) -> None:
         try:
-            from fsspec.core import url_to_fs
+            from fsspec.core import url_to_fs  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
         except ImportError as error:
             raise MissingDependencyError("a remote store needs fsspec: pip install fsspec.") from error
-        self._open = partial(url_to_fs, url, **options)
+        self._open = cast(Callable[[], tuple[Any, str]], partial(url_to_fs, url, **options))
         self._opened: Any = None
         try:
             self._opened, self.root = self._open()

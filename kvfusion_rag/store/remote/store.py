@@ -16,11 +16,13 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 from ...errors import InvalidInputError, StoreError
 from ...model.kv import DocumentKV
 from ...option_names import check_option_names
+from ...text.json_text import is_a
 from ..format import NO_ENVIRONMENT, Codec, encode, file_name, is_finite, require_codec
 from ..metrics import Miss, UploadReport
 from ..size_limits import require_bytes
@@ -78,7 +80,7 @@ class RemoteStore(Maintenance):
     ) -> None:
         if max_bytes is not None:
             require_bytes("max_bytes", max_bytes)
-        if not isinstance(wait, int | float) or not 0 < wait < math.inf:
+        if not is_a(wait, int, float) or not 0 < wait < math.inf:
             raise InvalidInputError(f"wait is {wait!r}, but it must be a number of seconds above 0.")
         require_codec(codec)
         self._folder = RemoteFolder(url, options)
@@ -181,7 +183,7 @@ class RemoteStore(Maintenance):
         paths = [self._path(key) for key in keys]
         pool = ThreadPoolExecutor(min(_MAX_DOWNLOADS, max(1, len(paths))))
         try:
-            found = list(pool.map(lambda path: self._maintain(self._folder.exists, path), paths))
+            found = list(pool.map(partial(self._maintain, self._folder.exists), paths))
         except StoreError as error:
             self._pause("write", f"cannot be asked for its documents ({error})")
             raise

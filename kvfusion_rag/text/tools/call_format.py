@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...schema import Tool, ToolCall
-from ..chat import TEMPLATE_ERRORS
+from ..chat import TEMPLATE_ERRORS, typed
 from ..reasoning import Harmony, Reasoning, Tags, find_format
 from .definitions import definition
 
@@ -69,7 +69,8 @@ def find_call_format(
         reasoning: marks of the model's reasoning, as in its settings.
     """
     form = find_format(tokenizer, reasoning)
-    if tokenizer.chat_template is None or isinstance(form, Harmony):  # channels end the reasoning, so none may call
+    # Channels end the reasoning, so none may call.
+    if typed(tokenizer).chat_template is None or isinstance(form, Harmony):
         return OWN_FORMAT
     try:
         return _probed(tokenizer, kwargs, ends, form if isinstance(form, Tags) else None) or OWN_FORMAT
@@ -86,8 +87,9 @@ def _probed(
 
     def render(*messages: Mapping[str, Any], asks: bool = False) -> str:
         turns = [{"role": "user", "content": "probe"}, *messages]
-        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=asks, **kwargs)
-        return str(text)
+        return typed(tokenizer).apply_chat_template(
+            turns, tools=tools, tokenize=False, add_generation_prompt=asks, **kwargs
+        )
 
     call = {"id": _ID, "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
     result = {"role": "tool", "content": _RESULT, "tool_call_id": _ID, "name": _NAME}

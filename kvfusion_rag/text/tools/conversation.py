@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import InvalidInputError
 from ...schema import Message
+from ..json_text import is_mapping
 from .call_format import OWN_FORMAT, CallFormat
 from .definitions import ToolUse, definition
 
@@ -66,12 +67,12 @@ def _description(use: ToolUse, format: CallFormat) -> str:
     return "\n".join(["You can call these tools:", *functions, "To call a tool, answer with:", example])
 
 
-def _object(arguments: str) -> dict[str, Any]:
+def _object(arguments: str) -> Mapping[str, Any]:
     try:
         found = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not is_mapping(found):
         raise InvalidInputError(
             f"a call of the conversation has the arguments {arguments[:80]!r}, but they must be a JSON object."
         )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...errors import InvalidInputError
 from ...schema import Tool
 from ..answer_format import MAX_FORMAT_CHARACTERS, AnswerFormat, as_json
+from ..json_text import is_a, is_mapping, is_sequence
 
 MAX_TOOLS = 128
 CHOICES = ("auto", "none", "required")
@@ -45,7 +46,7 @@ class ToolUse:
             InvalidInputError: a tool, its schema or the choice is not allowed.
         """
         tools = () if tools is None else tools
-        if not isinstance(tools, Sequence) or not all(isinstance(tool, Tool) for tool in tools):
+        if not is_sequence(tools) or not all(isinstance(tool, Tool) for tool in tools):
             raise InvalidInputError(f"tools is a {type(tools).__name__}, but it must be a list of kvfusion_rag.Tool.")
         choice = "auto" if choice is None else choice
         names = [tool.name for tool in tools]
@@ -84,7 +85,7 @@ def _require_names(names: Sequence[str]) -> None:
     if len(names) > MAX_TOOLS:
         raise InvalidInputError(f"there are {len(names)} tools, but at most {MAX_TOOLS} are allowed.")
     for number, name in enumerate(names):
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in CHOICES:
+        if not is_a(name, str) or not _NAME.fullmatch(name) or name in CHOICES:
             raise InvalidInputError(
                 f"a tool is named {str(name)[:80]!r}, but a name must have 1 to 64 letters, digits or signs of '_.:-' "
                 f"and must not be one of {', '.join(CHOICES)}."
@@ -94,9 +95,9 @@ def _require_names(names: Sequence[str]) -> None:
 
 
 def _schema(tool: Tool) -> str:
-    if not isinstance(tool.description, str):
+    if not is_a(tool.description, str):
         raise InvalidInputError(f"the description of tool {tool.name!r} must be a text.")
-    if not isinstance(tool.parameters, Mapping):
+    if not is_mapping(tool.parameters):
         raise InvalidInputError(f"the parameters of tool {tool.name!r} must be a JSON schema, a dictionary.")
     parameters = definition(tool)["function"]["parameters"]
     if parameters.get("type", "object") != "object":
