@@ -1,13 +1,11 @@
 """One model with its tokenizer and optional adapter: forward passes and fingerprint.
 
 This is the only module that calls the model, because ``forward`` of a transformers model silently ignores unknown
-keyword arguments. The prefill decoder Dp and the answering decoder Dt are two trees of modules with the same weights.
-Only Dt has the adapter, so documents can be read while questions are answered.
+keyword arguments. ``adapters.switching`` makes the prefill decoder Dp beside the answering decoder Dt.
 """
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -23,7 +21,8 @@ from ..text.json_text import is_list
 from ..text.settings import ModelSettings
 from .adapters.base import require_trained_on
 from .adapters.libraries import require_adapter_libraries
-from .adapters.loading import load_adapter, switch_adapter
+from .adapters.loading import load_adapter
+from .adapters.switching import AdapterSwitch, prefill_decoder
 from .attention.ape import Ape
 from .attention.functions import GROUPED, checkpoint_with_context, register_explicit, share_heads
 from .attention.weights import AttentionSum
@@ -97,10 +96,10 @@ class Backbone:
         self.end_id: int | None = next((i for i in ends if i is not None), None)  # ends the answers in training
         self._base_weights = list(model.state_dict(keep_vars=True).items())
         self._digest: tuple[list[int], str] | None = None  # with the versions of the weights that it covers
-        self.prefill_decoder = _share_weights(_decoder(model))  # without the adapter
+        self.prefill_decoder = prefill_decoder(model)
         self._prefill_lock, self._lock = threading.Lock(), threading.Lock()
         self.adapter_digest: str | None = None
-        self._adapter_on = adapter is not None
+        self._switch = AdapterSwitch(model, is_on=adapter is not None)
         if adapter is not None:
             self.require_base_of(Path(adapter))
             self.adapter_digest = load_adapter(model, Path(adapter), model_id)
@@ -239,7 +238,7 @@ class Backbone:
         with self._lock:
             cast(Any, self.model).add_adapter(settings)
             self.adapter_digest = "in training"
-            self._adapter_on = True
+            self._switch.added()
 
     def require_base_of(self, folder: Path) -> None:
         """Check that the adapter or decoder in ``folder`` was trained on this model.
@@ -337,10 +336,7 @@ class Backbone:
             training: keep dropout on if the model is in training mode.
         """
         with self._lock, torch.autocast(self.device.type, enabled=False):
-            use_adapter = adapter and self.has_adapter
-            if use_adapter != self._adapter_on:
-                switch_adapter(self.model, use_adapter)
-                self._adapter_on = use_adapter
+            self._switch.turn(adapter and self.has_adapter)
             usual_attention = attention_of(self.config)
             suspend_training = self.model.training and not training
             if attention is not None:
@@ -354,18 +350,6 @@ class Backbone:
                     set_attention(self.model, usual_attention)
                 if suspend_training:
                     self.model.train()
-
-
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the model without its head. In some models, ``decoder`` is the name of the head itself."""
-    decoder = cast(Any, model).get_decoder()
-    return cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
-
-
-def _share_weights(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of the modules of ``decoder``, with the same parameters and buffers."""
-    tensors = [*decoder.parameters(), *decoder.buffers()]
-    return copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
 
 
 def end_ids(generation: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

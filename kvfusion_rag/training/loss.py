@@ -20,7 +20,7 @@ from ..fusion.fused_cache import fuse
 from ..fusion.torch_model import TorchModel
 from ..model.kv import DocumentKV
 from ..model.positions import packed_mask
-from ..model.tolerance import TOLERANCE
+from ..model.tolerance import TOLERANCE, relative_error
 from .examples import Batch, Example, collate
 
 
@@ -143,7 +143,7 @@ def checkpoint_exactly(engine: Engine[TorchModel], example: Example) -> None:
     decoder.checkpoint_activations()
     try:
         logits = batch_logits(engine, batch, columns).float()
-        error = float((logits - expected).norm() / expected.norm())
+        error = relative_error(logits, expected)
         cause = f"logits have a relative error of {error:.1e}, allowed {allowed:.0e}"
     except torch.OutOfMemoryError:
         raise  # not a property of the architecture

@@ -16,7 +16,7 @@ from kvfusion_rag.cli import main
 from kvfusion_rag.data.rows import write_rows
 from kvfusion_rag.fusion.fused_cache import fuse
 from kvfusion_rag.fusion.prefill import prefill
-from kvfusion_rag.model.adapters.loading import switch_adapter
+from kvfusion_rag.model.adapters.switching import set_adapter
 from kvfusion_rag.model.loading import _load_weights
 from kvfusion_rag.model.location import locate_model
 from kvfusion_rag.model.positions import block_mask, fused_positions
@@ -203,7 +203,7 @@ def test_adapter_of_the_text_part_is_saved_and_loaded(tmp_path):
     bone.add_adapter(LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     bone.save(tmp_path / "adapter")
     _, adapted = loaded(tmp_path / "whole", adapter=tmp_path / "adapter")
-    switch_adapter(adapted, True)
+    set_adapter(adapted, True)
     assert torch.equal(logits(adapted), logits(text))
 
 

@@ -1,4 +1,4 @@
-"""Loads an adapter onto a model as peft does, but keeps the base weights, and switches it on and off.
+"""Loads an adapter onto a model as peft does, but keeps the base weights.
 
 peft's own ``load_adapter`` in transformers 5.23 leaves trained heads switched off and cannot read DoRA, so peft
 itself loads here. Where peft changes base weights, the change is moved into the adapter, because documents are read
@@ -67,16 +67,6 @@ def load_adapter(model: PreTrainedModel, folder: Path, model_id: str) -> str:
         _subtract_initial_weights(model, str(initial))
     model.eval()
     return digest_tensors(found.items(), settings)
-
-
-def switch_adapter(model: PreTrainedModel, on: bool) -> None:
-    """Switch the adapter on or off, including modules that it replaces, which transformers' own method forgets."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            module.enable_adapters(on)
 
 
 def _attach(model: PreTrainedModel, config: PeftConfig, weights: Weights) -> tuple[Weights, list[str]]:
