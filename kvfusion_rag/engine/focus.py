@@ -1,7 +1,11 @@
 """Focus: choose the documents that make the question likely, and fuse only those.
 
-The question is read over each document's own cache. Documents are ranked by log p(question | document) (UPR, arXiv
+The question is read over each document's own cache. The score of a document is log p(question | document) (UPR, arXiv
 2204.07496; path pruning in Superposition Prompting, arXiv 2404.06910) plus the retriever's score, if all have one.
+
+The document with the highest score is kept first. Each further one is chosen by its score, and by how well it explains
+the question together with those kept before: a token counts with its highest log-probability over these documents.
+This is greedy facility location (Nemhauser, Wolsey and Fisher 1978) with a part for each document alone.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from ..text.encoder import PlainEncoder
 from .document_kvs import DocumentKVs, Scope
 
 Ids = tuple[int, ...]
+Pieces = tuple[Ids, ...]
+OWN_SHARE = 0.5  # weight of a further document's own score; 0.25 to 1 are about equally good (docs/focus.md)
 LEAD = "Question:"  # in front of the question that is scored; it is read but not scored
 
 
@@ -109,12 +115,13 @@ def choose(document_kvs: DocumentKVs, focus: Focus, is_cancelled: Callable[[], b
     encoded, scope = focus.scored, focus.scope
     requests = {key: KVRequest(ids) for key, ids in encoded.keys.items()}
     fetched = document_kvs.fetch(requests, None, document_kvs.version, scope, is_cancelled=is_cancelled)
-    likelihoods = document_kvs.model.question_likelihoods(
+    tokens = document_kvs.model.token_likelihoods(
         document_kvs.prefix_kv(scope), [fetched.kvs[key] for key in encoded.keys], focus.ids, given=focus.given
     )
-    of_piece = dict(zip(encoded.keys.values(), likelihoods, strict=True))
-    scores = document_scores(encoded.documents, of_piece, focus.weight)
-    kept = best_documents(encoded, scores, focus.most)
+    of_piece = dict(zip(encoded.keys.values(), tokens, strict=True))
+    sums = {ids: math.fsum(values) for ids, values in of_piece.items()}
+    scores = document_scores(encoded.documents, sums, focus.weight)
+    kept = best_documents(encoded, of_piece, focus.weight, focus.most)
     pieces = {ids for number in kept for ids in encoded.documents[number].pieces}
     kvs = {key: fetched.kvs[key] for key, ids in encoded.keys.items() if ids in pieces}
     return Choice(encoded, kept, scores, fetched.origins, fetched.misses, kvs, document_kvs.key_kind)
@@ -162,17 +169,35 @@ def standardized(values: Sequence[float]) -> list[float]:
     return [(value - mean) / deviation for value in values]
 
 
-def best_documents(encoded: EncodedDocuments, scores: Sequence[float | None], most: int) -> tuple[int, ...]:
-    """Return the indices of the ``most`` best distinct documents and their duplicates, in the caller's order."""
+def best_documents(
+    encoded: EncodedDocuments, tokens: Mapping[Ids, Sequence[float]], weight: float, most: int
+) -> tuple[int, ...]:
+    """Return the indices of the best ``most`` distinct documents and their duplicates, in the caller's order.
+
+    Args:
+        tokens: log-probability of each token of the question (A) given each piece.
+        weight: weight of the retriever's standardized score.
+    """
+    added: dict[Pieces, float] = {}
+    for document, part in zip(encoded.documents, _retriever_parts(encoded.documents, weight), strict=True):
+        if document.pieces:
+            added[document.pieces] = max(part, added.get(document.pieces, -math.inf))
     key_of = {ids: key for key, ids in encoded.keys.items()}
-    best: dict[tuple[Ids, ...], float] = {}
-    for document, score in zip(encoded.documents, scores, strict=True):
-        if score is not None:
-            best[document.pieces] = max(score, best.get(document.pieces, -math.inf))
-    ranked = sorted(best, key=lambda pieces: (-best[pieces], [key_of[ids] for ids in pieces]))
-    kept = set(ranked[:most])
+    left = sorted(added, key=lambda pieces: [key_of[ids] for ids in pieces])  # of equal ones, the first is kept
+
+    def score(pieces: Pieces, explained: Sequence[float]) -> float:
+        return added[pieces] + max(math.fsum(map(max, explained, tokens[ids])) for ids in pieces)
+
+    nothing = explained = [-math.inf] * len(next(iter(tokens.values())))
+    own = {pieces: score(pieces, nothing) for pieces in left}
+    kept: set[Pieces] = set()
+    for _ in range(most):
+        best = max(left, key=lambda pieces: score(pieces, explained) + OWN_SHARE * own[pieces])
+        left.remove(best)
+        kept.add(best)
+        explained = [max(values) for values in zip(explained, *(tokens[ids] for ids in best), strict=True)]
     return tuple(number for number, document in enumerate(encoded.documents) if document.pieces in kept)
 
 
-def _distinct(encoded: EncodedDocuments) -> set[tuple[Ids, ...]]:
+def _distinct(encoded: EncodedDocuments) -> set[Pieces]:
     return {document.pieces for document in encoded.documents if document.pieces}

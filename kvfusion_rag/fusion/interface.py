@@ -172,15 +172,9 @@ class FusionModel(Protocol):
 
     # Measuring
 
-    def question_likelihoods(
-        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
-    ) -> list[float]:
-        """Return log p(``ids[given:]`` | document, ``ids[:given]``) for each document, without the adapter."""
-        ...
-
     def token_likelihoods(
         self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
-    ) -> torch.Tensor:
+    ) -> list[list[float]]:
         """Return the log-probability of each id behind ``given``, (D, A), for each document, without the adapter.
 
         None stands for no document.

@@ -1,4 +1,4 @@
-"""Scores documents by log p(text | document), each read separately, several per forward pass."""
+"""Measures log p(text | document) of each token, each document read separately, several per forward pass."""
 
 from __future__ import annotations
 
@@ -10,21 +10,10 @@ from ..model.backbone import Backbone
 from ..model.kv import DocumentKV, KVShape
 from .fused_cache import FusedBuffer
 from .prefill import kv_shape
-from .sampling import to_list
 
 LOGITS_AT_ONCE = 1 << 26  # 256 MB in float32
 
 Documents = Sequence[DocumentKV | None]
-
-
-def text_log_probabilities(
-    backbone: Backbone, prefix: DocumentKV | None, documents: Documents, ids: Sequence[int], *, given: int
-) -> list[float]:
-    """Return log p(``ids[given:]`` | prefix, document, ``ids[:given]``) in nats for each of D documents, adapter off.
-
-    Arguments are those of :func:`token_log_probabilities`.
-    """
-    return to_list(token_log_probabilities(backbone, prefix, documents, ids, given=given).sum(dim=1))
 
 
 @torch.inference_mode()

@@ -21,8 +21,9 @@ from .decode import DecodingPlan, decode, log_probabilities
 from .fused_cache import BufferPool, FusedBuffer, FusedContext
 from .gate import require_explicit_attention, run_gate
 from .interface import ApeFactors, Capabilities, Ids
-from .likelihood import text_log_probabilities, token_log_probabilities
+from .likelihood import token_log_probabilities
 from .prefill import TOKENS_PER_PASS, kv_shape, prefill, prefill_prefix
+from .sampling import to_list
 
 
 class TorchModel:
@@ -159,15 +160,10 @@ class TorchModel:
     answer_likelihoods = staticmethod(log_probabilities)
     attention_shares = staticmethod(attention_shares)
 
-    def question_likelihoods(
-        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
-    ) -> list[float]:
-        return text_log_probabilities(self.backbone, prefix, documents, ids, given=given)
-
     def token_likelihoods(
         self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
-    ) -> torch.Tensor:
-        return token_log_probabilities(self.backbone, prefix, documents, ids, given=given)
+    ) -> list[list[float]]:
+        return to_list(token_log_probabilities(self.backbone, prefix, documents, ids, given=given))
 
     # Support
 

@@ -270,17 +270,12 @@ class LlamaCppModel:
 
     # Measuring
 
-    def question_likelihoods(
-        self, prefix: DocumentKV | None, documents: Sequence[DocumentKV], ids: Sequence[int], *, given: int
-    ) -> list[float]:
-        return self.token_likelihoods(prefix, documents, ids, given=given).sum(dim=1).tolist()
-
     def token_likelihoods(
         self, prefix: DocumentKV | None, documents: Sequence[DocumentKV | None], ids: Sequence[int], *, given: int
-    ) -> torch.Tensor:
+    ) -> list[list[float]]:
         before = 0 if prefix is None else prefix.num_tokens
         lengths = [0 if kv is None else kv.num_tokens for kv in documents]
-        found: list[torch.Tensor] = []
+        found: list[list[float]] = []
         with self._contexts.context(before + max(lengths) + len(ids)) as context:
             if prefix is not None:
                 context.restore(PREFIX, self._packed(prefix, 0))
@@ -291,9 +286,9 @@ class LlamaCppModel:
                     context.copy(PREFIX, DOCUMENT)
                 scored = len(ids) - given
                 logits = context.decode([Tokens(ids[:-1], before + length, DOCUMENT, predicted=scored)])
-                found.append(_log_probabilities(logits, ids[given:]))
+                found.append(_log_probabilities(logits, ids[given:]).tolist())
                 context.remove(DOCUMENT)
-        return torch.stack(found)
+        return found
 
     def answer_likelihoods(
         self,

@@ -20,7 +20,7 @@ from kvfusion_rag import (
     Tool,
 )
 from kvfusion_rag.fusion import torch_model
-from kvfusion_rag.fusion.likelihood import text_log_probabilities, token_log_probabilities
+from kvfusion_rag.fusion.likelihood import token_log_probabilities
 from kvfusion_rag.fusion.prefill import prefill
 from kvfusion_rag.fusion.torch_model import TorchModel
 from kvfusion_rag.text.settings import ModelSettings
@@ -49,11 +49,12 @@ def made(**changes):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Return the number of documents of each pass that measured support."""
+    """Return the number of documents of each pass that measured support, which also reads the question alone."""
     counts = []
 
     def counted(backbone, prefix, documents, ids, *, given):
-        counts.append(len(documents))
+        if None in documents:
+            counts.append(len(documents))
         return token_log_probabilities(backbone, prefix, documents, ids, given=given)
 
     monkeypatch.setattr(torch_model, "token_log_probabilities", counted)
@@ -159,7 +160,7 @@ def test_signals_are_those_of_the_best_document(focus):
     [(_, prefix)] = prefill(model.backbone, [tuple(prefix_ids)], None, tokens_per_pass=128)
     kvs = dict(prefill(model.backbone, list(gen._engine.read(DOCUMENTS).keys.values()), prefix, tokens_per_pass=128))
     documents = [*kvs.values(), None]
-    *given, none = text_log_probabilities(model.backbone, prefix, documents, ids, given=len(lead))
+    *given, none = token_log_probabilities(model.backbone, prefix, documents, ids, given=len(lead)).sum(dim=1).tolist()
     best, *others = sorted(given, reverse=True)
     assert signals["gain"] == pytest.approx(best - none, rel=1e-4)
     assert signals["explained"] == pytest.approx((best - none) / -none, rel=1e-4)
@@ -196,12 +197,15 @@ def test_one_pass_if_asked_and_none_otherwise(passes):
 
 def test_focus_does_not_score_documents_again(monkeypatch):
     gen, scored = made(), []
-    score = TorchModel.question_likelihoods
-    monkeypatch.setattr(
-        TorchModel, "question_likelihoods", lambda *args, **kwargs: scored.append(1) or score(*args, **kwargs)
-    )
+    score = TorchModel.token_likelihoods
+
+    def scoring(self, prefix, documents, ids, *, given):
+        scored.append(len(documents))
+        return score(self, prefix, documents, ids, given=given)
+
+    monkeypatch.setattr(TorchModel, "token_likelihoods", scoring)
     gen.answer(QUESTION, DOCUMENTS, focus=1, min_support=0)
-    assert len(scored) == 1
+    assert scored == [len(DOCUMENTS), 2]  # all documents, then the chosen one and none
 
 
 # Found

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from ...fusion.interface import FusionModel
 from ...fusion.memory import memory_errors
-from ...fusion.sampling import to_list
 from ...schema import Answer
 from ...store import KVRequest
 from ...text.documents import EncodedDocuments
@@ -127,4 +126,4 @@ def _token_likelihoods(
     documents = [*(fetched.kvs[key] for key in encoded.keys), None]
     prefix = document_kvs.prefix_kv(scope)
     with memory_errors(engine.model.device, questions=len(documents), tokens=encoded.longest):
-        return to_list(engine.model.token_likelihoods(prefix, documents, ids, given=given))
+        return engine.model.token_likelihoods(prefix, documents, ids, given=given)
