@@ -85,7 +85,7 @@ class DatabaseCollection:
         elif self.base != base:
             raise InvalidInputError(
                 f"base is {str(base)!r}, but the names in the index {self.location!r} are relative to "
-                f"{str(self.base)!r}; use that folder, or another name of the index."
+                f"{str(self.base)!r}; use that folder, or an index with another name."
             )
 
     def places(self, key: bytes) -> list[Place]:

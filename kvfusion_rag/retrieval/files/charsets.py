@@ -35,7 +35,7 @@ class DecodedText:
 
     Attributes:
         invalid: number of bytes that could not be decoded and became U+FFFD.
-        known: False if nothing in the bytes speaks for the encoding.
+        known: False if nothing in the bytes suggests the encoding.
     """
 
     text: str
@@ -102,7 +102,7 @@ def _as_declared(data: bytes, label: str) -> DecodedText | None:
 
 
 def _as_detected(data: bytes, outside_ascii: int) -> DecodedText:
-    match = detect(_DECLARATION.sub(b"", data))  # a declaration would be believed
+    match = detect(_DECLARATION.sub(b"", data))  # a declaration would be trusted
     assert match.codec is not None  # only of empty bytes
     text = data.decode(match.codec, errors="replace")
     known = match.confidence > 0 or outside_ascii <= BINARY_SHARE * len(data)
