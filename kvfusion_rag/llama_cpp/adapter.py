@@ -82,7 +82,7 @@ def _require_plain(settings: Any, name: str, architecture: str) -> None:
         )
     if architecture not in MOVES_ROWS:
         raise UnsupportedModelError(
-            f"adapters of the architecture {architecture!r} are not converted for llama.cpp, only those of "
+            f"adapters for the architecture {architecture!r} cannot be converted for llama.cpp, only those for "
             f"{', '.join(MOVES_ROWS)}; pass a GGUF file made by llama.cpp's convert_lora_to_gguf.py."
         )
 

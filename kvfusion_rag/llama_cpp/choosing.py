@@ -76,7 +76,7 @@ def _known_engine(model: str | Path | None, given: Mapping[str, Any]) -> tuple[s
 
 
 def _main_memory() -> int | None:
-    """Return the bytes of this machine's memory, or None on Windows, where they cannot be asked for in this way."""
+    """Return the bytes of this machine's memory, or None on Windows, which does not report them in this way."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 

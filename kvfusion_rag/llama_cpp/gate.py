@@ -1,4 +1,4 @@
-"""The support gate on llama.cpp: measures at load time whether documents can be read apart and answered together."""
+"""The support gate on llama.cpp: measures at load time whether documents can be read separately and then fused."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class _Probe:
         ordinary = self.model.ordinary_logits([Tokens(ids, 0, 0, predicted=1)])
         error = _error(self._fused(self.kvs[:1]), ordinary)
         detail = f"relative error {error:.1e}, at most {TOLERANCE:.0e}"
-        return Check("one document is an ordinary pass", error <= TOLERANCE, detail)
+        return Check("one document equals an ordinary pass", error <= TOLERANCE, detail)
 
     def order_does_not_matter(self) -> Check:
         same = torch.equal(self._fused(self.kvs[::-1]), self.fused)
-        return Check("order does not matter", same, "bits are equal" if same else "bits differ")
+        return Check("the order of documents does not matter", same, "bits are equal" if same else "bits differ")
 
     def all_documents_are_read(self) -> Check:
         errors = [_error(self._fused([kv]), self.fused) for kv in self.kvs]

@@ -68,7 +68,7 @@ class LlamaCppModel:
         adapter: an adapter of ``weights``, for Dt only.
 
     Raises:
-        UnsupportedModelError: the cache of this architecture cannot be taken apart into documents.
+        UnsupportedModelError: the cache of this architecture cannot be split into documents.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class LlamaCppModel:
     def plan(
         self, context: FusedContext, prefix_lengths: Sequence[int], *, tuned: bool, ape: ApeFactors | None
     ) -> bool:
-        """Return whether the adapter is used, which is all that can be chosen."""
+        """Return whether the adapter is used, which is the only choice."""
         return tuned
 
     def constraint(self, format: AnswerFormat) -> Constraint:

@@ -1,4 +1,4 @@
-"""Loads a model for vLLM: checks versions and options, loads the half on torch, and opens a store for both."""
+"""Loads a model for vLLM: checks versions and options, loads the part on torch, and opens a store for both."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNSUPPORTED_FIELDS = (
 
 
 def load_vllm_model(model: str | Path | None, options: LoadKwargs) -> tuple[VllmModel, ModelSettings]:
-    """Load the half on torch and return it with its settings, including the changes in ``options``.
+    """Load the part on torch and return it with its settings, including the changes in ``options``.
 
     Raises:
         MissingDependencyError: vLLM is missing, or this version of vLLM is not supported.
