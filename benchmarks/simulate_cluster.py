@@ -176,9 +176,7 @@ def balance(args: argparse.Namespace) -> Table:
 def corpus(args: argparse.Namespace) -> Table:
     """Hit rates and store traffic by size of the corpus, by Che's approximation."""
     size = passage_bytes(MODELS[MODEL], "raw")
-    rows = [
-        ["passages, router", "replicas", "hits", "store requests/s", "bytes/s from the store", "per replica"]
-    ]
+    rows = [["passages, router", "replicas", "hits", "store requests/s", "bytes/s from the store", "per replica"]]
     for documents, replicas in zip(CORPORA, args.fleet, strict=True):
         traffic = Traffic(documents, args.pool, args.per_question, args.exponent, 0)
         own = args.memory * 1e9 / size

@@ -59,7 +59,7 @@ def _exists(path: Path) -> bool:
         path.stat()
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise InvalidInputError(f"{str(path)!r} is a link to nothing.") from error
+            raise InvalidInputError(f"{str(path)!r} is a broken link.") from error
         return False
     except OSError as error:
         raise InvalidInputError(f"{str(path)!r} cannot be used: {error.strerror}.") from error

@@ -1,7 +1,7 @@
-"""Calibrates support, and measures what it is worth: questions refused without their gold document, and kept with it.
+"""Calibrates support, and measures it: questions refused without their gold document, and kept with it.
 
-Every question is answered over its documents and over the same documents without the gold ones. One half of the
-questions fits the calibration, and the other half measures it.
+Every question is answered over its documents and over the same documents without the gold ones. The calibration is
+fitted on one half of the questions, and measured on the other.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one calibration is worth.
+    """How well one calibration works.
 
     Attributes:
         signals: names of its signals.
@@ -92,7 +92,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class SupportReport:
-    """What support is worth on questions that did not fit its calibration.
+    """How well support works on questions on which it was not fitted.
 
     Attributes:
         questions: measured questions, each answerable once and unanswerable once.

@@ -31,7 +31,7 @@ class Shards:
 
     Gathering needs all processes, but their passes differ in number. So each process announces the turn of its place,
     and all gather for the earliest turn, even those that come to another place. Turns of forward passes are earlier
-    than those of backward passes. So a process that is behind catches up, and then all go on together.
+    than those of backward passes. So a process that is behind catches up, and then all continue together.
 
     Args:
         backbone: a model whose weights are still whole, and that has no adapter yet. Its digest is computed before

@@ -1,7 +1,7 @@
 """Uploaded files: kept in a folder of the server, and indexed in memory, for each tenant separately.
 
-Names and contents are untrusted. A name is a single part of a path, of a file that a loader reads, and a file that no
-loader can read is rejected before it is written.
+Names and contents are untrusted. A name must be a single part of a path with a known suffix. A file that its loader
+cannot read is rejected before it is written.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Uploads:
             files = self._index.files()
             if name not in files and len(files) >= self._max_files:
                 raise InvalidInputError(
-                    f"there are {len(files)} uploaded files, the limit of this server; remove one first."
+                    f"there are already {len(files)} uploaded files, which is the limit; remove one first."
                 )
             partial = self._folder / _PARTIAL
             partial.write_bytes(content)
