@@ -127,7 +127,7 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "-v", "--verbose", action="count", dest="verbosity", default=0,
         help="report each step on standard error; -vv reports details too",
     )  # fmt: skip
-    verbose.type = verbosity  # of a value in a file or variable
+    verbose.type = verbosity  # for a value in a file or variable
     quiet = "report only errors on standard error, and show no progress"
     add("-q", "--quiet", action="store_const", const=-1, dest="verbosity", help=quiet)
     add(

@@ -16,7 +16,7 @@ from .pool import run_batches
 
 TEXTS_PER_BATCH = 64
 TEXTS_FOR_WORKERS = 1024  # fewer texts are embedded here before a worker would have started
-TEXTS_PER_STEP = 8192  # of an index: each step starts workers
+TEXTS_PER_STEP = 8192  # large, because each step of an index starts workers
 
 
 class ClusterEmbedder:

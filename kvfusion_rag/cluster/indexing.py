@@ -19,7 +19,7 @@ from .pool import apart, run_batches
 from .spec import GeneratorSpec
 
 DOCUMENTS_PER_BATCH = 32
-DOCUMENTS_PER_PART = 10_000  # of a manifest, so that an interrupted run has listed most of what it stored
+DOCUMENTS_PER_PART = 10_000  # of a manifest: an interrupted run has listed most of its documents
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from .connection import connected, require_shared_store, workers_of
 from .options import ClusterOptions
 from .spec import WorkerCache
 
-MAX_BLOCKS = 1000  # of a dataset; a worker that dies repeats at most one block for each of its tasks
+MAX_BLOCKS = 1000  # per dataset; a worker that dies repeats at most one block for each of its tasks
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -25,14 +25,14 @@ from .orders import NO_GOLD, ORIGINAL, arrange
 if TYPE_CHECKING:
     from ..generator import KVFusionGenerator
 
-REGULARIZATION = 1.0  # of the standardized weights, in observations
+REGULARIZATION = 1.0  # on the standardized weights, in observations
 NEWTON_STEPS = 25
-FITTED = (  # signals of each calibration; the first that all questions have, and those behind it for other questions
+FITTED = (  # signals of each calibration: the first that all questions have, and those after it for other questions
     ("explained", "rare_coverage", "focus_lead"),
     ("explained", "rare_coverage", "lead"),
     ("explained", "coverage"),
 )
-SHARES = tuple(share / 100 for share in range(100, 49, -1))  # of answerable questions kept, points of the curve
+SHARES = tuple(share / 100 for share in range(100, 49, -1))  # answerable questions kept at the points of the curve
 
 Array = npt.NDArray[np.float64]
 
@@ -172,7 +172,7 @@ def halves(
 def fit_calibration(measured: Sequence[tuple[Measured, Measured]], share: float) -> SupportCalibration:
     """Return the logistic regression of answerable on the signals, with a threshold that keeps ``share`` of them.
 
-    The signals are the first of ``FITTED`` that all questions with an answer have. Those behind them are fitted for
+    The signals are the first of ``FITTED`` that all questions with an answer have. Those after them are fitted for
     questions that lack one.
     """
     known = _signals_of_all(measured)

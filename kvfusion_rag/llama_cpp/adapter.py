@@ -24,7 +24,7 @@ PLAIN: Mapping[str, Any] = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
     "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
 }  # fmt: skip
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of the matrices; others change the base weights
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # initial matrices; all others change the base weights
 
 
 def convert_adapter(folder: Path, file: Path, *, architecture: str, config: Any) -> None:

@@ -25,7 +25,7 @@ from .loading import LLAMA_CPP_ONLY, TORCH_ONLY, load_llama_cpp_model
 logger = logging.getLogger(__name__)
 
 DOCUMENT_TOKENS, ANSWER_TOKENS, REPEATS = 128, 8, 3
-MEMORY_SHARE = 0.5  # of the main memory, that dense weights may take
+MEMORY_SHARE = 0.5  # share of the main memory that dense weights may take
 
 
 def load_faster_model(model: str | Path | None, options: LoadKwargs) -> tuple[FusionModel, ModelSettings]:

@@ -22,7 +22,7 @@ from .library import Weights, library
 from .states import cells_of
 
 MAX_SEQUENCES = 64  # a batch has at most 32 questions
-TOKENS_PER_BATCH = 2048  # of one call of llama_decode
+TOKENS_PER_BATCH = 2048  # per call of llama_decode
 TOKENS_PER_PASS = 512
 CELLS_STEP = 256  # llama.cpp rounds the cells up to this
 KEPT_CONTEXTS = 2

@@ -70,7 +70,7 @@ class _Probe:
         return [kv for _, kv in self.model.prefill(documents, self.prefix)]
 
     def _fused(self, kvs: Sequence[DocumentKV]) -> torch.Tensor:
-        """Return logits (1, V) behind the question over fused documents."""
+        """Return logits (1, V) after the question over fused documents."""
         ordered = sorted(kvs, key=lambda kv: kv.token_ids)
         context = fuse([ordered], self.model.device, [self.prefix])
         start = (self.prefix.num_tokens if self.prefix else 0) + max(kv.num_tokens for kv in kvs)

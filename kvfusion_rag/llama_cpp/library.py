@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "llama-cpp-python"
 LOWEST, ABOVE = (0, 3, 36), (0, 4)  # tested versions; the layout of a sequence's state is not a stable interface
-ERROR_LEVEL = 4  # of llama.cpp's log
+ERROR_LEVEL = 4  # llama.cpp's number for errors
 
 
 @cache

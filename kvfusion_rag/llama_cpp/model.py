@@ -331,7 +331,7 @@ class LlamaCppModel:
         raise self._no_attention()
 
     def logits_behind(self, context: FusedContext, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Return logits (1, V) of the base model behind ``ids`` over the one row of a fused context."""
+        """Return logits (1, V) of the base model after ``ids`` over the one row of a fused context."""
         with self._contexts.context(int(context.mask.sum()) + len(ids)) as sequences:
             self._restore_rows(sequences, context, [0], None)
             return sequences.decode([Tokens(ids, start, 0, predicted=1)])

@@ -23,7 +23,7 @@ from .replies import LAST_EVENT, event
 logger = logging.getLogger(__name__)
 
 FINAL_EVENT_TIMEOUT = 5.0  # seconds to deliver the final event of a stream
-STOPPING_TIMEOUT = 1.0  # the same while the server stops
+STOPPING_TIMEOUT = 1.0  # the same, while the server is stopping
 
 
 class Load:

@@ -56,7 +56,7 @@ class Shards:
         model.requires_grad_(False)
         self._places = _split(answering, device)
         for tree in (model, prefill_decoder):
-            tree.to(device=device)  # type: ignore[call-arg]  # in place: what is not in shards
+            tree.to(device=device)  # type: ignore[call-arg]  # in place: the weights that are not in shards
         backbone.device = device
         self._whole: _Weights | None = None
         self._control = distributed.new_group(backend="gloo")  # an accelerator's own would wait for its kernels

@@ -26,7 +26,11 @@ from ..text.settings import ModelSettings, is_count
 from .model import VllmFiles, VllmModel
 from .support import require_supported_model, require_supported_vllm
 
-STRETCHED_KINDS = ("default", "linear", "llama3")  # of RoPE, whose rotations do not depend on the largest position
+STRETCHED_KINDS = (
+    "default",
+    "linear",
+    "llama3",
+)  # kinds of RoPE whose rotations do not depend on the largest position
 LARGEST_RANK = 512
 # Fields of a LoRA adapter's settings that vLLM ignores or rejects.
 UNSUPPORTED_FIELDS = (

@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InvalidInputError
 from ..store import is_document_key
 
-FIELD = "kvfusion"  # of ``kv_transfer_params``
+FIELD = "kvfusion"  # key in ``kv_transfer_params``
 
 
 @dataclass(frozen=True, slots=True)

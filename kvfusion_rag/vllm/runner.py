@@ -173,7 +173,7 @@ class VllmRunner(Runner[VllmModel]):
                 self._stored(request, again=True)
 
     def _grow(self, request: Request, answer: GrowingAnswer, options: DecodingOptions) -> Generator[None, None, None]:
-        """Ask vLLM once, and push its tokens until the answer's format begins, if it has one behind its reasoning."""
+        """Ask vLLM once, and push its tokens until the answer's format begins, if it has one after its reasoning."""
         allowed = answer.allowed
         if (
             allowed is not None
@@ -215,7 +215,7 @@ class VllmRunner(Runner[VllmModel]):
     def token_request(
         self, request: Request, written: Sequence[int], options: DecodingOptions, format: AnswerFormat | None = None
     ) -> TokenRequest:
-        """Return what vLLM is asked for behind the tokens ``written`` so far, which are in front of the format."""
+        """Return the request for the tokens after ``written``, which come before the answer's format."""
         prompt = _prompt_of(request)
         documents = self._documents(request)
         return TokenRequest(

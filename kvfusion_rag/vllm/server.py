@@ -30,12 +30,12 @@ from .reader import ReaderOptions
 logger = logging.getLogger(__name__)
 
 BASE, TUNED = "base", "tuned"  # names of the model without and with its adapter
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of which vLLM takes one as the largest
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM allows for the largest rank
 START_SECONDS = 1800.0  # large models are read from slow disks, and compiled
 STOP_SECONDS = 15.0
 MAX_CONNECTIONS = 1024
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*error: \S.*)", re.IGNORECASE)
-_LOG_LINES = 400  # of the end of the log, in which the cause of a failed start is searched
+_LOG_LINES = 400  # last lines of the log to search for the cause of a failed start
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class ServerOptions:
             "--model", self.model, "--served-model-name", BASE, "--uds", str(socket), "--dtype", self.dtype,
             "--max-model-len", str(self.max_model_len), "--kv-transfer-config", json.dumps(connector),
             "--generation-config", "vllm", "--disable-uvicorn-access-log",
-            "--structured-outputs-config", json.dumps({"backend": "guidance"}),  # of llguidance, like our own masks
+            "--structured-outputs-config", json.dumps({"backend": "guidance"}),  # llguidance, as in our own masks
         ]  # fmt: skip
         if self.revision is not None:
             given += ["--revision", self.revision]

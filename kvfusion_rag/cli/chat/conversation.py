@@ -12,7 +12,7 @@ from ...schema import FocusChoice, Message, ModeChoice
 if TYPE_CHECKING:
     from ... import Answer, AnswerStream, Document, KVFusionGenerator
 
-MAX_TURNS = 3  # of the conversation that a rewritten question can refer to
+MAX_TURNS = 3  # earlier turns that a rewritten question can refer to
 MAX_STANDALONE_TOKENS = 64
 MAX_STANDALONE_CHARACTERS = 500
 MAX_ANSWER_CHARACTERS = 500  # of an earlier answer, when a question is rewritten

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import InvalidInputError, KVFusionError
 from .place import is_private
 
-ALIVE_SECONDS = 5.0  # for a busy server to say that it runs
+ALIVE_SECONDS = 5.0  # time for a busy server to reply that it runs
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from turbohtml.detect import detect  # also registers the codecs whatwg-*
 WRONG_SHARE = 0.1
 # Text of unknown encoding is binary if more than this share of its bytes is outside ASCII.
 BINARY_SHARE = 0.2
-DECLARATION_BYTES = 16_384  # at the beginning of a page, in which its declaration is searched
+DECLARATION_BYTES = 16_384  # beginning of a page that is searched for a declaration
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _ASCII = bytes(range(128))

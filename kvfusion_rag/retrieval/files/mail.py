@@ -65,7 +65,7 @@ class _Contents:
 
     def read(self, mail: Message) -> None:
         """Read all parts in order, without recursion."""
-        waiting: list[tuple[Any, bool]] = [(mail, True)]  # with whether it is a whole mail
+        waiting: list[tuple[Any, bool]] = [(mail, True)]  # each part, and whether it is a whole email
         parts = 0
         while waiting:
             part, is_mail = waiting.pop()

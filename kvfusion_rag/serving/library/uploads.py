@@ -22,7 +22,7 @@ from ...store import namespace_key
 
 MAX_UPLOADS = 50  # files of one tenant
 MAX_NAME_BYTES = 200  # file systems allow 255
-PREFIX = "upload:"  # of ids, so that an uploaded file cannot be taken for one of the server's own
+PREFIX = "upload:"  # in ids, so that an uploaded file cannot be mistaken for one of the server's
 
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffd]")
 _PARTIAL = ".partial"
