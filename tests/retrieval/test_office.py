@@ -190,8 +190,8 @@ BODY = word(paragraph("Text."))
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("a.docx", b"text", "not a whole zip file"),
-        ("a.docx", BODY[:-30], "not a whole zip file"),
+        ("a.docx", b"text", "not a complete zip file"),
+        ("a.docx", BODY[:-30], "not a complete zip file"),
         ("a.docx", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "protected by a password, or in an old format"),
         ("a.docx", workbook({"S": cells(1, 1)}), "not a Word document"),
         ("a.xlsx", BODY, "not an Excel workbook"),

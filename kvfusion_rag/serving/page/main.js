@@ -174,7 +174,7 @@ function setTheme(theme) {
   localStorage.setItem(THEME, theme);
   document.documentElement.dataset.theme = theme;
   $("theme").textContent = THEMES[theme];
-  $("theme").setAttribute("aria-label", `Colours: ${theme === "system" ? "as the system" : theme}`);
+  $("theme").setAttribute("aria-label", `Colours: ${theme}`);
 }
 
 function askForKey() {
