@@ -115,7 +115,7 @@ def route_to_idler_of_two(questions: np.ndarray, replicas: int) -> np.ndarray:
 ROUTERS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "random": route_randomly,
     "consistent hash on min(sha256(document))": route_by_document,
-    "the idler of the first two on the ring": route_to_idler_of_two,
+    "the less busy of the first two on the ring": route_to_idler_of_two,
 }
 
 
@@ -158,7 +158,7 @@ def routers(args: argparse.Namespace) -> Table:
         rows.append([name, *(f"{100 * one.hit_rate:.1f} %" for one in counts), f"{counts[0].busiest:.2f} x mean"])
     together = np.zeros(len(questions), dtype=int)
     pooled = [simulate(questions, together, 1, round(s * traffic.documents)) for s in shares]
-    rows.append(["one memory of all (upper bound)", *(f"{100 * one.hit_rate:.1f} %" for one in pooled), ""])
+    rows.append(["one shared memory (upper bound)", *(f"{100 * one.hit_rate:.1f} %" for one in pooled), ""])
     return rows
 
 
@@ -176,13 +176,11 @@ def balance(args: argparse.Namespace) -> Table:
 def corpus(args: argparse.Namespace) -> Table:
     """Hit rates and store traffic by size of the corpus, by Che's approximation."""
     size = passage_bytes(MODELS[MODEL], "raw")
-    rows = [
-        ["passages, router", "replicas", "hits", "store requests/s", "bytes/s from the store", "of them per replica"]
-    ]
+    rows = [["passages, router", "replicas", "hits", "store requests/s", "bytes/s from the store", "per replica"]]
     for documents, replicas in zip(CORPORA, args.fleet, strict=True):
         traffic = Traffic(documents, args.pool, args.per_question, args.exponent, 0)
         own = args.memory * 1e9 / size
-        for name, capacity in (("random", own), ("one memory of all", own * replicas)):
+        for name, capacity in (("random", own), ("one shared memory", own * replicas)):
             hits = expected_hit_rate(traffic, capacity)
             requests = (1 - hits) * args.per_question * args.rate * replicas
             rows.append([f"{amount(documents)}, {name}", str(replicas), f"{100 * hits:.1f} %", short(requests),

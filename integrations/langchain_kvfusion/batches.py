@@ -1,4 +1,4 @@
-"""DocumentBatches: batches whose calls take ``documents=``, and in which a bad input loses only its own answer."""
+"""DocumentBatches: batches whose calls take ``documents=``, and in which a bad input affects only its own answer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class DocumentBatches(Runnable[LanguageModelInput, Any]):
     def _attach_each(
         self, inputs: list[Any], config: Configs, documents: DocumentsArgument | None, options: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """Like :meth:`_distribute`, with an exception in the place of each bad input."""
+        """Like :meth:`_distribute`, with an exception in place of each bad input."""
         shares = (
             [documents[i : i + 1] for i in range(len(inputs))] if is_nested(documents) else [documents] * len(inputs)
         )
@@ -84,7 +84,7 @@ class DocumentBatches(Runnable[LanguageModelInput, Any]):
         return attached, options
 
     def _batch_apart(self, inputs: list[Any], configs: list[RunnableConfig], options: dict[str, Any]) -> list[Any]:
-        """Answer all inputs together. If they fail together, answer both halves apart."""
+        """Answer all inputs together. If that fails, answer the two halves separately."""
         answers = super().batch(inputs, configs, return_exceptions=True, **options)
         if not _failed_together(answers):
             return answers

@@ -1,4 +1,4 @@
-"""KVFusionPrompt: a wrapper of any LangChain prompt template that keeps documents separate.
+"""KVFusionPrompt: a wrapper around any LangChain prompt template that keeps documents separate.
 
 The wrapped template is formatted with a random marker instead of the documents, so its syntax (f-string, mustache,
 chat messages) does not matter.
@@ -77,7 +77,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
 
     ``{"context": retriever, "question": RunnablePassthrough()} | KVFusionPrompt.from_template(...) | llm``
 
-    The model reads the messages of the wrapped template, with the documents in the place of their variable and a blank
+    The model reads the messages of the wrapped template, with the documents in place of their variable and a blank
     line between two documents, as if its value were ``"\\n\\n".join(page_contents)``.
 
     Attributes:
@@ -252,7 +252,7 @@ class KVFusionPrompt(BasePromptTemplate[str]):
 
 
 def _turns(messages: Sequence[BaseMessage], marker: str, place: DocumentsPlace) -> list[Message]:
-    """Convert ``messages`` into the generator's messages, with the documents in the place of the marker."""
+    """Convert ``messages`` into the generator's messages, with the documents in place of the marker."""
     turns: list[Message] = []
     for message in messages:
         before, found, after = message_text(message).partition(marker)

@@ -1,4 +1,4 @@
-"""Function calling of `KVFusionLlamaIndexLLM`: tools in, calls out."""
+"""Function calling of `KVFusionLlamaIndexLLM`."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class KVFusionPrefill(TransformComponent):
 
     def __getstate__(self) -> NoReturn:
         raise InvalidInputError(
-            "KVFusionPrefill cannot be sent to another process, because that would have to load the model; run the "
+            "KVFusionPrefill cannot be sent to another process, which would have to load the model again; run the "
             "pipeline without num_workers, or prefill its result with KVFusionPrefill(llm)(nodes)."
         )
 
@@ -132,7 +132,7 @@ class KVFusionPrefetch(BaseNodePostprocessor):
 
     def __getstate__(self) -> NoReturn:
         raise InvalidInputError(
-            "KVFusionPrefetch cannot be sent to another process, because that would have to load the model; create "
+            "KVFusionPrefetch cannot be sent to another process, which would have to load the model again; create "
             "one in each process."
         )
 

@@ -1,7 +1,7 @@
 """The connector that vLLM makes twice: once beside its scheduler, and once in each of its workers.
 
-A request with fused documents waits until its documents are in vLLM's blocks, while other requests go on. If a
-document is missing, or the request is malformed, that request ends with an error and no other.
+A request with fused documents waits until its documents are in vLLM's blocks, while other requests continue. If a
+document is missing, or the request is malformed, only that request fails.
 
 vLLM does not ask connectors about requests with ``prompt_logprobs``, so those read documents as ordinary text.
 """
@@ -60,10 +60,10 @@ class KVFusionConnector(KVConnectorBase_V1):
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise UnsupportedModelError(
-                f"vLLM keeps the layers of this model in {len(groups)} groups, but fusion needs all layers alike."
+                f"vLLM keeps the layers of this model in {len(groups)} groups, but fusion needs layers of one kind."
             )
         self._block_size = groups[0].kv_cache_spec.block_size
-        self._prompts: dict[str, FusedPrompt | None] = {}  # None stands for a malformed request
+        self._prompts: dict[str, FusedPrompt | None] = {}  # None means a malformed request
         self._loads: list[Load] = []
         self._loader = Loader(vllm_config, self._block_size) if role == KVConnectorRole.WORKER else None
 

@@ -89,8 +89,8 @@ class Loader:
                 failed = False
         except StoreError as error:
             logger.error("request %s: %s", load.request_id, error)
-        except Exception:  # whatever it is, the request must end, and vLLM must go on
-            logger.exception("request %s: its documents cannot be loaded", load.request_id)
+        except Exception:  # whatever it is, the request must end, and vLLM must continue
+            logger.exception("cannot load the documents of request %s", load.request_id)
         with self._lock:
             self._ended.add(load.request_id)
             if failed:
@@ -116,7 +116,7 @@ class Loader:
 
 
 def _now(device: torch.device) -> torch.Event | None:
-    """Return an event behind everything that an accelerator was asked to compute, since blocks may still be in use."""
+    """Return an event after everything that an accelerator was asked to compute, since blocks may still be in use."""
     return None if device.type == "cpu" else torch.accelerator.current_stream(device).record_event()
 
 

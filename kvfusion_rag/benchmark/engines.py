@@ -159,7 +159,7 @@ def _peak_memory(generator: KVFusionGenerator) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What one question took.
+    """The times and tokens of one question.
 
     Attributes:
         first: seconds to the first token.
@@ -176,7 +176,7 @@ Ask = Callable[[str, Sequence[Document]], Asked]
 
 
 def _times(ask: Ask, documents: Sequence[Document], orders: Sequence[Sequence[Document]]) -> dict[str, Any]:
-    """Return seconds to the first token, tokens per second after it, and how many answers survive a shuffle.
+    """Return seconds to the first token, tokens per second then, and how many answers stay the same after a shuffle.
 
     No question is asked twice over the same order, since engines may reuse what they have read of it.
     """

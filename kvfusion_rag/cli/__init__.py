@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
-        return "there is too little memory for these numbers."
+        return "there is not enough memory for these numbers."
     if isinstance(error, OSError) and error.strerror is not None:  # such as a name that is too long, or a full disk
         return f"{error.filename!r} cannot be used: {error.strerror}." if error.filename else f"{error.strerror}."
     return str(error)

@@ -2,8 +2,7 @@
 
 The model writes and answers questions about the documents, learns to give the same answers over fused documents, and
 is judged on held-out questions, over all documents and over the one that focus chooses. The adapter is kept if it
-beats the untuned model in one of both. Run the same command again to resume a
-run.
+beats the untuned model in either case. Run the same command again to resume a run.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def _say_end(report: AdaptReport, args: argparse.Namespace) -> None:
     say(f"{report.judged} held-out questions over up to {report.documents} documents, compared with the answers from")
     say("the gold passage only. Adapted minus untuned:")
     say(f"  over all documents     {points(report.margin)}")
-    say(f"  over the one of focus  {points(report.focus_margin)}")
+    say(f"  over the focused one   {points(report.focus_margin)}")
     say()
     command = 'kvfusion ask "..." --docs PATH' + (f" --model {args.model}" if args.model else "")
     if report.kept:

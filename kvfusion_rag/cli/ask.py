@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """An answer, the documents that it was given, and what the options asked for besides."""
+    """An answer, its documents, and the results of further options."""
 
     answer: Answer
     documents: list[Document]

@@ -33,10 +33,11 @@ at_least_two = whole(2, 1 << 20)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     subjects = parser.add_subparsers(title="subjects", dest="subject", metavar="SUBJECT", required=True)
-    add = _subject(subjects, "answer", "generate on the joined prompt, cold, memory and disk", repeats=3).add_argument
+    title = "compare generate on the joined prompt with documents computed, in memory and on disk"
+    add = _subject(subjects, "answer", title, repeats=3).add_argument
     add("--answer-tokens", type=sizes, default=32, metavar="N", help="tokens per answer, from 2 (default: 32)")
     add("--batch", type=sizes, default=1, metavar="N", help="questions asked together (default: 1)")
-    overs = "documents of a batch: the same for all questions, or others for each (default: shared)"
+    overs = "documents of a batch: the same for all questions, or different ones for each (default: shared)"
     add("--over", choices=["shared", "different"], default="shared", help=overs)
     add("--hit-rate", type=share, default=1.0, metavar="SHARE", help="share of stored documents, 0 to 1 (default: 1)")
     add(
@@ -46,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     systems = "systems to measure, some of generate, cold, memory and disk (default: all four)"
     add("--systems", type=names, default="generate,cold,memory,disk", metavar="A,B", help=systems)
-    add("--warmups", type=count, default=1, metavar="N", help="runs before each measurement (default: 1)")
+    add("--warmups", type=count, default=1, metavar="N", help="warm-up runs before each measurement (default: 1)")
     add("--generate-up-to", type=positive, metavar="N", help="maximum tokens of a joined prompt (default: no limit)")
     weights = "store the layers' weights in 8 bits with torchao (default: weights of --dtype)"
     add("--weights", choices=["int8", "float8"], help=weights)
     markdown = "write the table to this file, and replace it if it exists (default: not written)"
     add("--markdown", type=output_file, metavar="FILE", help=markdown)
-    store = _subject(subjects, "store", "documents from disk and memory, and what writing costs", repeats=5)
+    store = _subject(subjects, "store", "measure reading documents from disk and memory, and writing them", repeats=5)
     store.add_argument(
         "--codec",
         choices=["raw", "v8"],
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engines(subjects: Any) -> None:
-    about = "torch, llama.cpp and vLLM on the same model and documents"
+    about = "compare torch, llama.cpp and vLLM on the same model and documents"
     parser = subjects.add_parser("engines", help=about, description=f"{about[0].upper()}{about[1:]}.")
     add_model_name(parser)
     add = parser.add_argument

@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataset", type=plain_text, metavar="NAME", help=dataset)
     config = "configuration of the dataset, if it has several (default: its only one)"
     add("--dataset-config", type=plain_text, metavar="NAME", help=config)
-    add("--dataset-split", type=plain_text, metavar="NAME", default="train", help="split of it (default: train)")
+    add(
+        "--dataset-split",
+        type=plain_text,
+        metavar="NAME",
+        default="train",
+        help="split of the dataset (default: train)",
+    )
     add("--out", type=output_file, required=True, metavar="FILE", help="rows to write: .jsonl or .jsonl.gz")
     add("--force", action="store_true", help="replace the output if it exists")
     add(
@@ -64,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     no_gold = "share of rows without gold passage and answers, 0 to 1 (default: 0)"
     add("--no-gold", type=share, default=0.0, metavar="SHARE", help=no_gold)
-    max_tokens = "maximum tokens of a passage with its title, which is cut (default: no limit)"
+    max_tokens = "maximum tokens of a passage with its title; longer ones are cut (default: no limit)"
     add("--max-tokens", type=positive, metavar="N", help=max_tokens)
     add_model_name(parser, "model whose tokenizer counts these tokens")
     embedding = "sentence-transformers model for dense (default: MiniLM from its package)"

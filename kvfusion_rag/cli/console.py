@@ -93,7 +93,7 @@ def print_error(message: str) -> None:
 
 
 def shown_path(path: str | Path) -> str:
-    """Return ``path`` relative to the current folder if it is inside it. A URL stays as it is."""
+    """Return ``path`` relative to the current folder if it is inside it. A URL is not changed."""
     if isinstance(path, str) and "://" in path:
         return path
     path = Path(path)

@@ -80,7 +80,7 @@ def _add_systems(parser: argparse.ArgumentParser) -> None:
     add("--focus-weight", type=number(0), metavar="W", help=focus_weight)
     sft = "adapter folder or whole model that was trained on joined prompts (default: none)"
     add("--sft", type=plain_text, metavar="DIR", help=sft)
-    concat_model = "another base model for concat and sft (default: the same as of the others)"
+    concat_model = "another base model for concat and sft (default: that of the other systems)"
     add("--concat-model", type=plain_text, metavar="NAME", help=concat_model)
     add(
         "--ape-search", type=existing_file, metavar="ROWS",

@@ -6,7 +6,7 @@ chunk that is not stored yet is computed too, and the command fails unless the s
 ``--ray``, the workers of a cluster embed many chunks and compute KVs. An interrupted run can be repeated and then
 continues.
 
-With ``--watch``, the command goes on and updates index and store after each change of the files, until Ctrl-C or
+With ``--watch``, the command keeps running and updates index and store after each change of the files, until Ctrl-C or
 SIGTERM (exit code 0).
 """
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--watch",
         action="store_true",
-        help="go on, and update the index when files change, until Ctrl-C (default: update once)",
+        help="keep running, and update the index when files change, until Ctrl-C (default: update once)",
     )
     add_model_name(parser, "model that will answer from the chunks")
     add_index_arguments(parser)

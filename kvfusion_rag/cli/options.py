@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 DEFAULT_CHUNK_TOKENS = 200  # for models that were not trained with a passage length
 CODECS = ("raw", "v8")  # repeated here, because importing them from the store would import torch
 INDEX_FOLDER = ".kvfusion"
-FILE_KINDS = "text, web pages, PDF, Office, tables, e-books, mails, code"
+FILE_KINDS = "text, web pages, PDF, Office, tables, e-books, emails, code"
 MODELS = "hub name, folder or GGUF file (default: SmolLM2-135M-Instruct)"
 
 

@@ -127,13 +127,13 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "-v", "--verbose", action="count", dest="verbosity", default=0,
         help="report each step on standard error; -vv reports details too",
     )  # fmt: skip
-    verbose.type = verbosity  # of a value in a file or variable
+    verbose.type = verbosity  # for a value in a file or variable
     quiet = "report only errors on standard error, and show no progress"
     add("-q", "--quiet", action="store_const", const=-1, dest="verbosity", help=quiet)
     add(
         "--threads", type=whole(1, MAX_THREADS), metavar="N",
-        help="threads of torch on the CPU; with --ray, those of each worker (default: OMP_NUM_THREADS, otherwise one "
-        "for each core; with --ray 1)",
+        help="torch's threads on the CPU; with --ray, for each worker (default: OMP_NUM_THREADS, otherwise one per "
+        "core; with --ray, 1)",
     )  # fmt: skip
     files = f"defaults of options, or none for no file (default: {FILE_NAME} in this folder, then the user's)"
     add("--config", type=settings_file, metavar="FILE", help=f"TOML file with {files}")

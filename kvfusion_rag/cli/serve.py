@@ -5,7 +5,7 @@ contains its documents.
 
 By default only this machine can send requests. With another ``--host``, clients need an API key. The server stops on
 SIGTERM (exit code 0) or Ctrl-C within ten seconds. Requests in progress have five of them to finish. With --ray,
-replicas on a Ray cluster answer, and SIGHUP lets them load the model again without losing a request.
+replicas on a Ray cluster answer, and SIGHUP makes them load the model again without losing a request.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=plain_text,
         default=[],
         metavar="NAME",
-        help="names under which clients find the model; the first is that of answers (default: the model's own name)",
+        help="names of the model in requests; answers report the first one (default: the model's own name)",
     )
     _add_access_arguments(parser)
     _add_limits(parser)
@@ -131,7 +131,7 @@ def _add_access_arguments(parser: argparse.ArgumentParser) -> None:
         type=ip_address,
         default=[],
         metavar="IP",
-        help="address of a proxy with TLS whose X-Forwarded-Proto is believed; may be repeated (default: none)",
+        help="address of a TLS proxy whose X-Forwarded-Proto is trusted; may be repeated (default: none)",
     )
 
 
@@ -300,7 +300,7 @@ def _access(args: argparse.Namespace) -> Access:
         if key in keys:
             raise InvalidInputError(
                 f"the key of the environment variable {args.api_key_env!r} is also in {str(args.api_keys_file)!r}, so "
-                "its namespace is not clear; remove it from one of them."
+                "its namespace is ambiguous; remove it from one of them."
             )
         keys[key] = None
     return Access(keys, hosts=args.allowed_host, origins=args.allowed_origin)

@@ -1,7 +1,7 @@
 """Show, check and clean a document store.
 
 The store is a folder or URL, as for ``--store`` of ``kvfusion ask`` and ``kvfusion index``. Removals cover its disk
-tier and what is behind the URL.
+tier and the files behind the URL.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _estimate(args: argparse.Namespace) -> int:
 
     shape = expected_kv_shape(load_config(args), getattr(torch, args.dtype))
     lengths = [len(ids) for ids in _token_ids(args)]
-    key = "0" * 130  # of the length of a real one
+    key = "0" * 130  # as long as a real key
     facts = {
         "documents": len(lengths),
         "tokens": sum(lengths),

@@ -1,4 +1,4 @@
-"""Answers many questions. A question that cannot be answered has an error in its row, and the others go on."""
+"""Answers many questions. A question that cannot be answered has an error in its row, and the others are answered."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class AnswerTask:
 
 
 class Answers:
-    """Answers one batch of questions after the other."""
+    """Answers batches of questions, one after another."""
 
     def __init__(self, generator: KVFusionGenerator, options: Mapping[str, Any]) -> None:
         self._generator, self._options = generator, options

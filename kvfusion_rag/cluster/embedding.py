@@ -15,8 +15,8 @@ from .options import ClusterOptions
 from .pool import run_batches
 
 TEXTS_PER_BATCH = 64
-TEXTS_FOR_WORKERS = 1024  # fewer are embedded before a worker has started
-TEXTS_PER_STEP = 8192  # of an index: each step starts workers
+TEXTS_FOR_WORKERS = 1024  # fewer texts are embedded here before a worker would have started
+TEXTS_PER_STEP = 8192  # large, because each step of an index starts workers
 
 
 class ClusterEmbedder:
@@ -75,14 +75,14 @@ class EmbedTask:
         embedder = self.load()
         if embedder.fingerprint != self.fingerprint:
             raise RetrievalError(
-                f"the worker's embedding model {embedder.name!r} is another one than the command's; install the same "
-                "weights on all machines."
+                f"the worker's embedding model {embedder.name!r} differs from the command's; install the same weights "
+                "on all machines."
             )
         return Embed(embedder)
 
 
 class Embed:
-    """Embeds one batch of texts after the other. The result of each text is its vector in base64."""
+    """Embeds batches of texts, one after another. The result of each text is its vector in base64."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder

@@ -19,14 +19,14 @@ from .pool import apart, run_batches
 from .spec import GeneratorSpec
 
 DOCUMENTS_PER_BATCH = 32
-DOCUMENTS_PER_PART = 10_000  # of a manifest, so that an interrupted run has listed most of what it stored
+DOCUMENTS_PER_PART = 10_000  # of a manifest: an interrupted run has listed most of its documents
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class IndexedDocuments:
-    """What became of the documents of one run.
+    """The results of one run.
 
     Attributes:
         stored: number of documents that this run stored.
@@ -67,7 +67,7 @@ def index_documents(
         StoreError: the store cannot be opened.
     """
     if generator.store is None:
-        raise InvalidInputError("the generator's store is None, but documents are stored in a folder or URL.")
+        raise InvalidInputError("the generator's store is None, but it must be a folder or URL.")
     if collection is not None:
         require_collection(collection)
     spec, rows = generator.in_this_folder(), _rows(documents)
@@ -93,7 +93,7 @@ def index_documents(
 
 
 def _stored_late(store: DocumentStore, failed: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Return which failed documents the store has after all, because a worker tried their uploads again."""
+    """Return the failed documents that the store has after all, because a worker retried their uploads."""
     keys = {name: result["keys"] for name, result in failed.items() if result["keys"]}
     try:
         lacking = set(store.missing({key for own in keys.values() for key in own}))
@@ -128,7 +128,7 @@ class PrefillTask:
 
 
 class Prefill:
-    """Stores one batch of documents after the other. The result of each has id, state, failure and store keys."""
+    """Stores batches of documents, one after another. The result of each has id, state, failure and store keys."""
 
     def __init__(self, generator: KVFusionGenerator) -> None:
         assert generator.store is not None

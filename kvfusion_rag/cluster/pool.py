@@ -1,6 +1,6 @@
 """Runs batches on the workers of a cluster, or in this process, and returns the results in order.
 
-Ray Data gives the batches to a pool of actors. It starts an actor that died again, and repeats its unfinished batches.
+Ray Data gives the batches to a pool of actors. It restarts an actor that died, and repeats its unfinished batches.
 Batches and results travel as JSON, because columns of Arrow cannot hold rows with different fields.
 """
 
@@ -20,7 +20,7 @@ from .connection import connected, require_shared_store, workers_of
 from .options import ClusterOptions
 from .spec import WorkerCache
 
-MAX_BLOCKS = 1000  # of a dataset; a worker that dies repeats at most one block for each of its tasks
+MAX_BLOCKS = 1000  # per dataset; a worker that dies repeats at most one block for each of its tasks
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -99,7 +99,7 @@ def _run_on_cluster(task: Task, batches: list[list[Any]], cluster: ClusterOption
 
 
 class _Worker:
-    """The actor: one model, which takes one batch after the other."""
+    """The actor: one model, which processes one batch after another."""
 
     def __init__(self, task: Task, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -107,7 +107,7 @@ class _Worker:
         self._cache = WorkerCache(store) if store is not None and "://" in store else None  # locked until the end
         try:
             self._work = task.start(self._cache.folder if self._cache else None)
-        except KVFusionError as error:  # a new actor would fail too, so Ray must not start one after the other
+        except KVFusionError as error:  # a new actor would fail too, so Ray must not keep starting them
             self._failure = str(error)
 
     def __call__(self, row: dict[str, str]) -> dict[str, str]:

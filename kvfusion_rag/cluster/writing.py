@@ -14,7 +14,7 @@ from ..data.rows import open_text
 from ..errors import InvalidInputError, MissingDependencyError
 
 PARQUET = ".parquet"
-ROWS_PER_GROUP = 1000  # of a Parquet file
+ROWS_PER_GROUP = 1000  # rows per group of a Parquet file
 
 Write = Callable[[Mapping[str, Any]], None]
 

@@ -85,7 +85,7 @@ def _quoted_row(
 
 
 def _unquoted(cell: str, quotes_all: bool) -> str:
-    """Return the content of a cell that had to be quoted, or the cell as it is."""
+    """Return the content of a cell that had to be quoted, or the cell unchanged."""
     match = _QUOTED.fullmatch(cell)
     if match is None or not (quotes_all or '""' in match[1]):
         return cell

@@ -46,7 +46,7 @@ def check_output(path: Path, *, force: bool, inputs: Iterable[Path] = ()) -> Non
     is_device = exists and not path.is_file()  # such as /dev/stdout
     if not (os.access(path.parent, os.W_OK | os.X_OK) or is_device) or (exists and not os.access(path, os.W_OK)):
         raise InvalidInputError(f"{str(path)!r} cannot be written to.")
-    if os.path.realpath(path) in map(os.path.realpath, inputs):  # which accepts loops of links
+    if os.path.realpath(path) in map(os.path.realpath, inputs):  # realpath accepts loops of links
         raise InvalidInputError(f"{str(path)!r} is also an input, so it cannot be the output.")
     if exists and not force:
         raise InvalidInputError(f"{str(path)!r} already exists; name another file or replace it with --force.")
@@ -59,7 +59,7 @@ def _exists(path: Path) -> bool:
         path.stat()
     except FileNotFoundError as error:
         if path.is_symlink():
-            raise InvalidInputError(f"{str(path)!r} is a link to nothing.") from error
+            raise InvalidInputError(f"{str(path)!r} is a broken link.") from error
         return False
     except OSError as error:
         raise InvalidInputError(f"{str(path)!r} cannot be used: {error.strerror}.") from error

@@ -17,7 +17,7 @@ from .orders import Condition
 from .predictions import Prediction
 from .systems import Named
 
-RUN = ""  # in place of a system's name
+RUN = ""  # used instead of a system's name
 BEGINNING = json.dumps({"system": RUN, "identity": 0})[:-2].encode()  # recognises a torn first line
 
 

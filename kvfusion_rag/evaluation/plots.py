@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 LEGEND_COLUMNS = 4
-LABELS = {"em": "exact match", "answer_in_text": "answer in text"}  # of the measures that can be drawn
+LABELS = {"em": "exact match", "answer_in_text": "answer in text"}  # measures that can be drawn
 
 
 def require_plotting(path: Path) -> None:
@@ -67,7 +67,7 @@ def slots_figure(
     slots = sorted(summary.slots, key=lambda slot: slot.number)
     columns = [*slots, *([SHUFFLED] if SHUFFLED in summary.conditions else [])]
     figure, (axes,) = new_figure(title, size=(max(6.4, 1.6 + 0.9 * len(columns)), 4.4))
-    step = min(0.07, 0.8 / len(summary.systems))  # between intervals side by side
+    step = min(0.07, 0.8 / len(summary.systems))  # distance between intervals side by side
     for number, system in enumerate(summary.systems):
         shift = step * (number - (len(summary.systems) - 1) / 2)
         cells = [summary.cell(system, column) for column in columns]

@@ -1,7 +1,7 @@
-"""Calibrates support, and measures what it is worth: questions refused without their gold document, and kept with it.
+"""Calibrates support, and measures it: questions refused without their gold document, and kept with it.
 
-Every question is answered over its documents and over the same documents without the gold ones. One half of the
-questions fits the calibration, and the other half measures it.
+Every question is answered over its documents and over the same documents without the gold ones. The calibration is
+fitted on one half of the questions, and measured on the other.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .orders import NO_GOLD, ORIGINAL, arrange
 if TYPE_CHECKING:
     from ..generator import KVFusionGenerator
 
-REGULARIZATION = 1.0  # of the standardized weights, in observations
+REGULARIZATION = 1.0  # on the standardized weights, in observations
 NEWTON_STEPS = 25
-FITTED = (  # signals of each calibration; the first that all questions have, and those behind it for other questions
+FITTED = (  # signals of each calibration: the first that all questions have, and those after it for other questions
     ("explained", "rare_coverage", "focus_lead"),
     ("explained", "rare_coverage", "lead"),
     ("explained", "coverage"),
 )
-SHARES = tuple(share / 100 for share in range(100, 49, -1))  # of answerable questions kept, points of the curve
+SHARES = tuple(share / 100 for share in range(100, 49, -1))  # answerable questions kept at the points of the curve
 
 Array = npt.NDArray[np.float64]
 
@@ -76,7 +76,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one calibration is worth.
+    """How well one calibration works.
 
     Attributes:
         signals: names of its signals.
@@ -92,7 +92,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class SupportReport:
-    """What support is worth on questions that did not fit its calibration.
+    """How well support works on questions on which it was not fitted.
 
     Attributes:
         questions: measured questions, each answerable once and unanswerable once.
@@ -172,7 +172,7 @@ def halves(
 def fit_calibration(measured: Sequence[tuple[Measured, Measured]], share: float) -> SupportCalibration:
     """Return the logistic regression of answerable on the signals, with a threshold that keeps ``share`` of them.
 
-    The signals are the first of ``FITTED`` that all questions with an answer have. Those behind them are fitted for
+    The signals are the first of ``FITTED`` that all questions with an answer have. Those after them are fitted for
     questions that lack one.
     """
     known = _signals_of_all(measured)

@@ -24,7 +24,7 @@ PLAIN: Mapping[str, Any] = {
     "peft_type": "LORA", "bias": "none", "use_dora": False, "fan_in_fan_out": False, "lora_bias": False,
     "modules_to_save": None, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
 }  # fmt: skip
-PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of the matrices; others change the base weights
+PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # initial matrices; all others change the base weights
 
 
 def convert_adapter(folder: Path, file: Path, *, architecture: str, config: Any) -> None:
@@ -82,7 +82,7 @@ def _require_plain(settings: Any, name: str, architecture: str) -> None:
         )
     if architecture not in MOVES_ROWS:
         raise UnsupportedModelError(
-            f"adapters of the architecture {architecture!r} are not converted for llama.cpp, only those of "
+            f"adapters for the architecture {architecture!r} cannot be converted for llama.cpp, only those for "
             f"{', '.join(MOVES_ROWS)}; pass a GGUF file made by llama.cpp's convert_lora_to_gguf.py."
         )
 

@@ -25,7 +25,7 @@ from .loading import LLAMA_CPP_ONLY, TORCH_ONLY, load_llama_cpp_model
 logger = logging.getLogger(__name__)
 
 DOCUMENT_TOKENS, ANSWER_TOKENS, REPEATS = 128, 8, 3
-MEMORY_SHARE = 0.5  # of the main memory, that dense weights may take
+MEMORY_SHARE = 0.5  # share of the main memory that dense weights may take
 
 
 def load_faster_model(model: str | Path | None, options: LoadKwargs) -> tuple[FusionModel, ModelSettings]:
@@ -76,7 +76,7 @@ def _known_engine(model: str | Path | None, given: Mapping[str, Any]) -> tuple[s
 
 
 def _main_memory() -> int | None:
-    """Return the bytes of this machine's memory, or None on Windows, where they cannot be asked for in this way."""
+    """Return the bytes of this machine's memory, or None on Windows, which does not report them in this way."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
 
 

@@ -1,7 +1,7 @@
 """One context of llama.cpp: a cache of cells that sequences share, and passes over it.
 
 A sequence is a set of cells. Copying a sequence to another one marks its cells and moves no data. Each document's rows
-are restored into cells of their own, however equal their positions are.
+are restored into cells of their own, even if their positions are equal.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .library import Weights, library
 from .states import cells_of
 
 MAX_SEQUENCES = 64  # a batch has at most 32 questions
-TOKENS_PER_BATCH = 2048  # of one call of llama_decode
+TOKENS_PER_BATCH = 2048  # per call of llama_decode
 TOKENS_PER_PASS = 512
 CELLS_STEP = 256  # llama.cpp rounds the cells up to this
 KEPT_CONTEXTS = 2
@@ -35,7 +35,7 @@ FLASH_ATTENTION_ON = 1  # values are not transposed, so a cell's row is contiguo
 @dataclass(frozen=True, slots=True)
 class ContextOptions:
     """Attributes:
-    threads: of a pass.
+    threads: number of threads of a pass.
     cache_type: type of keys and values in the cache: "f16" or "q8_0".
     """
 
@@ -48,7 +48,7 @@ class Tokens:
     """Tokens that are appended to one sequence in a pass.
 
     Attributes:
-        start: position of the first token: the one behind the largest position of the sequence.
+        start: position of the first token: one more than the largest position of the sequence.
         predicted: number of tokens at the end whose next tokens are predicted.
     """
 
@@ -158,7 +158,7 @@ class Context:
             last = self.last_position(part.sequence)
             if last >= 0 and part.start != last + 1:
                 raise UnsupportedModelError(
-                    f"a text starts at position {part.start} behind position {last}, but llama.cpp needs consecutive "
+                    f"a text starts at position {part.start} after position {last}, but llama.cpp needs consecutive "
                     "positions; leave passage_length, positions and long_documents at their defaults, or use "
                     "engine='torch'."
                 )

@@ -1,4 +1,4 @@
-"""The support gate on llama.cpp: measures at load time whether documents can be read apart and answered together."""
+"""The support gate on llama.cpp: measures at load time whether documents can be read separately and then fused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Probe:
         return [kv for _, kv in self.model.prefill(documents, self.prefix)]
 
     def _fused(self, kvs: Sequence[DocumentKV]) -> torch.Tensor:
-        """Return logits (1, V) behind the question over fused documents."""
+        """Return logits (1, V) after the question over fused documents."""
         ordered = sorted(kvs, key=lambda kv: kv.token_ids)
         context = fuse([ordered], self.model.device, [self.prefix])
         start = (self.prefix.num_tokens if self.prefix else 0) + max(kv.num_tokens for kv in kvs)
@@ -90,11 +90,11 @@ class _Probe:
         ordinary = self.model.ordinary_logits([Tokens(ids, 0, 0, predicted=1)])
         error = _error(self._fused(self.kvs[:1]), ordinary)
         detail = f"relative error {error:.1e}, at most {TOLERANCE:.0e}"
-        return Check("one document is an ordinary pass", error <= TOLERANCE, detail)
+        return Check("one document equals an ordinary pass", error <= TOLERANCE, detail)
 
     def order_does_not_matter(self) -> Check:
         same = torch.equal(self._fused(self.kvs[::-1]), self.fused)
-        return Check("order does not matter", same, "bits are equal" if same else "bits differ")
+        return Check("the order of documents does not matter", same, "bits are equal" if same else "bits differ")
 
     def all_documents_are_read(self) -> Check:
         errors = [_error(self._fused([kv]), self.fused) for kv in self.kvs]

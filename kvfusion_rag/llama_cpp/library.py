@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = "llama-cpp-python"
 LOWEST, ABOVE = (0, 3, 36), (0, 4)  # tested versions; the layout of a sequence's state is not a stable interface
-ERROR_LEVEL = 4  # of llama.cpp's log
+ERROR_LEVEL = 4  # llama.cpp's number for errors
 
 
 @cache
@@ -27,7 +27,7 @@ def library() -> Any:
     """Return the module ``llama_cpp``, with its log sent to ours.
 
     Raises:
-        MissingDependencyError: the package is missing, of another version, or its library cannot be loaded.
+        MissingDependencyError: the package is missing or has another version, or its library cannot be loaded.
     """
     try:
         found = version(PACKAGE)
@@ -64,7 +64,7 @@ def _log(level: int, text: bytes, _: object) -> None:
 
 
 class Weights:
-    """The weights of one GGUF file, and LoRA adapters for them. Contexts of any number read them at the same time.
+    """The weights of one GGUF file, and LoRA adapters for them. Any number of contexts can use them at the same time.
 
     Args:
         file: GGUF file.
@@ -73,7 +73,7 @@ class Weights:
     Raises:
         ModelLoadError: llama.cpp cannot read the file.
         UnsupportedModelError: the model has no keys and values per token, or a window that forgets them.
-        InvalidInputError: layers are asked for on a GPU that the library cannot use.
+        InvalidInputError: ``gpu_layers`` is above 0, but the library cannot use a GPU.
     """
 
     def __init__(self, file: Path, *, gpu_layers: int | None = None) -> None:

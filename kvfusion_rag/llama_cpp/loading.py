@@ -40,7 +40,7 @@ def load_llama_cpp_model(model: str | Path | None, options: LoadKwargs) -> tuple
     Raises:
         MissingDependencyError: llama-cpp-python is missing.
         ModelLoadError: the file or the adapter cannot be read, or the model has no GGUF file.
-        UnsupportedModelError: llama.cpp cannot take the model's cache apart, or cannot apply the adapter.
+        UnsupportedModelError: llama.cpp cannot split the model's cache into documents, or cannot apply the adapter.
         InvalidInputError: an option is only for torch, or its value is not allowed.
     """
     given: dict[str, Any] = dict(options)

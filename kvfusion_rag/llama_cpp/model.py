@@ -68,7 +68,7 @@ class LlamaCppModel:
         adapter: an adapter of ``weights``, for Dt only.
 
     Raises:
-        UnsupportedModelError: the cache of this architecture cannot be taken apart into documents.
+        UnsupportedModelError: the cache of this architecture cannot be split into documents.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class LlamaCppModel:
     def plan(
         self, context: FusedContext, prefix_lengths: Sequence[int], *, tuned: bool, ape: ApeFactors | None
     ) -> bool:
-        """Return whether the adapter is used, which is all that can be chosen."""
+        """Return whether the adapter is used, which is the only choice."""
         return tuned
 
     def constraint(self, format: AnswerFormat) -> Constraint:
@@ -326,7 +326,7 @@ class LlamaCppModel:
         raise self._no_attention()
 
     def logits_behind(self, context: FusedContext, ids: Sequence[int], start: int) -> torch.Tensor:
-        """Return logits (1, V) of the base model behind ``ids`` over the one row of a fused context."""
+        """Return logits (1, V) of the base model after ``ids`` over the one row of a fused context."""
         with self._contexts.context(int(context.mask.sum()) + len(ids)) as sequences:
             self._restore_rows(sequences, context, [0], None)
             return sequences.decode([Tokens(ids, start, 0, predicted=1)])

@@ -67,11 +67,11 @@ def _advice(report: MachineReport) -> Iterator[str]:
     yield from _compute_advice(report)
     available = min(size for size in (report.memory.available, report.memory.limit, report.memory.total) if size)
     if available < LITTLE_MEMORY:
-        yield f"Only {available / 2**30:.1f} GiB of memory are free; choose a small model, or --dtype bfloat16."
+        yield f"Only {available / 2**30:.1f} GiB of memory is free; choose a small model, or --dtype bfloat16."
     for cache in report.caches:
         if cache.free < LITTLE_DISK:
             variable = "HF_HOME" if cache.name == "models of the hub" else "KVFUSION_HOME"
-            yield f"Only {cache.free / 2**30:.1f} GiB are free for {cache.name}; set {variable} to a larger disk."
+            yield f"Only {cache.free / 2**30:.1f} GiB is free for {cache.name}; set {variable} to a larger disk."
     if report.variables.get("HF_HUB_OFFLINE", "0") not in ("0", ""):
         yield "HF_HUB_OFFLINE is set, so no model is downloaded."
     if not report.default_model:

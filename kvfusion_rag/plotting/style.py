@@ -25,7 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
 
 @contextmanager
 def plot_style() -> Generator[None, None, None]:
-    """Draw in this style until the block, or the decorated function, ends. Own settings of other plots stay."""
+    """Draw in this style until the block, or the decorated function, ends. Settings of other plots do not change."""
     import matplotlib
 
     with matplotlib.rc_context({

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 DATABASE_FILE = "index.sqlite3"
-OLD_DATABASE_FILE = "chroma.sqlite3"  # of version 0.1; it may stay in the folder and is not used
+OLD_DATABASE_FILE = "chroma.sqlite3"  # written by version 0.1; may stay in the folder, and is not used
 LOCK_FILE = "index.lock"
 LOCK_SECONDS = 10.0
 
@@ -274,7 +274,7 @@ class ChunkCollection:
             self._database = sqlite3.connect(path or ":memory:", check_same_thread=False)
             try:
                 self._database.executescript(_TABLES)
-                (problem,) = self._database.execute("PRAGMA quick_check(1)").fetchone()  # of pages and their order
+                (problem,) = self._database.execute("PRAGMA quick_check(1)").fetchone()  # checks pages and their order
                 if problem != "ok":
                     raise DamagedIndexError(self._folder, problem)
                 self._load()
@@ -318,7 +318,7 @@ class ChunkCollection:
         """Turn errors of SQLite into ours."""
         try:
             yield
-        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # the last for a damaged message of SQLite
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # SQLite's message may be damaged
             name = getattr(error, "sqlite_errorname", "")
             if isinstance(error, OSError) or name.startswith(_TRANSIENT):
                 where = "in memory" if self._folder is None else repr(str(self._folder))

@@ -49,7 +49,7 @@ class _MarkReader:
         self._marks = marks
         self._current = -1
         self._position = 0
-        self._lines = 0  # that end between the current mark and the position
+        self._lines = 0  # line ends between the current mark and the position
 
     def at(self, position: int) -> tuple[Mark, int] | None:
         """Return the mark that covers ``position``, and the number there."""

@@ -16,7 +16,7 @@ from .files.kinds import Kind
 
 MIN_CHUNK_TOKENS = 8  # the splitter does not split characters, and a character has up to four byte-level tokens
 MAX_CHUNK_TOKENS = 2**31  # more does not fit the splitter's numbers
-WINDOW_CHARACTERS = 32  # for each token of a chunk; ordinary tokens have up to 8
+WINDOW_CHARACTERS = 32  # per token of a chunk; ordinary tokens have up to 8
 MIN_WINDOW = 2_000  # characters
 MARKDOWN_KINDS: frozenset[Kind] = frozenset({"markdown", "word", "slides", "notebook"})
 KEPT_INDENTS: frozenset[Kind] = frozenset({"code"})  # kinds in which the spaces in front of a line have a meaning

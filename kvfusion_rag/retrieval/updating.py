@@ -24,7 +24,7 @@ STEPS_PER_WRITE = 8
 
 @dataclass(slots=True)
 class FileChanges:
-    """What became of each file. Files have their names in the collection."""
+    """The result for each file. Files have their names in the collection."""
 
     added: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -137,7 +137,7 @@ class Updater:
         self._replace(list(names), [], {}, lambda chunks: None)
 
     def _read(self, path: Path, changes: FileChanges) -> tuple[StoredFile, list[Chunk]] | None:
-        """Read and split one file, and record what became of it. Return ``None`` if there is nothing to write."""
+        """Read and split one file, and record the result. Return ``None`` if there is nothing to write."""
         name = self._name_of(path)
         old = self._collection.files.get(name)
         try:

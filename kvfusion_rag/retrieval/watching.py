@@ -25,7 +25,7 @@ def watch_folder(
 ) -> None:
     """Call ``update`` at once, and again after each change of the files under ``paths``, until ``stop`` is set.
 
-    A change counts when the files stay the same for ``seconds``, so a file that is still written is not read.
+    A change counts when the files stay the same for ``seconds``, so a file that is still being written is not read.
 
     Args:
         update: usually ``lambda: index.update(paths)``.

@@ -92,7 +92,7 @@ def read_keys(path: str | Path) -> dict[str, str | None]:
         raise InvalidInputError(f"the API key file {str(path)!r} cannot be read: {reason}.") from None
     if isinstance(keys, _Twice):
         raise InvalidInputError(
-            f"the API key file {str(path)!r} contains a key twice, so its namespace is not clear; remove one of them."
+            f"the API key file {str(path)!r} contains a key twice, so its namespace is ambiguous; remove one of them."
         )
     if not isinstance(keys, dict) or not keys or not all(isinstance(v, str | None) for v in keys.values()):
         raise InvalidInputError(

@@ -23,7 +23,7 @@ from .replies import LAST_EVENT, event
 logger = logging.getLogger(__name__)
 
 FINAL_EVENT_TIMEOUT = 5.0  # seconds to deliver the final event of a stream
-STOPPING_TIMEOUT = 1.0  # the same while the server stops
+STOPPING_TIMEOUT = 1.0  # the same, while the server is stopping
 
 
 class Load:
@@ -34,7 +34,7 @@ class Load:
         self.of_tenant: Counter[str | None] = Counter()
 
     def add(self, tenant: str | None) -> Callable[[], None]:
-        """Count one request more. Return a function that undoes it."""
+        """Count one more request. Return a function that undoes it."""
         self.total += 1
         self.of_tenant[tenant] += 1
 
@@ -69,7 +69,7 @@ class AdmissionControl:
         if of_server or load.of_tenant[tenant] >= self._max_of_tenant:
             who, count = ("server", load.total) if of_server else ("tenant", load.of_tenant[tenant])
             error = ApiError(
-                429, f"{count} requests of this {who} are in progress, the limit; retry later.", "overloaded",
+                429, f"{count} requests of this {who} are in progress, which is the limit; retry later.", "overloaded",
                 headers=RETRY_AFTER,
             )  # fmt: skip
             return await Incoming(scope, receive).reject(error, scope, send)
@@ -134,7 +134,7 @@ def _stopping() -> ApiError:
 
 
 async def _ended(work: asyncio.Future[None]) -> None:
-    """Cancel ``work`` and wait for its end, even if the waiting task is cancelled too.
+    """Cancel ``work`` and wait until it ends, even if the waiting task is cancelled too.
 
     A request stays in progress until then.
     """

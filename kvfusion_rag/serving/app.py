@@ -114,7 +114,7 @@ def add_limits(app: FastAPI, access: Access, options: ServingOptions, load: Load
 
 
 def add_origins(app: FastAPI, access: Access) -> None:
-    """Answer the questions of browsers about the allowed origins (CORS). Nothing may be added around this."""
+    """Answer the preflight requests of browsers about the allowed origins (CORS). Nothing may be added around this."""
     if access.origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,8 +1,8 @@
-"""Prefills and removes documents in one thread, in steps, fair between tenants and behind answers.
+"""Prefills and removes documents in steps in one thread, fairly between tenants, and with answers first.
 
-Encoding and prefill use the processor fully. In the threads of answers, a few long documents would keep everybody
-waiting. Here each tenant has at most one step that waits for the thread, so tenants take turns. While requests of
-other kinds are in progress, the thread rests after each step for as long as the step took.
+Encoding and prefill use the processor fully. In the threads of answers, a few long documents would delay all
+answers. Here each tenant has at most one step that waits for the thread, so tenants take turns. While requests of
+other kinds are in progress, the thread pauses after each step for as long as the step took.
 """
 
 from __future__ import annotations

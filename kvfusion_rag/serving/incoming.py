@@ -51,8 +51,8 @@ class Incoming:
         if has_more_parts(body, max_parts):
             raise ApiError(
                 400,
-                f"the body has more than {max_parts} strings, list items, fields and objects, the limit of this "
-                "server; send fewer documents or less metadata.",
+                f"the body has more than {max_parts} strings, list items, fields and objects, which is the limit of "
+                "this server; send fewer documents or less metadata.",
                 "body_too_complex",
             )
         return body
@@ -111,4 +111,4 @@ def has_more_parts(body: bytes, limit: int) -> bool:
 
 
 def _too_large(max_bytes: int) -> ApiError:
-    return ApiError(413, f"the body is longer than {max_bytes} bytes, the limit of this server.", "body_too_large")
+    return ApiError(413, f"the body is longer than this server's limit of {max_bytes} bytes.", "body_too_large")

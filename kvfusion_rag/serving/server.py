@@ -18,7 +18,7 @@ from ..errors import InvalidInputError, KVFusionError
 from .access import Access
 
 SHUTDOWN_SECONDS = 5  # for requests in progress to finish
-HEADER_BYTES = 16 << 10  # of the request line and all headers
+HEADER_BYTES = 16 << 10  # for the request line and all headers
 
 
 def require_guarded(host: str, access: Access) -> None:

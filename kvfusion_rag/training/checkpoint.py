@@ -99,7 +99,7 @@ def recover(folder: Path) -> None:
 
 @contextmanager
 def _replacing(folder: Path, record: Any) -> Generator[Path, None, None]:
-    """Yield a new folder to write into, then add ``record`` and put it in the place of ``folder``."""
+    """Yield a new folder to write into, then add ``record`` and replace ``folder`` with it."""
     new, old = (folder.with_name(folder.name + suffix) for suffix in (".new", ".old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

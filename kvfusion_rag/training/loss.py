@@ -69,7 +69,7 @@ def base_log_probabilities(
     """
     batch = collate(examples)
     logits = _target_logits(engine, batch, kvs or _prefilled(engine, examples), tuned=False)
-    members = _members(batch)  # in another order, since examples with the same documents are grouped
+    members = _members(batch)  # in a different order, because examples with the same documents are grouped
     pieces = logits.split([len(example.target) for example in members])
     piece_of = {id(example): piece for example, piece in zip(members, pieces, strict=True)}
     return log_softmax(torch.cat([piece_of[id(example)] for example in examples]).float(), dim=-1)

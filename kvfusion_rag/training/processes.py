@@ -1,4 +1,4 @@
-"""The processes of one training run: that they are connected and agree, and that no other run has its folder."""
+"""Checks the processes of one training run: they are connected and agree, and no other run uses the folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def connect(device: torch.device, *, shard_weights: bool = False) -> PartialStat
 
 
 def require_connected(connected: int, environment: Mapping[str, str]) -> None:
-    """Raise InvalidInputError if the environment announces other processes, but this one is connected to none.
+    """Raise InvalidInputError if the environment announces other processes, but this one is not connected to any.
 
     Every such process would train a whole model of its own.
 
@@ -57,14 +57,14 @@ def require_connected(connected: int, environment: Mapping[str, str]) -> None:
     size = next((name for name in _SIZES if name in environment), None)
     if size is None and "MASTER_ADDR" in environment:  # all that accelerate sets for processes on CPU
         raise InvalidInputError(
-            f"MASTER_ADDR is {environment['MASTER_ADDR']!r} but WORLD_SIZE is not set, so that this process would be "
-            "unconnected to the others, as with 'accelerate launch --cpu'; launch it with torchrun, or unset "
+            f"MASTER_ADDR is {environment['MASTER_ADDR']!r} but WORLD_SIZE is not set, so this process would not be "
+            "connected to the others, as with 'accelerate launch --cpu'; launch it with torchrun, or unset "
             "MASTER_ADDR to train in one process."
         )
     if size is not None and environment[size] != "1":
         raise InvalidInputError(
-            f"{size} is {environment[size]!r}, but this process is connected to no other; launch it with torchrun, or "
-            f"unset {size} to train in one process."
+            f"{size} is {environment[size]!r}, but this process is not connected to any other; launch it with "
+            f"torchrun, or unset {size} to train in one process."
         )
 
 
@@ -104,7 +104,7 @@ def sole_run(folder: Path) -> Generator[None, None, None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise InvalidInputError(
-            f"{str(folder)!r} is in use by another training run; wait for its end, or name another folder."
+            f"{str(folder)!r} is in use by another training run; wait until it ends, or name another folder."
         ) from error
     except (OSError, NotImplementedError) as error:
         raise InvalidInputError(f"{str(folder)!r} cannot be locked: {error}; name another folder.") from error

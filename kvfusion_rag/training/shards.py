@@ -31,7 +31,7 @@ class Shards:
 
     Gathering needs all processes, but their passes differ in number. So each process announces the turn of its place,
     and all gather for the earliest turn, even those that come to another place. Turns of forward passes are earlier
-    than those of backward passes. So a process that is behind catches up, and then all go on together.
+    than those of backward passes. So a process that is behind catches up, and then all continue together.
 
     Args:
         backbone: a model whose weights are still whole, and that has no adapter yet. Its digest is computed before
@@ -56,7 +56,7 @@ class Shards:
         model.requires_grad_(False)
         self._places = _split(answering, device)
         for tree in (model, prefill_decoder):
-            tree.to(device=device)  # type: ignore[call-arg]  # in place: what is not in shards
+            tree.to(device=device)  # type: ignore[call-arg]  # in place: the weights that are not in shards
         backbone.device = device
         self._whole: _Weights | None = None
         self._control = distributed.new_group(backend="gloo")  # an accelerator's own would wait for its kernels

@@ -1,6 +1,6 @@
-"""The process that vLLM runs in: ``vllm serve``, which ends with the process that has started it, however that ends.
+"""Runs ``vllm serve`` in a process that ends with its parent, however the parent ends.
 
-Its parent holds the other end of the standard input.
+The parent holds the other end of the standard input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _end_with_parent() -> None:
 def main() -> None:
     """Run ``vllm serve`` with the arguments of the command line."""
     threading.Thread(target=_end_with_parent, name="kvfusion-parent", daemon=True).start()
-    # What ``vllm serve`` runs. The command itself fails in builds that have another name than vllm.
+    # What ``vllm serve`` runs. The command itself fails in builds whose name is not vllm.
     import_module("vllm.entrypoints.launchers.api_server.entry").main()
 
 

@@ -23,7 +23,7 @@ DOCUMENTS = (
     "The ferry leaves at seven in the morning, and at noon on Sundays.",
 )
 QUESTIONS = ("Who built the lighthouse?", "When does the ferry leave on Sundays?")
-TOKENS = 12  # of each answer
+TOKENS = 12  # per answer
 ALLOWED = {torch.float32: 1e-3}  # difference of log-probabilities in nats per token that rounding may cause
 ALLOWED_IN_HALF_PRECISION = 0.1
 

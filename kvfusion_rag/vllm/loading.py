@@ -1,4 +1,4 @@
-"""Loads a model for vLLM: checks versions and options, loads the half on torch, and opens a store for both."""
+"""Loads a model for vLLM: checks versions and options, loads the part on torch, and opens a store for both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ from ..text.settings import ModelSettings, is_count
 from .model import VllmFiles, VllmModel
 from .support import require_supported_model, require_supported_vllm
 
-STRETCHED_KINDS = ("default", "linear", "llama3")  # of RoPE, whose rotations do not depend on the largest position
+STRETCHED_KINDS = (
+    "default",
+    "linear",
+    "llama3",
+)  # kinds of RoPE whose rotations do not depend on the largest position
 LARGEST_RANK = 512
 # Fields of a LoRA adapter's settings that vLLM ignores or rejects.
 UNSUPPORTED_FIELDS = (
@@ -36,7 +40,7 @@ UNSUPPORTED_FIELDS = (
 
 
 def load_vllm_model(model: str | Path | None, options: LoadKwargs) -> tuple[VllmModel, ModelSettings]:
-    """Load the half on torch and return it with its settings, including the changes in ``options``.
+    """Load the part on torch and return it with its settings, including the changes in ``options``.
 
     Raises:
         MissingDependencyError: vLLM is missing, or this version of vLLM is not supported.

@@ -1,4 +1,4 @@
-"""The half of a model on torch, which reads documents, and what vLLM needs to load the other half."""
+"""The part of a model on torch, which reads documents, and what vLLM needs to load the model for answers."""
 
 from __future__ import annotations
 

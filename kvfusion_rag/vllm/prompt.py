@@ -1,7 +1,7 @@
 """How a request tells vLLM which documents its prompt begins with.
 
 vLLM numbers tokens consecutively, so the question of a prompt with L document tokens is at position L. In KV-Fusion it
-is at ``start``. RoPE makes attention depend on distances only, so both are the same if each key is moved by
+is at ``start``. With RoPE, attention depends only on distances, so both are equal if each key is moved by
 L - ``start``, which the connector does by rotating it.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InvalidInputError
 from ..store import is_document_key
 
-FIELD = "kvfusion"  # of ``kv_transfer_params``
+FIELD = "kvfusion"  # key in ``kv_transfer_params``
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class FusedPrompt:
             prompt_tokens: number of tokens of documents and question.
 
         Raises:
-            InvalidInputError: the parameters are malformed, or the salt is another one.
+            InvalidInputError: the parameters are malformed, or the salt differs.
         """
         if not isinstance(params, dict) or FIELD not in params:
             return None

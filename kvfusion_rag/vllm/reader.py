@@ -71,7 +71,7 @@ class FusedReader:
         """Return keys (L, H_kv, T, d) and values (L, H_kv, T, d_v) of the prompt's documents, with moved keys.
 
         Args:
-            token_ids: ids of the prompt's documents, and of more tokens behind them.
+            token_ids: ids of the prompt's documents, and of more tokens after them.
             skip: tokens at the beginning that are not needed. The T tokens are the others.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Answers requests on a vLLM server: prefills into the store what it lacks, and asks vLLM for tokens."""
+"""Answers requests on a vLLM server: prefills the documents that the store lacks, and asks vLLM for tokens."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class VllmRunner(Runner[VllmModel]):
         wanted = request.limits.least(options)
         if tokens + wanted > most:
             raise ContextLimitError(
-                f"prefix, documents and question have {tokens} tokens and the answer up to {wanted}, but vLLM takes "
-                f"{most} of one request; raise max_model_len (--max-model-len)."
+                f"prefix, documents and question have {tokens} tokens and the answer up to {wanted}, but vLLM accepts "
+                f"only {most} per request; raise max_model_len (--max-model-len)."
             )
         return replace(request, limits=request.limits.within(most - tokens, options))
 
@@ -91,7 +91,7 @@ class VllmRunner(Runner[VllmModel]):
             return list(pool.map(answer, runs))
 
     def begin(self, batch: Batch) -> Run:
-        """Prefill into the store what it lacks.
+        """Prefill the documents that the store lacks.
 
         Raises:
             StoreError: the store cannot keep the documents.
@@ -125,8 +125,8 @@ class VllmRunner(Runner[VllmModel]):
         lost = [key for key in (*prefix, *pieces) if store.tier_of(key) is None]
         if lost:
             raise StoreError(
-                f"the store {store!r} cannot keep {len(lost)} of the documents of a question, which vLLM reads from "
-                "it; raise its maximum size, or free space on its disk."
+                f"vLLM reads documents from the store {store!r}, but it cannot keep {len(lost)} of a question's "
+                "documents; raise its maximum size, or free space on its disk."
             )
         return FetchedKVs({}, {**kept, **fetched.origins}, fetched.misses)
 
@@ -155,10 +155,10 @@ class VllmRunner(Runner[VllmModel]):
     ) -> Generator[None, None, None]:
         """Let ``answer`` grow by the tokens that vLLM generates, and pause after each.
 
-        If the answer puts another token in the place of vLLM's, vLLM goes on behind that one.
+        If the answer replaces one of vLLM's tokens, vLLM continues after the replacement.
 
         Raises:
-            EngineError: vLLM has ended, or does not answer.
+            EngineError: vLLM has ended, or does not respond.
         """
         has_retried = False
         while answer.finish_reason is None:
@@ -169,11 +169,11 @@ class VllmRunner(Runner[VllmModel]):
                 if has_retried or len(answer.ids) > before:
                     raise
                 has_retried = True
-                logger.warning("vLLM cannot load the documents of a request; they are checked, and it is repeated")
+                logger.warning("vLLM cannot load the documents of a request; checking them and repeating the request")
                 self._stored(request, again=True)
 
     def _grow(self, request: Request, answer: GrowingAnswer, options: DecodingOptions) -> Generator[None, None, None]:
-        """Ask vLLM once, and push its tokens until the answer's format begins, if it has one behind its reasoning."""
+        """Ask vLLM once, and push its tokens until the answer's format begins, if it has one after its reasoning."""
         allowed = answer.allowed
         if (
             allowed is not None
@@ -215,7 +215,7 @@ class VllmRunner(Runner[VllmModel]):
     def token_request(
         self, request: Request, written: Sequence[int], options: DecodingOptions, format: AnswerFormat | None = None
     ) -> TokenRequest:
-        """Return what vLLM is asked for behind the tokens ``written`` so far, which are in front of the format."""
+        """Return the request for the tokens after ``written``, which come before the answer's format."""
         prompt = _prompt_of(request)
         documents = self._documents(request)
         return TokenRequest(

@@ -30,12 +30,12 @@ from .reader import ReaderOptions
 logger = logging.getLogger(__name__)
 
 BASE, TUNED = "base", "tuned"  # names of the model without and with its adapter
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of which vLLM takes one as the largest
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values that vLLM allows for the largest rank
 START_SECONDS = 1800.0  # large models are read from slow disks, and compiled
 STOP_SECONDS = 15.0
 MAX_CONNECTIONS = 1024
 _ERROR = re.compile(r"\b((?:\w+\.)*\w*error: \S.*)", re.IGNORECASE)
-_LOG_LINES = 400  # of the end of the log, in which the cause of a failed start is searched
+_LOG_LINES = 400  # last lines of the log to search for the cause of a failed start
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class ServerOptions:
             "--model", self.model, "--served-model-name", BASE, "--uds", str(socket), "--dtype", self.dtype,
             "--max-model-len", str(self.max_model_len), "--kv-transfer-config", json.dumps(connector),
             "--generation-config", "vllm", "--disable-uvicorn-access-log",
-            "--structured-outputs-config", json.dumps({"backend": "guidance"}),  # of llguidance, like our own masks
+            "--structured-outputs-config", json.dumps({"backend": "guidance"}),  # llguidance, as in our own masks
         ]  # fmt: skip
         if self.revision is not None:
             given += ["--revision", self.revision]
@@ -175,12 +175,12 @@ class VllmServer:
                 raise ModelLoadError(f"vLLM cannot serve {model!r}: {cause}")
             try:
                 if self._http.get("/health").status_code == 200:
-                    logger.info("vLLM answers after %.0f s", time.monotonic() - began)
+                    logger.info("vLLM was ready after %.0f s", time.monotonic() - began)
                     return
             except httpx.TransportError:
                 time.sleep(0.2)
         self.close()
-        raise ModelLoadError(f"vLLM has not begun to answer for {model!r} within {START_SECONDS:g} s.")
+        raise ModelLoadError(f"vLLM was not ready to serve {model!r} within {START_SECONDS:g} s.")
 
     def tokens(self, request: TokenRequest) -> Generator[Token, None, None]:
         """Yield tokens as vLLM generates them. Closing the generator ends the request.
@@ -207,7 +207,7 @@ class VllmServer:
         except httpx.TransportError as error:
             ended = self._process.poll() is not None
             cause = self._cause() if ended else str(error)
-            raise EngineError(f"vLLM {'has ended' if ended else 'does not answer'}: {cause}") from error
+            raise EngineError(f"vLLM {'has ended' if ended else 'does not respond'}: {cause}") from error
 
     def _error(self, text: str, request: TokenRequest) -> EngineError:
         if request.documents and "Internal server error" in text:
@@ -218,7 +218,7 @@ class VllmServer:
         """Return the first error at the end of the log. Later ones are about processes that waited for the first."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LOG_LINES:]
         found = next((match for match in map(_ERROR.search, lines) if match is not None), None)
-        return found[1][:500] if found else "its log names no error"
+        return found[1][:500] if found else "its log contains no error"
 
 
 class DocumentsLostError(EngineError):

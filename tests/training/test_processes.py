@@ -139,7 +139,7 @@ def test_unconnected_launch_of_accelerate_is_refused(arguments, tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     for done in launch(*commands):
-        assert done.returncode != 0 and "unconnected to the others" in done.stderr
+        assert done.returncode != 0 and "not be connected to the others" in done.stderr
     assert not (tmp_path / "0").exists() and not (tmp_path / "1").exists()
 
 

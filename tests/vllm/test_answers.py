@@ -286,7 +286,7 @@ def test_a_lost_document_is_prefilled_again(on_vllm, store_folder, damage):
 
 def test_too_long_requests_are_rejected_before_anything_is_computed(on_vllm):
     documents = [Document(f"{number} " + "the mill " * 200) for number in range(12)]
-    with pytest.raises(ContextLimitError, match="vLLM takes 4096 of one request"):
+    with pytest.raises(ContextLimitError, match="vLLM accepts only 4096 per request"):
         on_vllm.answer(QUESTIONS[0], documents, **EVERYTHING)
     with pytest.raises(ContextLimitError, match="max_model_len"):
         on_vllm.answer(QUESTIONS[0], DOCUMENTS, **EVERYTHING, max_new_tokens=4000)

@@ -17,8 +17,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="torch",
-        help="what computes: torch, llama.cpp for GGUF files (extra llama-cpp), auto, the faster of both in a short "
-        "measurement, or vllm for many callers at once (see docs/engines.md) (default: torch)",
+        help="engine: torch, llama.cpp for GGUF files (extra llama-cpp), auto for the faster of these two in a short "
+        "measurement, or vllm for many users at once; see docs/engines.md (default: torch)",
     )
     parser.add_argument(
         "--gpu-layers",

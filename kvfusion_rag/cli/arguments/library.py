@@ -150,7 +150,7 @@ def _prefill(
         return
     from ... import Message
 
-    question = "?"  # what stands in front of the documents is part of their keys, the question is not
+    question = "?"  # only the text in front of the documents is part of their keys
     generator.prefill(
         documents if args.store else documents[:PREFILLED_IN_MEMORY],
         prompt=[Message("user", question)],

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**63 - 1
-SHOWN_CHARACTERS = 80  # of a wrong value in its message
+SHOWN_CHARACTERS = 80  # of a wrong value that a message shows
 MAX_DIGITS = 20
 
 T = TypeVar("T")

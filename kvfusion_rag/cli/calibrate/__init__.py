@@ -1,4 +1,4 @@
-"""Calibrate support, the probability that documents answer a question, and measure what it is worth.
+"""Calibrate support, the probability that documents answer a question, and measure how well it works.
 
 Each question is answered over its documents and over the same ones without the gold document. One half of the
 questions fits the calibration, and the figures are those of the other half.

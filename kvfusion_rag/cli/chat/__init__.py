@@ -1,7 +1,7 @@
 """Talk about your documents: ask questions in a terminal, or one per line of standard input.
 
-The model stays loaded. A question that continues the conversation is rewritten so that it can be understood alone, and
-is shown as it was read. ``/help`` lists the commands.
+The model stays loaded. A question that continues the conversation is rewritten so that it can be understood by itself,
+and is shown as it was read. ``/help`` lists the commands.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ...schema import FocusChoice, Message, ModeChoice
 if TYPE_CHECKING:
     from ... import Answer, AnswerStream, Document, KVFusionGenerator
 
-MAX_TURNS = 3  # of the conversation that a rewritten question can refer to
+MAX_TURNS = 3  # earlier turns that a rewritten question can refer to
 MAX_STANDALONE_TOKENS = 64
 MAX_STANDALONE_CHARACTERS = 500
 MAX_ANSWER_CHARACTERS = 500  # of an earlier answer, when a question is rewritten
@@ -107,7 +107,7 @@ class Conversation:
         prompt = [Message("user", _REWRITE.format(turns=turns, question=question))]
         answer = self._generator.answer(question, (), prompt=prompt, max_new_tokens=MAX_STANDALONE_TOKENS)
         line = next((line.strip() for line in answer.text.splitlines() if line.strip()), "")
-        # A cut or very long text is no question.
+        # A truncated or very long text is not a question.
         is_usable = answer.finish_reason == "stop" and 0 < len(line) <= MAX_STANDALONE_CHARACTERS
         return line if is_usable else question
 

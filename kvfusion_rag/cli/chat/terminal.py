@@ -57,7 +57,7 @@ def open_lines(
 
 
 class Terminal:
-    """Answers lines of a conversation, and obeys those that begin with ``/``.
+    """Answers lines of a conversation, and runs those that begin with ``/`` as commands.
 
     Args:
         files: names of the files that are searched.
@@ -184,7 +184,7 @@ class Terminal:
 
 
 def _say_citations(turn: Turn) -> None:
-    """Print the places in which the answer stands, and a note if it was cut off."""
+    """Print the places where the answer occurs, and a note if it was cut off."""
     documents = {document.id: document for document in turn.documents}
     for citation in turn.answer.citations:
         document = documents[citation.document_id]

@@ -25,12 +25,12 @@ FOLDERS = (paths.existing_folder, paths.output_folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=SHELLS, help="the shell that is to read the script")
+    parser.add_argument("shell", choices=SHELLS, help="shell that will run the script")
 
 
 def run(args: argparse.Namespace) -> int:
     if find_spec("shtab") is None:
-        raise MissingDependencyError.of_extra("a script for completion", "shtab", "completion")
+        raise MissingDependencyError.of_extra("a completion script", "shtab", "completion")
     import shtab
 
     for action in _actions(args.root):

@@ -1,4 +1,4 @@
-"""Show the value of every option of a command, and what has set it.
+"""Show the value of every option of a command, and where it was set.
 
 The command line comes first, then environment variables, then the nearest kvfusion.toml, then the default. Without a
 command, all settings of files and variables are listed.
@@ -25,7 +25,7 @@ DEFAULT = "default"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words", nargs=argparse.REMAINDER, type=plain_text, metavar="COMMAND ...",
-        help="a command with its arguments, such as: serve --port 9000 (without it, only what is set is listed)",
+        help="a command with its arguments, such as: serve --port 9000 (default: list only what is set)",
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import InvalidInputError, KVFusionError
 from .place import is_private
 
-ALIVE_SECONDS = 5.0  # for a busy server to say that it runs
+ALIVE_SECONDS = 5.0  # time for a busy server to reply that it runs
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class UnixConnection(HTTPConnection):
 
 
 def is_answering(place: Path) -> bool:
-    """Return whether a server of this user answers at ``place``. One that has ended left a socket that refuses."""
+    """Return whether a server of this user answers at ``place``. The socket of a stopped one refuses."""
     if not is_private(place):
         return False
     connection = UnixConnection(place, ALIVE_SECONDS)
@@ -68,7 +68,7 @@ def ask_server(place: Path, request: dict[str, Any], key: str | None) -> Iterato
             return _events(response)
         data = json.loads(response.read())
     except (OSError, HTTPException, ValueError) as error:
-        logger.info("the running server ended before it answered: %s", error)
+        logger.info("the running server stopped before it answered: %s", error)
         return None
     if response.status == 200:
         return iter([data])
@@ -97,4 +97,4 @@ def _events(response: HTTPResponse) -> Iterator[dict[str, Any]]:
             yield event
     except (OSError, HTTPException):
         pass
-    raise KVFusionError("the running server ended before its answer was complete; ask again.")
+    raise KVFusionError("the running server stopped before its answer was complete; ask again.")

@@ -43,6 +43,6 @@ def _bind(listener: socket.socket, place: Path) -> None:
     place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not is_private_folder(place.parent):
         raise PermissionError("its folder must belong to this user, with mode 0700")
-    place.unlink(missing_ok=True)  # of a server that was killed
+    place.unlink(missing_ok=True)  # left by a server that was killed
     listener.bind(str(place))
     place.chmod(0o600)

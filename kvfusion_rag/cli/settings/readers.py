@@ -73,7 +73,7 @@ def _read_one(action: argparse.Action, value: Any) -> Any:
         raise argparse.ArgumentTypeError(f"{_text(value)} is not a text in quotation marks")
     is_number = isinstance(found, int | float)
     if isinstance(value, str) and is_number and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE):
-        raise argparse.ArgumentTypeError(f"{shown(value)} is not a number, which has no quotation marks")
+        raise argparse.ArgumentTypeError(f"{shown(value)} is not a number; remove the quotation marks")
     return found
 
 

@@ -108,7 +108,7 @@ class Deployment:
     def update(self, generator: GeneratorSpec) -> None:
         """Replace all replicas, a few at a time, by new ones that load ``generator``. No request is lost.
 
-        If the cluster has room for one more, a new replica starts before an old one stops, and the old ones go on if
+        If the cluster has room for one more, a new replica starts before an old one stops, and the old ones stay if
         the generator cannot be loaded. Without room, requests wait for a new replica if there is no other.
 
         Raises:

@@ -33,14 +33,14 @@ ATTEMPTS = 3  # a request that kills replicas must not kill all of them
 
 
 class ReplicaLostError(ClusterError):
-    """A replica ended while it answered."""
+    """A replica stopped while it was answering."""
 
 
 class Replicas(Protocol):
     """All replicas of a server."""
 
     def respond(self, request: Forwarded, session: str) -> AsyncGenerator[Message, None]:
-        """Yield the response of a replica. Requests of one session reach the same replica while it lives.
+        """Yield the response of a replica. Requests of one session reach the same replica as long as it runs.
 
         Raises:
             ReplicaLostError: the replica ended. Another one may answer.
@@ -183,7 +183,9 @@ class _Response:
 
 
 def _lost() -> ApiError:
-    return ApiError(503, "the replica ended while it answered; retry later.", "replica_lost", headers=RETRY_AFTER)
+    return ApiError(
+        503, "the replica stopped while it was answering; retry later.", "replica_lost", headers=RETRY_AFTER
+    )
 
 
 def _whole(messages: Sequence[Message]) -> Response:

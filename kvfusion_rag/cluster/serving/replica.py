@@ -74,7 +74,7 @@ class Replica:
         return {"model": model_facts(self._generator, self._options), "schema": single.openapi()}
 
     async def respond(self, request: Forwarded) -> AsyncGenerator[Message, None]:
-        """Yield the ASGI messages of the response. If the caller leaves, the work ends like that of any client."""
+        """Yield the ASGI messages of the response. If the caller disconnects, the work ends as for any client."""
         await self._start()
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         left = asyncio.Event()

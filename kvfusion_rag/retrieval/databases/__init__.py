@@ -18,7 +18,7 @@ def open_collection(url: str, name: str, settings: Mapping[str, str | int]) -> D
     """Open the collection ``name`` of the index at ``url``, which is created when something is written.
 
     Raises:
-        InvalidInputError: the URL names no index.
+        InvalidInputError: it is not the URL of an index.
         MissingDependencyError: the client of the database is not installed.
         RetrievalError: the database cannot be reached.
     """

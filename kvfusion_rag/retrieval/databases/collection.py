@@ -23,7 +23,7 @@ from ...text.json_text import parse_json
 from ..collection import Place, StoredChunk, StoredFile, text_key
 from .database import Record, VectorDatabase
 
-FIRST_COUNT = 32  # of the texts that a search asks for; further ones are asked for if files are left out
+FIRST_COUNT = 32  # texts that a search asks for first; more are requested if files are left out
 GROWTH = 8
 _SETTINGS_ID = "0" * 32
 _UNFINISHED = ""  # the digest of a file that is being written
@@ -38,7 +38,7 @@ class DatabaseCollection:
         settings: stored with the collection and shown in error messages of indexes with other settings.
     """
 
-    damage = None  # the database answers for its files
+    damage = None  # a database checks its own files
     is_shared = True
 
     def __init__(self, database: VectorDatabase, name: str, settings: Mapping[str, str | int]) -> None:
@@ -85,7 +85,7 @@ class DatabaseCollection:
         elif self.base != base:
             raise InvalidInputError(
                 f"base is {str(base)!r}, but the names in the index {self.location!r} are relative to "
-                f"{str(self.base)!r}; use that folder, or another name of the index."
+                f"{str(self.base)!r}; use that folder, or an index with another name."
             )
 
     def places(self, key: bytes) -> list[Place]:

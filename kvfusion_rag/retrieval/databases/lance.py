@@ -19,7 +19,7 @@ from ...errors import MissingDependencyError, RetrievalError
 from .database import RECORDS_PER_REQUEST, Record, Table, in_parts
 from .urls import IndexUrl
 
-VISIBLE_AFTER = timedelta(seconds=5)  # until a reader sees what another process wrote
+VISIBLE_AFTER = timedelta(seconds=5)  # delay until a reader sees what another process wrote
 KEPT_VERSIONS = timedelta(hours=1)  # for readers that still use them
 _SUFFIX = "-files"
 

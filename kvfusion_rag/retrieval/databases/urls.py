@@ -78,6 +78,6 @@ def is_index_url(text: str) -> bool:
 
 def _invalid(text: str, cause: str) -> InvalidInputError:
     return InvalidInputError(
-        f"{text[:200]!r} names no index ({cause}); use chroma://host:8000/name, chroma+https://host/name, "
-        "lance+s3://bucket/folder or lance+file:///folder."
+        f"{text[:200]!r} is not the URL of an index ({cause}); use chroma://host:8000/name, "
+        "chroma+https://host/name, lance+s3://bucket/folder or lance+file:///folder."
     )

@@ -1,7 +1,7 @@
 """Unpacks zip and gzip files, and parses the XML in them, within limits.
 
 What a file may unpack to is limited by its size. The declared sizes of a zip file are not trusted: no more than the
-limit is ever unpacked. XML with a document type is rejected, because only that can define entities.
+limit is ever unpacked. XML with a DOCTYPE is rejected, because only that can define entities.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .reading import UnreadableFileError
 MAX_PARTS = 10_000
 MAX_UNPACKED_BYTES = 64 * 2**20
 UNPACKED_BYTES = 4 * 2**20
-UNPACKED_BYTES_PER_BYTE = 100  # text in XML is packed to a tenth or twentieth
+UNPACKED_BYTES_PER_BYTE = 100  # text in XML is compressed to a tenth or twentieth
 
 _ENTRY = b"PK\x01\x02"
 _OLD_OFFICE_FILE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
@@ -35,14 +35,14 @@ def gunzip(data: bytes, max_bytes: int) -> bytes:
     """Return the content of a gzip file.
 
     Raises:
-        UnreadableFileError: it is larger than the limit, empty, cut off or damaged.
+        UnreadableFileError: it is larger than the limit, empty, truncated or damaged.
     """
     limit = unpacked_limit(data, max_bytes)
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
             content = file.read(limit + 1)
     except EOFError as error:
-        raise UnreadableFileError("cut off: it ends within its compressed data") from error
+        raise UnreadableFileError("truncated: it ends within its compressed data") from error
     if len(content) > limit:
         raise UnreadableFileError(f"unpacks to more than the limit of {limit / 2**20:.4g} MiB")
     if not content:
@@ -59,13 +59,13 @@ class Archive:
 
     def __init__(self, data: bytes) -> None:
         if data.startswith(_OLD_OFFICE_FILE):
-            raise UnreadableFileError("an Office file that is protected by a password, or of an old version")
+            raise UnreadableFileError("an Office file that is protected by a password, or in an old format")
         if data.count(_ENTRY) > MAX_PARTS:
             raise UnreadableFileError(f"has more than {MAX_PARTS:,} parts")
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(data))
         except zipfile.BadZipFile as error:
-            raise UnreadableFileError("damaged or cut off: it is not a whole zip file") from error
+            raise UnreadableFileError("damaged or truncated: it is not a complete zip file") from error
         self._limit = self._left = unpacked_limit(data)
         self._names = {name.lstrip("/"): name for name in self._zip.namelist()}
 
@@ -84,7 +84,7 @@ class Archive:
         if info.flag_bits & _ENCRYPTED:
             raise UnreadableFileError("protected by a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others cannot be bounded
-            raise UnreadableFileError(f"its part {name[:100]!r} is compressed in an unusual way")
+            raise UnreadableFileError(f"its part {name[:100]!r} is compressed with an unsupported method")
         self._left -= info.file_size
         if self._left < 0:
             raise UnreadableFileError(f"unpacks to more than the limit of {self._limit / 2**20:.4g} MiB")
@@ -126,7 +126,7 @@ def parse_xml(
     Namespaces are not resolved, because their names may be long, and each tag would repeat them.
 
     Raises:
-        UnreadableFileError: it is not XML, or has a document type.
+        UnreadableFileError: it is not XML, or has a DOCTYPE.
     """
     parser = expat.ParserCreate()
     parser.buffer_text = True
@@ -160,4 +160,4 @@ def relation_id(attributes: Mapping[str, str]) -> str:
 
 
 def _refuse_document_type(*names: object) -> None:
-    raise UnreadableFileError("its XML has a document type, which Office files and books do not need")
+    raise UnreadableFileError("its XML has a DOCTYPE, which Office files and books do not need")

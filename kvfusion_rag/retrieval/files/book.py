@@ -28,7 +28,7 @@ def read_book(data: bytes) -> Reading:
         lambda tag, attributes: packages.append(attribute(attributes, "full-path")) if tag == "rootfile" else None,
     )
     if not packages:
-        raise UnreadableFileError("an EPUB book without a list of its contents")
+        raise UnreadableFileError("an EPUB book without a table of contents")
     title, chapters = _contents(archive, resolved("", packages[0]))
     encrypted = _encrypted_parts(archive)
     builder = TextBuilder()
@@ -47,7 +47,7 @@ def read_book(data: bytes) -> Reading:
                 builder.mark("part", number)
             builder.write(text)
     if locked:
-        raise UnreadableFileError("protected against copying (DRM)")
+        raise UnreadableFileError("copy-protected (DRM)")
     return builder.reading(title, (f"{missing:,} chapters that are missing",) if missing else ())
 
 

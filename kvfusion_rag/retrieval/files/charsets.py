@@ -17,7 +17,7 @@ from turbohtml.detect import detect  # also registers the codecs whatwg-*
 WRONG_SHARE = 0.1
 # Text of unknown encoding is binary if more than this share of its bytes is outside ASCII.
 BINARY_SHARE = 0.2
-DECLARATION_BYTES = 16_384  # at the beginning of a page, in which its declaration is searched
+DECLARATION_BYTES = 16_384  # beginning of a page that is searched for a declaration
 
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _ASCII = bytes(range(128))
@@ -35,7 +35,7 @@ class DecodedText:
 
     Attributes:
         invalid: number of bytes that could not be decoded and became U+FFFD.
-        known: False if nothing in the bytes speaks for the encoding.
+        known: False if nothing in the bytes suggests the encoding.
     """
 
     text: str
@@ -102,7 +102,7 @@ def _as_declared(data: bytes, label: str) -> DecodedText | None:
 
 
 def _as_detected(data: bytes, outside_ascii: int) -> DecodedText:
-    match = detect(_DECLARATION.sub(b"", data))  # a declaration would be believed
+    match = detect(_DECLARATION.sub(b"", data))  # a declaration would be trusted
     assert match.codec is not None  # only of empty bytes
     text = data.decode(match.codec, errors="replace")
     known = match.confidence > 0 or outside_ascii <= BINARY_SHARE * len(data)

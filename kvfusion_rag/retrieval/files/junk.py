@@ -1,4 +1,4 @@
-"""Finds data inside texts that nobody can ask about: embedded files, hex dumps and minified code.
+"""Finds data inside texts that no question is about: embedded files, hex dumps and minified code.
 
 Such data costs as much to split, embed and store as prose, and its chunks crowd out others. Prose in any language is
 kept: a rule looks only at long runs of ASCII, and only lines of data side by side count as a dump. Each line is looked

@@ -1,4 +1,4 @@
-"""Reads mails: sender, receivers, date and text, also of the mails that are attached.
+"""Reads emails: sender, recipients, date and text, also of attached emails.
 
 Of several versions of a text, the plain one is read. The parser looks at each line once for every open part, so mails
 with many parts and many lines are rejected. Long headers are cut, because parsing their parameters is quadratic.
@@ -47,7 +47,7 @@ def read_mail(data: bytes) -> Reading:
     if not _HEADER_LINE.match(data.lstrip()[:1000]):
         raise UnreadableFileError("not a mail: it does not begin with headers")
     if data.count(b"\n") * len(_MULTIPART.findall(data)) > MAX_LINE_VISITS:
-        raise UnreadableFileError("has too many lines and parts in each other")
+        raise UnreadableFileError("has too many lines and nested parts")
     mail = BytesParser(policy=_ShortHeaders()).parsebytes(data.lstrip())  # pyright: ignore[reportArgumentType]
     contents = _Contents()
     contents.read(mail)
@@ -55,7 +55,7 @@ def read_mail(data: bytes) -> Reading:
 
 
 class _Contents:
-    """The text of a mail and of the mails attached to it."""
+    """The text of an email and of the emails attached to it."""
 
     def __init__(self) -> None:
         self.builder = TextBuilder()
@@ -65,7 +65,7 @@ class _Contents:
 
     def read(self, mail: Message) -> None:
         """Read all parts in order, without recursion."""
-        waiting: list[tuple[Any, bool]] = [(mail, True)]  # with whether it is a whole mail
+        waiting: list[tuple[Any, bool]] = [(mail, True)]  # each part, and whether it is a whole email
         parts = 0
         while waiting:
             part, is_mail = waiting.pop()

@@ -43,7 +43,7 @@ def read_notebook(data: bytes) -> Reading:
 
 
 def _cells(content: Any) -> list[dict[str, Any]]:
-    """Return the cells of a notebook in the present format, or in one of before 2015."""
+    """Return the cells of a notebook in the current format, or in one from before 2015."""
     cells = content.get("cells") if isinstance(content, dict) else None
     if cells is None and isinstance(content, dict):
         sheets = _objects(content.get("worksheets"))

@@ -28,7 +28,7 @@ _HEADING = re.compile(r"heading ([1-9])$", re.IGNORECASE)
 @dataclass(slots=True)
 class _Paragraph:
     pieces: list[str] = field(default_factory=list)
-    level: int = 0  # of a heading
+    level: int = 0  # heading level
     is_item: bool = False
 
 

@@ -24,7 +24,7 @@ MAX_CELL = 32_767  # characters, Excel's own limit
 MAX_STYLE = 100_000
 
 _REFERENCE = re.compile(r"([A-Z]{1,3})([0-9]{1,7})$")
-_DATE_FORMATS = frozenset({*range(14, 23), *range(27, 37), *range(45, 48), *range(50, 59)})  # that Excel contains
+_DATE_FORMATS = frozenset({*range(14, 23), *range(27, 37), *range(45, 48), *range(50, 59)})  # built into Excel
 _QUOTED = re.compile(r'"[^"]*"|\[[^\]]*\]|\\.')
 _DATE_SIGN = re.compile(r"[dmyhs]", re.IGNORECASE)
 _EPOCH = datetime(1899, 12, 30)
@@ -176,7 +176,7 @@ def _date_styles(archive: Archive) -> set[int]:
     """Return the numbers of the cell styles that show numbers as dates."""
     formats = set(_DATE_FORMATS)
     styles: list[int] = []
-    is_open = False  # of the list of cell styles
+    is_open = False  # inside the list of cell styles
 
     def start(tag: str, attributes: Mapping[str, str]) -> None:
         nonlocal is_open

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic_core import CoreSchema
 
-MAX_FIELDS = 64  # of one object
+MAX_FIELDS = 64  # per object
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

@@ -1,4 +1,4 @@
-"""Messages in request bodies: their texts, calls of tools, and the rule that one of them asks something."""
+"""Messages in request bodies: their texts, tool calls, and the rule that one of them contains a question."""
 
 from __future__ import annotations
 

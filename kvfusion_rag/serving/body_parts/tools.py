@@ -11,7 +11,7 @@ from ...text.answer_format import AnswerFormat
 from ...text.tools.definitions import CHOICES, MAX_TOOLS
 from .base import Body, Text
 
-MAX_CALLS = 128  # of one message
+MAX_CALLS = 128  # per message
 MAX_CALL_ID_CHARACTERS = 256
 MAX_TOOL_NAME_CHARACTERS = 64
 

@@ -65,7 +65,7 @@ def create_ask_app(generator: KVFusionGenerator, library: Library, access: Acces
         try:
             update = await in_thread(library.update)
             documents = await in_thread(library.search_own, body.question, body.top_k)
-        except RetrievalError as error:  # the user's own files, so its paths are no secret
+        except RetrievalError as error:  # the user's own files, so their paths are not secret
             raise ApiError(400, str(error), "retrieval_failed") from error
         asked = Asked(update, documents, tenant.identity())
         arguments = {**body.answer_arguments(), "documents": documents}

@@ -13,7 +13,9 @@ from ...schema import Document
 from .uploads import Uploads, UploadSpace
 
 DEFAULT_TOP_K = 5
-MAX_SEARCHED_CHARACTERS = 4000  # models embed a few hundred tokens, and tokenizing a whole body would hold up others
+MAX_SEARCHED_CHARACTERS = (
+    4000  # models embed a few hundred tokens, and tokenizing a whole body would delay other requests
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Library:
         index: an index with the server's own files. The library does not close it.
         files: names of the files in ``index`` that are searched; ``None`` for all of them.
         docs: files and folders that :meth:`update` reads again. By default none.
-        uploads: the files that tenants upload. By default they may not.
+        uploads: the files that tenants upload. By default, uploads are not allowed.
         top_k: number of documents that are found for a question that does not set it.
         questions: example questions, for the page.
 

@@ -1,7 +1,7 @@
 """Uploaded files: kept in a folder of the server, and indexed in memory, for each tenant separately.
 
-Names and contents are untrusted. A name is a single part of a path, of a file that a loader reads, and a file that no
-loader can read is rejected before it is written.
+Names and contents are untrusted. A name must be a single part of a path with a known suffix. A file that its loader
+cannot read is rejected before it is written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...store import namespace_key
 
 MAX_UPLOADS = 50  # files of one tenant
 MAX_NAME_BYTES = 200  # file systems allow 255
-PREFIX = "upload:"  # of ids, so that an uploaded file cannot be taken for one of the server's own
+PREFIX = "upload:"  # in ids, so that an uploaded file cannot be mistaken for one of the server's
 
 _FORBIDDEN = re.compile(r"[/\\:\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffd]")
 _PARTIAL = ".partial"
@@ -69,7 +69,7 @@ class Uploads:
             files = self._index.files()
             if name not in files and len(files) >= self._max_files:
                 raise InvalidInputError(
-                    f"there are {len(files)} uploaded files, the limit of this server; remove one first."
+                    f"there are already {len(files)} uploaded files, which is the limit; remove one first."
                 )
             partial = self._folder / _PARTIAL
             partial.write_bytes(content)

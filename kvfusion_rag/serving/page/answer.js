@@ -61,7 +61,7 @@ export class AnswerView {
       ...(sources.length ? [`${read} of ${sources.length} documents read`] : []),
       ...kvs,
       ...facing,
-      ...(reason === "length" ? ["cut at the limit of tokens"] : []),
+      ...(reason === "length" ? ["cut at the token limit"] : []),
     ].join(" · ");
     this.end();
   }

@@ -117,7 +117,7 @@ async function upload(files) {
   if (!library?.uploads.max_files) return;
   for (const file of files) {
     if (file.size > library.uploads.max_bytes) {
-      notify(`${file.name} is larger than ${(library.uploads.max_bytes / 2 ** 20).toFixed(1)} MiB, the limit of this server.`);
+      notify(`${file.name} is larger than ${(library.uploads.max_bytes / 2 ** 20).toFixed(1)} MiB, which is the limit of this server.`);
       return;
     }
     const done = await change(`Reading ${file.name} …`, `${file.name} was added.`, () => server.upload(file));
@@ -174,7 +174,7 @@ function setTheme(theme) {
   localStorage.setItem(THEME, theme);
   document.documentElement.dataset.theme = theme;
   $("theme").textContent = THEMES[theme];
-  $("theme").setAttribute("aria-label", `Colours: ${theme === "system" ? "as the system" : theme}`);
+  $("theme").setAttribute("aria-label", `Colours: ${theme}`);
 }
 
 function askForKey() {
