@@ -2,13 +2,15 @@
 
     python benchmarks/focus_ranks.py ROWS [--model NAME] [--limit 100] [--dtype bfloat16] [--json FILE]
 
-ROWS come from ``kvfusion build-data``. The offline embedding model gives the retriever's scores.
+ROWS come from ``kvfusion build-data``. The offline embedding model gives the retriever's scores. "Together" is the
+choice of focus, and "alone" ranks each document by its own score.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from kvfusion_rag import DocumentStore, KVFusionGenerator, MemoryStore
 from kvfusion_rag.data import read_ready_rows
 from kvfusion_rag.engine.document_kvs import Scope
 from kvfusion_rag.engine.engine import Engine
-from kvfusion_rag.engine.focus import Ids, best_documents, scored_question
+from kvfusion_rag.engine.focus import Ids, best_documents, document_scores, scored_question
 from kvfusion_rag.evaluation.report import run_facts
 from kvfusion_rag.evaluation.scores import with_scores
 from kvfusion_rag.fusion.torch_model import TorchModel
@@ -45,20 +47,32 @@ def main() -> None:
     rows = random.Random(args.seed).sample(rows, min(args.limit, len(rows)))
     store = DocumentStore(MemoryStore(args.memory << 30))
     generator = KVFusionGenerator.from_pretrained(args.model, dtype=args.dtype, store=store)
-    found = {weight: dict.fromkeys(KEPT, 0) for weight in WEIGHTS}
+    found = {(weight, rule): dict.fromkeys(KEPT, 0) for weight in WEIGHTS for rule in ("together", "alone")}
     for row in tqdm(list(with_scores(rows, SentenceTransformerEmbedder()))):
         documents = [passage.document(str(number)) for number, passage in enumerate(row.passages)]
         encoded, tokens = question_tokens(generator._engine, row.question, documents)
         gold = {number for number, passage in enumerate(row.passages) if passage.gold}
         for weight in WEIGHTS:
+            alone = ranked_alone(encoded, tokens, weight)
             for kept in KEPT:
-                found[weight][kept] += gold <= set(best_documents(encoded, tokens, weight, kept))
-    shares = {str(w): {k: round(100 * n / len(rows), 1) for k, n in by.items()} for w, by in found.items()}
+                found[weight, "together"][kept] += gold <= set(best_documents(encoded, tokens, weight, kept))
+                found[weight, "alone"][kept] += gold <= set(alone[:kept])
+    shares = {
+        f"weight {weight}, {rule}": {kept: round(100 * count / len(rows), 1) for kept, count in by_kept.items()}
+        for (weight, rule), by_kept in found.items()
+    }
     print(f"{len(rows)} questions; all gold documents among those kept, of {', '.join(map(str, KEPT))} (%)")
     for name, share in shares.items():
-        print(f"weight {name:>4}: " + " / ".join(f"{value:.0f}" for value in share.values()))
+        print(f"{name:20} " + " / ".join(f"{value:.0f}" for value in share.values()))
     if args.json:
         args.json.write_text(json.dumps({"rows": len(rows), "kept": shares, "run": run_facts()}, indent=2) + "\n")
+
+
+def ranked_alone(encoded: EncodedDocuments, tokens: dict[Ids, list[float]], weight: float) -> list[int]:
+    """Return the documents' indices by their own scores, the best first."""
+    sums = {ids: math.fsum(values) for ids, values in tokens.items()}
+    scores = document_scores(encoded.documents, sums, weight)
+    return sorted(range(len(scores)), key=lambda number: -(scores[number] or 0.0))
 
 
 def question_tokens(
