@@ -191,7 +191,7 @@ def best_documents(
     nothing = explained = [-math.inf] * len(next(iter(tokens.values())))
     own = {pieces: score(pieces, nothing) for pieces in left}
     kept: set[Pieces] = set()
-    for _ in range(most):
+    for _ in range(min(most, len(left))):
         best = max(left, key=lambda pieces: score(pieces, explained) + OWN_SHARE * own[pieces])
         left.remove(best)
         kept.add(best)

@@ -204,6 +204,7 @@ def test_ties_are_broken_by_content():
     encoded = EncodedDocuments(read, {f"key{3 - n}": (n,) for n in range(4)})
     tokens = {(n,): [-1.0, -2.0] for n in range(4)}
     assert best_documents(encoded, tokens, 0.0, 2) == (2, 3)
+    assert best_documents(encoded, tokens, 0.0, 9) == (0, 1, 2, 3)
     turned = EncodedDocuments(read[::-1], encoded.keys)
     assert {turned.documents[n].id for n in best_documents(turned, tokens, 0.0, 2)} == {"2", "3"}
 

@@ -16,8 +16,8 @@ def prefill_decoder(model: PreTrainedModel) -> PreTrainedModel:
 
     Call it before an adapter is added to ``model``.
     """
-    decoder = model.get_decoder()  # in some models, ``decoder`` is the name of the head itself
-    decoder = cast(PreTrainedModel, decoder if isinstance(decoder, PreTrainedModel) else model.base_model)
+    found = cast(object, model.get_decoder())  # in some models, ``decoder`` is the name of the head itself
+    decoder = found if isinstance(found, PreTrainedModel) else cast(PreTrainedModel, model.base_model)
     tensors = [*decoder.parameters(), *decoder.buffers()]
     return copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
 
