@@ -86,12 +86,14 @@ def _say_end(report: AdaptReport, args: argparse.Namespace) -> None:
     say(f"  over the focused one   {points(report.focus_margin)}")
     say()
     command = 'kvfusion ask "..." --docs PATH' + (f" --model {args.model}" if args.model else "")
+    best = next(system for system in SYSTEMS if system.name == report.best)
+    if best.adapted:
+        say(f"Use it: {command} --adapter {output}/adapter")
+        return
+    focus = f" --focus {best.focus or 'none'}" if best.mode == "fusion" else ""
+    layout = f', with "layout": "{args.layout}" in its kvfusion.json' if args.layout else ""
+    say(f"The untuned model is best: {command} --adapter none --mode {best.mode}{focus}{layout}")
     if report.kept:
-        say(f"Use the adapter: {command} --adapter {output}/adapter")
+        say(f"The adapter is in {output}/adapter.")
     else:
         say(f"The adapter does not beat the untuned model and was not kept; see {output}/report.json.")
-    best = next(system for system in SYSTEMS if system.name == report.best)
-    if not best.adapted:
-        focus = f" --focus {best.focus or 'none'}" if best.mode == "fusion" else ""
-        layout = f', with "layout": "{args.layout}" in its kvfusion.json' if args.layout else ""
-        say(f"The untuned model is best: {command} --adapter none --mode {best.mode}{focus}{layout}")
