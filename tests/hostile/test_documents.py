@@ -15,10 +15,10 @@ from fuzzing import JSON, damaged, examples, ours
 from hypothesis import given
 from hypothesis import strategies as st
 from indexes import LIGHTHOUSE
+from junk_text import without_junk
 from made_files import EXAMPLES, word, workbook, zipped
 
 from kvfusion_rag.retrieval.files.charsets import decode_page, decode_text
-from kvfusion_rag.retrieval.files.junk import without_junk
 from kvfusion_rag.retrieval.loaders import KINDS, LoadedText, read_document
 from kvfusion_rag.retrieval.splitting import MIN_CHUNK_TOKENS, split_text
 from kvfusion_rag.text.sentences import sentence_spans

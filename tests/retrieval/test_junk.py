@@ -8,18 +8,12 @@ import textwrap
 
 import pytest
 from growth import growth_of_time
-
-from kvfusion_rag.retrieval.files.junk import find_junk, without_spans
+from junk_text import without_junk
 
 BYTES = random.Random(3).randbytes(3_000)
 BASE64 = base64.b64encode(BYTES).decode()
 HEX = BYTES.hex()
 CODE = "function f(a,b){var c=a[b];return c&&c.d?c.d(b):null}e.exports={f:f,g:[1,2,3]};" * 30
-
-
-def without_junk(text: str) -> tuple[str, tuple[str, ...]]:
-    spans, descriptions = find_junk(text)
-    return without_spans(text, spans), descriptions
 
 
 def xxd(data: bytes) -> str:
