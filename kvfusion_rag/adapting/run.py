@@ -1,4 +1,4 @@
-"""Makes an adapter from a model and documents in one call, and keeps it only if it beats untuned fusion."""
+"""Makes an adapter from a model and documents in one call, and keeps it only if it beats the untuned model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def adapt(
     progress: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> AdaptReport:
-    """Make an adapter of ``model`` from documents, and keep it in ``output/adapter`` if it beats untuned fusion.
+    """Make an adapter of ``model`` from documents, and keep it in ``output/adapter`` if it beats the untuned model.
 
     A run that was killed is resumed by calling it again with the same arguments.
 
